@@ -1,0 +1,73 @@
+//! Numbers with a meaning.
+
+use std::fmt;
+use std::num::NonZeroU32;
+
+use serde::{Deserialize, Serialize};
+
+use super::ParseError;
+
+/// The index of an interface, unique inside one network namespace only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct IfIndex(NonZeroU32);
+
+impl IfIndex {
+    /// Wraps an index; 0 means "none" to the kernel and is no index.
+    pub const fn new(index: u32) -> Option<Self> {
+        match NonZeroU32::new(index) {
+            Some(index) => Some(Self(index)),
+            None => None,
+        }
+    }
+
+    /// The index as the kernel takes it.
+    pub const fn get(self) -> u32 {
+        self.0.get()
+    }
+}
+
+impl fmt::Display for IfIndex {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// The largest network-layer packet of a link, in bytes, without the Ethernet header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "u32", into = "u32")]
+pub struct Mtu(u32);
+
+impl Mtu {
+    /// The smallest MTU on which IPv6 runs (RFC 8200, section 5).
+    pub const IPV6_MIN: u32 = 1280;
+
+    /// The value in bytes.
+    pub const fn get(self) -> u32 {
+        self.0
+    }
+}
+
+impl TryFrom<u32> for Mtu {
+    type Error = ParseError;
+
+    fn try_from(value: u32) -> Result<Self, ParseError> {
+        if (68..=65_535).contains(&value) {
+            Ok(Self(value))
+        } else {
+            Err(ParseError::new("MTU", value.to_string(), "not between 68 (RFC 791) and 65535 bytes"))
+        }
+    }
+}
+
+impl From<Mtu> for u32 {
+    fn from(mtu: Mtu) -> u32 {
+        mtu.0
+    }
+}
+
+impl fmt::Display for Mtu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}

@@ -1,0 +1,225 @@
+//! What one crate asks of another.
+//!
+//! The engine and the CNI verbs need addresses and policy without knowing who hands them out. A backend implements
+//! these traits; a binary composes.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use crate::model::{AttachmentKey, ContainerId, IfIndex, IfName, LabelSet, MacAddr, NetworkName, Workload};
+
+/// Hands out addresses and takes them back.
+///
+/// Every answer is durable before it is given: after `Ok` a crash of any process or of the machine changes nothing.
+#[async_trait]
+pub trait AddressSource: Send + Sync {
+    /// Gives the attachment its addresses, all families or none.
+    ///
+    /// Called by ADD before any device exists. Repeated for an attachment that holds a lease, it returns that lease.
+    async fn lease(&self, request: &LeaseRequest) -> Result<Lease, LeaseError>;
+
+    /// The lease that the attachment holds, if any. Called by CHECK, and by DEL to learn what to clean.
+    async fn held(&self, attachment: &AttachmentKey) -> Result<Option<Lease>, LeaseError>;
+
+    /// Takes back what the attachment holds. Releasing what is not held is `Ok`, for DEL is repeated.
+    async fn release(&self, attachment: &AttachmentKey) -> Result<(), LeaseError>;
+
+    /// Releases every attachment of the network that is not in `valid`, and returns those. Called by GC; other
+    /// networks are left alone.
+    async fn retain(
+        &self,
+        network: &NetworkName,
+        valid: &[(ContainerId, IfName)],
+    ) -> Result<Vec<AttachmentKey>, LeaseError>;
+
+    /// Whether a lease could be given now; cheap, for STATUS is polled. An exhausted pool is an error.
+    async fn ready(&self) -> Result<(), LeaseError>;
+}
+
+/// Who asks for addresses, and for which.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LeaseRequest {
+    /// What will carry the addresses.
+    pub attachment: AttachmentKey,
+    /// The stable identity behind the container, where the caller knows it: claims are found by it.
+    pub workload: Option<Workload>,
+    /// Addresses that the caller insists on (CNI capability `ips`); empty for any.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// What an attachment holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    /// The addresses, at most one a family and pool, in the order of the pools.
+    pub addresses: Vec<LeasedAddress>,
+    /// Routes to install beside the one to each address's own subnet.
+    pub routes: Vec<LeasedRoute>,
+    /// Resolver settings, passed on to the runtime.
+    #[serde(default, skip_serializing_if = "Dns::is_empty")]
+    pub dns: Dns,
+    /// The MAC address that belongs to the claim, where one is kept with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<MacAddr>,
+}
+
+/// One address of a lease.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeasedAddress {
+    /// The address with the length of its subnet's prefix.
+    pub address: IpNet,
+    /// The subnet's router.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gateway: Option<IpAddr>,
+    /// The pool that it comes from.
+    pub pool: String,
+    /// The binding's never-reused number: a later release must mean this binding and no other.
+    pub sequence: u64,
+}
+
+/// A route of a lease. Without a `gateway` it leads through the subnet router of its family, or straight to the link
+/// where there is none (CNI specification 1.1.0, section 5, key `routes`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LeasedRoute {
+    /// Destination prefix; `0.0.0.0/0` and `::/0` are the default routes.
+    #[serde(rename = "dst")]
+    pub destination: IpNet,
+    /// Next hop.
+    #[serde(default, rename = "gw", skip_serializing_if = "Option::is_none")]
+    pub gateway: Option<IpAddr>,
+}
+
+/// Resolver settings in the CNI specification's form (1.1.0, section 1, key `dns`).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dns {
+    /// Resolver addresses in order of preference.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nameservers: Vec<String>,
+    /// The local domain.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domain: Option<String>,
+    /// Search domains in order of preference.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub search: Vec<String>,
+    /// Resolver options.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub options: Vec<String>,
+}
+
+impl Dns {
+    /// Whether it says nothing.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Why no address was given or taken back.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LeaseError {
+    /// The configuration or the request contradicts itself; it will fail again until somebody changes it.
+    #[error("{field}: {reason}")]
+    Invalid {
+        /// The path of the wrong field, such as `ipam.pools[0].gateway`.
+        field: String,
+        /// The value that is refused, why, and what would be accepted.
+        reason: String,
+    },
+    /// No pool that may serve the request has a free address.
+    #[error("pool {pool} has no free address ({used} of {size} in use); enlarge it or release some")]
+    Exhausted {
+        /// The last pool tried.
+        pool: String,
+        /// Addresses in use.
+        used: u128,
+        /// Addresses that the pool could hand out.
+        size: u128,
+    },
+    /// The one address that was asked for belongs to somebody else.
+    #[error("address {address} is held by {holder}")]
+    Held {
+        /// The address.
+        address: IpAddr,
+        /// The claim or attachment that holds it, for people.
+        holder: String,
+    },
+    /// Others change the same records all the time; the same call may succeed later.
+    #[error("the store is busy: {0}")]
+    Busy(String),
+    /// The store failed or cannot be reached.
+    #[error("store: {0}")]
+    Store(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl LeaseError {
+    /// Whether the same call may succeed later without anybody changing the configuration.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Exhausted { .. } | Self::Busy(_) | Self::Store(_) => true,
+            Self::Invalid { .. } | Self::Held { .. } => false,
+        }
+    }
+}
+
+/// Puts a device under policy before it carries its first packet.
+///
+/// Synchronous: attaching is a few short system calls. Implementations act on the device by index in the namespace of
+/// the calling thread, and hold no descriptor between calls.
+pub trait PolicySink: Send + Sync {
+    /// Attaches the default program to the endpoint's device, which is still down, and tells the owner of the policy
+    /// state of it. Repeating it is allowed and changes nothing.
+    fn attach(&self, endpoint: &Endpoint) -> Result<(), PolicyError>;
+
+    /// Blocks until the owner has put its own verdicts in place of the default, at most for `limit`.
+    fn await_enforced(&self, endpoint: &Endpoint, limit: Duration) -> Result<(), PolicyError>;
+
+    /// Removes what `attach` made. It must succeed when the device, or all of it, is gone already.
+    fn detach(&self, attachment: &AttachmentKey) -> Result<(), PolicyError>;
+}
+
+/// A device that policy decides for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Endpoint {
+    /// The attachment that the device serves.
+    pub attachment: AttachmentKey,
+    /// The device to attach to: the host's end of a veth. What the pod sends enters here.
+    pub ifindex: IfIndex,
+    /// The same device's name.
+    pub ifname: IfName,
+    /// The pod's addresses.
+    pub addresses: Vec<IpAddr>,
+    /// The workload, where known: selectors match its namespace and labels.
+    pub workload: Option<Workload>,
+    /// The workload's labels, where the runtime told them.
+    pub labels: LabelSet,
+}
+
+/// Why a device could not be put under policy.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PolicyError {
+    /// The kernel lacks what is needed.
+    #[error("kernel feature missing: {0}")]
+    Unsupported(String),
+    /// Nobody answered within the limit; the default program stands.
+    #[error("policy for {attachment} was not enforced within {limit:?}: is the policy owner running?")]
+    TimedOut {
+        /// The endpoint's attachment.
+        attachment: AttachmentKey,
+        /// The limit that passed.
+        limit: Duration,
+    },
+    /// Attaching, recording or signalling failed.
+    #[error("{doing}: {source}")]
+    Failed {
+        /// What was being done, to which device or file.
+        doing: String,
+        /// What the system answered.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}

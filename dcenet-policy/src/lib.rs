@@ -1,0 +1,1 @@
+//! dcenet-policy
