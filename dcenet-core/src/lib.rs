@@ -4,7 +4,9 @@
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+pub mod cni;
 pub mod model;
 pub mod provider;
+pub mod section;
 #[cfg(feature = "test-support")]
 pub mod test_support;

@@ -1,0 +1,351 @@
+//! The network configuration on stdin (CNI 1.1.0, section 1), as far as it concerns every backend.
+//!
+//! Keys of the specification and of runtimes are let through. Inside our own sections an unknown key is an error; at
+//! the top it is one only if it looks like a misspelt key of ours, or is a key of the reference plugins that has
+//! another place here: a `polcy` that nobody reads would be a container without policy.
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+use super::{CniError, CniResult, ErrorCode, SpecVersion};
+use crate::model::{ContainerId, IfName, LabelSet, MacAddr, NetworkName};
+use crate::section::{self, SectionError};
+
+/// A network configuration.
+#[derive(Debug, Clone)]
+pub struct NetConf {
+    /// `cniVersion`.
+    pub version: SpecVersion,
+    /// `name`.
+    pub name: NetworkName,
+    /// `stateDir`: what must outlive a reboot.
+    pub state_dir: PathBuf,
+    /// `runDir`: what must not.
+    pub run_dir: PathBuf,
+    /// `runtimeConfig`, as far as it is understood.
+    pub runtime: RuntimeConfig,
+    /// `args.cni.labels`: the workload's labels.
+    pub labels: LabelSet,
+    /// `prevResult`, in whatever form the runtime kept it.
+    pub previous: Option<CniResult>,
+    /// `cni.dev/valid-attachments`, or its older name `cni.dev/attachments`: what GC must keep. Absent is not empty.
+    pub valid_attachments: Option<Vec<(ContainerId, IfName)>>,
+    sections: Map<String, Value>,
+}
+
+/// Capabilities that the runtime fills in (`runtimeConfig`). Each is read only as far as it is used: runtimes send
+/// shapes that the conventions do not list.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RuntimeConfig {
+    /// `mac`.
+    pub mac: Option<MacAddr>,
+    /// `ips`: wanted addresses; a prefix length is ignored.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// Where state goes when the configuration does not say.
+const STATE_DIR: &str = "/var/lib/dcenet";
+const RUN_DIR: &str = "/run/dcenet";
+
+/// The keys of ours at the top.
+const OWN_KEYS: [&str; 5] = ["link", "ipam", "policy", "stateDir", "runDir"];
+
+/// The specification's keys, libcni's, and those that runtimes add.
+const KNOWN_KEYS: [&str; 15] = [
+    "cniVersion",
+    "cniVersions",
+    "name",
+    "type",
+    "args",
+    "capabilities",
+    "dns",
+    "prevResult",
+    "runtimeConfig",
+    "disableCheck",
+    "disableGC",
+    "loadOnlyInlinedPlugins",
+    "plugins",
+    "cni.dev/attachments",
+    "cni.dev/valid-attachments",
+];
+
+/// Keys of the reference plugins which would be lost without a word.
+const MOVED_KEYS: [(&str, &str); 9] = [
+    ("bridge", "say link.bridge"),
+    ("hairpinMode", "say link.hairpin"),
+    ("isDefaultGateway", "say link.gateway, and a default route in ipam.pools[].routes"),
+    ("isGateway", "say link.gateway"),
+    ("ipMasq", "masquerading is not offered"),
+    ("master", "no link kind with a master is offered"),
+    ("mode", "no link kind with a mode is offered"),
+    ("mtu", "say link.mtu"),
+    ("vlan", "VLANs are not offered"),
+];
+
+impl NetConf {
+    /// Reads a configuration.
+    ///
+    /// # Errors
+    /// Code 6 if it is no JSON object, 1 for its version, 2 for a key that cannot be honoured, 7 for any other wrong
+    /// value; the message names the field.
+    pub fn parse(stdin: &[u8]) -> Result<Self, CniError> {
+        let value: Value = serde_json::from_slice(stdin)
+            .map_err(|e| CniError::new(ErrorCode::Decode, format!("the network configuration is not JSON: {e}")))?;
+        let Value::Object(mut keys) = value else {
+            return Err(CniError::new(ErrorCode::Decode, "the network configuration is JSON, but not an object"));
+        };
+        let version = version(&keys)?;
+        check_keys(&keys)?;
+
+        let name = required::<NetworkName>(&keys, "name")?;
+        let (mut runtime, mut labels) = (RuntimeConfig::default(), LabelSet::new());
+        if let Some(value) = keys.remove("args") {
+            let args: Args = section::read("args", &value)?;
+            if let Some(cni) = args.cni {
+                runtime.addresses = addresses("args.cni.ips", cni.ips)?;
+                labels = cni.labels.into_iter().map(|l| (l.key, l.value)).collect();
+            }
+        }
+        if let Some(value) = keys.remove("runtimeConfig") {
+            let wire: WireRuntime = section::read("runtimeConfig", &value)?;
+            runtime.mac = wire
+                .mac
+                .filter(|m| !m.is_empty())
+                .map(|m| m.parse())
+                .transpose()
+                .map_err(|e| field("runtimeConfig.mac", e))?;
+            if let Some(ips) = wire.ips {
+                runtime.addresses = addresses("runtimeConfig.ips", ips)?;
+            }
+        }
+        let previous = match keys.remove("prevResult") {
+            None | Some(Value::Null) => None,
+            Some(value) => Some(section::read("prevResult", &value)?),
+        };
+        let valid_attachments = ["cni.dev/valid-attachments", "cni.dev/attachments"]
+            .into_iter()
+            .find_map(|key| keys.get(key).map(|value| (key, value)))
+            .map(|(key, value)| section::read::<Vec<ValidAttachment>>(key, value))
+            .transpose()?
+            .map(|list| list.into_iter().map(|a| (a.container, a.ifname)).collect());
+        Ok(Self {
+            version,
+            name,
+            state_dir: directory(&keys, "stateDir", STATE_DIR)?,
+            run_dir: directory(&keys, "runDir", RUN_DIR)?,
+            runtime,
+            labels,
+            previous,
+            valid_attachments,
+            sections: keys,
+        })
+    }
+
+    /// Reads one of our sections: `link`, `ipam` or `policy`. `None` if the configuration has none.
+    ///
+    /// # Errors
+    /// Code 7, with the path of the wrong field.
+    pub fn section<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, CniError> {
+        match self.sections.get(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => Ok(Some(section::read(name, value)?)),
+        }
+    }
+}
+
+/// Reads only the version, for the answer to VERSION and for errors before anything else is known.
+pub(super) fn version_of(stdin: &[u8]) -> Option<SpecVersion> {
+    #[derive(Deserialize)]
+    struct Wire {
+        #[serde(rename = "cniVersion")]
+        version: String,
+    }
+    serde_json::from_slice::<Wire>(stdin).ok()?.version.parse().ok()
+}
+
+#[derive(Deserialize)]
+struct Args {
+    cni: Option<ArgsCni>,
+}
+
+#[derive(Deserialize)]
+struct ArgsCni {
+    #[serde(default)]
+    ips: Vec<String>,
+    #[serde(default)]
+    labels: Vec<Label>,
+}
+
+#[derive(Deserialize)]
+struct Label {
+    key: String,
+    value: String,
+}
+
+#[derive(Deserialize)]
+struct WireRuntime {
+    mac: Option<String>,
+    ips: Option<Vec<String>>,
+}
+
+#[derive(Deserialize)]
+struct ValidAttachment {
+    #[serde(rename = "containerID")]
+    container: ContainerId,
+    ifname: IfName,
+}
+
+fn version(keys: &Map<String, Value>) -> Result<SpecVersion, CniError> {
+    match keys.get("cniVersion") {
+        Some(Value::String(text)) => text.parse(),
+        Some(other) => {
+            Err(CniError::new(ErrorCode::InvalidConfig, format!("cniVersion: {other} is not a string; give \"1.1.0\"")))
+        }
+        // The specification reads a missing version as 0.1.0, which is not served.
+        None => Err(CniError::new(
+            ErrorCode::IncompatibleVersion,
+            "cniVersion is missing, which means 0.1.0, and that is not served; give \"1.1.0\"",
+        )),
+    }
+}
+
+fn check_keys(keys: &Map<String, Value>) -> Result<(), CniError> {
+    for (key, value) in keys {
+        if OWN_KEYS.contains(&key.as_str()) || KNOWN_KEYS.contains(&key.as_str()) {
+            continue;
+        }
+        if let Some((_, remedy)) = MOVED_KEYS.iter().find(|(moved, _)| moved == key) {
+            // `false` and `null` ask for what is done anyway.
+            if matches!(value, Value::Null | Value::Bool(false)) {
+                continue;
+            }
+            return Err(CniError::new(
+                ErrorCode::UnsupportedField,
+                format!("{key}: {value} has no meaning at the top of a dcenet configuration; {remedy}"),
+            ));
+        }
+        if let Some(known) = section::suggestion(key, OWN_KEYS) {
+            return Err(CniError::new(
+                ErrorCode::UnsupportedField,
+                format!("{key}: {value} is an unknown key; did you mean `{known}`?"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn required<T: DeserializeOwned>(keys: &Map<String, Value>, name: &'static str) -> Result<T, CniError> {
+    let value = keys.get(name).ok_or_else(|| CniError::new(ErrorCode::InvalidConfig, format!("{name} is missing")))?;
+    Ok(section::read(name, value)?)
+}
+
+fn directory(keys: &Map<String, Value>, name: &'static str, default: &str) -> Result<PathBuf, CniError> {
+    let Some(value) = keys.get(name) else { return Ok(PathBuf::from(default)) };
+    let path: PathBuf = section::read(name, value)?;
+    if path.is_absolute() {
+        Ok(path)
+    } else {
+        Err(field(name, format!("{} is not an absolute path", Path::new(&path).display())))
+    }
+}
+
+fn addresses(path: &str, list: Vec<String>) -> Result<Vec<IpAddr>, CniError> {
+    list.iter()
+        .enumerate()
+        .map(|(i, text)| {
+            let bare = text.split_once('/').map_or(text.as_str(), |(address, _)| address);
+            bare.parse().map_err(|_| field(&format!("{path}[{i}]"), format!("{text:?} is no IP address")))
+        })
+        .collect()
+}
+
+fn field(path: &str, reason: impl ToString) -> CniError {
+    SectionError { field: path.to_owned(), reason: reason.to_string() }.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn parse(value: Value) -> Result<NetConf, CniError> {
+        NetConf::parse(value.to_string().as_bytes())
+    }
+
+    fn with(key: &str, value: Value) -> Result<NetConf, CniError> {
+        let mut conf = json!({"cniVersion": "1.1.0", "name": "shop", "type": "dcenet"});
+        conf[key] = value;
+        parse(conf)
+    }
+
+    #[test]
+    fn what_is_no_configuration_is_refused_with_its_code() {
+        assert_eq!(NetConf::parse(b"").unwrap_err().code.number(), 6);
+        assert_eq!(NetConf::parse(b"{\"name\":").unwrap_err().code.number(), 6);
+        assert_eq!(NetConf::parse(b"[]").unwrap_err().code.number(), 6);
+        assert_eq!(NetConf::parse(b"\xff").unwrap_err().code.number(), 6);
+        for version in ["0.1.0", "0.2.0", "0.3.0", "1.2.0", "1.1", ""] {
+            let error = with("cniVersion", json!(version)).unwrap_err();
+            assert_eq!(error.code.number(), 1, "{version}");
+        }
+        assert_eq!(parse(json!({"name": "shop"})).unwrap_err().code.number(), 1);
+        assert_eq!(with("cniVersion", json!(1)).unwrap_err().code.number(), 7);
+        assert_eq!(parse(json!({"cniVersion": "1.1.0"})).unwrap_err().message, "name is missing");
+        assert_eq!(with("name", json!("a/b")).unwrap_err().code.number(), 7);
+        assert_eq!(with("stateDir", json!("relative")).unwrap_err().code.number(), 7);
+    }
+
+    #[test]
+    fn keys_of_others_pass_and_lost_keys_do_not() {
+        with("capabilities", json!({"portMappings": true})).unwrap();
+        with("somebodys.example/key", json!(1)).unwrap();
+        with("ipMasq", json!(false)).unwrap();
+        for (key, value, says) in [
+            ("polcy", json!({}), "did you mean `policy`?"),
+            ("statedir", json!("/x"), "did you mean `stateDir`?"),
+            ("ipMasq", json!(true), "ipMasq: true"),
+            ("bridge", json!("cni0"), "link.bridge"),
+        ] {
+            let error = with(key, value).unwrap_err();
+            assert_eq!(error.code.number(), 2, "{key}");
+            assert!(error.message.contains(says), "{error}");
+        }
+    }
+
+    #[test]
+    fn capabilities_are_read_only_as_far_as_they_are_used() {
+        // podman sends `aliases` as an object instead of a list.
+        let conf = with(
+            "runtimeConfig",
+            json!({"aliases": {"net": ["a"]}, "mac": "02:00:00:00:00:07", "ips": ["10.0.0.7/24", "2001:db8::7"]}),
+        )
+        .unwrap();
+        assert_eq!(conf.runtime.mac.unwrap().to_string(), "02:00:00:00:00:07");
+        assert_eq!(conf.runtime.addresses.len(), 2);
+        let error = with("runtimeConfig", json!({"ips": ["10.0.0"]})).unwrap_err();
+        assert!(error.message.starts_with("runtimeConfig.ips[0]"), "{error}");
+    }
+
+    #[test]
+    fn absent_attachments_are_not_empty_attachments() {
+        assert_eq!(with("x", json!(1)).unwrap().valid_attachments, None);
+        assert_eq!(with("cni.dev/valid-attachments", json!([])).unwrap().valid_attachments, Some(vec![]));
+        let list = json!([{"containerID": "c1", "ifname": "eth0"}]);
+        for key in ["cni.dev/valid-attachments", "cni.dev/attachments"] {
+            assert_eq!(with(key, list.clone()).unwrap().valid_attachments.unwrap().len(), 1);
+        }
+        with("cni.dev/valid-attachments", json!([{"containerID": "c1"}])).unwrap_err();
+    }
+
+    #[test]
+    fn labels_come_with_the_arguments() {
+        let conf =
+            with("args", json!({"cni": {"labels": [{"key": "app", "value": "db"}], "other": 1}, "x": {}})).unwrap();
+        assert_eq!(conf.labels["app"], "db");
+    }
+}

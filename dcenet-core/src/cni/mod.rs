@@ -1,0 +1,22 @@
+//! The Container Network Interface, plugin side: environment, configuration, verbs, results and errors.
+//!
+//! Written against CNI specification 1.1.0; versions 0.3.1, 0.4.0, 1.0.0 and 1.1.0 are served, and a result is put
+//! into the form of the version that the configuration names. Nothing outside this module knows these formats.
+//!
+//! A plugin binary calls [`serve`] and brings its [`Backends`]:
+//!
+//! ```text
+//! environment, stdin -> Invocation, NetConf -> Backends -> verb -> result or error on stdout, exit code
+//! ```
+
+mod config;
+mod environment;
+mod error;
+mod result;
+mod version;
+
+pub use config::{NetConf, RuntimeConfig};
+pub use environment::{CniArgs, Invocation, Verb};
+pub use error::{CniError, ErrorCode};
+pub use result::{CniResult, Interface, Ip, Route};
+pub use version::SpecVersion;
