@@ -1,0 +1,42 @@
+# A thin front door to cargo. `cargo build`, `test`, `bench` and `doc` work on their own.
+
+CARGO ?= cargo
+# One row of the benchmarks, as `make bench ID=add-latency`; all without it.
+ID ?=
+# Seconds for each fuzz target.
+FUZZ_SECONDS ?= 60
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test bench soak fuzz lint docs clean
+
+help: ## Show this text.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+build: ## Build the CNI binary and the demo into target/release.
+	$(CARGO) build --release -p dcenet-cni -p dcenet-demo
+
+demo: build ## The main job before your eyes (root; DEMO="--keep" and the like for options).
+	target/release/dcenet-demo --plugin target/release/dcenet $(DEMO)
+
+test: ## Install what tests need and run every rung; missing rungs are skipped and counted.
+	.ci/setup
+	.ci/test
+
+bench: ## Compare with peers and floors; writes target/bench/summary.json.
+	.ci/setup
+	.ci/bench $(ID)
+
+soak: ## The long proofs: thousands of kills, many packets.
+	DCENET_SOAK=1 .ci/test
+
+fuzz: ## Run each fuzz target for FUZZ_SECONDS.
+	.ci/fuzz $(FUZZ_SECONDS)
+
+lint: ## Formatting, clippy and rustdoc, warnings as errors.
+	.ci/lint
+
+docs: ## Build the API documentation into target/doc.
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps
+
+clean: ## Remove everything built.
+	$(CARGO) clean
