@@ -5,8 +5,15 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod cni;
+pub mod engine;
+pub mod journal;
+pub mod link;
 pub mod model;
+pub mod netlink;
+pub mod netns;
+pub mod plan;
 pub mod provider;
 pub mod section;
+mod sys;
 #[cfg(feature = "test-support")]
 pub mod test_support;

@@ -2,6 +2,13 @@
 
 #![expect(clippy::print_stderr, reason = "a test talks to the person who runs it")]
 
+mod host;
 mod rung;
+mod snapshot;
+mod traffic;
 
+pub use crate::netlink::{Fault, Injection, with_fault};
+pub use host::{TestHost, TestNetNs};
 pub use rung::{Rung, require, require_with};
+pub use snapshot::HostState;
+pub use traffic::{ping, tcp_echo, udp_echo};

@@ -1,0 +1,222 @@
+//! Attaching.
+
+use super::apply::{Session, look_up};
+use super::error::{AttachError, StepError};
+use super::{AttachRequest, Attached, Engine, sandbox};
+use crate::journal::{Done, Entered, Entry, Interface, Record};
+use crate::link::{HostView, LinkRequest, Policy};
+use crate::netlink::{self, AddressView, Socket};
+use crate::plan::{Operation, Plan, Target, Undo, mark};
+
+impl Engine {
+    /// Makes an attachment, or returns the one that stands.
+    ///
+    /// Repeating it is allowed: with the same key, namespace and fingerprint it returns the same answer; what an earlier
+    /// call left unfinished when its process was killed is taken back first.
+    ///
+    /// # Errors
+    /// The host and the pod are as before, except for what the error lists in `rollback`.
+    ///
+    /// # Minimum kernel version
+    /// 4.11. Before 6.2 (no echo on link creation) two more requests are made.
+    pub fn attach(&self, request: &AttachRequest<'_>) -> Result<Attached, AttachError> {
+        let span = tracing::debug_span!("attach", key = %request.key, kind = request.link.driver().kind());
+        let _entered = span.enter();
+        if request.pod.netns.id() == self.host.0.id() {
+            return Err(AttachError::HostNamespace { path: request.pod.path.to_owned() });
+        }
+        if request.policy == Policy::Wanted && self.policy.is_none() {
+            return Err(AttachError::NoPolicyBackend { key: request.key.clone() });
+        }
+        let entry = match self.journal.enter(request.key.id())? {
+            Entered::New(entry) => entry,
+            Entered::Old(mut entry, record) => {
+                if let Some(record) = record {
+                    if let Some(attached) = self.resume(&record, request)? {
+                        return Ok(attached);
+                    }
+                    let errors = self.take_back(&record.undo, &record.key, Some(request.pod.netns));
+                    super::DetachErrors::or_ok(errors)
+                        .map_err(|source| AttachError::Leftover { key: request.key.clone(), source })?;
+                }
+                entry.clear()?;
+                entry
+            }
+        };
+        self.attach_new(request, entry)
+    }
+
+    /// Answers a repeated attach; `None` where what is recorded is unfinished or gone.
+    fn resume(&self, record: &Record, request: &AttachRequest<'_>) -> Result<Option<Attached>, AttachError> {
+        let key = &request.key;
+        if record.key != *key {
+            return Err(AttachError::IdCollision { key: key.clone(), other: record.key.clone() });
+        }
+        let Some(attached) = Attached::from_record(record, true) else { return Ok(None) };
+        if record.boot != self.journal.boot() {
+            return Ok(None);
+        }
+        if let Some(end) = &record.host_end {
+            let mut socket = self.host_socket()?;
+            let link = look_up(&mut socket, &end.name).map_err(AttachError::Look)?;
+            if link.is_none_or(|l| Some(l.index) != attached.host_index || l.mac != Some(end.mac)) {
+                return Ok(None);
+            }
+        }
+        let difference = if record.netns != request.pod.netns.id() {
+            "another network namespace"
+        } else if record.fingerprint != request.fingerprint {
+            "another configuration"
+        } else {
+            return Ok(Some(attached));
+        };
+        Err(AttachError::AlreadyAttached { key: key.clone(), difference })
+    }
+
+    fn attach_new(&self, request: &AttachRequest<'_>, mut entry: Entry) -> Result<Attached, AttachError> {
+        match self.try_attach(request, &mut entry) {
+            Ok(attached) => Ok(attached),
+            Err(error) => {
+                let clean = !matches!(&error, AttachError::Step { rollback, .. } if !rollback.is_empty());
+                if clean && let Err(left) = entry.remove() {
+                    tracing::warn!(error = %left, "an empty record is left");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn try_attach(&self, request: &AttachRequest<'_>, entry: &mut Entry) -> Result<Attached, AttachError> {
+        let mac = request.mac.or(request.lease.mac).unwrap_or_else(|| request.key.mac());
+        let link_request = LinkRequest {
+            key: request.key.clone(),
+            mac,
+            addresses: request.lease.addresses.clone(),
+            routes: request.lease.routes.clone(),
+            policy: request.policy,
+        };
+        let driver = request.link.driver();
+        let needs = driver.needs(&link_request);
+        let mut session = Session::new(self, request.pod.netns, self.host_socket()?);
+        let mut look = || -> Result<(HostView, Plan), AttachError> {
+            let view = view(session.host(), &needs).map_err(AttachError::Look)?;
+            let plan = driver.plan(&link_request, &view)?;
+            Ok((view, plan))
+        };
+        // Who relies on shared devices keeps those from removing them who made them and failed.
+        let mut lock = if needs.is_empty() { None } else { Some(self.journal.lock_shared_state(false)?) };
+        let (mut host, mut plan) = look()?;
+        if plan.makes_shared() {
+            drop(lock.take());
+            lock = Some(self.journal.lock_shared_state(true)?);
+            (host, plan) = look()?;
+        }
+        for link in &host.links {
+            session.know(Target::Host, link);
+        }
+
+        let mut record = Record {
+            key: request.key.clone(),
+            boot: self.journal.boot().to_owned(),
+            netns_path: request.pod.path.to_owned(),
+            netns: request.pod.netns.id(),
+            fingerprint: request.fingerprint.clone(),
+            link: request.link.clone(),
+            lease: request.lease.clone(),
+            mac,
+            workload: request.workload.clone(),
+            labels: request.labels.clone(),
+            policy: request.policy,
+            host_end: plan.host_end.clone(),
+            undo: plan.steps.iter().filter_map(|s| s.undo.clone()).collect(),
+            done: None,
+        };
+        entry.begin(&record)?;
+        let applied = session.apply(&plan, request);
+        let mut undo = applied.undo;
+        let mut failure = applied.failure;
+        if failure.is_none() {
+            let done = done(request, &plan, &host, &session);
+            match entry.complete(&done) {
+                Ok(()) => record.done = Some(done),
+                Err(error) => failure = Some((plan.steps.len(), error.into())),
+            }
+        }
+        let outcome = match failure {
+            None => Ok(Attached::from_record(&record, false).expect("the completion was just set")),
+            Some((step, cause)) => {
+                let named = self.explain(&mut session, &plan, step, &cause, request, &mut undo);
+                let rollback = self.take_back(&undo, &request.key, Some(request.pod.netns));
+                Err(match named {
+                    Some(named) if rollback.is_empty() => named,
+                    _ => AttachError::Step { cause, rollback },
+                })
+            }
+        };
+        drop(lock);
+        outcome
+    }
+
+    /// Says which of the two names was taken when the pair could not be made, for the kernel says only "exists".
+    fn explain(
+        &self,
+        session: &mut Session<'_>,
+        plan: &Plan,
+        step: usize,
+        cause: &StepError,
+        request: &AttachRequest<'_>,
+        undo: &mut Vec<Undo>,
+    ) -> Option<AttachError> {
+        let exists = matches!(cause, StepError::Netlink(error) if error.errno() == Some(libc::EEXIST));
+        let Operation::CreateVeth { .. } = plan.steps.get(step)?.operation else { return None };
+        if !exists {
+            return None;
+        }
+        if let Some(end) = &plan.host_end
+            && let Ok(Some(link)) = look_up(session.host(), &end.name)
+        {
+            if link.mac == Some(end.mac) || link.alias.as_deref() == Some(&mark(&request.key)) {
+                // Ours, of an attach whose record was lost: cleared now, so that the next attempt succeeds.
+                undo.push(Undo::DeleteLink { target: Target::Host, end: end.clone() });
+                return None;
+            }
+            return Some(AttachError::HostNameTaken { ifname: end.name.clone() });
+        }
+        let (ifname, netns) = (plan.pod_end.name.clone(), request.pod.path.to_owned());
+        Some(AttachError::InterfaceExists { ifname, netns })
+    }
+}
+
+fn view(socket: &mut Socket, needs: &[crate::link::Need]) -> Result<HostView, crate::netlink::NetlinkError> {
+    let mut view = HostView::default();
+    for need in needs {
+        let Some(link) = look_up(socket, &need.link)? else { continue };
+        if need.addresses {
+            let addresses = socket.dump(&netlink::address_dump(Some(link.index)))?;
+            let addresses = addresses.iter().filter_map(|r| AddressView::parse(&r.payload));
+            view.addresses.extend(addresses.filter(|a| a.index == link.index));
+        }
+        view.links.push(link);
+    }
+    Ok(view)
+}
+
+fn done(request: &AttachRequest<'_>, plan: &Plan, host: &HostView, session: &Session<'_>) -> Done {
+    let mut interfaces = Vec::with_capacity(3);
+    if let Some(bridge) = &plan.bridge {
+        let made = plan.steps.iter().find_map(|step| match &step.operation {
+            Operation::CreateBridge { bridge, .. } => Some(bridge.mac),
+            _ => None,
+        });
+        if let Some(mac) = made.or(host.link(bridge).and_then(|l| l.mac)) {
+            interfaces.push(Interface { name: bridge.to_string(), mac, sandbox: None });
+        }
+    }
+    if let Some(end) = &plan.host_end {
+        interfaces.push(Interface { name: end.name.to_string(), mac: end.mac, sandbox: None });
+    }
+    let pod = &plan.pod_end;
+    interfaces.push(Interface { name: pod.name.to_string(), mac: pod.mac, sandbox: Some(sandbox(&request.pod)) });
+    let host_index = plan.host_end.as_ref().and_then(|end| session.known(Target::Host, &end.name));
+    Done { interfaces, host_index }
+}

@@ -1,0 +1,187 @@
+//! Why attaching or detaching failed.
+
+use std::path::PathBuf;
+
+use crate::journal::JournalError;
+use crate::link::PlanError;
+use crate::model::{AttachmentKey, IfName};
+use crate::netlink::NetlinkError;
+use crate::netns::NetNsError;
+use crate::provider::PolicyError;
+
+/// Why an attachment was not made. What had been done has been taken back, except for what `rollback` lists.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AttachError {
+    /// The request and the configuration contradict each other, or the host.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// Policy is wanted and nobody was given to the engine who decides.
+    #[error(
+        "{key}: policy is wanted and this program has no policy backend; drop the policy section or use one that has"
+    )]
+    NoPolicyBackend {
+        /// The attachment.
+        key: AttachmentKey,
+    },
+    /// The pod's namespace is the host's own.
+    #[error("network namespace {} is the host's own; give the pod's", path.display())]
+    HostNamespace {
+        /// The path as given.
+        path: PathBuf,
+    },
+    /// Another attachment has the same 52-bit id.
+    #[error("attachment {key} has the same id {} as the existing {other}; choose another container id", key.id())]
+    IdCollision {
+        /// The attachment asked for.
+        key: AttachmentKey,
+        /// The one that exists.
+        other: AttachmentKey,
+    },
+    /// The attachment stands, in another namespace or with another configuration.
+    #[error("attachment {key} exists already, with {difference}; delete it first")]
+    AlreadyAttached {
+        /// The attachment.
+        key: AttachmentKey,
+        /// What differs.
+        difference: &'static str,
+    },
+    /// The pod has an interface of this name, and it is not ours.
+    #[error("the namespace {} has an interface {ifname} already; remove it or ask for another name", netns.display())]
+    InterfaceExists {
+        /// The name.
+        ifname: IfName,
+        /// The namespace's path.
+        netns: PathBuf,
+    },
+    /// The host has a link with the name of the attachment's device, and it is not ours.
+    #[error("the host has a link {ifname} already that is not of this attachment; remove it")]
+    HostNameTaken {
+        /// The name.
+        ifname: IfName,
+    },
+    /// A namespace cannot be used.
+    #[error(transparent)]
+    NetNs(#[from] NetNsError),
+    /// The host could not be looked at; nothing was changed.
+    #[error("{0}")]
+    Look(#[source] NetlinkError),
+    /// The journal failed before anything was changed.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// A step failed.
+    #[error("{cause}{}", Leftover(rollback))]
+    Step {
+        /// The first step that failed.
+        #[source]
+        cause: StepError,
+        /// What could not be taken back; the record is kept, and a detach tries again.
+        rollback: Vec<TeardownError>,
+    },
+    /// What an earlier, unfinished attach left behind could not be taken back.
+    #[error("an unfinished attach of {key} stands in the way: {source}")]
+    Leftover {
+        /// The attachment.
+        key: AttachmentKey,
+        /// Why.
+        #[source]
+        source: DetachErrors,
+    },
+}
+
+impl AttachError {
+    /// Whether the same call may succeed later without anybody changing the configuration.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Journal(JournalError::Busy { .. }) => true,
+            Self::Look(error) => error.is_retryable(),
+            Self::Step { cause: StepError::Netlink(error), .. } => error.is_retryable(),
+            Self::Step { cause: StepError::Policy(PolicyError::TimedOut { .. }), .. } => true,
+            _ => false,
+        }
+    }
+}
+
+/// Why a step failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StepError {
+    /// The kernel refused, or its answer was lost.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+    /// A namespace could not be entered.
+    #[error(transparent)]
+    NetNs(#[from] NetNsError),
+    /// The device could not be put under policy.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    /// The completion could not be recorded.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+}
+
+/// Something that could not be removed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TeardownError {
+    /// The kernel refused, or its answer was lost.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+    /// A namespace could not be entered.
+    #[error(transparent)]
+    NetNs(#[from] NetNsError),
+    /// The policy backend failed.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    /// The journal failed.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The record belongs to another attachment of the same id.
+    #[error("the record of id {} belongs to {other}", key.id())]
+    IdCollision {
+        /// The attachment asked for.
+        key: AttachmentKey,
+        /// The one that is recorded.
+        other: AttachmentKey,
+    },
+}
+
+/// Everything that went wrong while an attachment was removed; the rest is removed.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", Joined(.0))]
+pub struct DetachErrors(pub Vec<TeardownError>);
+
+impl DetachErrors {
+    /// `Ok` where nothing went wrong.
+    pub(super) fn or_ok(errors: Vec<TeardownError>) -> Result<(), Self> {
+        if errors.is_empty() { Ok(()) } else { Err(Self(errors)) }
+    }
+
+    /// Whether the same call may succeed later.
+    pub fn is_retryable(&self) -> bool {
+        self.0.iter().all(|error| match error {
+            TeardownError::Journal(JournalError::Busy { .. }) => true,
+            TeardownError::Netlink(error) => error.is_retryable(),
+            _ => false,
+        })
+    }
+}
+
+struct Joined<'a>(&'a [TeardownError]);
+
+impl std::fmt::Display for Joined<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (i, error) in self.0.iter().enumerate() {
+            write!(f, "{}{error}", if i > 0 { "; " } else { "" })?;
+        }
+        Ok(())
+    }
+}
+
+struct Leftover<'a>(&'a [TeardownError]);
+
+impl std::fmt::Display for Leftover<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.0.is_empty() { Ok(()) } else { write!(f, "; and it could not all be taken back: {}", Joined(self.0)) }
+    }
+}

@@ -1,0 +1,155 @@
+//! The engine: the only place that changes the system.
+//!
+//! It asks a link driver for a plan, writes the intent to the journal, carries the plan out in as few netlink batches
+//! as the targets allow, and takes back what was done when a step fails.
+
+mod apply;
+mod attach;
+mod check;
+mod detach;
+mod error;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+pub use self::check::Drift;
+pub use self::error::{AttachError, DetachErrors, TeardownError};
+use crate::journal::{Interface, Journal, JournalError, Record};
+use crate::link::{LinkConfig, Policy};
+use crate::model::{AttachmentKey, IfIndex, LabelSet, MacAddr, NetworkName, Workload};
+use crate::netlink::{Family, Socket};
+use crate::netns::{Host, NetNs, NetNsError, Pod};
+use crate::provider::{Lease, PolicySink};
+
+/// Makes and removes attachments on one host.
+///
+/// It holds no socket between calls and can be shared by threads. Several processes may work with the same run
+/// directory.
+pub struct Engine {
+    host: Host,
+    journal: Journal,
+    policy: Option<Arc<dyn PolicySink>>,
+    entry: NamespaceEntry,
+}
+
+/// How the engine opens sockets in namespaces of pods.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum NamespaceEntry {
+    /// On a thread of its own each time, 30 us: right everywhere.
+    #[default]
+    Thread,
+    /// By moving the calling thread there and back, 3 us: for programs of one thread, which is in the host's namespace.
+    InPlace,
+}
+
+/// What to attach.
+#[derive(Debug)]
+pub struct AttachRequest<'a> {
+    /// The attachment.
+    pub key: AttachmentKey,
+    /// The pod's namespace.
+    pub pod: Pod<'a>,
+    /// The link.
+    pub link: LinkConfig,
+    /// Addresses and routes.
+    pub lease: Lease,
+    /// The pod end's Ethernet address where somebody insists on one; else the lease's, else
+    /// [`AttachmentKey::mac`].
+    pub mac: Option<MacAddr>,
+    /// The workload, where known.
+    pub workload: Option<Workload>,
+    /// The workload's labels.
+    pub labels: LabelSet,
+    /// Whether it goes under policy before it is up.
+    pub policy: Policy,
+    /// A digest of the configuration: a repeated attach with another one is not the same.
+    pub fingerprint: String,
+}
+
+/// An attachment that stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attached {
+    /// The attachment.
+    pub key: AttachmentKey,
+    /// The devices, in the order of the CNI result: bridge, host's end, pod's end.
+    pub interfaces: Vec<Interface>,
+    /// The pod end's place in `interfaces`.
+    pub pod_interface: usize,
+    /// The host end's index, where there is one.
+    pub host_index: Option<IfIndex>,
+    /// Addresses and routes, as they were leased.
+    pub lease: Lease,
+    /// Whether it stood before this call.
+    pub repeated: bool,
+}
+
+impl Engine {
+    /// An engine for the host whose network namespace is `host`, with its records under `run`, such as `/run/dcenet`.
+    ///
+    /// `policy` decides for attachments that want it.
+    ///
+    /// # Errors
+    /// Where the boot id cannot be read.
+    pub fn new(host: Host, run: &Path, policy: Option<Arc<dyn PolicySink>>) -> Result<Self, JournalError> {
+        Ok(Self { host, journal: Journal::open(run)?, policy, entry: NamespaceEntry::default() })
+    }
+
+    /// Chooses how namespaces are entered.
+    #[must_use]
+    pub fn entering(mut self, entry: NamespaceEntry) -> Self {
+        self.entry = entry;
+        self
+    }
+
+    /// The host's namespace.
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+
+    /// Every record of a network: finished attachments, and begun ones whose `done` is `None`.
+    pub fn attachments(&self, network: &NetworkName) -> Result<Vec<Record>, JournalError> {
+        self.journal.records(network)
+    }
+
+    fn host_socket(&self) -> Result<Socket, NetNsError> {
+        self.host.0.socket(Family::Route)
+    }
+
+    fn pod_socket(&self, pod: &NetNs) -> Result<Socket, NetNsError> {
+        match self.entry {
+            NamespaceEntry::Thread => pod.socket(Family::Route),
+            NamespaceEntry::InPlace => pod.socket_in_place(&self.host.0, Family::Route),
+        }
+    }
+}
+
+impl Attached {
+    fn from_record(record: &Record, repeated: bool) -> Option<Self> {
+        let done = record.done.as_ref()?;
+        Some(Self {
+            key: record.key.clone(),
+            interfaces: done.interfaces.clone(),
+            pod_interface: done.interfaces.iter().position(|i| i.sandbox.is_some())?,
+            host_index: done.host_index,
+            lease: record.lease.clone(),
+            repeated,
+        })
+    }
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { host, journal, policy, entry } = self;
+        f.debug_struct("Engine")
+            .field("host", host)
+            .field("journal", journal)
+            .field("policy", &policy.is_some())
+            .field("entry", entry)
+            .finish()
+    }
+}
+
+/// The path under which the pod's namespace is known, for results and records.
+fn sandbox(pod: &Pod<'_>) -> PathBuf {
+    pod.path.to_owned()
+}

@@ -1,0 +1,361 @@
+//! The journal: one small file per attachment, under `<run dir>/attachments/<id>`.
+//!
+//! ```text
+//!  (no file) --create, O_EXCL--> {"intent": ..} --first change .. last change--> {"intent": ..}{"done": ..}
+//!  {"done": ..} --teardown--> (no file)
+//! ```
+//!
+//! The intent is written before the first change and holds every undo, so that whoever finds it after a kill can take
+//! back what was begun. Files are only appended to, never flushed to disk: they outlive processes; a reboot removes
+//! what they describe, and the boot id in them tells.
+//!
+//! Who works on an attachment holds a lock (flock) on its file. Who makes or removes what attachments share holds an
+//! exclusive lock on the directory, who relies on it a shared one.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::link::{LinkConfig, Policy};
+use crate::model::{AttachmentId, AttachmentKey, IfIndex, LabelSet, MacAddr, NetworkName, Workload};
+use crate::netlink::{Gate, gate};
+use crate::netns::NetNsId;
+use crate::plan::{End, Undo};
+use crate::provider::Lease;
+
+/// The directory of records.
+#[derive(Debug)]
+pub(crate) struct Journal {
+    directory: PathBuf,
+    boot: String,
+}
+
+/// What is known about an attachment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// The attachment.
+    pub key: AttachmentKey,
+    /// The boot during which it was made (`/proc/sys/kernel/random/boot_id`).
+    pub boot: String,
+    /// The path of the pod's namespace, as it was given.
+    pub netns_path: PathBuf,
+    /// The namespace's identity.
+    pub netns: NetNsId,
+    /// The caller's digest of the configuration.
+    pub fingerprint: String,
+    /// The link's configuration.
+    pub link: LinkConfig,
+    /// Addresses and routes.
+    pub lease: Lease,
+    /// The pod end's Ethernet address.
+    pub mac: MacAddr,
+    /// The workload, where known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workload: Option<Workload>,
+    /// The workload's labels.
+    #[serde(default, skip_serializing_if = "LabelSet::is_empty")]
+    pub labels: LabelSet,
+    /// Whether it is under policy.
+    pub policy: Policy,
+    /// The host's end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_end: Option<End>,
+    /// What takes it all back, in the order in which it was planned.
+    pub undo: Vec<Undo>,
+    /// What came of it; `None` where the attach did not finish.
+    #[serde(skip)]
+    pub done: Option<Done>,
+}
+
+/// The end of a successful attach.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Done {
+    /// The devices, in the order of the CNI result: bridge, host's end, pod's end.
+    pub interfaces: Vec<Interface>,
+    /// The host end's index.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_index: Option<IfIndex>,
+}
+
+/// A device of an attachment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Interface {
+    /// Its name.
+    pub name: String,
+    /// Its address.
+    pub mac: MacAddr,
+    /// The namespace's path where it is the pod's, as the caller gave it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sandbox: Option<PathBuf>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "lowercase")]
+enum WriteLine<'a> {
+    Intent(&'a Record),
+    Done(&'a Done),
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum ReadLine {
+    Intent(Box<Record>),
+    Done(Done),
+}
+
+/// A record's file, open and locked.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    file: File,
+    path: PathBuf,
+}
+
+/// What [`Journal::enter`] found.
+pub(crate) enum Entered {
+    New(Entry),
+    Old(Entry, Option<Record>),
+}
+
+/// A lock on what attachments share; released when dropped.
+#[derive(Debug)]
+pub(crate) struct SharedLock(#[expect(dead_code, reason = "held for its lock")] File);
+
+impl Journal {
+    /// Opens the journal of a run directory. Creates nothing.
+    pub(crate) fn open(run: &Path) -> Result<Self, JournalError> {
+        let path = Path::new("/proc/sys/kernel/random/boot_id");
+        let boot = std::fs::read_to_string(path).map_err(|e| JournalError::io(path, e))?;
+        Ok(Self { directory: run.join("attachments"), boot: boot.trim().to_owned() })
+    }
+
+    /// The id of this boot.
+    pub(crate) fn boot(&self) -> &str {
+        &self.boot
+    }
+
+    fn path(&self, id: AttachmentId) -> PathBuf {
+        self.directory.join(id.to_string())
+    }
+
+    fn make_directory(&self) -> Result<(), JournalError> {
+        let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.directory);
+        made.map_err(|e| JournalError::io(&self.directory, e))
+    }
+
+    /// Creates the record's file, or opens it where it exists; locks it.
+    pub(crate) fn enter(&self, id: AttachmentId) -> Result<Entered, JournalError> {
+        let path = self.path(id);
+        loop {
+            let after = pass_gate("create record", &path)?;
+            let created = OpenOptions::new().read(true).append(true).create_new(true).mode(0o600).open(&path);
+            match created {
+                Ok(file) => {
+                    if after.0 == Gate::DieAfter {
+                        std::process::abort();
+                    }
+                    if let Some(entry) = Entry::lock(file, &path)? {
+                        return Ok(Entered::New(entry));
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    if let Some((entry, record)) = self.find(id)? {
+                        return Ok(Entered::Old(entry, record));
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => self.make_directory()?,
+                Err(error) => return Err(JournalError::io(&path, error)),
+            }
+        }
+    }
+
+    /// Opens and locks an existing record. The record itself is `None` where its writer was killed before anything was
+    /// done.
+    pub(crate) fn find(&self, id: AttachmentId) -> Result<Option<(Entry, Option<Record>)>, JournalError> {
+        let path = self.path(id);
+        loop {
+            let file = match OpenOptions::new().read(true).append(true).open(&path) {
+                Ok(file) => file,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+                Err(error) => return Err(JournalError::io(&path, error)),
+            };
+            if let Some(mut entry) = Entry::lock(file, &path)? {
+                let record = entry.read()?;
+                return Ok(Some((entry, record)));
+            }
+        }
+    }
+
+    /// The ids of all records.
+    pub(crate) fn ids(&self) -> Result<Vec<AttachmentId>, JournalError> {
+        let directory = match std::fs::read_dir(&self.directory) {
+            Ok(directory) => directory,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(JournalError::io(&self.directory, error)),
+        };
+        let mut ids = Vec::new();
+        for file in directory {
+            let file = file.map_err(|e| JournalError::io(&self.directory, e))?;
+            ids.extend(file.file_name().to_str().and_then(|name| name.parse::<AttachmentId>().ok()));
+        }
+        ids.sort();
+        Ok(ids)
+    }
+
+    /// Reads all finished and unfinished records of a network, without their locks.
+    pub(crate) fn records(&self, network: &NetworkName) -> Result<Vec<Record>, JournalError> {
+        let mut records = Vec::new();
+        for id in self.ids()? {
+            let path = self.path(id);
+            let text = match std::fs::read_to_string(&path) {
+                Ok(text) => text,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(JournalError::io(&path, error)),
+            };
+            records.extend(parse(&text, &path)?.filter(|r| r.key.network == *network));
+        }
+        Ok(records)
+    }
+
+    /// Waits for the lock on what attachments share.
+    pub(crate) fn lock_shared_state(&self, exclusive: bool) -> Result<SharedLock, JournalError> {
+        let failed = |e| JournalError::io(&self.directory, e);
+        let open = || File::open(&self.directory);
+        let file = match open() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                self.make_directory()?;
+                open()
+            }
+            other => other,
+        };
+        let file = file.map_err(failed)?;
+        if exclusive { file.lock() } else { file.lock_shared() }.map_err(failed)?;
+        Ok(SharedLock(file))
+    }
+}
+
+impl Entry {
+    /// `None` where the file was removed before the lock was had.
+    fn lock(file: File, path: &Path) -> Result<Option<Self>, JournalError> {
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(JournalError::Busy { path: path.to_owned() }),
+            Err(TryLockError::Error(error)) => return Err(JournalError::io(path, error)),
+        }
+        let metadata = file.metadata().map_err(|e| JournalError::io(path, e))?;
+        Ok((metadata.nlink() > 0).then(|| Self { file, path: path.to_owned() }))
+    }
+
+    fn read(&mut self) -> Result<Option<Record>, JournalError> {
+        let mut text = String::new();
+        self.file.read_to_string(&mut text).map_err(|e| JournalError::io(&self.path, e))?;
+        parse(&text, &self.path)
+    }
+
+    /// Writes what is about to be done.
+    pub(crate) fn begin(&mut self, record: &Record) -> Result<(), JournalError> {
+        self.append("write intent", &WriteLine::Intent(record))
+    }
+
+    /// Writes that it is done.
+    pub(crate) fn complete(&mut self, done: &Done) -> Result<(), JournalError> {
+        self.append("write completion", &WriteLine::Done(done))
+    }
+
+    fn append(&mut self, what: &'static str, line: &WriteLine<'_>) -> Result<(), JournalError> {
+        let mut text = serde_json::to_vec(line).map_err(|e| JournalError::io(&self.path, e.into()))?;
+        text.push(b'\n');
+        let after = pass_gate(what, &self.path)?;
+        self.file.write_all(&text).map_err(|e| JournalError::io(&self.path, e))?;
+        after.finish(&self.path)
+    }
+
+    /// Forgets what was written, when it has been undone.
+    pub(crate) fn clear(&mut self) -> Result<(), JournalError> {
+        self.file.set_len(0).map_err(|e| JournalError::io(&self.path, e))
+    }
+
+    /// Removes the record.
+    pub(crate) fn remove(self) -> Result<(), JournalError> {
+        let after = pass_gate("remove record", &self.path)?;
+        match std::fs::remove_file(&self.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(JournalError::io(&self.path, error)),
+            _ => {}
+        }
+        after.finish(&self.path)
+    }
+}
+
+/// Reads a record. A last line without its end was being written by a process that was killed, and says nothing.
+fn parse(text: &str, path: &Path) -> Result<Option<Record>, JournalError> {
+    let mut record: Option<Record> = None;
+    for (number, line) in text.split_inclusive('\n').enumerate().filter(|(_, line)| line.ends_with('\n')) {
+        let malformed = |reason: String| JournalError::Malformed { path: path.to_owned(), line: number + 1, reason };
+        match serde_json::from_str(line).map_err(|e| malformed(e.to_string()))? {
+            ReadLine::Intent(intent) => record = Some(*intent),
+            ReadLine::Done(done) => match &mut record {
+                Some(record) => record.done = Some(done),
+                None => return Err(malformed("a completion without its intent".to_owned())),
+            },
+        }
+    }
+    Ok(record)
+}
+
+struct After(Gate);
+
+impl After {
+    fn finish(self, path: &Path) -> Result<(), JournalError> {
+        match self.0 {
+            Gate::Lose => Err(JournalError::io(path, io::Error::other("injected: outcome unknown"))),
+            Gate::DieAfter => std::process::abort(),
+            Gate::Pass | Gate::Fail(_) => Ok(()),
+        }
+    }
+}
+
+fn pass_gate(what: &'static str, path: &Path) -> Result<After, JournalError> {
+    match gate(what) {
+        Gate::Fail(errno) => Err(JournalError::io(path, io::Error::from_raw_os_error(errno))),
+        gate => Ok(After(gate)),
+    }
+}
+
+/// Why the journal could not be read or written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum JournalError {
+    /// Another process or thread works on the same attachment.
+    #[error("{}: another process works on this attachment now; try again", path.display())]
+    Busy {
+        /// The record's file.
+        path: PathBuf,
+    },
+    /// The file system refused.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What it answered.
+        #[source]
+        source: io::Error,
+    },
+    /// The record is not what this program writes.
+    #[error("{}: line {line}: {reason}; detach the attachment, or remove the file once its devices are gone", path.display())]
+    Malformed {
+        /// The record's file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+impl JournalError {
+    fn io(path: &Path, source: io::Error) -> Self {
+        Self::Io { path: path.to_owned(), source }
+    }
+}

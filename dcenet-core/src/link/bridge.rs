@@ -1,0 +1,167 @@
+//! A veth whose host end is a port of a Linux bridge.
+//!
+//! ```text
+//!  pod: eth0 ---- dc<id>: port of BRIDGE [ gateway addresses, if isGateway ] :host
+//! ```
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    HostView, LinkDriver, LinkRequest, Need, PlanError, Policy, check_mtu, check_routes, gateway_of, host_mac,
+    link_local,
+};
+use crate::model::{AttachmentKey, IfName, MacAddr, Mtu};
+use crate::plan::{End, Operation, Plan, RouteSpec, Step, Target, Undo, mark, shared_mark};
+use crate::provider::LeasedAddress;
+use ipnet::IpNet;
+
+/// `"link": { "kind": "bridge", ... }`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct BridgeConfig {
+    /// The bridge; made where it is missing.
+    pub bridge: IfName,
+    /// MTU of the pod's device, in bytes; the kernel's default (1500) where absent. A bridge that is made gets the
+    /// same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<Mtu>,
+    /// Whether the bridge carries the gateway addresses of the pods' subnets and forwards for them.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub is_gateway: bool,
+    /// Whether a pod may reach itself through an address that the host translates to its own: frames may leave a port
+    /// by which they came.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub hairpin_mode: bool,
+}
+
+impl BridgeConfig {
+    fn end(&self, key: &AttachmentKey) -> End {
+        // Of the first attachment, whose container id no other host has: two hosts' bridges may share a wire.
+        let mut bytes = key.mac().bytes();
+        bytes[4] ^= 0xff;
+        End { name: self.bridge.clone(), mac: MacAddr::new(bytes) }
+    }
+
+    fn gateways(&self, addresses: &[LeasedAddress]) -> Vec<IpNet> {
+        let gateway = |a: &LeasedAddress| IpNet::new(a.gateway?, a.address.prefix_len()).ok();
+        if self.is_gateway { addresses.iter().filter_map(gateway).collect() } else { Vec::new() }
+    }
+
+    fn plan_bridge(&self, request: &LinkRequest, host: &HostView, steps: &mut Vec<Step>) -> Result<(), PlanError> {
+        let gateways = self.gateways(&request.addresses);
+        let add_gateway = |address: IpNet| {
+            Step::new(Target::Host, Operation::AddAddress { link: self.bridge.clone(), address })
+                .undone_by(Undo::DeleteIdleAddress { link: self.bridge.clone(), address })
+                .content_with(&[libc::EEXIST])
+        };
+        let on_bridge = |operation| Step::new(Target::Host, operation);
+        let Some(bridge) = host.link(&self.bridge) else {
+            let end = self.end(&request.key);
+            steps.push(
+                on_bridge(Operation::CreateBridge { bridge: end.clone(), mtu: self.mtu })
+                    .undone_by(Undo::DeleteIdleBridge(end)),
+            );
+            let alias = shared_mark(&self.bridge);
+            steps.push(on_bridge(Operation::Mark { link: self.bridge.clone(), alias }));
+            steps.push(no_link_local(Target::Host, &self.bridge));
+            if self.is_gateway {
+                steps.push(on_bridge(Operation::ForwardIpv4 { link: self.bridge.clone() }));
+            }
+            steps.push(on_bridge(Operation::Up { link: self.bridge.clone(), master: None }));
+            steps.extend(gateways.into_iter().map(add_gateway));
+            return Ok(());
+        };
+        if bridge.kind.as_deref() != Some("bridge") {
+            return Err(PlanError::Conflict {
+                link: self.bridge.clone(),
+                reason: format!(
+                    "is a {} device and not a bridge; rename it, or name another in link.bridge",
+                    bridge.kind.as_deref().unwrap_or("physical")
+                ),
+            });
+        }
+        if !bridge.is_up() {
+            steps.push(on_bridge(Operation::Up { link: self.bridge.clone(), master: None }));
+        }
+        steps.extend(gateways.into_iter().filter(|a| !host.has_address(bridge, *a)).map(add_gateway));
+        for address in &request.addresses {
+            let operation = Operation::ForgetNeighbour { link: self.bridge.clone(), address: address.address.addr() };
+            steps.push(on_bridge(operation).content_with(NOT_KNOWN));
+        }
+        Ok(())
+    }
+}
+
+impl LinkDriver for BridgeConfig {
+    fn kind(&self) -> &'static str {
+        "bridge"
+    }
+
+    fn needs(&self, _: &LinkRequest) -> Vec<Need> {
+        vec![Need { link: self.bridge.clone(), addresses: self.is_gateway }]
+    }
+
+    fn plan(&self, request: &LinkRequest, host: &HostView) -> Result<Plan, PlanError> {
+        check_routes(&request.routes)?;
+        check_mtu(self.mtu, &request.addresses)?;
+        let key = &request.key;
+        let pod = End { name: key.ifname.clone(), mac: request.mac };
+        let end = End { name: key.id().host_ifname(), mac: host_mac(key, request.mac) };
+        let mut steps = create_pair(&pod, &end, self.mtu, key);
+        pod_addresses(&pod, &request.addresses, &mut steps);
+        for route in &request.routes {
+            let gateway = gateway_of(route, &request.addresses);
+            let on_link = gateway.is_some_and(|g| !request.addresses.iter().any(|a| a.address.contains(&g)));
+            let route = RouteSpec { destination: route.destination, gateway, on_link, metric: None, table: None };
+            steps.push(Step::new(Target::Pod, Operation::AddRoute { link: pod.name.clone(), route }));
+        }
+        host_end(&end, key, request.policy, &mut steps);
+        self.plan_bridge(request, host, &mut steps)?;
+        let master = Some(self.bridge.clone());
+        steps.push(Step::new(Target::Host, Operation::Up { link: end.name.clone(), master }));
+        if self.hairpin_mode {
+            steps.push(Step::new(Target::Host, Operation::Hairpin { port: end.name.clone() }));
+        }
+        Ok(Plan { steps, host_end: Some(end), pod_end: pod, bridge: Some(self.bridge.clone()) })
+    }
+}
+
+/// The pair, its pod's end marked and up: the first batch of every veth.
+pub(super) fn create_pair(pod: &End, host: &End, mtu: Option<Mtu>, key: &AttachmentKey) -> Vec<Step> {
+    let create = Operation::CreateVeth { near: pod.clone(), far: host.clone(), mtu };
+    vec![
+        Step::new(Target::Pod, create).undone_by(Undo::DeleteLink { target: Target::Host, end: host.clone() }),
+        Step::new(Target::Pod, Operation::Mark { link: pod.name.clone(), alias: mark(key) }),
+        no_link_local(Target::Pod, &pod.name),
+        Step::new(Target::Pod, Operation::Up { link: pod.name.clone(), master: None }),
+    ]
+}
+
+/// The addresses of the pod's end, with a link-local one where there is IPv6.
+pub(super) fn pod_addresses(pod: &End, addresses: &[LeasedAddress], steps: &mut Vec<Step>) {
+    let local = addresses.iter().any(|a| a.address.addr().is_ipv6()).then(|| link_local(pod.mac));
+    for address in local.into_iter().chain(addresses.iter().map(|a| a.address)) {
+        steps.push(Step::new(Target::Pod, Operation::AddAddress { link: pod.name.clone(), address }));
+    }
+}
+
+/// The host's end, still down: under policy, then marked.
+pub(super) fn host_end(end: &End, key: &AttachmentKey, policy: Policy, steps: &mut Vec<Step>) {
+    if policy == Policy::Wanted {
+        steps.push(Step::new(Target::Host, Operation::AttachPolicy).undone_by(Undo::DetachPolicy));
+    }
+    steps.push(Step::new(Target::Host, Operation::Mark { link: end.name.clone(), alias: mark(key) }));
+    steps.push(no_link_local(Target::Host, &end.name));
+}
+
+fn no_link_local(target: Target, link: &IfName) -> Step {
+    // A kernel without IPv6 makes no link-local addresses.
+    Step::new(target, Operation::NoLinkLocal { link: link.clone() }).content_with(&[libc::EAFNOSUPPORT])
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
+/// There was no such neighbour, or no such family.
+const NOT_KNOWN: &[i32] = &[libc::ENOENT, libc::EAFNOSUPPORT];

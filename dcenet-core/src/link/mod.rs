@@ -1,0 +1,187 @@
+//! Link drivers: what kind of device connects a pod, and how.
+//!
+//! A driver plans and recognises; it touches nothing. One file beside this one per kind of link.
+
+mod bridge;
+mod veth;
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+pub use self::bridge::BridgeConfig;
+pub use self::veth::VethConfig;
+use crate::model::{AttachmentKey, IfName, MacAddr};
+use crate::netlink::{AddressView, LinkView};
+use crate::plan::Plan;
+use crate::provider::{LeasedAddress, LeasedRoute};
+
+/// Plans attachments of one kind.
+///
+/// All methods are pure: called as often as anybody likes, from any thread, without privileges.
+pub trait LinkDriver: Send + Sync {
+    /// The name of the kind, as in the configuration's `link.kind`.
+    fn kind(&self) -> &'static str;
+
+    /// The links of the host that the plan depends on. Called before each [`plan`](Self::plan); the engine looks them
+    /// up, with their addresses where `addresses` is set.
+    fn needs(&self, request: &LinkRequest) -> Vec<Need>;
+
+    /// What attaching takes, given what the host looks like now.
+    ///
+    /// # Errors
+    /// Where the request, the configuration and the host contradict each other.
+    fn plan(&self, request: &LinkRequest, host: &HostView) -> Result<Plan, PlanError>;
+}
+
+/// What is to be attached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkRequest {
+    /// The attachment.
+    pub key: AttachmentKey,
+    /// The pod end's Ethernet address.
+    pub mac: MacAddr,
+    /// The pod's addresses.
+    pub addresses: Vec<LeasedAddress>,
+    /// The pod's routes.
+    pub routes: Vec<LeasedRoute>,
+    /// Whether the host's end is put under policy before it is up.
+    pub policy: Policy,
+}
+
+/// Whether policy is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Policy {
+    /// The engine's policy sink decides for the attachment.
+    Wanted,
+    /// Nothing is attached.
+    None,
+}
+
+/// A link of the host that a plan depends on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Need {
+    /// Its name.
+    pub link: IfName,
+    /// Whether its addresses matter too.
+    pub addresses: bool,
+}
+
+/// What the host looks like, as far as the driver needed it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct HostView {
+    /// The links that exist.
+    pub links: Vec<LinkView>,
+    /// Their addresses.
+    pub addresses: Vec<AddressView>,
+}
+
+impl HostView {
+    /// The link of this name.
+    pub fn link(&self, name: &IfName) -> Option<&LinkView> {
+        self.links.iter().find(|l| l.name == name.as_str())
+    }
+
+    /// Whether the link has the address with this prefix length.
+    pub fn has_address(&self, link: &LinkView, address: IpNet) -> bool {
+        self.addresses.iter().any(|a| a.index == link.index && a.address == address)
+    }
+}
+
+/// The `link` section of a configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum LinkConfig {
+    /// A veth whose host end is a port of a Linux bridge.
+    Bridge(BridgeConfig),
+    /// A veth with routed addresses and no bridge.
+    Veth(VethConfig),
+}
+
+impl LinkConfig {
+    /// The driver for it.
+    pub fn driver(&self) -> &dyn LinkDriver {
+        match self {
+            Self::Bridge(config) => config,
+            Self::Veth(config) => config,
+        }
+    }
+}
+
+/// Why no plan could be made.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PlanError {
+    /// The configuration or the request is wrong; it will be until somebody changes it.
+    #[error("{field} {value:?}: {reason}")]
+    Invalid {
+        /// The path of the wrong field, such as `link.bridge`.
+        field: &'static str,
+        /// Its value.
+        value: String,
+        /// Why it is refused, and what would be accepted.
+        reason: String,
+    },
+    /// Something on the host stands in the way.
+    #[error("link {link}: {reason}")]
+    Conflict {
+        /// The link.
+        link: IfName,
+        /// What is wrong with it, and the remedy.
+        reason: String,
+    },
+}
+
+/// The gateway of a route: its own, else the subnet router of its family.
+fn gateway_of(route: &LeasedRoute, addresses: &[LeasedAddress]) -> Option<IpAddr> {
+    let same_family = |ip: &IpAddr| ip.is_ipv4() == route.destination.addr().is_ipv4();
+    route.gateway.or_else(|| addresses.iter().filter_map(|a| a.gateway).find(same_family))
+}
+
+/// Refuses routes whose gateway is of the other family, before the kernel does it with fewer words.
+fn check_routes(routes: &[LeasedRoute]) -> Result<(), PlanError> {
+    for route in routes {
+        if let Some(gateway) = route.gateway
+            && gateway.is_ipv4() != route.destination.addr().is_ipv4()
+        {
+            return Err(PlanError::Invalid {
+                field: "routes[].gw",
+                value: gateway.to_string(),
+                reason: format!("not of the family of {}; give a gateway of the same family", route.destination),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a pod whose addresses do not fit the family's needs on this MTU.
+fn check_mtu(mtu: Option<crate::model::Mtu>, addresses: &[LeasedAddress]) -> Result<(), PlanError> {
+    let ipv6 = addresses.iter().any(|a| a.address.addr().is_ipv6());
+    match mtu {
+        Some(mtu) if ipv6 && mtu.get() < crate::model::Mtu::IPV6_MIN => Err(PlanError::Invalid {
+            field: "link.mtu",
+            value: mtu.to_string(),
+            reason: format!("IPv6 needs at least {} bytes (RFC 8200, section 5)", crate::model::Mtu::IPV6_MIN),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// The IPv6 link-local address that belongs to an Ethernet address (RFC 4291, appendix A).
+fn link_local(mac: MacAddr) -> IpNet {
+    let [a, b, c, d, e, f] = mac.bytes();
+    let address = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f];
+    IpNet::new(IpAddr::from(address), 64).expect("64 is at most 128")
+}
+
+/// The host end's address: as the pod's, of the attachment alone, but another.
+fn host_mac(key: &AttachmentKey, pod: MacAddr) -> MacAddr {
+    let mut bytes = key.mac().bytes();
+    // The derived address is local and unicast by its first byte; the last one may be anything.
+    bytes[5] ^= 0xff;
+    let mac = MacAddr::new(bytes);
+    if mac == pod { key.mac() } else { mac }
+}

@@ -1,0 +1,134 @@
+//! The one gate through which every netlink request and every journal write passes.
+//!
+//! With the feature `test-support` a test makes the n-th call fail, or the process die there; without it the gate is
+//! nothing.
+
+/// What the caller of [`gate`] does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Gate {
+    /// The call itself.
+    Pass,
+    /// Not the call, but report it as failed with this errno.
+    #[cfg_attr(not(feature = "test-support"), expect(dead_code, reason = "no fault without the feature"))]
+    Fail(i32),
+    /// The call, and report its outcome as unknown.
+    #[cfg_attr(not(feature = "test-support"), expect(dead_code, reason = "no fault without the feature"))]
+    Lose,
+    /// The call, and end the process when it is done.
+    #[cfg_attr(not(feature = "test-support"), expect(dead_code, reason = "no fault without the feature"))]
+    DieAfter,
+}
+
+#[cfg(not(feature = "test-support"))]
+pub(crate) fn gate(_operation: &str) -> Gate {
+    Gate::Pass
+}
+
+#[cfg(feature = "test-support")]
+pub(crate) use armed::gate;
+#[cfg(feature = "test-support")]
+pub use armed::{Fault, Injection, with_fault};
+
+#[cfg(feature = "test-support")]
+mod armed {
+    use std::cell::RefCell;
+    use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use super::Gate;
+
+    /// How the chosen call fails.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub enum Fault {
+        /// It is not made, and reported as refused with ENOBUFS.
+        Fail,
+        /// It is made, and its reply is lost.
+        Lose,
+        /// The process aborts before it.
+        Abort,
+        /// The process aborts after it took effect. For a message in a batch: after the whole batch.
+        AbortAfter,
+    }
+
+    /// Which call fails, and how. Calls count from 1: netlink requests and journal writes, in order.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub struct Injection {
+        /// The call; 0 for none, to count calls only.
+        pub call: u64,
+        /// What happens to it.
+        pub fault: Fault,
+    }
+
+    impl Injection {
+        /// Reads `fail:7`, `lose:7`, `abort:7` or `abort-after:7`, the form of the environment variable
+        /// `DCENET_FAULT`, which applies to the whole process.
+        pub fn parse(text: &str) -> Option<Self> {
+            let (fault, call) = text.split_once(':')?;
+            let fault = match fault {
+                "fail" => Fault::Fail,
+                "lose" => Fault::Lose,
+                "abort" => Fault::Abort,
+                "abort-after" => Fault::AbortAfter,
+                _ => return None,
+            };
+            Some(Self { call: call.parse().ok()?, fault })
+        }
+
+        fn meet(self, count: u64, operation: &str) -> Gate {
+            if self.call != count {
+                return Gate::Pass;
+            }
+            tracing::debug!(call = count, fault = ?self.fault, operation, "injected fault");
+            match self.fault {
+                Fault::Fail => Gate::Fail(libc::ENOBUFS),
+                Fault::Lose => Gate::Lose,
+                Fault::Abort => std::process::abort(),
+                Fault::AbortAfter => Gate::DieAfter,
+            }
+        }
+    }
+
+    thread_local! {
+        static ARMED: RefCell<Option<(Injection, u64)>> = const { RefCell::new(None) };
+    }
+
+    /// Runs `f` with the fault armed on this thread, and returns its value and the number of calls it made.
+    ///
+    /// # Panics
+    /// If called inside itself.
+    pub fn with_fault<R>(injection: Injection, f: impl FnOnce() -> R) -> (R, u64) {
+        struct Disarm;
+        impl Drop for Disarm {
+            fn drop(&mut self) {
+                ARMED.set(None);
+            }
+        }
+        assert!(ARMED.replace(Some((injection, 0))).is_none(), "with_fault inside with_fault");
+        let disarm = Disarm;
+        let value = f();
+        let calls = ARMED.with_borrow(|armed| armed.map_or(0, |(_, count)| count));
+        drop(disarm);
+        (value, calls)
+    }
+
+    pub(crate) fn gate(operation: &str) -> Gate {
+        let local = ARMED.with_borrow_mut(|armed| {
+            let (injection, count) = armed.as_mut()?;
+            *count += 1;
+            Some((*injection, *count))
+        });
+        if let Some((injection, count)) = local {
+            return injection.meet(count, operation);
+        }
+        static PROCESS: OnceLock<Option<Injection>> = OnceLock::new();
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let process = PROCESS.get_or_init(|| {
+            let text = std::env::var("DCENET_FAULT").ok()?;
+            Some(Injection::parse(&text).unwrap_or_else(|| panic!("DCENET_FAULT {text:?}: want KIND:N")))
+        });
+        match process {
+            Some(injection) => injection.meet(COUNT.fetch_add(1, Ordering::Relaxed) + 1, operation),
+            None => Gate::Pass,
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! Links: `struct ifinfomsg` and the `IFLA_*` attributes (`include/uapi/linux/if_link.h`, `net/core/rtnetlink.c`).
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use super::message::{Attributes, Message, field, number, text};
+use crate::model::{IfIndex, IfName, MacAddr};
+
+/// A link as the kernel describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkView {
+    /// Its index.
+    pub index: IfIndex,
+    /// Its name.
+    pub name: String,
+    /// The driver's name, such as `veth`; physical devices have none.
+    pub kind: Option<String>,
+    /// Its address, where it is an Ethernet one.
+    pub mac: Option<MacAddr>,
+    /// Its MTU in bytes.
+    pub mtu: u32,
+    /// `IFF_*` flags.
+    pub flags: u32,
+    /// Its alias, where ours carry their mark.
+    pub alias: Option<String>,
+    /// The index of the bridge or other device that it belongs to.
+    pub master: Option<IfIndex>,
+    /// The index of its other end or parent (`IFLA_LINK`), in the namespace where that lives.
+    pub peer: Option<IfIndex>,
+}
+
+impl LinkView {
+    /// Reads a `RTM_NEWLINK` payload.
+    pub(crate) fn parse(payload: &[u8]) -> Option<Self> {
+        let attributes = Attributes::new(payload.get(HEADER..)?);
+        let index = |attribute| attributes.find(attribute).and_then(number).and_then(IfIndex::new);
+        Some(Self {
+            index: IfIndex::new(field(payload, 4).map(u32::from_ne_bytes)?)?,
+            name: attributes.find(libc::IFLA_IFNAME).map(text)?,
+            kind: attributes
+                .find(libc::IFLA_LINKINFO)
+                .and_then(|info| Attributes::new(info).find(libc::IFLA_INFO_KIND))
+                .map(text),
+            mac: attributes.find(libc::IFLA_ADDRESS).and_then(|a| a.try_into().ok()).map(MacAddr::new),
+            mtu: attributes.find(libc::IFLA_MTU).and_then(number).unwrap_or_default(),
+            flags: field(payload, 8).map(u32::from_ne_bytes)?,
+            alias: attributes.find(libc::IFLA_IFALIAS).map(text),
+            master: index(libc::IFLA_MASTER),
+            peer: index(libc::IFLA_LINK),
+        })
+    }
+
+    /// Whether it is administratively up (`IFF_UP`).
+    pub fn is_up(&self) -> bool {
+        self.flags & libc::IFF_UP as u32 != 0
+    }
+}
+
+/// A veth pair: one end here, the other in the namespace behind `peer_netns`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct NewVeth<'a> {
+    pub(crate) name: &'a IfName,
+    pub(crate) mac: MacAddr,
+    pub(crate) mtu: Option<u32>,
+    pub(crate) peer_name: &'a IfName,
+    pub(crate) peer_mac: MacAddr,
+    pub(crate) peer_netns: BorrowedFd<'a>,
+}
+
+/// Creates a pair, both ends down. Both have explicit addresses: udev would otherwise give them others later
+/// (systemd's `MACAddressPolicy=persistent`). The reply describes this end, and the other's index in `peer`.
+pub(crate) fn create_veth(veth: &NewVeth<'_>) -> Message {
+    let what = format!("create veth {} with peer {}", veth.name, veth.peer_name);
+    let mut message = new_link(CREATE, what, &header(0, 0, 0));
+    message.text(libc::IFLA_IFNAME, veth.name.as_str());
+    message.bytes(libc::IFLA_ADDRESS, &veth.mac.bytes());
+    if let Some(mtu) = veth.mtu {
+        message.u32(libc::IFLA_MTU, mtu);
+    }
+    message.nest(libc::IFLA_LINKINFO, |info| {
+        info.text(libc::IFLA_INFO_KIND, "veth");
+        info.nest(libc::IFLA_INFO_DATA, |data| {
+            data.nest(VETH_INFO_PEER, |peer| {
+                peer.append(&header(0, 0, 0));
+                peer.text(libc::IFLA_IFNAME, veth.peer_name.as_str());
+                peer.bytes(libc::IFLA_ADDRESS, &veth.peer_mac.bytes());
+                if let Some(mtu) = veth.mtu {
+                    peer.u32(libc::IFLA_MTU, mtu);
+                }
+                peer.bytes(libc::IFLA_NET_NS_FD, &veth.peer_netns.as_raw_fd().to_ne_bytes());
+            });
+        });
+    });
+    message
+}
+
+/// Creates a bridge, down. A bridge whose address was given keeps it when ports come and go
+/// (`br_stp_recalculate_bridge_id` in `net/bridge/br_stp_if.c`).
+pub(crate) fn create_bridge(name: &IfName, mac: MacAddr, mtu: Option<u32>) -> Message {
+    let mut message = new_link(CREATE, format!("create bridge {name}"), &header(0, 0, 0));
+    message.text(libc::IFLA_IFNAME, name.as_str());
+    message.bytes(libc::IFLA_ADDRESS, &mac.bytes());
+    if let Some(mtu) = mtu {
+        message.u32(libc::IFLA_MTU, mtu);
+    }
+    message.nest(libc::IFLA_LINKINFO, |info| {
+        info.text(libc::IFLA_INFO_KIND, "bridge");
+    });
+    message
+}
+
+/// What [`set_link`] changes; `None` and `false` leave things as they are.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct LinkChange<'a> {
+    pub(crate) up: bool,
+    pub(crate) alias: Option<&'a str>,
+    pub(crate) master: Option<IfIndex>,
+    pub(crate) no_ipv6_link_local: bool,
+    pub(crate) ipv4_forwarding: bool,
+}
+
+/// Changes an existing link. By index and never by name: in a batch the creation before it may have failed because
+/// somebody else has the name.
+pub(crate) fn set_link(name: &IfName, index: IfIndex, change: &LinkChange<'_>) -> Message {
+    let LinkChange { up, alias, master, no_ipv6_link_local, ipv4_forwarding } = *change;
+    let flag = if up { libc::IFF_UP as u32 } else { 0 };
+    let mut what = format!("configure link {name}:");
+    let said = [
+        (up, "up"),
+        (alias.is_some(), "alias"),
+        (master.is_some(), "master"),
+        (no_ipv6_link_local, "addr_gen_mode none"),
+        (ipv4_forwarding, "ipv4 forwarding"),
+    ];
+    for (_, word) in said.iter().filter(|(set, _)| *set) {
+        what.push(' ');
+        what.push_str(word);
+    }
+    let mut message = new_link(0, what, &header(index.get(), flag, flag));
+    if let Some(alias) = alias {
+        message.bytes(libc::IFLA_IFALIAS, alias.as_bytes());
+    }
+    if let Some(master) = master {
+        message.u32(libc::IFLA_MASTER, master.get());
+    }
+    if no_ipv6_link_local || ipv4_forwarding {
+        message.nest(libc::IFLA_AF_SPEC | NESTED, |spec| {
+            if ipv4_forwarding {
+                spec.nest(libc::AF_INET as u16 | NESTED, |inet| {
+                    inet.nest(IFLA_INET_CONF | NESTED, |conf| {
+                        conf.u32(IPV4_DEVCONF_FORWARDING, 1);
+                    });
+                });
+            }
+            if no_ipv6_link_local {
+                spec.nest(libc::AF_INET6 as u16 | NESTED, |inet6| {
+                    inet6.u8(IFLA_INET6_ADDR_GEN_MODE, IN6_ADDR_GEN_MODE_NONE);
+                });
+            }
+        });
+    }
+    message
+}
+
+/// Lets a bridge port send a frame back out of the port it came from.
+pub(crate) fn hairpin(port: &IfName, index: IfIndex) -> Message {
+    let mut head = header(index.get(), 0, 0);
+    head[0] = libc::AF_BRIDGE as u8;
+    let mut message = Message::new(libc::RTM_SETLINK, 0, format!("set hairpin on port {port}"), &head);
+    message.nest(libc::IFLA_PROTINFO | NESTED, |port| {
+        port.u8(IFLA_BRPORT_MODE, 1);
+    });
+    message
+}
+
+/// Deletes a link by index.
+pub(crate) fn delete_link(name: &str, index: IfIndex) -> Message {
+    Message::new(libc::RTM_DELLINK, 0, format!("delete link {name}"), &header(index.get(), 0, 0))
+}
+
+/// Asks for one link.
+pub(crate) fn link_by_name(name: &IfName) -> Message {
+    let mut message = Message::new(libc::RTM_GETLINK, 0, format!("look up link {name}"), &header(0, 0, 0));
+    message.text(libc::IFLA_IFNAME, name.as_str());
+    message.u32(libc::IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS);
+    message
+}
+
+/// Asks for all links, or those of one bridge.
+pub(crate) fn link_dump(master: Option<IfIndex>) -> Message {
+    let mut message = Message::new(libc::RTM_GETLINK, 0, "list links", &header(0, 0, 0));
+    if let Some(master) = master {
+        message.u32(libc::IFLA_MASTER, master.get());
+    }
+    message.u32(libc::IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS);
+    message
+}
+
+fn new_link(flags: u16, operation: String, header: &[u8]) -> Message {
+    Message::new(libc::RTM_NEWLINK, flags, operation, header)
+}
+
+/// `struct ifinfomsg`.
+fn header(index: u32, flags: u32, change: u32) -> [u8; HEADER] {
+    let mut header = [0; HEADER];
+    header[4..8].copy_from_slice(&index.to_ne_bytes());
+    header[8..12].copy_from_slice(&flags.to_ne_bytes());
+    header[12..16].copy_from_slice(&change.to_ne_bytes());
+    header
+}
+
+const HEADER: usize = 16;
+/// The echo tells the indices of both ends (since Linux 6.2; before, there is none).
+const CREATE: u16 = (libc::NLM_F_CREATE | libc::NLM_F_EXCL | libc::NLM_F_ECHO) as u16;
+const NESTED: u16 = libc::NLA_F_NESTED as u16;
+const VETH_INFO_PEER: u16 = 1;
+const IFLA_INET_CONF: u16 = 1;
+/// `IPV4_DEVCONF_FORWARDING` of `include/uapi/linux/ip.h`, which counts from 1 as the attribute does.
+const IPV4_DEVCONF_FORWARDING: u16 = 1;
+const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
+const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
+/// `IFLA_BRPORT_MODE`: hairpin.
+const IFLA_BRPORT_MODE: u16 = 4;
+const RTEXT_FILTER_SKIP_STATS: u32 = 8;

@@ -1,0 +1,67 @@
+//! Netlink: the only sender of it on behalf of this crate.
+//!
+//! Synchronous on purpose: the kernel works on a request inside `send`, under one lock for all of a namespace, so that
+//! there is nothing to overlap. A [`Socket`] belongs to one namespace and one operation.
+//!
+//! Requests are encoded here and not by `netlink-packet-route`, because they must be laid out exactly as
+//! `include/uapi/linux/rtnetlink.h` and its companions say, several in one buffer; the tests compare them with what
+//! that crate and iproute2 make of them.
+
+mod address;
+mod fault;
+mod link;
+mod message;
+mod neighbour;
+mod route;
+mod socket;
+
+pub use address::AddressView;
+pub use link::LinkView;
+pub use message::{Attributes, Message};
+pub use neighbour::NeighbourView;
+pub use route::{RouteView, RuleView};
+pub use socket::{Failure, Family, NetlinkError, Reply, Socket};
+
+#[cfg(feature = "test-support")]
+pub use fault::{Fault, Injection, with_fault};
+
+pub(crate) use address::{add_address, address_dump, delete_address};
+pub(crate) use fault::{Gate, gate};
+pub(crate) use link::{
+    LinkChange, NewVeth, create_bridge, create_veth, delete_link, hairpin, link_by_name, link_dump, set_link,
+};
+pub(crate) use neighbour::{add_neighbour, delete_neighbour, neighbour_dump};
+#[cfg(feature = "test-support")]
+pub(crate) use route::rule_dump;
+pub(crate) use route::{NewRoute, add_route, route_dump};
+
+/// Marks routes and rules of ours, in the field that tells who made them (`rtm_protocol`; 220 is free in iproute2's
+/// `rt_protos`).
+pub const PROTOCOL: u8 = 220;
+
+use std::net::IpAddr;
+
+/// The address family of an address, as the kernel numbers it.
+pub(crate) fn family_of(address: IpAddr) -> u8 {
+    match address {
+        IpAddr::V4(_) => libc::AF_INET as u8,
+        IpAddr::V6(_) => libc::AF_INET6 as u8,
+    }
+}
+
+/// An address's bytes in wire order.
+pub(crate) fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(a) => a.octets().to_vec(),
+        IpAddr::V6(a) => a.octets().to_vec(),
+    }
+}
+
+/// Reads an address of 4 or 16 bytes.
+pub(crate) fn ip(bytes: &[u8]) -> Option<IpAddr> {
+    match bytes.len() {
+        4 => Some(IpAddr::from(<[u8; 4]>::try_from(bytes).ok()?)),
+        16 => Some(IpAddr::from(<[u8; 16]>::try_from(bytes).ok()?)),
+        _ => None,
+    }
+}

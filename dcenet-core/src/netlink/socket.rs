@@ -1,0 +1,352 @@
+//! The socket: sends batches, matches replies, reports what the kernel said.
+
+use std::io;
+
+use netlink_sys::protocols::{NETLINK_GENERIC, NETLINK_NETFILTER, NETLINK_ROUTE};
+
+use super::fault::{Gate, gate};
+use super::message::{Attributes, Message, Received, field, number, split, text};
+
+/// The netlink families in use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// Links, addresses, routes, rules, neighbours and traffic control.
+    Route,
+    /// Generic netlink: families found by name.
+    Generic,
+    /// nftables.
+    Netfilter,
+}
+
+/// A synchronous netlink socket, for good bound to the network namespace of the thread that opened it.
+///
+/// Requests run inside the kernel while `send` is under way, so that a call blocks for as long as the kernel works and
+/// no longer. Keep a socket for one operation, not longer: an open one keeps a dead pod's namespace alive.
+#[derive(Debug)]
+pub struct Socket {
+    inner: netlink_sys::Socket,
+    sequence: u32,
+    buffer: Vec<u8>,
+}
+
+/// A message that the kernel sent in reply to a request: an echo, or one object of a dump.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reply {
+    /// The message type, such as `RTM_NEWLINK`.
+    pub kind: u16,
+    /// What follows the netlink header: the family's fixed header and attributes.
+    pub payload: Vec<u8>,
+}
+
+impl Socket {
+    /// Opens a socket in the calling thread's network namespace. Use [`NetNs::socket`](crate::netns::NetNs::socket),
+    /// which says in which.
+    ///
+    /// # Minimum kernel version
+    /// 4.20 for strict checking of dump requests; before, filters of dumps are ignored by the kernel.
+    pub(crate) fn open_here(family: Family) -> Result<Self, NetlinkError> {
+        let protocol = match family {
+            Family::Route => NETLINK_ROUTE,
+            Family::Generic => NETLINK_GENERIC,
+            Family::Netfilter => NETLINK_NETFILTER,
+        };
+        let open = || -> io::Result<netlink_sys::Socket> {
+            let socket = netlink_sys::Socket::new(protocol)?;
+            socket.set_ext_ack(true)?;
+            socket.set_cap_ack(true)?;
+            if let Err(error) = socket.set_netlink_get_strict_chk(true)
+                && error.raw_os_error() != Some(libc::ENOPROTOOPT)
+            {
+                return Err(error);
+            }
+            Ok(socket)
+        };
+        let inner = open().map_err(|e| NetlinkError::new("open netlink socket", Failure::Socket(e)))?;
+        Ok(Self { inner, sequence: 0, buffer: Vec::with_capacity(BUFFER) })
+    }
+
+    /// Sends one request and returns the messages that came before its acknowledgement.
+    pub fn request(&mut self, message: &Message) -> Result<Vec<Reply>, NetlinkError> {
+        self.batch(std::slice::from_ref(message)).pop().expect("one outcome for one message")
+    }
+
+    /// Sends all requests at once and returns one outcome each, in order.
+    ///
+    /// The kernel does not stop at the first that fails: later ones are tried, and may fail because of it. The lowest
+    /// failing one is the cause.
+    pub fn batch(&mut self, messages: &[Message]) -> Vec<Result<Vec<Reply>, NetlinkError>> {
+        let first = self.sequence.wrapping_add(1);
+        self.sequence = self.sequence.wrapping_add(messages.len() as u32);
+        let mut bytes = Vec::with_capacity(messages.len() * 192);
+        let mut outcomes: Vec<Pending> = Vec::with_capacity(messages.len());
+        let mut die = false;
+        for (sequence, message) in (first..).zip(messages) {
+            let gate = gate(message.operation());
+            die |= gate == Gate::DieAfter;
+            outcomes.push(Pending { replies: Vec::new(), end: None, lose: gate == Gate::Lose });
+            match gate {
+                Gate::Fail(errno) => {
+                    let refused = Failure::Refused { errno, message: Some("injected".into()), offset: None };
+                    outcomes.last_mut().expect("just pushed").end = Some(Err(refused));
+                }
+                Gate::Pass | Gate::Lose | Gate::DieAfter => {
+                    message.encode(sequence, libc::NLM_F_ACK as u16, &mut bytes);
+                }
+            }
+        }
+        if !bytes.is_empty() {
+            self.exchange(first, &bytes, &mut outcomes);
+        }
+        if die {
+            std::process::abort();
+        }
+        outcomes
+            .into_iter()
+            .zip(messages)
+            .map(|(pending, message)| {
+                let failure = match pending.end {
+                    Some(Ok(())) if !pending.lose => return Ok(pending.replies),
+                    Some(Err(failure)) => failure,
+                    Some(Ok(())) | None => Failure::Lost,
+                };
+                Err(NetlinkError::new(message.operation(), failure))
+            })
+            .collect()
+    }
+
+    fn exchange(&mut self, first: u32, bytes: &[u8], outcomes: &mut [Pending]) {
+        if let Err(error) = retry(|| self.inner.send(bytes, 0)) {
+            // Nothing of a datagram that was not accepted reached the kernel's handlers.
+            for pending in outcomes.iter_mut().filter(|p| p.end.is_none()) {
+                let errno = error.raw_os_error().unwrap_or(libc::EIO);
+                pending.end = Some(Err(Failure::Refused { errno, message: None, offset: None }));
+            }
+            return;
+        }
+        while outcomes.iter().any(|p| p.end.is_none()) {
+            let received = self.receive(|message| {
+                let slot = message.sequence.wrapping_sub(first) as usize;
+                let Some(pending) = outcomes.get_mut(slot) else { return };
+                match message.kind {
+                    ERROR => pending.end = Some(acknowledgement(message)),
+                    NOOP => {}
+                    kind => pending.replies.push(Reply { kind, payload: message.payload.to_vec() }),
+                }
+            });
+            if let Err(failure) = received {
+                tracing::warn!(error = %failure, "netlink replies lost");
+                return;
+            }
+        }
+    }
+
+    /// Asks for all objects of a kind. `message` is a get request without `NLM_F_DUMP`, which is added.
+    ///
+    /// A dump that the kernel reports as interrupted by a change is repeated, a few times.
+    ///
+    /// # Errors
+    /// [`Failure::Interrupted`] where it never came through whole; what the kernel refused otherwise.
+    pub fn dump(&mut self, message: &Message) -> Result<Vec<Reply>, NetlinkError> {
+        let failed = |failure| NetlinkError::new(message.operation(), failure);
+        for _ in 0..DUMP_ATTEMPTS {
+            match gate(message.operation()) {
+                Gate::Pass => {}
+                Gate::DieAfter => std::process::abort(),
+                Gate::Lose => return Err(failed(Failure::Lost)),
+                Gate::Fail(errno) => {
+                    return Err(failed(Failure::Refused { errno, message: Some("injected".into()), offset: None }));
+                }
+            }
+            match self.dump_once(message).map_err(failed)? {
+                Dump::Whole(replies) => return Ok(replies),
+                Dump::Interrupted => tracing::debug!(operation = message.operation(), "dump interrupted; repeated"),
+            }
+        }
+        Err(failed(Failure::Interrupted { attempts: DUMP_ATTEMPTS }))
+    }
+
+    fn dump_once(&mut self, message: &Message) -> Result<Dump, Failure> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let sequence = self.sequence;
+        let mut bytes = Vec::new();
+        message.encode(sequence, libc::NLM_F_DUMP as u16, &mut bytes);
+        retry(|| self.inner.send(&bytes, 0)).map_err(Failure::Socket)?;
+        let mut replies = Vec::new();
+        let mut interrupted = false;
+        let mut end = None;
+        while end.is_none() {
+            self.receive(|message| {
+                if message.sequence != sequence {
+                    return;
+                }
+                interrupted |= message.flags & DUMP_INTR != 0;
+                match message.kind {
+                    ERROR | DONE => end = Some(acknowledgement(message)),
+                    NOOP => {}
+                    kind => replies.push(Reply { kind, payload: message.payload.to_vec() }),
+                }
+            })?;
+        }
+        match end {
+            Some(Err(failure)) => Err(failure),
+            _ if interrupted => Ok(Dump::Interrupted),
+            _ => Ok(Dump::Whole(replies)),
+        }
+    }
+
+    /// Receives one datagram of the kernel and hands over its messages.
+    fn receive(&mut self, mut each: impl FnMut(Received<'_>)) -> Result<(), Failure> {
+        loop {
+            self.buffer.clear();
+            let (len, from) =
+                retry(|| self.inner.recv_from(&mut self.buffer, libc::MSG_TRUNC)).map_err(Failure::Socket)?;
+            if from.port_number() != 0 {
+                continue;
+            }
+            if len > self.buffer.len() {
+                return Err(Failure::Malformed("a datagram larger than the buffer"));
+            }
+            for message in split(&self.buffer) {
+                each(message.map_err(Failure::Malformed)?);
+            }
+            return Ok(());
+        }
+    }
+}
+
+struct Pending {
+    replies: Vec<Reply>,
+    end: Option<Result<(), Failure>>,
+    lose: bool,
+}
+
+enum Dump {
+    Whole(Vec<Reply>),
+    Interrupted,
+}
+
+/// Reads `NLMSG_ERROR` and `NLMSG_DONE`: an errno, and with `NETLINK_CAP_ACK` the header of the request, then the
+/// extended acknowledgement's attributes.
+fn acknowledgement(message: Received<'_>) -> Result<(), Failure> {
+    let errno = field(message.payload, 0).map(i32::from_ne_bytes).unwrap_or_default();
+    if errno == 0 {
+        return Ok(());
+    }
+    let skip = if message.kind == ERROR { 4 + 16 } else { 4 };
+    let attributes = if message.flags & ACK_TLVS != 0 { message.payload.get(skip..) } else { None };
+    let attributes = Attributes::new(attributes.unwrap_or_default());
+    Err(Failure::Refused {
+        errno: -errno,
+        message: attributes.find(ERR_MSG).map(text),
+        offset: attributes.find(ERR_OFFS).and_then(number),
+    })
+}
+
+fn retry<R>(mut call: impl FnMut() -> io::Result<R>) -> io::Result<R> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}
+
+/// A request that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{operation}: {failure}")]
+pub struct NetlinkError {
+    /// What was attempted, such as `add address 10.0.0.2/24 to eth0`.
+    pub operation: String,
+    /// How it failed.
+    pub failure: Failure,
+}
+
+impl NetlinkError {
+    pub(crate) fn new(operation: impl Into<String>, failure: Failure) -> Self {
+        Self { operation: operation.into(), failure }
+    }
+
+    /// The kernel's errno, where it refused the request.
+    pub fn errno(&self) -> Option<i32> {
+        match &self.failure {
+            Failure::Refused { errno, .. } => Some(*errno),
+            _ => None,
+        }
+    }
+
+    /// Whether the request may have taken effect all the same: its reply was not seen.
+    pub fn may_have_happened(&self) -> bool {
+        !matches!(self.failure, Failure::Refused { .. })
+    }
+
+    /// Whether the same request may succeed later without anybody changing anything.
+    pub fn is_retryable(&self) -> bool {
+        match &self.failure {
+            Failure::Refused { errno, .. } => {
+                matches!(*errno, libc::EBUSY | libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM | libc::EINTR)
+            }
+            Failure::Interrupted { .. } | Failure::Lost => true,
+            Failure::Socket(_) | Failure::Malformed(_) => false,
+        }
+    }
+}
+
+/// How a request failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Failure {
+    /// The kernel refused it.
+    #[error("{}{}{}", io::Error::from_raw_os_error(*errno), Said(message.as_deref()), At(*offset))]
+    Refused {
+        /// The errno, positive.
+        errno: i32,
+        /// What the kernel says beside it (`NLMSGERR_ATTR_MSG`).
+        message: Option<String>,
+        /// The offset in the request of what it refuses (`NLMSGERR_ATTR_OFFS`), in bytes.
+        offset: Option<u32>,
+    },
+    /// No reply was seen: it may or may not have happened.
+    #[error("the reply was lost; whether it happened is unknown")]
+    Lost,
+    /// The state changed during every attempt to read it (`NLM_F_DUMP_INTR`).
+    #[error("the state kept changing while it was read, {attempts} times")]
+    Interrupted {
+        /// How often it was tried.
+        attempts: u32,
+    },
+    /// The socket itself failed.
+    #[error("netlink socket: {0}")]
+    Socket(#[source] io::Error),
+    /// The reply is no netlink.
+    #[error("malformed reply: {0}")]
+    Malformed(&'static str),
+}
+
+struct Said<'a>(Option<&'a str>);
+
+impl std::fmt::Display for Said<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.map_or(Ok(()), |text| write!(f, ": {text}"))
+    }
+}
+
+struct At(Option<u32>);
+
+impl std::fmt::Display for At {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.map_or(Ok(()), |offset| write!(f, " (at byte {offset} of the request)"))
+    }
+}
+
+const NOOP: u16 = 1;
+const ERROR: u16 = 2;
+const DONE: u16 = 3;
+/// `NLM_F_DUMP_INTR`.
+const DUMP_INTR: u16 = 0x10;
+/// `NLM_F_ACK_TLVS`.
+const ACK_TLVS: u16 = 0x200;
+const ERR_MSG: u16 = 1;
+const ERR_OFFS: u16 = 2;
+const DUMP_ATTEMPTS: u32 = 10;
+/// The kernel fills at most 32 KiB for one read of a dump (`netlink_dump` in `net/netlink/af_netlink.c`).
+const BUFFER: usize = 64 << 10;

@@ -1,0 +1,70 @@
+//! System calls that neither the standard library nor `netlink-sys` offers. The only `unsafe` of this crate.
+
+#![expect(unsafe_code, reason = "system calls")]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// Moves the calling thread into the network namespace behind `fd` (setns(2), `CLONE_NEWNET`).
+pub(crate) fn enter_netns(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: setns takes no pointers; `fd` is open for the length of the call, because it is borrowed.
+    check(unsafe { libc::setns(fd.as_raw_fd(), libc::CLONE_NEWNET) })
+}
+
+/// Moves the calling thread into a new, empty network namespace (unshare(2), `CLONE_NEWNET`).
+#[cfg(any(test, feature = "test-support"))]
+pub(crate) fn unshare_netns() -> io::Result<()> {
+    // SAFETY: unshare takes no pointers; CLONE_NEWNET changes no memory that Rust code relies on.
+    check(unsafe { libc::unshare(libc::CLONE_NEWNET) })
+}
+
+/// Whether `fd` is a file of nsfs and stands for a network namespace (`NSFS_MAGIC`, and ioctl `NS_GET_NSTYPE`
+/// since Linux 4.11).
+pub(crate) fn is_netns(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    let mut stat = std::mem::MaybeUninit::<libc::statfs>::zeroed();
+    // SAFETY: `stat` points to writable memory of the size of the structure, and outlives the call; `fd` is borrowed.
+    check(unsafe { libc::fstatfs(fd.as_raw_fd(), stat.as_mut_ptr()) })?;
+    // SAFETY: all bytes were zero before the call and every bit pattern is a valid `statfs` of plain integers.
+    let stat = unsafe { stat.assume_init() };
+    if i64::from(stat.f_type) != i64::from(libc::NSFS_MAGIC) {
+        return Ok(false);
+    }
+    // SAFETY: NS_GET_NSTYPE takes no argument; `fd` is borrowed and thus open.
+    let kind = unsafe { libc::ioctl(fd.as_raw_fd(), NS_GET_NSTYPE) };
+    check(kind)?;
+    Ok(kind == libc::CLONE_NEWNET)
+}
+
+/// Binds the file `from` over the existing file `to` (mount(2), `MS_BIND`).
+#[cfg(any(test, feature = "test-support"))]
+pub(crate) fn bind_mount(from: &std::ffi::CStr, to: &std::ffi::CStr) -> io::Result<()> {
+    // SAFETY: both paths are NUL-terminated and outlive the call; a bind mount reads neither type nor data.
+    check(unsafe { libc::mount(from.as_ptr(), to.as_ptr(), std::ptr::null(), libc::MS_BIND, std::ptr::null()) })
+}
+
+/// Detaches the mount at `at` (umount2(2), `MNT_DETACH`).
+#[cfg(any(test, feature = "test-support"))]
+pub(crate) fn unmount(at: &std::ffi::CStr) -> io::Result<()> {
+    // SAFETY: the path is NUL-terminated and outlives the call.
+    check(unsafe { libc::umount2(at.as_ptr(), libc::MNT_DETACH) })
+}
+
+/// Opens a socket that sends ICMP echo requests and receives their replies (icmp(7), "Ping sockets").
+#[cfg(any(test, feature = "test-support"))]
+pub(crate) fn ping_socket(ipv6: bool) -> io::Result<std::os::fd::OwnedFd> {
+    use std::os::fd::FromRawFd;
+    let (family, protocol) =
+        if ipv6 { (libc::AF_INET6, libc::IPPROTO_ICMPV6) } else { (libc::AF_INET, libc::IPPROTO_ICMP) };
+    // SAFETY: socket takes no pointers.
+    let fd = unsafe { libc::socket(family, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, protocol) };
+    check(fd)?;
+    // SAFETY: the descriptor was just opened and nobody else has it.
+    Ok(unsafe { std::os::fd::OwnedFd::from_raw_fd(fd) })
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// `_IO(0xb7, 3)` of `include/uapi/linux/nsfs.h`.
+const NS_GET_NSTYPE: libc::Ioctl = 0xb703;
