@@ -76,9 +76,9 @@ const KNOWN_KEYS: [&str; 15] = [
 /// Keys of the reference plugins which would be lost without a word.
 const MOVED_KEYS: [(&str, &str); 9] = [
     ("bridge", "say link.bridge"),
-    ("hairpinMode", "say link.hairpin"),
-    ("isDefaultGateway", "say link.gateway, and a default route in ipam.pools[].routes"),
-    ("isGateway", "say link.gateway"),
+    ("hairpinMode", "say link.hairpinMode"),
+    ("isDefaultGateway", "say link.isGateway, and a default route in ipam.pools[].routes"),
+    ("isGateway", "say link.isGateway"),
     ("ipMasq", "masquerading is not offered"),
     ("master", "no link kind with a master is offered"),
     ("mode", "no link kind with a mode is offered"),

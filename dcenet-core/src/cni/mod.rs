@@ -13,10 +13,13 @@ mod config;
 mod environment;
 mod error;
 mod result;
+mod serve;
+mod verbs;
 mod version;
 
 pub use config::{NetConf, RuntimeConfig};
 pub use environment::{CniArgs, Invocation, Verb};
 pub use error::{CniError, ErrorCode};
 pub use result::{CniResult, Interface, Ip, Route};
+pub use serve::{Backends, PolicyChoice, serve};
 pub use version::SpecVersion;

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::SpecVersion;
-use crate::model::{IfName, MacAddr, Mtu};
+use crate::model::{MacAddr, Mtu};
 use crate::provider::{Dns, Lease};
 
 /// The result of ADD.
@@ -31,7 +31,7 @@ pub struct CniResult {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Interface {
     /// Its name.
-    pub name: IfName,
+    pub name: String,
     /// Its hardware address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<MacAddr>,
@@ -134,7 +134,7 @@ mod tests {
             mac: None,
         };
         let interface = Interface {
-            name: "eth0".parse().unwrap(),
+            name: "eth0".to_owned(),
             mac: Some("02:00:00:00:00:01".parse().unwrap()),
             mtu: Some(Mtu::try_from(1500).unwrap()),
             sandbox: Some("/var/run/netns/p".into()),

@@ -111,6 +111,14 @@ impl Engine {
         self.journal.records(network)
     }
 
+    /// Whether anything of the attachment may be on the host: a record of it, finished or only begun.
+    ///
+    /// # Errors
+    /// Where the record cannot be read, or another process works on the attachment now.
+    pub fn is_recorded(&self, key: &AttachmentKey) -> Result<bool, JournalError> {
+        Ok(self.journal.find(key.id())?.is_some_and(|(_, record)| record.is_some()))
+    }
+
     fn host_socket(&self) -> Result<Socket, NetNsError> {
         self.host.0.socket(Family::Route)
     }

@@ -1,0 +1,113 @@
+//! One call of the plugin, from environment and stdin to stdout and exit code.
+
+use std::ffi::OsString;
+use std::io::{Read, Write};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::config::version_of;
+use super::verbs::Call;
+use super::{CniError, ErrorCode, Invocation, NetConf, SpecVersion, Verb};
+use crate::provider::{AddressSource, PolicySink};
+
+/// What a binary composes: who hands out addresses and who decides about traffic, by the configuration.
+pub trait Backends {
+    /// The source of addresses that the section `ipam` asks for; `None` where there is no such section.
+    ///
+    /// # Errors
+    /// Where the section is wrong, or asks for what this binary does not have.
+    fn addresses(&self, conf: &NetConf) -> Result<Option<Box<dyn AddressSource>>, CniError>;
+
+    /// What the section `policy` asks for; `None` where there is no such section, and then nothing is attached.
+    ///
+    /// # Errors
+    /// As for `addresses`.
+    fn policy(&self, conf: &NetConf) -> Result<Option<PolicyChoice>, CniError>;
+}
+
+/// Who puts devices under policy, and whether ADD waits for verdicts.
+#[derive(Clone)]
+pub struct PolicyChoice {
+    /// Attaches the default and tells the owner.
+    pub sink: Arc<dyn PolicySink>,
+    /// How long ADD waits for the owner's verdicts before it fails; `None`: it does not wait.
+    pub await_enforced: Option<Duration>,
+}
+
+impl std::fmt::Debug for PolicyChoice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PolicyChoice").field("await_enforced", &self.await_enforced).finish_non_exhaustive()
+    }
+}
+
+/// Serves one call: reads the environment through `environment` and the configuration from `stdin`, does what is
+/// asked, and writes the result or the error object to `stdout`.
+///
+/// The calling thread must be in the host's network namespace, as a runtime starts a plugin. The future is ready when
+/// the address source is; nothing else in it waits, and it blocks its thread for as long as the kernel takes.
+pub async fn serve(
+    environment: impl Fn(&str) -> Option<OsString>,
+    stdin: &mut dyn Read,
+    stdout: &mut dyn Write,
+    backends: &dyn Backends,
+) -> ExitCode {
+    let mut input = Vec::new();
+    let read = stdin.read_to_end(&mut input);
+    let (answer, exit) = match answer(environment, read.map(|_| input.as_slice()), backends).await {
+        Ok(text) => (text, ExitCode::SUCCESS),
+        Err(error) => {
+            tracing::error!(%error, "failed");
+            let version = version_of(&input).unwrap_or(SpecVersion::NEWEST);
+            (Some(error.to_json(version)), ExitCode::FAILURE)
+        }
+    };
+    if let Some(text) = answer
+        && let Err(error) = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush())
+    {
+        // Nobody is left to tell; the runtime will DEL what it got no answer for.
+        tracing::error!(%error, "cannot write the answer");
+        return ExitCode::FAILURE;
+    }
+    exit
+}
+
+async fn answer(
+    environment: impl Fn(&str) -> Option<OsString>,
+    stdin: std::io::Result<&[u8]>,
+    backends: &dyn Backends,
+) -> Result<Option<String>, CniError> {
+    let invocation = Invocation::from_env(environment)?;
+    if invocation.verb == Verb::Version {
+        return Ok(Some(versions(stdin.unwrap_or_default())));
+    }
+    let stdin = stdin.map_err(|e| CniError::new(ErrorCode::Io, format!("the configuration cannot be read: {e}")))?;
+    let conf = NetConf::parse(stdin)?;
+    let since = match invocation.verb {
+        Verb::Check => SpecVersion::V0_4_0,
+        Verb::Gc | Verb::Status => SpecVersion::V1_1_0,
+        Verb::Add | Verb::Del | Verb::Version => SpecVersion::V0_3_1,
+    };
+    if conf.version < since {
+        return Err(CniError::new(
+            ErrorCode::IncompatibleVersion,
+            format!("{:?} needs cniVersion {since} or later; the configuration says {}", invocation.verb, conf.version),
+        ));
+    }
+    let call = Call::new(&invocation, &conf, backends)?;
+    match invocation.verb {
+        Verb::Add => call.add().await.map(|result| Some(result.to_json(conf.version))),
+        Verb::Check => call.check().await.map(|()| None),
+        Verb::Del => call.del().await.map(|()| None),
+        Verb::Gc => call.gc().await.map(|()| None),
+        Verb::Status => call.status().await.map(|()| None),
+        Verb::Version => unreachable!("answered above"),
+    }
+}
+
+/// The answer to VERSION, which needs neither configuration nor environment (CNI 1.1.0, section 5, "Version Success").
+fn versions(stdin: &[u8]) -> String {
+    let version = version_of(stdin).unwrap_or(SpecVersion::NEWEST).as_str();
+    let served = SpecVersion::ALL.map(SpecVersion::as_str);
+    serde_json::json!({ "cniVersion": version, "supportedVersions": served }).to_string()
+}

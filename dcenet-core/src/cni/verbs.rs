@@ -1,0 +1,310 @@
+//! The verbs that act: ADD, CHECK, DEL, GC and STATUS.
+
+use std::net::IpAddr;
+use std::path::Path;
+
+use sha2::{Digest, Sha256};
+
+use super::error::causes;
+use super::serve::{Backends, PolicyChoice};
+use super::{CniError, CniResult, ErrorCode, Interface, Invocation, NetConf};
+use crate::engine::{AttachError, AttachRequest, Attached, DetachErrors, Engine, NamespaceEntry};
+use crate::journal::JournalError;
+use crate::link::{LinkConfig, PlanError, Policy};
+use crate::model::{AttachmentKey, ContainerId, IfName, MacAddr, NetworkName};
+use crate::netns::{Host, NetNs, NetNsError, Pod};
+use crate::provider::{AddressSource, Dns, Endpoint, Lease, LeaseRequest};
+
+/// A call whose configuration is read and whose backends are there.
+pub(super) struct Call<'a> {
+    invocation: &'a Invocation,
+    conf: &'a NetConf,
+    addresses: Option<Box<dyn AddressSource>>,
+    policy: Option<PolicyChoice>,
+    engine: Engine,
+}
+
+impl<'a> Call<'a> {
+    pub(super) fn new(
+        invocation: &'a Invocation,
+        conf: &'a NetConf,
+        backends: &dyn Backends,
+    ) -> Result<Self, CniError> {
+        let addresses = backends.addresses(conf)?;
+        let policy = backends.policy(conf)?;
+        let host = Host(NetNs::of_this_thread().map_err(netns)?);
+        let engine = Engine::new(host, &conf.run_dir, policy.as_ref().map(|p| p.sink.clone()))
+            .map_err(journal)?
+            .entering(NamespaceEntry::InPlace);
+        Ok(Self { invocation, conf, addresses, policy, engine })
+    }
+
+    pub(super) async fn add(&self) -> Result<CniResult, CniError> {
+        let key = self.key()?;
+        let link: LinkConfig = self.conf.section("link")?.ok_or_else(|| {
+            CniError::new(ErrorCode::InvalidConfig, "link is missing; give { \"kind\": \"bridge\", \"bridge\": NAME }")
+        })?;
+        let path = self.netns_path()?;
+        let pod = NetNs::open(path).map_err(netns)?;
+        if pod.id() == self.engine.host().0.id() && !self.invocation.netns_override {
+            return Err(netns(AttachError::HostNamespace { path: path.to_owned() }));
+        }
+        let lease = self.lease(&key).await?;
+        let attached = match self.attach(&key, link, Pod { netns: &pod, path }, &lease) {
+            Ok(attached) => attached,
+            Err(error) => return Err(self.give_back(&key, error).await),
+        };
+        if let Some(PolicyChoice { sink, await_enforced: Some(limit) }) = &self.policy
+            && let Some(endpoint) = self.endpoint(&attached)
+            && let Err(error) = sink.await_enforced(&endpoint, *limit)
+        {
+            let mut error = CniError::from(error);
+            match self.engine.detach(&key, Some(&pod)) {
+                Ok(()) => error = self.give_back(&key, error).await,
+                Err(left) => error = error.with_details(format!("and not taken back: {left}")),
+            }
+            return Err(error);
+        }
+        Ok(result(&attached))
+    }
+
+    pub(super) async fn check(&self) -> Result<(), CniError> {
+        let key = self.key()?;
+        let path = self.netns_path()?;
+        let pod = NetNs::open(path).map_err(netns)?;
+        let mut drift: Vec<String> =
+            self.engine.check(&key, &pod).map_err(attach)?.iter().map(ToString::to_string).collect();
+        if let Some(addresses) = &self.addresses {
+            let held: Vec<_> = addresses.held(&key).await?.map(|l| l.addresses).unwrap_or_default();
+            let missing = self.conf.previous.iter().flat_map(|p| &p.ips).map(|ip| ip.address);
+            for address in missing.filter(|a| held.iter().all(|h| h.address != *a)) {
+                // A later plugin of the chain may have added addresses: only those of our pools can be ours.
+                if held.iter().any(|h| h.address.trunc() == address.trunc()) || held.is_empty() {
+                    drift.push(format!("address {address} of the result is not held by {key}"));
+                }
+            }
+        }
+        if drift.is_empty() { Ok(()) } else { Err(CniError::new(ErrorCode::Drift, drift.join("; "))) }
+    }
+
+    pub(super) async fn del(&self) -> Result<(), CniError> {
+        let key = self.key()?;
+        self.remove(&key, self.pod_if_there().as_ref()).await
+    }
+
+    pub(super) async fn gc(&self) -> Result<(), CniError> {
+        // Without a list nothing is known to be stale; an empty list says that all is.
+        let Some(valid) = &self.conf.valid_attachments else { return Ok(()) };
+        let network = &self.conf.name;
+        let mut errors = Vec::new();
+        let records = self.engine.attachments(network).map_err(journal)?;
+        let stale = |key: &AttachmentKey| !valid.iter().any(|(c, i)| *c == key.container && *i == key.ifname);
+        let mut kept = Vec::new();
+        for record in records.iter().filter(|r| stale(&r.key)) {
+            if let Err(error) = self.engine.detach(&record.key, None) {
+                // What is still there keeps its addresses.
+                kept.push((record.key.container.clone(), record.key.ifname.clone()));
+                errors.push(format!("{}: {error}", record.key));
+            }
+        }
+        if let Some(addresses) = &self.addresses {
+            kept.extend(valid.iter().cloned());
+            if let Err(error) = self.retain(addresses.as_ref(), network, &kept).await {
+                errors.push(error.to_string());
+            }
+        }
+        if errors.is_empty() { Ok(()) } else { Err(CniError::new(ErrorCode::TryAgain, errors.join("; "))) }
+    }
+
+    pub(super) async fn status(&self) -> Result<(), CniError> {
+        // Read for its errors: an ADD would fail by them.
+        let _: Option<LinkConfig> = self.conf.section("link")?;
+        if let Some(addresses) = &self.addresses {
+            addresses.ready().await.map_err(|e| CniError { code: ErrorCode::Unavailable, ..e.into() })?;
+        }
+        Ok(())
+    }
+
+    async fn lease(&self, key: &AttachmentKey) -> Result<Lease, CniError> {
+        let args = &self.invocation.args;
+        let wanted = &self.conf.runtime.addresses;
+        let Some(addresses) = &self.addresses else {
+            if wanted.is_empty() && args.addresses.is_empty() {
+                return Ok(Lease { addresses: Vec::new(), routes: Vec::new(), dns: Dns::default(), mac: None });
+            }
+            return Err(CniError::new(ErrorCode::InvalidConfig, "addresses are asked for, but ipam is missing"));
+        };
+        let request = LeaseRequest {
+            attachment: key.clone(),
+            workload: args.workload.clone(),
+            addresses: if wanted.is_empty() { args.addresses.clone() } else { wanted.clone() },
+        };
+        Ok(addresses.lease(&request).await?)
+    }
+
+    fn attach(
+        &self,
+        key: &AttachmentKey,
+        link: LinkConfig,
+        pod: Pod<'_>,
+        lease: &Lease,
+    ) -> Result<Attached, CniError> {
+        let wanted_mac = self.conf.runtime.mac.or(self.invocation.args.mac).or(lease.mac);
+        let mac = match (wanted_mac, lease.addresses.first()) {
+            (None, Some(first)) => Some(mac_of(&self.conf.name, first.address.addr())),
+            (mac, _) => mac,
+        };
+        let policy = if self.policy.is_some() { Policy::Wanted } else { Policy::None };
+        let fingerprint = fingerprint(&link, policy);
+        let request = AttachRequest {
+            key: key.clone(),
+            pod,
+            link,
+            lease: lease.clone(),
+            mac,
+            workload: self.invocation.args.workload.clone(),
+            labels: self.conf.labels.clone(),
+            policy,
+            fingerprint,
+        };
+        self.engine.attach(&request).map_err(attach)
+    }
+
+    /// Releases the lease after a failed ADD, unless devices that bear its addresses are still there, or stood before.
+    async fn give_back(&self, key: &AttachmentKey, error: CniError) -> CniError {
+        let recorded = match self.engine.is_recorded(key) {
+            Ok(recorded) => recorded,
+            // Not knowing is no licence to free an address.
+            Err(_) => true,
+        };
+        match &self.addresses {
+            Some(addresses) if !recorded => match addresses.release(key).await {
+                Ok(()) => error,
+                Err(second) => {
+                    let details = format!("{}; and the lease was not released: {second}", error.details);
+                    error.with_details(details)
+                }
+            },
+            _ => error,
+        }
+    }
+
+    /// Removes devices first, then addresses: an address that a device still bears is never free.
+    async fn remove(&self, key: &AttachmentKey, pod: Option<&NetNs>) -> Result<(), CniError> {
+        self.engine.detach(key, pod).map_err(detach)?;
+        if let Some(addresses) = &self.addresses {
+            addresses.release(key).await?;
+        }
+        Ok(())
+    }
+
+    async fn retain(
+        &self,
+        addresses: &dyn AddressSource,
+        network: &NetworkName,
+        valid: &[(ContainerId, IfName)],
+    ) -> Result<(), CniError> {
+        for released in addresses.retain(network, valid).await? {
+            tracing::info!(attachment = %released, "addresses collected");
+        }
+        Ok(())
+    }
+
+    fn endpoint(&self, attached: &Attached) -> Option<Endpoint> {
+        Some(Endpoint {
+            attachment: attached.key.clone(),
+            ifindex: attached.host_index?,
+            ifname: attached.key.id().host_ifname(),
+            addresses: attached.lease.addresses.iter().map(|a| a.address.addr()).collect(),
+            workload: self.invocation.args.workload.clone(),
+            labels: self.conf.labels.clone(),
+        })
+    }
+
+    fn key(&self) -> Result<AttachmentKey, CniError> {
+        match (&self.invocation.container, &self.invocation.ifname) {
+            (Some(container), Some(ifname)) => Ok(AttachmentKey {
+                network: self.conf.name.clone(),
+                container: container.clone(),
+                ifname: ifname.clone(),
+            }),
+            _ => Err(CniError::new(ErrorCode::InvalidEnvironment, "CNI_CONTAINERID and CNI_IFNAME are needed")),
+        }
+    }
+
+    fn netns_path(&self) -> Result<&Path, CniError> {
+        self.invocation
+            .netns
+            .as_deref()
+            .ok_or_else(|| CniError::new(ErrorCode::InvalidEnvironment, "CNI_NETNS is needed"))
+    }
+
+    /// The pod's namespace for DEL: `None` where it is gone, is something else, or is the host's own by now, as a
+    /// process's path becomes when its id is used again (containernetworking/plugins issue 714).
+    fn pod_if_there(&self) -> Option<NetNs> {
+        let pod = match NetNs::open(self.invocation.netns.as_deref()?) {
+            Ok(pod) => pod,
+            Err(error) => {
+                tracing::debug!(%error, "going on without the container's namespace");
+                return None;
+            }
+        };
+        let own = pod.id() == self.engine.host().0.id();
+        if own && !self.invocation.netns_override { None } else { Some(pod) }
+    }
+}
+
+fn result(attached: &Attached) -> CniResult {
+    let interfaces = attached
+        .interfaces
+        .iter()
+        .map(|i| Interface { name: i.name.clone(), mac: Some(i.mac), mtu: None, sandbox: i.sandbox.clone() })
+        .collect();
+    CniResult::new(interfaces, attached.pod_interface, &attached.lease)
+}
+
+/// The hardware address that belongs to an address of a network: whoever gets the address later gets this too, so that
+/// no neighbour's cache is wrong when an address is used again.
+fn mac_of(network: &NetworkName, address: IpAddr) -> MacAddr {
+    let digest: [u8; 32] = Sha256::digest(format!("{network}/{address}")).into();
+    let mut bytes = [0; 6];
+    bytes.copy_from_slice(&digest[..6]);
+    MacAddr::local(bytes)
+}
+
+fn fingerprint(link: &LinkConfig, policy: Policy) -> String {
+    let text = serde_json::json!({ "link": link, "policy": policy }).to_string();
+    let digest: [u8; 32] = Sha256::digest(text).into();
+    digest[..16].iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn netns(error: impl std::error::Error) -> CniError {
+    CniError::new(ErrorCode::InvalidNetns, format!("CNI_NETNS: {error}"))
+}
+
+fn journal(error: JournalError) -> CniError {
+    CniError::new(ErrorCode::Io, error.to_string()).with_details(causes(&error))
+}
+
+fn attach(error: AttachError) -> CniError {
+    let code = match &error {
+        _ if error.is_retryable() => ErrorCode::TryAgain,
+        AttachError::Plan(PlanError::Invalid { .. } | PlanError::Conflict { .. })
+        | AttachError::NoPolicyBackend { .. }
+        | AttachError::AlreadyAttached { .. } => ErrorCode::InvalidConfig,
+        AttachError::InterfaceExists { .. } | AttachError::HostNameTaken { .. } => ErrorCode::LinkExists,
+        AttachError::HostNamespace { .. } | AttachError::NetNs(NetNsError::NotANamespace { .. }) => {
+            ErrorCode::InvalidNetns
+        }
+        AttachError::Journal(_) => ErrorCode::Io,
+        AttachError::Step { rollback, .. } if !rollback.is_empty() => ErrorCode::RollbackIncomplete,
+        AttachError::Leftover { .. } => ErrorCode::RollbackIncomplete,
+        _ => ErrorCode::Failed,
+    };
+    CniError::new(code, error.to_string()).with_details(causes(&error))
+}
+
+fn detach(error: DetachErrors) -> CniError {
+    let code = if error.is_retryable() { ErrorCode::TryAgain } else { ErrorCode::Failed };
+    CniError::new(code, error.to_string())
+}
