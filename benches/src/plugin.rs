@@ -41,6 +41,10 @@ impl Plugin {
     /// If the plugin cannot be run or fails: a figure of a failed run would be none.
     pub fn run(&self, verb: &str, container: &str, netns: &Path) -> Cost {
         let directory = self.program.parent().expect("the program has a directory");
+        self.run_with_path(verb, container, netns, directory)
+    }
+
+    fn run_with_path(&self, verb: &str, container: &str, netns: &Path, directory: &Path) -> Cost {
         let begin = Instant::now();
         let mut child = Command::new(&self.program)
             .env_clear()
@@ -84,4 +88,83 @@ pub fn build_ours() -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR")
         .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../target")), PathBuf::from);
     target.join("release/dcenet").canonicalize().expect("cargo has built the binary")
+}
+
+/// What an execution asked of the kernel, counted by strace: figures that no other load on the machine moves.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// System calls, of all processes and threads, from the first execve.
+    pub calls: usize,
+    /// Netlink sockets opened.
+    pub netlink_sockets: usize,
+    /// Messages sent over them, a batch being one.
+    pub netlink_sends: usize,
+    /// Files opened, those of the dynamic linker included.
+    pub opens: usize,
+    /// Calls of fsync and fdatasync.
+    pub syncs: usize,
+    /// Namespaces entered.
+    pub setns: usize,
+    /// Programs executed.
+    pub execs: usize,
+}
+
+impl Counts {
+    /// Runs a verb under strace, whose report goes to the file `trace`; `None` where strace is not installed.
+    ///
+    /// # Panics
+    /// If the plugin fails.
+    pub fn trace(plugin: &Plugin, verb: &str, container: &str, netns: &Path, trace: &Path) -> Option<Self> {
+        let strace = Path::new("/usr/bin/strace");
+        if !strace.exists() {
+            return None;
+        }
+        // A script stands for the plugin, so that it is run like any other.
+        let script = trace.with_extension("sh");
+        let text = format!(
+            "#!/bin/sh\nexec {} -f -qq -e signal=none -o {} {}\n",
+            strace.display(),
+            trace.display(),
+            plugin.program.display()
+        );
+        std::fs::write(&script, text).expect("a script beside the trace");
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+        std::fs::set_permissions(&script, mode).expect("the script is ours");
+        let traced = Plugin { program: script.clone(), config: plugin.config.clone() };
+        traced.run_with_path(verb, container, netns, plugin.program.parent().expect("the program has a directory"));
+        let report = std::fs::read_to_string(trace).expect("strace wrote its report");
+        Some(Self::read(&report))
+    }
+
+    fn read(report: &str) -> Self {
+        let mut counts = Self::default();
+        for line in report.lines() {
+            // "PID call(arguments) = result"; a resumed call was counted when it began.
+            let Some((_, call)) = line.split_once(' ') else { continue };
+            let call = call.trim_start();
+            let Some((name, arguments)) = call.split_once('(') else { continue };
+            counts.calls += 1;
+            match name {
+                "socket" if arguments.starts_with("AF_NETLINK") => counts.netlink_sockets += 1,
+                "sendto" | "sendmsg" if arguments.contains("nlmsg_") => counts.netlink_sends += 1,
+                "open" | "openat" | "openat2" => counts.opens += 1,
+                "fsync" | "fdatasync" => counts.syncs += 1,
+                "setns" => counts.setns += 1,
+                "execve" => counts.execs += 1,
+                _ => {}
+            }
+        }
+        counts
+    }
+}
+
+impl std::fmt::Display for Counts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { calls, netlink_sockets, netlink_sends, opens, syncs, setns, execs } = self;
+        write!(
+            f,
+            "{calls} calls, {netlink_sockets} netlink sockets, {netlink_sends} sends, {opens} opens, {syncs} syncs, \
+             {setns} setns, {execs} execs"
+        )
+    }
 }

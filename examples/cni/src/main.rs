@@ -1,1 +1,38 @@
-fn main() {}
+//! The CNI plugin `dcenet`: core's engine, with addresses from ipam's store on this machine.
+
+use std::io::{stdin, stdout};
+use std::process::ExitCode;
+
+use dcenet_core::cni::{Backends, CniError, ErrorCode, NetConf, PolicyChoice, serve};
+use dcenet_core::provider::{AddressSource, LeaseError};
+use dcenet_ipam::config::{IpamConfig, StoreConfig};
+use dcenet_ipam::{Ipam, OpenError};
+
+struct Dcenet;
+
+impl Backends for Dcenet {
+    fn addresses(&self, conf: &NetConf) -> Result<Option<Box<dyn AddressSource>>, CniError> {
+        let Some(config) = conf.section::<IpamConfig>("ipam")? else { return Ok(None) };
+        let invalid = |message: String| CniError::new(ErrorCode::InvalidConfig, message);
+        if let Some(other) = config.plugin.as_deref().filter(|p| *p != "dcenet") {
+            return Err(invalid(format!("ipam.type: {other:?} cannot be run from here; say \"dcenet\"")));
+        }
+        if matches!(config.store, StoreConfig::Memory {}) {
+            // Every call is a process of its own: each would begin with all addresses free.
+            return Err(invalid("ipam.store.kind: \"memory\" forgets between two calls; say \"log\"".to_owned()));
+        }
+        let open = |error: OpenError| CniError::from(LeaseError::from(error));
+        Ok(Some(Box::new(Ipam::open(&config, &conf.state_dir).map_err(open)?)))
+    }
+
+    fn policy(&self, conf: &NetConf) -> Result<Option<PolicyChoice>, CniError> {
+        match conf.section::<serde_json::Value>("policy")? {
+            None => Ok(None),
+            Some(_) => Err(CniError::new(ErrorCode::UnsupportedField, "policy: this binary has no policy backend")),
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    pollster::block_on(serve(|name| std::env::var_os(name), &mut stdin().lock(), &mut stdout().lock(), &Dcenet))
+}
