@@ -116,7 +116,7 @@ pub(crate) struct Entry {
 /// What [`Journal::enter`] found.
 pub(crate) enum Entered {
     New(Entry),
-    Old(Entry, Option<Record>),
+    Old(Entry, Option<Box<Record>>),
 }
 
 /// A lock on what attachments share; released when dropped.
@@ -162,7 +162,7 @@ impl Journal {
                 }
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                     if let Some((entry, record)) = self.find(id)? {
-                        return Ok(Entered::Old(entry, record));
+                        return Ok(Entered::Old(entry, record.map(Box::new)));
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::NotFound => self.make_directory()?,

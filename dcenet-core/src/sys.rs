@@ -26,7 +26,7 @@ pub(crate) fn is_netns(fd: BorrowedFd<'_>) -> io::Result<bool> {
     check(unsafe { libc::fstatfs(fd.as_raw_fd(), stat.as_mut_ptr()) })?;
     // SAFETY: all bytes were zero before the call and every bit pattern is a valid `statfs` of plain integers.
     let stat = unsafe { stat.assume_init() };
-    if i64::from(stat.f_type) != i64::from(libc::NSFS_MAGIC) {
+    if stat.f_type != libc::NSFS_MAGIC {
         return Ok(false);
     }
     // SAFETY: NS_GET_NSTYPE takes no argument; `fd` is borrowed and thus open.

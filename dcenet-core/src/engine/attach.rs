@@ -50,7 +50,7 @@ impl Engine {
     fn resume(&self, record: &Record, request: &AttachRequest<'_>) -> Result<Option<Attached>, AttachError> {
         let key = &request.key;
         if record.key != *key {
-            return Err(AttachError::IdCollision { key: key.clone(), other: record.key.clone() });
+            return Err(AttachError::IdCollision { key: key.clone(), other: Box::new(record.key.clone()) });
         }
         let Some(attached) = Attached::from_record(record, true) else { return Ok(None) };
         if record.boot != self.journal.boot() {

@@ -22,7 +22,7 @@ impl Engine {
         let (entry, record) = match self.journal.find(key.id()) {
             Ok(Some((entry, Some(record)))) => {
                 if record.key != *key {
-                    let error = TeardownError::IdCollision { key: key.clone(), other: record.key };
+                    let error = TeardownError::IdCollision { key: key.clone(), other: Box::new(record.key) };
                     return Err(DetachErrors(vec![error]));
                 }
                 (Some(entry), Some(record))

@@ -36,7 +36,7 @@ pub enum AttachError {
         /// The attachment asked for.
         key: AttachmentKey,
         /// The one that exists.
-        other: AttachmentKey,
+        other: Box<AttachmentKey>,
     },
     /// The attachment stands, in another namespace or with another configuration.
     #[error("attachment {key} exists already, with {difference}; delete it first")]
@@ -142,7 +142,7 @@ pub enum TeardownError {
         /// The attachment asked for.
         key: AttachmentKey,
         /// The one that is recorded.
-        other: AttachmentKey,
+        other: Box<AttachmentKey>,
     },
 }
 
