@@ -1,1 +1,52 @@
-//! dcenet-ipam
+//! Address management that cannot duplicate, leak or stall.
+//!
+//! A configuration ([`IpamConfig`]) names pools of addresses, and claims: addresses that belong to a workload for as
+//! long as it wants, whatever container runs it. [`Ipam`] hands them out from a [`store`], which other processes and
+//! other configurations may share, and is an [`AddressSource`](dcenet_core::provider::AddressSource).
+//!
+//! ```text
+//!   Ipam        reads, steps, commits, retries
+//!    |  \
+//!    |   machine     decides: pure, no clock, no I/O
+//!   store       a sorted map with guarded atomic batches: memory, log
+//! ```
+//!
+//! # Example
+//! ```
+//! use dcenet_core::provider::{AddressSource, LeaseRequest};
+//! use dcenet_ipam::{Ipam, IpamConfig};
+//!
+//! # pollster::block_on(async {
+//! let config: IpamConfig = serde_json::from_str(
+//!     r#"{ "store": { "kind": "log" },
+//!          "pools": [ { "name": "db", "subnet": "10.20.0.0/24", "gateway": "10.20.0.1",
+//!                       "claims": { "shop/db": { "address": "10.20.0.11" } } },
+//!                     { "name": "db6", "subnet": "fd00:20::/64" } ] }"#,
+//! )?;
+//! let dir = tempfile::tempdir()?;
+//! let ipam = Ipam::open(&config, dir.path())?;
+//! let lease = ipam
+//!     .lease(&LeaseRequest {
+//!         attachment: serde_json::from_str(r#"{ "network": "shop", "container": "c1", "ifname": "eth0" }"#)?,
+//!         workload: Some("shop/db".parse()?),
+//!         addresses: vec![],
+//!     })
+//!     .await?;
+//! assert_eq!(lease.addresses[0].address.to_string(), "10.20.0.11/24");
+//! assert_eq!(lease.addresses[1].address.to_string(), "fd00:20::1/64");
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! # }).unwrap();
+//! ```
+
+#![forbid(unsafe_code)]
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+pub mod config;
+mod ipam;
+pub mod machine;
+pub mod model;
+mod record;
+pub mod store;
+
+pub use crate::config::{ConfigError, IpamConfig, Layout};
+pub use crate::ipam::{Ipam, OpenError, PoolUsage, RecordedClaim};

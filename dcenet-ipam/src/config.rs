@@ -1,0 +1,492 @@
+//! The `ipam` section of a configuration, and its checked form.
+//!
+//! ```json
+//! { "type": "dcenet", "store": { "kind": "log" }, "cooldown": "5s",
+//!   "pools": [ { "name": "db", "subnet": "10.20.0.0/24", "ranges": ["10.20.0.10-10.20.0.99"],
+//!                "exclude": ["10.20.0.50"], "gateway": "10.20.0.1",
+//!                "claims": { "shop/db": { "address": "10.20.0.11", "keep": "forever" } } },
+//!              { "name": "db6", "subnet": "fd00:20::/64" } ],
+//!   "routes": [ { "dst": "0.0.0.0/0" } ], "dns": { "nameservers": ["10.20.0.1"] } }
+//! ```
+//!
+//! Pools are grouped by family: an attachment gets one address of each family that has a pool, from the first pool of
+//! the family that has a free one.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use dcenet_core::provider::{Dns, LeaseError, LeasedRoute};
+use ipnet::IpNet;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::model::{Addr, AddressSpace, Claim, ClaimKey, Family, Interval, Intervals, KeepPolicy, Pool, name_fault};
+use crate::store::log::LogStore;
+use crate::store::memory::MemoryStore;
+use crate::store::{Store, StoreError};
+
+/// The `ipam` section as written.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct IpamConfig {
+    /// `dcenet`, where given: the key by which CNI configurations name an IPAM plugin.
+    #[serde(default, rename = "type", skip_serializing_if = "Option::is_none")]
+    pub plugin: Option<String>,
+    /// Where bindings are kept.
+    #[serde(default)]
+    pub store: StoreConfig,
+    /// The pools in order of preference within their family.
+    pub pools: Vec<PoolConfig>,
+    /// Routes that come with every lease.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub routes: Vec<LeasedRoute>,
+    /// Resolver settings that come with every lease.
+    #[serde(default, skip_serializing_if = "Dns::is_empty")]
+    pub dns: Dns,
+    /// How long a released address is given to nobody else, 5 s unless told. Neighbours and connection tracking still
+    /// take it for the old holder for a moment. Claims and requests for one address do not wait.
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "duration_text")]
+    pub cooldown: Option<Duration>,
+}
+
+/// Which store, and where.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, tag = "kind", rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum StoreConfig {
+    /// A log in a directory, shared by all processes of the machine.
+    Log {
+        /// The directory; `ipam` below the state directory unless told.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        path: Option<PathBuf>,
+    },
+    /// Memory of this process. Of no use to a program that ends between two calls.
+    Memory {},
+}
+
+impl Default for StoreConfig {
+    fn default() -> Self {
+        Self::Log { path: None }
+    }
+}
+
+impl StoreConfig {
+    /// Opens the store; `state_dir` is where the log goes that has no path of its own.
+    pub fn open(&self, state_dir: &Path) -> Result<Arc<dyn Store>, StoreError> {
+        Ok(match self {
+            Self::Log { path: Some(path) } => Arc::new(LogStore::open(path)?),
+            Self::Log { path: None } => Arc::new(LogStore::open(&state_dir.join("ipam"))?),
+            Self::Memory {} => Arc::new(MemoryStore::new()),
+        })
+    }
+}
+
+/// A pool as written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PoolConfig {
+    /// Its name, unique in the configuration. Configurations that share a store and name a pool alike share the pool.
+    pub name: String,
+    /// The routing domain, `default` unless told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub space: Option<String>,
+    /// The subnet of the link.
+    pub subnet: IpNet,
+    /// What may be handed out: `first-last`, a prefix or one address each; the whole subnet unless told. The network
+    /// and broadcast addresses of IPv4 (except in a /31, RFC 3021, and a /32) and the subnet-router anycast address of
+    /// IPv6 (RFC 4291, section 2.6.1; except in a /127, RFC 6164, and a /128) never are.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ranges: Vec<AddressRange>,
+    /// What may not, in the same form.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub exclude: Vec<AddressRange>,
+    /// The subnet's router; never handed out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gateway: Option<IpAddr>,
+    /// Routes that come with an address of this pool.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub routes: Vec<LeasedRoute>,
+    /// Resolver settings that come with an address of this pool.
+    #[serde(default, skip_serializing_if = "Dns::is_empty")]
+    pub dns: Dns,
+    /// Fixed addresses by workload (`namespace/name`, or `namespace/name/interface`).
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub claims: BTreeMap<String, ClaimConfig>,
+}
+
+/// A claim as written.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ClaimConfig {
+    /// The address; whichever is free at the first lease, and then the same, unless told. It must be in the subnet, and
+    /// may be outside the ranges.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<IpAddr>,
+    /// How long the address is kept once nothing is attached.
+    #[serde(default)]
+    pub keep: KeepPolicy,
+}
+
+/// `first-last`, a prefix, or one address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AddressRange {
+    /// The first address as written; it may be above the last, until the configuration is checked.
+    pub first: IpAddr,
+    /// The last address.
+    pub last: IpAddr,
+}
+
+impl FromStr for AddressRange {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let address = |t: &str| {
+            t.trim()
+                .parse::<IpAddr>()
+                .map_err(|_| format!("{s:?} is neither an address, nor a prefix, nor a range first-last of addresses"))
+        };
+        if let Some((first, last)) = s.split_once('-') {
+            Ok(Self { first: address(first)?, last: address(last)? })
+        } else if let Ok(prefix) = s.trim().parse::<IpNet>() {
+            Ok(Self { first: prefix.network(), last: prefix.broadcast() })
+        } else {
+            address(s).map(|ip| Self { first: ip, last: ip })
+        }
+    }
+}
+
+impl fmt::Display for AddressRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.first == self.last { self.first.fmt(f) } else { write!(f, "{}-{}", self.first, self.last) }
+    }
+}
+
+impl Serialize for AddressRange {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for AddressRange {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+    }
+}
+
+/// What is wrong with a configuration, and where.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {value:?} {fault}")]
+pub struct ConfigError {
+    /// The path of the field, such as `ipam.pools[0].gateway`.
+    pub field: String,
+    /// Its value.
+    pub value: String,
+    /// What is wrong with it, and the remedy.
+    pub fault: ConfigFault,
+}
+
+/// What is wrong with a value.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigFault {
+    /// Not of the form that the field asks for.
+    #[error("is not accepted: {0}")]
+    Malformed(String),
+    /// A range that ends before it begins.
+    #[error("ends before it begins; write the lower address first")]
+    Reversed,
+    /// An address, or an end of a range, that is not in the subnet.
+    #[error("is not in the pool's subnet {subnet}; take it from there or widen the subnet")]
+    OutsideSubnet {
+        /// The pool's subnet.
+        subnet: IpNet,
+    },
+    /// An address that no attachment may have.
+    #[error("cannot be claimed: it is {what}; take another address of {subnet}")]
+    Reserved {
+        /// What it is.
+        what: &'static str,
+        /// The pool's subnet.
+        subnet: IpNet,
+    },
+    /// Two pools of one space share addresses.
+    #[error("overlaps pool {other} ({subnet}) of space {space}; choose a disjoint subnet or another space")]
+    Overlap {
+        /// The other pool.
+        other: String,
+        /// Its subnet.
+        subnet: IpNet,
+        /// The space.
+        space: AddressSpace,
+    },
+    /// A name or claim that exists already.
+    #[error("is taken by {by}; each may appear once")]
+    Duplicate {
+        /// Who has it.
+        by: String,
+    },
+    /// A pool without a single address to give.
+    #[error("leaves no address to hand out; widen the ranges or remove exclusions")]
+    Empty,
+}
+
+impl From<ConfigError> for LeaseError {
+    fn from(error: ConfigError) -> Self {
+        Self::Invalid { reason: format!("{:?} {}", error.value, error.fault), field: error.field }
+    }
+}
+
+/// A configuration that was checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    /// The pools in order of preference within their family.
+    pub pools: Vec<Pool>,
+    /// Routes that come with every lease.
+    pub routes: Vec<LeasedRoute>,
+    /// Resolver settings that come with every lease.
+    pub dns: Dns,
+    /// See [`IpamConfig::cooldown`].
+    pub cooldown: Duration,
+}
+
+impl Layout {
+    /// [`IpamConfig::cooldown`] unless told.
+    pub const COOLDOWN: Duration = Duration::from_secs(5);
+
+    /// Families that have a pool, IPv4 first.
+    pub fn families(&self) -> impl Iterator<Item = Family> + '_ {
+        [Family::V4, Family::V6].into_iter().filter(|f| self.pools.iter().any(|p| p.family() == *f))
+    }
+}
+
+impl IpamConfig {
+    /// Checks everything that can be checked without a store. Field paths begin with `ipam`.
+    pub fn layout(&self) -> Result<Layout, ConfigError> {
+        let Self { plugin, store: _, pools: written, routes, dns, cooldown } = self;
+        if let Some(plugin) = plugin
+            && plugin != "dcenet"
+        {
+            let fault = ConfigFault::Malformed("this is the configuration of another plugin; write dcenet".to_owned());
+            return Err(ConfigError { field: "ipam.type".to_owned(), value: plugin.clone(), fault });
+        }
+        if written.is_empty() {
+            let fault = ConfigFault::Malformed("there is no address to hand out; name at least one pool".to_owned());
+            return Err(ConfigError { field: "ipam.pools".to_owned(), value: "[]".to_owned(), fault });
+        }
+        let mut pools: Vec<Pool> = Vec::with_capacity(written.len());
+        for (i, pool) in written.iter().enumerate() {
+            let checked = pool.check(&format!("ipam.pools[{i}]"))?;
+            for other in &pools {
+                checked.check_beside(other, &format!("ipam.pools[{i}]"))?;
+            }
+            pools.push(checked);
+        }
+        let cooldown = cooldown.unwrap_or(Layout::COOLDOWN);
+        Ok(Layout { pools, routes: routes.clone(), dns: dns.clone(), cooldown })
+    }
+}
+
+impl Pool {
+    fn check_beside(&self, other: &Self, path: &str) -> Result<(), ConfigError> {
+        if self.name == other.name {
+            let fault = ConfigFault::Duplicate { by: format!("the pool with subnet {}", other.subnet) };
+            return Err(ConfigError { field: format!("{path}.name"), value: self.name.clone(), fault });
+        }
+        if self.space == other.space && overlap(&self.subnet, &other.subnet) {
+            let (other, subnet, space) = (other.name.clone(), other.subnet, other.space.clone());
+            let fault = ConfigFault::Overlap { other, subnet, space };
+            return Err(ConfigError { field: format!("{path}.subnet"), value: self.subnet.to_string(), fault });
+        }
+        // A workload's interface has one address a family.
+        if self.family() == other.family()
+            && let Some(claim) = self.claims.iter().find(|c| other.claims.iter().any(|o| o.key == c.key))
+        {
+            let fault = ConfigFault::Duplicate { by: format!("a claim in pool {} of the same family", other.name) };
+            let field = format!("{path}.claims[{:?}]", claim.key.to_string());
+            return Err(ConfigError { field, value: claim.key.to_string(), fault });
+        }
+        Ok(())
+    }
+}
+
+/// Whether two prefixes share an address: one contains the other.
+pub(crate) fn overlap(a: &IpNet, b: &IpNet) -> bool {
+    a.contains(b) || b.contains(a)
+}
+
+fn interval(subnet: &IpNet) -> Interval {
+    (raw(subnet.network()), raw(subnet.broadcast()))
+}
+
+/// The address as a number in its own family, also where it is IPv4-mapped.
+fn raw(ip: IpAddr) -> u128 {
+    match ip {
+        IpAddr::V4(ip) => u32::from(ip).into(),
+        IpAddr::V6(ip) => ip.into(),
+    }
+}
+
+/// `::ffff:0:0/96`: these addresses are IPv4 addresses.
+const MAPPED: Interval = (0xffff_0000_0000, 0xffff_ffff_ffff);
+
+impl PoolConfig {
+    fn check(&self, path: &str) -> Result<Pool, ConfigError> {
+        let error = |field: &str, value: &dyn fmt::Display, fault: ConfigFault| ConfigError {
+            field: format!("{path}.{field}"),
+            value: value.to_string(),
+            fault,
+        };
+        let malformed = |field: &str, value: &dyn fmt::Display, reason: &str| {
+            error(field, value, ConfigFault::Malformed(reason.to_owned()))
+        };
+        if let Some(reason) = name_fault(&self.name) {
+            return Err(malformed("name", &self.name, reason));
+        }
+        let space = match &self.space {
+            None => AddressSpace::default(),
+            Some(text) => {
+                text.parse().map_err(|e: dcenet_core::model::ParseError| malformed("space", text, e.reason))?
+            }
+        };
+        let subnet = self.subnet;
+        if subnet.addr() != subnet.network() {
+            let remedy = format!("bits are set beyond the prefix length; write {}", subnet.trunc());
+            return Err(malformed("subnet", &subnet, &remedy));
+        }
+        let family = Family::of(&subnet);
+        let whole = interval(&subnet);
+        if family == Family::V6 && whole.0 >= MAPPED.0 && whole.1 <= MAPPED.1 {
+            return Err(malformed(
+                "subnet",
+                &subnet,
+                "IPv4-mapped addresses are IPv4 addresses; write the IPv4 prefix",
+            ));
+        }
+        let inside = |ip: &IpAddr| subnet.contains(ip);
+        let outside = || ConfigFault::OutsideSubnet { subnet };
+
+        let mut given = Vec::with_capacity(self.ranges.len());
+        for (key, ranges) in [("ranges", &self.ranges), ("exclude", &self.exclude)] {
+            for (i, range) in ranges.iter().enumerate() {
+                let field = format!("{key}[{i}]");
+                if !inside(&range.first) || !inside(&range.last) {
+                    return Err(error(&field, range, outside()));
+                }
+                if raw(range.first) > raw(range.last) {
+                    return Err(error(&field, range, ConfigFault::Reversed));
+                }
+                if key == "ranges" {
+                    given.push((raw(range.first), raw(range.last)));
+                }
+            }
+        }
+        if let Some(gateway) = &self.gateway
+            && !inside(gateway)
+        {
+            return Err(error("gateway", gateway, outside()));
+        }
+
+        // What nobody may have, each with its reason.
+        let one = |number: u128| (number, number);
+        let mut reserved: Vec<(Interval, &'static str)> = Vec::new();
+        match family {
+            Family::V4 if subnet.prefix_len() < 31 => {
+                reserved.push((one(whole.0), "the network address"));
+                reserved.push((one(whole.1), "the broadcast address"));
+            }
+            Family::V6 if subnet.prefix_len() < 127 => {
+                reserved.push((one(whole.0), "the subnet-router anycast address"));
+            }
+            _ => {}
+        }
+        if family == Family::V6 {
+            reserved.push((MAPPED, "an IPv4-mapped address"));
+        }
+        reserved.extend(self.gateway.map(|ip| (one(raw(ip)), "the pool's gateway")));
+        reserved.extend(self.exclude.iter().map(|r| ((raw(r.first), raw(r.last)), "excluded")));
+
+        let mut claims: Vec<Claim> = Vec::with_capacity(self.claims.len());
+        let mut holders: BTreeMap<u128, &str> = BTreeMap::new();
+        for (text, wish) in &self.claims {
+            let field = format!("claims[{text:?}]");
+            let key: ClaimKey =
+                text.parse().map_err(|e: dcenet_core::model::ParseError| malformed(&field, text, e.reason))?;
+            if let Some(address) = &wish.address {
+                let field = format!("{field}.address");
+                if !inside(address) {
+                    return Err(error(&field, address, outside()));
+                }
+                let number = raw(*address);
+                if let Some((_, what)) = reserved.iter().find(|((low, high), _)| (*low..=*high).contains(&number)) {
+                    return Err(error(&field, address, ConfigFault::Reserved { what, subnet }));
+                }
+                if let Some(other) = holders.insert(number, text) {
+                    return Err(error(&field, address, ConfigFault::Duplicate { by: format!("claim {other}") }));
+                }
+            }
+            claims.push(Claim { key, address: wish.address.map(Addr::from), keep: wish.keep });
+        }
+
+        let ranges = if given.is_empty() { vec![whole] } else { given };
+        let reserved = Intervals::new(reserved.into_iter().map(|(interval, _)| interval).collect());
+        let fixed = Intervals::new(holders.keys().map(|n| one(*n)).collect());
+        let usable = Intervals::new(ranges.clone()).without(&reserved);
+        let free = usable.without(&fixed);
+        let allowed = Intervals::new(usable.iter().chain(fixed.iter()).collect());
+        if allowed.size() == 0 {
+            let (field, value) = match self.ranges.first() {
+                Some(range) => ("ranges", range.to_string()),
+                None => ("subnet", subnet.to_string()),
+            };
+            return Err(error(field, &value, ConfigFault::Empty));
+        }
+        Ok(Pool {
+            name: self.name.clone(),
+            space,
+            subnet,
+            gateway: self.gateway,
+            routes: self.routes.clone(),
+            dns: self.dns.clone(),
+            free,
+            allowed,
+            claims,
+        })
+    }
+}
+
+/// Durations as `500ms`, `5s`, `2m` or `1h`.
+mod duration_text {
+    use super::*;
+
+    pub(super) fn serialize<S: Serializer>(value: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
+        match value {
+            Some(duration) => serializer.collect_str(&format_args!("{}ms", duration.as_millis())),
+            None => serializer.serialize_none(),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+        let Some(text) = Option::<String>::deserialize(deserializer)? else { return Ok(None) };
+        parse(&text).map(Some).ok_or_else(|| {
+            D::Error::custom(format!("{text:?} is no duration; write a number with ms, s, m or h, as 5s"))
+        })
+    }
+
+    fn parse(text: &str) -> Option<Duration> {
+        let digits = text.find(|c: char| !c.is_ascii_digit())?;
+        let number: u64 = text[..digits].parse().ok()?;
+        let unit = match &text[digits..] {
+            "ms" => 1,
+            "s" => 1000,
+            "m" => 60_000,
+            "h" => 3_600_000,
+            _ => return None,
+        };
+        Some(Duration::from_millis(number.checked_mul(unit)?))
+    }
+}

@@ -1,0 +1,415 @@
+//! The allocator over a store.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use async_trait::async_trait;
+use dcenet_core::model::{AttachmentKey, ContainerId, IfName, NetworkName};
+use dcenet_core::provider::{AddressSource, Lease, LeaseError, LeaseRequest};
+
+use crate::config::{ConfigError, IpamConfig, Layout};
+use crate::machine::{Command, Query, Reply, Step, View, step};
+use crate::model::{Addr, AddressSpace, Binding, Claim, ClaimKey, Family, KeepPolicy, Pool};
+use crate::record::{
+    AttachmentRecord, ClaimRecord, SlotRecord, attachment_of, claim_prefix, network_prefix, slot_prefix,
+};
+use crate::store::{Batch, Entry, Key, Outcome, Store, StoreError, number_of, numbered};
+
+/// Hands out the addresses of one configuration from a store that others may share.
+#[derive(Debug)]
+pub struct Ipam {
+    layout: Layout,
+    store: Arc<dyn Store>,
+    clock: fn() -> u64,
+}
+
+/// Why the allocator could not be opened.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// The configuration is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The store could not be opened.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl From<OpenError> for LeaseError {
+    fn from(error: OpenError) -> Self {
+        match error {
+            OpenError::Config(error) => error.into(),
+            OpenError::Store(error) => Self::Store(error.into()),
+        }
+    }
+}
+
+/// How full a pool is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoolUsage {
+    /// The pool's name.
+    pub pool: String,
+    /// Its space.
+    pub space: AddressSpace,
+    /// Addresses that it could have in use.
+    pub size: u128,
+    /// Addresses that attachments use.
+    pub bound: u128,
+    /// Addresses that claims keep while nothing is attached.
+    pub kept: u128,
+    /// Addresses that were released so lately that nobody else gets them yet.
+    pub cooling: u128,
+}
+
+/// A claim that is recorded in the store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RecordedClaim {
+    /// The space.
+    pub space: AddressSpace,
+    /// The pool.
+    pub pool: String,
+    /// The claim with its address.
+    pub claim: Claim,
+}
+
+impl Ipam {
+    /// Over a store that is open.
+    pub fn new(config: &IpamConfig, store: Arc<dyn Store>) -> Result<Self, ConfigError> {
+        Ok(Self { layout: config.layout()?, store, clock: wall_clock })
+    }
+
+    /// Opens the store that the configuration names; `state_dir` is where it goes if it has no path of its own.
+    pub fn open(config: &IpamConfig, state_dir: &Path) -> Result<Self, OpenError> {
+        let layout = config.layout()?;
+        Ok(Self { layout, store: config.store.open(state_dir)?, clock: wall_clock })
+    }
+
+    /// Takes the time, in milliseconds since 1970, from `clock` instead of the system.
+    #[must_use]
+    pub fn with_clock(self, clock: fn() -> u64) -> Self {
+        Self { clock, ..self }
+    }
+
+    /// The checked configuration.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The store.
+    pub fn store(&self) -> &Arc<dyn Store> {
+        &self.store
+    }
+
+    /// Records a claim in the store, beside those of the configuration. `address` `None` takes a free one.
+    ///
+    /// # Errors
+    /// [`LeaseError::Held`] with the holder's name if another has the address.
+    pub async fn reserve(
+        &self,
+        pool: &str,
+        claim: &ClaimKey,
+        address: Option<std::net::IpAddr>,
+        keep: KeepPolicy,
+    ) -> Result<(), LeaseError> {
+        self.run(&Command::Reserve { pool: pool.to_owned(), claim: claim.clone(), address, keep }).await.map(drop)
+    }
+
+    /// Gives a claim up, in both families; its address is free at once. Returns whether there was one. A claim of the
+    /// configuration is recorded again by the next lease of its workload.
+    ///
+    /// # Errors
+    /// [`LeaseError::Held`] if something is attached through it.
+    pub async fn forget(&self, space: &AddressSpace, claim: &ClaimKey) -> Result<bool, LeaseError> {
+        let command = Command::Forget { space: space.clone(), claim: claim.clone() };
+        Ok(self.run(&command).await? == Reply::Done)
+    }
+
+    /// Releases the lease of an attachment if it is the one with this sequence. Returns whether it was.
+    pub async fn release_sequence(&self, attachment: &AttachmentKey, sequence: u64) -> Result<bool, LeaseError> {
+        let command = Command::Release { attachment: attachment.clone(), sequence: Some(sequence) };
+        Ok(self.run(&command).await? == Reply::Done)
+    }
+
+    /// The newest revision of the store: every binding made so far has a sequence up to it, every later one a higher.
+    /// Whoever collects evidence of what is alive takes it first, and hands it to [`Ipam::retain_since`].
+    pub async fn revision(&self) -> Result<u64, LeaseError> {
+        match self.store.commit(&Batch { request_id: random_id(), ..Batch::default() }).await.map_err(store_error)? {
+            Outcome::Committed { revision } => Ok(revision),
+            Outcome::Conflict(_) => Err(LeaseError::Busy("a batch without guards was refused".to_owned())),
+            Outcome::Unknown { reason } => Err(LeaseError::Store(reason.into())),
+        }
+    }
+
+    /// Releases every attachment of the network that is not in `valid` and whose sequence is at most `fence`: bindings
+    /// made after the evidence was collected stay. Returns what was released.
+    pub async fn retain_since(
+        &self,
+        network: &NetworkName,
+        valid: &[(ContainerId, IfName)],
+        fence: u64,
+    ) -> Result<Vec<AttachmentKey>, LeaseError> {
+        let mut released = Vec::new();
+        for (key, entry) in self.scan_all(&network_prefix(Some(network))).await? {
+            let Some(attachment) = attachment_of(&key) else { continue };
+            let alive = valid.iter().any(|(c, i)| *c == attachment.container && *i == attachment.ifname);
+            if !alive && entry.version <= fence && self.release_sequence(&attachment, entry.version).await? {
+                released.push(attachment);
+            }
+        }
+        Ok(released)
+    }
+
+    /// All addresses in use, of one network or of all that share the store.
+    pub async fn bindings(&self, network: Option<&NetworkName>) -> Result<Vec<Binding>, LeaseError> {
+        let mut bindings = Vec::new();
+        for (key, entry) in self.scan_all(&network_prefix(network)).await? {
+            let Some(attachment) = attachment_of(&key) else { continue };
+            let record: AttachmentRecord = decode(&key, &entry)?;
+            for held in &record.addresses {
+                let Some((space, _)) = held.slot() else { continue };
+                bindings.push(Binding {
+                    attachment: attachment.clone(),
+                    workload: record.workload.clone(),
+                    space,
+                    address: held.address,
+                    pool: held.pool.clone(),
+                    sequence: entry.version,
+                });
+            }
+        }
+        Ok(bindings)
+    }
+
+    /// The claims recorded in the spaces of the configuration.
+    pub async fn claims(&self) -> Result<Vec<RecordedClaim>, LeaseError> {
+        let mut spaces: Vec<&AddressSpace> = self.layout.pools.iter().map(|p| &p.space).collect();
+        spaces.sort_unstable();
+        spaces.dedup();
+        let mut claims = Vec::new();
+        for (space, family) in spaces.into_iter().flat_map(|s| [(s, Family::V4), (s, Family::V6)]) {
+            let prefix = claim_prefix(space, family);
+            for (key, entry) in self.scan_all(&prefix).await? {
+                let record: ClaimRecord = decode(&key, &entry)?;
+                let text = std::str::from_utf8(&key[prefix.len()..]).unwrap_or_default();
+                let key = text.parse().map_err(|e| LeaseError::Store(Box::new(e)))?;
+                let claim = Claim { key, address: Some(Addr::from(record.address)), keep: record.keep };
+                claims.push(RecordedClaim { space: space.clone(), pool: record.pool, claim });
+            }
+        }
+        Ok(claims)
+    }
+
+    /// How full the pools of the configuration are. Reads every record of them: a tool's call.
+    pub async fn usage(&self) -> Result<Vec<PoolUsage>, LeaseError> {
+        let mut all = Vec::with_capacity(self.layout.pools.len());
+        for pool in &self.layout.pools {
+            all.push(self.pool_usage(pool).await?);
+        }
+        Ok(all)
+    }
+
+    async fn pool_usage(&self, pool: &Pool) -> Result<PoolUsage, LeaseError> {
+        let prefix = slot_prefix(&pool.space, pool.family());
+        let (pool_name, space) = (pool.name.clone(), pool.space.clone());
+        let mut usage = PoolUsage { pool: pool_name, space, size: pool.size(), bound: 0, kept: 0, cooling: 0 };
+        let first = Addr::from(pool.subnet.network()).bits;
+        let mut after = first.checked_sub(1).map(|below| numbered(&prefix, below));
+        let now = (self.clock)();
+        loop {
+            let page = self.store.scan(&prefix, after.as_deref(), PAGE).await.map_err(store_error)?;
+            for (key, entry) in &page {
+                let bits = number_of(&prefix, key).map_err(store_error)?;
+                if !pool.subnet.contains(&Addr { family: pool.family(), bits }.ip()) {
+                    return Ok(usage);
+                }
+                match decode(key, entry)? {
+                    SlotRecord::Bound { .. } => usage.bound += 1,
+                    SlotRecord::Kept { .. } => usage.kept += 1,
+                    SlotRecord::Freed { at, .. } => {
+                        usage.cooling += u128::from(u128::from(now.abs_diff(at)) < self.layout.cooldown.as_millis());
+                    }
+                }
+            }
+            match page.last() {
+                Some((last, _)) if page.len() == PAGE => after = Some(last.clone()),
+                _ => return Ok(usage),
+            }
+        }
+    }
+
+    async fn scan_all(&self, prefix: &[u8]) -> Result<Vec<(Key, Entry)>, LeaseError> {
+        let mut all: Vec<(Key, Entry)> = Vec::new();
+        loop {
+            let after = all.last().map(|(key, _)| key.as_slice());
+            let page = self.store.scan(prefix, after, PAGE).await.map_err(store_error)?;
+            let last = page.len() < PAGE;
+            all.extend(page);
+            if last {
+                return Ok(all);
+            }
+        }
+    }
+
+    /// Runs a command; registers the configuration's pools and claims first where that was not done yet.
+    async fn run(&self, command: &Command) -> Result<Reply, LeaseError> {
+        for _ in 0..REGISTRATIONS {
+            if let Some(reply) = self.attempt(command).await? {
+                return Ok(reply);
+            }
+            self.register().await?;
+        }
+        Err(LeaseError::Busy("the pools of this configuration are registered and removed by turns".to_owned()))
+    }
+
+    async fn register(&self) -> Result<(), LeaseError> {
+        self.attempt(&Command::Register { recorded: false }).await?;
+        for pool in &self.layout.pools {
+            for claim in pool.claims.iter().filter(|c| c.keep != KeepPolicy::Ephemeral) {
+                let Some(address) = claim.address else { continue };
+                let (name, key) = (pool.name.clone(), claim.key.clone());
+                let reserve =
+                    Command::Reserve { pool: name, claim: key, address: Some(address.ip()), keep: claim.keep };
+                match self.attempt(&reserve).await {
+                    Ok(_) => {}
+                    // Its own workload is refused when it asks; others are not to suffer for it.
+                    Err(error @ (LeaseError::Held { .. } | LeaseError::Invalid { .. })) => {
+                        tracing::warn!(claim = %claim.key, %error, "a claim of the configuration cannot be recorded");
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        self.attempt(&Command::Register { recorded: true }).await.map(drop)
+    }
+
+    /// Steps until the command is done; `None` if the configuration must be registered first.
+    async fn attempt(&self, command: &Command) -> Result<Option<Reply>, LeaseError> {
+        let (mut view, now, mut entropy) = (View::default(), (self.clock)(), 0);
+        let (mut conflicts, mut unknown) = (0, 0);
+        loop {
+            match step(&self.layout, &view, command, now, entropy)? {
+                Step::Done(reply) => return Ok(Some(reply)),
+                Step::Unregistered => return Ok(None),
+                Step::Read(queries) => self.learn(&mut view, queries).await?,
+                Step::Commit(mut batch, reply) => {
+                    batch.request_id = random_id();
+                    match self.store.commit(&batch).await.map_err(store_error)? {
+                        Outcome::Committed { revision } => return Ok(Some(reply.committed(revision))),
+                        Outcome::Conflict(current) => {
+                            conflicts += 1;
+                            if conflicts == CONFLICTS {
+                                return Err(LeaseError::Busy(format!("{CONFLICTS} conflicts in a row")));
+                            }
+                            view.learn_conflict(&batch.guards, current);
+                            entropy = random().max(1);
+                        }
+                        Outcome::Unknown { reason } => {
+                            unknown += 1;
+                            tracing::warn!(%reason, "the outcome of a commit is unknown; reading what became of it");
+                            if unknown == UNKNOWNS {
+                                return Err(LeaseError::Store(reason.into()));
+                            }
+                            // What the command wanted is either there or not: it is decided anew from what is there.
+                            view = View::default();
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    async fn learn(&self, view: &mut View, queries: Vec<Query>) -> Result<(), LeaseError> {
+        let mut keys = Vec::new();
+        for query in queries {
+            match &query {
+                Query::Key(key) => keys.push(key.clone()),
+                Query::Gap(prefix, low, high) => {
+                    let gap = self.store.first_gap(prefix, *low..=*high).await.map_err(store_error)?;
+                    view.learn_gap(query, gap);
+                }
+                Query::Scan(prefix, after, limit) => {
+                    let found = self.store.scan(prefix, after.as_deref(), *limit).await.map_err(store_error)?;
+                    view.learn_scan(query, found.into_iter().map(|(key, _)| key).collect());
+                }
+            }
+        }
+        if !keys.is_empty() {
+            let entries = self.store.read(&keys).await.map_err(store_error)?;
+            for (key, entry) in keys.into_iter().zip(entries) {
+                view.learn_key(key, entry);
+            }
+        }
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl AddressSource for Ipam {
+    async fn lease(&self, request: &LeaseRequest) -> Result<Lease, LeaseError> {
+        match self.run(&Command::Lease(request.clone())).await? {
+            Reply::Leased(lease) => Ok(lease),
+            Reply::Done | Reply::NotHeld => Err(LeaseError::Store("a lease ended without addresses".into())),
+        }
+    }
+
+    /// A read: what it shows was durable when ADD replied, or is of an ADD that has not replied yet.
+    async fn held(&self, attachment: &AttachmentKey) -> Result<Option<Lease>, LeaseError> {
+        match self.run(&Command::Lookup(attachment.clone())).await? {
+            Reply::Leased(lease) => Ok(Some(lease)),
+            Reply::Done | Reply::NotHeld => Ok(None),
+        }
+    }
+
+    async fn release(&self, attachment: &AttachmentKey) -> Result<(), LeaseError> {
+        self.run(&Command::Release { attachment: attachment.clone(), sequence: None }).await.map(drop)
+    }
+
+    async fn retain(
+        &self,
+        network: &NetworkName,
+        valid: &[(ContainerId, IfName)],
+    ) -> Result<Vec<AttachmentKey>, LeaseError> {
+        self.retain_since(network, valid, u64::MAX).await
+    }
+
+    async fn ready(&self) -> Result<(), LeaseError> {
+        self.run(&Command::Probe).await.map(drop)
+    }
+}
+
+fn decode<T: serde::de::DeserializeOwned>(key: &[u8], entry: &Entry) -> Result<T, LeaseError> {
+    serde_json::from_slice(&entry.value).map_err(|error| {
+        LeaseError::Store(
+            format!("the record {:?} cannot be understood: {error}", key.escape_ascii().to_string()).into(),
+        )
+    })
+}
+
+fn store_error(error: StoreError) -> LeaseError {
+    LeaseError::Store(Box::new(error))
+}
+
+fn wall_clock() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// 64 bits that the system's random generator seeds and that differ from call to call.
+fn random() -> u64 {
+    RandomState::new().build_hasher().finish()
+}
+
+fn random_id() -> u128 {
+    u128::from(random()) << 64 | u128::from(random())
+}
+
+/// Entries read at a time by listings.
+const PAGE: usize = 512;
+/// Lost races after which a command gives up.
+const CONFLICTS: u32 = 128;
+/// Unknown outcomes after which a command gives up.
+const UNKNOWNS: u32 = 3;
+/// Times that the configuration is registered for one command.
+const REGISTRATIONS: u32 = 4;

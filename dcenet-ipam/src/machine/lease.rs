@@ -1,0 +1,359 @@
+//! Leasing: one address of each family, all or none.
+
+use std::net::IpAddr;
+
+use dcenet_core::model::{AttachmentKey, Workload};
+use dcenet_core::provider::{LeaseError, LeaseRequest};
+use ipnet::IpNet;
+
+use super::{Draft, Halt, Reply, Step, Work};
+use crate::model::{Addr, AddressSpace, ClaimKey, Family, KeepPolicy, Pool};
+use crate::record::{
+    AttachmentRecord, ClaimRecord, Held, SlotRecord, attachment_key, claim_key, freed_key, freed_of, freed_prefix,
+    slot_key, slot_prefix, space_key,
+};
+use crate::store::Key;
+
+/// The claim that an attachment has in a family.
+struct Entitlement<'a> {
+    pool: &'a Pool,
+    key: ClaimKey,
+    /// The address that the configuration fixes.
+    fixed: Option<Addr>,
+    keep: KeepPolicy,
+}
+
+impl Work<'_> {
+    pub(super) fn lease(&self, request: &LeaseRequest) -> Result<Step, Halt> {
+        let own_key = attachment_key(&request.attachment);
+        let spaces = self.spaces();
+        let space_keys: Vec<Key> = spaces.iter().map(|s| space_key(s)).collect();
+        self.need(space_keys.iter().chain([&own_key]))?;
+
+        let mut draft = Draft::default();
+        if let Some((record, version)) = self.record::<AttachmentRecord>(&own_key)? {
+            // Committed as a barrier: the record may be another's whose flush is not done.
+            draft.guard(&own_key, Some(version));
+            return Ok(draft.commit(Reply::Leased(self.compose(&record, version))));
+        }
+        draft.guard(&own_key, None);
+        self.guard_registration(&mut draft)?;
+
+        let mut wanted: Vec<Addr> = request.addresses.iter().copied().map(Addr::from).collect();
+        let mut record = AttachmentRecord { workload: request.workload.clone(), addresses: Vec::new() };
+        for family in self.layout.families() {
+            let asked = wanted.iter().position(|a| a.family == family).map(|i| wanted.remove(i));
+            record.addresses.push(self.lease_family(&mut draft, request, family, asked)?);
+        }
+        if let Some(left) = wanted.first() {
+            return Err(invalid_request(
+                left.ip(),
+                "no pool of that family, or a second address of it; ask for one each",
+            ));
+        }
+        // The order of the pools in the configuration.
+        record.addresses.sort_by_key(|held| self.layout.pools.iter().position(|p| p.name == held.pool));
+        let reply = Reply::Leased(self.compose(&record, 0));
+        draft.put(own_key, &record);
+        Ok(draft.commit(reply))
+    }
+
+    fn lease_family(
+        &self,
+        draft: &mut Draft,
+        request: &LeaseRequest,
+        family: Family,
+        asked: Option<Addr>,
+    ) -> Result<Held, Halt> {
+        let claim = match &request.workload {
+            Some(workload) => self.entitlement(workload, request, family)?,
+            None => None,
+        };
+        if let Some(claim) = claim {
+            return self.lease_claimed(draft, &request.attachment, &claim, asked);
+        }
+        let (pool, address) = match asked {
+            Some(address) => (self.pool_for(address)?, address),
+            None => self.pick(family)?,
+        };
+        let slot = SlotRecord::Bound { by: request.attachment.clone(), claim: None };
+        self.take(draft, &pool.space, address, &slot, None)?;
+        Ok(held(pool, address))
+    }
+
+    /// The claim of the configuration, else one that was recorded in the store, in any pool of the family.
+    fn entitlement(
+        &self,
+        workload: &Workload,
+        request: &LeaseRequest,
+        family: Family,
+    ) -> Result<Option<Entitlement<'_>>, Halt> {
+        let exact = ClaimKey { workload: workload.clone(), ifname: Some(request.attachment.ifname.clone()) };
+        let names = [exact, ClaimKey { workload: workload.clone(), ifname: None }];
+        let pools = || self.layout.pools.iter().filter(|p| p.family() == family);
+        for name in &names {
+            for pool in pools() {
+                if let Some(claim) = pool.claims.iter().find(|c| c.key == *name) {
+                    let (key, fixed, keep) = (claim.key.clone(), claim.address, claim.keep);
+                    return Ok(Some(Entitlement { pool, key, fixed, keep }));
+                }
+            }
+        }
+        let spaces = self.spaces();
+        let keys: Vec<Key> = spaces.iter().flat_map(|s| names.iter().map(|name| claim_key(s, family, name))).collect();
+        self.need(&keys)?;
+        for space in spaces {
+            for name in &names {
+                let Some((record, _)) = self.record::<ClaimRecord>(&claim_key(space, family, name))? else { continue };
+                if let Some(pool) = pools().find(|p| p.space == *space && p.subnet.contains(&record.address)) {
+                    return Ok(Some(Entitlement { pool, key: name.clone(), fixed: None, keep: record.keep }));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn lease_claimed(
+        &self,
+        draft: &mut Draft,
+        attachment: &AttachmentKey,
+        claim: &Entitlement<'_>,
+        asked: Option<Addr>,
+    ) -> Result<Held, Halt> {
+        let pool = claim.pool;
+        let address = self.settle_claim(draft, pool, &claim.key, claim.fixed, asked, claim.keep)?;
+        if let Some(asked) = asked
+            && asked != address
+        {
+            let reason = format!("the claim {} has {address} here; ask for that or for none", claim.key);
+            return Err(invalid_request(asked.ip(), &reason));
+        }
+        let slot = SlotRecord::Bound { by: attachment.clone(), claim: Some(claim.key.clone()) };
+        self.take(draft, &pool.space, address, &slot, Some(&claim.key))?;
+        Ok(held(pool, address))
+    }
+
+    /// Decides which address a claim has, and drafts its record. `first` is the wish for a claim that has none yet. The
+    /// slot is left to the caller.
+    pub(super) fn settle_claim(
+        &self,
+        draft: &mut Draft,
+        pool: &Pool,
+        claim: &ClaimKey,
+        fixed: Option<Addr>,
+        first: Option<Addr>,
+        keep: KeepPolicy,
+    ) -> Result<Addr, Halt> {
+        let key = claim_key(&pool.space, pool.family(), claim);
+        let recorded = self.record::<ClaimRecord>(&key)?;
+        draft.guard(&key, recorded.as_ref().map(|(_, version)| *version));
+        let before = recorded.as_ref().map(|(record, _)| Addr::from(record.address));
+        let address = match (fixed, before) {
+            (Some(fixed), _) => {
+                self.allow(pool, fixed)?;
+                fixed
+            }
+            (None, Some(before)) if pool.allowed.contains(before.bits) => before,
+            (None, _) => match first.filter(|first| pool.free.contains(first.bits)) {
+                Some(first) => first,
+                None => self.pick_from(pool)?.ok_or_else(|| exhausted(pool))?,
+            },
+        };
+        if let (Some(before), Some((record, _))) = (before, &recorded)
+            && before != address
+        {
+            self.give_up(draft, &pool.space, before, claim, &record.pool)?;
+        }
+        let record = ClaimRecord { address: address.ip(), pool: pool.name.clone(), keep };
+        match keep {
+            KeepPolicy::Ephemeral if recorded.is_some() => draft.delete(key),
+            KeepPolicy::Ephemeral => {}
+            KeepPolicy::Forever if recorded.is_some_and(|(old, _)| old == record) => {}
+            KeepPolicy::Forever => draft.put(key, &record),
+        }
+        Ok(address)
+    }
+
+    /// Frees the address that a claim no longer has, unless something is attached to it.
+    pub(super) fn give_up(
+        &self,
+        draft: &mut Draft,
+        space: &AddressSpace,
+        address: Addr,
+        claim: &ClaimKey,
+        pool: &str,
+    ) -> Result<(), Halt> {
+        let key = slot_key(space, address);
+        match self.record::<SlotRecord>(&key)? {
+            Some((SlotRecord::Kept { claim: holder }, version)) if holder == *claim => {
+                draft.guard(&key, Some(version));
+                self.free(draft, space, address, pool);
+                Ok(())
+            }
+            Some((SlotRecord::Bound { by, claim: Some(holder) }, _)) if holder == *claim => {
+                Err(LeaseError::Held { address: address.ip(), holder: by.to_string() }.into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Drafts the release of an address into the queue of its pool.
+    pub(super) fn free(&self, draft: &mut Draft, space: &AddressSpace, address: Addr, pool: &str) {
+        draft.put(slot_key(space, address), &SlotRecord::Freed { at: self.now, pool: pool.to_owned() });
+        draft.put_empty(freed_key(space, address, pool, self.now));
+    }
+
+    /// Drafts a new use of an address that is free, or kept by `claim`.
+    pub(super) fn take(
+        &self,
+        draft: &mut Draft,
+        space: &AddressSpace,
+        address: Addr,
+        slot: &SlotRecord,
+        claim: Option<&ClaimKey>,
+    ) -> Result<(), Halt> {
+        let key = slot_key(space, address);
+        let refuse = |holder: String| Halt::from(LeaseError::Held { address: address.ip(), holder });
+        let current = self.record::<SlotRecord>(&key)?;
+        draft.guard(&key, current.as_ref().map(|(_, version)| *version));
+        match current.map(|(slot, _)| slot) {
+            None => {}
+            Some(SlotRecord::Freed { at, pool }) => draft.delete(freed_key(space, address, &pool, at)),
+            Some(SlotRecord::Kept { claim: holder }) if Some(&holder) == claim => {}
+            Some(SlotRecord::Kept { claim: holder }) => return Err(refuse(format!("claim {holder}"))),
+            Some(SlotRecord::Bound { by, claim: Some(holder) }) if Some(&holder) != claim => {
+                return Err(refuse(format!("claim {holder} ({by})")));
+            }
+            Some(SlotRecord::Bound { by, .. }) => return Err(refuse(format!("attachment {by}"))),
+        }
+        draft.put(key, slot);
+        Ok(())
+    }
+
+    /// An address of the family that anybody may get, from the first pool that has one.
+    fn pick(&self, family: Family) -> Result<(&Pool, Addr), Halt> {
+        let mut last = None;
+        for pool in self.layout.pools.iter().filter(|p| p.family() == family) {
+            if let Some(address) = self.pick_from(pool)? {
+                return Ok((pool, address));
+            }
+            last = Some(pool);
+        }
+        Err(match last {
+            Some(pool) => exhausted(pool).into(),
+            None => LeaseError::Invalid { field: "ipam.pools".into(), reason: format!("no pool of {family}") }.into(),
+        })
+    }
+
+    pub(super) fn pick_from(&self, pool: &Pool) -> Result<Option<Addr>, Halt> {
+        let (family, prefix) = (pool.family(), slot_prefix(&pool.space, pool.family()));
+        let size = pool.free.size();
+        // Where the search begins, as the number of free addresses to skip; it wraps around.
+        let skip = if self.entropy == 0 || size == 0 { 0 } else { spread(self.entropy) % size };
+        let mut before: u128 = 0;
+        let mut wrapped = Vec::new();
+        for (low, high) in pool.free.iter() {
+            let count = (high - low).saturating_add(1);
+            let from = skip.saturating_sub(before).min(count);
+            before = before.saturating_add(count);
+            if from > 0 {
+                wrapped.push((low, low + (from - 1)));
+            }
+            if from < count
+                && let Some(bits) = self.gap(&prefix, low + from, high)?
+            {
+                return Ok(Some(Addr { family, bits }));
+            }
+        }
+        for (low, high) in wrapped {
+            if let Some(bits) = self.gap(&prefix, low, high)? {
+                return Ok(Some(Addr { family, bits }));
+            }
+        }
+        self.pick_freed(pool)
+    }
+
+    /// The address released longest ago that does not cool any more.
+    fn pick_freed(&self, pool: &Pool) -> Result<Option<Addr>, Halt> {
+        let prefix = freed_prefix(&pool.space, pool.family(), &pool.name);
+        // Rivals part ways here too, among the oldest.
+        let skip = if self.entropy == 0 { 0 } else { spread(self.entropy) as usize % (PAGE / 2) };
+        let mut after: Option<Key> = None;
+        loop {
+            let page = self.scan(&prefix, after.clone(), PAGE)?;
+            let usable: Vec<u128> = page
+                .iter()
+                .filter_map(|key| freed_of(&prefix, key))
+                .filter(|(at, bits)| !self.cooling(*at) && pool.free.contains(*bits))
+                .map(|(_, bits)| bits)
+                .collect();
+            if !usable.is_empty() {
+                return Ok(Some(Addr { family: pool.family(), bits: usable[skip % usable.len()] }));
+            }
+            match page.last() {
+                Some(last) if page.len() == PAGE => after = Some(last.clone()),
+                _ => return Ok(None),
+            }
+        }
+    }
+
+    fn pool_for(&self, address: Addr) -> Result<&Pool, Halt> {
+        let inside = self.layout.pools.iter().find(|p| p.subnet.contains(&address.ip()));
+        let pool = inside.ok_or_else(|| invalid_request(address.ip(), "in no pool of this configuration"))?;
+        self.allow(pool, address)?;
+        // The address of a claim is nobody else's, also before the claim was ever used.
+        match pool.claims.iter().find(|c| c.address == Some(address)) {
+            Some(claim) => {
+                Err(LeaseError::Held { address: address.ip(), holder: format!("claim {}", claim.key) }.into())
+            }
+            None => Ok(pool),
+        }
+    }
+
+    /// Refuses an address that the pool may not have in use. Claims may lie outside its ranges, not on what is reserved.
+    fn allow(&self, pool: &Pool, address: Addr) -> Result<(), Halt> {
+        if pool.family() == address.family && pool.allowed.contains(address.bits) {
+            return Ok(());
+        }
+        Err(invalid_request(address.ip(), &format!("pool {} does not hand it out", pool.name)))
+    }
+
+    pub(super) fn probe(&self) -> Result<Step, Halt> {
+        self.guard_registration(&mut Draft::default())?;
+        for family in self.layout.families() {
+            self.pick(family)?;
+        }
+        Ok(Step::Done(Reply::Done))
+    }
+
+    /// The spaces of the configuration, each once.
+    pub(super) fn spaces(&self) -> Vec<&AddressSpace> {
+        let mut spaces: Vec<&AddressSpace> = self.layout.pools.iter().map(|p| &p.space).collect();
+        spaces.sort_unstable();
+        spaces.dedup();
+        spaces
+    }
+}
+
+/// Entries of a queue that are looked at together.
+const PAGE: usize = 64;
+
+/// Spreads 64 bits of entropy over 128, so that wide pools are used in their whole width.
+fn spread(entropy: u64) -> u128 {
+    let entropy = u128::from(entropy);
+    (entropy << 64 | entropy).wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835)
+}
+
+fn held(pool: &Pool, address: Addr) -> Held {
+    let network = IpNet::new(address.ip(), pool.subnet.prefix_len())
+        .expect("an address of the pool's family takes the prefix length of its subnet");
+    Held::new(&pool.space, network, &pool.name)
+}
+
+fn exhausted(pool: &Pool) -> LeaseError {
+    LeaseError::Exhausted { pool: pool.name.clone(), used: pool.size(), size: pool.size() }
+}
+
+fn invalid_request(address: IpAddr, reason: &str) -> Halt {
+    LeaseError::Invalid { field: "addresses".to_owned(), reason: format!("{address}: {reason}") }.into()
+}

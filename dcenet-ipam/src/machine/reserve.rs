@@ -1,0 +1,158 @@
+//! Registering pools, recording and forgetting claims.
+
+use std::net::IpAddr;
+
+use dcenet_core::provider::LeaseError;
+
+use super::{Draft, Halt, Reply, Step, Work};
+use crate::config::overlap;
+use crate::model::{Addr, AddressSpace, ClaimKey, Family, KeepPolicy, Pool};
+use crate::record::{ClaimRecord, RegisteredPool, SlotRecord, SpaceRecord, claim_key, slot_key, space_key};
+
+/// Sets of claims that a pool remembers as recorded: as many configurations can share it without recording again.
+const CLAIM_SETS: usize = 16;
+
+impl Work<'_> {
+    /// Guards the records of all spaces, in which all pools must stand.
+    pub(super) fn guard_registration(&self, draft: &mut Draft) -> Result<(), Halt> {
+        for space in self.spaces() {
+            let key = space_key(space);
+            let Some((record, version)) = self.record::<SpaceRecord>(&key)? else { return Err(Halt::Unregistered) };
+            draft.guard(&key, Some(version));
+            let stands = |pool: &Pool| {
+                let same = |r: &&RegisteredPool| r.name == pool.name && r.subnet == pool.subnet;
+                record.pools.iter().find(same).is_some_and(|r| recorded(pool, r))
+            };
+            if !self.layout.pools.iter().filter(|p| p.space == *space).all(stands) {
+                return Err(Halt::Unregistered);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn register(&self, note_claims: bool) -> Result<Step, Halt> {
+        let mut draft = Draft::default();
+        for space in self.spaces() {
+            let key = space_key(space);
+            let before = self.record::<SpaceRecord>(&key)?;
+            draft.guard(&key, before.as_ref().map(|(_, version)| *version));
+            let before = before.map(|(record, _)| record).unwrap_or_default();
+            let mut after = before.clone();
+            for (i, pool) in self.layout.pools.iter().enumerate().filter(|(_, p)| p.space == *space) {
+                enter(&mut after, i, pool, note_claims)?;
+            }
+            if after != before {
+                draft.put(key, &after);
+            }
+        }
+        Ok(draft.commit(Reply::Done))
+    }
+
+    pub(super) fn reserve(
+        &self,
+        pool: &str,
+        claim: &ClaimKey,
+        address: Option<IpAddr>,
+        keep: KeepPolicy,
+    ) -> Result<Step, Halt> {
+        let pool = self.layout.pools.iter().find(|p| p.name == pool).ok_or_else(|| LeaseError::Invalid {
+            field: "pool".to_owned(),
+            reason: format!("{pool:?} is no pool of this configuration"),
+        })?;
+        if keep == KeepPolicy::Ephemeral {
+            let reason = "an ephemeral claim keeps nothing that could be recorded; use forever".to_owned();
+            return Err(LeaseError::Invalid { field: "keep".to_owned(), reason }.into());
+        }
+        let mut draft = Draft::default();
+        let address = self.settle_claim(&mut draft, pool, claim, address.map(Addr::from), None, keep)?;
+        let key = slot_key(&pool.space, address);
+        match self.record::<SlotRecord>(&key)? {
+            Some((SlotRecord::Kept { claim: holder } | SlotRecord::Bound { claim: Some(holder), .. }, version))
+                if holder == *claim =>
+            {
+                draft.guard(&key, Some(version));
+            }
+            _ => {
+                self.take(&mut draft, &pool.space, address, &SlotRecord::Kept { claim: claim.clone() }, Some(claim))?
+            }
+        }
+        Ok(draft.commit(Reply::Done))
+    }
+
+    pub(super) fn forget(&self, space: &AddressSpace, claim: &ClaimKey) -> Result<Step, Halt> {
+        let mut draft = Draft::default();
+        let keys = [Family::V4, Family::V6].map(|family| claim_key(space, family, claim));
+        self.need(&keys)?;
+        let mut known = false;
+        for key in &keys {
+            let recorded = self.record::<ClaimRecord>(key)?;
+            draft.guard(key, recorded.as_ref().map(|(_, version)| *version));
+            if let Some((record, _)) = recorded {
+                self.give_up(&mut draft, space, Addr::from(record.address), claim, &record.pool)?;
+                draft.delete(key.clone());
+                known = true;
+            }
+        }
+        Ok(draft.commit(if known { Reply::Done } else { Reply::NotHeld }))
+    }
+}
+
+/// Whether the claims of the pool were recorded.
+fn recorded(pool: &Pool, registered: &RegisteredPool) -> bool {
+    digest(pool).is_none_or(|digest| registered.claims.contains(&digest))
+}
+
+/// Stands for the claims of a pool that are to be recorded; `None` if there are none.
+fn digest(pool: &Pool) -> Option<u32> {
+    let mut hasher = crc32fast::Hasher::new();
+    let mut any = false;
+    for claim in pool.claims.iter().filter(|c| c.keep != KeepPolicy::Ephemeral) {
+        if let Some(address) = claim.address {
+            hasher.update(format!("{} {address}\n", claim.key).as_bytes());
+            any = true;
+        }
+    }
+    any.then(|| hasher.finalize())
+}
+
+/// Enters a pool into the record of its space. A pool of the same name with another subnet that overlaps is the same
+/// pool, resized.
+fn enter(record: &mut SpaceRecord, index: usize, pool: &Pool, note_claims: bool) -> Result<(), LeaseError> {
+    let other = record.pools.iter().find(|r| r.name != pool.name && overlap(&r.subnet, &pool.subnet));
+    if let Some(other) = other {
+        return Err(LeaseError::Invalid {
+            field: format!("ipam.pools[{index}].subnet"),
+            reason: format!(
+                "{:?} of pool {} overlaps pool {} ({}) of space {} in the store; choose a disjoint subnet or another \
+                 space, or name the pool {} to share it",
+                pool.subnet.to_string(),
+                pool.name,
+                other.name,
+                other.subnet,
+                pool.space,
+                other.name
+            ),
+        });
+    }
+    let same = |r: &RegisteredPool| r.name == pool.name && overlap(&r.subnet, &pool.subnet);
+    let mut claims = match record.pools.iter().position(same) {
+        Some(i) if record.pools[i].subnet == pool.subnet => record.pools.remove(i).claims,
+        Some(_) => {
+            record.pools.retain(|r| !same(r));
+            Vec::new()
+        }
+        None => Vec::new(),
+    };
+    if note_claims
+        && let Some(digest) = digest(pool)
+        && !claims.contains(&digest)
+    {
+        claims.push(digest);
+        if claims.len() > CLAIM_SETS {
+            claims.remove(0);
+        }
+    }
+    record.pools.push(RegisteredPool { name: pool.name.clone(), subnet: pool.subnet, claims });
+    record.pools.sort_by(|a, b| (&a.name, &a.subnet).cmp(&(&b.name, &b.subnet)));
+    Ok(())
+}

@@ -1,0 +1,272 @@
+//! Where bindings live: one trait, one backend a file.
+//!
+//! A [`Store`] is a sorted map from short keys to small values with one way to change it: an atomic batch of writes
+//! that applies only if every guard holds. There are no locks and no leases in the contract, so nobody can act on a
+//! lock that was lost in the meantime; whoever lost a race learns it from the guard.
+//!
+//! All cleverness is above the trait, in [`crate::machine`].
+
+pub mod log;
+pub mod memory;
+
+use std::fmt;
+use std::ops::RangeInclusive;
+
+use async_trait::async_trait;
+
+/// A key: compared as bytes, at most [`MAX_KEY`] of them.
+pub type Key = Vec<u8>;
+
+/// The longest key in bytes.
+pub const MAX_KEY: usize = 1024;
+
+/// The longest value in bytes.
+pub const MAX_VALUE: usize = 1 << 20;
+
+/// A value and when it was written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// The bytes.
+    pub value: Vec<u8>,
+    /// The revision of the commit that wrote it. Revisions of a store only grow, so a version is never used twice,
+    /// also not for a key that was deleted and made again.
+    pub version: u64,
+}
+
+/// What must be true of a key for a batch to apply.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Guard {
+    /// The key.
+    pub key: Key,
+    /// `None`: the key is absent. `Some(v)`: it was last written by revision `v`.
+    pub version: Option<u64>,
+}
+
+/// One change.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Write {
+    /// Removes the key; nothing happens if it is absent.
+    Delete(Key),
+    /// Sets the key.
+    Put(Key, Vec<u8>),
+}
+
+impl Write {
+    /// The key that it changes.
+    pub fn key(&self) -> &[u8] {
+        match self {
+            Self::Delete(key) | Self::Put(key, _) => key,
+        }
+    }
+}
+
+/// Guards and writes that happen together or not at all.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// All must hold.
+    pub guards: Vec<Guard>,
+    /// Applied in order. Without any, the commit is a barrier; see [`Store::commit`].
+    pub writes: Vec<Write>,
+    /// Identifies the attempt, drawn at random by the caller. A store that still remembers a committed batch of the
+    /// same id answers `Committed` again and applies nothing, so a caller may send a batch again after `Unknown`.
+    pub request_id: u128,
+}
+
+/// What became of a batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// It is applied, and durable as far as [`Caps::durability`] says. For a barrier the revision is the newest one.
+    Committed {
+        /// The revision given to all its writes.
+        revision: u64,
+    },
+    /// A guard failed and nothing was applied: what every guarded key holds now, in the order of the guards, so that
+    /// the caller can decide again without reading.
+    Conflict(Vec<Option<Entry>>),
+    /// It may or may not be applied, now or a little later. The caller reads to find out.
+    Unknown {
+        /// What went wrong, for people.
+        reason: String,
+    },
+}
+
+/// What a backend can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Caps {
+    /// The most guards plus writes in one batch.
+    pub max_operations: usize,
+    /// The most bytes of keys and values in one batch.
+    pub max_bytes: usize,
+    /// Whether a batch with several keys is atomic. Where it is not, only the first write and its guard are.
+    pub multi_key_atomic: bool,
+    /// Who may open it at once.
+    pub sharing: Sharing,
+    /// What a committed batch survives.
+    pub durability: Durability,
+}
+
+/// Who may use a store at the same time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sharing {
+    /// One process.
+    Exclusive,
+    /// Any number of processes.
+    Processes,
+}
+
+/// What a committed batch survives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Durability {
+    /// The loss of power, if the medium keeps what it said it flushed.
+    Power,
+    /// Nothing: it ends with the process.
+    Volatile,
+}
+
+/// A sorted map with guarded batches.
+///
+/// Wrong answers that are permitted, and that callers must live with:
+/// - `read`, `scan` and `first_gap` may show a commit whose caller has no reply yet, and which a loss of power may
+///   still undo. A caller that replies on the strength of what it read, without a write of its own, sends a barrier
+///   first.
+/// - `scan` over several pages and `first_gap` are not one moment: a key may appear or vanish between calls. A guard
+///   tells.
+/// - `Conflict` may be answered although a second try would succeed, if the guards failed at some moment between call
+///   and answer.
+///
+/// Never permitted: half a batch, in any answer, at any time; a committed batch that a later call does not see;
+/// `Committed` for a batch whose guards did not hold; a version that repeats.
+///
+/// Calls may block the thread for as long as the medium takes. All may be repeated; `commit` under the rules of
+/// [`Batch::request_id`].
+#[async_trait]
+pub trait Store: Send + Sync + fmt::Debug {
+    /// What each key holds, in the order of the keys, all at one moment. An absent key is `None`.
+    async fn read(&self, keys: &[Key]) -> Result<Vec<Option<Entry>>, StoreError>;
+
+    /// Up to `limit` entries whose key begins with `prefix` and is greater than `after`, in key order. Fewer than
+    /// `limit` means that there are no more.
+    async fn scan(&self, prefix: &[u8], after: Option<&[u8]>, limit: usize) -> Result<Vec<(Key, Entry)>, StoreError>;
+
+    /// Applies a batch if all its guards hold. A batch without writes is a barrier: after `Committed`, everything that
+    /// the caller has read from this store is durable, and the guards held at one moment.
+    ///
+    /// # Errors
+    /// Nothing was applied. Whatever may have been applied is [`Outcome::Unknown`], never an error.
+    async fn commit(&self, batch: &Batch) -> Result<Outcome, StoreError>;
+
+    /// The lowest number of the range for which no key `prefix + number (16 bytes, big-endian)` exists. All keys under
+    /// the prefix must have that form. A hint: somebody may take it at once.
+    ///
+    /// The default walks over the keys; a backend that can count overrides it.
+    async fn first_gap(&self, prefix: &[u8], range: RangeInclusive<u128>) -> Result<Option<u128>, StoreError> {
+        let (mut candidate, last) = range.into_inner();
+        loop {
+            // The page begins just below the candidate, so that it holds the candidate if that exists.
+            let after = candidate.checked_sub(1).map(|below| numbered(prefix, below));
+            let page = self.scan(prefix, after.as_deref(), 512).await?;
+            for (key, _) in &page {
+                if number_of(prefix, key)? != candidate || candidate > last {
+                    break;
+                }
+                match candidate.checked_add(1) {
+                    Some(next) if candidate < last => candidate = next,
+                    _ => return Ok(None),
+                }
+            }
+            let dense = page.last().map(|(key, _)| number_of(prefix, key)).transpose()?;
+            if candidate > last {
+                return Ok(None);
+            }
+            if page.len() < 512 || dense.is_none_or(|d| d >= candidate) {
+                return Ok(Some(candidate));
+            }
+        }
+    }
+
+    /// What the backend can do; constant.
+    fn caps(&self) -> Caps;
+}
+
+/// The key `prefix + number` of [`Store::first_gap`].
+pub fn numbered(prefix: &[u8], number: u128) -> Key {
+    [prefix, &number.to_be_bytes()].concat()
+}
+
+/// The number of a key made by [`numbered`].
+pub fn number_of(prefix: &[u8], key: &[u8]) -> Result<u128, StoreError> {
+    key.strip_prefix(prefix)
+        .and_then(|rest| <[u8; 16]>::try_from(rest).ok())
+        .map(u128::from_be_bytes)
+        .ok_or_else(|| StoreError::Misuse(format!("key {:?} is not its prefix and 16 bytes", key.escape_ascii())))
+}
+
+/// Checks a batch against limits. Backends call it before anything else.
+pub fn check(batch: &Batch, caps: &Caps) -> Result<(), StoreError> {
+    let operations = batch.guards.len() + batch.writes.len();
+    if operations > caps.max_operations {
+        return Err(StoreError::Misuse(format!(
+            "a batch of {operations} operations exceeds the store's limit of {}; split it",
+            caps.max_operations
+        )));
+    }
+    let mut bytes = 0;
+    for key in batch.guards.iter().map(|g| g.key.as_slice()).chain(batch.writes.iter().map(Write::key)) {
+        if key.is_empty() || key.len() > MAX_KEY {
+            return Err(StoreError::Misuse(format!("a key of {} bytes; 1 to {MAX_KEY} are allowed", key.len())));
+        }
+        bytes += key.len();
+    }
+    for write in &batch.writes {
+        if let Write::Put(_, value) = write {
+            if value.len() > MAX_VALUE {
+                return Err(StoreError::Misuse(format!(
+                    "a value of {} bytes; up to {MAX_VALUE} are allowed",
+                    value.len()
+                )));
+            }
+            bytes += value.len();
+        }
+    }
+    if bytes > caps.max_bytes {
+        return Err(StoreError::Misuse(format!(
+            "a batch of {bytes} bytes exceeds the store's limit of {}; split it",
+            caps.max_bytes
+        )));
+    }
+    Ok(())
+}
+
+/// Why a store gave no answer. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    /// A file is damaged in a place that had been durable. It is not repaired silently, for what is lost may be in use.
+    #[error(
+        "{file} is damaged at byte {offset}: {reason}; restore it from a copy, or remove the directory once nothing \
+         that it recorded runs any more"
+    )]
+    Corrupt {
+        /// The file.
+        file: String,
+        /// Where.
+        offset: u64,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The operating system refused.
+    #[error("{doing}: {source}")]
+    Io {
+        /// What was being done, to which file.
+        doing: String,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The caller broke the contract.
+    #[error("{0}")]
+    Misuse(String),
+    /// The backend cannot be reached or is out of order for now.
+    #[error("{0}")]
+    Unavailable(String),
+}

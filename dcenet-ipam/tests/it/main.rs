@@ -1,0 +1,67 @@
+//! Tests of the crate from outside, in one binary.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod config;
+mod lease;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use dcenet_core::model::AttachmentKey;
+use dcenet_core::provider::{AddressSource, Lease, LeaseError, LeaseRequest};
+use dcenet_ipam::store::Store;
+use dcenet_ipam::store::log::LogStore;
+use dcenet_ipam::store::memory::MemoryStore;
+use dcenet_ipam::{Ipam, IpamConfig};
+use pollster::block_on;
+
+pub(crate) fn config(json: &str) -> IpamConfig {
+    serde_json::from_str(json).unwrap()
+}
+
+pub(crate) fn ipam(json: &str, store: &Arc<dyn Store>) -> Ipam {
+    Ipam::new(&config(json), store.clone()).unwrap()
+}
+
+/// An attachment of network `net`, interface `eth0`.
+pub(crate) fn attachment(container: &str) -> AttachmentKey {
+    attachment_on("net", container)
+}
+
+pub(crate) fn attachment_on(network: &str, container: &str) -> AttachmentKey {
+    AttachmentKey {
+        network: network.parse().unwrap(),
+        container: container.parse().unwrap(),
+        ifname: "eth0".parse().unwrap(),
+    }
+}
+
+pub(crate) fn request(container: &str, workload: Option<&str>) -> LeaseRequest {
+    LeaseRequest {
+        attachment: attachment(container),
+        workload: workload.map(|w| w.parse().unwrap()),
+        addresses: vec![],
+    }
+}
+
+/// Leases, and shows the addresses as text.
+pub(crate) fn lease(ipam: &Ipam, container: &str, workload: Option<&str>) -> Result<Vec<String>, LeaseError> {
+    block_on(ipam.lease(&request(container, workload))).map(|lease| texts(&lease))
+}
+
+pub(crate) fn texts(lease: &Lease) -> Vec<String> {
+    lease.addresses.iter().map(|a| a.address.to_string()).collect()
+}
+
+pub(crate) fn release(ipam: &Ipam, container: &str) {
+    block_on(ipam.release(&attachment(container))).unwrap();
+}
+
+/// Runs a test on every backend. The directory is the log's, empty for memory.
+pub(crate) fn each_store(test: impl Fn(Arc<dyn Store>, &Path)) {
+    let dir = tempfile::tempdir().unwrap();
+    test(Arc::new(MemoryStore::new()), dir.path());
+    let dir = tempfile::tempdir().unwrap();
+    test(Arc::new(LogStore::open(dir.path()).unwrap()), dir.path());
+}
