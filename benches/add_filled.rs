@@ -14,7 +14,8 @@ const IN_USE: usize = 10_000;
 
 fn main() {
     let mut summary = Summary::default();
-    let directory = tempfile::Builder::new().prefix("dcenet-bench-").tempdir_in("/dev/shm").expect("a directory in memory");
+    let directory =
+        tempfile::Builder::new().prefix("dcenet-bench-").tempdir_in("/dev/shm").expect("a directory in memory");
     let program = build_ours();
     let filled_config = config(&directory.path().join("filled"), IN_USE);
     let empty_config = config(&directory.path().join("empty"), 0);
@@ -76,7 +77,10 @@ fn their_cost(directory: &Path) {
             cost.wall_ms
         })
     });
-    say(format_args!("             bridge + host-local, as many in use: {:.1} ms", Sample::new(costs.collect()).median()));
+    say(format_args!(
+        "             bridge + host-local, as many in use: {:.1} ms",
+        Sample::new(costs.collect()).median()
+    ));
 }
 
 fn config(directory: &Path, _in_use: usize) -> Value {

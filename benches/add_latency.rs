@@ -17,7 +17,8 @@ fn main() {
     let program = build_ours();
     let mut summary = Summary::default();
     let disk = tempfile::Builder::new().prefix("dcenet-bench-").tempdir_in("/var/tmp").expect("a directory on disk");
-    let memory = tempfile::Builder::new().prefix("dcenet-bench-").tempdir_in("/dev/shm").expect("a directory in memory");
+    let memory =
+        tempfile::Builder::new().prefix("dcenet-bench-").tempdir_in("/dev/shm").expect("a directory in memory");
     for (place, directory, goal) in [("tmpfs", memory.path(), 0.25), ("disk", disk.path(), 1.0 / 3.0)] {
         compare(&program, place, directory, goal, &mut summary);
     }
@@ -74,7 +75,10 @@ fn compare(program: &Path, place: &str, directory: &Path, goal: f64, summary: &m
             counts
         });
         let name = if side == 0 { "ours" } else { PEER };
-        say(format_args!("             {place}, {name}: rss {rss} KiB, binary {size} KiB, {}", counts.unwrap_or_default()));
+        say(format_args!(
+            "             {place}, {name}: rss {rss} KiB, binary {size} KiB, {}",
+            counts.unwrap_or_default()
+        ));
     }
 }
 

@@ -4,8 +4,6 @@
 //! the machine does meets both. `DCENET_BENCH_QUICK=1` shortens every benchmark to a moment: its figures say that it
 //! works, not how well.
 
-#![expect(clippy::print_stdout, reason = "a benchmark talks to the person who runs it")]
-
 pub mod plugin;
 mod summary;
 

@@ -2,6 +2,8 @@
 //!
 //! This crate names no other dcenet crate. What it needs of them it states as traits in [`provider`].
 
+// A library neither prints nor panics on its caller's input.
+#![warn(unreachable_pub, clippy::print_stderr, clippy::print_stdout, clippy::unwrap_used)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod cni;

@@ -39,6 +39,8 @@
 //! ```
 
 #![forbid(unsafe_code)]
+// A library neither prints nor panics on its caller's input.
+#![warn(unreachable_pub, clippy::print_stderr, clippy::print_stdout, clippy::unwrap_used)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod config;

@@ -41,9 +41,7 @@ impl<'a> Call<'a> {
 
     pub(super) async fn add(&self) -> Result<CniResult, CniError> {
         let key = self.key()?;
-        let link: LinkConfig = self.conf.section("link")?.ok_or_else(|| {
-            CniError::new(ErrorCode::InvalidConfig, "link is missing; give { \"kind\": \"bridge\", \"bridge\": NAME }")
-        })?;
+        let link = self.link()?;
         let path = self.netns_path()?;
         let pod = NetNs::open(path).map_err(netns)?;
         if pod.id() == self.engine.host().0.id() && !self.invocation.netns_override {
@@ -118,11 +116,18 @@ impl<'a> Call<'a> {
 
     pub(super) async fn status(&self) -> Result<(), CniError> {
         // Read for its errors: an ADD would fail by them.
-        let _: Option<LinkConfig> = self.conf.section("link")?;
+        self.link()?;
         if let Some(addresses) = &self.addresses {
             addresses.ready().await.map_err(|e| CniError { code: ErrorCode::Unavailable, ..e.into() })?;
         }
         Ok(())
+    }
+
+    fn link(&self) -> Result<LinkConfig, CniError> {
+        let section = self.conf.section::<serde_json::Value>("link")?.ok_or_else(|| {
+            CniError::new(ErrorCode::InvalidConfig, "link is missing; give { \"kind\": \"bridge\", \"bridge\": NAME }")
+        })?;
+        Ok(LinkConfig::read(&section)?)
     }
 
     async fn lease(&self, key: &AttachmentKey) -> Result<Lease, CniError> {
@@ -142,13 +147,7 @@ impl<'a> Call<'a> {
         Ok(addresses.lease(&request).await?)
     }
 
-    fn attach(
-        &self,
-        key: &AttachmentKey,
-        link: LinkConfig,
-        pod: Pod<'_>,
-        lease: &Lease,
-    ) -> Result<Attached, CniError> {
+    fn attach(&self, key: &AttachmentKey, link: LinkConfig, pod: Pod<'_>, lease: &Lease) -> Result<Attached, CniError> {
         let wanted_mac = self.conf.runtime.mac.or(self.invocation.args.mac).or(lease.mac);
         let mac = match (wanted_mac, lease.addresses.first()) {
             (None, Some(first)) => Some(mac_of(&self.conf.name, first.address.addr())),
@@ -172,11 +171,8 @@ impl<'a> Call<'a> {
 
     /// Releases the lease after a failed ADD, unless devices that bear its addresses are still there, or stood before.
     async fn give_back(&self, key: &AttachmentKey, error: CniError) -> CniError {
-        let recorded = match self.engine.is_recorded(key) {
-            Ok(recorded) => recorded,
-            // Not knowing is no licence to free an address.
-            Err(_) => true,
-        };
+        // Not knowing is no licence to free an address.
+        let recorded = self.engine.is_recorded(key).unwrap_or(true);
         match &self.addresses {
             Some(addresses) if !recorded => match addresses.release(key).await {
                 Ok(()) => error,

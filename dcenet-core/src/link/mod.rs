@@ -9,6 +9,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 pub use self::bridge::BridgeConfig;
 pub use self::veth::VethConfig;
@@ -16,6 +17,7 @@ use crate::model::{AttachmentKey, IfName, MacAddr};
 use crate::netlink::{AddressView, LinkView};
 use crate::plan::Plan;
 use crate::provider::{LeasedAddress, LeasedRoute};
+use crate::section::{self, SectionError};
 
 /// Plans attachments of one kind.
 ///
@@ -102,6 +104,35 @@ pub enum LinkConfig {
 }
 
 impl LinkConfig {
+    /// Reads the section `link`.
+    ///
+    /// # Errors
+    /// Names the wrong field by its path from the top of the configuration.
+    pub fn read(value: &Value) -> Result<Self, SectionError> {
+        // Serde's tagged enums forget the path: the kind is read first, then what belongs to it.
+        let at = |field: &str, reason: String| SectionError { field: field.to_owned(), reason };
+        let Value::Object(keys) = value else {
+            return Err(at("link", format!("{value} is not an object; give {{ \"kind\": ..., ... }}")));
+        };
+        let mut keys = keys.clone();
+        const KINDS: [&str; 2] = ["bridge", "veth"];
+        let kind = match keys.remove("kind") {
+            Some(Value::String(kind)) => kind,
+            Some(other) => return Err(at("link.kind", format!("{other} is not a string"))),
+            None => return Err(at("link.kind", format!("missing; give one of {}", KINDS.join(", ")))),
+        };
+        let rest = Value::Object(keys);
+        match kind.as_str() {
+            "bridge" => Ok(Self::Bridge(section::read("link", &rest)?)),
+            "veth" => Ok(Self::Veth(section::read("link", &rest)?)),
+            other => {
+                let hint = section::suggestion(other, KINDS).map(|k| format!("; did you mean `{k}`?"));
+                let known = KINDS.join(", ");
+                Err(at("link.kind", format!("{other:?} is none of {known}{}", hint.unwrap_or_default())))
+            }
+        }
+    }
+
     /// The driver for it.
     pub fn driver(&self) -> &dyn LinkDriver {
         match self {

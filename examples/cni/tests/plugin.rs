@@ -14,10 +14,7 @@ fn addresses(result: &Value) -> Vec<String> {
 #[test]
 fn version_needs_no_configuration() {
     let answer = common::run_anywhere(&[("CNI_COMMAND", "VERSION"), ("CNI_IFNAME", "dummy")], "").unwrap();
-    assert_eq!(
-        answer,
-        json!({ "cniVersion": "1.1.0", "supportedVersions": ["0.3.1", "0.4.0", "1.0.0", "1.1.0"] })
-    );
+    assert_eq!(answer, json!({ "cniVersion": "1.1.0", "supportedVersions": ["0.3.1", "0.4.0", "1.0.0", "1.1.0"] }));
     let answer = common::run_anywhere(&[("CNI_COMMAND", "VERSION")], r#"{"cniVersion":"1.0.0"}"#).unwrap();
     assert_eq!(answer["cniVersion"], "1.0.0");
 }
@@ -28,10 +25,11 @@ fn a_pod_gets_both_families_talks_and_goes_without_a_trace() {
         return;
     }
     let node = Node::new();
+    node.warm();
     let (before_host, pod) = (node.host.state(), node.pod("web"));
     let before_pod = pod.state();
     let result = node.add(&pod).unwrap();
-    assert_eq!(addresses(&result), ["10.20.0.2/24", "2001:db8:20::2/64"]);
+    assert_eq!(addresses(&result), ["10.20.0.3/24", "2001:db8:20::3/64"]);
     let names: Vec<_> = result["interfaces"].as_array().unwrap().iter().map(|i| i["name"].clone()).collect();
     assert_eq!(names[0], "dc0");
     assert_eq!(names[2], "eth0");
@@ -39,8 +37,8 @@ fn a_pod_gets_both_families_talks_and_goes_without_a_trace() {
 
     let other = node.pod("cache");
     let second = node.add(&other).unwrap();
-    assert_eq!(addresses(&second), ["10.20.0.3/24", "2001:db8:20::3/64"]);
-    for target in ["10.20.0.3", "2001:db8:20::3", "10.20.0.1", "2001:db8:20::1"] {
+    assert_eq!(addresses(&second), ["10.20.0.4/24", "2001:db8:20::4/64"]);
+    for target in ["10.20.0.4", "2001:db8:20::4", "10.20.0.1", "2001:db8:20::1"] {
         pod.ping(target);
     }
 
@@ -168,7 +166,7 @@ fn bad_input_is_refused_by_field_and_changes_nothing() {
         ("/ipam/pools/1/subnet", json!("10.20.0.0/25"), 7, "ipam.pools[1]"),
         ("/ipam/pools/0/claims/shop~1db/address", json!("10.99.0.1"), 7, "10.99.0.1"),
         ("/ipMasq", json!(true), 2, "ipMasq: true"),
-        ("/policy", json!({ "defualt": "deny" }), 7, "policy"),
+        ("/policy", json!({ "default": "deny" }), 2, "policy"),
     ];
     for (path, value, code, word) in table {
         let mut config = node.config.clone();
@@ -231,6 +229,7 @@ fn del_frees_all_when_the_namespace_is_gone() {
         return;
     }
     let node = Node::new();
+    node.warm();
     let before = node.host.state();
     let pod = node.pod("web");
     node.add(&pod).unwrap();
@@ -273,7 +272,8 @@ fn status_tells_whether_an_add_could_succeed() {
     }
     let mut node = Node::new();
     node.status().unwrap();
-    node.config["ipam"]["pools"] = json!([{ "name": "tiny", "subnet": "10.20.0.0/30", "gateway": "10.20.0.1" }]);
+    node.config["ipam"]["pools"] = json!([{ "name": "tiny", "subnet": "10.30.0.0/30", "gateway": "10.30.0.1" }]);
+    node.config["ipam"]["routes"] = json!([]);
     node.status().unwrap();
     let pod = node.pod("web");
     node.add(&pod).unwrap();
@@ -308,6 +308,7 @@ fn parallel_adds_of_many_pods_share_one_bridge_and_no_address() {
         return;
     }
     let node = Node::new();
+    node.warm();
     let before = node.host.state();
     let pods: Vec<_> = (0..16).map(|n| node.pod(&format!("web{n}"))).collect();
     let mut all: Vec<String> = std::thread::scope(|scope| {

@@ -1,7 +1,5 @@
 //! What the demo tells: lines for people, or one JSON object.
 
-#![expect(clippy::print_stdout, reason = "a demo talks to the person who runs it")]
-
 use std::io::IsTerminal;
 
 use serde::Serialize;

@@ -45,6 +45,13 @@ impl Node {
         Self { config, host }
     }
 
+    /// Lets a first pod come and go: the bridge that it made stays, as it does on a real host.
+    pub fn warm(&self) {
+        let pod = self.pod("first");
+        self.add(&pod).expect("the first pod is added");
+        self.del(&pod).expect("the first pod is deleted");
+    }
+
     /// A pod of the namespace `shop`, in a new container.
     pub fn pod(&self, name: &str) -> Pod {
         static COUNT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
@@ -77,8 +84,7 @@ impl Node {
     pub fn gc(&self, valid: Option<&[&Pod]>) -> Result<Value, Value> {
         let mut config = self.config.clone();
         if let Some(valid) = valid {
-            let list: Vec<_> =
-                valid.iter().map(|p| json!({ "containerID": p.container, "ifname": "eth0" })).collect();
+            let list: Vec<_> = valid.iter().map(|p| json!({ "containerID": p.container, "ifname": "eth0" })).collect();
             config["cni.dev/valid-attachments"] = json!(list);
         }
         self.run("GC", None, None, &config.to_string())
@@ -120,7 +126,7 @@ impl Pod {
 
     /// Removes the namespace as a runtime does, path and all.
     pub fn remove_namespace(&self) {
-        let status = Command::new("umount").arg(self.netns.path()).status().expect("umount runs");
+        let status = Command::new("umount").arg("-l").arg(self.netns.path()).status().expect("umount runs");
         assert!(status.success());
         std::fs::remove_file(self.netns.path()).expect("the mount point is a file");
     }
