@@ -1,0 +1,150 @@
+//! Checks of a finished function, and its figures.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use super::{AsmError, STACK_BYTES};
+use crate::insn::{AluOp, Imm64, Insn, IsaLevel, Reg, Size, Src, Width};
+
+/// Figures and blemishes of a function.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lint {
+    /// Length in slots of 8 bytes.
+    pub slots: usize,
+    /// Slots that control never reaches; the verifier refuses a program that has any (unreachable insn).
+    pub unreachable: Vec<Range<usize>>,
+    /// How deep the stack is used, in bytes: by direct accesses, and by addresses formed as `rX = r10; rX += -n`.
+    pub stack_bytes: u16,
+    /// The lowest level of the instruction set that has all its instructions.
+    pub isa: IsaLevel,
+    /// The longest span of a 16-bit jump, in slots.
+    pub longest_short_jump: usize,
+}
+
+pub(super) fn lint(insns: &[Insn]) -> Lint {
+    let mut starts = Vec::with_capacity(insns.len());
+    let mut slots = 0;
+    for insn in insns {
+        starts.push(slots);
+        slots += insn.slots();
+    }
+    let index_of: HashMap<usize, usize> = starts.iter().enumerate().map(|(index, slot)| (*slot, index)).collect();
+
+    let mut reached = vec![false; insns.len()];
+    let mut work = vec![0];
+    while let Some(index) = work.pop() {
+        let Some(seen) = reached.get_mut(index) else { continue };
+        if std::mem::replace(seen, true) {
+            continue;
+        }
+        let jump = |off: i64| {
+            let slot = usize::try_from(starts[index] as i64 + 1 + off).ok()?;
+            index_of.get(&slot).copied()
+        };
+        match insns[index] {
+            Insn::Exit => {}
+            Insn::Jump { off } => work.extend(jump(off.into())),
+            Insn::JumpLong { off } => work.extend(jump(off.into())),
+            Insn::JumpIf { off, .. } => {
+                work.push(index + 1);
+                work.extend(jump(off.into()));
+            }
+            _ => work.push(index + 1),
+        }
+    }
+    let mut unreachable: Vec<Range<usize>> = Vec::new();
+    for (index, _) in reached.iter().enumerate().filter(|(_, reached)| !**reached) {
+        let end = starts[index] + insns[index].slots();
+        match unreachable.last_mut() {
+            Some(last) if last.end == starts[index] => last.end = end,
+            _ => unreachable.push(starts[index]..end),
+        }
+    }
+
+    Lint {
+        slots,
+        unreachable,
+        stack_bytes: stack_bytes(insns),
+        isa: insns.iter().map(Insn::isa_level).max().unwrap_or(IsaLevel::V1),
+        longest_short_jump: insns
+            .iter()
+            .map(|insn| match insn {
+                Insn::Jump { off } | Insn::JumpIf { off, .. } => usize::from(off.unsigned_abs()),
+                _ => 0,
+            })
+            .max()
+            .unwrap_or(0),
+    }
+}
+
+fn stack_bytes(insns: &[Insn]) -> u16 {
+    let direct = insns.iter().filter_map(|insn| frame_access(insn).map(|(off, _)| off));
+    let formed = insns.windows(2).filter_map(|pair| match *pair {
+        [
+            Insn::Alu { width: Width::W64, op: AluOp::Mov, dst, src: Src::Reg(Reg::R10) },
+            Insn::Alu { width: Width::W64, op: AluOp::Add, dst: same, src: Src::Imm(imm) },
+        ] if dst == same => i16::try_from(imm).ok(),
+        _ => None,
+    });
+    direct.chain(formed).filter(|off| *off < 0).map(i16::unsigned_abs).max().unwrap_or(0)
+}
+
+/// Offset and size of an access by the frame pointer itself.
+fn frame_access(insn: &Insn) -> Option<(i16, Size)> {
+    match *insn {
+        Insn::Load { size, base: Reg::R10, off, .. }
+        | Insn::LoadSx { size, base: Reg::R10, off, .. }
+        | Insn::Store { size, base: Reg::R10, off, .. }
+        | Insn::Atomic { size, base: Reg::R10, off, .. } => Some((off, size)),
+        _ => None,
+    }
+}
+
+/// Refuses what no kernel takes, and what is above the level.
+pub(super) fn check(function: &str, level: IsaLevel, insns: &[Insn]) -> Result<(), AsmError> {
+    let function = || function.to_owned();
+    let mut slot = 0;
+    for insn in insns {
+        let insn = *insn;
+        if insn.writes() == Some(Reg::R10) {
+            return Err(AsmError::WritesFramePointer { function: function(), slot, insn });
+        }
+        if let Some(reason) = malformed(&insn) {
+            return Err(AsmError::NoSuchInsn { function: function(), slot, insn, reason });
+        }
+        if let Some((off, size)) = frame_access(&insn)
+            && (off < -STACK_BYTES || i32::from(off) + size.bytes() as i32 > 0)
+        {
+            return Err(AsmError::OutsideStack { function: function(), slot, insn });
+        }
+        let needs = insn.isa_level();
+        if needs > level {
+            return Err(AsmError::IsaLevel { function: function(), slot, insn, needs, level });
+        }
+        slot += insn.slots();
+    }
+    match insns.last() {
+        Some(Insn::Exit | Insn::Jump { .. } | Insn::JumpLong { .. }) => Ok(()),
+        _ => Err(AsmError::FallsOffEnd { function: function() }),
+    }
+}
+
+fn malformed(insn: &Insn) -> Option<&'static str> {
+    match *insn {
+        Insn::Atomic { size: Size::B | Size::H, .. } => Some("atomics have 4 or 8 bytes"),
+        Insn::LoadSx { size: Size::Dw, .. } => Some("8 bytes have nothing to extend; use a plain load"),
+        Insn::MovSx { from: Size::Dw, .. } | Insn::MovSx { width: Width::W32, from: Size::W, .. } => {
+            Some("nothing to extend; use a plain move")
+        }
+        Insn::Alu { op: AluOp::Div | AluOp::Mod | AluOp::Sdiv | AluOp::Smod, src: Src::Imm(0), .. } => {
+            Some("the verifier refuses division by a constant zero")
+        }
+        Insn::Alu { width, op: AluOp::Lsh | AluOp::Rsh | AluOp::Arsh, src: Src::Imm(by), .. }
+            if !(0..if width == Width::W64 { 64 } else { 32 }).contains(&by) =>
+        {
+            Some("the verifier refuses to shift by a constant of the width or more")
+        }
+        Insn::LoadImm64 { value: Imm64::MapValue { fd, .. }, .. } if fd < 0 => Some("no map has a negative number"),
+        _ => None,
+    }
+}

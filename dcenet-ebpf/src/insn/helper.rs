@@ -1,0 +1,100 @@
+//! Helper functions of the kernel.
+
+use std::fmt;
+
+macro_rules! helpers {
+    ($($(#[$doc:meta])* $variant:ident = $id:literal $name:literal;)+) => {
+        /// A function of the kernel that a program may call (`enum bpf_func_id`, `include/uapi/linux/bpf.h`).
+        ///
+        /// Arguments go in `r1` to `r5`, the result comes in `r0`; `r1` to `r5` are lost, `r6` to `r9` are kept.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        #[repr(u32)]
+        #[non_exhaustive]
+        pub enum Helper { $($(#[$doc])* #[doc = concat!("\n\n`", $name, "`")] #[doc(alias = $name)] $variant = $id,)+ }
+
+        impl Helper {
+            /// Every helper that this crate names, by ascending id.
+            pub const ALL: &[Self] = &[$(Self::$variant),+];
+
+            /// The helper of this id, if this crate names it.
+            pub const fn from_id(id: u32) -> Option<Self> {
+                match id { $($id => Some(Self::$variant),)+ _ => None }
+            }
+
+            /// The kernel's name, with `bpf_` in front.
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name,)+ }
+            }
+        }
+    };
+}
+
+helpers! {
+    /// `(map, &key)`: pointer to the value, or null.
+    MapLookupElem = 1 "bpf_map_lookup_elem";
+    /// `(map, &key, &value, flags)`: 0 or a negative errno.
+    MapUpdateElem = 2 "bpf_map_update_elem";
+    /// `(map, &key)`: 0 or a negative errno.
+    MapDeleteElem = 3 "bpf_map_delete_elem";
+    /// `()`: nanoseconds since boot without suspend.
+    KtimeGetNs = 5 "bpf_ktime_get_ns";
+    /// `(&format, size, ..)`: writes to the trace pipe; for debugging.
+    TracePrintk = 6 "bpf_trace_printk";
+    /// `()`: a pseudo-random 32-bit number.
+    GetPrandomU32 = 7 "bpf_get_prandom_u32";
+    /// `()`: number of the CPU that runs the program.
+    GetSmpProcessorId = 8 "bpf_get_smp_processor_id";
+    /// `(skb, offset, &from, len, flags)`: writes into the packet.
+    SkbStoreBytes = 9 "bpf_skb_store_bytes";
+    /// `(skb, offset, from, to, size)`: corrects an IPv4 header checksum.
+    L3CsumReplace = 10 "bpf_l3_csum_replace";
+    /// `(skb, offset, from, to, flags)`: corrects a transport checksum.
+    L4CsumReplace = 11 "bpf_l4_csum_replace";
+    /// `(ctx, prog_array, index)`: continues in another program.
+    TailCall = 12 "bpf_tail_call";
+    /// `(skb, ifindex, flags)`: sends a clone out of another interface.
+    CloneRedirect = 13 "bpf_clone_redirect";
+    /// `(ifindex, flags)`: redirects the packet when the program returns.
+    Redirect = 23 "bpf_redirect";
+    /// `(skb, offset, &to, len)`: copies out of the packet, also where it is not linear.
+    SkbLoadBytes = 26 "bpf_skb_load_bytes";
+    /// `(&from, from_size, &to, to_size, seed)`: difference of two one's complement sums.
+    CsumDiff = 28 "bpf_csum_diff";
+    /// `(skb, len)`: makes the first bytes of the packet linear and writable.
+    SkbPullData = 39 "bpf_skb_pull_data";
+    /// `(skb, csum)`: adds to the packet's checksum.
+    CsumUpdate = 40 "bpf_csum_update";
+    /// `(skb, &params, size, flags)`: looks up route and neighbour.
+    FibLookup = 69 "bpf_fib_lookup";
+    /// `()`: nanoseconds since boot with suspend. Since Linux 5.8.
+    KtimeGetBootNs = 125 "bpf_ktime_get_boot_ns";
+    /// `(ringbuf, &data, size, flags)`: copies a record. Since Linux 5.8.
+    RingbufOutput = 130 "bpf_ringbuf_output";
+    /// `(ringbuf, size, flags)`: room for a record, or null. Since Linux 5.8.
+    RingbufReserve = 131 "bpf_ringbuf_reserve";
+    /// `(record, flags)`: publishes a reserved record. Since Linux 5.8.
+    RingbufSubmit = 132 "bpf_ringbuf_submit";
+    /// `(record, flags)`: throws a reserved record away. Since Linux 5.8.
+    RingbufDiscard = 133 "bpf_ringbuf_discard";
+    /// `(ifindex, &params, len, flags)`: redirects through the neighbour table. Since Linux 5.10.
+    RedirectNeigh = 152 "bpf_redirect_neigh";
+    /// `(ifindex, flags)`: redirects into the peer's namespace. Since Linux 5.10.
+    RedirectPeer = 155 "bpf_redirect_peer";
+    /// `()`: nanoseconds since boot at tick resolution, cheaper. Since Linux 5.11.
+    KtimeGetCoarseNs = 160 "bpf_ktime_get_coarse_ns";
+    /// `(count, callback, &ctx, flags)`: calls a function up to `count` times. Since Linux 5.17.
+    Loop = 181 "bpf_loop";
+}
+
+impl Helper {
+    /// The number in the instruction.
+    pub const fn id(self) -> u32 {
+        self as u32
+    }
+}
+
+impl fmt::Display for Helper {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}

@@ -1,0 +1,185 @@
+//! BPF Type Format (kernel `Documentation/bpf/btf.rst`): just the types of maps and functions.
+
+use std::collections::HashMap;
+
+use super::{MapSpec, Pinning};
+
+/// The sections `.BTF` and `.BTF.ext` in the making. A type's id is its place in the list, from 1.
+pub(super) struct Btf {
+    types: Vec<u8>,
+    count: u32,
+    strings: Vec<u8>,
+    string_ids: HashMap<String, u32>,
+    int: u32,
+    /// Pointers to arrays of n integers: how a BTF-defined map states the number n.
+    numbers: HashMap<u32, u32>,
+    contexts: HashMap<&'static str, u32>,
+    /// Section, then offset in bytes and type of each function.
+    functions: Vec<(String, Vec<(u32, u32)>)>,
+}
+
+impl Btf {
+    pub(super) fn new() -> Self {
+        let mut btf = Self {
+            types: Vec::new(),
+            count: 0,
+            strings: vec![0],
+            string_ids: HashMap::from([(String::new(), 0)]),
+            int: 0,
+            numbers: HashMap::new(),
+            contexts: HashMap::new(),
+            functions: Vec::new(),
+        };
+        let name = btf.string("int");
+        const SIGNED: u32 = 1 << 24;
+        btf.int = btf.add(name, info(Kind::Int, 0), 4, &[SIGNED | 32]);
+        btf
+    }
+
+    /// A map's definition; gives the type of its variable and the variable's size.
+    pub(super) fn map(&mut self, map: &MapSpec) -> (u32, u32) {
+        let mut fields = vec![("type", map.kind.number()), ("max_entries", map.max_entries)];
+        if map.key_size > 0 {
+            fields.push(("key_size", map.key_size));
+        }
+        if map.value_size > 0 {
+            fields.push(("value_size", map.value_size));
+        }
+        if map.flags.bits() != 0 {
+            fields.push(("map_flags", map.flags.bits()));
+        }
+        if map.pinning == Pinning::ByName {
+            const LIBBPF_PIN_BY_NAME: u32 = 1;
+            fields.push(("pinning", LIBBPF_PIN_BY_NAME));
+        }
+        let size = fields.len() as u32 * 8;
+        let mut members = Vec::new();
+        for (at, (field, number)) in fields.iter().enumerate() {
+            let name = self.string(field);
+            let number = self.number(*number);
+            members.extend([name, number, at as u32 * 64]);
+        }
+        let definition = self.add(0, info(Kind::Struct, fields.len()), size, &members);
+        let name = self.string(&map.name);
+        const GLOBAL: u32 = 1;
+        (self.add(name, info(Kind::Var, 0), definition, &[GLOBAL]), size)
+    }
+
+    /// The section of maps: type, offset and size of each variable.
+    pub(super) fn data_section(&mut self, name: &str, size: u32, variables: &[[u32; 3]]) {
+        let name = self.string(name);
+        self.add(name, info(Kind::Datasec, variables.len()), size, variables.as_flattened());
+    }
+
+    /// A function at an offset in a section; `context` is the kernel's name of a program's argument.
+    pub(super) fn function(&mut self, section: &str, offset: u32, name: &str, context: Option<&'static str>) {
+        let proto = match context {
+            None => self.add(0, info(Kind::FuncProto, 0), self.int, &[]),
+            Some(context) => {
+                let pointer = self.context(context);
+                let parameter = self.string("ctx");
+                self.add(0, info(Kind::FuncProto, 1), self.int, &[parameter, pointer])
+            }
+        };
+        let name = self.string(name);
+        let linkage = usize::from(context.is_some());
+        let function = self.add(name, info(Kind::Func, linkage), proto, &[]);
+        match self.functions.iter_mut().find(|(known, _)| known == section) {
+            Some((_, functions)) => functions.push((offset, function)),
+            None => self.functions.push((section.to_owned(), vec![(offset, function)])),
+        }
+    }
+
+    /// The bytes of `.BTF` and of `.BTF.ext`.
+    pub(super) fn finish(mut self) -> (Vec<u8>, Vec<u8>) {
+        const FUNC_INFO_BYTES: u32 = 8;
+        let mut records = vec![FUNC_INFO_BYTES];
+        for (section, functions) in std::mem::take(&mut self.functions) {
+            records.extend([self.string(&section), functions.len() as u32]);
+            records.extend(functions.into_iter().flat_map(|(offset, function)| [offset, function]));
+        }
+        let records = words(&records);
+
+        // btf_ext_header: function records, then no line records and no CO-RE relocations.
+        let length = records.len() as u32;
+        let mut ext = header(32);
+        ext.extend(words(&[0, length, length, 0, length, 0]));
+        ext.extend(records);
+
+        let (types, strings) = (self.types.len() as u32, self.strings.len() as u32);
+        let mut btf = header(24);
+        btf.extend(words(&[0, types, types, strings]));
+        btf.extend(self.types);
+        btf.extend(self.strings);
+        (btf, ext)
+    }
+
+    fn context(&mut self, name: &'static str) -> u32 {
+        if let Some(pointer) = self.contexts.get(name) {
+            return *pointer;
+        }
+        let id = self.string(name);
+        let context = self.add(id, info(Kind::Struct, 0), 0, &[]);
+        let pointer = self.add(0, info(Kind::Ptr, 0), context, &[]);
+        self.contexts.insert(name, pointer);
+        pointer
+    }
+
+    fn number(&mut self, number: u32) -> u32 {
+        if let Some(pointer) = self.numbers.get(&number) {
+            return *pointer;
+        }
+        let array = self.add(0, info(Kind::Array, 0), 0, &[self.int, self.int, number]);
+        let pointer = self.add(0, info(Kind::Ptr, 0), array, &[]);
+        self.numbers.insert(number, pointer);
+        pointer
+    }
+
+    fn add(&mut self, name: u32, info: u32, size_or_type: u32, rest: &[u32]) -> u32 {
+        self.types.extend(words(&[name, info, size_or_type]));
+        self.types.extend(words(rest));
+        self.count += 1;
+        self.count
+    }
+
+    fn string(&mut self, text: &str) -> u32 {
+        if let Some(id) = self.string_ids.get(text) {
+            return *id;
+        }
+        let id = self.strings.len() as u32;
+        self.strings.extend_from_slice(text.as_bytes());
+        self.strings.push(0);
+        self.string_ids.insert(text.to_owned(), id);
+        id
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Int = 1,
+    Ptr = 2,
+    Array = 3,
+    Struct = 4,
+    Func = 12,
+    FuncProto = 13,
+    Var = 14,
+    Datasec = 15,
+}
+
+/// The word that holds kind and count (of a function: its linkage).
+const fn info(kind: Kind, count: usize) -> u32 {
+    (kind as u32) << 24 | count as u32
+}
+
+fn header(length: u32) -> Vec<u8> {
+    const MAGIC: u16 = 0xeb9f;
+    const VERSION: u8 = 1;
+    let [m0, m1] = MAGIC.to_le_bytes();
+    let mut bytes = vec![m0, m1, VERSION, 0];
+    bytes.extend(length.to_le_bytes());
+    bytes
+}
+
+fn words(words: &[u32]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}

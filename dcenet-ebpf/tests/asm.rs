@@ -1,0 +1,287 @@
+//! The assembler: jumps of every length, and what it refuses.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use dcenet_ebpf::asm::{Asm, AsmError, Function, SAFE_SPAN};
+use dcenet_ebpf::insn::{AtomicOp, Cond, Helper, Insn, IsaLevel, Reg, Reg::*, Size, disassemble};
+use dcenet_ebpf::object::ProgramKind;
+use proptest::prelude::*;
+
+fn program() -> Asm {
+    Asm::program("test", ProgramKind::Classifier)
+}
+
+/// Follows jumps as the kernel would and gives the constants moved to `R0`, in order. A conditional jump is taken if its
+/// constant is odd.
+fn walk(function: &Function) -> Vec<i32> {
+    let mut at_slot = vec![None; function.slots()];
+    let mut slot = 0;
+    for insn in function.insns() {
+        at_slot[slot] = Some(*insn);
+        slot += insn.slots();
+    }
+    let (mut pc, mut seen) = (0i64, Vec::new());
+    for _ in 0..1_000_000 {
+        let insn = at_slot[pc as usize].expect("a jump went into the middle of an instruction");
+        pc += insn.slots() as i64;
+        match insn {
+            Insn::Exit => return seen,
+            Insn::Jump { off } => pc += i64::from(off),
+            Insn::JumpLong { off } => pc += i64::from(off),
+            Insn::JumpIf { cond, src: dcenet_ebpf::insn::Src::Imm(imm), off, .. } => {
+                let odd = imm & 1 == 1;
+                let taken = if matches!(cond, Cond::Eq | Cond::Set) { odd } else { !odd };
+                if taken {
+                    pc += i64::from(off);
+                }
+            }
+            Insn::Alu { dst: R0, src: dcenet_ebpf::insn::Src::Imm(imm), .. } => seen.push(imm),
+            _ => {}
+        }
+    }
+    panic!("the program does not end");
+}
+
+fn fill(asm: &mut Asm, count: usize) {
+    for _ in 0..count {
+        asm.mov(R1, 0);
+    }
+}
+
+#[test]
+fn a_jump_of_the_safe_span_is_short_and_one_more_is_long() {
+    for (span, long) in [(SAFE_SPAN, false), (SAFE_SPAN + 1, true)] {
+        let mut asm = program();
+        let end = asm.label();
+        asm.isa(IsaLevel::V4).jump_if(Cond::Eq, R1, 1, end);
+        fill(&mut asm, span);
+        asm.bind(end).exit();
+        let function = asm.finish().unwrap();
+        assert_eq!(function.insns().iter().any(|i| matches!(i, Insn::JumpLong { .. })), long, "span {span}");
+        if long {
+            assert!(matches!(function.insns()[0], Insn::JumpIf { cond: Cond::Ne, off: 1, .. }));
+            assert_eq!(function.insns()[1], Insn::JumpLong { off: span as i32 });
+        } else {
+            assert!(matches!(function.insns()[0], Insn::JumpIf { cond: Cond::Eq, off, .. } if off as usize == span));
+        }
+    }
+}
+
+#[test]
+fn a_bit_test_has_no_inverse_and_jumps_far_all_the_same() {
+    let mut asm = program();
+    let end = asm.label();
+    asm.isa(IsaLevel::V4).short_span(10).jump_if(Cond::Set, R1, 1, end).ret(1);
+    fill(&mut asm, 20);
+    asm.bind(end).ret(2);
+    assert_eq!(walk(&asm.finish().unwrap()), [2]);
+}
+
+#[test]
+fn at_level_3_far_jumps_go_over_islands_both_ways() {
+    let mut asm = program();
+    let (far, back, end) = (asm.label(), asm.label(), asm.label());
+    asm.mov(R0, 1).jump(far).bind(back).mov(R0, 3).jump(end);
+    fill(&mut asm, 100_000);
+    asm.bind(far).mov(R0, 2).jump(back);
+    fill(&mut asm, 40_000);
+    asm.bind(end).exit();
+    let function = asm.finish().unwrap();
+    assert_eq!(walk(&function), [1, 2, 3]);
+    let lint = function.lint();
+    assert!(lint.longest_short_jump <= SAFE_SPAN, "{}", lint.longest_short_jump);
+    assert_eq!(lint.isa, IsaLevel::V1);
+    // 100,000 slots at 10,900 a jump, and the way back and onward: some dozens of slots, not thousands.
+    assert!(function.slots() < 140_000 + 100, "{}", function.slots());
+}
+
+/// An island that falls between a return and the code of a label must not catch the jumps to that label.
+#[test]
+fn an_island_after_a_return_is_stepped_over_by_those_who_jump_there() {
+    for padding in 0..60 {
+        let mut asm = program();
+        let (far, here) = (asm.label(), asm.label());
+        asm.short_span(40).jump_if(Cond::Eq, R1, 2, far).jump(here);
+        fill(&mut asm, padding);
+        asm.ret(1).bind(here).ret(2);
+        fill(&mut asm, 60);
+        asm.bind(far).ret(3);
+        assert_eq!(walk(&asm.finish().unwrap()), [2], "padding {padding}");
+    }
+}
+
+#[test]
+fn more_far_jumps_than_islands_carry_are_refused_below_level_4_only() {
+    for (isa, fits) in [(IsaLevel::V3, false), (IsaLevel::V4, true)] {
+        let mut asm = program();
+        let labels: Vec<_> = (0..8_000).map(|_| asm.label()).collect();
+        asm.isa(isa);
+        for label in &labels {
+            asm.jump_if(Cond::Eq, R1, 1, *label);
+        }
+        asm.ret(0);
+        fill(&mut asm, 9_000);
+        for label in &labels {
+            asm.bind(*label).ret(1);
+        }
+        let result = asm.finish();
+        if fits {
+            assert_eq!(walk(&result.unwrap()), [1]);
+        } else {
+            assert!(matches!(result, Err(AsmError::JumpTooFar { pending: 1.., .. })), "{result:?}");
+        }
+    }
+}
+
+/// A program of random blocks: block `i` moves `i` to `R0` and goes on, each jump forward and back being decided by an odd
+/// or even constant.
+fn blocks(isa: IsaLevel, span: u16, plan: &[(u8, usize, bool)]) -> (Function, Vec<i32>) {
+    let mut asm = program();
+    asm.isa(isa).short_span(span);
+    let count = plan.len();
+    let labels: Vec<_> = (0..=count).map(|_| asm.label()).collect();
+    // An order of the blocks in memory that differs from the order in which they run.
+    let mut order: Vec<usize> = (0..count).collect();
+    order.sort_by_key(|block| (plan[*block].1 * 7919) % (count + 3));
+    asm.jump(labels[0]);
+    for block in &order {
+        let (padding, _, bit_test) = plan[*block];
+        asm.bind(labels[*block]).mov(R0, *block as i32);
+        fill(&mut asm, usize::from(padding));
+        let cond = if bit_test { Cond::Set } else { Cond::Eq };
+        asm.jump_if(cond, R1, 2, labels[0]).jump_if(cond, R1, 1, labels[block + 1]).ret(-1);
+    }
+    asm.bind(labels[count]).exit();
+    (asm.finish().unwrap(), (0..count as i32).collect())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+    #[test]
+    fn jumps_arrive_whatever_their_length(
+        plan in prop::collection::vec((any::<u8>(), any::<u16>().prop_map(usize::from), any::<bool>()), 1..30),
+        span in 200u16..2_000,
+    ) {
+        for isa in [IsaLevel::V3, IsaLevel::V4] {
+            let (function, expected) = blocks(isa, span, &plan);
+            prop_assert_eq!(walk(&function), expected);
+            prop_assert!(function.lint().longest_short_jump <= usize::from(span));
+        }
+    }
+}
+
+#[test]
+fn mistakes_are_named() {
+    let mut asm = program();
+    let label = asm.label();
+    asm.jump(label).exit();
+    assert!(matches!(asm.finish(), Err(AsmError::UnboundLabel { label: l, .. }) if l == label));
+
+    let mut asm = program();
+    let label = asm.label();
+    asm.bind(label).bind(label).exit();
+    assert!(matches!(asm.finish(), Err(AsmError::LabelBoundTwice { .. })));
+
+    let foreign = program().label();
+    let mut asm = program();
+    asm.bind(foreign).exit();
+    assert!(matches!(asm.finish(), Err(AsmError::ForeignLabel { .. })));
+
+    let refused = |write: &dyn Fn(&mut Asm)| {
+        let mut asm = program();
+        write(&mut asm);
+        asm.exit();
+        asm.finish().unwrap_err()
+    };
+    assert!(matches!(
+        refused(&|a| {
+            a.mov(R1, 1).add(R10, 8);
+        }),
+        AsmError::WritesFramePointer { slot: 1, .. }
+    ));
+    for off in [-516, -2, 0] {
+        assert!(matches!(
+            refused(&|a| {
+                a.store(Size::W, R10, off, 0);
+            }),
+            AsmError::OutsideStack { slot: 0, .. }
+        ));
+    }
+    assert!(matches!(
+        refused(&|a| {
+            a.atomic(AtomicOp::Add, Size::H, R1, 0, R2);
+        }),
+        AsmError::NoSuchInsn { .. }
+    ));
+    assert!(matches!(
+        refused(&|a| {
+            a.div(R1, 0);
+        }),
+        AsmError::NoSuchInsn { .. }
+    ));
+    assert!(matches!(
+        refused(&|a| {
+            a.lsh32(R1, 32);
+        }),
+        AsmError::NoSuchInsn { .. }
+    ));
+    assert!(matches!(
+        refused(&|a| {
+            a.isa(IsaLevel::V2).atomic(AtomicOp::Xchg, Size::Dw, R1, 0, R2);
+        }),
+        AsmError::IsaLevel { needs: IsaLevel::V3, level: IsaLevel::V2, .. }
+    ));
+    assert!(matches!(
+        refused(&|a| {
+            a.insn(Insn::Jump { off: 0 });
+        }),
+        AsmError::RawDistance { .. }
+    ));
+    let mut asm = program();
+    asm.mov(R0, 0);
+    assert!(matches!(asm.finish(), Err(AsmError::FallsOffEnd { .. })));
+    assert!(matches!(program().finish(), Err(AsmError::FallsOffEnd { .. })));
+}
+
+#[test]
+fn errors_say_where_and_what() {
+    let mut asm = program();
+    asm.store(Size::Dw, R10, -520, 1).exit();
+    assert_eq!(
+        asm.finish().unwrap_err().to_string(),
+        "function test, slot 0: `*(u64 *)(r10 -520) = 1` is outside the stack, r10-512 up to r10"
+    );
+}
+
+#[test]
+fn lint_finds_dead_code_stack_and_level() {
+    let mut asm = program();
+    let end = asm.label();
+    asm.load_imm64(R3, 1).mov(R2, R10).add(R2, -40).store(Size::W, R10, -8, 0).jump(end);
+    asm.load_imm64(R1, 2).mov(R1, 1);
+    asm.bind(end).jump_if32(Cond::Lt, R3, 5, end).ret(0);
+    let lint = asm.finish().unwrap().lint();
+    assert_eq!(lint.slots, 12);
+    assert_eq!(lint.unreachable.as_slice(), std::slice::from_ref(&(6..9)));
+    assert_eq!(lint.stack_bytes, 40);
+    assert_eq!(lint.isa, IsaLevel::V3);
+}
+
+#[test]
+fn a_listing_reads_as_written() {
+    let mut asm = program();
+    let miss = asm.label();
+    asm.load_map(R1, "seen").mov(R2, Reg::R10).add(R2, -4).call(Helper::MapLookupElem);
+    asm.jump_if(Cond::Eq, R0, 0, miss).load(Size::Dw, R0, R0, 8).bind(miss).exit();
+    assert_eq!(
+        disassemble(asm.finish().unwrap().insns()),
+        "   0: r1 = map[0]
+   2: r2 = r10
+   3: r2 += -4
+   4: call map_lookup_elem#1
+   5: if r0 == 0 goto +1
+   6: r0 = *(u64 *)(r0 +8)
+   7: exit
+"
+    );
+}

@@ -1,0 +1,241 @@
+//! The ELF file: read back, loaded by aya and by libbpf.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::process::Command;
+
+use dcenet_core::test_support::{Rung, require, require_with};
+use dcenet_ebpf::asm::{Asm, Symbol};
+use dcenet_ebpf::insn::{AtomicOp, Cond, Helper, Imm64, Insn, IsaLevel, Reg::*, Size, decode};
+use dcenet_ebpf::object::{MapFlags, MapSpec, Object, ObjectError, ProgramKind};
+use object::{Object as _, ObjectSection as _, ObjectSymbol as _, RelocationTarget};
+
+/// Counts in `hits[0]` the bytes that `double` makes of the packet's length, in every kind of map.
+fn sample() -> Object {
+    let mut main = Asm::program("count_bytes", ProgramKind::Classifier);
+    let done = main.label();
+    main.load(Size::W, R6, R1, 0)
+        .mov(R1, R6)
+        .call_function("double")
+        .mov(R7, R0)
+        .store(Size::W, R10, -4, 0)
+        .load_map(R1, "hits")
+        .mov(R2, R10)
+        .add(R2, -4)
+        .call(Helper::MapLookupElem)
+        .jump_if(Cond::Eq, R0, 0, done)
+        .atomic(AtomicOp::Add, Size::Dw, R0, 0, R7);
+    for map in ["by_key", "recent"] {
+        main.store(Size::Dw, R10, -16, 1)
+            .load_map(R1, map)
+            .mov(R2, R10)
+            .add(R2, -4)
+            .mov(R3, R10)
+            .add(R3, -16)
+            .mov(R4, 0)
+            .call(Helper::MapUpdateElem);
+    }
+    main.load_map(R1, "events").mov(R2, R10).add(R2, -16).mov(R3, 8).mov(R4, 0).call(Helper::RingbufOutput);
+    main.store(Size::W, R10, -4, 0).load_map(R1, "per_cpu").mov(R2, R10).add(R2, -4).call(Helper::MapLookupElem);
+    main.bind(done).mov(R0, R7).exit();
+
+    let mut double = Asm::subprogram("double");
+    double.mov(R0, R1).call_function("add_one").lsh(R0, 1).exit();
+    let mut add_one = Asm::subprogram("add_one");
+    add_one.mov(R0, R1).add(R0, 1).exit();
+
+    let mut second = Asm::program("second", ProgramKind::Classifier);
+    second.mov(R1, 20).call_function("add_one").exit();
+
+    let mut object = Object::new();
+    object.add_map(MapSpec::array("hits", 8, 4).with_flags(MapFlags::MMAPABLE)).unwrap();
+    object.add_map(MapSpec::hash("by_key", 4, 8, 16)).unwrap();
+    object.add_map(MapSpec::lru_hash("recent", 4, 8, 16)).unwrap();
+    object.add_map(MapSpec::percpu_array("per_cpu", 8, 1)).unwrap();
+    object.add_map(MapSpec::ringbuf("events", 4096)).unwrap();
+    for function in [main, double, add_one, second] {
+        object.add(function.finish().unwrap()).unwrap();
+    }
+    object
+}
+
+#[test]
+fn the_file_is_bpf_elf_with_all_parts() {
+    let elf = sample().to_elf().unwrap();
+    let file = object::File::parse(&*elf).unwrap();
+    assert_eq!(file.architecture(), object::Architecture::Bpf);
+    assert!(file.is_little_endian());
+    assert_eq!(file.section_by_name("license").unwrap().data().unwrap(), b"Dual MIT/GPL\0");
+    for name in [".maps", ".BTF", ".BTF.ext", ".text", "classifier"] {
+        assert!(file.section_by_name(name).is_some(), "{name}");
+    }
+    let code = file.section_by_name("classifier").unwrap();
+    let main = file.symbol_by_name("count_bytes").unwrap();
+    assert!(main.is_global() && main.is_definition() && main.kind() == object::SymbolKind::Text);
+    assert!(file.symbol_by_name("double").unwrap().is_local());
+    let insns = decode(code.data().unwrap()).unwrap();
+    let targets: Vec<_> = code
+        .relocations()
+        .map(|(offset, relocation)| {
+            let RelocationTarget::Symbol(symbol) = relocation.target() else { panic!("no symbol") };
+            (offset, file.symbol_by_index(symbol).unwrap().name().unwrap().to_owned())
+        })
+        .collect();
+    let names: Vec<_> = targets.iter().map(|(_, name)| name.as_str()).collect();
+    assert_eq!(names, ["double", "hits", "by_key", "recent", "events", "per_cpu", "add_one"]);
+    let mut slot = 0;
+    for insn in &insns {
+        let named = matches!(insn, Insn::CallLocal { .. } | Insn::LoadImm64 { value: Imm64::MapFd(_), .. });
+        assert_eq!(named, targets.iter().any(|(offset, _)| *offset == slot * 8), "slot {slot}: {insn}");
+        slot += insn.slots() as u64;
+    }
+}
+
+#[test]
+fn the_same_object_gives_the_same_bytes() {
+    assert_eq!(sample().to_elf().unwrap(), sample().to_elf().unwrap());
+}
+
+#[test]
+fn linking_resolves_every_name() {
+    let program = sample().link("count_bytes").unwrap();
+    let names: Vec<_> = program.functions().iter().map(|(_, name)| name.as_str()).collect();
+    assert_eq!(names, ["count_bytes", "double", "add_one"]);
+    let maps: Vec<_> = program
+        .insns()
+        .iter()
+        .filter_map(|i| match i {
+            Insn::LoadImm64 { value: Imm64::MapFd(map), .. } => Some(*map),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(maps, [0, 1, 2, 4, 3]);
+    let double = program.functions()[1].0;
+    assert!(matches!(program.insns()[2], Insn::CallLocal { off } if off as usize == double - 3));
+}
+
+#[test]
+fn mistakes_are_named() {
+    let refused = |map| matches!(Object::new().add_map(map).unwrap_err(), ObjectError::Map { .. });
+    assert!(refused(MapSpec::array("a", 0, 1)));
+    assert!(refused(MapSpec::array("a", 4, 0)));
+    assert!(refused(MapSpec::ringbuf("a", 5000)));
+    assert!(refused(MapSpec::hash("a", 0, 1, 1)));
+    assert!(refused(MapSpec::hash("a", 4, 1, 1).with_flags(MapFlags::MMAPABLE)));
+    for name in ["", "9a", "a-b", "a_name_of_16_byte"] {
+        let error = Object::new().add_map(MapSpec::array(name, 4, 1)).unwrap_err();
+        assert!(matches!(error, ObjectError::Name { .. }), "{name}");
+    }
+    let mut object = sample();
+    let error = object.add_map(MapSpec::array("double", 4, 1)).unwrap_err();
+    assert_eq!(error.to_string(), "name \"double\" is used twice in one object");
+
+    let mut lost = Asm::program("lost", ProgramKind::Xdp);
+    lost.load_map(R1, "nowhere").ret(0);
+    object.add(lost.finish().unwrap()).unwrap();
+    let error = object.to_elf().unwrap_err();
+    assert!(matches!(error, ObjectError::Unresolved { symbol: Symbol::Map(name), .. } if name == "nowhere"));
+    assert!(matches!(sample().link("double"), Err(ObjectError::NoProgram { .. })));
+}
+
+#[cfg(feature = "aya")]
+#[test]
+fn aya_loads_it_and_the_kernel_runs_it() {
+    use aya::maps::{Array, HashMap, MapData, RingBuf};
+    use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
+
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let mut loaded = aya::EbpfLoader::new().load(&sample().to_elf().unwrap()).unwrap();
+    let program: &mut SchedClassifier = loaded.program_mut("count_bytes").unwrap().try_into().unwrap();
+    program.load().unwrap();
+    let packet = [0u8; 60];
+    let run = program.test_run(TestRunOptions { data_in: Some(&packet), ..TestRunOptions::new() }).unwrap();
+    assert_eq!(run.return_value, 61 * 2);
+    let info = program.info().unwrap();
+    assert_eq!(info.name_as_str(), Some("count_bytes"));
+
+    let hits: Array<&MapData, u64> = loaded.map("hits").unwrap().try_into().unwrap();
+    assert_eq!(hits.get(&0, 0).unwrap(), 122);
+    for map in ["by_key", "recent"] {
+        let map: HashMap<&MapData, u32, u64> = loaded.map(map).unwrap().try_into().unwrap();
+        assert_eq!(map.get(&0, 0).unwrap(), 1);
+    }
+    let mut events: RingBuf<&mut MapData> = loaded.map_mut("events").unwrap().try_into().unwrap();
+    assert_eq!(&*events.next().unwrap(), 1u64.to_le_bytes());
+
+    let second: &mut SchedClassifier = loaded.program_mut("second").unwrap().try_into().unwrap();
+    second.load().unwrap();
+    let run = second.test_run(TestRunOptions { data_in: Some(&packet), ..TestRunOptions::new() }).unwrap();
+    assert_eq!(run.return_value, 21);
+}
+
+/// Islands and long jumps pass the verifier, which lengthens the jumps over the lookups that it writes out.
+#[cfg(feature = "aya")]
+#[test]
+fn far_jumps_load_at_both_levels() {
+    use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
+
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let mut object = Object::new();
+    object.add_map(MapSpec::array("hits", 8, 4)).unwrap();
+    for (name, isa) in [("islands", IsaLevel::V3), ("gotol", IsaLevel::V4)] {
+        let mut asm = Asm::program(name, ProgramKind::Classifier);
+        let end = asm.label();
+        asm.isa(isa).load(Size::W, R6, R1, 0).mov(R7, 0).store(Size::W, R10, -4, 0);
+        asm.jump_if(Cond::Gt, R6, 100, end);
+        for _ in 0..2_500 {
+            let miss = asm.label();
+            asm.load_map(R1, "hits").mov(R2, R10).add(R2, -4).call(Helper::MapLookupElem);
+            asm.jump_if(Cond::Eq, R0, 0, miss).load(Size::B, R1, R0, 0).add(R7, 1).bind(miss);
+        }
+        asm.mov(R0, R7).exit().bind(end).ret(7);
+        let function = asm.finish().unwrap();
+        assert_eq!(function.lint().isa == IsaLevel::V4, isa == IsaLevel::V4);
+        object.add(function).unwrap();
+    }
+    let mut loaded = aya::EbpfLoader::new().load(&object.to_elf().unwrap()).unwrap();
+    for name in ["islands", "gotol"] {
+        let program: &mut SchedClassifier = loaded.program_mut(name).unwrap().try_into().unwrap();
+        program.load().unwrap();
+        for (length, expected) in [(60, 2_500), (200, 7)] {
+            let packet = vec![0u8; length];
+            let run = program.test_run(TestRunOptions { data_in: Some(&packet), ..TestRunOptions::new() }).unwrap();
+            assert_eq!(run.return_value, expected, "{name}");
+        }
+    }
+}
+
+#[test]
+fn libbpf_loads_it() {
+    let missing = || {
+        let answers = |program: &str| Command::new(program).arg("version").output().is_ok();
+        (!answers("bpftool")).then(|| "bpftool is not installed (apt install bpftool)".to_owned())
+    };
+    if !require_with(Rung::Kernel, missing) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("sample.o");
+    std::fs::write(&file, sample().to_elf().unwrap()).unwrap();
+    let bpffs = dir.path().join("bpf");
+    // unshare(1) gives the mount a namespace of its own, which ends with the command and takes the pins along.
+    let script = format!(
+        "mkdir {fs} && mount -t bpf bpf {fs} && bpftool prog loadall {object} {fs}/progs type classifier && \
+         bpftool -j prog show pinned {fs}/progs/count_bytes && \
+         bpftool prog dump xlated pinned {fs}/progs/count_bytes",
+        fs = bpffs.display(),
+        object = file.display()
+    );
+    let output = Command::new("unshare").args(["--mount", "sh", "-c", &script]).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
+    assert!(text.contains("\"name\":\"count_bytes\""), "{text}");
+    // Names of functions come from BTF: the dump has a headline for each.
+    for name in ["count_bytes", "double", "add_one"] {
+        assert!(text.contains(&format!("{name}(")), "{name} in\n{text}");
+    }
+}
