@@ -1,7 +1,8 @@
 //! Write, simulate, load and attach eBPF programs from Rust, without clang.
 //!
 //! [`insn`] is the instruction set as types, [`asm`] an assembler with labels and names, and [`object`] puts functions
-//! and maps together and writes the ELF file that loaders take. None of these touches the kernel.
+//! and maps together and writes the ELF file that loaders take; [`vm`] runs the same code without a kernel. None of these
+//! touches the kernel.
 //!
 //! # A whole program
 //! It counts packets by their length, below and above 128 bytes, and lets them all pass.
@@ -43,3 +44,4 @@
 pub mod asm;
 pub mod insn;
 pub mod object;
+pub mod vm;

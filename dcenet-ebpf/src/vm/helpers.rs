@@ -1,0 +1,240 @@
+//! The kernel's helper functions, as far as programs here use them.
+
+use super::Redirect;
+use super::machine::Machine;
+use super::maps::{MapError, Update};
+use super::trap::TrapKind;
+use super::value::{Address, Region, Value};
+use crate::insn::{Helper, Reg};
+use crate::object::MapKind;
+
+impl Machine<'_> {
+    /// The value for `R0`.
+    pub(super) fn call(&mut self, helper: Helper) -> Result<Value, TrapKind> {
+        Ok(Value::Number(match helper {
+            Helper::MapLookupElem => return self.map_lookup(),
+            Helper::MapUpdateElem => self.map_update()?,
+            Helper::MapDeleteElem => self.map_delete()?,
+            Helper::KtimeGetNs => self.env.ktime_ns,
+            Helper::KtimeGetBootNs => self.env.boottime_ns,
+            Helper::KtimeGetCoarseNs => self.env.coarse_ns,
+            Helper::GetPrandomU32 => u64::from(self.env.next_random()),
+            Helper::GetSmpProcessorId => u64::from(self.env.cpu),
+            Helper::SkbLoadBytes => self.skb_load_bytes()?,
+            Helper::SkbStoreBytes => self.skb_store_bytes()?,
+            Helper::SkbPullData => self.skb_pull_data()?,
+            Helper::Redirect => self.redirect_to()?,
+            Helper::RingbufOutput => self.ringbuf_output()?,
+            Helper::RingbufReserve => return self.ringbuf_reserve(),
+            Helper::RingbufSubmit => self.ringbuf_release(true)?,
+            Helper::RingbufDiscard => self.ringbuf_release(false)?,
+            other => return Err(TrapKind::Helper(other)),
+        }))
+    }
+
+    fn map_lookup(&mut self) -> Result<Value, TrapKind> {
+        let map = self.map(&[MapKind::Array, MapKind::PercpuArray, MapKind::Hash, MapKind::LruHash])?;
+        let slot = self.with_key(map, |machine, key| machine.maps.at_mut(map.into()).and_then(|m| m.find(key)))?;
+        Ok(match slot {
+            Some(slot) => Value::Address(Address::new(Region::MapValue { map, slot }, 0)),
+            None => Value::Number(0),
+        })
+    }
+
+    fn map_update(&mut self) -> Result<u64, TrapKind> {
+        let map = self.map(&[MapKind::Array, MapKind::PercpuArray, MapKind::Hash, MapKind::LruHash])?;
+        let flags = self.number(Reg::R4)?;
+        let value = self.address(Reg::R3)?;
+        let value_size = self.maps.at(map.into()).ok_or(TrapKind::WrongMaps)?.spec().value_size as usize;
+        // Checked before the key is taken, so that both borrows below cannot fail half way.
+        let value = self.bytes(value, value_size)?.to_vec();
+        self.with_key(map, |machine, key| {
+            let map = machine.maps.at_mut(map.into()).ok_or(MapError::Invalid);
+            let mode = Update::from_flags(flags).ok_or(MapError::Invalid);
+            status(map.and_then(|map| map.update(key, &value, mode?)))
+        })
+    }
+
+    fn map_delete(&mut self) -> Result<u64, TrapKind> {
+        let map = self.map(&[MapKind::Array, MapKind::PercpuArray, MapKind::Hash, MapKind::LruHash])?;
+        self.with_key(map, |machine, key| {
+            let map = machine.maps.at_mut(map.into()).ok_or(MapError::Invalid);
+            status(map.and_then(|map| map.delete(key)))
+        })
+    }
+
+    /// `bpf_skb_load_bytes(skb, offset, to, len)`.
+    fn skb_load_bytes(&mut self) -> Result<u64, TrapKind> {
+        self.context_argument()?;
+        let offset = self.number(Reg::R2)? as u32 as usize;
+        let to = self.address(Reg::R3)?;
+        let len = self.length(Reg::R4)?;
+        if matches!(to.region, Region::Packet { .. }) {
+            return Err(TrapKind::Argument { argument: 3, reason: "stack, map value or record" });
+        }
+        // Taken out of the machine for the time of the copy, as the other side is in the machine too.
+        let packet = std::mem::take(&mut self.skb.packet);
+        let copied = self.bytes_mut(to, len).map(|to| match packet.get(offset..offset + len) {
+            Some(from) => {
+                to.copy_from_slice(from);
+                0
+            }
+            None => {
+                // The kernel clears the room on failure.
+                to.fill(0);
+                errno(EFAULT)
+            }
+        });
+        self.skb.packet = packet;
+        copied
+    }
+
+    /// `bpf_skb_store_bytes(skb, offset, from, len, flags)`; of the flags, which concern checksum and hash, none shows in
+    /// the packet's bytes.
+    fn skb_store_bytes(&mut self) -> Result<u64, TrapKind> {
+        self.context_argument()?;
+        let offset = self.number(Reg::R2)? as u32 as usize;
+        let from = self.address(Reg::R3)?;
+        let len = self.length(Reg::R4)?;
+        const FLAGS: u64 = 0b11;
+        if self.number(Reg::R5)? & !FLAGS != 0 {
+            return Ok(errno(EINVAL));
+        }
+        let bytes = self.bytes(from, len)?.to_vec();
+        self.epoch += 1;
+        Ok(match self.skb.packet.get_mut(offset..offset + len) {
+            Some(to) => {
+                to.copy_from_slice(&bytes);
+                self.skb.linear = self.skb.linear.max(offset + len);
+                0
+            }
+            None => errno(EFAULT),
+        })
+    }
+
+    /// `bpf_skb_pull_data(skb, len)`; 0 asks for the linear part, which is linear already.
+    fn skb_pull_data(&mut self) -> Result<u64, TrapKind> {
+        self.context_argument()?;
+        let len = self.number(Reg::R2)? as u32 as usize;
+        self.epoch += 1;
+        if len > self.skb.packet.len() {
+            return Ok(errno(ENOMEM));
+        }
+        self.skb.linear = self.skb.linear_len().max(len);
+        Ok(0)
+    }
+
+    /// `bpf_redirect(ifindex, flags)`.
+    fn redirect_to(&mut self) -> Result<u64, TrapKind> {
+        const TC_ACT_SHOT: u64 = 2;
+        const TC_ACT_REDIRECT: u64 = 7;
+        const BPF_F_INGRESS: u64 = 1;
+        let (ifindex, flags) = (self.number(Reg::R1)? as u32, self.number(Reg::R2)?);
+        if flags & !BPF_F_INGRESS != 0 {
+            return Ok(TC_ACT_SHOT);
+        }
+        self.redirect = Some(Redirect { ifindex, ingress: flags == BPF_F_INGRESS });
+        Ok(TC_ACT_REDIRECT)
+    }
+
+    fn ringbuf_output(&mut self) -> Result<u64, TrapKind> {
+        let map = self.map(&[MapKind::Ringbuf])?;
+        let from = self.address(Reg::R2)?;
+        let len = self.length(Reg::R3)?;
+        if self.number(Reg::R4)? & !WAKEUP_FLAGS != 0 {
+            return Ok(errno(EINVAL));
+        }
+        let bytes = self.bytes(from, len)?.to_vec();
+        let map = self.maps.at_mut(map.into()).ok_or(TrapKind::WrongMaps)?;
+        Ok(match map.reserve(len) {
+            Ok(index) => {
+                if let Some(record) = map.record_mut(index) {
+                    record.copy_from_slice(&bytes);
+                }
+                map.release(index, true);
+                0
+            }
+            Err(error) => errno(error.errno()),
+        })
+    }
+
+    fn ringbuf_reserve(&mut self) -> Result<Value, TrapKind> {
+        let map = self.map(&[MapKind::Ringbuf])?;
+        let len = self.length(Reg::R2)?;
+        if self.number(Reg::R3)? != 0 {
+            return Ok(Value::Number(0));
+        }
+        Ok(match self.maps.at_mut(map.into()).ok_or(TrapKind::WrongMaps)?.reserve(len) {
+            Ok(index) => {
+                self.reserved += 1;
+                Value::Address(Address::new(Region::Record { map, index }, 0))
+            }
+            Err(_) => Value::Number(0),
+        })
+    }
+
+    fn ringbuf_release(&mut self, submit: bool) -> Result<u64, TrapKind> {
+        let Address { region: Region::Record { map, index }, offset: 0 } = self.address(Reg::R1)? else {
+            return Err(TrapKind::Argument { argument: 1, reason: "the record as bpf_ringbuf_reserve gave it" });
+        };
+        if self.number(Reg::R2)? & !WAKEUP_FLAGS != 0 {
+            return Err(TrapKind::Argument { argument: 2, reason: "BPF_RB_NO_WAKEUP, BPF_RB_FORCE_WAKEUP or 0" });
+        }
+        if !self.maps.at_mut(map.into()).ok_or(TrapKind::WrongMaps)?.release(index, submit) {
+            return Err(TrapKind::Dangling);
+        }
+        self.reserved -= 1;
+        Ok(0)
+    }
+
+    /// The map in `R1`, of one of the kinds that the helper takes.
+    fn map(&self, kinds: &[MapKind]) -> Result<u16, TrapKind> {
+        let wrong = TrapKind::Argument { argument: 1, reason: "a map of a kind that the helper takes" };
+        let Address { region: Region::Map(map), .. } = self.address(Reg::R1)? else { return Err(wrong) };
+        let kind = self.maps.at(map.into()).ok_or(TrapKind::WrongMaps)?.spec().kind;
+        if kinds.contains(&kind) { Ok(map) } else { Err(wrong) }
+    }
+
+    /// Gives `then` a copy of the key that `R2` points to.
+    fn with_key<T>(&mut self, map: u16, then: impl FnOnce(&mut Self, &[u8]) -> T) -> Result<T, TrapKind> {
+        let size = self.maps.at(map.into()).ok_or(TrapKind::WrongMaps)?.spec().key_size as usize;
+        let address = self.address(Reg::R2)?;
+        let mut key = std::mem::take(&mut self.scratch);
+        key.clear();
+        key.extend_from_slice(self.bytes(address, size)?);
+        let result = then(self, &key);
+        self.scratch = key;
+        Ok(result)
+    }
+
+    fn context_argument(&self) -> Result<(), TrapKind> {
+        match self.address(Reg::R1)? {
+            Address { region: Region::Context, offset: 0 } => Ok(()),
+            _ => Err(TrapKind::Argument { argument: 1, reason: "the context as the program got it" }),
+        }
+    }
+
+    /// A size in bytes, which the verifier wants to be positive and bounded.
+    fn length(&self, reg: Reg) -> Result<usize, TrapKind> {
+        const MAX: u64 = 1 << 29;
+        let len = self.number(reg)?;
+        if len == 0 || len > MAX {
+            return Err(TrapKind::Argument { argument: reg.index() as u8, reason: "a size from 1 to 512 MiB" });
+        }
+        Ok(len as usize)
+    }
+}
+
+fn status(result: Result<(), MapError>) -> u64 {
+    result.map_or_else(|error| errno(error.errno()), |()| 0)
+}
+
+fn errno(number: i32) -> u64 {
+    i64::from(-number) as u64
+}
+
+const ENOMEM: i32 = 12;
+const EFAULT: i32 = 14;
+const EINVAL: i32 = 22;
+/// `BPF_RB_NO_WAKEUP` and `BPF_RB_FORCE_WAKEUP`.
+const WAKEUP_FLAGS: u64 = 0b11;

@@ -1,0 +1,240 @@
+//! Runs classifiers without a kernel: the same bytecode, no privileges, no clock, the same result every time.
+//!
+//! [`Vm`] runs a linked [`Program`] on an [`Skb`], with [`Maps`] that outlive the run and an [`Environment`] that says what
+//! time it is. It is stricter than the verifier: addresses are kept apart from numbers, so that forging or leaking one,
+//! reaching out of bounds, or reading what was never written is a [`Trap`] with the instruction that did it. It remembers
+//! which instructions ran ([`Vm::missed`]), so that tests can prove that they reached every leaf.
+//!
+//! It simulates the helpers for maps (array, per-CPU array with one CPU, hash, LRU hash, ring buffer), time, random
+//! numbers, packet bytes, `bpf_redirect` and `bpf_loop`; another helper traps. As a sole thread runs, atomics are plain.
+//!
+//! # Examples
+//! ```
+//! use dcenet_ebpf::asm::Asm;
+//! use dcenet_ebpf::insn::{Reg::*, Size};
+//! use dcenet_ebpf::object::{Object, ProgramKind};
+//! use dcenet_ebpf::vm::{Environment, Maps, Skb, Vm};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let mut code = Asm::program("length", ProgramKind::Classifier);
+//! code.load(Size::W, R0, R1, 0).exit();
+//! let mut object = Object::new();
+//! object.add(code.finish()?)?;
+//!
+//! let mut vm = Vm::new(&object.link("length")?)?;
+//! let mut maps = Maps::new(object.maps());
+//! let run = vm.run(&mut Skb::new([0; 60]), &mut maps, &mut Environment::default())?;
+//! assert_eq!(run.value, 60);
+//! # Ok(())
+//! # }
+//! ```
+
+mod alu;
+mod helpers;
+mod machine;
+mod maps;
+mod memory;
+mod skb;
+mod trap;
+mod value;
+
+use crate::insn::Insn;
+use crate::object::{MapSpec, Program, ProgramKind};
+use machine::{MAX_FRAMES, Machine};
+use memory::Stack;
+
+pub use maps::{Map, MapError, Maps, Update};
+pub use skb::{Skb, Vlan};
+pub use trap::{Memory, Trap, TrapKind};
+
+/// What a program can learn of its surroundings.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Environment {
+    /// `bpf_ktime_get_ns`.
+    pub ktime_ns: u64,
+    /// `bpf_ktime_get_boot_ns`.
+    pub boottime_ns: u64,
+    /// `bpf_ktime_get_coarse_ns`.
+    pub coarse_ns: u64,
+    /// `bpf_get_smp_processor_id`.
+    pub cpu: u32,
+    /// State of the generator behind `bpf_get_prandom_u32`; the same seed gives the same numbers.
+    pub random: u64,
+}
+
+impl Default for Environment {
+    /// One second after boot, on CPU 0.
+    fn default() -> Self {
+        const SECOND: u64 = 1_000_000_000;
+        Self { ktime_ns: SECOND, boottime_ns: SECOND, coarse_ns: SECOND, cpu: 0, random: 1 }
+    }
+}
+
+impl Environment {
+    /// Lets all clocks go on.
+    pub fn advance(&mut self, ns: u64) {
+        self.ktime_ns += ns;
+        self.boottime_ns += ns;
+        self.coarse_ns += ns;
+    }
+
+    /// SplitMix64, the upper half.
+    fn next_random(&mut self) -> u32 {
+        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.random;
+        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ z >> 31) >> 32) as u32
+    }
+}
+
+/// Where `bpf_redirect` sends the packet, if the program returns `TC_ACT_REDIRECT`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Redirect {
+    /// The device's index.
+    pub ifindex: u32,
+    /// Whether the packet arrives there instead of leaving (`BPF_F_INGRESS`).
+    pub ingress: bool,
+}
+
+/// What a run came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// The lower half of `R0` at exit, which is what the kernel takes.
+    pub value: u32,
+    /// How many instructions ran.
+    pub insns: u64,
+    /// The last redirection asked for.
+    pub redirect: Option<Redirect>,
+}
+
+/// Why a program cannot run here at all.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum VmError {
+    /// A kind of program whose context is not simulated.
+    #[error("program {program}: the VM runs classifiers, not {kind:?}")]
+    Kind {
+        /// The program's name.
+        program: String,
+        /// Its kind.
+        kind: ProgramKind,
+    },
+}
+
+/// A deliberate mistake, to prove that a comparison with another judge would find one.
+#[cfg(feature = "test-support")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum PlantedBug {
+    /// Signed comparisons are made as unsigned ones.
+    UnsignedCompare,
+}
+
+#[cfg(feature = "test-support")]
+impl PlantedBug {
+    fn condition(self, cond: crate::insn::Cond) -> crate::insn::Cond {
+        use crate::insn::Cond;
+        match cond {
+            Cond::Sgt => Cond::Gt,
+            Cond::Sge => Cond::Ge,
+            Cond::Slt => Cond::Lt,
+            Cond::Sle => Cond::Le,
+            other => other,
+        }
+    }
+}
+
+/// The most instructions that a run may take unless told: what the verifier would follow at most.
+pub const DEFAULT_BUDGET: u64 = 1_000_000;
+
+/// A program ready to run, and which of its instructions have run.
+#[derive(Debug, Clone)]
+pub struct Vm {
+    /// By slot; the second slot of a 64-bit load holds none.
+    code: Vec<Option<Insn>>,
+    maps: Vec<MapSpec>,
+    ran: Vec<bool>,
+    budget: u64,
+    stacks: Box<[Stack; MAX_FRAMES]>,
+    scratch: Vec<u8>,
+    #[cfg(feature = "test-support")]
+    bug: Option<PlantedBug>,
+}
+
+impl Vm {
+    /// Takes a program.
+    ///
+    /// # Errors
+    /// [`VmError::Kind`] if it is no classifier.
+    pub fn new(program: &Program) -> Result<Self, VmError> {
+        if program.kind() != ProgramKind::Classifier {
+            return Err(VmError::Kind { program: program.name().to_owned(), kind: program.kind() });
+        }
+        let mut code = Vec::with_capacity(program.insns().len());
+        for insn in program.insns() {
+            code.push(Some(*insn));
+            code.extend((1..insn.slots()).map(|_| None));
+        }
+        Ok(Self {
+            ran: vec![false; code.len()],
+            code,
+            maps: program.maps().to_vec(),
+            budget: DEFAULT_BUDGET,
+            stacks: Box::new([const { Stack::new() }; MAX_FRAMES]),
+            scratch: Vec::new(),
+            #[cfg(feature = "test-support")]
+            bug: None,
+        })
+    }
+
+    /// Sets the most instructions that a run may take, [`DEFAULT_BUDGET`] unless told.
+    pub fn set_budget(&mut self, insns: u64) -> &mut Self {
+        self.budget = insns;
+        self
+    }
+
+    /// Makes the VM err, in tests of tests.
+    #[cfg(feature = "test-support")]
+    pub fn plant_bug(&mut self, bug: PlantedBug) -> &mut Self {
+        self.bug = Some(bug);
+        self
+    }
+
+    /// Runs the program once. `maps` are those of the same object; what the program changed there, in the packet and in
+    /// its metadata stays changed, after a trap too.
+    ///
+    /// # Errors
+    /// See [`TrapKind`].
+    pub fn run(&mut self, skb: &mut Skb, maps: &mut Maps, env: &mut Environment) -> Result<Run, Trap> {
+        if !maps.iter().map(Map::spec).eq(&self.maps) {
+            return Err(Trap { slot: 0, insn: Insn::Exit, kind: TrapKind::WrongMaps });
+        }
+        let mut machine = Machine::new(&mut self.stacks, skb, maps, env, std::mem::take(&mut self.scratch));
+        #[cfg(feature = "test-support")]
+        {
+            machine.bug = self.bug;
+        }
+        let result = machine.run(&self.code, &mut self.ran, self.budget);
+        let Machine { redirect, context, scratch, .. } = machine;
+        self.scratch = scratch;
+        skb.take_context(&context);
+        let (value, insns) = result?;
+        Ok(Run { value: value as u32, insns, redirect })
+    }
+
+    /// The slots of the instructions that no run has reached yet, ascending.
+    pub fn missed(&self) -> impl Iterator<Item = usize> {
+        self.code.iter().zip(&self.ran).enumerate().filter(|(_, (insn, ran))| insn.is_some() && !**ran).map(|(s, _)| s)
+    }
+
+    /// Whether the instruction at a slot has run.
+    pub fn has_run(&self, slot: usize) -> bool {
+        self.ran.get(slot).copied().unwrap_or(false)
+    }
+
+    /// Forgets what has run.
+    pub fn reset_coverage(&mut self) {
+        self.ran.fill(false);
+    }
+}
