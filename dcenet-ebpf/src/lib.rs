@@ -40,8 +40,23 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! # The kernel's side
+//! [`loader`] takes an ELF file to programs and maps, [`maps`]
+//! reads and writes maps, [`pin`] keeps both beyond the process, [`program`] runs a program on a packet without a device,
+//! and [`probe`] tells what the running kernel can do.
+
+#![warn(unreachable_pub, clippy::print_stderr, clippy::print_stdout, clippy::unwrap_used)]
 
 pub mod asm;
 pub mod insn;
+pub mod loader;
+pub mod maps;
 pub mod object;
+pub mod pin;
+pub mod probe;
+pub mod program;
+mod sys;
+#[cfg(any(test, feature = "test-support"))]
+pub mod test_support;
 pub mod vm;

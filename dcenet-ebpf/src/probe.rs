@@ -1,0 +1,229 @@
+//! What the running kernel can do.
+//!
+//! Asked by trying, never by its version: distributions take features back to old kernels, and switch others off.
+
+use std::os::fd::AsFd;
+use std::sync::Mutex;
+
+use crate::loader::LoadError;
+use crate::maps::MapError;
+use crate::object::{MapSpec, ProgramKind};
+use crate::program;
+use crate::sys::{self, LoadFailure, Map, RawProgram, SysError};
+
+/// Helpers whose presence decides how programs are written (`enum bpf_func_id`).
+mod helper {
+    pub(super) const KTIME_GET_BOOT_NS: i32 = 125;
+    pub(super) const KTIME_GET_COARSE_NS: i32 = 160;
+    pub(super) const LOOP: i32 = 181;
+}
+
+/// What the running kernel can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Features {
+    /// Classifiers can be loaded (`BPF_PROG_TYPE_SCHED_CLS`, Linux 4.1).
+    pub classifier: bool,
+    /// tcx links (Linux 6.6).
+    pub tcx: bool,
+    /// 32-bit compare and jump, instruction set v3 (Linux 5.1).
+    pub isa_v3: bool,
+    /// Long jumps (`gotol`), sign extension and byte swaps of instruction set v4 (Linux 6.6).
+    pub isa_v4: bool,
+    /// Ring buffers (Linux 5.8).
+    pub ring_buffer: bool,
+    /// Many map entries in one call (Linux 5.6).
+    pub map_batch: bool,
+    /// `bpf_loop` (Linux 5.17).
+    pub bpf_loop: bool,
+    /// `bpf_ktime_get_boot_ns` (Linux 5.8).
+    pub ktime_boot_ns: bool,
+    /// `bpf_ktime_get_coarse_ns` (Linux 5.11): a tenth of the cost of the exact clock.
+    pub ktime_coarse_ns: bool,
+}
+
+impl Features {
+    /// Asks the kernel, the first time; a success is remembered for the life of the process.
+    ///
+    /// # Errors
+    /// A feature that is missing is no error. Missing privileges are, and a kernel without bpf(2).
+    pub fn probe() -> Result<Self, ProbeError> {
+        static KNOWN: Mutex<Option<Features>> = Mutex::new(None);
+        let mut known = KNOWN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(features) = *known {
+            return Ok(features);
+        }
+        let features = Self::ask()?;
+        tracing::debug!(?features, "kernel features");
+        *known = Some(features);
+        Ok(features)
+    }
+
+    fn ask() -> Result<Self, ProbeError> {
+        let empty = [insn(0xb7, 0, 0, 0, 0), EXIT].concat();
+        let (classifier, tcx) = match load(&empty) {
+            Ok(program) => (true, sys::tcx_known(program.as_fd())?),
+            Err(failure) if is_about_us(&failure.error) => return Err(failure.error.into()),
+            Err(_) => (false, false),
+        };
+        Ok(Self {
+            classifier,
+            tcx,
+            // if w0 == 0 goto +0
+            isa_v3: loads(&[insn(0xb7, 0, 0, 0, 0), insn(0x16, 0, 0, 0, 0), EXIT].concat())?,
+            // r0 = (s8)r0; r0 = bswap16 r0; gotol +0
+            isa_v4: loads(
+                &[
+                    insn(0xb7, 0, 0, 0, 0),
+                    insn(0xbf, 0, 0, 8, 0),
+                    insn(0xd7, 0, 0, 0, 16),
+                    insn(0x06, 0, 0, 0, 0),
+                    EXIT,
+                ]
+                .concat(),
+            )?,
+            ring_buffer: ring_buffer()?,
+            map_batch: map_batch()?,
+            bpf_loop: knows_helper(helper::LOOP)?,
+            ktime_boot_ns: knows_helper(helper::KTIME_GET_BOOT_NS)?,
+            ktime_coarse_ns: knows_helper(helper::KTIME_GET_COARSE_NS)?,
+        })
+    }
+}
+
+/// Why the kernel could not be asked.
+#[derive(Debug, thiserror::Error)]
+#[error("asking the kernel for its eBPF features: {source} (CAP_BPF and CAP_NET_ADMIN, or root, are needed)")]
+pub struct ProbeError {
+    #[source]
+    source: SysError,
+}
+
+impl From<SysError> for ProbeError {
+    fn from(source: SysError) -> Self {
+        Self { source }
+    }
+}
+
+impl From<ProbeError> for LoadError {
+    fn from(error: ProbeError) -> Self {
+        LoadError::refused("a probe", error.source.source, "")
+    }
+}
+
+impl From<ProbeError> for MapError {
+    fn from(error: ProbeError) -> Self {
+        MapError::Sys { name: "of a probe".to_owned(), source: error.source }
+    }
+}
+
+fn load(code: &[u8]) -> Result<std::os::fd::OwnedFd, LoadFailure> {
+    let kind = program::number(ProgramKind::Classifier);
+    sys::load_program(&RawProgram { kind, attach_type: 0, code, name: "probe" })
+}
+
+/// Whether a program is accepted; a refusal for want of privileges or memory says nothing and is an error.
+fn loads(code: &[u8]) -> Result<bool, ProbeError> {
+    match load(code) {
+        Ok(_) => Ok(true),
+        Err(failure) if is_about_us(&failure.error) => Err(failure.error.into()),
+        Err(_) => Ok(false),
+    }
+}
+
+/// Whether classifiers may call the helper. It is called without arguments, so the verifier refuses the program in any
+/// case, and its log tells for which reason (kernel/bpf/verifier.c, `check_helper_call`).
+fn knows_helper(number: i32) -> Result<bool, ProbeError> {
+    match load(&[insn(0x85, 0, 0, 0, number), insn(0xb7, 0, 0, 0, 0), EXIT].concat()) {
+        Ok(_) => Ok(true),
+        Err(failure) if is_about_us(&failure.error) => Err(failure.error.into()),
+        Err(failure) => {
+            let unknown = ["invalid func ", "unknown func ", "program of this type cannot use helper"];
+            Ok(!unknown.iter().any(|u| failure.log.contains(u)))
+        }
+    }
+}
+
+fn ring_buffer() -> Result<bool, ProbeError> {
+    let page = u32::try_from(sys::page_size()).unwrap_or(4096);
+    match Map::create(&MapSpec::ringbuf("probe", page)) {
+        Ok(_) => Ok(true),
+        Err(e) if is_about_us(&e) => Err(e.into()),
+        Err(_) => Ok(false),
+    }
+}
+
+fn map_batch() -> Result<bool, ProbeError> {
+    let map = Map::create(&MapSpec::hash("probe", 4, 4, 1))?;
+    match map.update_batch(&[0; 4], &[0; 4]).1 {
+        Ok(()) => Ok(true),
+        Err(e) if is_about_us(&e) => Err(e.into()),
+        Err(_) => Ok(false),
+    }
+}
+
+fn is_about_us(error: &SysError) -> bool {
+    [libc::EPERM, libc::ENOMEM, libc::EMFILE, libc::ENFILE, libc::ENOSYS].iter().any(|errno| error.is(*errno))
+}
+
+/// One instruction in the kernel's form (include/uapi/linux/bpf.h, `struct bpf_insn`).
+fn insn(code: u8, destination: u8, source: u8, offset: i16, immediate: i32) -> [u8; 8] {
+    let registers = if cfg!(target_endian = "little") { source << 4 | destination } else { destination << 4 | source };
+    let [o0, o1] = offset.to_ne_bytes();
+    let [i0, i1, i2, i3] = immediate.to_ne_bytes();
+    [code, registers, o0, o1, i0, i1, i2, i3]
+}
+
+const EXIT: [u8; 8] = [0x95, 0, 0, 0, 0, 0, 0, 0];
+
+#[cfg(test)]
+mod tests {
+    use dcenet_core::test_support::{Rung, require};
+
+    use super::*;
+
+    #[test]
+    fn features_agree_with_what_this_kernel_is_known_to_have() {
+        if !require(Rung::Kernel) {
+            return;
+        }
+        let features = Features::probe().expect("probing as root");
+        assert!(features.classifier && features.ring_buffer && features.map_batch && features.isa_v3, "{features:?}");
+        // The one place where a version is looked at: to check the answers.
+        let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("a kernel has a release");
+        let mut numbers = release.split(['.', '-']).map_while(|n| n.parse::<u32>().ok());
+        let version = (numbers.next().expect("major"), numbers.next().expect("minor"));
+        if version >= (6, 6) {
+            assert!(features.tcx && features.isa_v4 && features.bpf_loop && features.ktime_coarse_ns, "{features:?}");
+        }
+        assert_eq!(Features::probe().expect("again"), features);
+    }
+
+    #[test]
+    fn a_helper_that_no_kernel_has_is_unknown() {
+        if !require(Rung::Kernel) {
+            return;
+        }
+        assert!(!knows_helper(1_000_000).expect("probing as root"));
+    }
+
+    #[test]
+    fn want_of_privileges_is_an_error_and_no_missing_feature() {
+        use crate::sys::fault::{Fault, Faults};
+        if !require(Rung::Kernel) {
+            return;
+        }
+        let count = Faults::count();
+        let expected = Features::ask().expect("probing as root");
+        let calls = count.calls();
+        drop(count);
+        assert!(calls > 8, "{calls} calls");
+        for at in 0..calls {
+            let _faults = Faults::at(at, Fault::Fail(libc::EPERM));
+            let asked = Features::ask();
+            // A load that is refused is tried once more, for its log, and then succeeds.
+            let right = asked.as_ref().map_or(true, |features| *features == expected);
+            assert!(right, "call {at}: {asked:?}");
+        }
+    }
+}

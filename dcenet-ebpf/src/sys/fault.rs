@@ -1,0 +1,95 @@
+//! Where tests make system calls fail.
+
+use super::SysError;
+
+/// Passed by every system call of the crate before it takes effect.
+#[cfg(not(any(test, feature = "test-support")))]
+#[inline(always)]
+pub(crate) fn gate(_call: &'static str) -> Result<(), SysError> {
+    Ok(())
+}
+
+#[cfg(any(test, feature = "test-support"))]
+pub(crate) use armed::gate;
+#[cfg(any(test, feature = "test-support"))]
+pub use armed::{Fault, Faults};
+
+#[cfg(any(test, feature = "test-support"))]
+mod armed {
+    use std::cell::RefCell;
+    use std::io;
+    use std::marker::PhantomData;
+
+    use super::SysError;
+
+    /// What happens at the chosen call.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub enum Fault {
+        /// The call fails with this errno and has no effect.
+        Fail(i32),
+        /// The process ends as if killed, before the call.
+        Abort,
+    }
+
+    /// Counts the system calls that this crate makes on the calling thread, and spoils one of them. Ends when dropped.
+    ///
+    /// A test runs its operation with `at` = 0, 1, 2... until [`Faults::calls`] shows that the run made no more than
+    /// `at` calls: then every call has failed once.
+    #[derive(Debug)]
+    pub struct Faults {
+        /// The counter belongs to the thread that made it.
+        _thread: PhantomData<*const ()>,
+    }
+
+    #[derive(Debug)]
+    struct State {
+        calls: u64,
+        spoil: Option<(u64, Fault)>,
+    }
+
+    thread_local! {
+        static STATE: RefCell<Option<State>> = const { RefCell::new(None) };
+    }
+
+    impl Faults {
+        /// Counts only.
+        pub fn count() -> Self {
+            Self::start(None)
+        }
+
+        /// Spoils the call number `at`, counted from 0.
+        pub fn at(at: u64, fault: Fault) -> Self {
+            Self::start(Some((at, fault)))
+        }
+
+        fn start(spoil: Option<(u64, Fault)>) -> Self {
+            STATE.with_borrow_mut(|state| *state = Some(State { calls: 0, spoil }));
+            Self { _thread: PhantomData }
+        }
+
+        /// How many calls there have been, the spoilt one included.
+        pub fn calls(&self) -> u64 {
+            STATE.with_borrow(|state| state.as_ref().map_or(0, |s| s.calls))
+        }
+    }
+
+    impl Drop for Faults {
+        fn drop(&mut self) {
+            STATE.with_borrow_mut(|state| *state = None);
+        }
+    }
+
+    pub(crate) fn gate(call: &'static str) -> Result<(), SysError> {
+        let fault = STATE.with_borrow_mut(|state| {
+            let state = state.as_mut()?;
+            let number = state.calls;
+            state.calls += 1;
+            state.spoil.filter(|(at, _)| *at == number).map(|(_, fault)| fault)
+        });
+        match fault {
+            None => Ok(()),
+            Some(Fault::Fail(errno)) => Err(SysError { call, source: io::Error::from_raw_os_error(errno) }),
+            Some(Fault::Abort) => std::process::abort(),
+        }
+    }
+}

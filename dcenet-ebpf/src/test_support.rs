@@ -1,0 +1,3 @@
+//! What tests of this and other crates share. Only built with the feature `test-support`.
+
+pub use crate::sys::fault::{Fault, Faults};
