@@ -1,4 +1,60 @@
-//! dcenet-policy
+//! Network policy: model, reference evaluator and compiler.
+//!
+//! ```text
+//! sources -> model -> flatten -> ir -> verify -> opt -> diagram -> target
+//!              |                                          |
+//!              +-> eval (the oracle) -> explain           +-> walked by tests
+//! ```
+//!
+//! - [`sources`] read policies from text; [`model`] is what they mean, together with the cluster they apply to.
+//! - [`eval`] answers one question slowly and straight from the model; [`explain`] puts the answer into words.
+//! - The compiler turns the same model into tables and decision diagrams: an address becomes a class
+//!   (`classes`), a class becomes a small local id, and a `diagram` over local id, protocol and port ends in a
+//!   verdict with the rule that decided.
+//!
+//! Nothing here does I/O or reads a clock.
+//!
+//! # Examples
+//!
+//! ```
+//! # #[cfg(feature = "yaml")] {
+//! use dcenet_policy::model::{Cluster, Pod, PodId, Protocol, Tuple, Verdict};
+//! use dcenet_policy::{eval, sources};
+//!
+//! let mut cluster = Cluster::default();
+//! cluster.insert_namespace("shop", []);
+//! let (web, db) = (PodId::new("shop", "web"), PodId::new("shop", "db"));
+//! cluster.pods.insert(web.clone(), Pod::new([("app", "web")], ["10.0.0.1".parse().unwrap()]));
+//! cluster.pods.insert(db.clone(), Pod::new([("app", "db")], ["10.0.0.2".parse().unwrap()]));
+//! for policy in sources::networkpolicy::from_yaml(
+//!     r#"
+//! apiVersion: networking.k8s.io/v1
+//! kind: NetworkPolicy
+//! metadata: { name: db, namespace: shop }
+//! spec:
+//!   podSelector: { matchLabels: { app: db } }
+//!   ingress:
+//!   - from: [ { podSelector: { matchLabels: { app: web } } } ]
+//!     ports: [ { port: 5432 } ]
+//! "#,
+//! )
+//! .unwrap()
+//! {
+//!     cluster.insert_policy(policy);
+//! }
+//!
+//! let question = Tuple::ingress("10.0.0.1".parse().unwrap(), Protocol::TCP, 5432);
+//! let answer = eval::evaluate(&cluster, &db, &question).unwrap();
+//! assert_eq!(answer.verdict, Verdict::Allow);
+//! assert_eq!(answer.to_string(), "allow: shop/db ingress[0] from[0] ports[0]");
+//!
+//! # }
+//! ```
 
-// A library neither prints nor panics on its caller's input.
-#![warn(unreachable_pub, clippy::print_stderr, clippy::print_stdout, clippy::unwrap_used)]
+#![forbid(unsafe_code)]
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+pub mod eval;
+pub mod explain;
+pub mod model;
+pub mod sources;

@@ -1,0 +1,158 @@
+//! Why one packet is allowed or denied, as data and as text.
+
+use std::fmt;
+use std::net::IpAddr;
+
+use serde::Serialize;
+
+use crate::eval::{self, Decision, EvalError, Reason};
+use crate::model::{Cluster, Direction, PodId, PodNetwork, PolicyId, Protocol, Tuple, Verdict};
+
+/// An answer with all that led to it. Serialises to JSON for other programs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Explanation {
+    /// The pod whose policies were asked.
+    pub subject: PodId,
+    /// The question.
+    pub tuple: Tuple,
+    /// The pod at the other end, where the address is one's.
+    pub peer_pod: Option<PodId>,
+    /// The node that holds the peer's address, where one does.
+    pub peer_node: Option<String>,
+    /// The answer.
+    pub decision: Decision,
+    /// All policies that govern the subject in this direction, in the order in which they are tried.
+    pub governing: Vec<PolicyId>,
+}
+
+/// Both halves of a connection between two pods.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ConnectionExplanation {
+    /// Judged by the source's policies.
+    pub egress: Explanation,
+    /// Judged by the destination's policies.
+    pub ingress: Explanation,
+}
+
+impl ConnectionExplanation {
+    /// Allow only if both ends allow.
+    pub fn verdict(&self) -> Verdict {
+        self.egress.decision.verdict.max(self.ingress.decision.verdict)
+    }
+}
+
+/// Explains the verdict for a packet by the policies of `subject`.
+///
+/// # Errors
+///
+/// [`EvalError::UnknownPod`] if the cluster has no such pod.
+pub fn explain(cluster: &Cluster, subject: &PodId, tuple: &Tuple) -> Result<Explanation, EvalError> {
+    let decision = eval::evaluate(cluster, subject, tuple)?;
+    let peer_pod = cluster
+        .pods
+        .iter()
+        .find(|(_, pod)| pod.network == PodNetwork::Own && pod.addresses.contains(&tuple.peer))
+        .map(|(id, _)| id.clone());
+    let peer_node =
+        cluster.nodes.iter().find(|(_, addresses)| addresses.contains(&tuple.peer)).map(|(name, _)| name.clone());
+    // The evaluator names the governing policies where none of their rules matches, so ask it about a cluster in
+    // which they have no rules.
+    let mut bare = cluster.clone();
+    bare.nodes.clear();
+    for policy in bare.policies.values_mut() {
+        for rules in [&mut policy.ingress, &mut policy.egress].into_iter().flatten() {
+            rules.clear();
+        }
+    }
+    let governing = match eval::evaluate(&bare, subject, tuple)?.reason {
+        Reason::Isolated(policies) => policies,
+        _ => Vec::new(),
+    };
+    Ok(Explanation { subject: subject.clone(), tuple: *tuple, peer_pod, peer_node, decision, governing })
+}
+
+/// Explains a connection from one pod to another: egress of the source, ingress of the destination.
+///
+/// `from` and `to` are the addresses that the packet carries; they must be of one family for the answer to make sense.
+///
+/// # Errors
+///
+/// [`EvalError::UnknownPod`] if the cluster lacks either pod.
+pub fn explain_connection(
+    cluster: &Cluster,
+    (source, from): (&PodId, IpAddr),
+    (destination, to): (&PodId, IpAddr),
+    protocol: Protocol,
+    port: u16,
+) -> Result<ConnectionExplanation, EvalError> {
+    Ok(ConnectionExplanation {
+        egress: explain(cluster, source, &Tuple::egress(to, protocol, port))?,
+        ingress: explain(cluster, destination, &Tuple::ingress(from, protocol, port))?,
+    })
+}
+
+impl fmt::Display for Explanation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Tuple { direction, peer, protocol, port } = self.tuple;
+        let preposition = match direction {
+            Direction::Ingress => "from",
+            Direction::Egress => "to",
+        };
+        write!(f, "{direction} of {} {preposition} {peer}", self.subject)?;
+        match (&self.peer_pod, &self.peer_node) {
+            (Some(pod), _) => write!(f, " (pod {pod})")?,
+            (None, Some(node)) => write!(f, " (node {node})")?,
+            (None, None) => f.write_str(" (no pod, no node)")?,
+        }
+        match protocol {
+            Protocol::ICMP | Protocol::ICMPV6 => write!(f, ", {protocol} type {} code {}", port >> 8, port & 0xff)?,
+            _ if protocol.has_ports() => write!(f, ", {protocol} port {port}")?,
+            _ => write!(f, ", protocol {protocol}")?,
+        }
+        write!(f, "\n  {}", self.decision)?;
+        for policy in &self.governing {
+            write!(f, "\n  governed by {policy}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for ConnectionExplanation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}\n{}\n{}", self.verdict(), self.egress, self.ingress)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{NamespaceMatch, Pod, PodMatch, Policy};
+
+    #[test]
+    fn a_connection_is_explained_from_both_ends() {
+        let mut cluster = Cluster::default();
+        let (a, b) = (PodId::new("x", "a"), PodId::new("x", "b"));
+        let (at_a, at_b) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
+        cluster.pods.insert(a.clone(), Pod::new([], [at_a]));
+        cluster.pods.insert(b.clone(), Pod::new([], [at_b]));
+        cluster.insert_policy(Policy {
+            id: PolicyId::new("x", "deny"),
+            subject: PodMatch { namespaces: NamespaceMatch::Named("x".to_owned()), pods: Default::default() },
+            ingress: Some(Vec::new()),
+            egress: None,
+        });
+        let answer = explain_connection(&cluster, (&a, at_a), (&b, at_b), Protocol::TCP, 80).unwrap();
+        assert_eq!(
+            answer.to_string(),
+            "deny\n\
+             egress of x/a to 10.0.0.2 (pod x/b), tcp port 80\n  \
+             allow: no policy governs the pod in this direction\n\
+             ingress of x/b from 10.0.0.1 (pod x/a), tcp port 80\n  \
+             deny: isolated by x/deny; no rule matches\n  \
+             governed by x/deny"
+        );
+        let json = serde_json::to_value(&answer).unwrap();
+        assert_eq!(json["ingress"]["decision"]["verdict"], "deny");
+        assert_eq!(json["egress"]["peer_pod"]["name"], "b");
+    }
+}

@@ -1,0 +1,469 @@
+//! What policies mean, and the cluster they apply to.
+//!
+//! Sources translate into this model; evaluator and compiler both start from it and share nothing else.
+//!
+//! # How a verdict comes about
+//!
+//! For one pod and one direction:
+//!
+//! 1. A pod in its host's network namespace is no subject of policy: allow.
+//! 2. If no policy governs the pod in this direction: allow.
+//! 3. Traffic between a pod and the node it runs on is allowed (`networking.k8s.io/v1`,
+//!    `NetworkPolicySpec.ingress`: "OR if the traffic source is the pod's local node"; we hold egress to the same).
+//! 4. The rules of all governing policies form one list, ordered by policy id, rule, peer and port; the first that
+//!    matches decides.
+//! 5. If none matches, the pod is isolated: deny.
+//!
+//! Where the peer is a pod, it is found by the address in the packet; an address that no pod holds matches no
+//! selector, but may match a CIDR block. A CIDR block matches pods' addresses as well.
+//!
+//! Replies are not the model's concern: whoever enforces it judges the first packet of a flow.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use serde::Serialize;
+
+/// The label that every namespace carries with its own name
+/// (`k8s.io/api/core/v1`, `LabelMetadataName`; set by the API server since Kubernetes 1.21).
+pub const NAMESPACE_NAME_LABEL: &str = "kubernetes.io/metadata.name";
+
+/// Labels of a pod or a namespace.
+pub type Labels = BTreeMap<String, String>;
+
+/// Which way a connection is opened, seen from the pod whose policy is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Direction {
+    /// Towards the pod.
+    Ingress,
+    /// From the pod.
+    Egress,
+}
+
+impl Direction {
+    /// Both directions.
+    pub const ALL: [Self; 2] = [Self::Ingress, Self::Egress];
+
+    /// `ingress` or `egress`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Ingress => "ingress",
+            Self::Egress => "egress",
+        }
+    }
+}
+
+impl fmt::Display for Direction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What happens to the packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// It passes.
+    Allow,
+    /// It is dropped.
+    Deny,
+}
+
+impl Verdict {
+    /// `allow` or `deny`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Allow => "allow",
+            Self::Deny => "deny",
+        }
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A transport protocol by its IANA number (IPv4 `Protocol`, IPv6 `Next Header` after extension headers).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(transparent)]
+pub struct Protocol(pub u8);
+
+impl Protocol {
+    /// ICMP for IPv4.
+    pub const ICMP: Self = Self(1);
+    /// TCP.
+    pub const TCP: Self = Self(6);
+    /// UDP.
+    pub const UDP: Self = Self(17);
+    /// ICMP for IPv6.
+    pub const ICMPV6: Self = Self(58);
+    /// SCTP.
+    pub const SCTP: Self = Self(132);
+
+    const NAMED: [(Self, &'static str); 5] =
+        [(Self::ICMP, "icmp"), (Self::TCP, "tcp"), (Self::UDP, "udp"), (Self::ICMPV6, "icmpv6"), (Self::SCTP, "sctp")];
+
+    /// Whether a [`Tuple`]'s `port` says anything: a port for TCP, UDP and SCTP, type and code for ICMP.
+    pub const fn has_ports(self) -> bool {
+        matches!(self, Self::TCP | Self::UDP | Self::SCTP | Self::ICMP | Self::ICMPV6)
+    }
+
+    /// Reads a lower-case name or a number.
+    pub fn parse(text: &str) -> Option<Self> {
+        let named = Self::NAMED.iter().find(|(_, name)| *name == text).map(|(protocol, _)| *protocol);
+        named.or_else(|| text.parse().ok().map(Self))
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match Self::NAMED.iter().find(|(protocol, _)| protocol == self) {
+            Some((_, name)) => f.write_str(name),
+            None => self.0.fmt(f),
+        }
+    }
+}
+
+/// What policy knows of a packet that opens a flow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+pub struct Tuple {
+    /// The direction, seen from the pod whose policy is asked.
+    pub direction: Direction,
+    /// The other end's address.
+    pub peer: IpAddr,
+    /// Transport protocol.
+    pub protocol: Protocol,
+    /// Destination port; for ICMP `type * 256 + code`; 0 for every other protocol.
+    pub port: u16,
+}
+
+impl Tuple {
+    /// A packet from `peer` to the pod.
+    pub const fn ingress(peer: IpAddr, protocol: Protocol, port: u16) -> Self {
+        Self { direction: Direction::Ingress, peer, protocol, port }
+    }
+
+    /// A packet from the pod to `peer`.
+    pub const fn egress(peer: IpAddr, protocol: Protocol, port: u16) -> Self {
+        Self { direction: Direction::Egress, peer, protocol, port }
+    }
+
+    /// The `port` of an ICMP message.
+    pub const fn icmp_port(kind: u8, code: u8) -> u16 {
+        (kind as u16) << 8 | code as u16
+    }
+}
+
+/// Selects by labels; all requirements must hold, so that an empty selector selects everything.
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct LabelSelector {
+    /// The requirements, ANDed.
+    pub requirements: Vec<Requirement>,
+}
+
+/// One condition on one label (`k8s.io/apimachinery/pkg/apis/meta/v1`, `LabelSelectorRequirement`).
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct Requirement {
+    /// The label's key.
+    pub key: String,
+    /// The condition.
+    pub operator: Operator,
+}
+
+/// A condition on one label. `NotIn` and `DoesNotExist` hold where the label is missing.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub enum Operator {
+    /// The label exists with one of these values.
+    In(BTreeSet<String>),
+    /// The label is missing or has none of these values.
+    NotIn(BTreeSet<String>),
+    /// The label exists.
+    Exists,
+    /// The label is missing.
+    DoesNotExist,
+}
+
+/// Which namespaces.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub enum NamespaceMatch {
+    /// The one of this name.
+    Named(String),
+    /// Those with matching labels.
+    Selected(LabelSelector),
+}
+
+/// Pods by namespace and labels.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct PodMatch {
+    /// The pods' namespaces.
+    pub namespaces: NamespaceMatch,
+    /// The pods in them.
+    pub pods: LabelSelector,
+}
+
+/// Addresses by prefix.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct IpBlock {
+    /// Addresses that match...
+    pub cidr: IpNet,
+    /// ...unless they are in one of these.
+    pub except: Vec<IpNet>,
+}
+
+/// One kind of other end.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub enum Peer {
+    /// Pods by labels.
+    Pods(PodMatch),
+    /// Addresses, of pods or not.
+    Block(IpBlock),
+}
+
+/// Who the other end may be.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
+pub enum Peers {
+    /// Anybody, known or not.
+    Any,
+    /// Whoever matches one of them; an empty list matches nobody.
+    OneOf(Vec<Peer>),
+}
+
+/// Which service of the destination.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
+pub enum Ports {
+    /// Every protocol and port.
+    Any,
+    /// Whatever matches one of them; an empty list matches nothing.
+    OneOf(Vec<PortMatch>),
+}
+
+/// One protocol and some of its ports.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
+pub struct PortMatch {
+    /// The protocol.
+    pub protocol: Protocol,
+    /// Its ports.
+    pub port: PortSpec,
+}
+
+/// Ports of one protocol.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
+pub enum PortSpec {
+    /// All of them.
+    Any,
+    /// `first` to `last`, both included; for ICMP values of `type * 256 + code`.
+    Range {
+        /// The first.
+        first: u16,
+        /// The last.
+        last: u16,
+    },
+    /// The ports that the destination pod gives this name for this protocol. On ingress that is the pod under
+    /// policy; on egress it is the pod that holds the packet's destination address, and no pod means no match.
+    Named(String),
+}
+
+/// One rule: all of its parts must match.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
+pub struct Rule {
+    /// The verdict when it matches.
+    pub action: Verdict,
+    /// The other end.
+    pub peers: Peers,
+    /// The service.
+    pub ports: Ports,
+}
+
+/// The name of a policy. Policies are tried in this order.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct PolicyId {
+    /// Namespace of the policy object.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+}
+
+impl PolicyId {
+    /// Composes the parts.
+    pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+}
+
+impl fmt::Display for PolicyId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// A policy: a subject, and rules for the directions that it governs.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
+pub struct Policy {
+    /// Its name.
+    pub id: PolicyId,
+    /// The pods that it governs.
+    pub subject: PodMatch,
+    /// Rules for traffic to the subject; `None` leaves ingress ungoverned, an empty list allows nothing.
+    pub ingress: Option<Vec<Rule>>,
+    /// Rules for traffic from the subject, likewise.
+    pub egress: Option<Vec<Rule>>,
+}
+
+impl Policy {
+    /// The rules of a direction, where it is governed.
+    pub fn rules(&self, direction: Direction) -> Option<&[Rule]> {
+        match direction {
+            Direction::Ingress => self.ingress.as_deref(),
+            Direction::Egress => self.egress.as_deref(),
+        }
+    }
+}
+
+/// Names the place in a policy that decided.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct RuleRef {
+    /// The policy.
+    pub policy: PolicyId,
+    /// Which of its lists.
+    pub direction: Direction,
+    /// Index of the rule in that list.
+    pub rule: usize,
+    /// Index of the peer in the rule; `None` where the rule matches anybody.
+    pub peer: Option<usize>,
+    /// Index of the port in the rule; `None` where the rule matches every port.
+    pub port: Option<usize>,
+}
+
+impl fmt::Display for RuleRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}[{}]", self.policy, self.direction, self.rule)?;
+        if let Some(peer) = self.peer {
+            let list = match self.direction {
+                Direction::Ingress => "from",
+                Direction::Egress => "to",
+            };
+            write!(f, " {list}[{peer}]")?;
+        }
+        if let Some(port) = self.port {
+            write!(f, " ports[{port}]")?;
+        }
+        Ok(())
+    }
+}
+
+/// The name of a pod.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct PodId {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+}
+
+impl PodId {
+    /// Composes the parts.
+    pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+}
+
+impl fmt::Display for PodId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// A port that a pod names.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct NamedPort {
+    /// The name.
+    pub name: String,
+    /// Its protocol; the same name may be used once per protocol.
+    pub protocol: Protocol,
+    /// The number.
+    pub port: u16,
+}
+
+/// Whose network namespace a pod uses.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PodNetwork {
+    /// One of its own.
+    #[default]
+    Own,
+    /// Its node's (`hostNetwork: true`). Such a pod is neither a subject of policy nor found by a selector; its
+    /// address is its node's and can be matched by CIDR.
+    Host,
+}
+
+/// A pod.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Pod {
+    /// Its labels.
+    pub labels: Labels,
+    /// Its addresses, of both families.
+    pub addresses: BTreeSet<IpAddr>,
+    /// The ports that it names.
+    pub ports: BTreeSet<NamedPort>,
+    /// The node that it runs on, where known.
+    pub node: Option<String>,
+    /// Whose network namespace it uses.
+    pub network: PodNetwork,
+}
+
+impl Pod {
+    /// A pod with labels and addresses, no named ports, on no known node.
+    pub fn new<'a>(
+        labels: impl IntoIterator<Item = (&'a str, &'a str)>,
+        addresses: impl IntoIterator<Item = IpAddr>,
+    ) -> Self {
+        Self { labels: owned(labels), addresses: addresses.into_iter().collect(), ..Self::default() }
+    }
+}
+
+/// Everything that verdicts depend on.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Cluster {
+    /// Labels of each namespace. Use [`Cluster::insert_namespace`], which adds the name label.
+    pub namespaces: BTreeMap<String, Labels>,
+    /// The pods.
+    pub pods: BTreeMap<PodId, Pod>,
+    /// Addresses of each node, of any of its interfaces.
+    pub nodes: BTreeMap<String, BTreeSet<IpAddr>>,
+    /// The policies. The key is the policy's own id.
+    pub policies: BTreeMap<PolicyId, Policy>,
+}
+
+impl Cluster {
+    /// Adds or replaces a namespace and gives it its [`NAMESPACE_NAME_LABEL`].
+    pub fn insert_namespace<'a>(
+        &mut self,
+        name: impl Into<String>,
+        labels: impl IntoIterator<Item = (&'a str, &'a str)>,
+    ) {
+        let name = name.into();
+        let mut labels = owned(labels);
+        labels.insert(NAMESPACE_NAME_LABEL.to_owned(), name.clone());
+        self.namespaces.insert(name, labels);
+    }
+
+    /// Adds or replaces a policy, and returns the one it replaces.
+    pub fn insert_policy(&mut self, policy: Policy) -> Option<Policy> {
+        self.policies.insert(policy.id.clone(), policy)
+    }
+
+    /// A namespace's labels; one that is not known has only its name.
+    pub fn namespace_labels(&self, name: &str) -> Labels {
+        let known = self.namespaces.get(name).cloned();
+        known.unwrap_or_else(|| owned([(NAMESPACE_NAME_LABEL, name)]))
+    }
+}
+
+fn owned<'a>(labels: impl IntoIterator<Item = (&'a str, &'a str)>) -> Labels {
+    labels.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect()
+}
