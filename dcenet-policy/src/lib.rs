@@ -8,8 +8,8 @@
 //!
 //! - [`sources`] read policies from text; [`model`] is what they mean, together with the cluster they apply to.
 //! - [`eval`] answers one question slowly and straight from the model; [`explain`] puts the answer into words.
-//! - The compiler turns the same model into tables and decision diagrams: an address becomes a class
-//!   (`classes`), a class becomes a small local id, and a `diagram` over local id, protocol and port ends in a
+//! - [`Compiler`] turns the same model into tables and decision diagrams: an address becomes a class
+//!   ([`classes`]), a class becomes a small local id, and a [`diagram`] over local id, protocol and port ends in a
 //!   verdict with the rule that decided.
 //!
 //! Nothing here does I/O or reads a clock.
@@ -19,7 +19,7 @@
 //! ```
 //! # #[cfg(feature = "yaml")] {
 //! use dcenet_policy::model::{Cluster, Pod, PodId, Protocol, Tuple, Verdict};
-//! use dcenet_policy::{eval, sources};
+//! use dcenet_policy::{Compiler, eval, sources};
 //!
 //! let mut cluster = Cluster::default();
 //! cluster.insert_namespace("shop", []);
@@ -48,13 +48,31 @@
 //! assert_eq!(answer.verdict, Verdict::Allow);
 //! assert_eq!(answer.to_string(), "allow: shop/db ingress[0] from[0] ports[0]");
 //!
+//! let mut compiler = Compiler::default();
+//! let update = compiler.update(&cluster).unwrap();
+//! let leaf = update.decide(&db, &question).unwrap();
+//! assert_eq!(leaf.verdict, Verdict::Allow);
+//! assert_eq!(update.rules.name(leaf.rule), "shop/db ingress[0] from[0] ports[0]");
 //! # }
 //! ```
 
 #![forbid(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+pub mod classes;
+pub mod compiler;
+pub mod diagram;
 pub mod eval;
 pub mod explain;
+mod flatten;
+mod ids;
+pub mod ir;
 pub mod model;
+pub mod opt;
+mod partition;
 pub mod sources;
+#[cfg(feature = "test-support")]
+pub mod test_support;
+pub mod verify;
+
+pub use crate::compiler::{CompileError, Compiler, Update};

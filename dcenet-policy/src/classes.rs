@@ -1,0 +1,308 @@
+//! Who an address is, as far as policies can tell.
+//!
+//! Everything that some policy in use asks about a peer is an *atom*: a pod selector, a CIDR block, a node, a port
+//! that the peer names. The *class* of an address is the set of atoms that it satisfies, under a small number. One
+//! [`AddressTable`] for the node turns an address into its class: an exact entry where a pod or node holds the
+//! address, else the longest prefix, else [`ClassId::UNKNOWN`].
+//!
+//! A policy set distinguishes far less than the classes do: its own array turns a class into a *local id*, so that
+//! a pod that comes, goes or changes labels changes table entries and arrays, and a program only when it does
+//! something no peer did before.
+//!
+//! Ports named in egress rules are resolved here: `name = number` on a peer is an atom, which the rule's condition
+//! asks for beside the peer's own.
+//!
+//! Class ids are stable while in use; see [`Compiler::release`](crate::Compiler::release) for their reuse.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use serde::Serialize;
+
+use crate::ids::Ids;
+use crate::model::{Cluster, IpBlock, LabelSelector, Labels, NamespaceMatch, Operator, PodMatch, PodNetwork, Protocol};
+
+/// A class of addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(transparent)]
+pub struct ClassId(pub u32);
+
+impl ClassId {
+    /// Addresses that satisfy nothing that any policy asks.
+    pub const UNKNOWN: Self = Self(0);
+}
+
+/// Something that a policy asks about a peer.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) enum Atom {
+    Pods(PodMatch),
+    Block(IpBlock),
+    Node(String),
+    Port { name: String, protocol: Protocol, port: u16 },
+}
+
+/// An atom's number; never reused.
+pub(crate) type AtomId = u32;
+
+/// Address to class, for both families.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct AddressTable {
+    exact: BTreeMap<IpAddr, ClassId>,
+    prefixes: BTreeMap<IpNet, ClassId>,
+}
+
+impl AddressTable {
+    /// Entries for single addresses.
+    pub fn exact(&self) -> &BTreeMap<IpAddr, ClassId> {
+        &self.exact
+    }
+
+    /// Entries for prefixes; the longest that holds an address counts.
+    pub fn prefixes(&self) -> &BTreeMap<IpNet, ClassId> {
+        &self.prefixes
+    }
+
+    /// The class of an address.
+    pub fn lookup(&self, address: IpAddr) -> ClassId {
+        if let Some(class) = self.exact.get(&address) {
+            return *class;
+        }
+        longest(&self.prefixes, address).copied().unwrap_or(ClassId::UNKNOWN)
+    }
+
+    /// What has to be written to turn `self` into `next`.
+    pub fn changes_to(&self, next: &Self) -> TableChanges {
+        TableChanges { exact: changes(&self.exact, &next.exact), prefixes: changes(&self.prefixes, &next.prefixes) }
+    }
+}
+
+/// Entries to write (`Some`) and to remove (`None`).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct TableChanges {
+    /// For single addresses.
+    pub exact: BTreeMap<IpAddr, Option<ClassId>>,
+    /// For prefixes.
+    pub prefixes: BTreeMap<IpNet, Option<ClassId>>,
+}
+
+impl TableChanges {
+    /// Whether nothing is to be done.
+    pub fn is_empty(&self) -> bool {
+        self.exact.is_empty() && self.prefixes.is_empty()
+    }
+}
+
+fn changes<K: Ord + Copy>(from: &BTreeMap<K, ClassId>, to: &BTreeMap<K, ClassId>) -> BTreeMap<K, Option<ClassId>> {
+    let gone = from.keys().filter(|key| !to.contains_key(key)).map(|key| (*key, None));
+    let new = to.iter().filter(|(key, class)| from.get(key) != Some(class)).map(|(key, class)| (*key, Some(*class)));
+    gone.chain(new).collect()
+}
+
+/// The value of the longest prefix that holds an address.
+///
+/// Prefixes sort by address, then length, so each one that holds the address stands before it, and the nearest that
+/// does not hold it shares a shorter prefix with it, beyond which the search goes on.
+fn longest<V>(prefixes: &BTreeMap<IpNet, V>, address: IpAddr) -> Option<&V> {
+    let mut probe = IpNet::from(address);
+    loop {
+        let (found, value) = prefixes.range(..=probe).next_back()?;
+        if found.contains(&address) {
+            return Some(value);
+        }
+        let common = common_length(found.addr(), address)?;
+        probe = IpNet::new(address, common.min(probe.prefix_len().checked_sub(1)?)).ok()?.trunc();
+    }
+}
+
+/// How many leading bits two addresses of one family share.
+fn common_length(left: IpAddr, right: IpAddr) -> Option<u8> {
+    match (left, right) {
+        (IpAddr::V4(left), IpAddr::V4(right)) => Some((left.to_bits() ^ right.to_bits()).leading_zeros() as u8),
+        (IpAddr::V6(left), IpAddr::V6(right)) => Some((left.to_bits() ^ right.to_bits()).leading_zeros() as u8),
+        _ => None,
+    }
+}
+
+/// The classes of a cluster's addresses over a set of atoms.
+pub(crate) struct Classified {
+    pub(crate) table: AddressTable,
+    pub(crate) used: BTreeSet<u32>,
+}
+
+/// Which atoms a class satisfies, in ascending order.
+pub(crate) type ClassKey = Vec<AtomId>;
+
+pub(crate) fn classify(cluster: &Cluster, atoms: &HashMap<Atom, AtomId>, classes: &mut Ids<ClassKey>) -> Classified {
+    let sets = prefix_sets(atoms);
+    let mut used = BTreeSet::new();
+    let mut class_of = |key: &ClassKey| {
+        let class = if key.is_empty() { ClassId::UNKNOWN } else { ClassId(classes.intern(key)) };
+        used.insert(class.0);
+        class
+    };
+    let mut table = AddressTable::default();
+    for (prefix, key) in &sets {
+        table.prefixes.insert(*prefix, class_of(key));
+    }
+    for (address, mut key) in exact_sets(cluster, atoms) {
+        let inherited = longest(&sets, address).cloned().unwrap_or_default();
+        key.extend(inherited);
+        key.sort_unstable();
+        key.dedup();
+        table.exact.insert(address, class_of(&key));
+    }
+    Classified { table, used }
+}
+
+/// The blocks that hold the addresses of each prefix that no longer prefix here holds.
+fn prefix_sets(atoms: &HashMap<Atom, AtomId>) -> BTreeMap<IpNet, ClassKey> {
+    #[derive(Default)]
+    struct Marks {
+        begin: Vec<AtomId>,
+        end: Vec<AtomId>,
+    }
+    let mut marks: BTreeMap<IpNet, Marks> = BTreeMap::new();
+    for (atom, id) in atoms {
+        let Atom::Block(IpBlock { cidr, except }) = atom else { continue };
+        if except.iter().any(|hole| hole.contains(cidr)) {
+            continue;
+        }
+        marks.entry(cidr.trunc()).or_default().begin.push(*id);
+        for hole in except {
+            marks.entry(hole.trunc()).or_default().end.push(*id);
+        }
+    }
+    let mut sets: BTreeMap<IpNet, ClassKey> = BTreeMap::new();
+    // Outer prefixes sort before those they hold, so a stack of the open ones finds each one's parent.
+    let mut open: Vec<IpNet> = Vec::new();
+    for (prefix, Marks { begin, end }) in marks {
+        while open.last().is_some_and(|outer| !outer.contains(&prefix)) {
+            open.pop();
+        }
+        let mut set = open.last().and_then(|outer| sets.get(outer)).cloned().unwrap_or_default();
+        set.extend(begin);
+        set.retain(|id| !end.contains(id));
+        set.sort_unstable();
+        sets.insert(prefix, set);
+        open.push(prefix);
+    }
+    sets
+}
+
+/// The atoms, blocks aside, of each address that a pod or node holds; addresses without any are left out.
+fn exact_sets(cluster: &Cluster, atoms: &HashMap<Atom, AtomId>) -> BTreeMap<IpAddr, ClassKey> {
+    let mut sets: BTreeMap<IpAddr, ClassKey> = BTreeMap::new();
+    let mut add = |address: &IpAddr, ids: &[AtomId]| {
+        if !ids.is_empty() {
+            sets.entry(*address).or_default().extend(ids);
+        }
+    };
+    for (node, addresses) in &cluster.nodes {
+        if let Some(id) = atoms.get(&Atom::Node(node.clone())) {
+            addresses.iter().for_each(|address| add(address, &[*id]));
+        }
+    }
+    let mut by_namespace: HashMap<&str, Vec<(AtomId, &LabelSelector)>> = HashMap::new();
+    let namespaces: BTreeSet<&str> = cluster.pods.keys().map(|pod| pod.namespace.as_str()).collect();
+    for namespace in namespaces {
+        by_namespace.insert(namespace, Vec::new());
+    }
+    let labels: HashMap<&str, Labels> =
+        by_namespace.keys().map(|namespace| (*namespace, cluster.namespace_labels(namespace))).collect();
+    for (atom, id) in atoms {
+        let Atom::Pods(PodMatch { namespaces, pods }) = atom else { continue };
+        match namespaces {
+            NamespaceMatch::Named(name) => {
+                if let Some(list) = by_namespace.get_mut(name.as_str()) {
+                    list.push((*id, pods));
+                }
+            }
+            NamespaceMatch::Selected(selector) => {
+                for (namespace, list) in &mut by_namespace {
+                    if selector_holds(selector, &labels[namespace]) {
+                        list.push((*id, pods));
+                    }
+                }
+            }
+        }
+    }
+    for (id, pod) in &cluster.pods {
+        if pod.network == PodNetwork::Host {
+            continue;
+        }
+        let candidates = by_namespace.get(id.namespace.as_str()).into_iter().flatten();
+        let mut set: ClassKey =
+            candidates.filter(|(_, selector)| selector_holds(selector, &pod.labels)).map(|(atom, _)| *atom).collect();
+        for port in &pod.ports {
+            let atom = Atom::Port { name: port.name.clone(), protocol: port.protocol, port: port.port };
+            set.extend(atoms.get(&atom));
+        }
+        pod.addresses.iter().for_each(|address| add(address, &set));
+    }
+    sets
+}
+
+/// Whether labels satisfy a selector.
+pub(crate) fn selector_holds(selector: &LabelSelector, labels: &Labels) -> bool {
+    for requirement in &selector.requirements {
+        let holds = match (&requirement.operator, labels.get(&requirement.key)) {
+            (Operator::In(values), Some(value)) => values.contains(value),
+            (Operator::NotIn(values), Some(value)) => !values.contains(value),
+            (Operator::Exists, Some(_)) | (Operator::NotIn(_) | Operator::DoesNotExist, None) => true,
+            (Operator::DoesNotExist, Some(_)) | (Operator::In(_) | Operator::Exists, None) => false,
+        };
+        if !holds {
+            return false;
+        }
+    }
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_prefix_is_found_past_neighbours_that_do_not_hold_the_address() {
+        let prefixes = ["0.0.0.0/0", "10.0.0.0/8", "10.1.0.0/16", "10.1.2.0/24", "10.1.1.0/25", "10.1.1.64/26", "::/0"];
+        let map: BTreeMap<IpNet, &str> = prefixes.iter().map(|text| (text.parse().unwrap(), *text)).collect();
+        let cases = [
+            ("10.1.3.1", "10.1.0.0/16"),
+            ("10.1.2.255", "10.1.2.0/24"),
+            ("10.1.1.63", "10.1.1.0/25"),
+            ("10.1.1.64", "10.1.1.64/26"),
+            ("10.1.1.128", "10.1.0.0/16"),
+            ("10.255.255.255", "10.0.0.0/8"),
+            ("9.255.255.255", "0.0.0.0/0"),
+            ("255.255.255.255", "0.0.0.0/0"),
+            ("::1", "::/0"),
+        ];
+        for (address, expected) in cases {
+            assert_eq!(longest(&map, address.parse().unwrap()), Some(&expected), "{address}");
+        }
+        let few: BTreeMap<IpNet, ()> = [("10.0.0.0/8".parse().unwrap(), ())].into();
+        assert_eq!(longest(&few, "11.0.0.0".parse().unwrap()), None);
+        assert_eq!(longest(&few, "9.0.0.0".parse().unwrap()), None);
+        assert_eq!(longest(&few, "::1".parse().unwrap()), None);
+    }
+
+    #[test]
+    fn a_prefix_carries_the_blocks_of_those_around_it() {
+        let block = |cidr: &str, except: &[&str]| {
+            let except = except.iter().map(|hole| hole.parse().unwrap()).collect();
+            Atom::Block(IpBlock { cidr: cidr.parse().unwrap(), except })
+        };
+        let atoms = HashMap::from([
+            (block("10.0.0.0/8", &["10.1.0.0/16"]), 1),
+            (block("10.1.1.0/24", &[]), 2),
+            (block("10.0.0.0/9", &["10.0.0.0/8"]), 3),
+        ]);
+        let sets = prefix_sets(&atoms);
+        let of = |prefix: &str| sets[&prefix.parse::<IpNet>().unwrap()].clone();
+        assert_eq!(of("10.0.0.0/8"), [1]);
+        assert_eq!(of("10.1.0.0/16"), [0; 0]);
+        assert_eq!(of("10.1.1.0/24"), [2]);
+        assert_eq!(sets.len(), 3);
+    }
+}

@@ -1,0 +1,454 @@
+//! From a cluster to what the datapath needs: tables, arrays and decision diagrams.
+//!
+//! An [`Update`] is complete. What did not change is shared with the update before, so an enforcer finds out by
+//! pointer what to write. There is no moment with a verdict that neither the old nor the new state has, if it writes
+//! in this order:
+//!
+//! 1. the class arrays of policy sets whose [`SetId`] is new;
+//! 2. programs: one whose set is kept knows all local ids that its predecessor knew;
+//! 3. the class arrays of sets that are kept;
+//! 4. the address table.
+//!
+//! When all of it is in force it says so with [`Compiler::release`]; until then classes and sets that fell out of use
+//! keep their numbers and their places in the arrays.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use crate::classes::{self, AddressTable, Atom, AtomId, ClassId, ClassKey, TableChanges, selector_holds};
+use crate::diagram::Diagram;
+use crate::flatten::{self, ClassMembers, FlatSet, Flattener, SetKey, Signatures};
+use crate::ids::Ids;
+use crate::ir::{Leaf, RuleId, RuleList};
+use crate::model::{Cluster, Direction, NamespaceMatch, PodId, PodMatch, PodNetwork, Policy, PolicyId, RuleRef, Tuple};
+use crate::opt::{self, Shadowed};
+use crate::verify;
+
+/// Why a cluster cannot be compiled. The compiler then stands as before the call.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum CompileError {
+    /// The input is fine but larger than this implementation takes.
+    #[error("{what}: {found}, more than the limit of {limit}; split the policies or raise the limit")]
+    ImplLimitExceeded {
+        /// What is counted.
+        what: &'static str,
+        /// How many there are, at least.
+        found: usize,
+        /// How many there may be.
+        limit: usize,
+    },
+    /// Two pods hold one address, so a peer has two identities.
+    #[error("address {address} is held by pods {first} and {second}; remove it from the one that is gone")]
+    DuplicateAddress {
+        /// The address.
+        address: IpAddr,
+        /// One holder.
+        first: PodId,
+        /// The other.
+        second: PodId,
+    },
+}
+
+/// Bounds that turn a hang into an error.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Entries of one policy set and direction.
+    pub entries: usize,
+    /// Local ids of one policy set.
+    pub locals: usize,
+    /// Pairs of entry and local id of one policy set; time and memory of a compilation are proportional.
+    pub work: usize,
+    /// Arms of one diagram.
+    pub arms: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { entries: 200_000, locals: 65_535, work: 20_000_000, arms: 2_000_000 }
+    }
+}
+
+impl Limits {
+    pub(crate) fn check(&self, what: &'static str, found: usize, limit: usize) -> Result<(), CompileError> {
+        if found > limit { Err(CompileError::ImplLimitExceeded { what, found, limit }) } else { Ok(()) }
+    }
+}
+
+/// Whose pods are compiled for. Peers are the whole cluster's in any case.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Scope {
+    /// Every pod.
+    #[default]
+    Cluster,
+    /// The pods of one node.
+    Node(String),
+}
+
+/// The number of a policy set: stable while it is in use, and the index of its class array.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(transparent)]
+pub struct SetId(pub u32);
+
+/// What is lowered to code. Policy sets with equal lists share one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Program {
+    /// The list, without entries that never decide.
+    pub list: RuleList,
+    /// The same as a diagram.
+    pub diagram: Diagram,
+    /// Rules that never decide, given the peers that exist now.
+    pub shadowed: Vec<Shadowed>,
+}
+
+/// The policies of one or several endpoints in one direction.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PolicySet {
+    /// Its number.
+    pub id: SetId,
+    /// Its diagram.
+    pub program: Arc<Program>,
+    /// The local id of each class, by class id; 0 beyond the end.
+    pub locals: Arc<[u16]>,
+}
+
+impl PolicySet {
+    /// The local id of a class.
+    pub fn local(&self, class: ClassId) -> u16 {
+        self.locals.get(class.0 as usize).copied().unwrap_or(0)
+    }
+}
+
+/// Both directions of one endpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EndpointPlan {
+    /// Judges packets to the endpoint.
+    pub ingress: Arc<PolicySet>,
+    /// Judges packets from the endpoint.
+    pub egress: Arc<PolicySet>,
+}
+
+impl EndpointPlan {
+    /// The policy set of a direction.
+    pub fn set(&self, direction: Direction) -> &Arc<PolicySet> {
+        match direction {
+            Direction::Ingress => &self.ingress,
+            Direction::Egress => &self.egress,
+        }
+    }
+}
+
+/// What each rule id stands for.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RuleTable {
+    rules: BTreeMap<RuleId, RuleRef>,
+}
+
+impl RuleTable {
+    /// The rule of an id; `None` for the ids that stand for none, and for those not in use.
+    pub fn rule(&self, id: RuleId) -> Option<&RuleRef> {
+        self.rules.get(&id)
+    }
+
+    /// All rules in use.
+    pub fn iter(&self) -> impl Iterator<Item = (RuleId, &RuleRef)> {
+        self.rules.iter().map(|(id, rule)| (*id, rule))
+    }
+
+    /// A text for people.
+    pub fn name(&self, id: RuleId) -> String {
+        match (id, self.rule(id)) {
+            (RuleId::NOT_GOVERNED, _) => "no policy governs the pod in this direction".to_owned(),
+            (RuleId::ISOLATED, _) => "isolated; no rule matches".to_owned(),
+            (RuleId::OWN_NODE, _) => "the peer is the pod's own node".to_owned(),
+            (_, Some(rule)) => rule.to_string(),
+            (RuleId(number), None) => format!("rule {number}, no longer in use"),
+        }
+    }
+}
+
+/// The result of a compilation.
+#[derive(Debug, Clone)]
+pub struct Update {
+    /// Counts updates of this compiler, from 1.
+    pub generation: u64,
+    /// The endpoints in scope; pods in their host's network namespace are none.
+    pub endpoints: BTreeMap<PodId, EndpointPlan>,
+    /// Address to class.
+    pub table: Arc<AddressTable>,
+    /// What of the table differs from the update before.
+    pub table_changes: TableChanges,
+    /// Rule id to name.
+    pub rules: Arc<RuleTable>,
+    /// Classes in use, the unknown one included.
+    pub classes: usize,
+}
+
+impl Update {
+    /// Judges a packet as the datapath will: address to class to local id, then the diagram. `None` where the pod is
+    /// no endpoint.
+    pub fn decide(&self, endpoint: &PodId, tuple: &Tuple) -> Option<Leaf> {
+        let set = self.endpoints.get(endpoint)?.set(tuple.direction);
+        let local = set.local(self.table.lookup(tuple.peer));
+        Some(set.program.diagram.decide(local, tuple.protocol, tuple.port))
+    }
+
+    /// The distinct policy sets, by number.
+    pub fn sets(&self) -> BTreeMap<SetId, &Arc<PolicySet>> {
+        let both = self.endpoints.values().flat_map(|plan| [&plan.ingress, &plan.egress]);
+        both.map(|set| (set.id, set)).collect()
+    }
+}
+
+/// Compiles clusters, one after the other, keeping numbers and artefacts where it can.
+#[derive(Debug, Clone)]
+pub struct Compiler {
+    scope: Scope,
+    limits: Limits,
+    state: State,
+    #[cfg(feature = "test-support")]
+    planted: Option<crate::test_support::PlantedBug>,
+}
+
+#[derive(Debug, Clone)]
+struct State {
+    generation: u64,
+    atoms: HashMap<Atom, AtomId>,
+    next_atom: AtomId,
+    classes: Ids<ClassKey>,
+    rules: Ids<RuleRef>,
+    set_ids: Ids<(SetKey, u64)>,
+    sets: HashMap<SetKey, (Arc<PolicySet>, Signatures)>,
+    programs: HashMap<Arc<RuleList>, Arc<Program>>,
+    table: Arc<AddressTable>,
+    rule_table: Arc<RuleTable>,
+}
+
+impl Default for Compiler {
+    /// For every pod, with the default limits.
+    fn default() -> Self {
+        Self::new(Scope::Cluster, Limits::default())
+    }
+}
+
+impl Compiler {
+    /// Starts without a cluster.
+    pub fn new(scope: Scope, limits: Limits) -> Self {
+        let state = State {
+            generation: 0,
+            atoms: HashMap::new(),
+            next_atom: 0,
+            classes: Ids::starting_at(ClassId::UNKNOWN.0 + 1),
+            rules: Ids::starting_at(RuleId::FIRST.0),
+            set_ids: Ids::starting_at(0),
+            sets: HashMap::new(),
+            programs: HashMap::new(),
+            table: Arc::default(),
+            rule_table: Arc::default(),
+        };
+        Self {
+            scope,
+            limits,
+            state,
+            #[cfg(feature = "test-support")]
+            planted: None,
+        }
+    }
+
+    /// Makes the compiler wrong in one way, to prove that a comparison notices.
+    #[cfg(feature = "test-support")]
+    pub fn with_planted_bug(mut self, bug: crate::test_support::PlantedBug) -> Self {
+        self.planted = Some(bug);
+        self
+    }
+
+    /// Compiles a cluster's present state.
+    ///
+    /// Numbers of classes, rules and sets that were in use stay theirs; unchanged sets and programs are those of the
+    /// update before (`Arc::ptr_eq`).
+    ///
+    /// # Errors
+    ///
+    /// [`CompileError`]; the compiler is then as if it had not been called, and the last update stands.
+    pub fn update(&mut self, cluster: &Cluster) -> Result<Update, CompileError> {
+        check_addresses(cluster)?;
+        let mut next = self.state.clone();
+        next.generation += 1;
+
+        let endpoints = self.set_keys(cluster);
+        let keys: BTreeSet<&SetKey> = endpoints.values().flatten().collect();
+
+        let named_ports = flatten::named_ports(cluster);
+        let mut flattener = Flattener {
+            cluster,
+            named_ports: &named_ports,
+            limits: &self.limits,
+            atoms: HashMap::new(),
+            known_atoms: &self.state.atoms,
+            next_atom: next.next_atom,
+            rules: &mut next.rules,
+            rules_used: BTreeSet::new(),
+            #[cfg(feature = "test-support")]
+            planted: self.planted,
+        };
+        let mut flat: Vec<(&SetKey, FlatSet)> = Vec::with_capacity(keys.len());
+        for key in keys {
+            flat.push((key, flattener.flatten(key)?));
+        }
+        let Flattener { atoms, next_atom, rules_used, .. } = flattener;
+        (next.atoms, next.next_atom) = (atoms, next_atom);
+
+        let classified = classes::classify(cluster, &next.atoms, &mut next.classes);
+        let members = ClassMembers::new(next.classes.iter(), next.classes.end());
+
+        let old_programs = std::mem::take(&mut next.programs);
+        let mut old_sets = std::mem::take(&mut next.sets);
+        let mut sets_used = BTreeSet::new();
+        for (key, set) in &flat {
+            let (before, mut signatures) = match old_sets.remove(*key) {
+                Some((before, signatures)) => (Some(before), signatures),
+                None => (None, Signatures::default()),
+            };
+            let (list, locals) = signatures.resolve(set, &members, next.generation, &self.limits)?;
+            let id = next.set_ids.intern(&((*key).clone(), signatures.epoch));
+            sets_used.insert(id);
+            let program = match old_programs.get(&list).or_else(|| next.programs.get(&list)) {
+                Some(program) => Arc::clone(program),
+                None => Arc::new(self.compile(&list)?),
+            };
+            next.programs.insert(Arc::new(list), Arc::clone(&program));
+            let same = before.filter(|old| {
+                old.id.0 == id && Arc::ptr_eq(&old.program, &program) && *old.locals == *locals.as_slice()
+            });
+            let set = same.unwrap_or_else(|| Arc::new(PolicySet { id: SetId(id), program, locals: locals.into() }));
+            next.sets.insert((*key).clone(), (set, signatures));
+        }
+
+        let table_changes = self.state.table.changes_to(&classified.table);
+        if !table_changes.is_empty() {
+            next.table = Arc::new(classified.table);
+        }
+        let named = rules_used.iter().filter_map(|id| Some((RuleId(*id), next.rules.key(*id)?.clone())));
+        let rule_table = RuleTable { rules: named.collect() };
+        if *next.rule_table != rule_table {
+            next.rule_table = Arc::new(rule_table);
+        }
+        next.classes.retire_others(&classified.used, next.generation);
+        next.rules.retire_others(&rules_used, next.generation);
+        next.set_ids.retire_others(&sets_used, next.generation);
+
+        let plan = |[ingress, egress]: &[SetKey; 2]| EndpointPlan {
+            ingress: Arc::clone(&next.sets[ingress].0),
+            egress: Arc::clone(&next.sets[egress].0),
+        };
+        let update = Update {
+            generation: next.generation,
+            endpoints: endpoints.iter().map(|(pod, keys)| (pod.clone(), plan(keys))).collect(),
+            table: Arc::clone(&next.table),
+            table_changes,
+            rules: Arc::clone(&next.rule_table),
+            classes: classified.used.len() + usize::from(!classified.used.contains(&ClassId::UNKNOWN.0)),
+        };
+        self.state = next;
+        Ok(update)
+    }
+
+    /// Says that nothing older than `generation` is in force any more: its tables and programs are written, and every
+    /// packet that began under older ones is through. Numbers that fell out of use in it or before may now be given
+    /// to others. Without this call no number is ever reused.
+    pub fn release(&mut self, generation: u64) {
+        self.state.classes.release(generation);
+        self.state.rules.release(generation);
+        self.state.set_ids.release(generation);
+    }
+
+    fn compile(&self, list: &RuleList) -> Result<Program, CompileError> {
+        debug_verify(list);
+        let opt::Optimised { list, shadowed } = opt::optimise(list, &self.limits)?;
+        debug_verify(&list);
+        let diagram = Diagram::build(&list, &self.limits)?;
+        Ok(Program { list, diagram, shadowed })
+    }
+
+    /// For each endpoint in scope what identifies its policy sets, ingress first.
+    fn set_keys(&self, cluster: &Cluster) -> BTreeMap<PodId, [SetKey; 2]> {
+        let mut named: HashMap<&str, Vec<&Policy>> = HashMap::new();
+        let mut selected: Vec<&Policy> = Vec::new();
+        for policy in cluster.policies.values() {
+            match &policy.subject.namespaces {
+                NamespaceMatch::Named(name) => named.entry(name).or_default().push(policy),
+                NamespaceMatch::Selected(_) => selected.push(policy),
+            }
+        }
+        let mut names: HashMap<(Vec<PolicyId>, Direction), BTreeSet<_>> = HashMap::new();
+        let mut endpoints = BTreeMap::new();
+        for (id, pod) in &cluster.pods {
+            let in_scope = match &self.scope {
+                Scope::Cluster => true,
+                Scope::Node(node) => pod.node.as_ref() == Some(node),
+            };
+            if pod.network == PodNetwork::Host || !in_scope {
+                continue;
+            }
+            let candidates = named.get(id.namespace.as_str()).into_iter().flatten().chain(&selected);
+            let mut governing: Vec<&Policy> = candidates
+                .copied()
+                .filter(|policy| {
+                    let PodMatch { namespaces, pods } = &policy.subject;
+                    let here = match namespaces {
+                        NamespaceMatch::Named(_) => true,
+                        NamespaceMatch::Selected(selector) => {
+                            selector_holds(selector, &cluster.namespace_labels(&id.namespace))
+                        }
+                    };
+                    here && selector_holds(pods, &pod.labels)
+                })
+                .collect();
+            governing.sort_unstable_by(|left, right| left.id.cmp(&right.id));
+            let keys = Direction::ALL.map(|direction| {
+                let with_rules = governing.iter().filter(|policy| policy.rules(direction).is_some());
+                let policies: Vec<PolicyId> = with_rules.map(|policy| policy.id.clone()).collect();
+                let node = pod.node.clone().filter(|node| !policies.is_empty() && cluster.nodes.contains_key(node));
+                let mut named_ports = BTreeMap::new();
+                if direction == Direction::Ingress {
+                    let used = names
+                        .entry((policies.clone(), direction))
+                        .or_insert_with(|| flatten::names_used(cluster, &policies, direction));
+                    for (name, protocol) in used.iter() {
+                        let same = |port: &&crate::model::NamedPort| port.name == *name && port.protocol == *protocol;
+                        let numbers = pod.ports.iter().filter(same).map(|port| port.port).collect();
+                        named_ports.insert((name.clone(), *protocol), numbers);
+                    }
+                }
+                SetKey { direction, policies, node, named_ports }
+            });
+            endpoints.insert(id.clone(), keys);
+        }
+        endpoints
+    }
+}
+
+fn check_addresses(cluster: &Cluster) -> Result<(), CompileError> {
+    let mut holders: HashMap<IpAddr, &PodId> = HashMap::new();
+    for (id, pod) in cluster.pods.iter().filter(|(_, pod)| pod.network == PodNetwork::Own) {
+        for address in &pod.addresses {
+            if let Some(first) = holders.insert(*address, id) {
+                let (first, second) = (first.clone(), id.clone());
+                return Err(CompileError::DuplicateAddress { address: *address, first, second });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A broken invariant is a defect of ours, which a debug build should show at once.
+fn debug_verify(list: &RuleList) {
+    if cfg!(debug_assertions)
+        && let Err(error) = verify::verify(list)
+    {
+        panic!("{error}\n{list}");
+    }
+}

@@ -1,0 +1,316 @@
+//! From the policies that govern an endpoint to one list of conditions, in the order in which they are tried.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use crate::classes::{Atom, AtomId};
+use crate::compiler::{CompileError, Limits};
+use crate::ids::Ids;
+use crate::ir::{Entry, Leaf, LocalSet, RuleId, RuleList, Service};
+use crate::model::{
+    Cluster, Direction, IpBlock, Peer, Peers, PodNetwork, PolicyId, PortMatch, PortSpec, Ports, Protocol, RuleRef,
+    Verdict,
+};
+
+/// What makes two endpoints' policies the same artefact.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct SetKey {
+    pub(crate) direction: Direction,
+    /// The governing policies, in order.
+    pub(crate) policies: Vec<PolicyId>,
+    /// The endpoint's node, if anything governs it and the node is known.
+    pub(crate) node: Option<String>,
+    /// On ingress, what the names that the rules use mean on the endpoint.
+    pub(crate) named_ports: BTreeMap<(String, Protocol), BTreeSet<u16>>,
+}
+
+/// What a rule asks about the peer: all of these atoms. None: anybody.
+pub(crate) type Condition = Vec<AtomId>;
+
+/// One rule before peers are known.
+pub(crate) struct Conditional {
+    pub(crate) condition: Condition,
+    pub(crate) service: Service,
+    pub(crate) leaf: Leaf,
+}
+
+/// A policy set before peers are known.
+pub(crate) struct FlatSet {
+    pub(crate) direction: Direction,
+    pub(crate) rules: Vec<Conditional>,
+    pub(crate) default: Leaf,
+}
+
+/// The numbers of ports by name and protocol, over all pods that policy knows.
+pub(crate) type NamedPorts = HashMap<(String, Protocol), BTreeSet<u16>>;
+
+pub(crate) fn named_ports(cluster: &Cluster) -> NamedPorts {
+    let mut found = NamedPorts::new();
+    for pod in cluster.pods.values().filter(|pod| pod.network == PodNetwork::Own) {
+        for port in &pod.ports {
+            found.entry((port.name.clone(), port.protocol)).or_default().insert(port.port);
+        }
+    }
+    found
+}
+
+/// The names that a policy set's rules use.
+pub(crate) fn names_used(
+    cluster: &Cluster,
+    policies: &[PolicyId],
+    direction: Direction,
+) -> BTreeSet<(String, Protocol)> {
+    let rules = policies.iter().filter_map(|id| cluster.policies.get(id)?.rules(direction)).flatten();
+    let ports = rules.filter_map(|rule| match &rule.ports {
+        Ports::Any => None,
+        Ports::OneOf(ports) => Some(ports),
+    });
+    ports
+        .flatten()
+        .filter_map(|port| match &port.port {
+            PortSpec::Named(name) => Some((name.clone(), port.protocol)),
+            PortSpec::Any | PortSpec::Range { .. } => None,
+        })
+        .collect()
+}
+
+/// Numbers atoms and rules while flattening.
+pub(crate) struct Flattener<'a> {
+    pub(crate) cluster: &'a Cluster,
+    pub(crate) named_ports: &'a NamedPorts,
+    pub(crate) limits: &'a Limits,
+    pub(crate) atoms: HashMap<Atom, AtomId>,
+    /// Numbers of atoms that the last update knew, to be kept.
+    pub(crate) known_atoms: &'a HashMap<Atom, AtomId>,
+    pub(crate) next_atom: AtomId,
+    pub(crate) rules: &'a mut Ids<RuleRef>,
+    pub(crate) rules_used: BTreeSet<u32>,
+    #[cfg(feature = "test-support")]
+    pub(crate) planted: Option<crate::test_support::PlantedBug>,
+}
+
+impl Flattener<'_> {
+    pub(crate) fn flatten(&mut self, key: &SetKey) -> Result<FlatSet, CompileError> {
+        let SetKey { direction, policies, node, named_ports } = key;
+        let direction = *direction;
+        if policies.is_empty() {
+            let default = Leaf { verdict: Verdict::Allow, rule: RuleId::NOT_GOVERNED };
+            return Ok(FlatSet { direction, rules: Vec::new(), default });
+        }
+        let mut rules = Vec::new();
+        if let Some(node) = node {
+            let condition = vec![self.atom(Atom::Node(node.clone()))];
+            let leaf = Leaf { verdict: Verdict::Allow, rule: RuleId::OWN_NODE };
+            rules.push(Conditional { condition, service: Service::Any, leaf });
+        }
+        for id in policies {
+            let listed = self.cluster.policies.get(id).and_then(|policy| policy.rules(direction)).unwrap_or_default();
+            for (index, rule) in listed.iter().enumerate() {
+                let peers: Vec<(Option<usize>, Condition)> = match &rule.peers {
+                    Peers::Any => vec![(None, Vec::new())],
+                    Peers::OneOf(peers) => {
+                        peers.iter().enumerate().map(|(at, peer)| (Some(at), vec![self.peer(peer)])).collect()
+                    }
+                };
+                let mut services: Vec<(Option<usize>, Option<AtomId>, Service)> = Vec::new();
+                match &rule.ports {
+                    Ports::Any => services.push((None, None, Service::Any)),
+                    Ports::OneOf(ports) => {
+                        for (at, port) in ports.iter().enumerate() {
+                            let resolved = self.port(port, direction, named_ports);
+                            services.extend(resolved.into_iter().map(|(atom, service)| (Some(at), atom, service)));
+                        }
+                    }
+                }
+                let total = rules.len().saturating_add(peers.len().saturating_mul(services.len()));
+                self.limits.check("entries in one policy set", total, self.limits.entries)?;
+                for (peer, condition) in peers {
+                    for (port, port_atom, service) in &services {
+                        let decided = RuleRef { policy: id.clone(), direction, rule: index, peer, port: *port };
+                        let rule_id = self.rules.intern(&decided);
+                        self.rules_used.insert(rule_id);
+                        let mut condition = condition.clone();
+                        condition.extend(port_atom);
+                        condition.sort_unstable();
+                        let leaf = Leaf { verdict: rule.action, rule: RuleId(rule_id) };
+                        rules.push(Conditional { condition, service: *service, leaf });
+                    }
+                }
+            }
+        }
+        let default = Leaf { verdict: Verdict::Deny, rule: RuleId::ISOLATED };
+        Ok(FlatSet { direction, rules, default })
+    }
+
+    fn peer(&mut self, peer: &Peer) -> AtomId {
+        match peer {
+            Peer::Pods(pods) => self.atom(Atom::Pods(pods.clone())),
+            Peer::Block(block) => {
+                #[cfg(feature = "test-support")]
+                if self.planted == Some(crate::test_support::PlantedBug::ExceptIgnored) {
+                    return self.atom(Atom::Block(IpBlock { cidr: block.cidr, except: Vec::new() }));
+                }
+                let IpBlock { cidr, except } = block;
+                self.atom(Atom::Block(IpBlock { cidr: *cidr, except: except.clone() }))
+            }
+        }
+    }
+
+    fn port(
+        &mut self,
+        port: &PortMatch,
+        direction: Direction,
+        own: &BTreeMap<(String, Protocol), BTreeSet<u16>>,
+    ) -> Vec<(Option<AtomId>, Service)> {
+        let protocol = port.protocol;
+        let single = |number| Service::Ports { protocol, first: number, last: number };
+        match &port.port {
+            PortSpec::Any => vec![(None, Service::all_of(protocol))],
+            PortSpec::Range { first, last } => {
+                #[cfg(feature = "test-support")]
+                if self.planted == Some(crate::test_support::PlantedBug::EndPortExclusive) && first < last {
+                    return vec![(None, Service::Ports { protocol, first: *first, last: last - 1 })];
+                }
+                vec![(None, Service::Ports { protocol, first: *first, last: *last })]
+            }
+            PortSpec::Named(name) => {
+                let key = (name.clone(), protocol);
+                match direction {
+                    Direction::Ingress => {
+                        own.get(&key).into_iter().flatten().map(|number| (None, single(*number))).collect()
+                    }
+                    Direction::Egress => {
+                        let numbers = self.named_ports.get(&key).cloned().unwrap_or_default();
+                        numbers
+                            .into_iter()
+                            .map(|port| {
+                                let atom = self.atom(Atom::Port { name: name.clone(), protocol, port });
+                                (Some(atom), single(port))
+                            })
+                            .collect()
+                    }
+                }
+            }
+        }
+    }
+
+    fn atom(&mut self, atom: Atom) -> AtomId {
+        if let Some(id) = self.atoms.get(&atom) {
+            return *id;
+        }
+        let id = match self.known_atoms.get(&atom) {
+            Some(id) => *id,
+            None => {
+                let id = self.next_atom;
+                self.next_atom += 1;
+                id
+            }
+        };
+        self.atoms.insert(atom, id);
+        id
+    }
+}
+
+/// The local ids of a policy set: each stands for one combination of the set's conditions.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Signatures {
+    /// The generation that began the numbering. Ids of different epochs mean different things.
+    pub(crate) epoch: u64,
+    conditions: Vec<Condition>,
+    /// Per local id the conditions that hold, as ascending indices; the first is empty.
+    known: Vec<Vec<u32>>,
+}
+
+impl Signatures {
+    /// Assigns local ids to classes and resolves the rules to them.
+    ///
+    /// Ids given before are kept while the conditions are the same, so that a peer that comes and goes leaves the
+    /// list as it is.
+    pub(crate) fn resolve(
+        &mut self,
+        set: &FlatSet,
+        classes: &ClassMembers,
+        generation: u64,
+        limits: &Limits,
+    ) -> Result<(RuleList, Vec<u16>), CompileError> {
+        let mut index_of: HashMap<&Condition, u32> = HashMap::new();
+        let mut conditions: Vec<Condition> = Vec::new();
+        for rule in set.rules.iter().filter(|rule| !rule.condition.is_empty()) {
+            index_of.entry(&rule.condition).or_insert_with(|| {
+                conditions.push(rule.condition.clone());
+                conditions.len() as u32 - 1
+            });
+        }
+        let mut held: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+        for (index, condition) in (0..).zip(&conditions) {
+            for class in classes.satisfying(condition) {
+                held.entry(class).or_default().push(index);
+            }
+        }
+        let wanted: BTreeSet<&Vec<u32>> = held.values().collect();
+        if self.known.is_empty() || self.conditions != conditions || self.known.len() > 2 * wanted.len() + 64 {
+            self.epoch = generation;
+            self.known = vec![Vec::new()];
+        }
+        let mut local_of: HashMap<Vec<u32>, u16> = HashMap::new();
+        for (signature, local) in self.known.iter().zip(0..) {
+            local_of.insert(signature.clone(), local);
+        }
+        for signature in wanted {
+            if !local_of.contains_key(signature) {
+                limits.check("groups of peers in one policy set", self.known.len() + 1, limits.locals)?;
+                local_of.insert(signature.clone(), self.known.len() as u16);
+                self.known.push(signature.clone());
+            }
+        }
+        self.conditions = conditions;
+
+        let mut locals = vec![0; classes.end];
+        for (class, signature) in &held {
+            locals[*class as usize] = local_of[signature];
+        }
+        let mut members: Vec<Vec<u16>> = vec![Vec::new(); self.conditions.len()];
+        for (local, signature) in (0..).zip(&self.known) {
+            for condition in signature {
+                members[*condition as usize].push(local);
+            }
+        }
+        let members: Vec<LocalSet> = members.into_iter().map(LocalSet::from_iter).collect();
+        let count = self.known.len() as u32;
+        let mut entries = Vec::with_capacity(set.rules.len());
+        for rule in &set.rules {
+            let locals = match index_of.get(&rule.condition) {
+                None => LocalSet::below(count),
+                Some(index) => members[*index as usize].clone(),
+            };
+            if !locals.is_empty() {
+                entries.push(Entry { locals, service: rule.service, leaf: rule.leaf });
+            }
+        }
+        Ok((RuleList { direction: set.direction, locals: count, entries, default: set.default }, locals))
+    }
+}
+
+/// Which classes satisfy an atom.
+pub(crate) struct ClassMembers {
+    by_atom: HashMap<AtomId, BTreeSet<u32>>,
+    end: usize,
+}
+
+impl ClassMembers {
+    pub(crate) fn new<'a>(classes: impl Iterator<Item = (u32, &'a Vec<AtomId>)>, end: u32) -> Self {
+        let mut by_atom: HashMap<AtomId, BTreeSet<u32>> = HashMap::new();
+        for (class, atoms) in classes {
+            for atom in atoms {
+                by_atom.entry(*atom).or_default().insert(class);
+            }
+        }
+        Self { by_atom, end: end as usize }
+    }
+
+    fn satisfying(&self, condition: &[AtomId]) -> Vec<u32> {
+        let Some((first, rest)) = condition.split_first() else { return Vec::new() };
+        let Some(candidates) = self.by_atom.get(first) else { return Vec::new() };
+        let also = |class: &u32| rest.iter().all(|atom| self.by_atom.get(atom).is_some_and(|set| set.contains(class)));
+        candidates.iter().copied().filter(also).collect()
+    }
+}

@@ -1,0 +1,201 @@
+//! Random clusters and packets, and the comparison of evaluator and compiler. Everything follows from a seed.
+
+mod random;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use crate::compiler::{CompileError, SetId, Update};
+use crate::diagram::{Arm, Diagram, Field, Node, NodeId};
+use crate::eval::{self, Reason};
+use crate::ir::{Leaf, RuleId};
+use crate::model::{Cluster, Direction, PodId, Protocol, Tuple, Verdict};
+
+pub use random::{addresses, cluster, tuples};
+
+/// A wrong compiler, to prove that comparisons notice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PlantedBug {
+    /// The last port of a range is left out.
+    EndPortExclusive,
+    /// The exceptions of a CIDR block are ignored.
+    ExceptIgnored,
+}
+
+/// A small random number generator (SplitMix64), the same on every machine.
+#[derive(Debug, Clone)]
+pub struct Rng(u64);
+
+impl Rng {
+    /// Starts from a seed.
+    pub fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x5851_f42d_4c95_7f2d)
+    }
+
+    /// The next 64 bits.
+    pub fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// A number below `end`, which must not be 0.
+    pub fn below(&mut self, end: usize) -> usize {
+        (self.bits() % end as u64) as usize
+    }
+
+    /// True in `percent` of 100 cases.
+    pub fn chance(&mut self, percent: usize) -> bool {
+        self.below(100) < percent
+    }
+
+    /// One element; the list must not be empty.
+    pub fn pick<'a, T>(&mut self, list: &'a [T]) -> &'a T {
+        &list[self.below(list.len())]
+    }
+}
+
+/// What a comparison saw.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Verdicts compared.
+    pub pairs: usize,
+    /// Those decided by a rule, not by a default.
+    pub by_rule: usize,
+    /// Those that allow.
+    pub allowed: usize,
+    /// Leaves of each policy set that were the answer at least once.
+    pub leaves_hit: BTreeMap<SetId, BTreeSet<Leaf>>,
+}
+
+/// Evaluator and compiler disagree.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{pod}, {tuple:?}: the evaluator says {expected}, the compiler {found}")]
+pub struct Mismatch {
+    /// The pod under policy.
+    pub pod: PodId,
+    /// The packet.
+    pub tuple: Tuple,
+    /// The evaluator's decision.
+    pub expected: String,
+    /// The compiler's.
+    pub found: String,
+}
+
+/// Judges each packet by evaluator and by compiled form; verdict and deciding rule must agree.
+///
+/// # Errors
+///
+/// The first [`Mismatch`].
+pub fn compare(
+    cluster: &Cluster,
+    update: &Update,
+    questions: impl IntoIterator<Item = (PodId, Tuple)>,
+    tally: &mut Tally,
+) -> Result<(), Mismatch> {
+    for (pod, tuple) in questions {
+        let Ok(expected) = eval::evaluate(cluster, &pod, &tuple) else { continue };
+        if expected.reason == Reason::HostNetwork {
+            continue;
+        }
+        let found = update.decide(&pod, &tuple);
+        let agrees = found.is_some_and(|leaf| {
+            leaf.verdict == expected.verdict
+                && match &expected.reason {
+                    Reason::HostNetwork => false,
+                    Reason::NotGoverned => leaf.rule == RuleId::NOT_GOVERNED,
+                    Reason::OwnNode => leaf.rule == RuleId::OWN_NODE,
+                    Reason::Isolated(_) => leaf.rule == RuleId::ISOLATED,
+                    Reason::Rule(rule) => update.rules.rule(leaf.rule) == Some(rule),
+                }
+        });
+        let Some(leaf) = found.filter(|_| agrees) else {
+            let found = match found {
+                None => "nothing".to_owned(),
+                Some(leaf) => format!("{}: {}", leaf.verdict, update.rules.name(leaf.rule)),
+            };
+            return Err(Mismatch { pod, tuple, expected: expected.to_string(), found });
+        };
+        tally.pairs += 1;
+        tally.by_rule += usize::from(!matches!(leaf.rule, RuleId::NOT_GOVERNED | RuleId::ISOLATED));
+        tally.allowed += usize::from(leaf.verdict == Verdict::Allow);
+        if let Some(plan) = update.endpoints.get(&pod) {
+            tally.leaves_hit.entry(plan.set(tuple.direction).id).or_default().insert(leaf);
+        }
+    }
+    Ok(())
+}
+
+/// Packets at every boundary of an endpoint's diagram: from each of the given peers, both ends of every interval of
+/// protocol and port that the diagram tells apart.
+pub fn boundary_tuples(
+    update: &Update,
+    endpoint: &PodId,
+    direction: Direction,
+    peers: &[IpAddr],
+) -> Vec<(PodId, Tuple)> {
+    let mut found = Vec::new();
+    let Some(plan) = update.endpoints.get(endpoint) else { return found };
+    let set = plan.set(direction);
+    let mut seen = BTreeSet::new();
+    for peer in peers {
+        let local = set.local(update.table.lookup(*peer));
+        if !seen.insert((local, peer.is_ipv4())) {
+            continue;
+        }
+        for (protocol, port) in edges(&set.program.diagram, local) {
+            found.push((endpoint.clone(), Tuple { direction, peer: *peer, protocol: Protocol(protocol), port }));
+        }
+    }
+    found
+}
+
+/// Both ends of each interval of protocol and port, for one local id.
+fn edges(diagram: &Diagram, local: u16) -> Vec<(u8, u16)> {
+    let mut at = diagram.root();
+    if let Node::Switch { field: Field::Local, arms } = diagram.node(at) {
+        at = arms[arms.partition_point(|arm| arm.first <= local) - 1].to;
+    }
+    let mut found = Vec::new();
+    for (first, last, to) in intervals(diagram, at, Field::Protocol, u16::from(u8::MAX)) {
+        for (low, high, _) in intervals(diagram, to, Field::Port, u16::MAX) {
+            for protocol in [first, last] {
+                found.extend([(protocol as u8, low), (protocol as u8, high)]);
+            }
+        }
+    }
+    found
+}
+
+fn intervals(diagram: &Diagram, at: NodeId, wanted: Field, end: u16) -> Vec<(u16, u16, NodeId)> {
+    match diagram.node(at) {
+        Node::Switch { field, arms } if *field == wanted => {
+            let lasts = arms[1..].iter().map(|arm| arm.first - 1).chain([end]);
+            arms.iter().zip(lasts).map(|(Arm { first, to }, last)| (*first, last, *to)).collect()
+        }
+        _ => vec![(0, end, at)],
+    }
+}
+
+/// Compares random clusters with random packets, `packets` for each seed.
+///
+/// # Errors
+///
+/// The first mismatch with its seed, or a cluster that did not compile.
+pub fn compare_random(
+    seeds: std::ops::Range<u64>,
+    packets: usize,
+    compiler: impl Fn() -> crate::Compiler,
+) -> Result<Tally, Box<dyn std::error::Error>> {
+    let mut tally = Tally::default();
+    for seed in seeds {
+        let mut rng = Rng::new(seed);
+        let cluster = cluster(&mut rng);
+        let update = compiler().update(&cluster).map_err(|error: CompileError| format!("seed {seed}: {error}"))?;
+        let questions = tuples(&mut rng, &cluster, packets);
+        compare(&cluster, &update, questions, &mut tally).map_err(|error| format!("seed {seed}: {error}"))?;
+    }
+    Ok(tally)
+}

@@ -1,0 +1,317 @@
+//! Clusters in which much overlaps, and packets that meet the edges.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::IpNet;
+
+use super::Rng;
+use crate::classes::selector_holds;
+use crate::model::{
+    Cluster, Direction, IpBlock, LabelSelector, Labels, NamedPort, NamespaceMatch, Operator, Peer, Peers, Pod, PodId,
+    PodMatch, PodNetwork, Policy, PolicyId, PortMatch, PortSpec, Ports, Protocol, Requirement, Rule, Tuple, Verdict,
+};
+
+const NAMESPACES: [&str; 3] = ["x", "y", "z"];
+const KEYS: [&str; 3] = ["app", "tier", "team"];
+const VALUES: [&str; 3] = ["a", "b", "c"];
+const NODES: [&str; 2] = ["n1", "n2"];
+const PORT_NAMES: [&str; 2] = ["web", "dns"];
+const PORTED: [Protocol; 3] = [Protocol::TCP, Protocol::UDP, Protocol::SCTP];
+const EDGES: [u16; 9] = [0, 1, 53, 80, 81, 443, 8080, 65534, 65535];
+
+/// A cluster of up to three namespaces, two nodes, ten pods and eight policies.
+pub fn cluster(rng: &mut Rng) -> Cluster {
+    let mut cluster = Cluster::default();
+    for name in &NAMESPACES[..1 + rng.below(3)] {
+        cluster.insert_namespace(*name, []);
+        if let Some(known) = cluster.namespaces.get_mut(*name) {
+            known.extend(labels(rng));
+        }
+    }
+    for (node, number) in NODES.iter().zip(1_u8..) {
+        let addresses = [v4(rng, 200 + number), v6(u16::from(number) << 8)];
+        cluster.nodes.insert((*node).to_owned(), addresses.into());
+    }
+    for number in 1..=2 + rng.below(9) as u8 {
+        let mut pod = Pod { labels: labels(rng), ..Pod::default() };
+        pod.addresses.insert(v4(rng, number));
+        if rng.chance(70) {
+            pod.addresses.insert(v6(u16::from(number)));
+        }
+        if rng.chance(80) {
+            pod.node = Some((*rng.pick(&NODES)).to_owned());
+        }
+        if rng.chance(5) {
+            pod.network = PodNetwork::Host;
+            pod.addresses = pod.node.as_ref().and_then(|node| cluster.nodes.get(node)).cloned().unwrap_or_default();
+        }
+        for _ in 0..rng.below(4) {
+            let (name, protocol, port) = ((*rng.pick(&PORT_NAMES)).to_owned(), *rng.pick(&PORTED), *rng.pick(&EDGES));
+            pod.ports.insert(NamedPort { name, protocol, port });
+        }
+        cluster.pods.insert(PodId::new(*rng.pick(&NAMESPACES), format!("pod{number}")), pod);
+    }
+    for number in 0..1 + rng.below(8) {
+        let policy = policy(rng, number);
+        cluster.insert_policy(policy);
+    }
+    cluster
+}
+
+/// Every address that the cluster's verdicts can depend on: of pods and nodes, both ends of each block and
+/// exception with their neighbours, and strangers.
+pub fn addresses(cluster: &Cluster) -> Vec<IpAddr> {
+    let mut found: BTreeSet<IpAddr> = cluster.pods.values().flat_map(|pod| pod.addresses.iter().copied()).collect();
+    found.extend(cluster.nodes.values().flatten());
+    found.extend(["192.0.2.1", "2001:db8::1"].into_iter().filter_map(|text| text.parse::<IpAddr>().ok()));
+    for policy in cluster.policies.values() {
+        for rule in Direction::ALL.into_iter().filter_map(|direction| policy.rules(direction)).flatten() {
+            let Peers::OneOf(peers) = &rule.peers else { continue };
+            for peer in peers {
+                if let Peer::Block(IpBlock { cidr, except }) = peer {
+                    [cidr].into_iter().chain(except).for_each(|prefix| found.extend(prefix_edges(prefix)));
+                }
+            }
+        }
+    }
+    found.into_iter().collect()
+}
+
+/// Packets, most of them aimed at a rule: its peers and the edges of its ports.
+pub fn tuples(rng: &mut Rng, cluster: &Cluster, count: usize) -> Vec<(PodId, Tuple)> {
+    let strangers = addresses(cluster);
+    let own: Vec<(&PodId, &Pod)> = cluster.pods.iter().filter(|(_, pod)| pod.network == PodNetwork::Own).collect();
+    let mut targets = Vec::new();
+    for (id, pod) in &own {
+        for policy in cluster.policies.values().filter(|policy| selected(cluster, &policy.subject, id, pod)) {
+            for direction in Direction::ALL {
+                let rules = policy.rules(direction).unwrap_or_default();
+                targets.extend(rules.iter().map(|rule| (*id, *pod, direction, rule)));
+            }
+        }
+    }
+    let mut found = Vec::with_capacity(count);
+    while found.len() < count && !own.is_empty() {
+        if targets.is_empty() || rng.chance(5) {
+            let (protocol, port) = service(rng);
+            let direction = *rng.pick(&Direction::ALL);
+            let tuple = Tuple { direction, peer: *rng.pick(&strangers), protocol, port };
+            found.push((rng.pick(&own).0.clone(), tuple));
+            continue;
+        }
+        let (id, pod, direction, rule) = *rng.pick(&targets);
+        let peer = match &rule.peers {
+            Peers::OneOf(peers) if !peers.is_empty() && rng.chance(90) => aim(rng, cluster, peers, &own),
+            _ => None,
+        };
+        let peer = peer.unwrap_or_else(|| *rng.pick(&strangers));
+        let (protocol, port) = match &rule.ports {
+            Ports::OneOf(ports) if !ports.is_empty() && rng.chance(95) => {
+                let PortMatch { protocol, port } = rng.pick(ports);
+                let destination = match direction {
+                    Direction::Ingress => Some(pod),
+                    Direction::Egress => own.iter().map(|(_, pod)| *pod).find(|pod| pod.addresses.contains(&peer)),
+                };
+                (*protocol, aim_port(rng, port, destination, *protocol))
+            }
+            _ => service(rng),
+        };
+        found.push((id.clone(), Tuple { direction, peer, protocol, port }));
+    }
+    found
+}
+
+fn aim(rng: &mut Rng, cluster: &Cluster, peers: &[Peer], own: &[(&PodId, &Pod)]) -> Option<IpAddr> {
+    match rng.pick(peers) {
+        Peer::Block(IpBlock { cidr, except }) => {
+            let prefix = match except.is_empty() || rng.chance(60) {
+                true => cidr,
+                false => rng.pick(except),
+            };
+            let edges = prefix_edges(prefix);
+            if edges.is_empty() { None } else { Some(*rng.pick(&edges)) }
+        }
+        Peer::Pods(wanted) => {
+            let members: Vec<IpAddr> = own
+                .iter()
+                .filter(|(id, pod)| selected(cluster, wanted, id, pod))
+                .flat_map(|(_, pod)| pod.addresses.iter().copied())
+                .collect();
+            if members.is_empty() { None } else { Some(*rng.pick(&members)) }
+        }
+    }
+}
+
+fn aim_port(rng: &mut Rng, port: &PortSpec, destination: Option<&Pod>, protocol: Protocol) -> u16 {
+    match port {
+        PortSpec::Any => *rng.pick(&EDGES),
+        PortSpec::Range { first, last } => {
+            let edges = [first.saturating_sub(1), *first, *first, *last, *last, last.saturating_add(1)];
+            *rng.pick(&edges)
+        }
+        PortSpec::Named(name) => {
+            let same = |port: &&NamedPort| port.name == *name && port.protocol == protocol;
+            let named = destination.into_iter().flat_map(|pod| pod.ports.iter().filter(same)).next();
+            named.map_or(80, |named| named.port)
+        }
+    }
+}
+
+fn service(rng: &mut Rng) -> (Protocol, u16) {
+    let protocol = match rng.below(10) {
+        0..=3 => Protocol::TCP,
+        4..=5 => Protocol::UDP,
+        6 => Protocol::SCTP,
+        7 => Protocol::ICMP,
+        8 => Protocol::ICMPV6,
+        _ => Protocol(*rng.pick(&[0, 5, 7, 47, 131, 133, 255])),
+    };
+    let port = if protocol.has_ports() { *rng.pick(&EDGES) } else { 0 };
+    (protocol, port)
+}
+
+fn selected(cluster: &Cluster, wanted: &PodMatch, id: &PodId, pod: &Pod) -> bool {
+    let here = match &wanted.namespaces {
+        NamespaceMatch::Named(name) => *name == id.namespace,
+        NamespaceMatch::Selected(selector) => selector_holds(selector, &cluster.namespace_labels(&id.namespace)),
+    };
+    here && selector_holds(&wanted.pods, &pod.labels)
+}
+
+fn policy(rng: &mut Rng, number: usize) -> Policy {
+    let namespace = *rng.pick(&NAMESPACES);
+    let namespaces = match rng.chance(30) {
+        true => NamespaceMatch::Selected(selector(rng)),
+        false => NamespaceMatch::Named(namespace.to_owned()),
+    };
+    let mut rules =
+        |percent| rng.chance(percent).then(|| (0..1 + rng.below(3)).map(|_| rule(rng, namespace)).collect());
+    let (ingress, egress) = (rules(80), rules(60));
+    Policy {
+        id: PolicyId::new(namespace, format!("policy{number}")),
+        subject: PodMatch { namespaces, pods: selector(rng) },
+        ingress,
+        egress,
+    }
+}
+
+fn rule(rng: &mut Rng, namespace: &str) -> Rule {
+    let peers = match rng.chance(15) {
+        true => Peers::Any,
+        false => Peers::OneOf((0..1 + rng.below(3)).map(|_| peer(rng, namespace)).collect()),
+    };
+    let ports = match rng.chance(25) {
+        true => Ports::Any,
+        false => Ports::OneOf((0..1 + rng.below(3)).map(|_| port(rng)).collect()),
+    };
+    Rule { action: if rng.chance(20) { Verdict::Deny } else { Verdict::Allow }, peers, ports }
+}
+
+fn peer(rng: &mut Rng, namespace: &str) -> Peer {
+    if rng.chance(40) {
+        return Peer::Block(block(rng));
+    }
+    let namespaces = match rng.chance(50) {
+        true => NamespaceMatch::Selected(selector(rng)),
+        false => NamespaceMatch::Named(namespace.to_owned()),
+    };
+    Peer::Pods(PodMatch { namespaces, pods: selector(rng) })
+}
+
+fn block(rng: &mut Rng) -> IpBlock {
+    let (address, lengths, step) = match rng.chance(70) {
+        true => (v4_any(rng), &[0, 8, 22, 23, 24, 28, 31, 32][..], 4),
+        false => (v6(rng.below(0x300) as u16), &[0, 32, 112, 118, 124, 127, 128][..], 3),
+    };
+    let cidr = prefix(address, *rng.pick(lengths));
+    let mut except = Vec::new();
+    for _ in 0..rng.below(3) {
+        let inner = match (cidr, rng.chance(50)) {
+            (IpNet::V4(_), true) => v4_any(rng),
+            (IpNet::V6(_), true) => v6(rng.below(0x300) as u16),
+            _ => cidr.addr(),
+        };
+        let hole = prefix(inner, (cidr.prefix_len() + 1 + rng.below(step) as u8).min(cidr.max_prefix_len()));
+        if cidr.contains(&hole) && cidr != hole {
+            except.push(hole);
+        }
+    }
+    IpBlock { cidr, except }
+}
+
+fn port(rng: &mut Rng) -> PortMatch {
+    let protocol = match rng.chance(10) {
+        true => *rng.pick(&[Protocol::ICMP, Protocol::ICMPV6]),
+        false => *rng.pick(&PORTED),
+    };
+    let port = match rng.below(10) {
+        0 => PortSpec::Any,
+        1..=2 => PortSpec::Named((*rng.pick(&PORT_NAMES)).to_owned()),
+        _ => {
+            let (one, other) = (*rng.pick(&EDGES), *rng.pick(&EDGES));
+            PortSpec::Range { first: one.min(other), last: one.max(other) }
+        }
+    };
+    PortMatch { protocol, port }
+}
+
+fn selector(rng: &mut Rng) -> LabelSelector {
+    let count = *rng.pick(&[0, 0, 1, 1, 2]);
+    let requirement = |_| Requirement { key: (*rng.pick(&KEYS)).to_owned(), operator: operator(rng) };
+    LabelSelector { requirements: (0..count).map(requirement).collect() }
+}
+
+fn operator(rng: &mut Rng) -> Operator {
+    let values: BTreeSet<String> = (0..1 + rng.below(2)).map(|_| (*rng.pick(&VALUES)).to_owned()).collect();
+    match rng.below(6) {
+        0 => Operator::Exists,
+        1 => Operator::DoesNotExist,
+        2 => Operator::NotIn(values),
+        _ => Operator::In(values),
+    }
+}
+
+fn labels(rng: &mut Rng) -> Labels {
+    let mut labels = Labels::new();
+    for key in KEYS {
+        if rng.chance(75) {
+            labels.insert(key.to_owned(), (*rng.pick(&VALUES)).to_owned());
+        }
+    }
+    labels
+}
+
+fn v4(rng: &mut Rng, host: u8) -> IpAddr {
+    Ipv4Addr::new(10, 0, rng.below(4) as u8, host).into()
+}
+
+fn v4_any(rng: &mut Rng) -> IpAddr {
+    Ipv4Addr::new(10, 0, rng.below(4) as u8, rng.below(16) as u8).into()
+}
+
+fn v6(low: u16) -> IpAddr {
+    Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, low).into()
+}
+
+fn prefix(address: IpAddr, length: u8) -> IpNet {
+    IpNet::new(address, length).unwrap_or_else(|_| IpNet::from(address)).trunc()
+}
+
+/// First and last address of a prefix, and the addresses just outside.
+fn prefix_edges(prefix: &IpNet) -> Vec<IpAddr> {
+    let (first, last) = (prefix.network(), prefix.broadcast());
+    let outside = |address: IpAddr, up: bool| match address {
+        IpAddr::V4(address) => {
+            let bits = address.to_bits();
+            let next = if up { bits.checked_add(1) } else { bits.checked_sub(1) };
+            next.map(|bits| IpAddr::from(Ipv4Addr::from_bits(bits)))
+        }
+        IpAddr::V6(address) => {
+            let bits = address.to_bits();
+            let next = if up { bits.checked_add(1) } else { bits.checked_sub(1) };
+            next.map(|bits| IpAddr::from(Ipv6Addr::from_bits(bits)))
+        }
+    };
+    [Some(first), Some(last), outside(first, false), outside(last, true)].into_iter().flatten().collect()
+}
