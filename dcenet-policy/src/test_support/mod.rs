@@ -1,6 +1,8 @@
 //! Random clusters and packets, and the comparison of evaluator and compiler. Everything follows from a seed.
 
 mod random;
+#[cfg(feature = "yaml")]
+pub mod table;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
