@@ -1,6 +1,7 @@
 //! Reading NetworkPolicy objects: what they mean, and how bad ones are refused.
 
 #![cfg(feature = "yaml")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 use dcenet_policy::model::*;
 use dcenet_policy::sources::SourceError;

@@ -99,6 +99,12 @@ pub struct TableError {
     pub reason: String,
 }
 
+struct Section<'a> {
+    number: usize,
+    title: &'a str,
+    lines: Vec<(usize, &'a str)>,
+}
+
 #[derive(Default)]
 struct State {
     cluster: Cluster,
@@ -114,17 +120,17 @@ impl Table {
     pub fn parse(text: &str) -> Result<Self, TableError> {
         let mut state = State::default();
         let mut cases = Vec::new();
-        let mut sections: Vec<(usize, &str, Vec<(usize, &str)>)> = Vec::new();
+        let mut sections: Vec<Section<'_>> = Vec::new();
         for (number, line) in (1..).zip(text.lines()) {
             if let Some(title) = line.strip_prefix("== ") {
-                sections.push((number, title.trim(), Vec::new()));
-            } else if let Some((_, _, lines)) = sections.last_mut() {
-                lines.push((number, line));
+                sections.push(Section { number, title: title.trim(), lines: Vec::new() });
+            } else if let Some(section) = sections.last_mut() {
+                section.lines.push((number, line));
             } else if !line.trim().is_empty() && !line.starts_with('#') {
                 return Err(error(number, "must come after a `== ` line"));
             }
         }
-        for (number, title, lines) in sections {
+        for Section { number, title, lines } in sections {
             let words: Vec<&str> = title.split_whitespace().collect();
             match words[..] {
                 ["topology"] => {
