@@ -62,7 +62,7 @@ fn compare(program: &Path, place: &str, directory: &Path, goal: f64, summary: &m
         Row::compare(ID, &variant, goal, &of[0], (PEER, &of[1])).with_floor(floor)
     };
     summary.add(row(format!("add, {place}"), goal, &adds.each_ref().map(|c| wall(c))));
-    summary.add(row(format!("add cpu, {place}"), goal, &adds.each_ref().map(|c| cpu(c))));
+    summary.add(row(format!("add cpu, {place}"), 1.0, &adds.each_ref().map(|c| cpu(c))));
     summary.add(row(format!("del cpu, {place}"), 1.0, &dels.each_ref().map(|c| cpu(c))));
 
     for (side, (host, plugin)) in sides.iter().enumerate() {
