@@ -121,7 +121,25 @@ pub(crate) enum Entered {
 
 /// A lock on what attachments share; released when dropped.
 #[derive(Debug)]
-pub(crate) struct SharedLock(#[expect(dead_code, reason = "held for its lock")] File);
+pub(crate) struct SharedLock(File);
+
+// Both locks are given up by name: a child that another thread is just forking has copies of the descriptors, and
+// closing ours would not end the locks before the child executes its program.
+impl Drop for Entry {
+    fn drop(&mut self) {
+        if let Err(error) = self.file.unlock() {
+            tracing::warn!(path = %self.path.display(), %error, "cannot unlock");
+        }
+    }
+}
+
+impl Drop for SharedLock {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.unlock() {
+            tracing::warn!(%error, "cannot unlock the journal");
+        }
+    }
+}
 
 impl Journal {
     /// Opens the journal of a run directory. Creates nothing.

@@ -2,6 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
+use std::net::Ipv6Addr;
+
+use ipnet::{IpNet, Ipv6Net};
 
 use crate::netlink::{
     AddressView, Attributes, Family, LinkView, Message, NeighbourView, RouteView, RuleView, Socket, address_dump,
@@ -45,6 +48,10 @@ impl HostState {
         }
         for route in dump(&mut socket, &route_dump(None), RouteView::parse) {
             let RouteView { destination, gateway, link, table, protocol, scope, kind, metric, source } = route;
+            if protocol == libc::RTPROT_KERNEL && destination == IPV6_MULTICAST {
+                // Follows the carrier of each link, some time after it.
+                continue;
+            }
             let link = link.map(|l| name(l.get()));
             lines.insert(format!(
                 "route {destination} via {gateway:?} dev {link:?} table {table} protocol {protocol} scope {scope} \
@@ -131,6 +138,8 @@ fn traffic_control(socket: &mut Socket, index: u32) -> Vec<String> {
     lines
 }
 
+/// `ff00::/8`.
+const IPV6_MULTICAST: IpNet = IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0), 8));
 /// `sizeof(struct tcmsg)`.
 const TC_HEADER: usize = 20;
 /// `TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_INGRESS)`.
