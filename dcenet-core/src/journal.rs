@@ -9,8 +9,7 @@
 //! back what was begun. Files are only appended to, never flushed to disk: they outlive processes; a reboot removes
 //! what they describe, and the boot id in them tells.
 //!
-//! Who works on an attachment holds a lock (flock) on its file. Who makes or removes what attachments share holds an
-//! exclusive lock on the directory, who relies on it a shared one.
+//! Who works on an attachment holds a lock (flock) on its file.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
@@ -119,24 +118,12 @@ pub(crate) enum Entered {
     Old(Entry, Option<Box<Record>>),
 }
 
-/// A lock on what attachments share; released when dropped.
-#[derive(Debug)]
-pub(crate) struct SharedLock(File);
-
-// Both locks are given up by name: a child that another thread is just forking has copies of the descriptors, and
-// closing ours would not end the locks before the child executes its program.
+// The lock is given up by name: a child that another thread is just forking has a copy of the descriptor, and closing
+// ours would not end the lock before the child executes its program.
 impl Drop for Entry {
     fn drop(&mut self) {
         if let Err(error) = self.file.unlock() {
             tracing::warn!(path = %self.path.display(), %error, "cannot unlock");
-        }
-    }
-}
-
-impl Drop for SharedLock {
-    fn drop(&mut self) {
-        if let Err(error) = self.0.unlock() {
-            tracing::warn!(%error, "cannot unlock the journal");
         }
     }
 }
@@ -235,22 +222,6 @@ impl Journal {
             records.extend(parse(&text, &path)?.filter(|r| r.key.network == *network));
         }
         Ok(records)
-    }
-
-    /// Waits for the lock on what attachments share.
-    pub(crate) fn lock_shared_state(&self, exclusive: bool) -> Result<SharedLock, JournalError> {
-        let failed = |e| JournalError::io(&self.directory, e);
-        let open = || File::open(&self.directory);
-        let file = match open() {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                self.make_directory()?;
-                open()
-            }
-            other => other,
-        };
-        let file = file.map_err(failed)?;
-        if exclusive { file.lock() } else { file.lock_shared() }.map_err(failed)?;
-        Ok(SharedLock(file))
     }
 }
 

@@ -4,10 +4,10 @@
 //! [`NetNs`] is passed to whatever acts, sockets are opened in it and stay bound to it, and other code runs in it on a
 //! thread that dies afterwards.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::marker::PhantomData;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -19,7 +19,7 @@ use crate::sys;
 /// An open network namespace. It lives for as long as this handle.
 #[derive(Debug)]
 pub struct NetNs {
-    fd: OwnedFd,
+    file: File,
     id: NetNsId,
 }
 
@@ -51,12 +51,17 @@ impl NetNs {
             return Err(NetNsError::NotANamespace { path: path.to_owned() });
         }
         let metadata = file.metadata().map_err(failed)?;
-        Ok(Self { fd: file.into(), id: NetNsId { dev: metadata.dev(), inode: metadata.ino() } })
+        Ok(Self { id: NetNsId { dev: metadata.dev(), inode: metadata.ino() }, file })
     }
 
     /// Opens the namespace of the calling thread.
     pub fn of_this_thread() -> Result<Self, NetNsError> {
         Self::open(THREAD)
+    }
+
+    /// The file that stands for it.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
     }
 
     /// Its identity.
@@ -79,7 +84,7 @@ impl NetNs {
     pub fn run<R: Send>(&self, f: impl FnOnce() -> R + Send) -> Result<R, NetNsError> {
         std::thread::scope(|scope| {
             let worker = std::thread::Builder::new().name("dcenet-netns".into()).spawn_scoped(scope, || {
-                sys::enter_netns(self.fd.as_fd())?;
+                sys::enter_netns(self.file.as_fd())?;
                 Ok(f())
             });
             let worker = worker.map_err(NetNsError::Enter)?;
@@ -112,7 +117,7 @@ impl NetNs {
 
 impl AsFd for NetNs {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.file.as_fd()
     }
 }
 
@@ -185,6 +190,9 @@ pub enum NetNsError {
     /// setns(2) failed, or no thread could be started.
     #[error("cannot enter the network namespace: {0}")]
     Enter(#[source] io::Error),
+    /// The file that stands for the host's namespace could not be locked.
+    #[error("cannot lock the host's network namespace: {0}")]
+    Lock(#[source] io::Error),
     /// A guard was asked to return to a namespace in which the thread is not.
     #[error("the calling thread is not in the namespace that it is to return to")]
     NotHome,

@@ -104,11 +104,11 @@ impl Engine {
             Ok((view, plan))
         };
         // Who relies on shared devices keeps those from removing them who made them and failed.
-        let mut lock = if needs.is_empty() { None } else { Some(self.journal.lock_shared_state(false)?) };
+        let mut lock = if needs.is_empty() { None } else { Some(self.shared.relying(&self.host)?) };
         let (mut host, mut plan) = look()?;
         if plan.makes_shared() {
             drop(lock.take());
-            lock = Some(self.journal.lock_shared_state(true)?);
+            lock = Some(self.shared.changing(&self.host)?);
             (host, plan) = look()?;
         }
         for link in &host.links {

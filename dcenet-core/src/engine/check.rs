@@ -141,7 +141,7 @@ impl Engine {
     /// Removes the bridge that attachments of this configuration shared, if it is ours and has no port. Returns whether
     /// it did. Called when a network goes away for good.
     pub fn remove_idle(&self, bridge: &IfName) -> Result<bool, super::TeardownError> {
-        let _lock = self.journal.lock_shared_state(true)?;
+        let _lock = self.shared.changing(&self.host)?;
         let mut socket = self.host_socket()?;
         let Some(link) = look_up(&mut socket, bridge)? else { return Ok(false) };
         let ours = link.alias.as_deref() == Some(&crate::plan::shared_mark(bridge));

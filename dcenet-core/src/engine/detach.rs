@@ -56,7 +56,7 @@ impl Engine {
         let netns = netns.filter(|n| n.id() == record.netns && record.boot == self.journal.boot());
         let finished = record.done.is_some();
         let undo: Vec<Undo> = record.undo.iter().filter(|u| !finished || !u.is_shared()).cloned().collect();
-        let lock = if undo.iter().any(Undo::is_shared) { Some(self.journal.lock_shared_state(true)) } else { None };
+        let lock = if undo.iter().any(Undo::is_shared) { Some(self.shared.changing(&self.host)) } else { None };
         match lock.transpose() {
             Ok(lock) => {
                 let errors = self.take_back(&undo, &record.key, netns);

@@ -8,12 +8,14 @@ mod attach;
 mod check;
 mod detach;
 mod error;
+mod lock;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use self::check::Drift;
-pub use self::error::{AttachError, DetachErrors, TeardownError};
+pub use self::error::{AttachError, DetachErrors, StepError, TeardownError};
+use self::lock::SharedState;
 use crate::journal::{Interface, Journal, JournalError, Record};
 use crate::link::{LinkConfig, Policy};
 use crate::model::{AttachmentKey, IfIndex, LabelSet, MacAddr, NetworkName, Workload};
@@ -30,6 +32,7 @@ pub struct Engine {
     journal: Journal,
     policy: Option<Arc<dyn PolicySink>>,
     entry: NamespaceEntry,
+    shared: SharedState,
 }
 
 /// How the engine opens sockets in namespaces of pods.
@@ -91,7 +94,8 @@ impl Engine {
     /// # Errors
     /// Where the boot id cannot be read.
     pub fn new(host: Host, run: &Path, policy: Option<Arc<dyn PolicySink>>) -> Result<Self, JournalError> {
-        Ok(Self { host, journal: Journal::open(run)?, policy, entry: NamespaceEntry::default() })
+        let shared = SharedState::default();
+        Ok(Self { host, journal: Journal::open(run)?, policy, entry: NamespaceEntry::default(), shared })
     }
 
     /// Chooses how namespaces are entered.
@@ -147,13 +151,13 @@ impl Attached {
 
 impl std::fmt::Debug for Engine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { host, journal, policy, entry } = self;
+        let Self { host, journal, policy, entry, shared: _ } = self;
         f.debug_struct("Engine")
             .field("host", host)
             .field("journal", journal)
             .field("policy", &policy.is_some())
             .field("entry", entry)
-            .finish()
+            .finish_non_exhaustive()
     }
 }
 
