@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::link::{LinkConfig, Policy};
-use crate::model::{AttachmentId, AttachmentKey, IfIndex, LabelSet, MacAddr, NetworkName, Workload};
+use crate::model::{AttachmentId, AttachmentKey, IfIndex, LabelSet, MacAddr, Mtu, NetworkName, Workload};
 use crate::netlink::{Gate, gate};
 use crate::netns::NetNsId;
 use crate::plan::{End, Undo};
@@ -86,6 +86,9 @@ pub struct Interface {
     pub name: String,
     /// Its address.
     pub mac: MacAddr,
+    /// Its MTU, where it stays as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<Mtu>,
     /// The namespace's path where it is the pod's, as the caller gave it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sandbox: Option<PathBuf>,

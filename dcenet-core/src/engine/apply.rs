@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::error::{StepError, TeardownError};
 use super::{AttachRequest, Engine};
-use crate::model::{AttachmentKey, IfIndex, IfName};
+use crate::model::{AttachmentKey, IfIndex, IfName, Mtu};
 use crate::netlink::{self, Failure, LinkChange, LinkView, Message, NetlinkError, NewRoute, NewVeth, Socket};
 use crate::netns::NetNs;
 use crate::plan::{Operation, Plan, RouteSpec, Step, Target, Undo, mark};
@@ -16,7 +16,7 @@ pub(super) struct Session<'a> {
     pod_netns: &'a NetNs,
     host: Socket,
     pod: Option<Socket>,
-    indices: HashMap<(Target, IfName), IfIndex>,
+    links: HashMap<(Target, IfName), (IfIndex, Option<u32>)>,
 }
 
 /// What became of a plan.
@@ -29,7 +29,7 @@ pub(super) struct Applied {
 
 impl<'a> Session<'a> {
     pub(super) fn new(engine: &'a Engine, pod_netns: &'a NetNs, host: Socket) -> Self {
-        Self { engine, pod_netns, host, pod: None, indices: HashMap::new() }
+        Self { engine, pod_netns, host, pod: None, links: HashMap::new() }
     }
 
     /// The host's socket.
@@ -40,13 +40,19 @@ impl<'a> Session<'a> {
     /// Remembers a link's index, so that it need not be asked for.
     pub(super) fn know(&mut self, target: Target, link: &LinkView) {
         if let Ok(name) = link.name.parse() {
-            self.indices.insert((target, name), link.index);
+            self.links.insert((target, name), (link.index, Some(link.mtu)));
         }
     }
 
     /// A link's index, if it was learnt.
     pub(super) fn known(&self, target: Target, link: &IfName) -> Option<IfIndex> {
-        self.indices.get(&(target, link.clone())).copied()
+        self.links.get(&(target, link.clone())).map(|(index, _)| *index)
+    }
+
+    /// A link's MTU, if it was learnt.
+    pub(super) fn known_mtu(&self, target: Target, link: &IfName) -> Option<Mtu> {
+        let (_, mtu) = self.links.get(&(target, link.clone()))?;
+        mtu.and_then(|mtu| Mtu::try_from(mtu).ok())
     }
 
     fn socket(&mut self, target: Target) -> Result<&mut Socket, StepError> {
@@ -140,7 +146,7 @@ impl<'a> Session<'a> {
                 Target::Host => Target::Pod,
                 Target::Pod => Target::Host,
             };
-            self.indices.insert((other, far.name.clone()), peer);
+            self.links.insert((other, far.name.clone()), (peer, Some(link.mtu)));
         }
     }
 

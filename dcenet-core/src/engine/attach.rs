@@ -2,7 +2,7 @@
 
 use super::apply::{Session, look_up};
 use super::error::{AttachError, StepError};
-use super::{AttachRequest, Attached, Engine, sandbox};
+use super::{AttachRequest, Attached, Engine};
 use crate::journal::{Done, Entered, Entry, Interface, Record};
 use crate::link::{HostView, LinkRequest, Policy};
 use crate::netlink::{self, AddressView, Socket};
@@ -209,14 +209,18 @@ fn done(request: &AttachRequest<'_>, plan: &Plan, host: &HostView, session: &Ses
             _ => None,
         });
         if let Some(mac) = made.or(host.link(bridge).and_then(|l| l.mac)) {
-            interfaces.push(Interface { name: bridge.to_string(), mac, sandbox: None });
+            // Its MTU follows its ports, so that no number would stay true.
+            interfaces.push(Interface { name: bridge.to_string(), mac, mtu: None, sandbox: None });
         }
     }
     if let Some(end) = &plan.host_end {
-        interfaces.push(Interface { name: end.name.to_string(), mac: end.mac, sandbox: None });
+        let mtu = session.known_mtu(Target::Host, &end.name);
+        interfaces.push(Interface { name: end.name.to_string(), mac: end.mac, mtu, sandbox: None });
     }
     let pod = &plan.pod_end;
-    interfaces.push(Interface { name: pod.name.to_string(), mac: pod.mac, sandbox: Some(sandbox(&request.pod)) });
+    let mtu = session.known_mtu(Target::Pod, &pod.name);
+    let sandbox = Some(request.pod.path.to_owned());
+    interfaces.push(Interface { name: pod.name.to_string(), mac: pod.mac, mtu, sandbox });
     let host_index = plan.host_end.as_ref().and_then(|end| session.known(Target::Host, &end.name));
     Done { interfaces, host_index }
 }

@@ -10,7 +10,7 @@ mod detach;
 mod error;
 mod lock;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 pub use self::check::Drift;
@@ -159,9 +159,4 @@ impl std::fmt::Debug for Engine {
             .field("entry", entry)
             .finish_non_exhaustive()
     }
-}
-
-/// The path under which the pod's namespace is known, for results and records.
-fn sandbox(pod: &Pod<'_>) -> PathBuf {
-    pod.path.to_owned()
 }

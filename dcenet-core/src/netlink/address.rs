@@ -45,10 +45,7 @@ pub(crate) fn add_address(link: &str, index: IfIndex, address: IpNet) -> Message
         IpNet::V4(net) if net.prefix_len() < 31 => {
             message.bytes(libc::IFA_BROADCAST, &net.broadcast().octets());
         }
-        IpNet::V4(_) => {}
-        IpNet::V6(_) => {
-            message.u32(libc::IFA_FLAGS, libc::IFA_F_NODAD);
-        }
+        IpNet::V4(_) | IpNet::V6(_) => {}
     }
     message
 }
@@ -69,6 +66,9 @@ fn message(kind: u16, flags: u16, operation: String, index: IfIndex, address: Ip
     let mut header = [0; HEADER];
     header[0] = family_of(address.addr());
     header[1] = address.prefix_len();
+    if kind == libc::RTM_NEWADDR && address.addr().is_ipv6() {
+        header[2] = NODAD;
+    }
     if is_link_local(address.addr()) {
         header[3] = libc::RT_SCOPE_LINK;
     }
@@ -87,3 +87,5 @@ fn is_link_local(address: IpAddr) -> bool {
 }
 
 const HEADER: usize = 8;
+/// `IFA_F_NODAD`, which fits the header's eight bits of flags.
+const NODAD: u8 = libc::IFA_F_NODAD as u8;

@@ -12,6 +12,8 @@ mod fault;
 mod link;
 mod message;
 mod neighbour;
+#[cfg(test)]
+mod oracle;
 mod route;
 mod socket;
 

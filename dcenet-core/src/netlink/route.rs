@@ -79,6 +79,8 @@ fn message(kind: u16, flags: u16, operation: String, route: &NewRoute) -> Messag
     let mut header = [0; HEADER];
     header[0] = family_of(route.destination.addr());
     header[1] = route.destination.prefix_len();
+    let small = u8::try_from(route.table);
+    header[4] = small.unwrap_or(libc::RT_TABLE_UNSPEC);
     header[5] = PROTOCOL;
     // The kernel wants a narrower scope for what is reached without a router (fib_check_nh).
     header[6] = match route.gateway {
@@ -100,7 +102,9 @@ fn message(kind: u16, flags: u16, operation: String, route: &NewRoute) -> Messag
     if let Some(metric) = route.metric {
         message.u32(libc::RTA_PRIORITY, metric);
     }
-    message.u32(libc::RTA_TABLE, route.table);
+    if small.is_err() {
+        message.u32(libc::RTA_TABLE, route.table);
+    }
     message
 }
 
