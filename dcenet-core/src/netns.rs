@@ -8,6 +8,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -52,6 +53,49 @@ impl NetNs {
         }
         let metadata = file.metadata().map_err(failed)?;
         Ok(Self { id: NetNsId { dev: metadata.dev(), inode: metadata.ino() }, file })
+    }
+
+    /// Makes a new, empty namespace and mounts it at `path`, where it stays until [`NetNs::remove`], whoever uses it.
+    /// The file is made; its directory must be there.
+    ///
+    /// # Errors
+    /// [`NetNsError::Create`], where the path exists already too; nothing is left behind.
+    pub fn create(path: impl AsRef<Path>) -> Result<Self, NetNsError> {
+        let path = path.as_ref();
+        let failed = |source| NetNsError::Create { path: path.to_owned(), source };
+        let target = CString::new(path.as_os_str().as_bytes()).map_err(|e| failed(e.into()))?;
+        OpenOptions::new().write(true).create_new(true).open(path).map_err(failed)?;
+        let made = std::thread::scope(|scope| {
+            let maker = scope.spawn(|| {
+                sys::unshare_netns()?;
+                sys::bind_mount(c"/proc/thread-self/ns/net", &target)
+            });
+            maker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        });
+        if let Err(source) = made {
+            // The file is ours, made above, and empty.
+            let _ = std::fs::remove_file(path);
+            return Err(failed(source));
+        }
+        Self::open(path)
+    }
+
+    /// Unmounts the namespace at `path` and removes the file. The namespace goes when nobody uses it any more. A path
+    /// that does not exist, and a file on which nothing is mounted, are no errors.
+    pub fn remove(path: impl AsRef<Path>) -> Result<(), NetNsError> {
+        let path = path.as_ref();
+        let failed = |source| NetNsError::Remove { path: path.to_owned(), source };
+        let target = CString::new(path.as_os_str().as_bytes()).map_err(|e| failed(e.into()))?;
+        match sys::unmount(&target) {
+            Err(error) if !matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) => {
+                return Err(failed(error));
+            }
+            _ => {}
+        }
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed(error)),
+            _ => Ok(()),
+        }
     }
 
     /// Opens the namespace of the calling thread.
@@ -175,6 +219,24 @@ pub enum NetNsError {
     /// The path cannot be opened.
     #[error("network namespace {}: {source}", path.display())]
     Open {
+        /// The path.
+        path: PathBuf,
+        /// What the system answered.
+        #[source]
+        source: io::Error,
+    },
+    /// No namespace could be made there.
+    #[error("cannot make a network namespace at {}: {source}", path.display())]
+    Create {
+        /// The path.
+        path: PathBuf,
+        /// What the system answered.
+        #[source]
+        source: io::Error,
+    },
+    /// The namespace could not be unmounted, or its file not removed.
+    #[error("cannot remove the network namespace at {}: {source}", path.display())]
+    Remove {
         /// The path.
         path: PathBuf,
         /// What the system answered.

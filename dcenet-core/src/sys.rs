@@ -12,7 +12,6 @@ pub(crate) fn enter_netns(fd: BorrowedFd<'_>) -> io::Result<()> {
 }
 
 /// Moves the calling thread into a new, empty network namespace (unshare(2), `CLONE_NEWNET`).
-#[cfg(any(test, feature = "test-support"))]
 pub(crate) fn unshare_netns() -> io::Result<()> {
     // SAFETY: unshare takes no pointers; CLONE_NEWNET changes no memory that Rust code relies on.
     check(unsafe { libc::unshare(libc::CLONE_NEWNET) })
@@ -36,14 +35,12 @@ pub(crate) fn is_netns(fd: BorrowedFd<'_>) -> io::Result<bool> {
 }
 
 /// Binds the file `from` over the existing file `to` (mount(2), `MS_BIND`).
-#[cfg(any(test, feature = "test-support"))]
 pub(crate) fn bind_mount(from: &std::ffi::CStr, to: &std::ffi::CStr) -> io::Result<()> {
     // SAFETY: both paths are NUL-terminated and outlive the call; a bind mount reads neither type nor data.
     check(unsafe { libc::mount(from.as_ptr(), to.as_ptr(), std::ptr::null(), libc::MS_BIND, std::ptr::null()) })
 }
 
 /// Detaches the mount at `at` (umount2(2), `MNT_DETACH`).
-#[cfg(any(test, feature = "test-support"))]
 pub(crate) fn unmount(at: &std::ffi::CStr) -> io::Result<()> {
     // SAFETY: the path is NUL-terminated and outlives the call.
     check(unsafe { libc::umount2(at.as_ptr(), libc::MNT_DETACH) })

@@ -1,0 +1,94 @@
+//! The stage: a host and its pods as network namespaces, below one directory.
+
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use dcenet_core::netns::NetNs;
+
+/// Everything that the demo makes is below this directory, so that a later run finds what a crash left.
+const DIRECTORY: &str = "/run/dcenet-demo";
+
+/// The stage while it stands.
+#[derive(Debug)]
+pub struct Stage {
+    /// Held for as long as the demo runs: two at once would stand on each other's feet.
+    _lock: File,
+    /// The namespace that stands for the host.
+    pub host: NetNs,
+}
+
+impl Stage {
+    /// Removes what an earlier run left, and takes the place for this one.
+    ///
+    /// # Errors
+    /// If another demo runs, or the system refuses.
+    pub fn set_up() -> Result<Self, Box<dyn std::error::Error>> {
+        let host = NetNs::create(netns_path("host"))?;
+        // A host that forwards between its pods and the world, as every node of a cluster does.
+        host.run(|| {
+            fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
+            fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1")
+        })??;
+        Ok(Self { _lock: lock, host })
+    }
+
+    /// Makes a namespace for a pod, or for somebody outside.
+    pub fn namespace(&self, name: &str) -> Result<Pod, Box<dyn std::error::Error>> {
+        let path = netns_path(name);
+        Ok(Pod { netns: NetNs::create(&path)?, path })
+    }
+
+    /// A directory of the stage.
+    pub fn directory(&self, name: &str) -> PathBuf {
+        directory(name)
+    }
+
+    /// Removes everything.
+    pub fn strike(self) -> Result<(), Box<dyn std::error::Error>> {
+        clear()?;
+        Ok(fs::remove_dir_all(DIRECTORY)?)
+    }
+}
+
+/// A namespace with its path.
+#[derive(Debug)]
+pub struct Pod {
+    /// The namespace.
+    pub netns: NetNs,
+    /// Where it is mounted.
+    pub path: PathBuf,
+}
+
+/// Whether anything of a demo is there.
+pub fn anything_left() -> bool {
+    Path::new(DIRECTORY).exists()
+}
+
+/// Removes all but the lock.
+fn clear() -> Result<(), Box<dyn std::error::Error>> {
+    let namespaces = match fs::read_dir(directory("netns")) {
+        Ok(entries) => entries.collect::<io::Result<Vec<_>>>()?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        Err(error) => return Err(error.into()),
+    };
+    for entry in namespaces {
+        NetNs::remove(entry.path())?;
+    }
+    for name in ["netns", "run", "state"] {
+        match fs::remove_dir_all(directory(name)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn directory(name: &str) -> PathBuf {
+    Path::new(DIRECTORY).join(name)
+}
+
+fn netns_path(name: &str) -> PathBuf {
+    directory("netns").join(name)
+}
