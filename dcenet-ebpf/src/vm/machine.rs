@@ -301,8 +301,9 @@ impl<'a> Machine<'a> {
             return Err(TrapKind::Argument { argument: 4, reason: "no flags are defined" });
         }
         if rounds == 0 || rounds > MAX_LOOPS {
-            const E2BIG: i64 = 7;
-            self.set(Reg::R0, if rounds == 0 { 0 } else { (-E2BIG) as u64 });
+            // The verifier writes the loop out and moves the error to the lower half only (`inline_bpf_loop`).
+            const E2BIG: i32 = 7;
+            self.set(Reg::R0, if rounds == 0 { 0 } else { u64::from((-E2BIG) as u32) });
             self.clobber();
             return Ok(next);
         }

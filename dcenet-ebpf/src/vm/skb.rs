@@ -47,21 +47,27 @@ pub struct Vlan {
 }
 
 impl Skb {
-    /// A linear packet on a device of index 1, its protocol read from the Ethernet header, all else zero: what
-    /// `BPF_PROG_TEST_RUN` makes.
+    /// A linear packet on a device of index 1 whose MAC address is zero, its protocol and type read from the Ethernet
+    /// header, all else zero: what `BPF_PROG_TEST_RUN` makes. It takes the loopback device, to which a broadcast is just
+    /// another multicast.
     pub fn new(packet: impl Into<Vec<u8>>) -> Self {
         let packet = packet.into();
         let protocol = packet.get(12..14).map_or(0, |b| u16::from_be_bytes([b[0], b[1]]));
+        let pkt_type = match packet.get(..6) {
+            None | Some([0, 0, 0, 0, 0, 0]) => PACKET_HOST,
+            Some(mac) if mac[0] & 1 == 1 => PACKET_MULTICAST,
+            Some(_) => PACKET_OTHERHOST,
+        };
         Self {
             packet,
             linear: usize::MAX,
-            pkt_type: 0,
+            pkt_type,
             mark: 0,
             queue_mapping: 0,
             protocol,
             vlan: None,
             priority: 0,
-            ingress_ifindex: 1,
+            ingress_ifindex: 0,
             ifindex: 1,
             tc_index: 0,
             cb: [0; 5],
@@ -173,6 +179,10 @@ pub(super) fn writable(offset: usize, size: usize) -> bool {
 }
 
 pub(super) const CONTEXT_BYTES: usize = 192;
+
+const PACKET_HOST: u32 = 0;
+const PACKET_MULTICAST: u32 = 2;
+const PACKET_OTHERHOST: u32 = 3;
 
 const LEN: usize = 0;
 const PKT_TYPE: usize = 4;
