@@ -103,7 +103,7 @@ fn an_island_after_a_return_is_stepped_over_by_those_who_jump_there() {
         let (far, here) = (asm.label(), asm.label());
         asm.short_span(40).jump_if(Cond::Eq, R1, 2, far).jump(here);
         fill(&mut asm, padding);
-        asm.ret(1).bind(here).ret(2);
+        asm.ret(1).bind(here).load_imm64(R3, 7).ret(2);
         fill(&mut asm, 60);
         asm.bind(far).ret(3);
         assert_eq!(walk(&asm.finish().unwrap()), [2], "padding {padding}");
@@ -205,6 +205,14 @@ fn mistakes_are_named() {
                 a.store(Size::W, R10, off, 0);
             }),
             AsmError::OutsideStack { slot: 0, .. }
+        ));
+    }
+    for off in [-516, 8] {
+        assert!(matches!(
+            refused(&|a| {
+                a.mov(R2, R10).add(R2, off);
+            }),
+            AsmError::OutsideStack { slot: 1, .. }
         ));
     }
     assert!(matches!(

@@ -5,7 +5,7 @@
 use std::time::Instant;
 
 use dcenet_ebpf::asm::Asm;
-use dcenet_ebpf::insn::{AtomicOp, Cond, Helper, Insn, IsaLevel, Reg::*, Size};
+use dcenet_ebpf::insn::{AtomicOp, Cond, Helper, IsaLevel, Reg::*, Size};
 use dcenet_ebpf::object::{MapFlags, MapSpec, Object, ProgramKind};
 use dcenet_ebpf::vm::{
     Environment, Map, MapError, Maps, Memory, Redirect, Run, Skb, Trap, TrapKind, Update, Vlan, Vm, VmError,
@@ -121,7 +121,7 @@ fn memory_has_bounds() {
     );
     assert_eq!(
         trap(|a| {
-            a.mov(R1, R10).add(R1, -516).store(Size::W, R1, 0, 0);
+            a.mov(R1, R10).add(R1, -512).add(R1, -4).store(Size::W, R1, 0, 0);
         }),
         TrapKind::OutOfBounds { memory: Memory::Stack, offset: -516, size: 4, len: 512 }
     );
@@ -137,15 +137,11 @@ fn memory_has_bounds() {
 fn the_context_is_read_and_written_as_the_kernel_allows() {
     let no = |offset, size| TrapKind::Context { offset, size };
     for (off, size) in [(1, Size::H), (84, Size::W), (76, Size::H), (46, Size::W), (-4, Size::W), (64, Size::Dw)] {
-        let bytes = size.bytes();
-        if off == 64 {
-            continue;
-        }
         assert_eq!(
             trap(|a| {
                 a.load(size, R2, R1, off);
             }),
-            no(off.into(), bytes)
+            no(off.into(), size.bytes())
         );
     }
     for (off, size) in [(0, Size::W), (16, Size::W), (8, Size::H), (76, Size::W), (40, Size::W)] {
@@ -470,7 +466,26 @@ fn it_runs_millions_of_instructions_a_second() {
         best = best.max(run.insns as f64 / start.elapsed().as_secs_f64() / 1e6);
     }
     eprintln!("{best:.0} M instructions/s");
-    let slots = |insn: &Insn| insn.slots();
-    assert_eq!(slots(&Insn::Exit), 1);
     assert!(best > if cfg!(debug_assertions) { 5.0 } else { 20.0 }, "{best:.1} M instructions/s");
+}
+
+/// Short programs are what a comparison of many packets runs: setting a run up must be cheap too.
+#[test]
+fn it_runs_short_programs_many_times_a_second() {
+    let mut fixture = fixture(|a| {
+        lookup(a, "hash");
+        a.ret(0);
+    });
+    let mut skb = Skb::new([0; 64]);
+    let mut best = 0.0f64;
+    for _ in 0..20 {
+        const RUNS: u32 = 2_000;
+        let start = Instant::now();
+        for _ in 0..RUNS {
+            fixture.vm.run(&mut skb, &mut fixture.maps, &mut fixture.env).unwrap();
+        }
+        best = best.max(f64::from(RUNS) / start.elapsed().as_secs_f64() / 1e6);
+    }
+    eprintln!("{best:.2} M runs/s");
+    assert!(best > 0.2, "{best:.2} M runs/s");
 }

@@ -79,13 +79,10 @@ pub(super) fn lint(insns: &[Insn]) -> Lint {
 
 fn stack_bytes(insns: &[Insn]) -> u16 {
     let direct = insns.iter().filter_map(|insn| frame_access(insn).map(|(off, _)| off));
-    let formed = insns.windows(2).filter_map(|pair| match *pair {
-        [
-            Insn::Alu { width: Width::W64, op: AluOp::Mov, dst, src: Src::Reg(Reg::R10) },
-            Insn::Alu { width: Width::W64, op: AluOp::Add, dst: same, src: Src::Imm(imm) },
-        ] if dst == same => i16::try_from(imm).ok(),
-        _ => None,
-    });
+    let formed = insns
+        .windows(2)
+        .filter_map(|pair| formed_address(&[pair[0], pair[1]]))
+        .filter_map(|off| i16::try_from(off).ok());
     direct.chain(formed).filter(|off| *off < 0).map(i16::unsigned_abs).max().unwrap_or(0)
 }
 
@@ -100,11 +97,22 @@ fn frame_access(insn: &Insn) -> Option<(i16, Size)> {
     }
 }
 
+/// The offset of an address that two instructions form as `rX = r10; rX += n`.
+fn formed_address(pair: &[Insn; 2]) -> Option<i32> {
+    match *pair {
+        [
+            Insn::Alu { width: Width::W64, op: AluOp::Mov, dst, src: Src::Reg(Reg::R10) },
+            Insn::Alu { width: Width::W64, op: AluOp::Add, dst: same, src: Src::Imm(imm) },
+        ] if dst == same => Some(imm),
+        _ => None,
+    }
+}
+
 /// Refuses what no kernel takes, and what is above the level.
 pub(super) fn check(function: &str, level: IsaLevel, insns: &[Insn]) -> Result<(), AsmError> {
     let function = || function.to_owned();
     let mut slot = 0;
-    for insn in insns {
+    for (at, insn) in insns.iter().enumerate() {
         let insn = *insn;
         if insn.writes() == Some(Reg::R10) {
             return Err(AsmError::WritesFramePointer { function: function(), slot, insn });
@@ -120,6 +128,11 @@ pub(super) fn check(function: &str, level: IsaLevel, insns: &[Insn]) -> Result<(
         let needs = insn.isa_level();
         if needs > level {
             return Err(AsmError::IsaLevel { function: function(), slot, insn, needs, level });
+        }
+        if let Some([_, next]) = insns.get(at..at + 2)
+            && formed_address(&[insn, *next]).is_some_and(|off| !(-i32::from(STACK_BYTES)..=0).contains(&off))
+        {
+            return Err(AsmError::OutsideStack { function: function(), slot: slot + insn.slots(), insn: *next });
         }
         slot += insn.slots();
     }

@@ -2,7 +2,7 @@
 //!
 //! [`Asm`] takes instructions in order, [`Asm::finish`] resolves labels and checks the whole. Errors wait until then, so
 //! that calls chain. The result, a [`Function`], goes into an [`Object`](crate::object::Object), which becomes ELF for a
-//! loader, or a [`Program`](crate::object::Program) for a virtual machine.
+//! loader, or a [`Program`](crate::object::Program) for the [VM](crate::vm).
 //!
 //! # Far jumps
 //! A jump holds a 16-bit offset, and the verifier lengthens jumps when it rewrites what lies under them (inlined map
