@@ -446,6 +446,37 @@ fn wrong_maps_and_kinds_are_refused() {
     assert!(matches!(Vm::new(&object.link("xdp").unwrap()), Err(VmError::Kind { kind: ProgramKind::Xdp, .. })));
 }
 
+/// A decision tree over the mark, a leaf per value.
+fn tree(asm: &mut Asm, low: i32, high: i32) {
+    if high - low == 1 {
+        asm.ret(low);
+        return;
+    }
+    let (middle, above) = (low + (high - low) / 2, asm.label());
+    asm.jump_if(Cond::Ge, R6, middle, above);
+    tree(asm, low, middle);
+    asm.bind(above);
+    tree(asm, middle, high);
+}
+
+#[test]
+fn every_leaf_of_a_large_tree_is_reached_at_both_levels() {
+    const LEAVES: i32 = 20_000;
+    for isa in [IsaLevel::V3, IsaLevel::V4] {
+        let mut fixture = fixture(|a| {
+            a.isa(isa).load(Size::W, R6, R1, 8);
+            tree(a, 0, LEAVES);
+        });
+        let mut skb = Skb::new([0; 64]);
+        for leaf in 0..LEAVES as u32 {
+            skb.mark = leaf;
+            let run = fixture.vm.run(&mut skb, &mut fixture.maps, &mut fixture.env).unwrap();
+            assert_eq!(run.value, leaf, "{isa:?}");
+        }
+        assert_eq!(fixture.vm.missed().count(), 0, "{isa:?}");
+    }
+}
+
 /// A loop of arithmetic, stack, map value and packet accesses. The bound is loose for a busy machine; the figure printed
 /// is the one to read.
 #[test]
