@@ -1,16 +1,18 @@
 //! From a cluster to what the datapath needs: tables, arrays and decision diagrams.
 //!
 //! An [`Update`] is complete. What did not change is shared with the update before, so an enforcer finds out by
-//! pointer what to write. There is no moment with a verdict that neither the old nor the new state has, if it writes
-//! in this order:
+//! pointer what to write. It writes in this order:
 //!
-//! 1. the class arrays of policy sets whose [`SetId`] is new;
-//! 2. programs: one whose set is kept knows all local ids that its predecessor knew;
-//! 3. the class arrays of sets that are kept;
-//! 4. the address table.
+//! 1. the class arrays of all sets, those of [`Update::retiring`] too: only classes that no table names yet change;
+//! 2. the address table: old programs now meet new classes, which their arrays know;
+//! 3. programs;
 //!
-//! When all of it is in force it says so with [`Compiler::release`]; until then classes and sets that fell out of use
-//! keep their numbers and their places in the arrays.
+//! and when all of it is in force calls [`Compiler::release`]. After each step every endpoint still judges every peer
+//! by its old policy or by its new one, as long as the peer itself is the same. A peer whose own labels, namespace
+//! or ports changed may count as unknown to a policy set that is replaced in the same update, until step 3.
+//!
+//! Until released, what fell out of use keeps its number, and classes still distinguish what only retired policy
+//! sets ask; so an enforcer that never releases pays with ever more classes.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -40,6 +42,14 @@ pub enum CompileError {
         found: usize,
         /// How many there may be.
         limit: usize,
+    },
+    /// A policy is filed under another name than its own.
+    #[error("policy {id} is filed under {key}; use Cluster::insert_policy")]
+    MisfiledPolicy {
+        /// The key in [`Cluster::policies`].
+        key: PolicyId,
+        /// The policy's own id.
+        id: PolicyId,
     },
     /// Two pods hold one address, so a peer has two identities.
     #[error("address {address} is held by pods {first} and {second}; remove it from the one that is gone")]
@@ -177,6 +187,9 @@ pub struct Update {
     pub generation: u64,
     /// The endpoints in scope; pods in their host's network namespace are none.
     pub endpoints: BTreeMap<PodId, EndpointPlan>,
+    /// Policy sets that are no endpoint's any more but whose programs may still run, with arrays for this update's
+    /// classes.
+    pub retiring: Vec<Arc<PolicySet>>,
     /// Address to class.
     pub table: Arc<AddressTable>,
     /// What of the table differs from the update before.
@@ -216,12 +229,15 @@ pub struct Compiler {
 #[derive(Debug, Clone)]
 struct State {
     generation: u64,
+    /// Those in use, and those that a retired policy set may still need.
     atoms: HashMap<Atom, AtomId>,
+    retired_atoms: HashMap<Atom, u64>,
     next_atom: AtomId,
     classes: Ids<ClassKey>,
     rules: Ids<RuleRef>,
     set_ids: Ids<(SetKey, u64)>,
     sets: HashMap<SetKey, (Arc<PolicySet>, Signatures)>,
+    retired_sets: Vec<(u64, Arc<PolicySet>, Signatures)>,
     programs: HashMap<Arc<RuleList>, Arc<Program>>,
     table: Arc<AddressTable>,
     rule_table: Arc<RuleTable>,
@@ -240,11 +256,13 @@ impl Compiler {
         let state = State {
             generation: 0,
             atoms: HashMap::new(),
+            retired_atoms: HashMap::new(),
             next_atom: 0,
             classes: Ids::starting_at(ClassId::UNKNOWN.0 + 1),
             rules: Ids::starting_at(RuleId::FIRST.0),
             set_ids: Ids::starting_at(0),
             sets: HashMap::new(),
+            retired_sets: Vec::new(),
             programs: HashMap::new(),
             table: Arc::default(),
             rule_table: Arc::default(),
@@ -274,7 +292,7 @@ impl Compiler {
     ///
     /// [`CompileError`]; the compiler is then as if it had not been called, and the last update stands.
     pub fn update(&mut self, cluster: &Cluster) -> Result<Update, CompileError> {
-        check_addresses(cluster)?;
+        check(cluster)?;
         let mut next = self.state.clone();
         next.generation += 1;
 
@@ -299,7 +317,12 @@ impl Compiler {
             flat.push((key, flattener.flatten(key)?));
         }
         let Flattener { atoms, next_atom, rules_used, .. } = flattener;
-        (next.atoms, next.next_atom) = (atoms, next_atom);
+        next.retired_atoms.retain(|atom, _| !atoms.contains_key(atom));
+        for atom in self.state.atoms.keys().filter(|atom| !atoms.contains_key(atom)) {
+            next.retired_atoms.entry(atom.clone()).or_insert(next.generation);
+        }
+        (next.next_atom, next.atoms) = (next_atom, atoms);
+        next.atoms.extend(next.retired_atoms.keys().map(|atom| (atom.clone(), self.state.atoms[atom])));
 
         let classified = classes::classify(cluster, &next.atoms, &mut next.classes);
         let members = ClassMembers::new(next.classes.iter(), next.classes.end());
@@ -308,10 +331,8 @@ impl Compiler {
         let mut old_sets = std::mem::take(&mut next.sets);
         let mut sets_used = BTreeSet::new();
         for (key, set) in &flat {
-            let (before, mut signatures) = match old_sets.remove(*key) {
-                Some((before, signatures)) => (Some(before), signatures),
-                None => (None, Signatures::default()),
-            };
+            let before = old_sets.remove(*key);
+            let mut signatures = before.as_ref().map(|(_, signatures)| signatures.clone()).unwrap_or_default();
             let (list, locals) = signatures.resolve(set, &members, next.generation, &self.limits)?;
             let id = next.set_ids.intern(&((*key).clone(), signatures.epoch));
             sets_used.insert(id);
@@ -320,11 +341,28 @@ impl Compiler {
                 None => Arc::new(self.compile(&list)?),
             };
             next.programs.insert(Arc::new(list), Arc::clone(&program));
+            let before = match before {
+                Some((set, old)) if old.epoch != signatures.epoch => {
+                    next.retired_sets.push((next.generation, set, old));
+                    None
+                }
+                before => before.map(|(set, _)| set),
+            };
             let same = before.filter(|old| {
                 old.id.0 == id && Arc::ptr_eq(&old.program, &program) && *old.locals == *locals.as_slice()
             });
             let set = same.unwrap_or_else(|| Arc::new(PolicySet { id: SetId(id), program, locals: locals.into() }));
             next.sets.insert((*key).clone(), (set, signatures));
+        }
+
+        let gone = old_sets.into_values().map(|(set, signatures)| (next.generation, set, signatures));
+        next.retired_sets.extend(gone);
+        for (_, set, signatures) in &mut next.retired_sets {
+            let locals = signatures.locals(&members);
+            if *set.locals != *locals {
+                let PolicySet { id, program, locals: _ } = &**set;
+                *set = Arc::new(PolicySet { id: *id, program: Arc::clone(program), locals: locals.into() });
+            }
         }
 
         let table_changes = self.state.table.changes_to(&classified.table);
@@ -347,6 +385,7 @@ impl Compiler {
         let update = Update {
             generation: next.generation,
             endpoints: endpoints.iter().map(|(pod, keys)| (pod.clone(), plan(keys))).collect(),
+            retiring: next.retired_sets.iter().map(|(_, set, _)| Arc::clone(set)).collect(),
             table: Arc::clone(&next.table),
             table_changes,
             rules: Arc::clone(&next.rule_table),
@@ -363,6 +402,15 @@ impl Compiler {
         self.state.classes.release(generation);
         self.state.rules.release(generation);
         self.state.set_ids.release(generation);
+        self.state.retired_sets.retain(|(retired, _, _)| *retired > generation);
+        let State { atoms, retired_atoms, .. } = &mut self.state;
+        retired_atoms.retain(|atom, retired| {
+            let keep = *retired > generation;
+            if !keep {
+                atoms.remove(atom);
+            }
+            keep
+        });
     }
 
     fn compile(&self, list: &RuleList) -> Result<Program, CompileError> {
@@ -431,7 +479,10 @@ impl Compiler {
     }
 }
 
-fn check_addresses(cluster: &Cluster) -> Result<(), CompileError> {
+fn check(cluster: &Cluster) -> Result<(), CompileError> {
+    if let Some((key, policy)) = cluster.policies.iter().find(|(key, policy)| **key != policy.id) {
+        return Err(CompileError::MisfiledPolicy { key: key.clone(), id: policy.id.clone() });
+    }
     let mut holders: HashMap<IpAddr, &PodId> = HashMap::new();
     for (id, pod) in cluster.pods.iter().filter(|(_, pod)| pod.network == PodNetwork::Own) {
         for address in &pod.addresses {

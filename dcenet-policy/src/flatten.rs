@@ -79,7 +79,7 @@ pub(crate) struct Flattener<'a> {
     pub(crate) named_ports: &'a NamedPorts,
     pub(crate) limits: &'a Limits,
     pub(crate) atoms: HashMap<Atom, AtomId>,
-    /// Numbers of atoms that the last update knew, to be kept.
+    /// Numbers of atoms that are known already, to be kept.
     pub(crate) known_atoms: &'a HashMap<Atom, AtomId>,
     pub(crate) next_atom: AtomId,
     pub(crate) rules: &'a mut Ids<RuleRef>,
@@ -221,6 +221,17 @@ pub(crate) struct Signatures {
 }
 
 impl Signatures {
+    /// The local id of every class, for a set whose rules are no longer compiled; a combination of conditions that it
+    /// never had counts as none.
+    pub(crate) fn locals(&self, classes: &ClassMembers) -> Vec<u16> {
+        let local_of: HashMap<&Vec<u32>, u16> = self.known.iter().zip(0..).collect();
+        let mut locals = vec![0; classes.end];
+        for (class, signature) in held(&self.conditions, classes) {
+            locals[class as usize] = local_of.get(&signature).copied().unwrap_or(0);
+        }
+        locals
+    }
+
     /// Assigns local ids to classes and resolves the rules to them.
     ///
     /// Ids given before are kept while the conditions are the same, so that a peer that comes and goes leaves the
@@ -240,12 +251,7 @@ impl Signatures {
                 conditions.len() as u32 - 1
             });
         }
-        let mut held: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
-        for (index, condition) in (0..).zip(&conditions) {
-            for class in classes.satisfying(condition) {
-                held.entry(class).or_default().push(index);
-            }
-        }
+        let held = held(&conditions, classes);
         let wanted: BTreeSet<&Vec<u32>> = held.values().collect();
         if self.known.is_empty() || self.conditions != conditions || self.known.len() > 2 * wanted.len() + 64 {
             self.epoch = generation;
@@ -288,6 +294,17 @@ impl Signatures {
         }
         Ok((RuleList { direction: set.direction, locals: count, entries, default: set.default }, locals))
     }
+}
+
+/// The conditions that each class satisfies, as ascending indices; classes that satisfy none are left out.
+fn held(conditions: &[Condition], classes: &ClassMembers) -> BTreeMap<u32, Vec<u32>> {
+    let mut held: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+    for (index, condition) in (0..).zip(conditions) {
+        for class in classes.satisfying(condition) {
+            held.entry(class).or_default().push(index);
+        }
+    }
+    held
 }
 
 /// Which classes satisfy an atom.

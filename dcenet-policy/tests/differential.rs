@@ -2,11 +2,12 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use dcenet_policy::Compiler;
-use dcenet_policy::model::Direction;
+use dcenet_policy::ir::{Leaf, RuleList};
+use dcenet_policy::model::{Direction, Peers, PodId, Ports, Rule, Tuple, Verdict};
 use dcenet_policy::test_support::{
-    PlantedBug, Rng, Tally, addresses, boundary_tuples, cluster, compare, compare_random,
+    PlantedBug, Rng, Tally, addresses, boundary_tuples, cluster, compare, compare_random, tuples,
 };
+use dcenet_policy::{Compiler, Update};
 
 #[test]
 fn a_million_packets_get_the_evaluators_verdict_and_rule() {
@@ -81,17 +82,93 @@ fn a_sequence_of_updates_decides_as_a_fresh_compilation() {
             if rng.chance(50) {
                 compiler.release(update.generation.saturating_sub(rng.below(3) as u64));
             }
-            let questions = dcenet_policy::test_support::tuples(&mut rng, &state, 100);
+            let questions = tuples(&mut rng, &state, 100);
             let mut tally = Tally::default();
             compare(&state, &update, questions.clone(), &mut tally)
                 .unwrap_or_else(|error| panic!("seed {seed} step {step}: {error}"));
             let fresh = Compiler::default().update(&state).unwrap();
             for (pod, tuple) in questions {
-                let name = |update: &dcenet_policy::Update| {
+                let name = |update: &Update| {
                     update.decide(&pod, &tuple).map(|leaf| (leaf.verdict, update.rules.name(leaf.rule)))
                 };
                 assert_eq!(name(&update), name(&fresh));
             }
+        }
+    }
+}
+
+/// Judges by a program of one update, a class array found by number, and the address table of another.
+fn mixed(program_of: &Update, arrays: &Update, table_of: &Update, pod: &PodId, tuple: &Tuple) -> Option<Leaf> {
+    let set = program_of.endpoints.get(pod)?.set(tuple.direction);
+    let all = arrays.endpoints.values().flat_map(|plan| [&plan.ingress, &plan.egress]).chain(&arrays.retiring);
+    let array = all.into_iter().find(|candidate| candidate.id == set.id)?;
+    let local = array.local(table_of.table.lookup(tuple.peer));
+    Some(set.program.diagram.decide(local, tuple.protocol, tuple.port))
+}
+
+#[test]
+fn between_the_steps_of_an_update_the_old_policy_stands() {
+    let (mut compared, mut changed) = (0, 0);
+    for seed in 0..150 {
+        let mut rng = Rng::new(30_000 + seed);
+        let mut compiler = Compiler::default();
+        let mut state = cluster(&mut rng);
+        let mut before = compiler.update(&state).unwrap();
+        for step in 0..8 {
+            if rng.chance(50) {
+                compiler.release(before.generation);
+            }
+            let other = cluster(&mut rng);
+            state.policies.retain(|_, _| rng.chance(60));
+            state.policies.extend(other.policies.into_iter().filter(|_| rng.chance(60)));
+            let after = compiler.update(&state).unwrap();
+            for (pod, tuple) in tuples(&mut rng, &state, 60) {
+                let old = before.decide(&pod, &tuple);
+                let place = format!("seed {seed} step {step} {pod} {tuple:?}");
+                assert_eq!(mixed(&before, &after, &before, &pod, &tuple), old, "arrays written: {place}");
+                assert_eq!(mixed(&before, &after, &after, &pod, &tuple), old, "table written: {place}");
+                compared += 1;
+                changed +=
+                    usize::from(after.decide(&pod, &tuple).map(|leaf| leaf.verdict) != old.map(|leaf| leaf.verdict));
+            }
+            before = after;
+        }
+    }
+    assert!(compared > 50_000 && changed > 5_000, "{compared} compared, {changed} changed");
+}
+
+#[test]
+fn lists_print_and_parse_back_and_compile_the_same_each_time() {
+    let mut lists = 0;
+    for seed in 40_000..40_200 {
+        let cluster = cluster(&mut Rng::new(seed));
+        let [one, two] = [(); 2].map(|()| Compiler::default().update(&cluster).unwrap());
+        for (first, second) in one.sets().values().zip(two.sets().values()) {
+            assert_eq!(first, second);
+            let text = first.program.list.to_string();
+            assert_eq!(text.parse::<RuleList>().unwrap(), first.program.list, "{text}");
+            lists += 1;
+        }
+    }
+    assert!(lists > 1_000, "{lists}");
+}
+
+#[test]
+fn rules_that_match_nobody_change_nothing() {
+    for seed in 50_000..50_010 {
+        let mut rng = Rng::new(seed);
+        let plain = cluster(&mut rng);
+        let mut padded = plain.clone();
+        let nobody = Rule { action: Verdict::Deny, peers: Peers::OneOf(Vec::new()), ports: Ports::Any };
+        for policy in padded.policies.values_mut() {
+            for rules in [&mut policy.ingress, &mut policy.egress].into_iter().flatten() {
+                rules.splice(0..0, std::iter::repeat_n(nobody.clone(), 12_500));
+            }
+        }
+        let [one, two] = [&plain, &padded].map(|cluster| Compiler::default().update(cluster).unwrap());
+        for (pod, tuple) in tuples(&mut rng, &plain, 500) {
+            let verdict = |update: &Update| update.decide(&pod, &tuple).map(|leaf| leaf.verdict);
+            assert_eq!(verdict(&one), verdict(&two));
         }
     }
 }
