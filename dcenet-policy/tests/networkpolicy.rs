@@ -206,3 +206,54 @@ fn a_rule_with_too_many_combinations_is_refused() {
         other => panic!("{other}"),
     }
 }
+
+#[test]
+fn ten_thousand_policies_in_one_file_are_read() {
+    let one = |number: usize| {
+        format!(
+            "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: p{number}, namespace: n}}\nspec:\n  \
+             podSelector: {{matchLabels: {{app: a{number}}}}}\n  ingress:\n  - from:\n    - podSelector: {{matchLabels: \
+             {{app: b}}}}\n    ports: [{{port: 80}}, {{port: 90, endPort: 99}}]\n"
+        )
+    };
+    let text: Vec<String> = (0..10_000).map(one).collect();
+    assert_eq!(from_yaml(&text.join("---\n")).unwrap().len(), 10_000);
+}
+
+#[test]
+fn broken_texts_are_refused_not_fatal() {
+    let whole = with_spec(
+        "{podSelector: {matchLabels: {a: b}}, policyTypes: [Ingress, Egress],
+          ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/8, except: [10.1.0.0/16]}}, {namespaceSelector: {}}],
+                     ports: [{port: 80, endPort: 90}, {port: web, protocol: UDP}]}],
+          egress: [{to: [{podSelector: {matchExpressions: [{key: a, operator: NotIn, values: [b]}]}}]}]}",
+    );
+    let mut rng = dcenet_policy::test_support::Rng::new(1);
+    let (mut read, mut refused) = (0, 0);
+    for _ in 0..20_000 {
+        let mut bytes = whole.clone().into_bytes();
+        for _ in 0..1 + rng.below(3) {
+            let at = rng.below(bytes.len());
+            match rng.below(4) {
+                0 => bytes[at] = *rng.pick(b" \n{}[],:-#&*!|>'\"%@`019azAZ~\t\x00"),
+                1 => drop(bytes.remove(at)),
+                2 => bytes.truncate(at + 1),
+                _ => bytes.insert(at, *rng.pick(b"{[,:-0")),
+            }
+        }
+        match from_yaml(&String::from_utf8_lossy(&bytes)) {
+            Ok(_) => read += 1,
+            Err(error) => {
+                assert!(!error.to_string().is_empty());
+                refused += 1;
+            }
+        }
+    }
+    assert!(read > 200 && refused > 5_000, "{read} read, {refused} refused");
+    let deep = "[".repeat(100_000);
+    from_yaml(&deep).unwrap_err();
+    from_json(&deep).unwrap_err();
+    let bomb = "a: &a [x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b]\n\
+                d: &d [*c,*c,*c,*c,*c,*c,*c,*c]\ne: &e [*d,*d,*d,*d,*d,*d,*d,*d]\nf: [*e,*e,*e,*e,*e,*e,*e,*e]\n";
+    from_yaml(bomb).unwrap_err();
+}

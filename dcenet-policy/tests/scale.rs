@@ -4,9 +4,9 @@
 
 use std::time::Instant;
 
-use dcenet_policy::Compiler;
 use dcenet_policy::model::*;
 use dcenet_policy::test_support::{Rng, Tally, compare, tuples};
+use dcenet_policy::{CompileError, Compiler};
 
 fn label(key: &str, value: usize) -> LabelSelector {
     let operator = Operator::In([format!("v{value}")].into());
@@ -37,7 +37,7 @@ fn one_pod(rng: &mut Rng, count: usize) -> (Cluster, PodId) {
 
 #[test]
 fn depth_grows_with_the_logarithm_of_the_rules() {
-    for (count, deepest) in [(10, 12), (100, 16), (1_000, 20), (10_000, 25)] {
+    for (count, deepest) in [(10, 12), (100, 16), (1_000, 20), (10_000, 25), (100_000, 28)] {
         let mut rng = Rng::new(7);
         let (cluster, pod) = one_pod(&mut rng, count);
         let start = Instant::now();
@@ -50,6 +50,26 @@ fn depth_grows_with_the_logarithm_of_the_rules() {
         let questions = tuples(&mut rng, &cluster, 100_000 / count.min(1_000));
         compare(&cluster, &update, questions, &mut Tally::default()).unwrap();
     }
+}
+
+#[test]
+fn a_set_beyond_every_bound_is_refused_in_time() {
+    // 3,000 groups of peers, each of which needs all of 10,000 overlapping port ranges of its own.
+    let mut rng = Rng::new(9);
+    let (mut cluster, _) = one_pod(&mut rng, 3_000);
+    for rule in cluster.policies.values_mut().flat_map(|policy| policy.ingress.iter_mut()) {
+        let overlapping = |number: u16| PortMatch {
+            protocol: Protocol::TCP,
+            port: PortSpec::Range { first: number, last: u16::MAX - number },
+        };
+        let ports = Ports::OneOf((0..10_000).map(overlapping).collect());
+        rule.push(Rule { action: Verdict::Allow, peers: Peers::Any, ports });
+    }
+    let start = Instant::now();
+    let error = Compiler::default().update(&cluster).unwrap_err();
+    eprintln!("refused after {:?}: {error}", start.elapsed());
+    assert!(matches!(error, CompileError::ImplLimitExceeded { .. }));
+    assert!(start.elapsed().as_secs() < 10);
 }
 
 /// 50 namespaces; each policy has 4 rules and selects about 1 in 10 pods of its namespace.

@@ -57,6 +57,12 @@ use crate::model::{
 /// The longest text that is read, in bytes.
 pub const MAX_TEXT: usize = 64 << 20;
 
+/// The most documents in one YAML text.
+pub const MAX_DOCUMENTS: usize = 100_000;
+
+/// The most YAML nodes (scalars, lists, maps) in one text, aliases expanded.
+pub const MAX_NODES: usize = 10_000_000;
+
 /// The most combinations of peer and port in one rule.
 pub const MAX_COMBINATIONS: usize = 65_536;
 
@@ -64,12 +70,21 @@ pub const MAX_COMBINATIONS: usize = 65_536;
 ///
 /// # Errors
 ///
-/// The first [`SourceError`]; nothing is read in part. Two policies of one name are an error.
+/// The first [`SourceError`]; nothing is read in part. Two policies of one name are an error. More documents or
+/// nodes than the constants of this module allow, or nesting deeper than 64, make a [`SourceError::Syntax`] that says
+/// which budget was breached.
 #[cfg(feature = "yaml")]
 pub fn from_yaml(text: &str) -> Result<Vec<Policy>, SourceError> {
     within("", 0, "bytes", text.len(), MAX_TEXT)?;
     // YAML 1.2: a namespace may be called "n" without being false.
-    let options = serde_saphyr::options! { strict_booleans: true };
+    let options = serde_saphyr::options! {
+        strict_booleans: true,
+        budget: serde_saphyr::budget! {
+            max_documents: MAX_DOCUMENTS,
+            max_nodes: MAX_NODES,
+            max_events: 2 * MAX_NODES,
+        },
+    };
     let documents: Vec<Value> = serde_saphyr::from_multiple_with_options(text, options)
         .map_err(|source| SourceError::Syntax { format: "YAML", source: Box::new(source) })?;
     from_documents(&documents)
