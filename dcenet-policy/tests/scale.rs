@@ -1,6 +1,6 @@
 //! Growth of diagrams with their rules, and of a compilation with its cluster. Run with `--nocapture` for figures.
 
-#![expect(clippy::unwrap_used, clippy::print_stderr, reason = "helpers of tests")]
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "helpers of tests")]
 
 use std::time::Instant;
 
