@@ -4,6 +4,7 @@
 //! [`NetNs`] is passed to whatever acts, sockets are opened in it and stay bound to it, and other code runs in it on a
 //! thread that dies afterwards.
 
+use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::marker::PhantomData;

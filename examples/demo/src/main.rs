@@ -52,15 +52,11 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(
-    options: &Options,
-    report: &mut Report,
-    interrupted: &AtomicBool,
-) -> Result<(), Box<dyn std::error::Error>> {
+fn run(options: &Options, report: &mut Report, interrupted: &AtomicBool) -> Result<(), Box<dyn std::error::Error>> {
     let plugin = options.plugin.canonicalize().map_err(|e| format!("--plugin {}: {e}", options.plugin.display()))?;
-    stage::Stage::clear_leftovers()?;
+    let place = stage::Place::take()?;
     let before = story::Machine::look()?;
-    let stage = stage::Stage::set_up()?;
+    let stage = stage::Stage::set_up(place)?;
     let check_interrupt = || match interrupted.load(Ordering::Relaxed) {
         true => Err("interrupted"),
         false => Ok(()),

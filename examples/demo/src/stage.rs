@@ -13,25 +13,45 @@ const DIRECTORY: &str = "/run/dcenet-demo";
 /// The stage while it stands.
 #[derive(Debug)]
 pub struct Stage {
-    /// Held for as long as the demo runs: two at once would stand on each other's feet.
-    _lock: File,
     /// The namespace that stands for the host.
     pub host: NetNs,
+    /// Held for as long as the demo runs: two at once would stand on each other's feet.
+    _place: Place,
 }
 
-impl Stage {
-    /// Removes what an earlier run left, and takes the place for this one.
+/// The right to use the directory.
+#[derive(Debug)]
+pub struct Place(#[expect(dead_code, reason = "the lock ends with the file")] File);
+
+impl Place {
+    /// Takes the place, and removes what an earlier run left there.
     ///
     /// # Errors
     /// If another demo runs, or the system refuses.
-    pub fn set_up() -> Result<Self, Box<dyn std::error::Error>> {
+    pub fn take() -> Result<Self, Box<dyn std::error::Error>> {
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(DIRECTORY)?;
+        let lock = File::create(directory("lock"))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err("another demo is running; wait for it to end".into()),
+            Err(TryLockError::Error(error)) => return Err(error.into()),
+        }
+        clear()?;
+        Ok(Self(lock))
+    }
+}
+
+impl Stage {
+    /// Makes an empty host.
+    pub fn set_up(place: Place) -> Result<Self, Box<dyn std::error::Error>> {
+        fs::DirBuilder::new().mode(0o700).create(directory("netns"))?;
         let host = NetNs::create(netns_path("host"))?;
         // A host that forwards between its pods and the world, as every node of a cluster does.
         host.run(|| {
             fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
             fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1")
         })??;
-        Ok(Self { _lock: lock, host })
+        Ok(Self { host, _place: place })
     }
 
     /// Makes a namespace for a pod, or for somebody outside.

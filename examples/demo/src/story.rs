@@ -20,8 +20,8 @@ use crate::traffic::{Kind, Server, probe};
 
 type Outcome<T = ()> = Result<T, Box<dyn std::error::Error>>;
 
-/// The underlay address that the firewalls of the enterprise know as the database's.
-const DB_ADDRESS: &str = "10.30.0.5/28";
+/// The underlay addresses that the firewalls of the enterprise know as the database's.
+const DB_ADDRESSES: &str = "10.30.0.5/28, 2001:db8:30::5/64";
 
 /// Somebody outside the cluster.
 const OUTSIDE: [&str; 2] = ["192.0.2.10", "2001:db8:ff::10"];
@@ -75,7 +75,6 @@ impl Machine {
         }
         lines.join("; ")
     }
-
 }
 
 /// Tells the story until its end, an error, or an interrupt.
@@ -105,10 +104,14 @@ pub fn tell(
         let own = ips(&result);
         report.note(format!("ADD {:<9} {}", member.full_name(), own.join(", ")));
         let again = call(&plugin, "ADD", member, &config)?;
-        report.holds(format!("a repeated ADD of {} gives the same answer", member.full_name()), again == result, "same");
+        report.holds(
+            format!("a repeated ADD of {} gives the same answer", member.full_name()),
+            again == result,
+            "same",
+        );
         addresses.push(own);
     }
-    report.expect("shop/db has the address that it claims", DB_ADDRESS, &addresses[1][0]);
+    report.expect("shop/db has the addresses that it claims", DB_ADDRESSES, addresses[1].join(", "));
     fixed_address(&plugin, &mut members, &config, report)?;
 
     report.step("Traffic");
@@ -139,8 +142,9 @@ pub fn tell(
         call(&plugin, "DEL", member, &config)?;
     }
     report.step("Pods are deleted");
-    let left: Vec<_> = HostState::capture(&stage.host).lines().filter(|l| l.contains("eth0")).map(str::to_owned).collect();
-    report.expect("devices of deleted pods on the host", "", left.join(" "));
+    let host = HostState::capture(&stage.host);
+    let left: Vec<_> = host.lines().filter(|l| l.contains("dcenet:shop/")).collect();
+    report.expect("devices of deleted pods on the host", "", left.join("; "));
     let records = fs::read_dir(stage.directory("run").join("attachments"))?.count();
     // The outside's own attachment is still there.
     report.expect("records of attachments", 1, records);
@@ -172,7 +176,7 @@ fn fixed_address(plugin: &Plugin<'_>, members: &mut [Member; 3], config: &Value,
     call(plugin, "DEL", db, config)?;
     db.generation += 1;
     let result = call(plugin, "ADD", db, config)?;
-    report.expect("shop/db is deleted, added again, and has", DB_ADDRESS, ips(&result).first().cloned().unwrap_or_default());
+    report.expect("shop/db is deleted, added again, and has", DB_ADDRESSES, ips(&result).join(", "));
     Ok(())
 }
 
@@ -199,6 +203,10 @@ fn config(stage: &Stage) -> Value {
                 {
                     "name": "db", "subnet": "10.30.0.0/28", "gateway": "10.30.0.1",
                     "claims": { "shop/db": { "address": "10.30.0.5", "keep": "forever" } },
+                },
+                {
+                    "name": "db6", "subnet": "2001:db8:30::/64", "gateway": "2001:db8:30::1",
+                    "claims": { "shop/db": { "address": "2001:db8:30::5", "keep": "forever" } },
                 },
             ],
             "routes": [{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }],
