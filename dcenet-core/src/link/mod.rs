@@ -3,6 +3,8 @@
 //! A driver plans and recognises; it touches nothing. One file beside this one per kind of link.
 
 mod bridge;
+#[cfg(test)]
+mod tests;
 mod veth;
 
 use std::net::IpAddr;

@@ -107,8 +107,8 @@ fn traffic_control(socket: &mut Socket, index: u32) -> Vec<String> {
     };
     let line = |what: &str, payload: &[u8]| {
         let word = |at: usize| payload.get(at..at + 4).map_or(0, |w| u32::from_ne_bytes([w[0], w[1], w[2], w[3]]));
-        // A dump of disciplines is of all links.
-        (word(4) == index).then(|| {
+        // A dump of disciplines is of all links. One without a handle is the kernel's own default.
+        (word(4) == index && word(8) != 0).then(|| {
             let kind = payload.get(TC_HEADER..).and_then(|a| Attributes::new(a).find(libc::TCA_KIND));
             let kind = kind.map(|k| String::from_utf8_lossy(k).trim_end_matches('\0').to_owned());
             format!(

@@ -1,0 +1,197 @@
+//! Plans, without a kernel.
+
+use super::*;
+use crate::model::{IfIndex, Mtu};
+use crate::plan::{Operation, Target, Undo};
+use crate::provider::LeasedAddress;
+
+fn address(text: &str, gateway: Option<&str>) -> LeasedAddress {
+    LeasedAddress {
+        address: text.parse().unwrap(),
+        gateway: gateway.map(|g| g.parse().unwrap()),
+        pool: "pods".into(),
+        sequence: 1,
+    }
+}
+
+fn request(addresses: Vec<LeasedAddress>, routes: &[(&str, Option<&str>)]) -> LinkRequest {
+    let key = AttachmentKey {
+        network: "shop".parse().unwrap(),
+        container: "c1".parse().unwrap(),
+        ifname: "eth0".parse().unwrap(),
+    };
+    let route = |(to, via): &(&str, Option<&str>)| LeasedRoute {
+        destination: to.parse().unwrap(),
+        gateway: via.map(|g| g.parse().unwrap()),
+    };
+    LinkRequest { mac: key.mac(), key, addresses, routes: routes.iter().map(route).collect(), policy: Policy::Wanted }
+}
+
+fn config(json: &str) -> LinkConfig {
+    serde_json::from_str(json).unwrap()
+}
+
+fn plan(json: &str, request: &LinkRequest, host: &HostView) -> Result<Plan, PlanError> {
+    config(json).driver().plan(request, host)
+}
+
+fn bridge_link(kind: Option<&str>) -> LinkView {
+    LinkView {
+        index: IfIndex::new(7).unwrap(),
+        name: "dc0".into(),
+        kind: kind.map(Into::into),
+        mac: None,
+        mtu: 1500,
+        flags: libc::IFF_UP as u32,
+        alias: None,
+        master: None,
+        peer: None,
+    }
+}
+
+fn place(plan: &Plan, wanted: impl Fn(&Operation) -> bool) -> usize {
+    plan.steps.iter().position(|s| wanted(&s.operation)).unwrap()
+}
+
+#[test]
+fn configurations_are_read_strictly_and_written_as_read() {
+    let text = r#"{"kind":"bridge","bridge":"dc0","mtu":1400,"isGateway":true,"hairpinMode":true}"#;
+    assert_eq!(serde_json::to_string(&config(text)).unwrap(), text);
+    assert_eq!(serde_json::to_string(&config(r#"{"kind":"veth"}"#)).unwrap(), r#"{"kind":"veth"}"#);
+    for (bad, said) in [
+        (r#"{"kind":"bridge"}"#, "missing field `bridge`"),
+        (r#"{"bridge":"dc0"}"#, "missing field `kind`"),
+        (r#"{"kind":"bond"}"#, "unknown variant `bond`"),
+        (r#"{"kind":"bridge","bridge":"dc0","mtuu":1}"#, "unknown field `mtuu`"),
+        (r#"{"kind":"bridge","bridge":"a/b"}"#, "interface name \"a/b\""),
+        (r#"{"kind":"bridge","bridge":"dc0","mtu":7}"#, "MTU \"7\""),
+        (r#"{"kind":"veth","bridge":"dc0"}"#, "unknown field `bridge`"),
+    ] {
+        let error = serde_json::from_str::<LinkConfig>(bad).unwrap_err().to_string();
+        assert!(error.contains(said), "{bad}: {error}");
+    }
+}
+
+#[test]
+fn policy_comes_before_the_host_end_is_up_and_after_it_exists() {
+    for json in [r#"{"kind":"bridge","bridge":"dc0"}"#, r#"{"kind":"veth"}"#] {
+        let request = request(vec![address("10.0.0.2/24", Some("10.0.0.1"))], &[("0.0.0.0/0", None)]);
+        let plan = plan(json, &request, &HostView::default()).unwrap();
+        let end = plan.host_end.clone().unwrap().name;
+        let create = place(&plan, |o| matches!(o, Operation::CreateVeth { .. }));
+        let policy = place(&plan, |o| *o == Operation::AttachPolicy);
+        let up = place(&plan, |o| matches!(o, Operation::Up { link, .. } if *link == end));
+        assert!(create < policy && policy < up, "{json}");
+        let without = LinkRequest { policy: Policy::None, ..request };
+        let plan = self::plan(json, &without, &HostView::default()).unwrap();
+        assert!(plan.steps.iter().all(|s| s.operation != Operation::AttachPolicy));
+    }
+}
+
+#[test]
+fn a_bridge_is_made_only_where_it_is_missing() {
+    let json = r#"{"kind":"bridge","bridge":"dc0","isGateway":true}"#;
+    let request = request(vec![address("10.0.0.2/24", Some("10.0.0.1"))], &[]);
+    let fresh = plan(json, &request, &HostView::default()).unwrap();
+    assert!(fresh.makes_shared());
+    let made = |o: &Operation| matches!(o, Operation::CreateBridge { .. });
+    assert!(fresh.steps.iter().any(|s| made(&s.operation)));
+
+    let mut host = HostView { links: vec![bridge_link(Some("bridge"))], addresses: Vec::new() };
+    let second = plan(json, &request, &host).unwrap();
+    assert!(!second.steps.iter().any(|s| made(&s.operation)));
+    // The gateway address is missing there, and taken back only while nobody uses it.
+    assert!(second.makes_shared());
+    let gateway: ipnet::IpNet = "10.0.0.1/24".parse().unwrap();
+    let idle = Undo::DeleteIdleAddress { link: "dc0".parse().unwrap(), address: gateway };
+    assert!(second.steps.iter().any(|s| s.undo.as_ref() == Some(&idle)));
+
+    host.addresses.push(AddressView { index: IfIndex::new(7).unwrap(), address: gateway, flags: 0, scope: 0 });
+    let third = plan(json, &request, &host).unwrap();
+    assert!(!third.makes_shared());
+    let forgotten = place(&third, |o| matches!(o, Operation::ForgetNeighbour { .. }));
+    assert!(third.steps[forgotten].tolerate.contains(&libc::ENOENT));
+
+    for kind in [Some("veth"), None] {
+        let host = HostView { links: vec![bridge_link(kind)], addresses: Vec::new() };
+        assert!(matches!(plan(json, &request, &host), Err(PlanError::Conflict { .. })));
+    }
+}
+
+#[test]
+fn a_gateway_outside_every_subnet_is_taken_to_be_on_the_link() {
+    let json = r#"{"kind":"bridge","bridge":"dc0"}"#;
+    let on_link = |gateway| {
+        let request = request(vec![address("10.0.0.2/24", Some(gateway))], &[("0.0.0.0/0", None)]);
+        let plan = plan(json, &request, &HostView::default()).unwrap();
+        let at = place(&plan, |o| matches!(o, Operation::AddRoute { .. }));
+        match &plan.steps[at].operation {
+            Operation::AddRoute { route, .. } => (route.gateway.unwrap().to_string(), route.on_link),
+            _ => unreachable!(),
+        }
+    };
+    assert_eq!(on_link("10.0.0.1"), ("10.0.0.1".into(), false));
+    assert_eq!(on_link("192.0.2.1"), ("192.0.2.1".into(), true));
+}
+
+#[test]
+fn routed_pods_have_single_addresses_and_one_first_hop() {
+    let addresses = vec![address("10.0.0.2/24", Some("10.0.0.1")), address("fd00::2/64", None)];
+    let request = request(addresses, &[("0.0.0.0/0", None), ("10.9.0.0/16", Some("10.0.0.7"))]);
+    let plan = plan(r#"{"kind":"veth"}"#, &request, &HostView::default()).unwrap();
+    let lines = |target| -> Vec<String> {
+        let line = |o: &Operation| match o {
+            Operation::AddAddress { address, .. } => Some(format!("address {address}")),
+            Operation::AddRoute { route, .. } => Some(format!("{} via {:?}", route.destination, route.gateway)),
+            Operation::AddNeighbour { address, .. } => Some(format!("neighbour {address}")),
+            _ => None,
+        };
+        plan.steps.iter().filter(|s| s.target == target).filter_map(|s| line(&s.operation)).collect()
+    };
+    let local = link_local(request.mac);
+    assert_eq!(
+        lines(Target::Pod),
+        [
+            format!("address {local}"),
+            "address 10.0.0.2/32".into(),
+            "address fd00::2/128".into(),
+            "neighbour 169.254.1.1".into(),
+            "neighbour fe80::1".into(),
+            "10.0.0.0/24 via Some(169.254.1.1)".into(),
+            "fd00::/64 via Some(fe80::1)".into(),
+            "0.0.0.0/0 via Some(169.254.1.1)".into(),
+            "10.9.0.0/16 via Some(169.254.1.1)".into(),
+        ]
+    );
+    assert_eq!(
+        lines(Target::Host),
+        ["neighbour 10.0.0.2", "neighbour fd00::2", "10.0.0.2/32 via None", "fd00::2/128 via None"]
+    );
+}
+
+#[test]
+fn contradictions_are_refused_by_name() {
+    let routes = [("0.0.0.0/0", Some("fd00::1"))];
+    let mixed = request(vec![address("10.0.0.2/24", None)], &routes);
+    let ipv6 = request(vec![address("fd00::2/64", None)], &[]);
+    for json in [r#"{"kind":"bridge","bridge":"dc0","mtu":1000}"#, r#"{"kind":"veth","mtu":1000}"#] {
+        let field = |request| match plan(json, request, &HostView::default()) {
+            Err(PlanError::Invalid { field, .. }) => field,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(field(&mixed), "routes[].gw");
+        assert_eq!(field(&ipv6), "link.mtu");
+    }
+    assert_eq!(Mtu::IPV6_MIN, 1280);
+}
+
+#[test]
+fn the_ends_addresses_differ_and_are_the_same_each_time() {
+    let request = request(Vec::new(), &[]);
+    assert_ne!(host_mac(&request.key, request.mac), request.mac);
+    assert_eq!(host_mac(&request.key, request.mac), host_mac(&request.key, request.mac));
+    // Even where somebody insists on the address that the host's end would have had.
+    let insisted = host_mac(&request.key, request.mac);
+    assert_ne!(host_mac(&request.key, insisted), insisted);
+    assert_eq!(link_local("02:00:00:00:00:01".parse().unwrap()).to_string(), "fe80::ff:fe00:1/64");
+}
