@@ -351,3 +351,63 @@ impl JournalError {
         Self::Io { path: path.to_owned(), source }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::Target;
+
+    fn record() -> Record {
+        let key = AttachmentKey {
+            network: "shop".parse().unwrap(),
+            container: "c1".parse().unwrap(),
+            ifname: "eth0".parse().unwrap(),
+        };
+        let end = End { name: key.id().host_ifname(), mac: key.mac() };
+        Record {
+            boot: "b".into(),
+            netns_path: "/run/netns/p".into(),
+            netns: NetNsId { dev: 4, inode: 4_026_532_000 },
+            fingerprint: "f".into(),
+            link: serde_json::from_str(r#"{"kind": "bridge", "bridge": "dc0"}"#).unwrap(),
+            lease: Lease { addresses: Vec::new(), routes: Vec::new(), dns: Default::default(), mac: None },
+            mac: key.mac(),
+            workload: Some("shop/db".parse().unwrap()),
+            labels: LabelSet::from([("app".into(), "db".into())]),
+            policy: Policy::Wanted,
+            host_end: Some(end.clone()),
+            undo: vec![Undo::DeleteLink { target: Target::Host, end }, Undo::DetachPolicy],
+            done: None,
+            key,
+        }
+    }
+
+    #[test]
+    fn a_record_cut_anywhere_says_what_was_written_whole() {
+        let begun = record();
+        let done = Done { interfaces: Vec::new(), host_index: IfIndex::new(7) };
+        let intent = serde_json::to_string(&WriteLine::Intent(&begun)).unwrap() + "\n";
+        let text = intent.clone() + &serde_json::to_string(&WriteLine::Done(&done)).unwrap() + "\n";
+        let finished = Record { done: Some(done), ..begun.clone() };
+        for cut in 0..=text.len() {
+            let expected = match cut {
+                _ if cut < intent.len() => None,
+                _ if cut < text.len() => Some(&begun),
+                _ => Some(&finished),
+            };
+            assert_eq!(parse(&text[..cut], Path::new("r")).unwrap().as_ref(), expected, "cut at {cut}");
+        }
+        // An attach that was taken back inside the same file begins anew.
+        assert_eq!(parse(&(text + &intent), Path::new("r")).unwrap(), Some(begun));
+    }
+
+    #[test]
+    fn what_is_no_record_is_named_with_its_line() {
+        for (text, line) in [("x\n", 1), ("{\"done\": {\"interfaces\": []}}\n", 1), ("{\"intent\": {}}\n", 1)] {
+            match parse(text, Path::new("r")) {
+                Err(JournalError::Malformed { line: at, .. }) => assert_eq!(at, line),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+}

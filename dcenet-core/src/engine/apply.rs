@@ -287,7 +287,10 @@ impl Engine {
         host: &mut Option<Socket>,
     ) -> Result<(), TeardownError> {
         if let Undo::DetachPolicy = undo {
-            let Some(sink) = &self.policy else { return Ok(()) };
+            let Some(sink) = &self.policy else {
+                tracing::warn!(%key, "under policy, and this program has no policy backend: its state is left");
+                return Ok(());
+            };
             return Ok(self.host.0.run_here_or_there(|| sink.detach(key))??);
         }
         let mut in_pod = None;

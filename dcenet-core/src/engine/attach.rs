@@ -35,7 +35,7 @@ impl Engine {
                     if let Some(attached) = self.resume(&record, request)? {
                         return Ok(attached);
                     }
-                    let errors = self.take_back(&record.undo, &record.key, Some(request.pod.netns));
+                    let errors = self.take_back_record(&record, Some(request.pod.netns));
                     super::DetachErrors::or_ok(errors)
                         .map_err(|source| AttachError::Leftover { key: request.key.clone(), source })?;
                 }

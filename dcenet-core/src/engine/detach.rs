@@ -51,7 +51,8 @@ impl Engine {
         DetachErrors::or_ok(errors)
     }
 
-    fn take_back_record(&self, record: &Record, netns: Option<&NetNs>) -> Vec<TeardownError> {
+    /// Takes back what a record lists. Of a finished attachment what it shares with others stays.
+    pub(super) fn take_back_record(&self, record: &Record, netns: Option<&NetNs>) -> Vec<TeardownError> {
         // A namespace of another identity is another pod's.
         let netns = netns.filter(|n| n.id() == record.netns && record.boot == self.journal.boot());
         let finished = record.done.is_some();

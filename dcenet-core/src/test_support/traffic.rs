@@ -20,17 +20,11 @@ pub fn tcp_echo(client: &TestNetNs, server: &TestNetNs, address: IpAddr, limit: 
         scope.spawn(move || {
             // Accepting ends when the client is done, whether or not it ever arrived.
             while stopped.try_recv() == Err(std::sync::mpsc::TryRecvError::Empty) {
-                if let Ok((mut stream, _)) = listener.accept() {
-                    let echo = || -> io::Result<()> {
-                        stream.set_nonblocking(false)?;
-                        stream.set_read_timeout(Some(limit))?;
-                        let mut bytes = [0; 5];
-                        stream.read_exact(&mut bytes)?;
-                        stream.write_all(&bytes)
-                    };
-                    let mut echo = echo;
-                    // The client reports what it sees of a failure here.
-                    let _ = echo();
+                if let Ok((stream, _)) = listener.accept()
+                    && let Err(error) = answer(stream, limit)
+                {
+                    // The client reports what it sees of this.
+                    eprintln!("the server's end: {error}");
                 }
                 std::thread::sleep(Duration::from_millis(1));
             }
@@ -48,6 +42,14 @@ pub fn tcp_echo(client: &TestNetNs, server: &TestNetNs, address: IpAddr, limit: 
     })
 }
 
+fn answer(mut stream: TcpStream, limit: Duration) -> io::Result<()> {
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(limit))?;
+    let mut bytes = [0; 5];
+    stream.read_exact(&mut bytes)?;
+    stream.write_all(&bytes)
+}
+
 /// Sends a datagram from `client` to a socket in `server` on `address`, which answers.
 ///
 /// # Errors
@@ -59,8 +61,10 @@ pub fn udp_echo(client: &TestNetNs, server: &TestNetNs, address: IpAddr, limit: 
     std::thread::scope(|scope| {
         scope.spawn(move || {
             let mut bytes = [0; 5];
-            if let Ok((len, from)) = socket.recv_from(&mut bytes) {
-                let _ = socket.send_to(&bytes[..len], from);
+            if let Ok((len, from)) = socket.recv_from(&mut bytes)
+                && let Err(error) = socket.send_to(&bytes[..len], from)
+            {
+                eprintln!("the server's end: {error}");
             }
         });
         client.run(|| {
