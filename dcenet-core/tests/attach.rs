@@ -5,6 +5,7 @@ mod common;
 use std::time::Duration;
 
 use common::{bridge, key, lease, request, veth};
+use dcenet_core::engine::AttachError;
 use dcenet_core::link::LinkConfig;
 use dcenet_core::test_support::{HostState, Rung, TestHost, TestNetNs, ping, require, tcp_echo, udp_echo};
 
@@ -65,4 +66,118 @@ fn routed_pods_talk_and_leave_nothing() {
     if require(Rung::Netns) {
         two_pods_talk_and_leave_nothing(&veth());
     }
+}
+
+#[test]
+fn hairpin_mode_is_set_on_the_port() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let host = TestHost::new();
+    let engine = host.engine(None);
+    let pod = host.new_pod();
+    for (text, expected) in [("", "hairpin off"), (r#", "hairpinMode": true"#, "hairpin on")] {
+        let config = serde_json::from_str(&format!(r#"{{"kind": "bridge", "bridge": "dc0"{text}}}"#)).unwrap();
+        engine.attach(&request("c1", &pod, &config, lease(2))).unwrap();
+        let port = host.root().sh(&format!("bridge -d link show dev {}", key("c1").id().host_ifname()));
+        assert!(port.contains(expected), "{port}");
+        engine.detach(&key("c1"), None).unwrap();
+    }
+}
+
+#[test]
+fn a_key_too_long_for_an_alias_is_marked_by_its_id() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let host = TestHost::new();
+    let engine = host.engine(None);
+    let pod = host.new_pod();
+    let before = host.state();
+    let mut long = request("c1", &pod, &veth(), lease(2));
+    long.key.container = "c".repeat(250).parse().unwrap();
+    long.key.network = "n".repeat(250).parse().unwrap();
+    let attached = engine.attach(&long).unwrap();
+    let end = host.root().link(long.key.id().host_ifname().as_str()).unwrap();
+    assert_eq!(end.alias, Some(format!("dcenet:{}", long.key.id())));
+    assert_eq!(attached.host_index, Some(end.index));
+    assert_eq!(engine.check(&long.key, pod.netns()).unwrap(), []);
+    std::fs::remove_dir_all(host.run_dir()).unwrap();
+    engine.detach(&long.key, None).unwrap();
+    assert_eq!(before.diff(&host.state()), "");
+}
+
+#[test]
+fn ipv4_works_where_ipv6_is_off() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let host = TestHost::new();
+    let engine = host.engine(None);
+    let (a, b) = (host.new_pod(), host.new_pod());
+    for place in [host.root(), &a, &b] {
+        place.sysctl("ipv6/conf/all/disable_ipv6", "1");
+        place.sysctl("ipv6/conf/default/disable_ipv6", "1");
+    }
+    let ipv4 = |n| {
+        let mut lease = lease(n);
+        lease.addresses.truncate(1);
+        lease.routes.truncate(1);
+        lease
+    };
+    for config in [bridge(), veth()] {
+        engine.attach(&request("c1", &a, &config, ipv4(2))).unwrap();
+        engine.attach(&request("c2", &b, &config, ipv4(3))).unwrap();
+        talk(&a, &b, &["10.20.0.3"]);
+        for container in ["c1", "c2"] {
+            engine.detach(&key(container), None).unwrap();
+        }
+        engine.remove_idle(&"dc0".parse().unwrap()).unwrap();
+    }
+}
+
+#[test]
+fn another_attachments_record_of_the_same_id_is_not_touched() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let host = TestHost::new();
+    let engine = host.engine(None);
+    let (pod, other) = (host.new_pod(), host.new_pod());
+    engine.attach(&request("c1", &pod, &veth(), lease(2))).unwrap();
+    // As if the two keys had the same 52 bits.
+    let records = host.run_dir().join("attachments");
+    std::fs::rename(records.join(key("c1").id().to_string()), records.join(key("c2").id().to_string())).unwrap();
+    let before = host.state();
+    let error = engine.attach(&request("c2", &other, &veth(), lease(3))).unwrap_err();
+    assert!(matches!(error, AttachError::IdCollision { .. }), "{error}");
+    let error = engine.detach(&key("c2"), None).unwrap_err();
+    assert!(error.to_string().contains("belongs to shop/c1/eth0"), "{error}");
+    assert_eq!(before.diff(&host.state()), "");
+}
+
+#[test]
+fn results_tell_names_addresses_and_mtu() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let host = TestHost::new();
+    let engine = host.engine(None);
+    let pod = host.new_pod();
+    let attached = engine.attach(&request("c1", &pod, &bridge(), lease(2))).unwrap();
+    let [bridge, end, eth0] = &attached.interfaces[..] else { panic!("{attached:?}") };
+    assert_eq!(attached.pod_interface, 2);
+    assert_eq!(bridge.mac, host.root().link("dc0").unwrap().mac.unwrap());
+    let there = host.root().link(&end.name).unwrap();
+    assert_eq!((Some(end.mac), end.mtu.unwrap().get()), (there.mac, 1400));
+    assert_eq!(there.alias.as_deref(), Some("dcenet:shop/c1/eth0"));
+    let inside = pod.link("eth0").unwrap();
+    assert_eq!((eth0.name.as_str(), Some(eth0.mac), eth0.mtu.unwrap().get()), ("eth0", inside.mac, 1400));
+    assert_eq!(eth0.sandbox.as_deref(), Some(pod.path()));
+    assert_eq!(inside.alias, there.alias);
+    assert!(inside.is_up() && there.is_up());
+    // No address waits for duplicate address detection, none came by itself on the host's end.
+    let tentative = pod.sh("ip -6 addr show tentative") + &host.root().sh("ip -6 addr show tentative");
+    assert_eq!(tentative, "");
+    assert_eq!(host.root().sh(&format!("ip addr show dev {} | grep -c inet || true", end.name)).trim(), "0");
 }
