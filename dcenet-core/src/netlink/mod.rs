@@ -17,6 +17,8 @@ mod oracle;
 mod route;
 mod socket;
 
+use std::net::IpAddr;
+
 pub use address::AddressView;
 pub use link::LinkView;
 pub use message::{Attributes, Message};
@@ -41,7 +43,21 @@ pub(crate) use route::{NewRoute, add_route, route_dump};
 /// `rt_protos`).
 pub const PROTOCOL: u8 = 220;
 
-use std::net::IpAddr;
+/// Reads a datagram as every reader of this crate would, whatever is in it. For fuzzing: it must not panic.
+#[cfg(feature = "test-support")]
+pub fn read_hostile(datagram: &[u8]) {
+    for message in message::split(datagram).flatten() {
+        let payload = message.payload;
+        std::hint::black_box((
+            LinkView::parse(payload),
+            AddressView::parse(payload),
+            RouteView::parse(payload),
+            RuleView::parse(payload),
+            NeighbourView::parse(payload),
+            socket::acknowledgement(message).is_ok(),
+        ));
+    }
+}
 
 /// The address family of an address, as the kernel numbers it.
 pub(crate) fn family_of(address: IpAddr) -> u8 {

@@ -227,8 +227,13 @@ enum Dump {
 
 /// Reads `NLMSG_ERROR` and `NLMSG_DONE`: an errno, and with `NETLINK_CAP_ACK` the header of the request, then the
 /// extended acknowledgement's attributes.
-fn acknowledgement(message: Received<'_>) -> Result<(), Failure> {
-    let errno = field(message.payload, 0).map(i32::from_ne_bytes).unwrap_or_default();
+pub(super) fn acknowledgement(message: Received<'_>) -> Result<(), Failure> {
+    let errno = match field(message.payload, 0).map(i32::from_ne_bytes) {
+        Some(errno) => errno,
+        // The end of a dump may come without one.
+        None if message.kind == DONE => 0,
+        None => return Err(Failure::Malformed("an acknowledgement without its errno")),
+    };
     if errno == 0 {
         return Ok(());
     }
@@ -236,7 +241,7 @@ fn acknowledgement(message: Received<'_>) -> Result<(), Failure> {
     let attributes = if message.flags & ACK_TLVS != 0 { message.payload.get(skip..) } else { None };
     let attributes = Attributes::new(attributes.unwrap_or_default());
     Err(Failure::Refused {
-        errno: -errno,
+        errno: errno.wrapping_neg(),
         message: attributes.find(ERR_MSG).map(text),
         offset: attributes.find(ERR_OFFS).and_then(number),
     })
@@ -350,3 +355,51 @@ const ERR_OFFS: u16 = 2;
 const DUMP_ATTEMPTS: u32 = 10;
 /// The kernel fills at most 32 KiB for one read of a dump (`netlink_dump` in `net/netlink/af_netlink.c`).
 const BUFFER: usize = 64 << 10;
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn received(payload: &[u8], flags: u16) -> Received<'_> {
+        Received { kind: ERROR, flags, sequence: 1, payload }
+    }
+
+    #[test]
+    fn a_refusal_carries_the_kernels_words_and_place() {
+        let mut payload = (-libc::EINVAL).to_ne_bytes().to_vec();
+        payload.extend([0; 16]);
+        payload.extend([12, 0, 1, 0]);
+        payload.extend(b"no such\0");
+        payload.extend([8, 0, 2, 0, 20, 0, 0, 0]);
+        let error = NetlinkError::new("try", acknowledgement(received(&payload, ACK_TLVS)).unwrap_err());
+        assert_eq!(error.errno(), Some(libc::EINVAL));
+        let text = error.to_string();
+        assert_eq!(text, "try: Invalid argument (os error 22): no such (at byte 20 of the request)");
+        assert!(!error.may_have_happened() && !error.is_retryable());
+        // Without the flag the bytes are the request's.
+        let plain = NetlinkError::new("try", acknowledgement(received(&payload, 0)).unwrap_err());
+        assert_eq!(plain.to_string(), "try: Invalid argument (os error 22)");
+        acknowledgement(received(&[0; 4], 0)).unwrap();
+    }
+
+    #[test]
+    fn what_is_no_acknowledgement_is_no_success() {
+        assert!(acknowledgement(received(&[0; 3], 0)).is_err());
+    }
+
+    #[cfg(feature = "test-support")]
+    proptest! {
+        #[test]
+        fn hostile_replies_are_read_without_a_panic(
+            mut bytes in prop::collection::vec(any::<u8>(), 16..200),
+            kind in prop::sample::select(vec![2u16, 3, 16, 20, 24, 28, 32]),
+        ) {
+            let len = bytes.len() as u32;
+            bytes[..4].copy_from_slice(&len.to_ne_bytes());
+            bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
+            super::super::read_hostile(&bytes);
+        }
+    }
+}
