@@ -181,3 +181,24 @@ fn results_tell_names_addresses_and_mtu() {
     assert_eq!(tentative, "");
     assert_eq!(host.root().sh(&format!("ip addr show dev {} | grep -c inet || true", end.name)).trim(), "0");
 }
+
+#[test]
+fn a_gateway_bridge_forwards_between_subnets_of_both_families() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let host = TestHost::new();
+    host.root().sysctl("ipv4/ip_forward", "1");
+    host.root().sysctl("ipv6/conf/all/forwarding", "1");
+    let engine = host.engine(None);
+    let (a, b) = (host.new_pod(), host.new_pod());
+    engine.attach(&request("c1", &a, &bridge(), lease(2))).unwrap();
+    let mut other = lease(3);
+    for (address, gateway, here) in [(0, "10.30.0.1", "10.30.0.3/24"), (1, "fd30::1", "fd30::3/64")] {
+        other.addresses[address].address = here.parse().unwrap();
+        other.addresses[address].gateway = Some(gateway.parse().unwrap());
+    }
+    engine.attach(&request("c2", &b, &bridge(), other)).unwrap();
+    // The host has never heard of the receiver: it asks for it on behalf of the packet that it forwards.
+    talk(&a, &b, &["10.30.0.3", "fd30::3"]);
+}

@@ -42,13 +42,19 @@ impl BridgeConfig {
         End { name: self.bridge.clone(), mac: MacAddr::new(bytes) }
     }
 
-    fn gateways(&self, addresses: &[LeasedAddress]) -> Vec<IpNet> {
+    /// What the bridge, whose Ethernet address is `mac`, bears as the pods' gateway.
+    fn gateways(&self, addresses: &[LeasedAddress], mac: MacAddr) -> Vec<IpNet> {
         let gateway = |a: &LeasedAddress| IpNet::new(a.gateway?, a.address.prefix_len()).ok();
-        if self.is_gateway { addresses.iter().filter_map(gateway).collect() } else { Vec::new() }
+        let mut gateways = if self.is_gateway { addresses.iter().filter_map(gateway).collect() } else { Vec::new() };
+        if gateways.iter().any(|g| g.addr().is_ipv6()) {
+            // Without one the kernel asks for no neighbour on behalf of packets that it forwards (net/ipv6/ndisc.c,
+            // ndisc_send_ns).
+            gateways.insert(0, link_local(mac));
+        }
+        gateways
     }
 
     fn plan_bridge(&self, request: &LinkRequest, host: &HostView, steps: &mut Vec<Step>) -> Result<(), PlanError> {
-        let gateways = self.gateways(&request.addresses);
         let add_gateway = |address: IpNet| {
             Step::new(Target::Host, Operation::AddAddress { link: self.bridge.clone(), address })
                 .undone_by(Undo::DeleteIdleAddress { link: self.bridge.clone(), address })
@@ -57,6 +63,7 @@ impl BridgeConfig {
         let on_bridge = |operation| Step::new(Target::Host, operation);
         let Some(bridge) = host.link(&self.bridge) else {
             let end = self.end(&request.key);
+            let gateways = self.gateways(&request.addresses, end.mac);
             steps.push(
                 on_bridge(Operation::CreateBridge { bridge: end.clone(), mtu: self.mtu })
                     .undone_by(Undo::DeleteIdleBridge(end)),
@@ -83,7 +90,10 @@ impl BridgeConfig {
         if !bridge.is_up() {
             steps.push(on_bridge(Operation::Up { link: self.bridge.clone(), master: None }));
         }
-        steps.extend(gateways.into_iter().filter(|a| !host.has_address(bridge, *a)).map(add_gateway));
+        let gateways = self.gateways(&request.addresses, bridge.mac.unwrap_or_else(|| request.key.mac()));
+        let has_link_local = host.has_link_local(bridge);
+        let there = |a: &IpNet| host.has_address(bridge, *a) || is_link_local(a) && has_link_local;
+        steps.extend(gateways.into_iter().filter(|a| !there(a)).map(add_gateway));
         for address in &request.addresses {
             let operation = Operation::ForgetNeighbour { link: self.bridge.clone(), address: address.address.addr() };
             steps.push(on_bridge(operation).content_with(NOT_KNOWN));
@@ -157,6 +167,10 @@ pub(super) fn host_end(end: &End, key: &AttachmentKey, policy: Policy, steps: &m
 fn no_link_local(target: Target, link: &IfName) -> Step {
     // A kernel without IPv6 makes no link-local addresses.
     Step::new(target, Operation::NoLinkLocal { link: link.clone() }).content_with(&[libc::EAFNOSUPPORT])
+}
+
+fn is_link_local(address: &IpNet) -> bool {
+    matches!(address, IpNet::V6(v6) if v6.addr().is_unicast_link_local())
 }
 
 fn is_false(value: &bool) -> bool {

@@ -88,6 +88,12 @@ impl HostView {
         self.links.iter().find(|l| l.name == name.as_str())
     }
 
+    /// Whether the link has an IPv6 link-local address, whoever gave it.
+    pub fn has_link_local(&self, link: &LinkView) -> bool {
+        let local = |ip: IpAddr| matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
+        self.addresses.iter().any(|a| a.index == link.index && local(a.address.addr()))
+    }
+
     /// Whether the link has the address with this prefix length.
     pub fn has_address(&self, link: &LinkView, address: IpNet) -> bool {
         self.addresses.iter().any(|a| a.index == link.index && a.address == address)
