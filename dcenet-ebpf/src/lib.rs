@@ -42,13 +42,14 @@
 //! ```
 //!
 //! # The kernel's side
-//! [`loader`] takes an ELF file to programs and maps, [`maps`]
+//! [`loader`] takes an ELF file to programs and maps, [`attach`] puts programs on devices, [`maps`]
 //! reads and writes maps, [`pin`] keeps both beyond the process, [`program`] runs a program on a packet without a device,
 //! and [`probe`] tells what the running kernel can do.
 
 #![warn(unreachable_pub, clippy::print_stderr, clippy::print_stdout, clippy::unwrap_used)]
 
 pub mod asm;
+pub mod attach;
 pub mod insn;
 pub mod loader;
 pub mod maps;

@@ -2,7 +2,8 @@
 //!
 //! ELF bytes are the boundary: whatever wrote the object (this crate, clang, bpf-linker), a [`Loader`] makes its maps,
 //! relocates its code and hands it to the verifier. What comes back are plain descriptors, so no backend's types spread,
-//! and what outlives the process is decided by the caller, by pinning ([`crate::pin::Pins`]) and attaching.
+//! and what outlives the process is decided by the caller, by pinning ([`crate::pin::Pins`]) and
+//! attaching ([`crate::attach`]).
 //!
 //! Maps are shared by handing in descriptors: of a map that another object made, or of one opened from a pin after a
 //! restart.
