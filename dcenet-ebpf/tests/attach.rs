@@ -1,8 +1,6 @@
 //! Programs on real devices: in force before the device is up, replaced under load, outliving their process, removed
 //! without a trace.
 
-#![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
-
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::process::{Child, Command, Stdio};
@@ -332,10 +330,10 @@ fn replaced_under_a_flood_nothing_leaks_and_nothing_is_lost() {
         });
         let mut number = 0;
         while !stop.load(Ordering::Acquire) && !swapper.is_finished() {
-            for way in 0..4 {
+            for (way, due) in must_arrive.iter().enumerate() {
                 let was_open = open.load(Ordering::Acquire);
                 if sender.send(way, ALLOWED, number) && was_open {
-                    must_arrive[way].fetch_add(1, Ordering::Relaxed);
+                    due.fetch_add(1, Ordering::Relaxed);
                 }
                 refused += u64::from(sender.send(way, DENIED, number));
             }

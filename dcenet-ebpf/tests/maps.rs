@@ -1,7 +1,5 @@
 //! Maps through their typed views, and pins, on the real kernel.
 
-#![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
-
 use std::collections::BTreeMap;
 use std::time::Duration;
 
