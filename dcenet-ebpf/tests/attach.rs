@@ -2,7 +2,7 @@
 //! without a trace.
 
 use std::io::ErrorKind;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddrV6, UdpSocket};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -168,19 +168,31 @@ fn datagram(way: usize, number: u64) -> [u8; 32] {
     bytes
 }
 
+/// Sends from one end of the pair to the other.
 struct Sender {
     v4: UdpSocket,
     v6: UdpSocket,
+    to: (Ipv4Addr, Ipv6Addr),
     scope: u32,
 }
 
 impl Sender {
-    fn new(pod: &TestNetNs) -> Self {
-        let scope = pod.link("p0").unwrap().index.get();
-        pod.run(|| {
-            let v4 = UdpSocket::bind((Ipv4Addr::new(10, 9, 0, 2), 0)).unwrap();
-            v4.set_broadcast(true).unwrap();
-            Self { v4, v6: UdpSocket::bind("[fd09::2]:0").unwrap(), scope }
+    fn to_host(pair: &Pair) -> Self {
+        Self::new(&pair.pod, "p0", 2, 1)
+    }
+
+    fn to_pod(pair: &Pair) -> Self {
+        Self::new(pair.host.root(), "h0", 1, 2)
+    }
+
+    fn new(from: &TestNetNs, device: &str, own: u8, peer: u8) -> Self {
+        let scope = from.link(device).unwrap().index.get();
+        let v4 = |last| Ipv4Addr::new(10, 9, 0, last);
+        let v6 = |last| Ipv6Addr::new(0xfd09, 0, 0, 0, 0, 0, 0, u16::from(last));
+        from.run(|| {
+            let socket = UdpSocket::bind((v4(own), 0)).unwrap();
+            socket.set_broadcast(true).unwrap();
+            Self { v4: socket, v6: UdpSocket::bind((v6(own), 0)).unwrap(), to: (v4(peer), v6(peer)), scope }
         })
     }
 
@@ -188,12 +200,12 @@ impl Sender {
     fn send(&self, way: usize, port: u16, number: u64) -> bool {
         let bytes = datagram(way, number);
         let sent = match way {
-            0 => self.v4.send_to(&bytes, (Ipv4Addr::new(10, 9, 0, 1), port)),
+            0 => self.v4.send_to(&bytes, (self.to.0, port)),
             1 => self.v4.send_to(&bytes, (Ipv4Addr::new(10, 9, 0, 255), port)),
-            2 => self.v6.send_to(&bytes, ("fd09::1".parse::<Ipv6Addr>().unwrap(), port)),
+            2 => self.v6.send_to(&bytes, (self.to.1, port)),
             _ => {
-                let group = std::net::SocketAddrV6::new("ff02::1".parse().unwrap(), port, 0, self.scope);
-                self.v6.send_to(&bytes, SocketAddr::V6(group))
+                let group = SocketAddrV6::new(Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1), port, 0, self.scope);
+                self.v6.send_to(&bytes, group)
             }
         };
         sent.is_ok()
@@ -236,8 +248,10 @@ impl Receiver {
 /// What the kernel accepts is no proof of a flood: for up to a second after a device is up the other end of the pair
 /// drops everything by itself (net/core/link_watch.c). What counts is what comes to the program, or to the socket.
 fn flood_over_up(pair: &Pair, enough: impl Fn(&[u64; 4]) -> bool) -> [u64; 4] {
-    let mut receiver = Receiver::new(pair.host.root(), ALLOWED);
-    let sender = Sender::new(&pair.pod);
+    flood(pair, &Sender::to_host(pair), Receiver::new(pair.host.root(), ALLOWED), enough)
+}
+
+fn flood(pair: &Pair, sender: &Sender, mut receiver: Receiver, enough: impl Fn(&[u64; 4]) -> bool) -> [u64; 4] {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -252,6 +266,9 @@ fn flood_over_up(pair: &Pair, enough: impl Fn(&[u64; 4]) -> bool) -> [u64; 4] {
         });
         std::thread::sleep(Duration::from_millis(20));
         pair.host.root().set_up("h0");
+        // Static, as in the other direction.
+        pair.host.root().sh("ip neigh replace 10.9.0.2 lladdr 02:00:00:00:00:02 dev h0
+             ip neigh replace fd09::2 lladdr 02:00:00:00:00:02 dev h0");
         let start = Instant::now();
         while !enough(&receiver.counts) && start.elapsed() < Duration::from_secs(20) {
             receiver.drain();
@@ -292,6 +309,41 @@ fn everything_passes_where_nothing_is_attached() {
 }
 
 #[test]
+fn the_other_way_is_denied_from_the_start_too() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let pair = Pair::new();
+    let (program, dropped) = counting_deny();
+    let hook = pair.hook(Direction::Egress);
+    pair.on_host(|a| a.attach(hook, &program, "default")).unwrap();
+    let sender = Sender::to_pod(&pair);
+    let seen =
+        flood(&pair, &sender, Receiver::new(&pair.pod, ALLOWED), |_| counts(&dropped).iter().all(|d| *d >= FLOOD));
+    let dropped = counts(&dropped);
+    assert!(dropped.iter().all(|d| *d >= FLOOD), "the flood: {dropped:?} by {WAYS:?}");
+    assert_eq!(seen, [0; 4], "arrived, and {dropped:?} were dropped, by {WAYS:?}");
+    // The twin: without the program the same is seen.
+    assert!(pair.on_host(|a| a.detach(hook)).unwrap());
+    let seen = flood(&pair, &sender, Receiver::new(&pair.pod, ALLOWED), |seen| seen.iter().all(|s| *s >= FLOOD));
+    assert!(seen.iter().all(|s| *s >= FLOOD), "arrived {seen:?} by {WAYS:?}");
+}
+
+#[test]
+fn an_index_means_the_device_in_the_callers_namespace() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let pair = Pair::new();
+    let inside = Hook { device: pair.pod.link("p0").unwrap().index, direction: Direction::Ingress };
+    pair.pod.run(|| ClsactAttacher.attach(inside, &deny(), "inside")).unwrap();
+    assert!(pair.pod.run(|| ClsactAttacher.attached(inside)).unwrap().is_some());
+    assert_eq!(pair.on_host(|a| a.attached(pair.hook(Direction::Ingress))).unwrap(), None);
+    assert_eq!(pair.on_host(|a| a.attached(inside)).unwrap(), None);
+    assert!(pair.pod.run(|| ClsactAttacher.detach(inside)).unwrap());
+}
+
+#[test]
 fn replaced_under_a_flood_nothing_leaks_and_nothing_is_lost() {
     if !require(Rung::Kernel) {
         return;
@@ -305,7 +357,7 @@ fn replaced_under_a_flood_nothing_leaks_and_nothing_is_lost() {
     pair.on_host(|a| a.attach(hook, &program, "default")).unwrap();
     let mut allowed = Receiver::new(pair.host.root(), ALLOWED);
     let mut denied = Receiver::new(pair.host.root(), DENIED);
-    let sender = Sender::new(&pair.pod);
+    let sender = Sender::to_host(&pair);
     let (open, stop) = (AtomicBool::new(false), AtomicBool::new(false));
     let must_arrive = [const { AtomicU64::new(0) }; 4];
     let mut refused = 0_u64;
