@@ -5,8 +5,6 @@
 use std::os::fd::AsFd;
 use std::sync::Mutex;
 
-use crate::loader::LoadError;
-use crate::maps::MapError;
 use crate::object::{MapSpec, ProgramKind};
 use crate::program;
 use crate::sys::{self, LoadFailure, Map, RawProgram, SysError};
@@ -102,18 +100,6 @@ pub struct ProbeError {
 impl From<SysError> for ProbeError {
     fn from(source: SysError) -> Self {
         Self { source }
-    }
-}
-
-impl From<ProbeError> for LoadError {
-    fn from(error: ProbeError) -> Self {
-        LoadError::refused("a probe", error.source.source, "")
-    }
-}
-
-impl From<ProbeError> for MapError {
-    fn from(error: ProbeError) -> Self {
-        MapError::Sys { name: "of a probe".to_owned(), source: error.source }
     }
 }
 

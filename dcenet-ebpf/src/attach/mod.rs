@@ -8,6 +8,32 @@
 //! Programs on one hook form a chain. `TC_ACT_SHOT` drops the packet and ends the chain. `TC_ACT_OK` lets it pass **and
 //! ends the chain**, so that programs of others after ours would never see the packet: ours go on with
 //! [`verdict::UNSPEC`] instead, which passes when nobody else objects (net/sched/cls_bpf.c, `cls_bpf_classify`).
+//!
+//! # Example
+//! Nothing comes in through a device until something better is put in place.
+//!
+//! ```no_run
+//! use dcenet_core::model::IfIndex;
+//! use dcenet_ebpf::asm::Asm;
+//! use dcenet_ebpf::attach::{Attacher, ClsactAttacher, Direction, Hook, verdict};
+//! use dcenet_ebpf::loader::{AyaLoader, LoadRequest, Loader};
+//! use dcenet_ebpf::object::{Object, ProgramKind};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let mut code = Asm::program("deny", ProgramKind::Classifier);
+//! code.ret(verdict::SHOT);
+//! let mut object = Object::new();
+//! object.add(code.finish()?)?;
+//!
+//! let mut loaded = AyaLoader.load(&object.to_elf()?, &LoadRequest::default())?;
+//! let deny = loaded.take_program("deny").ok_or("the program just written")?;
+//! let hook = Hook { device: IfIndex::new(4).ok_or("an index")?, direction: Direction::Ingress };
+//! ClsactAttacher.attach(hook, &deny, "default-deny")?; // stays when this process ends
+//! assert!(ClsactAttacher.attached(hook)?.is_some());
+//! ClsactAttacher.detach(hook)?;
+//! # Ok(())
+//! # }
+//! ```
 
 use dcenet_core::model::IfIndex;
 use dcenet_core::netlink::NetlinkError;
