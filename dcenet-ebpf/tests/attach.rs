@@ -270,7 +270,7 @@ fn flood(pair: &Pair, sender: &Sender, mut receiver: Receiver, enough: impl Fn(&
         pair.host.root().sh("ip neigh replace 10.9.0.2 lladdr 02:00:00:00:00:02 dev h0
              ip neigh replace fd09::2 lladdr 02:00:00:00:00:02 dev h0");
         let start = Instant::now();
-        while !enough(&receiver.counts) && start.elapsed() < Duration::from_secs(20) {
+        while !enough(&receiver.counts) && start.elapsed() < PATIENCE {
             receiver.drain();
             std::thread::sleep(Duration::from_micros(200));
         }
@@ -280,6 +280,9 @@ fn flood(pair: &Pair, sender: &Sender, mut receiver: Receiver, enough: impl Fn(&
     receiver.drain();
     receiver.counts
 }
+
+/// How long a test waits for what takes a second or two on an idle machine.
+const PATIENCE: Duration = Duration::from_secs(90);
 
 /// Packets each way that make a flood.
 const FLOOD: u64 = 2_000;
@@ -366,7 +369,7 @@ fn replaced_under_a_flood_nothing_leaks_and_nothing_is_lost() {
             pair.on_host(|a| {
                 let [one, two] = [allow_one_port("one"), allow_one_port("two")];
                 let start = Instant::now();
-                while counts(&dropped).iter().any(|d| *d < 100) && start.elapsed() < Duration::from_secs(20) {
+                while counts(&dropped).iter().any(|d| *d < 100) && start.elapsed() < PATIENCE {
                     std::thread::sleep(Duration::from_millis(2));
                 }
                 a.replace(hook, &one, "one").unwrap();
@@ -413,6 +416,17 @@ fn replaced_under_a_flood_nothing_leaks_and_nothing_is_lost() {
     }
 }
 
+/// A child that does not outlive a test which fails.
+struct KilledAtLast(Child);
+
+impl Drop for KilledAtLast {
+    fn drop(&mut self) {
+        // An error means that it has ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 #[test]
 fn the_program_outlives_its_process() {
     if !require(Rung::Kernel) {
@@ -420,25 +434,25 @@ fn the_program_outlives_its_process() {
     }
     let pair = Pair::new();
     // This test's own binary, told to attach and to wait for its end.
-    let mut child: Child = pair.host.root().run(|| {
+    let mut child = KilledAtLast(pair.host.root().run(|| {
         Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "attaches_and_waits", "--ignored", "--nocapture"])
             .env(DEVICE, pair.device.to_string())
             .stdout(Stdio::null())
             .spawn()
             .unwrap()
-    });
+    }));
     let hook = pair.hook(Direction::Ingress);
     let start = Instant::now();
     let attached = loop {
         if let Some(attached) = pair.on_host(|a| a.attached(hook)).unwrap() {
             break attached;
         }
-        assert!(start.elapsed() < Duration::from_secs(20) && child.try_wait().unwrap().is_none(), "it never attached");
+        assert!(start.elapsed() < PATIENCE && child.0.try_wait().unwrap().is_none(), "it never attached");
         std::thread::sleep(Duration::from_millis(2));
     };
-    child.kill().unwrap();
-    child.wait().unwrap();
+    child.0.kill().unwrap();
+    child.0.wait().unwrap();
     let after = pair.on_host(|a| a.attached(hook)).unwrap().expect("still there");
     assert_eq!(after, attached);
     assert_eq!(after.owner, Owner::Ours("of-the-dead".into()));
@@ -466,7 +480,7 @@ fn attaches_and_waits() {
     let hook = Hook { device, direction: Direction::Ingress };
     // A test runs on a thread of its own, in the namespace that the process was started in.
     ClsactAttacher.attach(hook, &counting_deny().0, "of-the-dead").unwrap();
-    std::thread::sleep(Duration::from_secs(30));
+    std::thread::sleep(2 * PATIENCE);
     panic!("nobody killed the child");
 }
 
