@@ -12,10 +12,8 @@ pub(crate) enum Gate {
     #[cfg_attr(not(feature = "test-support"), expect(dead_code, reason = "no fault without the feature"))]
     Fail(i32),
     /// The call, and report its outcome as unknown.
-    #[cfg_attr(not(feature = "test-support"), expect(dead_code, reason = "no fault without the feature"))]
     Lose,
     /// The call, and end the process when it is done.
-    #[cfg_attr(not(feature = "test-support"), expect(dead_code, reason = "no fault without the feature"))]
     DieAfter,
 }
 

@@ -10,6 +10,7 @@
 mod address;
 mod fault;
 mod link;
+mod list;
 mod message;
 mod neighbour;
 #[cfg(test)]
@@ -35,9 +36,7 @@ pub(crate) use link::{
     LinkChange, NewVeth, create_bridge, create_veth, delete_link, hairpin, link_by_name, link_dump, set_link,
 };
 pub(crate) use neighbour::{add_neighbour, delete_neighbour, neighbour_dump};
-#[cfg(feature = "test-support")]
-pub(crate) use route::rule_dump;
-pub(crate) use route::{NewRoute, add_route, route_dump};
+pub(crate) use route::{NewRoute, add_route, route_dump, rule_dump};
 
 /// Marks routes and rules of ours, in the field that tells who made them (`rtm_protocol`; 220 is free in iproute2's
 /// `rt_protos`).

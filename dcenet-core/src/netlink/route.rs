@@ -163,7 +163,6 @@ impl RuleView {
 }
 
 /// Asks for all rules of both families.
-#[cfg(feature = "test-support")]
 pub(crate) fn rule_dump() -> Message {
     Message::new(libc::RTM_GETRULE, 0, "list rules", &[0; HEADER])
 }

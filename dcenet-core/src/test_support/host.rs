@@ -85,21 +85,11 @@ impl TestNetNs {
         let path = Path::new("/proc/sys/net").join(name);
         self.run(|| fs::write(&path, value)).expect("to write the setting");
     }
-
-    fn unmount(&self) {
-        // Dropped twice where a test removed the namespace itself.
-        if let Err(error) = sys::unmount(&c_path(&self.path))
-            && error.raw_os_error() != Some(libc::EINVAL)
-            && error.raw_os_error() != Some(libc::ENOENT)
-        {
-            eprintln!("cannot unmount {}: {error}", self.path.display());
-        }
-    }
 }
 
 impl Drop for TestNetNs {
     fn drop(&mut self) {
-        self.unmount();
+        unmount(&self.path);
         if let Err(error) = fs::remove_file(&self.path)
             && error.kind() != std::io::ErrorKind::NotFound
         {
@@ -185,11 +175,23 @@ impl Default for TestHost {
 
 impl Drop for TestHost {
     fn drop(&mut self) {
-        self.root.unmount();
-        // Pods that outlive their host keep their mount points, and then the directory.
+        // Pods that outlive their host keep their namespaces, but not the paths to them.
+        for file in fs::read_dir(self.directory.join("netns")).into_iter().flatten().flatten() {
+            unmount(&file.path());
+        }
         if let Err(error) = fs::remove_dir_all(&self.directory) {
             eprintln!("cannot remove {}: {error}", self.directory.display());
         }
+    }
+}
+
+fn unmount(path: &Path) {
+    // Nothing is mounted there where it was unmounted before.
+    if let Err(error) = sys::unmount(&c_path(path))
+        && error.raw_os_error() != Some(libc::EINVAL)
+        && error.raw_os_error() != Some(libc::ENOENT)
+    {
+        eprintln!("cannot unmount {}: {error}", path.display());
     }
 }
 

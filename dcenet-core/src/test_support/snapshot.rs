@@ -6,10 +6,7 @@ use std::net::Ipv6Addr;
 
 use ipnet::{IpNet, Ipv6Net};
 
-use crate::netlink::{
-    AddressView, Attributes, Family, LinkView, Message, NeighbourView, RouteView, RuleView, Socket, address_dump,
-    link_dump, neighbour_dump, route_dump, rule_dump,
-};
+use crate::netlink::{Attributes, Family, LinkView, Message, NeighbourView, NetlinkError, RouteView, Socket};
 use crate::netns::NetNs;
 
 /// Everything configured in a network namespace, one line of text per object: links, addresses, routes, rules,
@@ -26,7 +23,7 @@ impl HostState {
     pub fn capture(netns: &NetNs) -> Self {
         let mut socket = netns.socket(Family::Route).expect("a netlink socket");
         let mut lines = BTreeSet::new();
-        let links: Vec<LinkView> = dump(&mut socket, &link_dump(None), LinkView::parse);
+        let links = whole(socket.links());
         let names: BTreeMap<u32, String> = links.iter().map(|l| (l.index.get(), l.name.clone())).collect();
         let name = |index: u32| names.get(&index).cloned().unwrap_or_else(|| format!("#{index}"));
         for link in &links {
@@ -37,7 +34,7 @@ impl HostState {
                 master.map(|m| name(m.get()))
             ));
         }
-        for a in dump(&mut socket, &address_dump(None), AddressView::parse) {
+        for a in whole(socket.addresses()) {
             lines.insert(format!(
                 "address {} {} scope {} flags {:#x}",
                 name(a.index.get()),
@@ -46,7 +43,7 @@ impl HostState {
                 a.flags
             ));
         }
-        for route in dump(&mut socket, &route_dump(None), RouteView::parse) {
+        for route in whole(socket.routes()) {
             let RouteView { destination, gateway, link, table, protocol, scope, kind, metric, source } = route;
             if protocol == libc::RTPROT_KERNEL && destination == IPV6_MULTICAST {
                 // Follows the carrier of each link, some time after it.
@@ -58,12 +55,10 @@ impl HostState {
                  type {kind} metric {metric} src {source:?}"
             ));
         }
-        for rule in dump(&mut socket, &rule_dump(), RuleView::parse) {
+        for rule in whole(socket.rules()) {
             lines.insert(format!("rule {rule:?}"));
         }
-        for n in
-            dump(&mut socket, &neighbour_dump(), NeighbourView::parse).into_iter().filter(NeighbourView::is_permanent)
-        {
+        for n in whole(socket.neighbours()).into_iter().filter(NeighbourView::is_permanent) {
             lines.insert(format!("neighbour {} {} mac {:?}", name(n.index.get()), n.address, n.mac));
         }
         for link in &links {
@@ -92,9 +87,8 @@ impl HostState {
     }
 }
 
-fn dump<T>(socket: &mut Socket, message: &Message, parse: impl Fn(&[u8]) -> Option<T>) -> Vec<T> {
-    let replies = socket.dump(message).unwrap_or_else(|e| panic!("{e}"));
-    replies.iter().filter_map(|r| parse(&r.payload)).collect()
+fn whole<T>(list: Result<Vec<T>, NetlinkError>) -> Vec<T> {
+    list.unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// Queueing disciplines of a link, and filters at the hooks where classifiers sit.
