@@ -293,15 +293,17 @@ impl Ipam {
                 Step::Done(reply) => return Ok(Some(reply)),
                 Step::Unregistered => return Ok(None),
                 Step::Read(queries) => self.learn(&mut view, queries).await?,
+                Step::Stale => {
+                    count_conflict(&mut conflicts)?;
+                    view = View::default();
+                    entropy = random().max(1);
+                }
                 Step::Commit(mut batch, reply) => {
                     batch.request_id = random_id();
                     match self.store.commit(&batch).await.map_err(store_error)? {
                         Outcome::Committed { revision } => return Ok(Some(reply.committed(revision))),
                         Outcome::Conflict(current) => {
-                            conflicts += 1;
-                            if conflicts == CONFLICTS {
-                                return Err(LeaseError::Busy(format!("{CONFLICTS} conflicts in a row")));
-                            }
+                            count_conflict(&mut conflicts)?;
                             view.learn_conflict(&batch.guards, current);
                             entropy = random().max(1);
                         }
@@ -385,6 +387,14 @@ fn decode<T: serde::de::DeserializeOwned>(key: &[u8], entry: &Entry) -> Result<T
             format!("the record {:?} cannot be understood: {error}", key.escape_ascii().to_string()).into(),
         )
     })
+}
+
+fn count_conflict(conflicts: &mut u32) -> Result<(), LeaseError> {
+    *conflicts += 1;
+    if *conflicts < CONFLICTS {
+        return Ok(());
+    }
+    Err(LeaseError::Busy(format!("{CONFLICTS} races were lost in a row")))
 }
 
 fn store_error(error: StoreError) -> LeaseError {

@@ -11,6 +11,7 @@
 //!            +---- Commit(batch, reply) --> Committed: reply
 //!            |                              Conflict: put the values into the view, forget hints, again
 //!            |                              Unknown: forget the view, again
+//!            +---- Stale: forget the view, again
 //!            +---- Done(reply), Err(refusal)
 //! ```
 //!
@@ -149,6 +150,8 @@ pub enum Step {
     Commit(Batch, Reply),
     /// There is nothing to commit.
     Done(Reply),
+    /// The view contradicts itself, for its parts were read at different times: forget it and step again.
+    Stale,
     /// The configuration's pools are not registered, or its claims not recorded: first [`Command::Register`],
     /// [`Command::Reserve`] each claim with an address, [`Command::Register`] with `recorded`.
     Unregistered,
@@ -199,6 +202,7 @@ pub fn step(layout: &Layout, view: &View, command: &Command, now: u64, entropy: 
     match result {
         Ok(step) => Ok(step),
         Err(Halt::Read) => Ok(Step::Read(work.missing.into_inner())),
+        Err(Halt::Stale) => Ok(Step::Stale),
         Err(Halt::Unregistered) => Ok(Step::Unregistered),
         Err(Halt::Refuse(error)) => Err(error),
     }
@@ -208,6 +212,7 @@ pub fn step(layout: &Layout, view: &View, command: &Command, now: u64, entropy: 
 enum Halt {
     Read,
     Refuse(LeaseError),
+    Stale,
     Unregistered,
 }
 

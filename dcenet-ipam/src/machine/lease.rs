@@ -224,6 +224,10 @@ impl Work<'_> {
             Some(SlotRecord::Bound { by, claim: Some(holder) }) if Some(&holder) != claim => {
                 return Err(refuse(format!("claim {holder} ({by})")));
             }
+            // Another call for the same attachment has come first since its record was looked for.
+            Some(SlotRecord::Bound { by, .. }) if matches!(slot, SlotRecord::Bound { by: new, .. } if by == *new) => {
+                return Err(Halt::Stale);
+            }
             Some(SlotRecord::Bound { by, .. }) => return Err(refuse(format!("attachment {by}"))),
         }
         draft.put(key, slot);
@@ -246,6 +250,15 @@ impl Work<'_> {
     }
 
     pub(super) fn pick_from(&self, pool: &Pool) -> Result<Option<Addr>, Halt> {
+        let Some(address) = self.search(pool)? else { return Ok(None) };
+        // The search and this were read at different times.
+        match self.record::<SlotRecord>(&slot_key(&pool.space, address))? {
+            None | Some((SlotRecord::Freed { .. }, _)) => Ok(Some(address)),
+            Some((SlotRecord::Bound { .. } | SlotRecord::Kept { .. }, _)) => Err(Halt::Stale),
+        }
+    }
+
+    fn search(&self, pool: &Pool) -> Result<Option<Addr>, Halt> {
         let (family, prefix) = (pool.family(), slot_prefix(&pool.space, pool.family()));
         let size = pool.free.size();
         // Where the search begins, as the number of free addresses to skip; it wraps around.

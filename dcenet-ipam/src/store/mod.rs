@@ -6,6 +6,10 @@
 //!
 //! All cleverness is above the trait, in [`crate::machine`].
 
+#[cfg(feature = "test-support")]
+pub mod conformance;
+#[cfg(feature = "test-support")]
+pub mod flaky;
 pub mod log;
 pub mod memory;
 

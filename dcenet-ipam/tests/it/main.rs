@@ -3,7 +3,12 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod config;
+mod faults;
 mod lease;
+mod log;
+mod processes;
+mod property;
+mod races;
 
 use std::path::Path;
 use std::sync::Arc;

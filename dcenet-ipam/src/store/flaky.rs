@@ -1,0 +1,131 @@
+//! Wrappers that make a store worse, to see whether what stands on it holds.
+
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use async_trait::async_trait;
+
+use super::{Batch, Caps, Entry, Guard, Key, Outcome, Store, StoreError};
+
+/// When a failing call fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Failure {
+    /// After it took effect: a commit is applied and answers `Unknown`. Reads fail as with `Before`.
+    After,
+    /// Before it had any effect: `Unavailable`.
+    Before,
+    /// Before it had any effect, without saying so: a commit is not applied and answers `Unknown`. Reads fail as with
+    /// `Before`.
+    Lost,
+}
+
+/// A store whose n-th call fails, and only that.
+#[derive(Debug)]
+pub struct FlakyStore {
+    inner: Arc<dyn Store>,
+    failure: Failure,
+    fail_at: u64,
+    calls: AtomicU64,
+}
+
+impl FlakyStore {
+    /// Fails the call with the number `fail_at`, counted from 1; 0 for none.
+    pub fn new(inner: Arc<dyn Store>, failure: Failure, fail_at: u64) -> Self {
+        Self { inner, failure, fail_at, calls: AtomicU64::new(0) }
+    }
+
+    /// Calls so far.
+    pub fn calls(&self) -> u64 {
+        self.calls.load(Ordering::Relaxed)
+    }
+
+    fn fails(&self) -> bool {
+        self.calls.fetch_add(1, Ordering::Relaxed) + 1 == self.fail_at
+    }
+
+    fn answer(&self) -> Result<(), StoreError> {
+        if self.fails() { Err(StoreError::Unavailable("made to fail".to_owned())) } else { Ok(()) }
+    }
+}
+
+#[async_trait]
+impl Store for FlakyStore {
+    async fn read(&self, keys: &[Key]) -> Result<Vec<Option<Entry>>, StoreError> {
+        self.answer()?;
+        self.inner.read(keys).await
+    }
+
+    async fn scan(&self, prefix: &[u8], after: Option<&[u8]>, limit: usize) -> Result<Vec<(Key, Entry)>, StoreError> {
+        self.answer()?;
+        self.inner.scan(prefix, after, limit).await
+    }
+
+    async fn commit(&self, batch: &Batch) -> Result<Outcome, StoreError> {
+        if !self.fails() {
+            return self.inner.commit(batch).await;
+        }
+        let unknown = Ok(Outcome::Unknown { reason: "made to fail".to_owned() });
+        match self.failure {
+            Failure::Before => Err(StoreError::Unavailable("made to fail".to_owned())),
+            Failure::Lost => unknown,
+            Failure::After => match self.inner.commit(batch).await? {
+                Outcome::Committed { .. } => unknown,
+                other => Ok(other),
+            },
+        }
+    }
+
+    async fn first_gap(&self, prefix: &[u8], range: RangeInclusive<u128>) -> Result<Option<u128>, StoreError> {
+        self.answer()?;
+        self.inner.first_gap(prefix, range).await
+    }
+
+    fn caps(&self) -> Caps {
+        self.inner.caps()
+    }
+}
+
+/// A store that ignores some guards: what must never happen does happen on it, which proves that a test would see it.
+#[derive(Debug)]
+pub struct UnguardedStore {
+    inner: Arc<dyn Store>,
+    ignored: fn(&Guard) -> bool,
+}
+
+impl UnguardedStore {
+    /// Ignores the guards for which `ignored` is true.
+    pub fn new(inner: Arc<dyn Store>, ignored: fn(&Guard) -> bool) -> Self {
+        Self { inner, ignored }
+    }
+}
+
+#[async_trait]
+impl Store for UnguardedStore {
+    async fn read(&self, keys: &[Key]) -> Result<Vec<Option<Entry>>, StoreError> {
+        self.inner.read(keys).await
+    }
+
+    async fn scan(&self, prefix: &[u8], after: Option<&[u8]>, limit: usize) -> Result<Vec<(Key, Entry)>, StoreError> {
+        self.inner.scan(prefix, after, limit).await
+    }
+
+    async fn commit(&self, batch: &Batch) -> Result<Outcome, StoreError> {
+        let mut batch = batch.clone();
+        batch.guards.retain(|guard| !(self.ignored)(guard));
+        match self.inner.commit(&batch).await? {
+            Outcome::Conflict(_) => {
+                Err(StoreError::Misuse("this wrapper cannot place the values of a conflict".into()))
+            }
+            outcome => Ok(outcome),
+        }
+    }
+
+    async fn first_gap(&self, prefix: &[u8], range: RangeInclusive<u128>) -> Result<Option<u128>, StoreError> {
+        self.inner.first_gap(prefix, range).await
+    }
+
+    fn caps(&self) -> Caps {
+        self.inner.caps()
+    }
+}
