@@ -637,4 +637,4 @@ const FIRST_GENERATION: u64 = 1;
 const CHUNK: u64 = 64 << 10;
 /// A merge comes after this many operations, or this part of the snapshot's records, whichever is more.
 const TAIL_MIN: u64 = 512;
-const TAIL_SHARE: u64 = 64;
+const TAIL_SHARE: u64 = 128;

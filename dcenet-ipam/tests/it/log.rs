@@ -175,8 +175,10 @@ fn a_damaged_snapshot_is_refused_where_it_is_read() {
     }
 }
 
+type Fault = Arc<dyn Fn(DiskCall) -> io::Result<()> + Send + Sync>;
+
 /// Fails the n-th call that changes the disk; 0 never.
-fn failing(at: u64) -> (Arc<AtomicU64>, Arc<dyn Fn(DiskCall) -> io::Result<()> + Send + Sync>) {
+fn failing(at: u64) -> (Arc<AtomicU64>, Fault) {
     let calls = Arc::new(AtomicU64::new(0));
     let counter = calls.clone();
     let fault = move |_| {
