@@ -310,7 +310,7 @@ fn increments_are_not_lost(store: &Arc<dyn Store>) {
 }
 
 /// Two configurations whose pools overlap under different names race for the first lease: the store lets one in, and
-/// the other learns the name. Returns how many were let in, for a twin with guards removed.
+/// the other learns the name.
 fn overlapping_pools_are_refused_to_one_racer(store: &Arc<dyn Store>) {
     let mut refused = 0;
     for round in 0..10 {

@@ -112,10 +112,8 @@ impl Model {
                     if Some(*address) != fixed {
                         let rivals = open.iter().filter(|o| first_pool(o) == first_pool(address));
                         assert!(
-                            rivals.clone().all(|o| oldest(address) <= oldest(o)
-                                || oldest(o).is_none() && oldest(address).is_none()
-                                || self.forgotten_late(address, o)),
-                            "{address} was released later than others of {rivals:?}"
+                            rivals.clone().all(|o| oldest(address) <= oldest(o)),
+                            "{address} was released later than others of {open:?}"
                         );
                     }
                     self.freed.remove(address);
@@ -134,11 +132,6 @@ impl Model {
             }
             Err(error) => panic!("{error}"),
         }
-    }
-
-    /// A release that may be forgotten need not be yet, so its address may come after younger ones are gone.
-    fn forgotten_late(&self, a: &IpAddr, b: &IpAddr) -> bool {
-        matches!((self.freed.get(a), self.freed.get(b)), (Some(a), Some(b)) if a <= b)
     }
 }
 
