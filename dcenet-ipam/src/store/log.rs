@@ -43,6 +43,7 @@
 
 mod disk;
 mod frame;
+mod hints;
 mod snapshot;
 
 use std::collections::{BTreeMap, HashMap};
@@ -55,7 +56,8 @@ use async_trait::async_trait;
 use parking_lot::Mutex;
 
 use self::disk::{Disk, Identity};
-use self::frame::{HEADER, u64_at};
+use self::frame::HEADER;
+use self::hints::Hints;
 use self::snapshot::{Snapshot, Writer};
 use super::{
     Batch, Caps, Durability, Entry, Key, Outcome, Sharing, Store, StoreError, Write, check, number_of, numbered,
@@ -571,60 +573,6 @@ fn create_log(disk: &Disk, generation: u64, revision: u64) -> Result<(), StoreEr
     disk.write_at(&file, LOG_NEW, &bytes, 0)?;
     disk.sync(&file, LOG_NEW)?;
     disk.rename(LOG_NEW, LOG)
-}
-
-/// What processes tell each other through the file `lock`. None of it is ever flushed.
-///
-/// "Durable up to" is only written after it has become true, so it is also true after a loss of power, if older. The end
-/// of the log is only believed by those who have themselves written it since.
-#[derive(Debug, Default)]
-struct Hints {
-    end_generation: u64,
-    end: u64,
-    durable_generation: u64,
-    durable: u64,
-    /// The generation whose flush has failed; 0 for none.
-    distrusted: u64,
-}
-
-impl Hints {
-    fn read(disk: &Disk, lock: &File) -> Result<Self, StoreError> {
-        let mut bytes = disk.read_at(lock, LOCK, 0, 96)?;
-        bytes.resize(96, 0);
-        // Each pair carries a checksum, for a torn one must count as none.
-        let pair = |at: usize| {
-            let pair = &bytes[at..at + 32];
-            let sound = u64_at(pair, 16) == u64::from(crc32fast::hash(&pair[..16]));
-            if sound { (u64_at(pair, 0), u64_at(pair, 8)) } else { (0, 0) }
-        };
-        let ((end_generation, end), (durable_generation, durable), (distrusted, _)) = (pair(0), pair(32), pair(64));
-        Ok(Self { end_generation, end, durable_generation, durable, distrusted })
-    }
-
-    fn durable_of(&self, generation: u64) -> u64 {
-        if self.durable_generation == generation { self.durable } else { 0 }
-    }
-
-    fn write_end(disk: &Disk, lock: &File, generation: u64, end: u64) -> Result<(), StoreError> {
-        Self::write(disk, lock, 0, generation, end)
-    }
-
-    fn write_durable(disk: &Disk, lock: &File, generation: u64, durable: u64) -> Result<(), StoreError> {
-        Self::write(disk, lock, 32, generation, durable)
-    }
-
-    fn write_distrusted(disk: &Disk, lock: &File, generation: u64) -> Result<(), StoreError> {
-        Self::write(disk, lock, 64, generation, 0)
-    }
-
-    fn write(disk: &Disk, lock: &File, at: u64, generation: u64, number: u64) -> Result<(), StoreError> {
-        let mut bytes = Vec::with_capacity(24);
-        bytes.extend_from_slice(&generation.to_le_bytes());
-        bytes.extend_from_slice(&number.to_le_bytes());
-        let crc = u64::from(crc32fast::hash(&bytes));
-        bytes.extend_from_slice(&crc.to_le_bytes());
-        disk.write_at(lock, LOCK, &bytes, at)
-    }
 }
 
 const LOCK: &str = "lock";

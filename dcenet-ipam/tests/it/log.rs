@@ -264,3 +264,73 @@ fn a_failed_flush_is_never_trusted_again() {
     assert!(dir.path().join("snap").exists());
     assert_eq!(all(&store).len(), 6);
 }
+
+#[test]
+fn a_hole_left_by_unflushed_commits_is_no_damage() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let other = Arc::new(LogStore::open(dir.path()).unwrap());
+    put(&other, "old", "1");
+    let log = dir.path().join("log");
+    let used = |bytes: &[u8]| bytes.iter().rposition(|b| *b != 0).unwrap() + 1;
+    let before = fs::read(&log).unwrap();
+    // While the first commit is about to be flushed, a second one follows it: neither was acknowledged.
+    let (sent, images) = std::sync::mpsc::channel();
+    let armed = AtomicU64::new(0);
+    let path = log.clone();
+    let rival = other.clone();
+    let fault: Fault = Arc::new(move |call| {
+        if call == DiskCall::Sync && armed.fetch_add(1, Ordering::Relaxed) == 0 {
+            let first = fs::read(&path).unwrap();
+            let rival = rival.clone();
+            let thread = std::thread::spawn(move || put(&rival, "second", "3"));
+            let mut both = fs::read(&path).unwrap();
+            while used(&both) < used(&first) + 40 {
+                std::thread::yield_now();
+                both = fs::read(&path).unwrap();
+            }
+            sent.send((first, both, thread)).unwrap();
+        }
+        Ok(())
+    });
+    let store = LogStore::open_with_faults(dir.path(), fault).unwrap();
+    assert!(matches!(put(&store, "first", "2"), Outcome::Committed { .. }));
+    let (first, both, thread) = images.recv().unwrap();
+    assert!(matches!(thread.join().unwrap(), Outcome::Committed { .. }));
+    assert_eq!(all(&store).len(), 6);
+    // Power is lost before either flush, and of the two only the second has reached the disk.
+    let hole: Vec<u8> =
+        both.iter().enumerate().map(|(i, b)| if first[i] == before[i] { *b } else { before[i] }).collect();
+    assert!(used(&hole) > used(&first));
+    let crashed = tempfile::tempdir_in("/dev/shm").unwrap();
+    image(dir.path(), crashed.path(), &hole);
+    let store = LogStore::open(crashed.path()).unwrap();
+    assert_eq!(all(&store).len(), 2);
+    put(&store, "next", "4");
+    assert_eq!(all(&LogStore::open(crashed.path()).unwrap()).len(), 4);
+}
+
+#[test]
+fn parallel_commits_share_flushes() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let slow: Fault = Arc::new(|call| {
+        if call == DiskCall::Sync {
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
+        Ok(())
+    });
+    // A handle each, as processes have.
+    let stores: Vec<LogStore> = (0..8).map(|_| LogStore::open_with_faults(dir.path(), slow.clone()).unwrap()).collect();
+    let before: u64 = stores.iter().map(|s| s.disk_use().syncs).sum();
+    std::thread::scope(|scope| {
+        for (i, store) in stores.iter().enumerate() {
+            scope.spawn(move || {
+                for round in 0..20 {
+                    assert!(matches!(put(store, &format!("k{i}-{round}"), "v"), Outcome::Committed { .. }));
+                }
+            });
+        }
+    });
+    let flushes = stores.iter().map(|s| s.disk_use().syncs).sum::<u64>() - before;
+    assert_eq!(all(&stores[0]).len(), 320);
+    assert!(flushes < 120, "{flushes} flushes for 160 commits");
+}
