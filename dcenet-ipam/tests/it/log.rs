@@ -312,25 +312,29 @@ fn a_hole_left_by_unflushed_commits_is_no_damage() {
 #[test]
 fn parallel_commits_share_flushes() {
     let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-    let slow: Fault = Arc::new(|call| {
-        if call == DiskCall::Sync {
-            std::thread::sleep(std::time::Duration::from_millis(2));
+    let reader = Arc::new(LogStore::open(dir.path()).unwrap());
+    // The first flush takes so long that seven others append and wait meanwhile.
+    let flushes = Arc::new(AtomicU64::new(0));
+    let counter = flushes.clone();
+    let slow: Fault = Arc::new(move |call| {
+        if call == DiskCall::Sync && counter.fetch_add(1, Ordering::Relaxed) == 0 {
+            while all(&reader).len() < 16 {
+                std::thread::yield_now();
+            }
         }
         Ok(())
     });
-    // A handle each, as processes have.
-    let stores: Vec<LogStore> = (0..8).map(|_| LogStore::open_with_faults(dir.path(), slow.clone()).unwrap()).collect();
-    let before: u64 = stores.iter().map(|s| s.disk_use().syncs).sum();
     std::thread::scope(|scope| {
-        for (i, store) in stores.iter().enumerate() {
+        for i in 0..8 {
+            let (dir, slow) = (dir.path(), slow.clone());
             scope.spawn(move || {
-                for round in 0..20 {
-                    assert!(matches!(put(store, &format!("k{i}-{round}"), "v"), Outcome::Committed { .. }));
-                }
+                // A handle each, as processes have.
+                let store = LogStore::open_with_faults(dir, slow).unwrap();
+                assert!(matches!(put(&store, &format!("k{i}"), "v"), Outcome::Committed { .. }));
             });
         }
     });
-    let flushes = stores.iter().map(|s| s.disk_use().syncs).sum::<u64>() - before;
-    assert_eq!(all(&stores[0]).len(), 320);
-    assert!(flushes < 120, "{flushes} flushes for 160 commits");
+    // The second covers the rest, but for a frame that was appended and not yet noted when it began.
+    let flushes = flushes.load(Ordering::Relaxed);
+    assert!((2..=3).contains(&flushes), "{flushes} flushes for 8 commits");
 }
