@@ -101,6 +101,13 @@ pub enum Operation {
         /// The bridge.
         master: Option<IfName>,
     },
+    /// Has the kernel act on the link's new carrier now. A veth's ends get their carrier when the second one is set up,
+    /// but until a worker of the kernel has noticed (net/core/link_watch.c), for up to a second, what is sent over them
+    /// is dropped. Asking for the link does the worker's part at once (net/core/rtnetlink.c, `rtnl_getlink`).
+    SettleCarrier {
+        /// The link.
+        link: IfName,
+    },
     /// Lets a bridge port send frames back where they came from.
     Hairpin {
         /// The port.

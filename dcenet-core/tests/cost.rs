@@ -21,7 +21,7 @@ fn an_attach_makes_few_calls() {
     if !require(Rung::Netns) {
         return;
     }
-    for (config, most_attach, most_detach) in [(bridge(), 19, 3), (veth(), 24, 3)] {
+    for (config, most_attach, most_detach) in [(bridge(), 21, 3), (veth(), 26, 3)] {
         let kind = config.driver().kind();
         let host = TestHost::new();
         host.root().run(|| {

@@ -254,7 +254,7 @@ fn result(attached: &Attached) -> CniResult {
     let interfaces = attached
         .interfaces
         .iter()
-        .map(|i| Interface { name: i.name.clone(), mac: Some(i.mac), mtu: None, sandbox: i.sandbox.clone() })
+        .map(|i| Interface { name: i.name.clone(), mac: Some(i.mac), mtu: i.mtu, sandbox: i.sandbox.clone() })
         .collect();
     CniResult::new(interfaces, attached.pod_interface, &attached.lease)
 }

@@ -214,6 +214,7 @@ impl<'a> Session<'a> {
                 let master = master.as_ref().map(&index);
                 netlink::set_link(link, index(link), &LinkChange { up: true, master, ..Default::default() })
             }
+            Operation::SettleCarrier { link } => netlink::link_by_name(link),
             Operation::Hairpin { port } => netlink::hairpin(port, index(port)),
             Operation::AddAddress { link, address } => netlink::add_address(link.as_str(), index(link), *address),
             Operation::AddRoute { link, route } => netlink::add_route(link.as_str(), &new_route(index(link), route)),
@@ -231,7 +232,10 @@ impl<'a> Session<'a> {
 /// The links whose indices a step's message holds.
 fn indexed(operation: &Operation) -> Vec<&IfName> {
     match operation {
-        Operation::CreateVeth { .. } | Operation::CreateBridge { .. } | Operation::AttachPolicy => Vec::new(),
+        Operation::CreateVeth { .. }
+        | Operation::CreateBridge { .. }
+        | Operation::SettleCarrier { .. }
+        | Operation::AttachPolicy => Vec::new(),
         Operation::Up { link, master: Some(master) } => vec![link, master],
         Operation::Mark { link, .. }
         | Operation::NoLinkLocal { link }

@@ -253,6 +253,7 @@ fn compare(step: &Step, here: &Observed, there: &Observed, record: &Record, drif
         Operation::NoLinkLocal { .. }
         | Operation::ForwardIpv4 { .. }
         | Operation::Hairpin { .. }
+        | Operation::SettleCarrier { .. }
         | Operation::ForgetNeighbour { .. }
         | Operation::AttachPolicy => {}
     }

@@ -132,6 +132,7 @@ impl LinkDriver for BridgeConfig {
         if self.hairpin_mode {
             steps.push(Step::new(Target::Host, Operation::Hairpin { port: end.name.clone() }));
         }
+        settle(&pod, &end, &mut steps);
         Ok(Plan { steps, host_end: Some(end), pod_end: pod, bridge: Some(self.bridge.clone()) })
     }
 }
@@ -162,6 +163,13 @@ pub(super) fn host_end(end: &End, key: &AttachmentKey, policy: Policy, steps: &m
     }
     steps.push(Step::new(Target::Host, Operation::Mark { link: end.name.clone(), alias: mark(key) }));
     steps.push(no_link_local(Target::Host, &end.name));
+}
+
+/// The end of every veth: both ends carry packets when the attach returns.
+pub(super) fn settle(pod: &End, host: &End, steps: &mut Vec<Step>) {
+    for (target, end) in [(Target::Host, host), (Target::Pod, pod)] {
+        steps.push(Step::new(target, Operation::SettleCarrier { link: end.name.clone() }));
+    }
 }
 
 fn no_link_local(target: Target, link: &IfName) -> Step {

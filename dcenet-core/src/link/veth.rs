@@ -14,7 +14,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::bridge::{create_pair, host_end, pod_addresses};
+use super::bridge::{create_pair, host_end, pod_addresses, settle};
 use super::{HostView, LinkDriver, LinkRequest, Need, PlanError, check_mtu, check_routes, host_mac};
 use crate::model::Mtu;
 use crate::plan::{End, Operation, Plan, RouteSpec, Step, Target};
@@ -85,6 +85,7 @@ impl LinkDriver for VethConfig {
                 RouteSpec { destination: address.address, gateway: None, on_link: false, metric: None, table: None };
             steps.push(on_host(Operation::AddRoute { link: end.name.clone(), route }));
         }
+        settle(&pod, &end, &mut steps);
         Ok(Plan { steps, host_end: Some(end), pod_end: pod, bridge: None })
     }
 }

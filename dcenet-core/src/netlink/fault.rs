@@ -1,6 +1,6 @@
 //! The one gate through which every netlink request and every journal write passes.
 //!
-//! With the feature `test-support` a test makes the n-th call fail, or the process die there; without it the gate is
+//! With the feature `fault-injection` a test makes the n-th call fail, or the process die there; without it the gate is
 //! nothing.
 
 /// What the caller of [`gate`] does.
@@ -9,7 +9,7 @@ pub(crate) enum Gate {
     /// The call itself.
     Pass,
     /// Not the call, but report it as failed with this errno.
-    #[cfg_attr(not(feature = "test-support"), expect(dead_code, reason = "no fault without the feature"))]
+    #[cfg_attr(not(feature = "fault-injection"), expect(dead_code, reason = "no fault without the feature"))]
     Fail(i32),
     /// The call, and report its outcome as unknown.
     Lose,
@@ -17,17 +17,17 @@ pub(crate) enum Gate {
     DieAfter,
 }
 
-#[cfg(not(feature = "test-support"))]
+#[cfg(not(feature = "fault-injection"))]
 pub(crate) fn gate(_operation: &str) -> Gate {
     Gate::Pass
 }
 
-#[cfg(feature = "test-support")]
+#[cfg(feature = "fault-injection")]
 pub(crate) use armed::gate;
-#[cfg(feature = "test-support")]
+#[cfg(feature = "fault-injection")]
 pub use armed::{Fault, Injection, with_fault};
 
-#[cfg(feature = "test-support")]
+#[cfg(feature = "fault-injection")]
 mod armed {
     use std::cell::RefCell;
     use std::sync::OnceLock;

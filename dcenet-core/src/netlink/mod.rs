@@ -27,7 +27,7 @@ pub use neighbour::NeighbourView;
 pub use route::{RouteView, RuleView};
 pub use socket::{Failure, Family, NetlinkError, Reply, Socket};
 
-#[cfg(feature = "test-support")]
+#[cfg(feature = "fault-injection")]
 pub use fault::{Fault, Injection, with_fault};
 
 pub(crate) use address::{add_address, address_dump, delete_address};
