@@ -52,3 +52,8 @@ pub mod store;
 
 pub use crate::config::{ConfigError, IpamConfig, Layout};
 pub use crate::ipam::{Ipam, OpenError, PoolUsage, RecordedClaim};
+
+/// The README's example compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

@@ -111,6 +111,12 @@ impl<'a> Call<'a> {
                 errors.push(error.to_string());
             }
         }
+        // Nothing of the network is left: what its attachments shared goes too, unless another network uses it.
+        if let (true, Ok(LinkConfig::Bridge(bridge))) = (valid.is_empty(), self.link())
+            && let Err(error) = self.engine.remove_idle(&bridge.bridge)
+        {
+            errors.push(error.to_string());
+        }
         if errors.is_empty() { Ok(()) } else { Err(CniError::new(ErrorCode::TryAgain, errors.join("; "))) }
     }
 

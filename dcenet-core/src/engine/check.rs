@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use super::apply::{has_ports, look_up};
 use super::{AttachError, Engine};
 use crate::journal::Record;
-use crate::link::{HostView, LinkRequest};
+use crate::link::{HostView, LinkRequest, is_link_local};
 use crate::model::{AttachmentKey, IfName};
 use crate::netlink::{self, AddressView, LinkView, NeighbourView, NetlinkError, RouteView, Socket};
 use crate::netns::NetNs;
@@ -229,7 +229,11 @@ fn compare(step: &Step, here: &Observed, there: &Observed, record: &Record, drif
         }
         Operation::AddAddress { link, address } => {
             let Some(found) = find(here, link) else { return };
-            if !here.addresses.iter().any(|a| a.index == found.index && a.address == *address) {
+            // A shared bridge has the link-local address of whoever made it.
+            let same = |a: &AddressView| {
+                a.address == *address || target == Target::Host && is_link_local(&a.address) && is_link_local(address)
+            };
+            if !here.addresses.iter().any(|a| a.index == found.index && same(a)) {
                 drift.push(Drift::AddressMissing { target, link: link.clone(), address: *address });
             }
         }

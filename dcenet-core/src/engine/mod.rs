@@ -69,6 +69,23 @@ pub struct AttachRequest<'a> {
     pub fingerprint: String,
 }
 
+impl<'a> AttachRequest<'a> {
+    /// Asks for what must be said; nobody's labels, no policy, and an Ethernet address derived from the lease or the key.
+    pub fn new(key: AttachmentKey, pod: Pod<'a>, link: LinkConfig, lease: Lease) -> Self {
+        Self {
+            key,
+            pod,
+            link,
+            lease,
+            mac: None,
+            workload: None,
+            labels: LabelSet::new(),
+            policy: Policy::None,
+            fingerprint: String::new(),
+        }
+    }
+}
+
 /// An attachment that stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Attached {

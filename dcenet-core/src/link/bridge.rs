@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     HostView, LinkDriver, LinkRequest, Need, PlanError, Policy, check_mtu, check_routes, gateway_of, host_mac,
-    link_local,
+    is_link_local, link_local,
 };
 use crate::model::{AttachmentKey, IfName, MacAddr, Mtu};
 use crate::plan::{End, Operation, Plan, RouteSpec, Step, Target, Undo, mark, shared_mark};
@@ -175,10 +175,6 @@ pub(super) fn settle(pod: &End, host: &End, steps: &mut Vec<Step>) {
 fn no_link_local(target: Target, link: &IfName) -> Step {
     // A kernel without IPv6 makes no link-local addresses.
     Step::new(target, Operation::NoLinkLocal { link: link.clone() }).content_with(&[libc::EAFNOSUPPORT])
-}
-
-fn is_link_local(address: &IpNet) -> bool {
-    matches!(address, IpNet::V6(v6) if v6.addr().is_unicast_link_local())
 }
 
 fn is_false(value: &bool) -> bool {

@@ -90,8 +90,7 @@ impl HostView {
 
     /// Whether the link has an IPv6 link-local address, whoever gave it.
     pub fn has_link_local(&self, link: &LinkView) -> bool {
-        let local = |ip: IpAddr| matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
-        self.addresses.iter().any(|a| a.index == link.index && local(a.address.addr()))
+        self.addresses.iter().any(|a| a.index == link.index && is_link_local(&a.address))
     }
 
     /// Whether the link has the address with this prefix length.
@@ -214,6 +213,11 @@ fn link_local(mac: MacAddr) -> IpNet {
     let [a, b, c, d, e, f] = mac.bytes();
     let address = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f];
     IpNet::new(IpAddr::from(address), 64).expect("64 is at most 128")
+}
+
+/// Whether it is an IPv6 link-local address.
+pub(crate) fn is_link_local(address: &IpNet) -> bool {
+    matches!(address, IpNet::V6(v6) if v6.addr().is_unicast_link_local())
 }
 
 /// The host end's address: as the pod's, of the attachment alone, but another.

@@ -263,6 +263,10 @@ fn gc_removes_what_is_not_listed_and_nothing_without_a_list() {
     node.gc(Some(&[])).unwrap();
     assert_eq!(node.host.records().len(), 1, "the other network is left alone");
     node.call("DEL", &foreign, &other_network.to_string()).unwrap();
+    // Now nobody uses the bridge, and it goes with the network.
+    assert!(node.host.root().link("dc0").is_some());
+    node.gc(Some(&[])).unwrap();
+    assert!(node.host.root().link("dc0").is_none());
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use dcenet_core::engine::{AttachRequest, Engine};
-use dcenet_core::link::{LinkConfig, Policy};
+use dcenet_core::link::LinkConfig;
 use dcenet_core::model::AttachmentKey;
 use dcenet_core::netns::{Host, NetNs, Pod as EnginePod};
 use dcenet_core::provider::{Dns, Lease, LeasedAddress, LeasedRoute};
@@ -224,21 +224,14 @@ fn connect_outside(stage: &Stage, outside: &Pod) -> Outcome {
         Ok(LeasedAddress { address, gateway: None, pool: "outside".to_owned(), sequence: 1 })
     };
     let route = |text: &str| -> Outcome<LeasedRoute> { Ok(LeasedRoute { destination: text.parse()?, gateway: None }) };
-    engine.attach(&AttachRequest {
-        key: AttachmentKey { network: "outside".parse()?, container: "outside".parse()?, ifname: "eth0".parse()? },
-        pod: EnginePod { netns: &outside.netns, path: &outside.path },
-        link: LinkConfig::read(&json!({ "kind": "veth" }))?,
-        lease: Lease {
-            addresses: vec![address(OUTSIDE[0], 32)?, address(OUTSIDE[1], 128)?],
-            routes: vec![route("0.0.0.0/0")?, route("::/0")?],
-            dns: Dns::default(),
-            mac: None,
-        },
+    let key = AttachmentKey { network: "outside".parse()?, container: "outside".parse()?, ifname: "eth0".parse()? };
+    let pod = EnginePod { netns: &outside.netns, path: &outside.path };
+    let lease = Lease {
+        addresses: vec![address(OUTSIDE[0], 32)?, address(OUTSIDE[1], 128)?],
+        routes: vec![route("0.0.0.0/0")?, route("::/0")?],
+        dns: Dns::default(),
         mac: None,
-        workload: None,
-        labels: Default::default(),
-        policy: Policy::None,
-        fingerprint: String::new(),
-    })?;
+    };
+    engine.attach(&AttachRequest::new(key, pod, LinkConfig::read(&json!({ "kind": "veth" }))?, lease))?;
     Ok(())
 }
