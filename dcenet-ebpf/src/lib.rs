@@ -48,6 +48,7 @@
 
 #![warn(unreachable_pub, clippy::print_stderr, clippy::print_stdout, clippy::unwrap_used)]
 
+pub mod abi;
 pub mod asm;
 pub mod attach;
 pub mod insn;

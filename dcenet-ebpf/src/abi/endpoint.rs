@@ -1,0 +1,60 @@
+//! Endpoints and their limits.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use super::layout::record;
+
+record! {
+    /// What the programs know of an endpoint. Its slot comes with the attachment: the low 16 bits of the filter's class
+    /// id (TCA_BPF_CLASSID), which cls_bpf hands to the program as `tc_classid` (net/sched/cls_bpf.c). Slot 0 is never
+    /// given to an endpoint, as a filter without a class id and BPF_PROG_TEST_RUN show it.
+    ///
+    /// Generations of a slot only ever grow, also when another endpoint gets the slot: so an old entry of the conntrack
+    /// map is never believed.
+    pub struct Endpoint, 64 bytes {
+        /// [`Endpoint::ACTIVE`].
+        flags: u32 = 0 @ FLAGS,
+        /// Generation of the egress policy. Flows that it admitted under another one are judged anew.
+        generation_egress: u32 = 4 @ GENERATION_EGRESS,
+        /// Generation of the ingress policy.
+        generation_ingress: u32 = 8 @ GENERATION_INGRESS,
+        /// Own IPv4 address, network order; zeros for none.
+        ipv4: [u8; 4] = 12 @ IPV4,
+        /// Own IPv6 address; zeros for none.
+        ipv6: [u8; 16] = 16 @ IPV6,
+        /// Own IPv6 link-local address, which neighbour discovery uses (RFC 4861, section 7.2.2); zeros for none.
+        link_local: [u8; 16] = 32 @ LINK_LOCAL,
+    }
+}
+
+impl Endpoint {
+    /// The slot holds an endpoint; without it every packet is dropped.
+    pub const ACTIVE: u32 = 1;
+    /// An active endpoint with these addresses, both generations 0.
+    pub fn new(ipv4: Option<Ipv4Addr>, ipv6: Option<Ipv6Addr>, link_local: Option<Ipv6Addr>) -> Self {
+        Self {
+            flags: Self::ACTIVE,
+            ipv4: ipv4.map_or([0; 4], |a| a.octets()),
+            ipv6: ipv6.map_or([0; 16], |a| a.octets()),
+            link_local: link_local.map_or([0; 16], |a| a.octets()),
+            ..Self::default()
+        }
+    }
+}
+
+record! {
+    /// How many events about drops an endpoint may cause in a span of time, and how many events of it were lost.
+    ///
+    /// Programs of several CPUs update the window without a lock, so the limit is approximate; the losses are counted
+    /// atomically.
+    pub struct EventLimit, 32 bytes {
+        /// Number of the window, 2^30 ns each (1.07 s).
+        window: u64 = 0 @ WINDOW,
+        /// Events of this window.
+        used: u64 = 8 @ USED,
+        /// Events about drops that the limit held back.
+        limited: u64 = 16 @ LIMITED,
+        /// Events of every kind that found the ring buffer full.
+        lost: u64 = 24 @ LOST,
+    }
+}

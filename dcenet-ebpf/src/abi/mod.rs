@@ -1,0 +1,157 @@
+//! What the programs of [`crate::datapath`] and user space share: every map, key, value and event, byte by byte.
+//!
+//! This is the only place that lays out bytes. A record here is a plain struct with `encode` and `decode`, and a constant
+//! for the offset of each field, which the code emitter uses too. Numbers are in native byte order unless their field
+//! says otherwise; addresses and ports are in network byte order (big-endian), IPv4 addresses as `::ffff:a.b.c.d`.
+//! Times are nanoseconds of CLOCK_MONOTONIC at the resolution of the kernel's tick (`CLOCK_MONOTONIC_COARSE`).
+//!
+//! | Map | Kind | Key | Value |
+//! |---|---|---|---|
+//! | [`ENDPOINTS`] | array | slot | [`Endpoint`] |
+//! | [`CLASS_V4`] | array | entry number / 2 | two entries of the IPv4 trie |
+//! | [`MEMBERS_V6`] | array | place in the table | [`MemberV6`] |
+//! | [`CLASS_V6`] | array | entry number / 2 | two entries of the IPv6 trie |
+//! | [`NODES_V6`] | array | block number | [`NodeV6`] |
+//! | [`LOCAL_IDS`] | array, one map per policy set | class / 4 | four local ids |
+//! | [`CONNTRACK`] | LRU hash (or hash) | [`FlowKey`] | [`Flow`] |
+//! | [`FRAGMENTS`] | LRU hash | [`FragmentKey`] | [`Fragment`] |
+//! | [`RULES`] | per-CPU array | rule id | [`Traffic`] |
+//! | [`REASONS`] | per-CPU array | [`reason_index`] | [`Traffic`] |
+//! | [`EVENT_LIMITS`] | array | slot | [`EventLimit`] |
+//! | [`EVENTS`] | ring buffer | | [`Event`] |
+
+mod class;
+mod endpoint;
+mod event;
+mod flow;
+mod layout;
+mod verdict;
+
+use crate::object::{MapFlags, MapKind, MapSpec};
+
+pub use class::{
+    BLOCK_ENTRIES, CHILD, ClassId, LocalId, MEMBER_DELETED, MEMBER_USED, MemberV6, NodeV6, PROBES_V6, ROOT_V4_ENTRIES,
+    local_ids_element, member_v6_place,
+};
+pub use endpoint::{Endpoint, EventLimit};
+pub use event::{Event, EventKind};
+pub use flow::{Flow, FlowKey, FlowState, Fragment, FragmentKey};
+pub use layout::{Be16, Field};
+pub use verdict::{Direction, Reason, Traffic, reason_index};
+
+/// Endpoints by their slot.
+pub const ENDPOINTS: &str = "endpoints";
+/// The trie from IPv4 addresses to classes.
+pub const CLASS_V4: &str = "class_v4";
+/// The table of single IPv6 addresses.
+pub const MEMBERS_V6: &str = "members_v6";
+/// Blocks of the trie from IPv6 prefixes to classes.
+pub const CLASS_V6: &str = "class_v6";
+/// What each block of [`CLASS_V6`] stands for; the first one holds the trie's root.
+pub const NODES_V6: &str = "nodes_v6";
+/// Class to local id, for one policy set.
+pub const LOCAL_IDS: &str = "local_ids";
+/// Flows that were admitted.
+pub const CONNTRACK: &str = "conntrack";
+/// Ports of fragmented packets whose head has passed.
+pub const FRAGMENTS: &str = "fragments";
+/// New-flow verdicts by rule.
+pub const RULES: &str = "rules";
+/// Verdicts by reason.
+pub const REASONS: &str = "reasons";
+/// How many events each endpoint may still cause, and how many were lost.
+pub const EVENT_LIMITS: &str = "event_limits";
+/// Events for user space.
+pub const EVENTS: &str = "events";
+
+/// What happens to a new flow when [`CONNTRACK`] is full.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum FullTable {
+    /// The flow that was used least recently goes (`BPF_MAP_TYPE_LRU_HASH`).
+    #[default]
+    Evict,
+    /// The new flow is dropped, with its reason (`BPF_MAP_TYPE_HASH`). Entries then leave only when a program finds them
+    /// denied, or by user space.
+    Refuse,
+}
+
+/// Sizes of the maps. Memory is stated for a 64-bit kernel; all is taken when the map is made.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Sizes {
+    /// Endpoint slots, at most 65,536. 64 + 32 bytes each: 96 KiB at 1,024.
+    pub endpoints: u32,
+    /// Blocks of the IPv4 trie beside its root. 1 KiB each, 256 KiB for the root: 4.25 MiB at 4,096.
+    pub blocks_v4: u32,
+    /// Places for single IPv6 addresses, a power of two. 24 bytes each: 1.5 MiB at 65,536.
+    pub members_v6: u32,
+    /// Blocks of the IPv6 trie. 1 KiB + 40 bytes each: 1 MiB at 1,024.
+    pub blocks_v6: u32,
+    /// Classes that [`LOCAL_IDS`] of each policy set has room for. 2 bytes each: 32 KiB at 16,384.
+    pub classes: u32,
+    /// Flows. 88 bytes and about 60 of the kernel's each: 19 MiB at 131,072.
+    pub conntrack: u32,
+    /// What happens to a new flow when there is no room.
+    pub full_table: FullTable,
+    /// Fragmented packets under way. 48 bytes and about 60 of the kernel's each: 860 KiB at 8,192.
+    pub fragments: u32,
+    /// Rule ids. 16 bytes each on each possible CPU: 1 MiB per CPU at 65,536.
+    pub rules: u32,
+    /// Bytes of the ring buffer, a power of two: 1 MiB holds 10,082 events (96 + 8 bytes).
+    pub event_bytes: u32,
+}
+
+impl Default for Sizes {
+    fn default() -> Self {
+        Self {
+            endpoints: 1024,
+            blocks_v4: 4096,
+            members_v6: 65_536,
+            blocks_v6: 1024,
+            classes: 16_384,
+            conntrack: 131_072,
+            full_table: FullTable::Evict,
+            fragments: 8192,
+            rules: 65_536,
+            event_bytes: 1 << 20,
+        }
+    }
+}
+
+impl Sizes {
+    /// The maps that all endpoints of a node share.
+    pub fn shared_maps(&self) -> Vec<MapSpec> {
+        let pair = 2 * u32::BYTES as u32;
+        let conntrack = match self.full_table {
+            FullTable::Evict => MapKind::LruHash,
+            FullTable::Refuse => MapKind::Hash,
+        };
+        vec![
+            MapSpec::array(ENDPOINTS, Endpoint::BYTES as u32, self.endpoints),
+            MapSpec::array(CLASS_V4, pair, (ROOT_V4_ENTRIES + self.blocks_v4 * BLOCK_ENTRIES) / 2)
+                .with_flags(MapFlags::MMAPABLE),
+            MapSpec::array(MEMBERS_V6, MemberV6::BYTES as u32, self.members_v6),
+            MapSpec::array(CLASS_V6, pair, self.blocks_v6 * BLOCK_ENTRIES / 2).with_flags(MapFlags::MMAPABLE),
+            MapSpec::array(NODES_V6, NodeV6::BYTES as u32, self.blocks_v6),
+            MapSpec {
+                kind: conntrack,
+                ..MapSpec::hash(CONNTRACK, FlowKey::BYTES as u32, Flow::BYTES as u32, self.conntrack)
+            },
+            MapSpec::lru_hash(FRAGMENTS, FragmentKey::BYTES as u32, Fragment::BYTES as u32, self.fragments),
+            MapSpec::percpu_array(RULES, Traffic::BYTES as u32, self.rules),
+            MapSpec::percpu_array(REASONS, Traffic::BYTES as u32, REASON_CELLS),
+            MapSpec::array(EVENT_LIMITS, EventLimit::BYTES as u32, self.endpoints),
+            MapSpec::ringbuf(EVENTS, self.event_bytes),
+        ]
+    }
+
+    /// The map of local ids, of which each policy set has its own.
+    pub fn local_ids(&self) -> MapSpec {
+        MapSpec::array(LOCAL_IDS, 8, self.classes.div_ceil(4))
+    }
+}
+
+/// Room for every [`Reason`] in both directions, and for some more to come without a new map.
+const REASON_CELLS: u32 = 64;
+
+#[cfg(test)]
+mod tests;
