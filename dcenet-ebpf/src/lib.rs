@@ -51,6 +51,7 @@
 pub mod abi;
 pub mod asm;
 pub mod attach;
+pub mod datapath;
 pub mod insn;
 pub mod loader;
 pub mod maps;

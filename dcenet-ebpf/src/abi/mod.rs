@@ -33,6 +33,7 @@ pub use class::{
     BLOCK_ENTRIES, CHILD, ClassId, LocalId, MEMBER_DELETED, MEMBER_USED, MemberV6, NodeV6, PROBES_V6, ROOT_V4_ENTRIES,
     local_ids_element, member_v6_place,
 };
+pub(crate) use class::{HASH_HIGH, HASH_LOW};
 pub use endpoint::{Endpoint, EventLimit};
 pub use event::{Event, EventKind};
 pub use flow::{Flow, FlowKey, FlowState, Fragment, FragmentKey};

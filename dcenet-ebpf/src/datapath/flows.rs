@@ -1,0 +1,291 @@
+//! Connection tracking: find the flow, believe it while its policy is that of now, make new ones.
+
+use super::emitter::{Emitter, SKB_LEN, TC_ACT_UNSPEC, TCP, UDP};
+use super::frame;
+use super::{Judgement, Timeouts};
+use crate::abi::{self, Direction, Endpoint, Event, EventKind, Flow, FlowState, Reason};
+use crate::asm::Label;
+use crate::insn::{Cond, Helper, Reg, Reg::*, Size};
+
+impl Emitter<'_> {
+    /// Finds the flow of the key and passes its packet; all else goes to the judge.
+    ///
+    /// `R7` is the flow, `R8` the time, `R1` the direction that admitted the flow.
+    pub(super) fn flow(&mut self, timeouts: &Timeouts) {
+        let (miss, stale, hit) = (self.asm.label(), self.asm.label(), self.asm.label());
+        self.asm.bind(self.places.lookup);
+        self.lookup(abi::CONNTRACK, frame::KEY);
+        self.asm
+            .jump_if(Cond::Eq, R0, 0, miss)
+            .mov(R7, R0)
+            .call(Helper::KtimeGetCoarseNs)
+            .mov(R8, R0)
+            .load(Size::Dw, R1, R7, Flow::LAST_SEEN)
+            .sub(R0, R1)
+            .load(Size::Dw, R1, R7, Flow::TIMEOUT)
+            // Signed: another CPU may have seen a later tick.
+            .jump_if(Cond::Sgt, R0, R1, miss)
+            .load(Size::B, R1, R7, Flow::DIRECTION);
+        self.generation(R1, R3);
+        self.asm.load(Size::W, R2, R7, Flow::GENERATION).jump_if(Cond::Ne, R2, R3, stale).bind(hit);
+        let related = self.pass(Reason::Related);
+        self.asm.load(Size::W, R2, R10, frame::FLAGS).jump_if(Cond::Set, R2, frame::RELATED, related);
+        self.advance(timeouts, miss);
+
+        self.asm.bind(stale);
+        self.asm
+            .store(Size::W, R10, frame::GENERATION, R3)
+            .store(Size::W, R10, frame::JUDGE, R1)
+            .store(Size::Dw, R10, frame::FLOW_POINTER, R7)
+            .store(Size::Dw, R10, frame::NOW, R8);
+        self.set_flags(frame::STALE);
+        let classify = self.asm.label();
+        self.asm.jump(classify);
+
+        self.asm.bind(miss);
+        let not_related = self.asm.label();
+        self.asm.load(Size::W, R1, R10, frame::FLAGS).and(R1, frame::RELATED).jump_if(Cond::Eq, R1, 0, not_related);
+        self.unrelated();
+        self.asm
+            .bind(not_related)
+            .bind(self.places.judge_packet)
+            .load(Size::W, R1, R9, generation_offset(self.direction))
+            .store(Size::W, R10, frame::GENERATION, R1)
+            .store(Size::W, R10, frame::JUDGE, self.direction as i32)
+            .bind(classify);
+        self.judge(timeouts, hit);
+    }
+
+    /// `to =` the endpoint's generation of the direction whose number is in `direction`.
+    fn generation(&mut self, direction: Reg, to: Reg) {
+        let (ingress, known) = (self.asm.label(), self.asm.label());
+        self.asm
+            .jump_if(Cond::Ne, direction, Direction::Egress as i32, ingress)
+            .load(Size::W, to, R9, Endpoint::GENERATION_EGRESS)
+            .jump(known)
+            .bind(ingress)
+            .load(Size::W, to, R9, Endpoint::GENERATION_INGRESS)
+            .bind(known);
+    }
+
+    /// A packet of a known flow: state, time, counters, verdict.
+    fn advance(&mut self, timeouts: &Timeouts, miss: Label) {
+        let own = self.direction as i32;
+        let (not_tcp, no_syn, closing, refresh, datagram) =
+            (self.asm.label(), self.asm.label(), self.asm.label(), self.asm.label(), self.asm.label());
+        self.asm
+            .load(Size::B, R5, R7, Flow::STATE)
+            .load(Size::B, R4, R10, frame::PROTOCOL)
+            .jump_if(Cond::Ne, R4, TCP, not_tcp)
+            .load(Size::W, R3, R10, frame::TCP_FLAGS)
+            .mov(R2, R3)
+            .and(R2, SYN | ACK)
+            .jump_if(Cond::Ne, R2, SYN, no_syn)
+            // A connection of its own: asked by the other side, or in place of one that was closed.
+            .jump_if(Cond::Ne, R1, own, miss)
+            .jump_if(Cond::Eq, R5, FlowState::Closing as i32, miss)
+            .bind(no_syn)
+            .jump_if(Cond::Set, R3, FIN | RST, closing)
+            .jump_if(Cond::Ne, R5, FlowState::New as i32, refresh)
+            .jump_if(Cond::Eq, R1, own, refresh);
+        self.state(FlowState::Established, timeouts.tcp_established_ns());
+        self.asm
+            .jump(refresh)
+            .bind(not_tcp)
+            .jump_if(Cond::Ne, R5, FlowState::New as i32, refresh)
+            .jump_if(Cond::Eq, R1, own, refresh)
+            .jump_if(Cond::Eq, R4, UDP, datagram);
+        self.state(FlowState::Established, timeouts.other_ns());
+        self.asm.jump(refresh).bind(datagram);
+        self.state(FlowState::Established, timeouts.udp_established_ns());
+        self.asm.bind(refresh);
+        self.count_in_flow();
+        self.note_head();
+        self.asm.ret(TC_ACT_UNSPEC);
+
+        self.asm.bind(closing).jump_if(Cond::Eq, R5, FlowState::Closing as i32, refresh);
+        self.state(FlowState::Closing, timeouts.tcp_closing_ns());
+        self.count_in_flow();
+        self.note_head();
+        let counters = [
+            (Flow::EGRESS_PACKETS, Event::EGRESS_PACKETS),
+            (Flow::EGRESS_OCTETS, Event::EGRESS_OCTETS),
+            (Flow::INGRESS_PACKETS, Event::INGRESS_PACKETS),
+            (Flow::INGRESS_OCTETS, Event::INGRESS_OCTETS),
+        ];
+        for (from, to) in counters {
+            self.asm.load(Size::Dw, R1, R7, from).store(Size::Dw, R10, frame::EVENT + to, R1);
+        }
+        self.asm
+            .load(Size::W, R1, R7, Flow::RULE)
+            .store(Size::W, R10, frame::RULE, R1)
+            .store(Size::Dw, R10, frame::NOW, R8)
+            .store(Size::W, R10, frame::REASON, Reason::Allowed as i32);
+        self.send_event(EventKind::Closed);
+    }
+
+    /// Uses `R2`.
+    fn state(&mut self, state: FlowState, timeout: u64) {
+        self.asm.store(Size::B, R7, Flow::STATE, state as i32).load_imm64(R2, timeout).store(
+            Size::Dw,
+            R7,
+            Flow::TIMEOUT,
+            R2,
+        );
+    }
+
+    fn count_in_flow(&mut self) {
+        let (packets, bytes) = counters(self.direction);
+        self.asm.store(Size::Dw, R7, Flow::LAST_SEEN, R8);
+        self.add_packet(R7, packets, bytes);
+    }
+
+    /// The verdicts of the classifiers, for new and for stale flows; `R0` is the rule.
+    fn judge(&mut self, timeouts: &Timeouts, hit: Label) {
+        let Judgement::Classifiers { egress, ingress, members_v6_bits, .. } = self.judgement else { return };
+        self.classify(members_v6_bits);
+        let exits = super::Exits::new(&mut self.asm);
+        let by_ingress = self.asm.label();
+        self.asm.load(Size::W, R4, R10, frame::JUDGE).jump_if(Cond::Ne, R4, Direction::Egress as i32, by_ingress);
+        egress.emit(&mut self.asm, &exits);
+        self.asm.bind(by_ingress);
+        ingress.emit(&mut self.asm, &exits);
+        if exits.allow_used() {
+            self.asm.bind(exits.allow());
+            self.allow(timeouts, hit);
+        }
+        if exits.deny_used() {
+            self.asm.bind(exits.deny());
+            self.deny();
+        }
+    }
+
+    fn allow(&mut self, timeouts: &Timeouts, hit: Label) {
+        let new = self.asm.label();
+        self.asm
+            .store(Size::W, R10, frame::RULE, R0)
+            .load(Size::W, R1, R10, frame::FLAGS)
+            .and(R1, frame::STALE)
+            .jump_if(Cond::Eq, R1, 0, new)
+            .load(Size::Dw, R7, R10, frame::FLOW_POINTER)
+            .load(Size::Dw, R8, R10, frame::NOW)
+            .load(Size::W, R1, R10, frame::GENERATION)
+            .store(Size::W, R7, Flow::GENERATION, R1)
+            .store(Size::W, R7, Flow::RULE, R0)
+            .load(Size::W, R1, R10, frame::FLAGS)
+            .and(R1, !frame::STALE)
+            .store(Size::W, R10, frame::FLAGS, R1)
+            .load(Size::W, R1, R10, frame::JUDGE)
+            .jump(hit);
+
+        self.asm.bind(new).load(Size::W, R1, R10, frame::RULE);
+        self.count(abi::RULES, R1);
+        let stateless = self.asm.label();
+        self.if_flags(frame::STATELESS, stateless);
+        let full = self.drop(Reason::ConntrackFull);
+        self.new_flow(timeouts);
+        self.update(abi::CONNTRACK, frame::KEY, frame::FLOW);
+        self.asm.jump_if(Cond::Ne, R0, 0, full);
+        self.count_reason(Reason::Allowed);
+        self.note_head();
+        self.asm.store(Size::W, R10, frame::REASON, Reason::Allowed as i32);
+        self.packet_counters();
+        self.send_event(EventKind::New);
+
+        self.asm.bind(stateless);
+        self.count_reason(Reason::Allowed);
+        self.note_head();
+        self.asm.ret(TC_ACT_UNSPEC);
+    }
+
+    fn deny(&mut self) {
+        let (denied, revoked) = (self.drop(Reason::Denied), self.drop(Reason::Revoked));
+        let new = self.asm.label();
+        self.asm
+            .store(Size::W, R10, frame::RULE, R0)
+            .load(Size::W, R1, R10, frame::FLAGS)
+            .and(R1, frame::STALE)
+            .jump_if(Cond::Eq, R1, 0, new)
+            .load_map(R1, abi::CONNTRACK)
+            .mov(R2, R10)
+            .add(R2, i32::from(frame::KEY))
+            .call(Helper::MapDeleteElem)
+            .jump(revoked)
+            .bind(new)
+            .load(Size::W, R1, R10, frame::RULE);
+        self.count(abi::RULES, R1);
+        self.asm.jump(denied);
+    }
+
+    /// Puts a new flow's value on the stack.
+    fn new_flow(&mut self, timeouts: &Timeouts) {
+        let flow = frame::FLOW;
+        let (tcp, udp, timed, established, closing) =
+            (self.asm.label(), self.asm.label(), self.asm.label(), self.asm.label(), self.asm.label());
+        self.asm
+            .call(Helper::KtimeGetCoarseNs)
+            .store(Size::Dw, R10, frame::NOW, R0)
+            .store(Size::Dw, R10, flow + Flow::LAST_SEEN, R0)
+            .load(Size::W, R1, R10, frame::GENERATION)
+            .store(Size::W, R10, flow + Flow::GENERATION, R1)
+            .load(Size::W, R1, R10, frame::RULE)
+            .store(Size::W, R10, flow + Flow::RULE, R1);
+        // One store for direction, state and the padding after them.
+        let direction = i32::from_ne_bytes([self.direction as u8, 0, 0, 0]);
+        self.asm
+            .store(Size::W, R10, flow + Flow::DIRECTION, direction)
+            .store(Size::W, R10, flow + Flow::DIRECTION + 4, 0)
+            .load(Size::B, R2, R10, frame::PROTOCOL)
+            .jump_if(Cond::Eq, R2, TCP, tcp)
+            .jump_if(Cond::Eq, R2, UDP, udp)
+            .load_imm64(R1, timeouts.other_ns())
+            .jump(timed)
+            .bind(udp)
+            .load_imm64(R1, timeouts.udp_new_ns())
+            .jump(timed)
+            .bind(tcp)
+            .load(Size::W, R2, R10, frame::TCP_FLAGS)
+            .jump_if(Cond::Set, R2, FIN | RST, closing)
+            .and(R2, SYN | ACK)
+            .jump_if(Cond::Ne, R2, SYN, established)
+            .load_imm64(R1, timeouts.tcp_new_ns())
+            .jump(timed)
+            .bind(established)
+            .store(Size::B, R10, flow + Flow::STATE, FlowState::Established as i32)
+            .load_imm64(R1, timeouts.tcp_established_ns())
+            .jump(timed)
+            .bind(closing)
+            .store(Size::B, R10, flow + Flow::STATE, FlowState::Closing as i32)
+            .load_imm64(R1, timeouts.tcp_closing_ns())
+            .bind(timed)
+            .store(Size::Dw, R10, flow + Flow::TIMEOUT, R1);
+        let (own, other) = (counters(self.direction), counters(self.direction.opposite()));
+        self.asm
+            .load(Size::W, R1, R6, SKB_LEN)
+            .store(Size::Dw, R10, flow + own.0, 1)
+            .store(Size::Dw, R10, flow + own.1, R1)
+            .store(Size::Dw, R10, flow + other.0, 0)
+            .store(Size::Dw, R10, flow + other.1, 0);
+    }
+}
+
+/// Offsets of a direction's counters.
+const fn counters(direction: Direction) -> (i16, i16) {
+    match direction {
+        Direction::Egress => (Flow::EGRESS_PACKETS, Flow::EGRESS_OCTETS),
+        Direction::Ingress => (Flow::INGRESS_PACKETS, Flow::INGRESS_OCTETS),
+    }
+}
+
+const fn generation_offset(direction: Direction) -> i16 {
+    match direction {
+        Direction::Egress => Endpoint::GENERATION_EGRESS,
+        Direction::Ingress => Endpoint::GENERATION_INGRESS,
+    }
+}
+
+// Flags of the TCP header (RFC 9293, section 3.1).
+const FIN: i32 = 0x01;
+const SYN: i32 = 0x02;
+const RST: i32 = 0x04;
+const ACK: i32 = 0x10;

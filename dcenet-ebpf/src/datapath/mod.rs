@@ -1,0 +1,266 @@
+//! The programs on the host's end of a pod's veth: what may pass, by policy and by flow.
+//!
+//! An endpoint has two: [`FROM_POD`] on the ingress hook of the device, where the pod sends, and [`TO_POD`] on the
+//! egress hook, where it receives. Both are written by [`program`] around two classifiers, which a policy compiler
+//! supplies ([`EmitClassifier`]). [`default_program`] is what runs until the policy is known.
+//!
+//! ```text
+//! packet -> parse -> ARP, neighbour discovery, spoofed source, malformed ...: verdict
+//!             |
+//!             v
+//!        conntrack -- hit, generation of now --> count, pass
+//!             |  \
+//!             |   hit, older generation --> classifier of the direction that admitted the flow
+//!            miss                             allowed: new generation, pass; denied: entry deleted, drop
+//!             |
+//!             v
+//!    peer -> class -> local id -> classifier of the packet's direction
+//!                                   allowed: new entry, event, pass; denied: event, drop
+//! ```
+//!
+//! A packet that may pass is left to the next program or filter (`TC_ACT_UNSPEC`), never accepted for good.
+//!
+//! | Case | Verdict |
+//! |---|---|
+//! | policy not known yet | drop, but for ARP and neighbour discovery |
+//! | peer that no rule names | class 0, local id 0: the classifier decides |
+//! | no room for the flow | drop |
+//! | fragment without its head, more than 8 extension headers, other EtherType, headers cut off | drop |
+//! | source from the pod is not its own address | drop |
+//! | ARP, neighbour discovery from the pod | pass if its sender (advertisement: target) is the pod, or unspecified and the target the pod; router advertisement and redirect are dropped |
+//! | ARP, neighbour discovery to the pod | pass |
+//! | TCP without an entry in mid-flow | judged as if new |
+//! | ICMP echo | a flow, by its identifier; a reply without a question is judged as a packet of its own |
+//! | ICMP error about a known flow | pass |
+//! | other ICMP | judged packet by packet |
+//!
+//! # Minimum kernel version
+//! 5.12 (32-bit jumps and fetching atomics), and 5.11 for the coarse clock.
+
+mod account;
+mod classifier;
+mod emitter;
+mod flows;
+mod fragments;
+mod frame;
+mod icmp;
+mod judge;
+mod neighbour;
+mod parse;
+
+use std::time::Duration;
+
+pub use classifier::{AllowAll, DenyAll, EmitClassifier, Exits};
+
+use crate::abi::{self, Direction, Reason, Sizes};
+use crate::asm::{AsmError, Function};
+use crate::insn::{Cond, IsaLevel, Reg::*};
+use crate::object::{Object, ObjectError};
+
+use self::emitter::Emitter;
+
+/// Name of the program for what the pod sends.
+pub const FROM_POD: &str = "from_pod";
+
+/// Name of the program for what the pod receives.
+pub const TO_POD: &str = "to_pod";
+
+/// What the programs of an endpoint are made of.
+#[derive(Clone)]
+pub struct Spec<'a> {
+    /// Sizes of the maps.
+    pub sizes: &'a Sizes,
+    /// How long flows are remembered.
+    pub timeouts: Timeouts,
+    /// Events about dropped packets for each endpoint in 2^30 ns (1.07 s); the others are counted.
+    pub denied_events: u32,
+    /// Level of the instruction set. [`IsaLevel::V4`] spares islands in programs of more than 10,900 slots.
+    pub isa: IsaLevel,
+    /// Judges what the pod opens.
+    pub egress: &'a dyn EmitClassifier,
+    /// Judges what is opened to the pod.
+    pub ingress: &'a dyn EmitClassifier,
+}
+
+impl<'a> Spec<'a> {
+    /// With default timeouts, 100 events about drops in each window, ISA v3.
+    pub fn new(sizes: &'a Sizes, egress: &'a dyn EmitClassifier, ingress: &'a dyn EmitClassifier) -> Self {
+        Self { sizes, timeouts: Timeouts::default(), denied_events: 100, isa: IsaLevel::V3, egress, ingress }
+    }
+}
+
+/// How long after its last packet a flow is forgotten.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timeouts {
+    /// TCP of which only the SYN was seen; 60 s.
+    pub tcp_new: Duration,
+    /// TCP with packets both ways; 2 h 4 min (RFC 5382, REQ-5).
+    pub tcp_established: Duration,
+    /// TCP after a FIN or RST; 4 min (RFC 5382, REQ-5).
+    pub tcp_closing: Duration,
+    /// UDP one way; 30 s.
+    pub udp_new: Duration,
+    /// UDP both ways; 5 min (RFC 4787, REQ-5).
+    pub udp_established: Duration,
+    /// Other protocols, ICMP echo among them; 60 s.
+    pub other: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            tcp_new: Duration::from_secs(60),
+            tcp_established: Duration::from_secs(7440),
+            tcp_closing: Duration::from_secs(240),
+            udp_new: Duration::from_secs(30),
+            udp_established: Duration::from_secs(300),
+            other: Duration::from_secs(60),
+        }
+    }
+}
+
+macro_rules! nanoseconds {
+    ($($field:ident $method:ident)+) => {
+        impl Timeouts {
+            $(fn $method(&self) -> u64 {
+                // Compared as signed numbers; 292 years are enough.
+                u64::try_from(self.$field.as_nanos()).map_or(i64::MAX as u64, |ns| ns.min(i64::MAX as u64))
+            })+
+        }
+    };
+}
+
+nanoseconds! {
+    tcp_new tcp_new_ns
+    tcp_established tcp_established_ns
+    tcp_closing tcp_closing_ns
+    udp_new udp_new_ns
+    udp_established udp_established_ns
+    other other_ns
+}
+
+/// Why an endpoint's programs cannot be written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DatapathError {
+    /// A size that the programs cannot work with.
+    #[error("size {field} is {value}: {reason}")]
+    Size {
+        /// The field of [`Sizes`].
+        field: &'static str,
+        /// Its value.
+        value: u32,
+        /// What would be accepted.
+        reason: &'static str,
+    },
+    /// The code cannot be assembled, for example because a classifier is too large or leaves a label open.
+    #[error("the program cannot be assembled")]
+    Assemble(#[from] AsmError),
+    /// The object cannot be put together, for example because a classifier's map has a name that is taken.
+    #[error("the object cannot be put together")]
+    Object(#[from] ObjectError),
+}
+
+/// Who judges new flows.
+#[derive(Clone, Copy)]
+pub(crate) enum Judgement<'a> {
+    /// Nobody: the policy is not known.
+    Unknown,
+    /// A policy's classifiers.
+    Classifiers {
+        egress: &'a dyn EmitClassifier,
+        ingress: &'a dyn EmitClassifier,
+        members_v6_bits: u32,
+        denied_events: u32,
+    },
+}
+
+/// Writes both programs of endpoints with a policy, with all their maps.
+///
+/// The same object serves every endpoint with this policy; the attachment's class id tells them apart
+/// ([`crate::abi::Endpoint`]). A loader is given the maps that exist already by their names.
+///
+/// # Errors
+/// See [`DatapathError`].
+pub fn program(spec: &Spec<'_>) -> Result<Object, DatapathError> {
+    let Spec { sizes, timeouts, denied_events, isa, egress, ingress } = spec;
+    check(sizes)?;
+    let mut object = Object::new();
+    for map in sizes.shared_maps().into_iter().chain([sizes.local_ids()]) {
+        object.add_map(map)?;
+    }
+    for map in egress.maps().into_iter().chain(ingress.maps()) {
+        if !object.maps().contains(&map) {
+            object.add_map(map)?;
+        }
+    }
+    for (name, direction) in PROGRAMS {
+        let judgement = Judgement::Classifiers {
+            egress: *egress,
+            ingress: *ingress,
+            members_v6_bits: sizes.members_v6.trailing_zeros(),
+            denied_events: *denied_events,
+        };
+        let mut emitter = Emitter::new(name, direction, judgement);
+        emitter.asm.isa(*isa);
+        emitter.prologue();
+        emitter.fast();
+        emitter.flow(timeouts);
+        emitter.slow();
+        emitter.ends();
+        object.add(emitter.asm.finish()?)?;
+    }
+    for function in egress.functions().into_iter().chain(ingress.functions()) {
+        if !object.functions().contains(&function) {
+            object.add(function)?;
+        }
+    }
+    Ok(object)
+}
+
+/// Writes the programs that stand in until the policy is known. Only the maps `endpoints` and `reasons` are used.
+///
+/// ARP and neighbour discovery from the pod need its own addresses: where the attachment's slot holds no endpoint,
+/// nothing from the pod passes.
+///
+/// # Errors
+/// See [`DatapathError`].
+pub fn default_program(sizes: &Sizes) -> Result<Object, DatapathError> {
+    let mut object = Object::new();
+    for map in sizes.shared_maps() {
+        if [abi::ENDPOINTS, abi::REASONS].contains(&map.name.as_str()) {
+            object.add_map(map)?;
+        }
+    }
+    for (name, direction) in PROGRAMS {
+        object.add(undecided(name, direction)?)?;
+    }
+    Ok(object)
+}
+
+fn undecided(name: &str, direction: Direction) -> Result<Function, AsmError> {
+    let mut emitter = Emitter::new(name, direction, Judgement::Unknown);
+    let unknown = emitter.drop(Reason::PolicyUnknown);
+    emitter.clear();
+    if direction == Direction::Egress {
+        emitter.lookup(abi::ENDPOINTS, frame::INDEX);
+        emitter.asm.jump_if(Cond::Eq, R0, 0, unknown).mov(R9, R0);
+    }
+    emitter.slow();
+    emitter.asm.bind(emitter.places.lookup).jump(unknown);
+    emitter.ends();
+    emitter.asm.finish()
+}
+
+fn check(sizes: &Sizes) -> Result<(), DatapathError> {
+    let error = |field, value, reason| Err(DatapathError::Size { field, value, reason });
+    if !sizes.members_v6.is_power_of_two() {
+        return error("members_v6", sizes.members_v6, "a power of two");
+    }
+    if sizes.endpoints == 0 || sizes.endpoints > 1 << 16 {
+        return error("endpoints", sizes.endpoints, "1 to 65,536, as a slot has 16 bits");
+    }
+    Ok(())
+}
+
+const PROGRAMS: [(&str, Direction); 2] = [(FROM_POD, Direction::Egress), (TO_POD, Direction::Ingress)];

@@ -1,0 +1,97 @@
+//! ARP and neighbour discovery: the pod may speak for itself alone.
+
+use super::emitter::{Emitter, be16};
+use super::frame::{L3, L4};
+use crate::abi::{Direction, Endpoint, Reason};
+use crate::insn::{Cond, Reg::*, Size};
+
+impl Emitter<'_> {
+    /// ARP (RFC 826) at offset `R7`. Towards the pod it passes; from the pod its sender must be the pod, or unspecified
+    /// while the pod asks for its own address (RFC 5227, section 1.1).
+    pub(super) fn arp(&mut self) {
+        let pass = self.pass(Reason::Neighbour);
+        if self.direction == Direction::Ingress {
+            self.asm.jump(pass);
+            return;
+        }
+        let (refused, malformed) = (self.drop(Reason::NeighbourRefused), self.drop(Reason::Malformed));
+        let (probe, not_probe) = (self.asm.label(), self.asm.label());
+        self.copy(R7, L3, 28, malformed);
+        self.asm
+            .load(Size::W, R1, R10, L3)
+            .jump_if32(Cond::Ne, R1, ARP_ETHERNET_IPV4.to_be().cast_signed(), refused)
+            .load(Size::H, R1, R10, L3 + 4)
+            .jump_if(Cond::Ne, R1, be16(0x0604), refused)
+            // The addresses lie at odd multiples of 2, so they are compared by halves.
+            .load(Size::H, R1, R10, L3 + 14)
+            .load(Size::H, R2, R10, L3 + 16)
+            .mov(R3, R1)
+            .or(R3, R2)
+            .jump_if(Cond::Eq, R3, 0, probe)
+            .load(Size::H, R3, R9, Endpoint::IPV4)
+            .jump_if(Cond::Ne, R1, R3, not_probe)
+            .load(Size::H, R3, R9, Endpoint::IPV4 + 2)
+            .jump_if(Cond::Eq, R2, R3, pass)
+            .bind(not_probe)
+            .jump(refused)
+            .bind(probe)
+            .load(Size::W, R1, R9, Endpoint::IPV4)
+            .jump_if(Cond::Eq, R1, 0, refused)
+            .load(Size::H, R1, R10, L3 + 24)
+            .load(Size::H, R2, R9, Endpoint::IPV4)
+            .jump_if(Cond::Ne, R1, R2, refused)
+            .load(Size::H, R1, R10, L3 + 26)
+            .load(Size::H, R2, R9, Endpoint::IPV4 + 2)
+            .jump_if(Cond::Ne, R1, R2, refused)
+            .jump(pass);
+    }
+
+    /// Neighbour discovery (RFC 4861) at offset `R7`, its type in `R1` and the IPv6 header copied. Control ends here for
+    /// its types; others go on.
+    pub(super) fn neighbour_discovery(&mut self) {
+        let other = self.asm.label();
+        let pass = self.pass(Reason::Neighbour);
+        self.asm.jump_if(Cond::Lt, R1, ROUTER_SOLICITATION, other).jump_if(Cond::Gt, R1, REDIRECT, other);
+        if self.direction == Direction::Ingress {
+            self.asm.jump(pass).bind(other);
+            return;
+        }
+        let (refused, malformed) = (self.drop(Reason::NeighbourRefused), self.drop(Reason::Malformed));
+        let (solicitation, advertisement) = (self.asm.label(), self.asm.label());
+        self.asm
+            .jump_if(Cond::Eq, R1, NEIGHBOUR_SOLICITATION, solicitation)
+            .jump_if(Cond::Eq, R1, NEIGHBOUR_ADVERTISEMENT, advertisement)
+            .jump_if(Cond::Ne, R1, ROUTER_SOLICITATION, refused);
+        self.if_own_v6((R10, L3 + 8), pass);
+        self.asm.jump(refused);
+
+        self.asm.bind(solicitation);
+        self.need(24, malformed);
+        self.copy(R7, L4, 24, malformed);
+        self.if_own_v6((R10, L3 + 8), pass);
+        // Detection of duplicates asks from the unspecified address (RFC 4862, section 5.4.2).
+        self.asm.load(Size::Dw, R1, R10, L3 + 8).load(Size::Dw, R2, R10, L3 + 16).or(R1, R2).jump_if(
+            Cond::Ne,
+            R1,
+            0,
+            refused,
+        );
+        self.if_own_v6((R10, L4 + 8), pass);
+        self.asm.jump(refused);
+
+        self.asm.bind(advertisement);
+        self.need(24, malformed);
+        self.copy(R7, L4, 24, malformed);
+        self.if_own_v6((R10, L4 + 8), pass);
+        self.asm.jump(refused).bind(other);
+    }
+}
+
+/// Hardware type Ethernet, protocol type IPv4.
+const ARP_ETHERNET_IPV4: u32 = 0x0001_0800;
+
+// ICMPv6 types; router advertisements are 134.
+const ROUTER_SOLICITATION: i32 = 133;
+const NEIGHBOUR_SOLICITATION: i32 = 135;
+const NEIGHBOUR_ADVERTISEMENT: i32 = 136;
+const REDIRECT: i32 = 137;

@@ -1,0 +1,459 @@
+//! From a packet to the key of its flow.
+//!
+//! Packets whose headers lie in the linear part at their usual places (no VLAN tag, no IPv4 option, no extension header,
+//! no fragment, TCP or UDP) are read in place. All others take the slow path, which copies each header to the stack and
+//! so needs no linear packet and no fixed offset: a copy costs about 20 ns.
+
+use super::emitter::{
+    Emitter, ICMP, ICMPV6, SCTP, SKB_DATA, SKB_DATA_END, SKB_GSO_SIZE, SKB_TC_CLASSID, TCP, UDP, be16,
+};
+use super::frame;
+use super::frame::{IP_END, L3, L4};
+use crate::abi::{self, Direction, Endpoint, Event, Reason};
+use crate::asm::Label;
+use crate::insn::{Cond, Reg, Reg::*, Size, SwapWidth};
+
+/// What the walk over extension headers does at a fragment header.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum FragmentHeaders {
+    /// Notes it; a fragment that is not a head goes to the label.
+    Note(Label),
+    /// Passes over it; a fragment that is not a head goes to the label.
+    Skip(Label),
+}
+
+impl Emitter<'_> {
+    /// Finds the endpoint and clears the stack. Packets of no endpoint are dropped.
+    pub(super) fn prologue(&mut self) {
+        let unknown = self.drop(Reason::UnknownEndpoint);
+        self.clear();
+        self.lookup(abi::ENDPOINTS, frame::INDEX);
+        self.asm.jump_if(Cond::Eq, R0, 0, unknown).mov(R9, R0).load(Size::W, R1, R9, Endpoint::FLAGS).jump_if(
+            Cond::Eq,
+            R1,
+            0,
+            unknown,
+        );
+    }
+
+    /// Clears the stack and notes the slot, also as an array's key.
+    pub(super) fn clear(&mut self) {
+        self.asm
+            .mov(R6, R1)
+            .load(Size::W, R1, R6, SKB_TC_CLASSID)
+            .and(R1, 0xffff)
+            .store(Size::Dw, R10, frame::KEY, 0)
+            .store(Size::Dw, R10, frame::PEER, 0)
+            .store(Size::Dw, R10, frame::PEER + 8, 0)
+            .store(Size::H, R10, frame::SLOT, R1)
+            .store(Size::W, R10, frame::INDEX, R1)
+            .store(Size::W, R10, frame::FLAGS, 0)
+            .store(Size::W, R10, frame::TCP_FLAGS, 0)
+            .store(Size::W, R10, frame::ICMP, 0)
+            .store(Size::W, R10, frame::RULE, Event::NO_RULE.cast_signed());
+    }
+
+    /// Reads common packets in place. Control goes on to `lookup` or `slow`.
+    pub(super) fn fast(&mut self) {
+        let slow = self.places.slow;
+        let not_v4 = self.asm.label();
+        self.asm
+            .load(Size::W, R7, R6, SKB_DATA)
+            .load(Size::W, R3, R6, SKB_DATA_END)
+            .mov(R1, R7)
+            .add(R1, ETHERNET + IPV4 + 8)
+            .jump_if(Cond::Gt, R1, R3, slow)
+            .load(Size::H, R1, R7, 12)
+            .jump_if(Cond::Ne, R1, be16(ETH_P_IP), not_v4);
+
+        let ip = ETHERNET as i16;
+        self.asm.load(Size::B, R1, R7, ip).jump_if(Cond::Ne, R1, 0x45, slow).load(Size::H, R1, R7, ip + 6).jump_if(
+            Cond::Set,
+            R1,
+            be16(MORE_FRAGMENTS | FRAGMENT_OFFSET),
+            slow,
+        );
+        self.addresses_v4((R7, ip));
+        self.asm.load(Size::H, R5, R7, ip + 2).be(SwapWidth::W16, R5).sub(R5, IPV4).load(Size::B, R1, R7, ip + 9);
+        self.fast_ports(ETHERNET + IPV4);
+
+        self.asm
+            .bind(not_v4)
+            .jump_if(Cond::Ne, R1, be16(ETH_P_IPV6), slow)
+            .mov(R1, R7)
+            .add(R1, ETHERNET + IPV6 + 8)
+            .jump_if(Cond::Gt, R1, R3, slow)
+            .load(Size::B, R1, R7, ip)
+            .rsh(R1, 4)
+            .jump_if(Cond::Ne, R1, 6, slow)
+            .load(Size::B, R1, R7, ip + 6);
+        // ICMPv6 must not meet the check of the source, for neighbour discovery has rules of its own.
+        let known = self.asm.label();
+        self.asm.jump_if(Cond::Eq, R1, TCP, known).jump_if(Cond::Ne, R1, UDP, slow).bind(known);
+        self.peer_v6((R7, ip));
+        self.source_v6((R7, ip));
+        self.asm.load(Size::H, R5, R7, ip + 4).be(SwapWidth::W16, R5).load(Size::B, R1, R7, ip + 6);
+        self.fast_ports(ETHERNET + IPV6);
+    }
+
+    /// The transport header at a fixed offset; `R1` has the protocol, `R5` how many bytes follow the IP header.
+    fn fast_ports(&mut self, offset: i32) {
+        let slow = self.places.slow;
+        let (lookup, udp) = (self.places.lookup, self.asm.label());
+        let at = offset as i16;
+        self.asm
+            .store(Size::B, R10, frame::PROTOCOL, R1)
+            .jump_if(Cond::Eq, R1, UDP, udp)
+            .jump_if(Cond::Ne, R1, TCP, slow)
+            .jump_if(Cond::Slt, R5, TCP_HEADER, slow)
+            .mov(R1, R7)
+            .add(R1, offset + TCP_HEADER)
+            .jump_if(Cond::Gt, R1, R3, slow)
+            .load(Size::B, R1, R7, at + 12)
+            .jump_if(Cond::Lt, R1, 0x50, slow)
+            .load(Size::B, R1, R7, at + 13)
+            .store(Size::W, R10, frame::TCP_FLAGS, R1)
+            .load(Size::W, R1, R7, at);
+        self.ports(self.direction);
+        self.asm.jump(lookup).bind(udp).jump_if(Cond::Slt, R5, 8, slow).load(Size::W, R1, R7, at);
+        self.ports(self.direction);
+        self.asm.jump(lookup);
+    }
+
+    /// Notes the ports in `R1`, as they lie in a packet of this direction, source first. Uses `R2`.
+    pub(super) fn ports(&mut self, direction: Direction) {
+        if direction == Direction::Ingress {
+            self.asm.mov(R2, R1).rsh(R1, 16).lsh(R2, 16).or(R1, R2);
+        }
+        self.asm.store(Size::W, R10, frame::PORTS, R1);
+    }
+
+    /// Notes version and peer of the IPv4 header at `header`; from the pod, drops what has not its own source.
+    fn addresses_v4(&mut self, header: (Reg, i16)) {
+        let (base, at) = header;
+        if self.direction == Direction::Egress {
+            let spoofed = self.drop(Reason::Spoofed);
+            self.asm
+                .load(Size::W, R1, base, at + 12)
+                .load(Size::W, R2, R9, Endpoint::IPV4)
+                .jump_if(Cond::Ne, R1, R2, spoofed)
+                .jump_if(Cond::Eq, R1, 0, spoofed);
+        }
+        let peer = if self.direction == Direction::Egress { 16 } else { 12 };
+        self.asm
+            .load(Size::W, R1, base, at + peer)
+            .store(Size::W, R10, frame::PEER_V4, R1)
+            .store(Size::H, R10, frame::PEER + 10, -1)
+            .store(Size::B, R10, frame::VERSION, 4);
+    }
+
+    /// Notes version and peer of the IPv6 header at `header`.
+    fn peer_v6(&mut self, header: (Reg, i16)) {
+        let peer = if self.direction == Direction::Egress { 24 } else { 8 };
+        self.copy_address((header.0, header.1 + peer), frame::PEER);
+        self.asm.store(Size::B, R10, frame::VERSION, 6);
+    }
+
+    /// From the pod, drops what has not its own source.
+    pub(super) fn source_v6(&mut self, header: (Reg, i16)) {
+        if self.direction == Direction::Egress {
+            let (own, spoofed) = (self.asm.label(), self.drop(Reason::Spoofed));
+            self.if_own_v6((header.0, header.1 + 8), own);
+            self.asm.jump(spoofed).bind(own);
+        }
+    }
+
+    /// Jumps if the IPv6 address at `address` is one of the pod's own. Uses `R1`, `R2`, `R4`.
+    pub(super) fn if_own_v6(&mut self, address: (Reg, i16), own: Label) {
+        let (other, no) = (self.asm.label(), self.asm.label());
+        self.asm
+            .load(Size::Dw, R1, address.0, address.1)
+            .load(Size::Dw, R2, address.0, address.1 + 8)
+            .mov(R4, R1)
+            .or(R4, R2)
+            .jump_if(Cond::Eq, R4, 0, no)
+            .load(Size::Dw, R4, R9, Endpoint::IPV6)
+            .jump_if(Cond::Ne, R4, R1, other)
+            .load(Size::Dw, R4, R9, Endpoint::IPV6 + 8)
+            .jump_if(Cond::Eq, R4, R2, own)
+            .bind(other)
+            .load(Size::Dw, R4, R9, Endpoint::LINK_LOCAL)
+            .jump_if(Cond::Ne, R4, R1, no)
+            .load(Size::Dw, R4, R9, Endpoint::LINK_LOCAL + 8)
+            .jump_if(Cond::Eq, R4, R2, own)
+            .bind(no);
+    }
+
+    /// Parses by copying headers. `R7` is the offset reached, `R8` the next header's protocol.
+    pub(super) fn slow(&mut self) {
+        let (v4, v6, arp, l4) = (self.asm.label(), self.asm.label(), self.asm.label(), self.asm.label());
+        let (malformed, other) = (self.drop(Reason::Malformed), self.drop(Reason::OtherEtherType));
+        let untagged = self.asm.label();
+        self.asm.bind(self.places.slow).mov(R7, 12);
+        self.copy(R7, L4, 2, malformed);
+        self.asm.load(Size::H, R8, R10, L4);
+        for _ in 0..VLAN_TAGS {
+            let tag = self.asm.label();
+            self.asm
+                .jump_if(Cond::Eq, R8, be16(ETH_P_8021Q), tag)
+                .jump_if(Cond::Ne, R8, be16(ETH_P_8021AD), untagged)
+                .bind(tag)
+                .add(R7, 4);
+            self.copy(R7, L4, 2, malformed);
+            self.asm.load(Size::H, R8, R10, L4);
+        }
+        self.asm
+            .bind(untagged)
+            .add(R7, 2)
+            .jump_if(Cond::Eq, R8, be16(ETH_P_ARP), arp)
+            .jump_if(Cond::Eq, R8, be16(ETH_P_IPV6), v6)
+            .jump_if(Cond::Ne, R8, be16(ETH_P_IP), other);
+
+        self.asm.bind(v4);
+        if self.enforces() {
+            self.slow_v4(l4);
+        } else {
+            let lookup = self.places.lookup;
+            self.asm.jump(lookup);
+        }
+        self.asm.bind(v6);
+        self.slow_v6(l4);
+        if self.enforces() {
+            self.asm.bind(l4);
+            self.transport();
+        }
+        self.asm.bind(arp);
+        self.arp();
+    }
+
+    fn slow_v4(&mut self, l4: Label) {
+        let malformed = self.drop(Reason::Malformed);
+        let (sized, later, head) = (self.asm.label(), self.asm.label(), self.asm.label());
+        self.copy(R7, L3, IPV4, malformed);
+        self.asm
+            .load(Size::B, R1, R10, L3)
+            .mov(R2, R1)
+            .rsh(R2, 4)
+            .jump_if(Cond::Ne, R2, 4, malformed)
+            .and(R1, 0xf)
+            .lsh(R1, 2)
+            .jump_if(Cond::Lt, R1, IPV4, malformed)
+            .load(Size::H, R2, R10, L3 + 2)
+            .be(SwapWidth::W16, R2)
+            .jump_if(Cond::Ge, R2, R1, sized)
+            .jump_if(Cond::Ne, R2, 0, malformed)
+            // A length of 0 stands for more than 65,535 bytes, in a packet that will be segmented.
+            .load(Size::W, R2, R6, SKB_GSO_SIZE)
+            .jump_if(Cond::Eq, R2, 0, malformed)
+            .mov(R2, NO_END)
+            .bind(sized)
+            .add(R2, R7)
+            .store(Size::W, R10, IP_END, R2)
+            .add(R7, R1);
+        self.addresses_v4((R10, L3));
+        self.asm
+            .load(Size::B, R8, R10, L3 + 9)
+            .load(Size::H, R1, R10, L3 + 6)
+            .be(SwapWidth::W16, R1)
+            .jump_if(Cond::Set, R1, i32::from(MORE_FRAGMENTS | FRAGMENT_OFFSET), head)
+            .jump(l4)
+            .bind(head)
+            .store(Size::W, R10, frame::FRAGMENT_KEY + abi::FragmentKey::IDENTIFICATION, 0)
+            .load(Size::H, R2, R10, L3 + 4)
+            .store(Size::H, R10, frame::FRAGMENT_KEY + abi::FragmentKey::IDENTIFICATION, R2)
+            .and(R1, i32::from(FRAGMENT_OFFSET))
+            .mov(R5, R1);
+        self.fragment_key(4);
+        self.asm.jump_if(Cond::Ne, R5, 0, later);
+        self.set_flags(frame::HEAD);
+        self.asm.jump(l4).bind(later);
+        self.later_fragment();
+    }
+
+    fn slow_v6(&mut self, l4: Label) {
+        let malformed = self.drop(Reason::Malformed);
+        let too_many = self.drop(Reason::TooManyExtensionHeaders);
+        let (later, sized) = (self.asm.label(), self.asm.label());
+        self.copy(R7, L3, IPV6, malformed);
+        self.asm
+            .load(Size::B, R1, R10, L3)
+            .rsh(R1, 4)
+            .jump_if(Cond::Ne, R1, 6, malformed)
+            .load(Size::B, R8, R10, L3 + 6)
+            .add(R7, IPV6)
+            .load(Size::H, R1, R10, L3 + 4)
+            .be(SwapWidth::W16, R1)
+            .jump_if(Cond::Ne, R1, 0, sized)
+            // Either nothing follows, which the copies below will notice, or a jumbo payload (RFC 2675).
+            .mov(R1, NO_END)
+            .bind(sized)
+            .add(R1, R7)
+            .store(Size::W, R10, IP_END, R1);
+        self.peer_v6((R10, L3));
+        self.extension_headers(too_many, malformed, FragmentHeaders::Note(later));
+
+        let icmp = self.asm.label();
+        self.asm.jump_if(Cond::Eq, R8, ICMPV6, icmp);
+        if self.enforces() {
+            self.source_v6((R10, L3));
+            self.asm.jump(l4).bind(later);
+            self.source_v6((R10, L3));
+            self.later_fragment();
+        } else {
+            let lookup = self.places.lookup;
+            self.asm.jump(lookup).bind(later).jump(lookup);
+        }
+        self.asm.bind(icmp);
+        self.icmp_v6();
+    }
+
+    /// Walks over extension headers: from protocol `R8` at offset `R7` to the first that is none.
+    pub(super) fn extension_headers(&mut self, too_many: Label, truncated: Label, fragments: FragmentHeaders) {
+        let (next, header, fragment, authentication, sized, done) = (
+            self.asm.label(),
+            self.asm.label(),
+            self.asm.label(),
+            self.asm.label(),
+            self.asm.label(),
+            self.asm.label(),
+        );
+        self.asm.store(Size::W, R10, frame::COUNT, 0).bind(next);
+        for protocol in [HOP_BY_HOP, ROUTING, FRAGMENT, AUTHENTICATION, DESTINATION_OPTIONS] {
+            self.asm.jump_if(Cond::Eq, R8, protocol, header);
+        }
+        self.asm
+            .jump(done)
+            .bind(header)
+            .load(Size::W, R1, R10, frame::COUNT)
+            .add(R1, 1)
+            .jump_if(Cond::Gt, R1, EXTENSION_HEADERS, too_many)
+            .store(Size::W, R10, frame::COUNT, R1);
+        self.need(8, truncated);
+        self.copy(R7, L4, 8, truncated);
+        self.asm
+            .jump_if(Cond::Eq, R8, FRAGMENT, fragment)
+            .load(Size::B, R1, R10, L4 + 1)
+            .jump_if(Cond::Eq, R8, AUTHENTICATION, authentication)
+            .add(R1, 1)
+            .lsh(R1, 3)
+            .jump(sized)
+            .bind(authentication)
+            // RFC 4302, section 2.2: in 4-byte units, minus 2.
+            .add(R1, 2)
+            .lsh(R1, 2)
+            .bind(sized)
+            .add(R7, R1)
+            .load(Size::B, R8, R10, L4)
+            .jump(next)
+            .bind(fragment);
+        self.fragment_header(next, fragments);
+        self.asm.bind(done);
+    }
+
+    fn fragment_header(&mut self, next: Label, fragments: FragmentHeaders) {
+        let whole = self.asm.label();
+        self.asm.load(Size::H, R5, R10, L4 + 2).be(SwapWidth::W16, R5).load(Size::B, R8, R10, L4);
+        match fragments {
+            FragmentHeaders::Skip(later) => {
+                self.asm.jump_if(Cond::Set, R5, FRAGMENT_OFFSET_V6, later);
+            }
+            FragmentHeaders::Note(later) if self.enforces() => {
+                // RFC 6946: a fragment that is all of its packet is no fragment.
+                let fragment = self.asm.label();
+                self.asm
+                    .jump_if(Cond::Set, R5, FRAGMENT_OFFSET_V6 | MORE_FRAGMENTS_V6, fragment)
+                    .jump(whole)
+                    .bind(fragment)
+                    .load(Size::W, R1, R10, L4 + 4)
+                    .store(Size::W, R10, frame::FRAGMENT_KEY + abi::FragmentKey::IDENTIFICATION, R1);
+                self.fragment_key(6);
+                self.asm.jump_if(Cond::Set, R5, FRAGMENT_OFFSET_V6, later);
+                self.set_flags(frame::HEAD);
+            }
+            FragmentHeaders::Note(later) => {
+                self.asm.jump_if(Cond::Set, R5, FRAGMENT_OFFSET_V6, later);
+            }
+        }
+        self.asm.bind(whole).add(R7, 8).jump(next);
+    }
+
+    /// Jumps if fewer than `bytes` of the IP packet are left at `R7`. Uses `R1`, `R2`.
+    pub(super) fn need(&mut self, bytes: i32, truncated: Label) {
+        self.asm.mov(R1, R7).add(R1, bytes).load(Size::W, R2, R10, IP_END).jump_if(Cond::Gt, R1, R2, truncated);
+    }
+
+    /// The transport header at `R7` of protocol `R8`, of either version.
+    fn transport(&mut self) {
+        let (tcp, udp, sctp, icmp) = (self.asm.label(), self.asm.label(), self.asm.label(), self.asm.label());
+        let (malformed, lookup) = (self.drop(Reason::Malformed), self.places.lookup);
+        self.asm
+            .store(Size::B, R10, frame::PROTOCOL, R8)
+            .jump_if(Cond::Eq, R8, TCP, tcp)
+            .jump_if(Cond::Eq, R8, UDP, udp)
+            .jump_if(Cond::Eq, R8, SCTP, sctp)
+            .load(Size::B, R1, R10, frame::VERSION)
+            .jump_if(Cond::Ne, R1, 4, lookup)
+            .jump_if(Cond::Eq, R8, ICMP, icmp)
+            .jump(lookup);
+
+        self.asm.bind(tcp);
+        self.need(TCP_HEADER, malformed);
+        self.copy(R7, L4, TCP_HEADER, malformed);
+        self.asm
+            .load(Size::B, R1, R10, L4 + 12)
+            .jump_if(Cond::Lt, R1, 0x50, malformed)
+            .load(Size::B, R1, R10, L4 + 13)
+            .store(Size::W, R10, frame::TCP_FLAGS, R1)
+            .load(Size::W, R1, R10, L4);
+        self.ports(self.direction);
+        self.asm.jump(lookup);
+
+        for (label, bytes) in [(udp, 8), (sctp, 12)] {
+            self.asm.bind(label);
+            self.need(bytes, malformed);
+            self.copy(R7, L4, bytes, malformed);
+            self.asm.load(Size::W, R1, R10, L4);
+            self.ports(self.direction);
+            self.asm.jump(lookup);
+        }
+
+        self.asm.bind(icmp);
+        self.icmp_v4();
+    }
+}
+
+const ETHERNET: i32 = 14;
+const IPV4: i32 = 20;
+const IPV6: i32 = 40;
+const TCP_HEADER: i32 = 20;
+
+// EtherTypes (include/uapi/linux/if_ether.h).
+const ETH_P_IP: u16 = 0x0800;
+const ETH_P_ARP: u16 = 0x0806;
+const ETH_P_8021Q: u16 = 0x8100;
+const ETH_P_IPV6: u16 = 0x86dd;
+const ETH_P_8021AD: u16 = 0x88a8;
+
+/// VLAN tags that are passed over. The outermost one of a received packet the kernel has already taken off.
+const VLAN_TAGS: usize = 2;
+
+/// The flag and the field of the IPv4 header (RFC 791, section 3.1).
+const MORE_FRAGMENTS: u16 = 0x2000;
+pub(super) const FRAGMENT_OFFSET: u16 = 0x1fff;
+
+/// The same of the IPv6 fragment header (RFC 8200, section 4.5).
+const MORE_FRAGMENTS_V6: i32 = 1;
+const FRAGMENT_OFFSET_V6: i32 = 0xfff8;
+
+/// More than any packet's length, and small enough to add an offset.
+const NO_END: i32 = 0x3fff_ffff;
+
+/// How many extension headers are passed over.
+const EXTENSION_HEADERS: i32 = 8;
+
+// The extension headers that the kernel knows (`ipv6_ext_hdr`, net/ipv6/exthdrs_core.c), but for "no next header".
+const HOP_BY_HOP: i32 = 0;
+const ROUTING: i32 = 43;
+const FRAGMENT: i32 = 44;
+const AUTHENTICATION: i32 = 51;
+const DESTINATION_OPTIONS: i32 = 60;
