@@ -1,69 +1,20 @@
 //! Fixed layouts: a struct, the offset of each field, `encode` and `decode`.
 
-/// A field of a record: something with a fixed size and a form in bytes.
-pub trait Field: Copy + Default {
-    /// Its size in bytes.
-    const BYTES: usize;
-
-    /// Writes it to the first [`Field::BYTES`] bytes.
-    fn put(self, out: &mut [u8]);
-
-    /// Reads it from the first [`Field::BYTES`] bytes.
-    fn take(bytes: &[u8]) -> Self;
-}
-
-macro_rules! number_fields {
-    ($($number:ty),+) => {$(
-        /// In native byte order.
-        impl Field for $number {
-            const BYTES: usize = size_of::<$number>();
-
-            fn put(self, out: &mut [u8]) {
-                out[..Self::BYTES].copy_from_slice(&self.to_ne_bytes());
-            }
-
-            fn take(bytes: &[u8]) -> Self {
-                let mut value = [0; size_of::<$number>()];
-                value.copy_from_slice(&bytes[..Self::BYTES]);
-                Self::from_ne_bytes(value)
-            }
-        }
-    )+};
-}
-
-number_fields!(u8, u16, u32, u64);
-
-/// As they are: addresses in network order.
-impl<const N: usize> Field for [u8; N]
-where
-    [u8; N]: Default,
-{
-    const BYTES: usize = N;
-
-    fn put(self, out: &mut [u8]) {
-        out[..N].copy_from_slice(&self);
-    }
-
-    fn take(bytes: &[u8]) -> Self {
-        let mut value = [0; N];
-        value.copy_from_slice(&bytes[..N]);
-        value
-    }
-}
+use crate::maps::Plain;
 
 /// A number in network byte order (big-endian) in memory, in native order as a value of Rust.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Be16(pub u16);
 
-impl Field for Be16 {
-    const BYTES: usize = 2;
+impl Plain for Be16 {
+    const SIZE: usize = 2;
 
-    fn put(self, out: &mut [u8]) {
-        self.0.to_be_bytes().put(out);
+    fn write(&self, bytes: &mut [u8]) {
+        bytes.copy_from_slice(&self.0.to_be_bytes());
     }
 
-    fn take(bytes: &[u8]) -> Self {
-        Self(u16::from_be_bytes(Field::take(bytes)))
+    fn read(bytes: &[u8]) -> Self {
+        Self(u16::from_be_bytes(Plain::read(bytes)))
     }
 }
 
@@ -92,16 +43,32 @@ macro_rules! record {
             /// The bytes as programs see them.
             pub fn encode(&self) -> [u8; $bytes] {
                 let mut out = [0; $bytes];
-                $($crate::abi::layout::Field::put(self.$field, &mut out[$offset..]);)+
+                $crate::maps::Plain::write(self, &mut out);
                 out
             }
 
             /// Reads the bytes that a program wrote. `None` where there are not exactly enough.
             pub fn decode(bytes: &[u8]) -> Option<Self> {
-                if bytes.len() != $bytes {
-                    return None;
+                (bytes.len() == $bytes).then(|| $crate::maps::Plain::read(bytes))
+            }
+        }
+
+        impl $crate::maps::Plain for $name {
+            const SIZE: usize = $bytes;
+
+            fn write(&self, bytes: &mut [u8]) {
+                $(
+                    let end = $offset + <$kind as $crate::maps::Plain>::SIZE;
+                    $crate::maps::Plain::write(&self.$field, &mut bytes[$offset..end]);
+                )+
+            }
+
+            fn read(bytes: &[u8]) -> Self {
+                Self {
+                    $($field: $crate::maps::Plain::read(
+                        &bytes[$offset..$offset + <$kind as $crate::maps::Plain>::SIZE],
+                    ),)+
                 }
-                Some(Self { $($field: $crate::abi::layout::Field::take(&bytes[$offset..]),)+ })
             }
         }
 
@@ -109,7 +76,7 @@ macro_rules! record {
         const _: () = {
             let mut end = 0;
             $(
-                let bytes = <$kind as $crate::abi::layout::Field>::BYTES;
+                let bytes = <$kind as $crate::maps::Plain>::SIZE;
                 assert!($offset >= end, "fields overlap or are out of order");
                 assert!($offset % if bytes >= 8 { 8 } else { bytes } == 0, "a field is not aligned");
                 end = $offset + bytes;

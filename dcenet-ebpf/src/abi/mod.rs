@@ -37,7 +37,7 @@ pub(crate) use class::{HASH_HIGH, HASH_LOW};
 pub use endpoint::{Endpoint, EventLimit};
 pub use event::{Event, EventKind};
 pub use flow::{Flow, FlowKey, FlowState, Fragment, FragmentKey};
-pub use layout::{Be16, Field};
+pub use layout::Be16;
 pub use verdict::{Direction, Reason, Traffic, reason_index};
 
 /// Endpoints by their slot.
@@ -121,7 +121,7 @@ impl Default for Sizes {
 impl Sizes {
     /// The maps that all endpoints of a node share.
     pub fn shared_maps(&self) -> Vec<MapSpec> {
-        let pair = 2 * u32::BYTES as u32;
+        let pair = 8;
         let conntrack = match self.full_table {
             FullTable::Evict => MapKind::LruHash,
             FullTable::Refuse => MapKind::Hash,

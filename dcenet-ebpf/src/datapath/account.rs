@@ -41,7 +41,7 @@ impl Emitter<'_> {
             self.asm.ret(TC_ACT_UNSPEC);
         }
         let drops = self.take_drops();
-        let (with_event, count) = (self.asm.label(), self.asm.label());
+        let [with_event, count] = self.labels();
         let mut any_event = false;
         for (reason, label) in drops {
             self.asm.bind(label).store(Size::W, R10, frame::REASON, reason as i32);
@@ -75,7 +75,7 @@ impl Emitter<'_> {
     /// A drop is told of as long as the endpoint's limit allows it.
     fn denied(&mut self) {
         let Judgement::Classifiers { denied_events, .. } = self.judgement else { return };
-        let (silent, limited, same) = (self.asm.label(), self.asm.label(), self.asm.label());
+        let [silent, limited, same] = self.labels();
         self.asm
             .call(Helper::KtimeGetCoarseNs)
             .store(Size::Dw, R10, frame::NOW, R0)
@@ -104,8 +104,7 @@ impl Emitter<'_> {
     /// Fills in the event and sends it; the verdict follows from its kind.
     fn event(&mut self) {
         let event = frame::EVENT;
-        let (v4, v6, named, sent, drop) =
-            (self.asm.label(), self.asm.label(), self.asm.label(), self.asm.label(), self.asm.label());
+        let [v4, v6, named, sent, drop] = self.labels();
         let copies: [(Size, i16, i16); 10] = [
             (Size::Dw, frame::NOW, Event::TIME),
             (Size::W, frame::EVENT_KIND, Event::KIND),

@@ -38,6 +38,10 @@ impl<'a> Emitter<'a> {
         Self { asm, direction, judgement, places, event: None, drops: BTreeMap::new(), passes: BTreeMap::new() }
     }
 
+    pub(super) fn labels<const N: usize>(&mut self) -> [Label; N] {
+        std::array::from_fn(|_| self.asm.label())
+    }
+
     /// Whether a policy is known.
     pub(super) fn enforces(&self) -> bool {
         matches!(self.judgement, Judgement::Classifiers { .. })

@@ -12,7 +12,7 @@ impl Emitter<'_> {
     ///
     /// `R7` is the flow, `R8` the time, `R1` the direction that admitted the flow.
     pub(super) fn flow(&mut self, timeouts: &Timeouts) {
-        let (miss, stale, hit) = (self.asm.label(), self.asm.label(), self.asm.label());
+        let [miss, stale, hit] = self.labels();
         self.asm.bind(self.places.lookup);
         self.lookup(abi::CONNTRACK, frame::KEY);
         self.asm
@@ -26,18 +26,20 @@ impl Emitter<'_> {
             // Signed: another CPU may have seen a later tick.
             .jump_if(Cond::Sgt, R0, R1, miss)
             .load(Size::B, R1, R7, Flow::DIRECTION);
+        self.opens_anew(miss);
         self.generation(R1, R3);
         self.asm.load(Size::W, R2, R7, Flow::GENERATION).jump_if(Cond::Ne, R2, R3, stale).bind(hit);
         let related = self.pass(Reason::Related);
         self.asm.load(Size::W, R2, R10, frame::FLAGS).jump_if(Cond::Set, R2, frame::RELATED, related);
-        self.advance(timeouts, miss);
+        self.advance(timeouts);
 
         self.asm.bind(stale);
-        self.asm
-            .store(Size::W, R10, frame::GENERATION, R3)
-            .store(Size::W, R10, frame::JUDGE, R1)
-            .store(Size::Dw, R10, frame::FLOW_POINTER, R7)
-            .store(Size::Dw, R10, frame::NOW, R8);
+        self.asm.store(Size::W, R10, frame::GENERATION, R3).store(Size::W, R10, frame::JUDGE, R1).store(
+            Size::Dw,
+            R10,
+            frame::NOW,
+            R8,
+        );
         self.set_flags(frame::STALE);
         let classify = self.asm.label();
         self.asm.jump(classify);
@@ -58,7 +60,7 @@ impl Emitter<'_> {
 
     /// `to =` the endpoint's generation of the direction whose number is in `direction`.
     fn generation(&mut self, direction: Reg, to: Reg) {
-        let (ingress, known) = (self.asm.label(), self.asm.label());
+        let [ingress, known] = self.labels();
         self.asm
             .jump_if(Cond::Ne, direction, Direction::Egress as i32, ingress)
             .load(Size::W, to, R9, Endpoint::GENERATION_EGRESS)
@@ -68,23 +70,31 @@ impl Emitter<'_> {
             .bind(known);
     }
 
+    /// A lone SYN from the side that did not open the flow, or after the flow was closed, opens a flow of its own. `R1`
+    /// is the direction that admitted the flow.
+    fn opens_anew(&mut self, miss: Label) {
+        let [syn, no] = self.labels();
+        self.asm
+            .load(Size::W, R2, R10, frame::TCP_FLAGS)
+            .and(R2, SYN | ACK)
+            .jump_if(Cond::Eq, R2, SYN, syn)
+            .jump(no)
+            .bind(syn)
+            .jump_if(Cond::Ne, R1, self.direction as i32, miss)
+            .load(Size::B, R2, R7, Flow::STATE)
+            .jump_if(Cond::Eq, R2, FlowState::Closing as i32, miss)
+            .bind(no);
+    }
+
     /// A packet of a known flow: state, time, counters, verdict.
-    fn advance(&mut self, timeouts: &Timeouts, miss: Label) {
+    fn advance(&mut self, timeouts: &Timeouts) {
         let own = self.direction as i32;
-        let (not_tcp, no_syn, closing, refresh, datagram) =
-            (self.asm.label(), self.asm.label(), self.asm.label(), self.asm.label(), self.asm.label());
+        let [not_tcp, closing, refresh, datagram] = self.labels();
         self.asm
             .load(Size::B, R5, R7, Flow::STATE)
             .load(Size::B, R4, R10, frame::PROTOCOL)
             .jump_if(Cond::Ne, R4, TCP, not_tcp)
             .load(Size::W, R3, R10, frame::TCP_FLAGS)
-            .mov(R2, R3)
-            .and(R2, SYN | ACK)
-            .jump_if(Cond::Ne, R2, SYN, no_syn)
-            // A connection of its own: asked by the other side, or in place of one that was closed.
-            .jump_if(Cond::Ne, R1, own, miss)
-            .jump_if(Cond::Eq, R5, FlowState::Closing as i32, miss)
-            .bind(no_syn)
             .jump_if(Cond::Set, R3, FIN | RST, closing)
             .jump_if(Cond::Ne, R5, FlowState::New as i32, refresh)
             .jump_if(Cond::Eq, R1, own, refresh);
@@ -167,15 +177,17 @@ impl Emitter<'_> {
             .load(Size::W, R1, R10, frame::FLAGS)
             .and(R1, frame::STALE)
             .jump_if(Cond::Eq, R1, 0, new)
-            .load(Size::Dw, R7, R10, frame::FLOW_POINTER)
-            .load(Size::Dw, R8, R10, frame::NOW)
+            .load(Size::W, R7, R10, frame::RULE);
+        // Found again: a pointer kept on the stack would have to be proven valid here, and this is rare.
+        self.lookup(abi::CONNTRACK, frame::KEY);
+        self.asm
+            .jump_if(Cond::Eq, R0, 0, new)
             .load(Size::W, R1, R10, frame::GENERATION)
-            .store(Size::W, R7, Flow::GENERATION, R1)
-            .store(Size::W, R7, Flow::RULE, R0)
-            .load(Size::W, R1, R10, frame::FLAGS)
-            .and(R1, !frame::STALE)
-            .store(Size::W, R10, frame::FLAGS, R1)
-            .load(Size::W, R1, R10, frame::JUDGE)
+            .store(Size::W, R0, Flow::GENERATION, R1)
+            .store(Size::W, R0, Flow::RULE, R7)
+            .mov(R7, R0)
+            .load(Size::Dw, R8, R10, frame::NOW)
+            .load(Size::B, R1, R7, Flow::DIRECTION)
             .jump(hit);
 
         self.asm.bind(new).load(Size::W, R1, R10, frame::RULE);
@@ -220,8 +232,7 @@ impl Emitter<'_> {
     /// Puts a new flow's value on the stack.
     fn new_flow(&mut self, timeouts: &Timeouts) {
         let flow = frame::FLOW;
-        let (tcp, udp, timed, established, closing) =
-            (self.asm.label(), self.asm.label(), self.asm.label(), self.asm.label(), self.asm.label());
+        let [tcp, udp, timed, established, closing] = self.labels();
         self.asm
             .call(Helper::KtimeGetCoarseNs)
             .store(Size::Dw, R10, frame::NOW, R0)
@@ -230,11 +241,10 @@ impl Emitter<'_> {
             .store(Size::W, R10, flow + Flow::GENERATION, R1)
             .load(Size::W, R1, R10, frame::RULE)
             .store(Size::W, R10, flow + Flow::RULE, R1);
-        // One store for direction, state and the padding after them.
-        let direction = i32::from_ne_bytes([self.direction as u8, 0, 0, 0]);
         self.asm
-            .store(Size::W, R10, flow + Flow::DIRECTION, direction)
-            .store(Size::W, R10, flow + Flow::DIRECTION + 4, 0)
+            .load(Size::W, R1, R10, frame::JUDGE)
+            .store(Size::Dw, R10, flow + Flow::DIRECTION, 0)
+            .store(Size::B, R10, flow + Flow::DIRECTION, R1)
             .load(Size::B, R2, R10, frame::PROTOCOL)
             .jump_if(Cond::Eq, R2, TCP, tcp)
             .jump_if(Cond::Eq, R2, UDP, udp)

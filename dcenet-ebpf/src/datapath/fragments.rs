@@ -47,7 +47,7 @@ impl Emitter<'_> {
 
     /// Notes the head of a fragmented packet that passes. Where there is no room the rest will be dropped.
     pub(super) fn note_head(&mut self) {
-        let (head, whole) = (self.asm.label(), self.asm.label());
+        let [head, whole] = self.labels();
         let value = frame::FRAGMENT;
         self.if_flags(frame::HEAD, head);
         self.asm

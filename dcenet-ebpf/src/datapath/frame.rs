@@ -31,31 +31,29 @@ pub(super) const L4: i16 = SCRATCH + 40;
 pub(super) const FLOW: i16 = SCRATCH;
 pub(super) const EVENT: i16 = SCRATCH;
 
-/// The value of the flow that is judged anew.
-pub(super) const FLOW_POINTER: i16 = -192;
-pub(super) const NOW: i16 = -200;
+pub(super) const NOW: i16 = -192;
 /// Key of an array map.
-pub(super) const INDEX: i16 = -204;
+pub(super) const INDEX: i16 = -196;
 /// The generation that a verdict will be of.
-pub(super) const GENERATION: i16 = -208;
-pub(super) const RULE: i16 = -212;
-pub(super) const FLAGS: i16 = -216;
-pub(super) const TCP_FLAGS: i16 = -220;
+pub(super) const GENERATION: i16 = -200;
+pub(super) const RULE: i16 = -204;
+pub(super) const FLAGS: i16 = -208;
+pub(super) const TCP_FLAGS: i16 = -212;
 /// ICMP type and code, `type << 8 | code`.
-pub(super) const ICMP: i16 = -224;
+pub(super) const ICMP: i16 = -216;
 /// The direction whose classifier judges.
-pub(super) const JUDGE: i16 = -228;
-pub(super) const REASON: i16 = -232;
-pub(super) const EVENT_KIND: i16 = -236;
+pub(super) const JUDGE: i16 = -220;
+pub(super) const REASON: i16 = -224;
+pub(super) const EVENT_KIND: i16 = -228;
 /// Offset in the packet at which the IP packet ends.
-pub(super) const IP_END: i16 = -240;
-/// Counter of a loop.
-pub(super) const COUNT: i16 = -244;
+pub(super) const IP_END: i16 = -232;
+/// Counter of a loop; 8 bytes, for the verifier follows the value of a whole slot only.
+pub(super) const COUNT: i16 = -240;
 /// Number of an entry of a trie.
-pub(super) const ENTRY: i16 = -248;
+pub(super) const ENTRY: i16 = -244;
 
 /// Bytes of the stack in use.
-pub(super) const BYTES: i16 = 256;
+pub(super) const BYTES: i16 = 248;
 
 /// The packet is the head of a fragmented one.
 pub(super) const HEAD: i32 = 1;

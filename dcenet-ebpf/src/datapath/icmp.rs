@@ -12,7 +12,7 @@ impl Emitter<'_> {
     /// ICMP (RFC 792) at offset `R7`.
     pub(super) fn icmp_v4(&mut self) {
         let malformed = self.drop(Reason::Malformed);
-        let (error, single) = (self.asm.label(), self.asm.label());
+        let [error, single] = self.labels();
         self.need(8, malformed);
         self.copy(R7, L4, 8, malformed);
         self.note_type();
@@ -123,7 +123,7 @@ impl Emitter<'_> {
 
     /// Completes the key of echo whose type is in `R1` and goes on to the flow; other types fall through.
     fn echo(&mut self, version: Version, direction: Direction) {
-        let (request, reply, other) = (self.asm.label(), self.asm.label(), self.asm.label());
+        let [request, reply, other] = self.labels();
         let lookup = self.places.lookup;
         self.asm
             .jump_if(Cond::Eq, R1, version.request, request)
@@ -196,7 +196,7 @@ impl Emitter<'_> {
 
     /// Makes a packet of its own of an error about a flow that is not known, in place.
     pub(super) fn unrelated(&mut self) {
-        let (v4, done) = (self.asm.label(), self.asm.label());
+        let [v4, done] = self.labels();
         self.copy_address((R10, frame::OUTER_PEER), frame::PEER);
         self.asm
             .store(Size::W, R10, frame::PORTS, 0)

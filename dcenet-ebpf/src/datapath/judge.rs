@@ -10,7 +10,7 @@ use crate::insn::{Cond, Reg::*, Size, SwapWidth};
 impl Emitter<'_> {
     /// Fills the classifiers' registers from the key and [`frame::JUDGE`]. Uses every register but `R6` and `R9`.
     pub(super) fn classify(&mut self, members_v6_bits: u32) {
-        let (v6, unknown, known) = (self.asm.label(), self.asm.label(), self.asm.label());
+        let [v6, unknown, known] = self.labels();
         self.asm.load(Size::B, R1, R10, frame::VERSION).and(R1, 0x0f).jump_if(Cond::Ne, R1, 4, v6);
         self.class_v4(unknown, known);
         self.asm.bind(v6);
@@ -54,7 +54,7 @@ impl Emitter<'_> {
 
     /// `R0 =` the class of the key's IPv6 peer: that of the single address, else of the longest prefix.
     fn class_v6(&mut self, members_bits: u32, unknown: Label, known: Label) {
-        let (trie, probe, next) = (self.asm.label(), self.asm.label(), self.asm.label());
+        let [trie, probe, next] = self.labels();
         self.asm
             .load(Size::Dw, R7, R10, frame::PEER)
             .be(SwapWidth::W64, R7)
@@ -76,7 +76,7 @@ impl Emitter<'_> {
                 self.asm.rsh(R1, 32 - bits as i32);
             }
         }
-        self.asm.store(Size::W, R10, frame::COUNT, 0).bind(probe);
+        self.asm.store(Size::Dw, R10, frame::COUNT, 0).bind(probe);
         self.lookup_index(abi::MEMBERS_V6, R1);
         self.asm
             .jump_if(Cond::Eq, R0, 0, trie)
@@ -93,10 +93,10 @@ impl Emitter<'_> {
             .mov(R0, R1)
             .jump(known)
             .bind(next)
-            .load(Size::W, R1, R10, frame::COUNT)
+            .load(Size::Dw, R1, R10, frame::COUNT)
             .add(R1, 1)
             .jump_if(Cond::Ge, R1, PROBES_V6 as i32, trie)
-            .store(Size::W, R10, frame::COUNT, R1)
+            .store(Size::Dw, R10, frame::COUNT, R1)
             .load(Size::W, R1, R10, frame::INDEX)
             .add(R1, 1)
             .and(R1, ((1u64 << members_bits) - 1) as i32)
@@ -107,13 +107,13 @@ impl Emitter<'_> {
 
     /// `R7` and `R8` are the halves of the address as numbers.
     fn trie_v6(&mut self, unknown: Label, known: Label) {
-        let (next, elsewhere, low, byte) = (self.asm.label(), self.asm.label(), self.asm.label(), self.asm.label());
+        let [next, elsewhere, low, byte] = self.labels();
         self.asm.mov(R1, 0);
         self.lookup_index(abi::NODES_V6, R1);
         self.asm
             .jump_if(Cond::Eq, R0, 0, unknown)
             .load(Size::W, R0, R0, NodeV6::ENTRY)
-            .store(Size::W, R10, frame::COUNT, 0)
+            .store(Size::Dw, R10, frame::COUNT, 0)
             .bind(next)
             .jump_if32(Cond::Sge, R0, 0, known)
             .and(R0, CHILD_NUMBER)
@@ -152,9 +152,9 @@ impl Emitter<'_> {
             .lsh(R1, 2)
             .add(R0, R1)
             .load(Size::W, R0, R0, 0)
-            .load(Size::W, R1, R10, frame::COUNT)
+            .load(Size::Dw, R1, R10, frame::COUNT)
             .add(R1, 1)
-            .store(Size::W, R10, frame::COUNT, R1)
+            .store(Size::Dw, R10, frame::COUNT, R1)
             .jump_if(Cond::Le, R1, ADDRESS_BYTES, next)
             // More blocks than an address has bytes: no trie of ours.
             .jump(unknown)
@@ -166,7 +166,7 @@ impl Emitter<'_> {
 
     /// `R7 =` the policy set's id of class `R0`.
     fn local_id(&mut self) {
-        let (absent, known) = (self.asm.label(), self.asm.label());
+        let [absent, known] = self.labels();
         self.asm.mov(R7, R0).and(R7, 3).lsh(R7, 1).mov(R1, R0).rsh(R1, 2);
         self.lookup_index(abi::LOCAL_IDS, R1);
         self.asm
@@ -181,15 +181,7 @@ impl Emitter<'_> {
 
     /// Local id, protocol and port or ICMP type of the question.
     fn question(&mut self) {
-        let (icmp_v4, icmp_v6, packet, ports, by_ingress, swap, asked) = (
-            self.asm.label(),
-            self.asm.label(),
-            self.asm.label(),
-            self.asm.label(),
-            self.asm.label(),
-            self.asm.label(),
-            self.asm.label(),
-        );
+        let [icmp_v4, icmp_v6, packet, ports, by_ingress, swap, asked] = self.labels();
         let (local, protocol, value) = (Exits::LOCAL_ID, Exits::PROTOCOL, Exits::VALUE);
         self.asm
             .load(Size::B, protocol, R10, frame::PROTOCOL)

@@ -15,7 +15,7 @@ impl Emitter<'_> {
             return;
         }
         let (refused, malformed) = (self.drop(Reason::NeighbourRefused), self.drop(Reason::Malformed));
-        let (probe, not_probe) = (self.asm.label(), self.asm.label());
+        let [probe, not_probe] = self.labels();
         self.copy(R7, L3, 28, malformed);
         self.asm
             .load(Size::W, R1, R10, L3)
@@ -57,7 +57,7 @@ impl Emitter<'_> {
             return;
         }
         let (refused, malformed) = (self.drop(Reason::NeighbourRefused), self.drop(Reason::Malformed));
-        let (solicitation, advertisement) = (self.asm.label(), self.asm.label());
+        let [solicitation, advertisement] = self.labels();
         self.asm
             .jump_if(Cond::Eq, R1, NEIGHBOUR_SOLICITATION, solicitation)
             .jump_if(Cond::Eq, R1, NEIGHBOUR_ADVERTISEMENT, advertisement)

@@ -165,7 +165,7 @@ impl Emitter<'_> {
 
     /// Jumps if the IPv6 address at `address` is one of the pod's own. Uses `R1`, `R2`, `R4`.
     pub(super) fn if_own_v6(&mut self, address: (Reg, i16), own: Label) {
-        let (other, no) = (self.asm.label(), self.asm.label());
+        let [other, no] = self.labels();
         self.asm
             .load(Size::Dw, R1, address.0, address.1)
             .load(Size::Dw, R2, address.0, address.1 + 8)
@@ -186,10 +186,17 @@ impl Emitter<'_> {
 
     /// Parses by copying headers. `R7` is the offset reached, `R8` the next header's protocol.
     pub(super) fn slow(&mut self) {
-        let (v4, v6, arp, l4) = (self.asm.label(), self.asm.label(), self.asm.label(), self.asm.label());
+        let [v4, v6, arp, l4] = self.labels();
         let (malformed, other) = (self.drop(Reason::Malformed), self.drop(Reason::OtherEtherType));
         let untagged = self.asm.label();
-        self.asm.bind(self.places.slow).mov(R7, 12);
+        self.asm.bind(self.places.slow);
+        if self.enforces() {
+            // Linux before 6.3 lets no program read what it has not written, whatever it would do with it.
+            for at in (frame::OUTER_PEER..frame::FRAGMENT).chain(frame::FRAGMENT_KEY..frame::KEY).step_by(8) {
+                self.asm.store(Size::Dw, R10, at, 0);
+            }
+        }
+        self.asm.mov(R7, 12);
         self.copy(R7, L4, 2, malformed);
         self.asm.load(Size::H, R8, R10, L4);
         for _ in 0..VLAN_TAGS {
@@ -228,7 +235,7 @@ impl Emitter<'_> {
 
     fn slow_v4(&mut self, l4: Label) {
         let malformed = self.drop(Reason::Malformed);
-        let (sized, later, head) = (self.asm.label(), self.asm.label(), self.asm.label());
+        let [sized, later, head] = self.labels();
         self.copy(R7, L3, IPV4, malformed);
         self.asm
             .load(Size::B, R1, R10, L3)
@@ -273,7 +280,7 @@ impl Emitter<'_> {
     fn slow_v6(&mut self, l4: Label) {
         let malformed = self.drop(Reason::Malformed);
         let too_many = self.drop(Reason::TooManyExtensionHeaders);
-        let (later, sized) = (self.asm.label(), self.asm.label());
+        let [later, sized] = self.labels();
         self.copy(R7, L3, IPV6, malformed);
         self.asm
             .load(Size::B, R1, R10, L3)
@@ -309,25 +316,18 @@ impl Emitter<'_> {
 
     /// Walks over extension headers: from protocol `R8` at offset `R7` to the first that is none.
     pub(super) fn extension_headers(&mut self, too_many: Label, truncated: Label, fragments: FragmentHeaders) {
-        let (next, header, fragment, authentication, sized, done) = (
-            self.asm.label(),
-            self.asm.label(),
-            self.asm.label(),
-            self.asm.label(),
-            self.asm.label(),
-            self.asm.label(),
-        );
-        self.asm.store(Size::W, R10, frame::COUNT, 0).bind(next);
+        let [next, header, fragment, authentication, sized, done] = self.labels();
+        self.asm.store(Size::Dw, R10, frame::COUNT, 0).bind(next);
         for protocol in [HOP_BY_HOP, ROUTING, FRAGMENT, AUTHENTICATION, DESTINATION_OPTIONS] {
             self.asm.jump_if(Cond::Eq, R8, protocol, header);
         }
         self.asm
             .jump(done)
             .bind(header)
-            .load(Size::W, R1, R10, frame::COUNT)
+            .load(Size::Dw, R1, R10, frame::COUNT)
             .add(R1, 1)
             .jump_if(Cond::Gt, R1, EXTENSION_HEADERS, too_many)
-            .store(Size::W, R10, frame::COUNT, R1);
+            .store(Size::Dw, R10, frame::COUNT, R1);
         self.need(8, truncated);
         self.copy(R7, L4, 8, truncated);
         self.asm
@@ -384,7 +384,7 @@ impl Emitter<'_> {
 
     /// The transport header at `R7` of protocol `R8`, of either version.
     fn transport(&mut self) {
-        let (tcp, udp, sctp, icmp) = (self.asm.label(), self.asm.label(), self.asm.label(), self.asm.label());
+        let [tcp, udp, sctp, icmp] = self.labels();
         let (malformed, lookup) = (self.drop(Reason::Malformed), self.places.lookup);
         self.asm
             .store(Size::B, R10, frame::PROTOCOL, R8)

@@ -1,0 +1,237 @@
+//! An endpoint in slot 0, which is what a test run sees, with small maps of its own.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::AsFd;
+
+use dcenet_ebpf::abi::{
+    self, Direction, Endpoint, Event, EventLimit, Flow, FlowKey, FullTable, Reason, Sizes, Traffic, reason_index,
+};
+use dcenet_ebpf::asm::Asm;
+use dcenet_ebpf::datapath::{self, EmitClassifier, Exits, Spec};
+use dcenet_ebpf::insn::Cond;
+use dcenet_ebpf::loader::{AyaLoader, LoadRequest, Loaded, Loader};
+use dcenet_ebpf::maps::{Array, HashTable, Map, PerCpuArray, Plain, RingBuffer};
+use dcenet_ebpf::object::Object;
+use dcenet_ebpf::program::{Program, TestRun};
+use dcenet_ebpf::test_support::packet::Packet;
+
+pub const POD4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
+pub const PEER4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
+pub const ROUTER4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+pub const POD6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1);
+pub const PEER6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 2);
+pub const ROUTER6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
+pub const POD_LINK_LOCAL: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0x11);
+
+/// Both versions: the pod's address and the peer's.
+pub const VERSIONS: [(IpAddr, IpAddr); 2] =
+    [(IpAddr::V4(POD4), IpAddr::V4(PEER4)), (IpAddr::V6(POD6), IpAddr::V6(PEER6))];
+
+pub use Direction::{Egress, Ingress};
+
+/// Why a packet had its verdict: [`None`] for a packet of a known flow, which passes and is counted there.
+pub type Why = Option<Reason>;
+
+pub struct Pod {
+    from_pod: Program,
+    to_pod: Program,
+    loaded: Loaded,
+}
+
+pub fn small() -> Sizes {
+    Sizes {
+        endpoints: 8,
+        blocks_v4: 64,
+        members_v6: 64,
+        blocks_v6: 64,
+        classes: 256,
+        conntrack: 1024,
+        full_table: FullTable::Evict,
+        fragments: 64,
+        rules: 64,
+        event_bytes: 1 << 16,
+    }
+}
+
+/// The endpoint that most tests use.
+pub fn endpoint() -> Endpoint {
+    Endpoint::new(Some(POD4), Some(POD6), Some(POD_LINK_LOCAL))
+}
+
+impl Pod {
+    pub fn new(egress: &dyn EmitClassifier, ingress: &dyn EmitClassifier) -> Self {
+        Self::with(&Spec::new(&small(), egress, ingress))
+    }
+
+    pub fn with(spec: &Spec<'_>) -> Self {
+        Self::load(&datapath::program(spec).unwrap(), &[])
+    }
+
+    pub fn load(object: &Object, shared: &[&Map]) -> Self {
+        let names: Vec<String> = shared.iter().map(|m| m.info().name.clone()).collect();
+        let maps: Vec<_> = names.iter().zip(shared).map(|(n, m)| (n.as_str(), m.as_fd())).collect();
+        let loader = AyaLoader;
+        let mut loaded = match loader.load(&object.to_elf().unwrap(), &LoadRequest { maps: &maps }) {
+            Ok(loaded) => loaded,
+            Err(error) => panic!("{error}\n{}", error.log()),
+        };
+        let from_pod = loaded.take_program(datapath::FROM_POD).unwrap();
+        let to_pod = loaded.take_program(datapath::TO_POD).unwrap();
+        let pod = Self { from_pod, to_pod, loaded };
+        if shared.is_empty() {
+            pod.set_endpoint(&endpoint());
+        }
+        pod
+    }
+
+    /// Other programs over the same maps.
+    pub fn replace(&mut self, egress: &dyn EmitClassifier, ingress: &dyn EmitClassifier) {
+        let object = datapath::program(&Spec::new(&small(), egress, ingress)).unwrap();
+        let shared: Vec<&Map> = self.loaded.maps.iter().map(|(_, m)| m).collect();
+        *self = Self::load(&object, &shared);
+    }
+
+    pub fn program(&self, direction: Direction) -> &Program {
+        match direction {
+            Egress => &self.from_pod,
+            Ingress => &self.to_pod,
+        }
+    }
+
+    pub fn map(&self, name: &str) -> Map {
+        let (_, map) = self.loaded.maps.iter().find(|(n, _)| n == name).unwrap();
+        map.try_clone().unwrap()
+    }
+
+    pub fn array<V: Plain>(&self, name: &str) -> Array<V> {
+        Array::new(self.map(name)).unwrap()
+    }
+
+    pub fn set_endpoint(&self, endpoint: &Endpoint) {
+        self.array(abi::ENDPOINTS).store(0, endpoint).unwrap();
+    }
+
+    pub fn bump(&self, egress: u32, ingress: u32) {
+        let endpoints = self.array::<Endpoint>(abi::ENDPOINTS);
+        let mut endpoint = endpoints.load(0).unwrap();
+        endpoint.generation_egress += egress;
+        endpoint.generation_ingress += ingress;
+        endpoints.store(0, &endpoint).unwrap();
+    }
+
+    pub fn flows(&self) -> HashTable<FlowKey, Flow> {
+        HashTable::new(self.map(abi::CONNTRACK)).unwrap()
+    }
+
+    /// The only flow that there is.
+    pub fn flow(&self) -> (FlowKey, Flow) {
+        let mut flows = self.flows().entries().unwrap();
+        assert_eq!(flows.len(), 1, "{flows:?}");
+        flows.remove(0)
+    }
+
+    pub fn set_flow(&self, change: impl FnOnce(&mut Flow)) {
+        let (key, mut flow) = self.flow();
+        change(&mut flow);
+        self.flows().store(&key, &flow, dcenet_ebpf::maps::Put::Any).unwrap();
+    }
+
+    pub fn limit(&self) -> EventLimit {
+        self.array::<EventLimit>(abi::EVENT_LIMITS).load(0).unwrap()
+    }
+
+    pub fn rule(&self, rule: u32) -> Traffic {
+        sum(&PerCpuArray::new(self.map(abi::RULES)).unwrap().load(rule).unwrap())
+    }
+
+    /// The root of the trie leads all of `a.b.0.0/16` to a class.
+    pub fn class_v4(&self, a: u8, b: u8, class: u32) {
+        let root = self.array::<[u32; 2]>(abi::CLASS_V4);
+        let entry = u32::from(a) << 8 | u32::from(b);
+        let mut pair = root.load(entry / 2).unwrap();
+        pair[entry as usize % 2] = class;
+        root.store(entry / 2, &pair).unwrap();
+    }
+
+    pub fn local_id(&self, class: u32, local: u16) {
+        let ids = self.array::<[u16; 4]>(abi::LOCAL_IDS);
+        let mut four = ids.load(class / 4).unwrap();
+        four[class as usize % 4] = local;
+        ids.store(class / 4, &four).unwrap();
+    }
+
+    pub fn events(&self) -> Vec<Event> {
+        let mut events = Vec::new();
+        let mut ring = RingBuffer::new(self.map(abi::EVENTS)).unwrap();
+        ring.drain(usize::MAX, |bytes| events.push(Event::decode(bytes).unwrap())).unwrap();
+        events
+    }
+
+    fn reasons(&self) -> Vec<Traffic> {
+        let reasons = PerCpuArray::<Traffic>::new(self.map(abi::REASONS)).unwrap();
+        (0..reasons.entries()).map(|i| sum(&reasons.load(i).unwrap())).collect()
+    }
+
+    /// Runs a frame and tells why it had its verdict, having checked that just that was counted.
+    pub fn run_bytes(&self, direction: Direction, frame: &[u8]) -> Why {
+        let before = self.reasons();
+        let run = TestRun { packet: frame, context: &[], repeat: 1 };
+        let verdict = self.program(direction).test_run(&run).unwrap().retval.cast_signed();
+        let after = self.reasons();
+        let moved: Vec<usize> = (0..before.len()).filter(|&i| before[i] != after[i]).collect();
+        let Some(&index) = moved.first() else {
+            assert_eq!(verdict, TC_ACT_UNSPEC, "a verdict that nothing counted");
+            return None;
+        };
+        let reason = Reason::from_number((index / 2) as u8).unwrap();
+        assert_eq!(moved, [reason_index(reason, direction) as usize], "{reason:?}");
+        assert_eq!(after[index].packets - before[index].packets, 1);
+        assert_eq!(after[index].bytes - before[index].bytes, frame.len() as u64);
+        assert_eq!(verdict, if reason.passes() { TC_ACT_UNSPEC } else { TC_ACT_SHOT }, "{reason:?}");
+        Some(reason)
+    }
+
+    pub fn run(&self, direction: Direction, packet: &Packet) -> Why {
+        self.run_bytes(direction, &packet.bytes())
+    }
+
+    /// A packet between the pod and the peer, in a direction.
+    #[track_caller]
+    pub fn expect(&self, direction: Direction, packet: &Packet, why: Why) {
+        assert_eq!(self.run(direction, packet), why, "{direction:?} {packet:?}");
+    }
+}
+
+/// Addresses in the order of a packet of this direction.
+pub fn way(direction: Direction, (pod, peer): (IpAddr, IpAddr)) -> (IpAddr, IpAddr) {
+    match direction {
+        Egress => (pod, peer),
+        Ingress => (peer, pod),
+    }
+}
+
+fn sum(of: &[Traffic]) -> Traffic {
+    of.iter().fold(Traffic::default(), |a, b| Traffic { packets: a.packets + b.packets, bytes: a.bytes + b.bytes })
+}
+
+/// Allows what is listed by (local id, protocol, port or ICMP type and code), with its place in the list as the rule;
+/// denies the rest by rule 63.
+pub struct List(pub Vec<(u16, u8, u16)>);
+
+impl EmitClassifier for List {
+    fn emit(&self, asm: &mut Asm, exits: &Exits) {
+        for (rule, (local, protocol, value)) in self.0.iter().enumerate() {
+            let next = asm.label();
+            asm.jump_if(Cond::Ne, Exits::LOCAL_ID, i32::from(*local), next)
+                .jump_if(Cond::Ne, Exits::PROTOCOL, i32::from(*protocol), next)
+                .jump_if(Cond::Ne, Exits::VALUE, i32::from(*value), next)
+                .mov32(Exits::RULE, rule as i32)
+                .jump(exits.allow())
+                .bind(next);
+        }
+        asm.mov32(Exits::RULE, 63).jump(exits.deny());
+    }
+}
+
+pub const TC_ACT_UNSPEC: i32 = -1;
+pub const TC_ACT_SHOT: i32 = 2;

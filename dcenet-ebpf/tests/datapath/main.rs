@@ -1,0 +1,8 @@
+//! The datapath's programs on the real kernel, packet by packet (`BPF_PROG_TEST_RUN`). Expected verdicts are written by
+//! hand.
+
+#![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
+
+mod harness;
+mod loads;
+mod verdicts;
