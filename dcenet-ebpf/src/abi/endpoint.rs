@@ -30,6 +30,9 @@ record! {
 impl Endpoint {
     /// The slot holds an endpoint; without it every packet is dropped.
     pub const ACTIVE: u32 = 1;
+    /// Offset of 8 bytes that are zero.
+    pub(crate) const ZERO: i16 = 56;
+
     /// An active endpoint with these addresses, both generations 0.
     pub fn new(ipv4: Option<Ipv4Addr>, ipv6: Option<Ipv6Addr>, link_local: Option<Ipv6Addr>) -> Self {
         Self {

@@ -31,29 +31,33 @@ pub(super) const L4: i16 = SCRATCH + 40;
 pub(super) const FLOW: i16 = SCRATCH;
 pub(super) const EVENT: i16 = SCRATCH;
 
+// Numbers of 4 bytes that branches depend on lie in the upper half of a slot of 8: newer verifiers follow the value of the
+// lower half, and would look at all that follows once for each value.
 pub(super) const NOW: i16 = -192;
 /// Key of an array map.
 pub(super) const INDEX: i16 = -196;
 /// The generation that a verdict will be of.
 pub(super) const GENERATION: i16 = -200;
-pub(super) const RULE: i16 = -204;
-pub(super) const FLAGS: i16 = -208;
+pub(super) const FLAGS: i16 = -204;
+pub(super) const RULE: i16 = -208;
 pub(super) const TCP_FLAGS: i16 = -212;
+pub(super) const REASON: i16 = -216;
 /// ICMP type and code, `type << 8 | code`.
-pub(super) const ICMP: i16 = -216;
+pub(super) const ICMP: i16 = -220;
+pub(super) const EVENT_KIND: i16 = -224;
 /// The direction whose classifier judges.
-pub(super) const JUDGE: i16 = -220;
-pub(super) const REASON: i16 = -224;
-pub(super) const EVENT_KIND: i16 = -228;
-/// Offset in the packet at which the IP packet ends.
-pub(super) const IP_END: i16 = -232;
-/// Counter of a loop; 8 bytes, for the verifier follows the value of a whole slot only.
+pub(super) const JUDGE: i16 = -228;
+/// Counter of a loop; 8 bytes, for here the verifier must follow the value.
 pub(super) const COUNT: i16 = -240;
 /// Number of an entry of a trie.
 pub(super) const ENTRY: i16 = -244;
+/// Offset in the packet of the next extension header.
+pub(super) const NEXT_HEADER: i16 = ENTRY;
+/// Offset in the packet at which the IP packet ends.
+pub(super) const IP_END: i16 = -252;
 
 /// Bytes of the stack in use.
-pub(super) const BYTES: i16 = 248;
+pub(super) const BYTES: i16 = 256;
 
 /// The packet is the head of a fragmented one.
 pub(super) const HEAD: i32 = 1;

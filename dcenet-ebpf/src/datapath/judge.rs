@@ -210,7 +210,7 @@ impl Emitter<'_> {
                 .mov(value, echo)
                 .jump(asked);
         }
-        self.asm.bind(packet).load(Size::W, value, R10, frame::ICMP).bind(asked).mov(local, R7);
+        self.asm.bind(packet).load(Size::W, value, R10, frame::ICMP).and(value, 0xffff).bind(asked).mov(local, R7);
     }
 }
 

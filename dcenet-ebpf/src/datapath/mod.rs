@@ -241,11 +241,11 @@ pub fn default_program(sizes: &Sizes) -> Result<Object, DatapathError> {
 fn undecided(name: &str, direction: Direction) -> Result<Function, AsmError> {
     let mut emitter = Emitter::new(name, direction, Judgement::Unknown);
     let unknown = emitter.drop(Reason::PolicyUnknown);
-    emitter.clear();
+    emitter.slot();
     if direction == Direction::Egress {
-        emitter.lookup(abi::ENDPOINTS, frame::INDEX);
         emitter.asm.jump_if(Cond::Eq, R0, 0, unknown).mov(R9, R0);
     }
+    emitter.clear(0.into());
     emitter.slow();
     emitter.asm.bind(emitter.places.lookup).jump(unknown);
     emitter.ends();

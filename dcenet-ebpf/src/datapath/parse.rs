@@ -11,7 +11,7 @@ use super::frame;
 use super::frame::{IP_END, L3, L4};
 use crate::abi::{self, Direction, Endpoint, Event, Reason};
 use crate::asm::Label;
-use crate::insn::{Cond, Reg, Reg::*, Size, SwapWidth};
+use crate::insn::{Cond, Reg, Reg::*, Size, Src, SwapWidth};
 
 /// What the walk over extension headers does at a fragment header.
 #[derive(Debug, Clone, Copy)]
@@ -23,33 +23,39 @@ pub(super) enum FragmentHeaders {
 }
 
 impl Emitter<'_> {
-    /// Finds the endpoint and clears the stack. Packets of no endpoint are dropped.
+    /// Finds the endpoint, whose packets of no endpoint are dropped, and clears the stack.
     pub(super) fn prologue(&mut self) {
         let unknown = self.drop(Reason::UnknownEndpoint);
-        self.clear();
-        self.lookup(abi::ENDPOINTS, frame::INDEX);
-        self.asm.jump_if(Cond::Eq, R0, 0, unknown).mov(R9, R0).load(Size::W, R1, R9, Endpoint::FLAGS).jump_if(
-            Cond::Eq,
-            R1,
-            0,
-            unknown,
-        );
+        self.slot();
+        self.asm
+            .jump_if(Cond::Eq, R0, 0, unknown)
+            .mov(R9, R0)
+            .load(Size::W, R1, R9, Endpoint::FLAGS)
+            .jump_if(Cond::Eq, R1, 0, unknown)
+            // A zero that the verifier does not know to be one. What is cleared by a known zero is another state for it
+            // than what a packet filled in, and it would look at the classifiers once for each of them.
+            .load(Size::Dw, R1, R9, Endpoint::ZERO);
+        self.clear(R1.into());
     }
 
-    /// Clears the stack and notes the slot, also as an array's key.
-    pub(super) fn clear(&mut self) {
+    /// `R0 =` the endpoint, or null; `R8` the slot.
+    pub(super) fn slot(&mut self) {
+        self.asm.mov(R6, R1).load(Size::W, R8, R6, SKB_TC_CLASSID).and(R8, 0xffff);
+        self.lookup_index(abi::ENDPOINTS, R8);
+    }
+
+    /// Clears the stack by a zero and notes the slot in `R8`.
+    pub(super) fn clear(&mut self, zero: Src) {
+        for at in
+            (frame::OUTER_PEER..frame::FRAGMENT).chain(frame::FRAGMENT_KEY..frame::KEY).chain(frame::KEY..0).step_by(8)
+        {
+            self.asm.store(Size::Dw, R10, at, zero);
+        }
         self.asm
-            .mov(R6, R1)
-            .load(Size::W, R1, R6, SKB_TC_CLASSID)
-            .and(R1, 0xffff)
-            .store(Size::Dw, R10, frame::KEY, 0)
-            .store(Size::Dw, R10, frame::PEER, 0)
-            .store(Size::Dw, R10, frame::PEER + 8, 0)
-            .store(Size::H, R10, frame::SLOT, R1)
-            .store(Size::W, R10, frame::INDEX, R1)
-            .store(Size::W, R10, frame::FLAGS, 0)
-            .store(Size::W, R10, frame::TCP_FLAGS, 0)
-            .store(Size::W, R10, frame::ICMP, 0)
+            .store(Size::H, R10, frame::SLOT, R8)
+            .store(Size::W, R10, frame::FLAGS, zero)
+            .store(Size::W, R10, frame::TCP_FLAGS, zero)
+            .store(Size::W, R10, frame::ICMP, zero)
             .store(Size::W, R10, frame::RULE, Event::NO_RULE.cast_signed());
     }
 
@@ -190,12 +196,6 @@ impl Emitter<'_> {
         let (malformed, other) = (self.drop(Reason::Malformed), self.drop(Reason::OtherEtherType));
         let untagged = self.asm.label();
         self.asm.bind(self.places.slow);
-        if self.enforces() {
-            // Linux before 6.3 lets no program read what it has not written, whatever it would do with it.
-            for at in (frame::OUTER_PEER..frame::FRAGMENT).chain(frame::FRAGMENT_KEY..frame::KEY).step_by(8) {
-                self.asm.store(Size::Dw, R10, at, 0);
-            }
-        }
         self.asm.mov(R7, 12);
         self.copy(R7, L4, 2, malformed);
         self.asm.load(Size::H, R8, R10, L4);
@@ -317,7 +317,13 @@ impl Emitter<'_> {
     /// Walks over extension headers: from protocol `R8` at offset `R7` to the first that is none.
     pub(super) fn extension_headers(&mut self, too_many: Label, truncated: Label, fragments: FragmentHeaders) {
         let [next, header, fragment, authentication, sized, done] = self.labels();
-        self.asm.store(Size::Dw, R10, frame::COUNT, 0).bind(next);
+        self.asm
+            .store(Size::Dw, R10, frame::COUNT, 0)
+            .bind(next)
+            // By way of the stack the verifier forgets where the offset comes from: otherwise every chain of headers is
+            // a state of its own for it.
+            .store(Size::W, R10, frame::NEXT_HEADER, R7)
+            .load(Size::W, R7, R10, frame::NEXT_HEADER);
         for protocol in [HOP_BY_HOP, ROUTING, FRAGMENT, AUTHENTICATION, DESTINATION_OPTIONS] {
             self.asm.jump_if(Cond::Eq, R8, protocol, header);
         }
