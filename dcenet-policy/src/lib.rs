@@ -11,6 +11,7 @@
 //! - [`Compiler`] turns the same model into tables and decision diagrams: an address becomes a class
 //!   ([`classes`]), a class becomes a small local id, and a [`diagram`] over local id, protocol and port ends in a
 //!   verdict with the rule that decided.
+//! - [`target`] turns diagrams into eBPF programs.
 //!
 //! Nothing here does I/O or reads a clock.
 //!
@@ -73,6 +74,7 @@ pub mod model;
 pub mod opt;
 mod partition;
 pub mod sources;
+pub mod target;
 #[cfg(feature = "test-support")]
 pub mod test_support;
 pub mod verify;

@@ -1,5 +1,6 @@
 //! Random clusters and packets, and the comparison of evaluator and compiler. Everything follows from a seed.
 
+pub mod bytecode;
 mod random;
 #[cfg(feature = "yaml")]
 pub mod table;

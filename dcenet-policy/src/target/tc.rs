@@ -1,0 +1,196 @@
+//! The classifier hook of traffic control, on the host's end of a pod's veth.
+
+use dcenet_ebpf::abi::Sizes;
+use dcenet_ebpf::asm::{Asm, AsmError, Label};
+use dcenet_ebpf::datapath::{self, DatapathError, EmitClassifier, Exits, Spec, Timeouts};
+use dcenet_ebpf::insn::IsaLevel;
+use dcenet_ebpf::object::{MapSpec, ProgramKind};
+
+use super::code::{CodeWriter, Frame, MAX_CODE_ARMS};
+use super::{Artefact, Codes, FirstHeader, Form, MapContent, Policies, Target, TargetError, table};
+use crate::compiler::Program;
+use crate::diagram::Diagram;
+use crate::model::{Direction, Verdict};
+
+/// Lowers to the programs of [`dcenet_ebpf::datapath`]: classifiers (`BPF_PROG_TYPE_SCHED_CLS`) on both hooks of a
+/// device that carries Ethernet.
+///
+/// # Minimum kernel version
+/// That of [`dcenet_ebpf::datapath`].
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Tc {
+    /// Sizes of the datapath's maps.
+    pub sizes: Sizes,
+    /// How long flows are remembered.
+    pub timeouts: Timeouts,
+    /// Events about dropped packets for each endpoint; see [`Spec::denied_events`].
+    pub denied_events: u32,
+    /// The level of the instruction set; at v4, which `dcenet_ebpf::probe` tells of, far jumps are cheaper.
+    pub isa: IsaLevel,
+    /// The most arms of a diagram that becomes code, [`MAX_CODE_ARMS`] unless told; others become tables.
+    pub code_arms: usize,
+}
+
+impl Tc {
+    /// With the datapath's defaults, at ISA v3.
+    pub fn new(sizes: Sizes) -> Self {
+        Self { sizes, timeouts: Timeouts::default(), denied_events: 100, isa: IsaLevel::V3, code_arms: MAX_CODE_ARMS }
+    }
+
+    /// At a level of the instruction set.
+    #[must_use]
+    pub fn isa(mut self, isa: IsaLevel) -> Self {
+        self.isa = isa;
+        self
+    }
+
+    /// The classifier of one direction.
+    ///
+    /// # Errors
+    /// [`TargetError::ImplLimitExceeded`].
+    pub fn classifier<'a>(&self, program: &'a Program, form: Form) -> Result<Classifier<'a>, TargetError> {
+        Classifier::new(program, form)
+    }
+
+    fn form(&self, program: &Program) -> Form {
+        if program.diagram.stats().arms <= self.code_arms { Form::Code } else { Form::Table }
+    }
+
+    fn object(&self, policies: Policies<'_>, forms: [Form; 2]) -> Result<Artefact, TargetError> {
+        let [ingress, egress] = forms;
+        let (ingress, egress) =
+            (Classifier::new(policies.ingress, ingress)?, Classifier::new(policies.egress, egress)?);
+        let spec = Spec {
+            timeouts: self.timeouts,
+            denied_events: self.denied_events,
+            isa: self.isa,
+            ..Spec::new(&self.sizes, &egress, &ingress)
+        };
+        let object = datapath::program(&spec)?;
+        let (ingress_form, egress_form) = (ingress.form(), egress.form());
+        let contents = [ingress.content, egress.content].into_iter().flatten().collect();
+        Ok(Artefact { object, contents, ingress: ingress_form, egress: egress_form })
+    }
+}
+
+impl Target for Tc {
+    fn kind(&self) -> ProgramKind {
+        ProgramKind::Classifier
+    }
+
+    fn first_header(&self) -> FirstHeader {
+        FirstHeader::Ethernet
+    }
+
+    fn codes(&self) -> Codes {
+        // TC_ACT_UNSPEC and TC_ACT_SHOT (include/uapi/linux/pkt_cls.h).
+        Codes { pass: -1, drop: 2 }
+    }
+
+    fn lower(&self, policies: Policies<'_>) -> Result<Artefact, TargetError> {
+        let forms = [policies.ingress, policies.egress].map(|program| self.form(program));
+        match self.object(policies, forms) {
+            // Much sharing over much code is more than islands carry below ISA v4.
+            Err(TargetError::Datapath(DatapathError::Assemble(AsmError::JumpTooFar { .. }))) => {
+                self.object(policies, [Form::Table; 2])
+            }
+            done => done,
+        }
+    }
+}
+
+/// The classifier of one direction, for [`Spec`].
+#[derive(Debug, Clone)]
+pub struct Classifier<'a> {
+    diagram: &'a Diagram,
+    map: &'static str,
+    content: Option<MapContent>,
+    #[cfg(feature = "test-support")]
+    bug: Option<super::LoweringBug>,
+}
+
+impl<'a> Classifier<'a> {
+    /// Of a program, in a form.
+    ///
+    /// # Errors
+    /// [`TargetError::ImplLimitExceeded`] where a table would have more than [`super::MAX_TABLE_NODES`] nodes. Code has
+    /// no limit here; [`Tc`] has one.
+    pub fn new(program: &'a Program, form: Form) -> Result<Self, TargetError> {
+        let map = match program.list.direction {
+            Direction::Ingress => "policy_ingress",
+            Direction::Egress => "policy_egress",
+        };
+        let content = match form {
+            Form::Code => None,
+            Form::Table => {
+                let bytes = table::nodes(&program.diagram)?;
+                Some(MapContent { map: map.to_owned(), bytes, stride: table::NODE_BYTES })
+            }
+        };
+        Ok(Self {
+            diagram: &program.diagram,
+            map,
+            content,
+            #[cfg(feature = "test-support")]
+            bug: None,
+        })
+    }
+
+    /// Makes the code wrong in one way, to prove that a comparison notices. Tables stay right.
+    #[cfg(feature = "test-support")]
+    #[must_use]
+    pub fn with_planted_bug(mut self, bug: super::LoweringBug) -> Self {
+        self.bug = Some(bug);
+        self
+    }
+
+    /// Its form.
+    pub fn form(&self) -> Form {
+        if self.content.is_some() { Form::Table } else { Form::Code }
+    }
+
+    /// The content of its map.
+    pub fn content(&self) -> Option<&MapContent> {
+        self.content.as_ref()
+    }
+
+    /// Writes it outside the datapath: control enters at its start and leaves by the labels that `exit` gives. It leaves
+    /// `R6` and `R9` alone. A label that `exit` is not asked for is not used.
+    pub fn write(&self, frame: Frame, asm: &mut Asm, exit: &mut dyn FnMut(Verdict) -> Label) {
+        if self.content.is_some() {
+            table::walk(self.map, frame, asm, exit);
+            return;
+        }
+        #[cfg_attr(not(feature = "test-support"), expect(unused_mut, reason = "only a planted bug changes it"))]
+        let mut writer = CodeWriter::new(self.diagram, frame, asm, exit);
+        #[cfg(feature = "test-support")]
+        {
+            writer.bug = self.bug;
+        }
+        writer.write();
+    }
+}
+
+impl Frame {
+    /// The registers that the datapath uses.
+    pub const DATAPATH: Self =
+        Self { local: Exits::LOCAL_ID, protocol: Exits::PROTOCOL, port: Exits::VALUE, rule: Exits::RULE };
+}
+
+impl EmitClassifier for Classifier<'_> {
+    fn emit(&self, asm: &mut Asm, exits: &Exits) {
+        self.write(Frame::DATAPATH, asm, &mut |verdict| match verdict {
+            Verdict::Allow => exits.allow(),
+            Verdict::Deny => exits.deny(),
+        });
+    }
+
+    fn maps(&self) -> Vec<MapSpec> {
+        let entries = |content: &MapContent| (content.bytes.len() / content.stride) as u32;
+        self.content
+            .iter()
+            .map(|content| MapSpec::array(self.map, table::NODE_BYTES as u32, entries(content)))
+            .collect()
+    }
+}
