@@ -124,10 +124,10 @@ const fn shift(field: Field) -> u16 {
 /// Writes the walk over a table in a map. A walk that ends at no leaf (the map is not written yet) denies as
 /// [`RuleId::ISOLATED`]: an array is zero at first, so that the first node leads to itself until the steps are used up.
 ///
-/// Uses every register but `R6` and `R9`, and three words of [`Exits::STACK`].
+/// Uses every register but `R6` and `R9`, and 16 bytes of [`Exits::STACK`].
 pub(super) fn walk(map: &str, frame: Frame, asm: &mut Asm, exit: &mut dyn FnMut(Verdict) -> Label) {
-    // Exits::STACK starts at a multiple of 8.
-    let (steps, index) = (Exits::STACK.start, Exits::STACK.start + 8);
+    // Near the datapath's own part: the verifier copies all that lies above the lowest slot in use.
+    let (steps, index) = (Exits::STACK.end - 8, Exits::STACK.end - 16);
     let (next, take, nowhere, leaf) = (asm.label(), asm.label(), asm.label(), asm.label());
     asm.mov(R7, frame.port)
         .lsh(R7, i32::from(shift(Field::Port)))

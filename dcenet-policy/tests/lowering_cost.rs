@@ -1,0 +1,172 @@
+//! What a verdict costs in the kernel, by the number of rules: time over a program that judges nothing, time to load,
+//! instructions.
+
+use std::time::{Duration, Instant};
+
+use dcenet_core::test_support::{Rung, require};
+use dcenet_ebpf::abi::Sizes;
+use dcenet_ebpf::asm::Asm;
+use dcenet_ebpf::insn::{Imm64, Insn, IsaLevel, Reg, Reg::*, Size, encode};
+use dcenet_ebpf::loader::{AyaLoader, LoadRequest, Loader};
+use dcenet_ebpf::maps::Map;
+use dcenet_ebpf::object::{Object, ProgramKind};
+use dcenet_ebpf::program::{Program as Loaded, TestRun};
+use dcenet_policy::compiler::{Limits, Program};
+use dcenet_policy::diagram::Diagram;
+use dcenet_policy::ir::RuleList;
+use dcenet_policy::model::Verdict;
+use dcenet_policy::target::{Classifier, Form, Frame, Policies, Target, Tc};
+use dcenet_policy::test_support::bytecode;
+use dcenet_ebpf::datapath::EmitClassifier;
+
+/// Rule `r` allows TCP port `1000 + 2r` from peer `r % peers`.
+fn policy(direction: &str, rules: u32, peers: u32) -> Program {
+    let mut text = format!("{direction} locals {}\n", peers.max(2));
+    for rule in 0..rules {
+        let port = 1000 + 2 * rule;
+        text += &format!("allow {} peers {} tcp {port}-{port}\n", rule + 3, rule % peers);
+    }
+    text += "deny 1 default";
+    let list: RuleList = text.parse().unwrap();
+    let diagram = Diagram::build(&list, &Limits::default()).unwrap();
+    Program { list, diagram, shadowed: Vec::new() }
+}
+
+/// A program that makes up a question that some rule answers, and has it judged unless there is no classifier. The
+/// packet holds the state of a linear congruential generator, its factor and its summand.
+fn load(rules: u32, peers: u32, classifier: Option<&Classifier<'_>>) -> (Loaded, Vec<Map>) {
+    let mut asm = Asm::program("cost", ProgramKind::Classifier);
+    asm.isa(IsaLevel::V4);
+    let (short, allow, deny) = (asm.label(), asm.label(), asm.label());
+    asm.load(Size::W, R6, R1, 76)
+        .load(Size::W, R7, R1, 80)
+        .mov(R8, R6)
+        .add(R8, 32)
+        .jump_if(dcenet_ebpf::insn::Cond::Gt, R8, R7, short)
+        .load(Size::W, R5, R6, 0)
+        .load(Size::W, R4, R6, 4)
+        .mul32(R5, R4)
+        .load(Size::W, R4, R6, 8)
+        .add32(R5, R4)
+        .store(Size::W, R6, 0, R5)
+        .rsh32(R5, 16)
+        .mul32(R5, rules as i32)
+        .rsh32(R5, 16)
+        .mov(R3, R5)
+        .lsh32(R3, 1)
+        .add32(R3, 1000)
+        .mov(R1, R5)
+        .rem32(R1, peers as i32)
+        .mov(R2, 6);
+    let mut denies = false;
+    let mut object = Object::new();
+    match classifier {
+        Some(classifier) => {
+            classifier.write(Frame::DATAPATH, &mut asm, &mut |verdict| {
+                denies |= verdict == Verdict::Deny;
+                if verdict == Verdict::Allow { allow } else { deny }
+            });
+            for map in classifier.maps() {
+                object.add_map(map).unwrap();
+            }
+        }
+        None => {
+            asm.mov(R0, R1).add(R0, R3).add(R0, R2).jump(allow);
+        }
+    }
+    asm.bind(allow).exit();
+    if denies {
+        asm.bind(deny).ret(0);
+    }
+    asm.bind(short).ret(-1);
+    object.add(asm.finish().unwrap()).unwrap();
+    let linked = object.link("cost").unwrap();
+    let maps: Vec<Map> = linked.maps().iter().map(|map| Map::create(map).unwrap()).collect();
+    if let Some(content) = classifier.and_then(|classifier| classifier.content()) {
+        bytecode::write(&maps[0], content).unwrap();
+    }
+    let mut code = linked.insns().to_vec();
+    for insn in &mut code {
+        if let Insn::LoadImm64 { value: Imm64::MapFd(map), .. } = insn {
+            use std::os::fd::{AsFd, AsRawFd};
+            *map = maps[*map as usize].as_fd().as_raw_fd();
+        }
+    }
+    let program = Loaded::load(ProgramKind::Classifier, "cost", &encode(&code));
+    (program.unwrap_or_else(|error| panic!("{error}\n{}", error.log())), maps)
+}
+
+/// Nanoseconds of a run, the least of several bursts.
+fn time(program: &Loaded, wide: bool) -> u128 {
+    let mut packet = [0; 64];
+    packet[..4].copy_from_slice(&0x8000_0000_u32.to_ne_bytes());
+    let (factor, summand) = if wide { (1_664_525_u32, 1_013_904_223_u32) } else { (1, 0) };
+    packet[4..8].copy_from_slice(&factor.to_ne_bytes());
+    packet[8..12].copy_from_slice(&summand.to_ne_bytes());
+    let run = TestRun { packet: &packet, context: &[], repeat: 50_000 };
+    (0..12).map(|_| program.test_run(&run).unwrap().duration.as_nanos()).min().unwrap()
+}
+
+#[test]
+fn a_verdict_costs_about_the_same_at_any_number_of_rules() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let _ = Reg::R0;
+    println!("rules peers form  arms  code  verified  load_us  hot_ns  wide_ns (over an empty program)");
+    for (rules, peers) in [(1, 1), (10, 4), (100, 16), (1_000, 64), (10_000, 64), (10_000, 1_024), (30_000, 64)] {
+        let policy = policy("ingress", rules, peers);
+        let arms = policy.diagram.stats().arms;
+        let (empty, _maps) = load(rules, peers, None);
+        let floor = [false, true].map(|wide| time(&empty, wide));
+        for form in [Form::Code, Form::Table] {
+            let classifier = Classifier::new(&policy, form).unwrap();
+            let start = Instant::now();
+            let (program, _maps) = load(rules, peers, Some(&classifier));
+            let took: Duration = start.elapsed();
+            let [hot, wide] = [false, true].map(|wide| time(&program, wide) as i128 - floor[usize::from(wide)] as i128);
+            let info = program.info();
+            println!(
+                "{rules:>6} {peers:>5} {form:?} {arms:>6} {:>6} {:>7} {:>7} {hot:>4} {wide:>4}",
+                info.translated_bytes / 8,
+                info.verified_instructions,
+                took.as_micros(),
+            );
+        }
+    }
+}
+
+#[test]
+fn whole_programs_load_up_to_the_limits() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let sizes = Sizes { conntrack: 1024, members_v6: 64, blocks_v4: 64, blocks_v6: 64, endpoints: 8, ..Sizes::default() };
+    for isa in [IsaLevel::V3, IsaLevel::V4] {
+        for (rules, peers) in [(1, 1), (100, 16), (1_000, 64), (5_000, 64), (10_000, 64), (20_000, 64)] {
+            let (ingress, egress) = (policy("ingress", rules, peers), policy("egress", rules, peers));
+            let start = Instant::now();
+            let artefact = Tc::new(sizes.clone()).isa(isa).lower(Policies { ingress: &ingress, egress: &egress });
+            let artefact = artefact.unwrap();
+            let lowered = start.elapsed();
+            let elf = artefact.object.to_elf().unwrap();
+            let written = start.elapsed();
+            let loaded = AyaLoader.load(&elf, &LoadRequest::default());
+            let loaded = loaded.unwrap_or_else(|error| panic!("{isa:?} {rules}: {error}\n{}", error.log()));
+            let took = start.elapsed();
+            let sizes: Vec<_> = loaded
+                .programs
+                .iter()
+                .map(|(_, program)| (program.info().translated_bytes / 8, program.info().verified_instructions))
+                .collect();
+            println!(
+                "{isa:?} {rules} rules, {} arms: {:?}/{:?}, lowered {lowered:?}, ELF {:?}, load {:?}, (insns, verified) {sizes:?}",
+                ingress.diagram.stats().arms,
+                artefact.ingress,
+                artefact.egress,
+                written - lowered,
+                took - written
+            );
+        }
+    }
+}
