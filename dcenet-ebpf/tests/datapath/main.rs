@@ -4,6 +4,9 @@
 #![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
 mod conntrack;
+mod events;
+mod fragments;
 mod harness;
 mod loads;
+mod related;
 mod verdicts;

@@ -1,0 +1,172 @@
+//! What user space hears.
+
+use std::net::IpAddr;
+
+use dcenet_core::test_support::{Rung, require};
+use dcenet_ebpf::abi::{self, Be16, Direction, Event, EventKind, Reason, Sizes};
+use dcenet_ebpf::datapath::{AllowAll, DenyAll, Spec};
+use dcenet_ebpf::test_support::packet::*;
+
+use crate::harness::*;
+
+const ALLOW: AllowAll = AllowAll { rule: 1 };
+const DENY: DenyAll = DenyAll { rule: 2 };
+
+fn bytes_of(address: IpAddr) -> [u8; 16] {
+    match address {
+        IpAddr::V4(a) => a.to_ipv6_mapped().octets(),
+        IpAddr::V6(a) => a.octets(),
+    }
+}
+
+/// The event without what the test cannot know beforehand.
+fn timeless(mut event: Event) -> Event {
+    assert_ne!(event.time, 0);
+    event.time = 0;
+    // The test run's device is the loopback interface.
+    event.ifindex = 0;
+    event
+}
+
+fn expected(direction: Direction, addresses: (IpAddr, IpAddr), bytes: usize) -> Event {
+    let mut event = Event {
+        direction: direction as u8,
+        version: if addresses.0.is_ipv4() { 4 } else { 6 },
+        pod: bytes_of(addresses.0),
+        peer: bytes_of(addresses.1),
+        ..Event::default()
+    };
+    match direction {
+        Egress => (event.egress_packets, event.egress_bytes) = (1, bytes as u64),
+        Ingress => (event.ingress_packets, event.ingress_bytes) = (1, bytes as u64),
+    }
+    event
+}
+
+#[test]
+fn a_new_flow_a_denied_packet_and_a_close_are_told_in_full() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    for direction in [Egress, Ingress] {
+        for addresses in VERSIONS {
+            let (from, to) = way(direction, addresses);
+            let pod = match direction {
+                Egress => Pod::new(&ALLOW, &DENY),
+                Ingress => Pod::new(&DENY, &ALLOW),
+            };
+            let ports = |event: &mut Event, from: u16, to: u16| {
+                (event.pod_port, event.peer_port) =
+                    if event.direction == Egress as u8 { (Be16(from), Be16(to)) } else { (Be16(to), Be16(from)) };
+            };
+            let syn = eth().ip(from, to).tcp(40000, 80, SYN);
+            let ack = eth().ip(to, from).tcp(80, 40000, SYN | ACK).payload(3);
+            let fin = eth().ip(from, to).tcp(40000, 80, FIN | ACK).payload(5);
+            let bytes = |p: &Packet| p.bytes().len();
+
+            pod.expect(direction, &syn, Some(Reason::Allowed));
+            let mut new = expected(direction, addresses, bytes(&syn));
+            (new.kind, new.reason, new.protocol, new.tcp_flags, new.rule) =
+                (EventKind::New as u8, Reason::Allowed as u8, 6, SYN, 1);
+            ports(&mut new, 40000, 80);
+            assert_eq!(pod.events().into_iter().map(timeless).collect::<Vec<_>>(), [new]);
+
+            pod.expect(direction.opposite(), &ack, None);
+            assert_eq!(pod.events(), []);
+            pod.expect(direction, &fin, None);
+            pod.expect(direction, &fin, None);
+            let mut closed = new;
+            (closed.kind, closed.tcp_flags) = (EventKind::Closed as u8, FIN | ACK);
+            let there = (2, (bytes(&syn) + bytes(&fin)) as u64);
+            let back = (1, bytes(&ack) as u64);
+            let (egress, ingress) = if direction == Egress { (there, back) } else { (back, there) };
+            (closed.egress_packets, closed.egress_bytes) = egress;
+            (closed.ingress_packets, closed.ingress_bytes) = ingress;
+            assert_eq!(pod.events().into_iter().map(timeless).collect::<Vec<_>>(), [closed]);
+
+            let ping = eth().ip(to, from).icmp(if from.is_ipv4() { 8 } else { 128 }, 0, [0x12, 0x34, 0, 0]);
+            pod.expect(direction.opposite(), &ping, Some(Reason::Denied));
+            let mut denied = expected(direction.opposite(), addresses, bytes(&ping));
+            (denied.kind, denied.reason, denied.rule) = (EventKind::Denied as u8, Reason::Denied as u8, 2);
+            (denied.protocol, denied.icmp) = if from.is_ipv4() { (1, 0x0800) } else { (58, 0x8000) };
+            if direction == Egress {
+                denied.version |= abi::FlowKey::ASKED_BY_PEER;
+                denied.peer_port = Be16(0x1234);
+            } else {
+                denied.pod_port = Be16(0x1234);
+            }
+            assert_eq!(pod.events().into_iter().map(timeless).collect::<Vec<_>>(), [denied]);
+        }
+    }
+}
+
+#[test]
+fn a_drop_before_any_rule_names_none() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let pod = Pod::new(&ALLOW, &ALLOW);
+    let packet = eth().ether_type(0x88cc).payload(60);
+    pod.expect(Ingress, &packet, Some(Reason::OtherEtherType));
+    let expected = Event {
+        kind: EventKind::Denied as u8,
+        reason: Reason::OtherEtherType as u8,
+        direction: Ingress as u8,
+        rule: Event::NO_RULE,
+        ingress_packets: 1,
+        ingress_bytes: 74,
+        ..Event::default()
+    };
+    assert_eq!(pod.events().into_iter().map(timeless).collect::<Vec<_>>(), [expected]);
+}
+
+#[test]
+fn a_revoked_flow_is_told() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let mut pod = Pod::new(&ALLOW, &ALLOW);
+    let packet = eth().ipv4(POD4, PEER4).udp(1, 2);
+    pod.expect(Egress, &packet, Some(Reason::Allowed));
+    pod.replace(&DENY, &ALLOW);
+    pod.bump(1, 0);
+    pod.expect(Egress, &packet, Some(Reason::Revoked));
+    let told: Vec<_> = pod.events().iter().map(|e| (e.kind, e.reason, e.rule)).collect();
+    assert_eq!(
+        told,
+        [(EventKind::New as u8, Reason::Allowed as u8, 1), (EventKind::Denied as u8, Reason::Revoked as u8, 2)]
+    );
+}
+
+#[test]
+fn events_about_drops_are_limited_and_the_others_counted() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let sizes = small();
+    let pod = Pod::with(&Spec { denied_events: 5, ..Spec::new(&sizes, &DENY, &DENY) });
+    for _ in 0..100 {
+        pod.expect(Egress, &eth().ipv4(POD4, PEER4).udp(1, 2), Some(Reason::Denied));
+    }
+    let told = pod.events().len() as u64;
+    let limit = pod.limit();
+    assert_eq!(told + limit.limited, 100);
+    assert_eq!(limit.lost, 0);
+    // A window may have ended meanwhile, on a busy machine several.
+    assert!((5..=50).contains(&told) && told % 5 == limit.used % 5, "{told} events, {limit:?}");
+}
+
+#[test]
+fn events_that_find_the_ring_full_are_counted() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let sizes = Sizes { event_bytes: 4096, ..small() };
+    let pod = Pod::with(&Spec::new(&sizes, &ALLOW, &ALLOW));
+    for port in 0..100 {
+        pod.expect(Egress, &eth().ipv4(POD4, PEER4).udp(port, 2), Some(Reason::Allowed));
+    }
+    let lost = pod.limit().lost;
+    assert_eq!(pod.events().len() as u64 + lost, 100);
+    assert!(lost > 50, "4,096 bytes hold 39 events, {lost} were lost");
+}
