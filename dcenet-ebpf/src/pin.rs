@@ -50,6 +50,12 @@ impl Pins {
         Ok(pins)
     }
 
+    /// Names a directory that somebody else has made and mounted, or will. Makes nothing: where it is missing, so are
+    /// all pins.
+    pub fn at(directory: impl Into<PathBuf>) -> Self {
+        Self { directory: directory.into() }
+    }
+
     /// Where it is mounted.
     pub fn directory(&self) -> &Path {
         &self.directory

@@ -12,7 +12,7 @@
 //! | [`MEMBERS_V6`] | array | place in the table | [`MemberV6`] |
 //! | [`CLASS_V6`] | array | entry number / 2 | two entries of the IPv6 trie |
 //! | [`NODES_V6`] | array | block number | [`NodeV6`] |
-//! | [`LOCAL_IDS`] | array, one map per policy set | class / 4 | four local ids |
+//! | [`LOCAL_IDS_EGRESS`], [`LOCAL_IDS_INGRESS`] | array, one map per policy set | class / 4 | four local ids |
 //! | [`CONNTRACK`] | LRU hash (or hash) | [`FlowKey`] | [`Flow`] |
 //! | [`FRAGMENTS`] | LRU hash | [`FragmentKey`] | [`Fragment`] |
 //! | [`RULES`] | per-CPU array | rule id | [`Traffic`] |
@@ -50,8 +50,10 @@ pub const MEMBERS_V6: &str = "members_v6";
 pub const CLASS_V6: &str = "class_v6";
 /// What each block of [`CLASS_V6`] stands for; the first one holds the trie's root.
 pub const NODES_V6: &str = "nodes_v6";
-/// Class to local id, for one policy set.
-pub const LOCAL_IDS: &str = "local_ids";
+/// Class to local id, for a policy set of egress.
+pub const LOCAL_IDS_EGRESS: &str = "local_ids_out";
+/// Class to local id, for a policy set of ingress.
+pub const LOCAL_IDS_INGRESS: &str = "local_ids_in";
 /// Flows that were admitted.
 pub const CONNTRACK: &str = "conntrack";
 /// Ports of fragmented packets whose head has passed.
@@ -87,7 +89,7 @@ pub struct Sizes {
     pub members_v6: u32,
     /// Blocks of the IPv6 trie. 1 KiB + 40 bytes each: 1 MiB at 1,024.
     pub blocks_v6: u32,
-    /// Classes that [`LOCAL_IDS`] of each policy set has room for. 2 bytes each: 32 KiB at 16,384.
+    /// Classes that the local ids of each policy set have room for. 2 bytes each: 32 KiB at 16,384.
     pub classes: u32,
     /// Flows. 88 bytes and about 60 of the kernel's each: 19 MiB at 131,072.
     pub conntrack: u32,
@@ -145,9 +147,13 @@ impl Sizes {
         ]
     }
 
-    /// The map of local ids, of which each policy set has its own.
-    pub fn local_ids(&self) -> MapSpec {
-        MapSpec::array(LOCAL_IDS, 8, self.classes.div_ceil(4))
+    /// The map of local ids, of which each policy set has its own. A policy set is of one direction.
+    pub fn local_ids(&self, direction: Direction) -> MapSpec {
+        let name = match direction {
+            Direction::Egress => LOCAL_IDS_EGRESS,
+            Direction::Ingress => LOCAL_IDS_INGRESS,
+        };
+        MapSpec::array(name, 8, self.classes.div_ceil(4))
     }
 }
 

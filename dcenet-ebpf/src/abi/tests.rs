@@ -166,6 +166,8 @@ fn every_map_can_be_made() {
     for map in sizes.shared_maps() {
         object.add_map(map).unwrap();
     }
-    object.add_map(sizes.local_ids()).unwrap();
-    assert_eq!(object.maps().len(), 12);
+    for direction in Direction::ALL {
+        object.add_map(sizes.local_ids(direction)).unwrap();
+    }
+    assert_eq!(object.maps().len(), 13);
 }

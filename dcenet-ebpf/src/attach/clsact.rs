@@ -6,10 +6,11 @@
 
 use std::os::fd::{AsFd, AsRawFd};
 
+use dcenet_core::model::IfIndex;
 use dcenet_core::netlink::{Attributes, Family, Message, NetlinkError, Reply, Socket};
 use dcenet_core::netns::NetNs;
 
-use super::{AttachError, Attached, Attacher, Direction, Hook, Owner};
+use super::{AttachError, Attached, Attacher, Direction, Hook, Owner, Tag};
 use crate::object::ProgramKind;
 use crate::program::{self, Program};
 
@@ -25,16 +26,16 @@ use crate::program::{self, Program};
 pub struct ClsactAttacher;
 
 impl Attacher for ClsactAttacher {
-    fn attach(&self, hook: Hook, program: &Program, label: &str) -> Result<Option<Attached>, AttachError> {
-        check(program, label)?;
+    fn attach_tagged(&self, hook: Hook, program: &Program, tag: Tag<'_>) -> Result<Option<Attached>, AttachError> {
+        check(program, tag.label)?;
         let mut socket = socket()?;
         let made_qdisc = make_qdisc(&mut socket, hook)?;
-        let created = socket.request(&put_filter(hook, program, label, NLM_F_CREATE | NLM_F_EXCL));
+        let created = socket.request(&put_filter(hook, program, tag, NLM_F_CREATE | NLM_F_EXCL));
         match created {
             Ok(_) => Ok(None),
             Err(e) if e.errno() == Some(libc::EEXIST) => {
                 let old = ours(&mut socket, hook)?.ok_or_else(|| occupied(hook))?;
-                socket.request(&put_filter(hook, program, label, 0))?;
+                socket.request(&put_filter(hook, program, tag, 0))?;
                 Ok(Some(old))
             }
             Err(e) => {
@@ -46,12 +47,12 @@ impl Attacher for ClsactAttacher {
         }
     }
 
-    fn replace(&self, hook: Hook, program: &Program, label: &str) -> Result<Attached, AttachError> {
-        check(program, label)?;
+    fn replace_tagged(&self, hook: Hook, program: &Program, tag: Tag<'_>) -> Result<Attached, AttachError> {
+        check(program, tag.label)?;
         let mut socket = socket()?;
         let old = ours(&mut socket, hook)?.ok_or(AttachError::NotAttached { hook })?;
         // Without NLM_F_CREATE the kernel refuses if it has been detached since.
-        match socket.request(&put_filter(hook, program, label, 0)) {
+        match socket.request(&put_filter(hook, program, tag, 0)) {
             Ok(_) => Ok(old),
             Err(e) if e.errno() == Some(libc::ENOENT) => Err(AttachError::NotAttached { hook }),
             Err(e) => Err(e.into()),
@@ -61,6 +62,15 @@ impl Attacher for ClsactAttacher {
     fn chain(&self, hook: Hook) -> Result<Vec<Attached>, AttachError> {
         let filters = filters(&mut socket()?, hook)?;
         Ok(filters.into_iter().map(|f| f.attached).collect())
+    }
+
+    fn devices(&self) -> Result<Vec<IfIndex>, AttachError> {
+        let message = Message::new(libc::RTM_GETQDISC, 0, "list queueing disciplines", &[0; TCMSG_BYTES]);
+        let replies = socket()?.dump(&message)?;
+        let ours = replies.iter().filter(|r| {
+            attributes(r).find(libc::TCA_KIND).map(text).is_some_and(|kind| kind == CLSACT || kind == INGRESS)
+        });
+        Ok(ours.filter_map(|r| IfIndex::new(u32::from_ne_bytes(r.payload.get(4..8)?.try_into().ok()?))).collect())
     }
 
     fn detach(&self, hook: Hook) -> Result<bool, AttachError> {
@@ -219,18 +229,24 @@ fn filter(reply: &Reply) -> Option<Filter> {
                 .and_then(|id| Some(u32::from_ne_bytes(id.get(..4)?.try_into().ok()?))),
             tag: options.find(TCA_BPF_TAG).filter(|_| bpf).and_then(|tag| tag.try_into().ok()),
             priority: (info >> 16) as u16,
+            class: options
+                .find(TCA_BPF_CLASSID)
+                .filter(|_| bpf)
+                .and_then(|class| Some(u32::from_ne_bytes(class.get(..4)?.try_into().ok()?) as u16))
+                .unwrap_or(0),
         },
     })
 }
 
-fn put_filter(hook: Hook, program: &Program, label: &str, flags: u16) -> Message {
+fn put_filter(hook: Hook, program: &Program, tag: Tag<'_>, flags: u16) -> Message {
     let doing = format!("put program {} on device {} ({:?})", program.info().id, hook.device, hook.direction);
     let mut message = Message::new(libc::RTM_NEWTFILTER, flags, doing, &filter_header(hook));
     message.text(libc::TCA_KIND, BPF);
     message.nest(libc::TCA_OPTIONS | libc::NLA_F_NESTED as u16, |options| {
         options
             .bytes(TCA_BPF_FD, &program.as_fd().as_raw_fd().to_ne_bytes())
-            .text(TCA_BPF_NAME, &format!("{MARK}{label}"))
+            .text(TCA_BPF_NAME, &format!("{MARK}{}", tag.label))
+            .u32(TCA_BPF_CLASSID, tag.class.into())
             .u32(TCA_BPF_FLAGS, TCA_BPF_FLAG_ACT_DIRECT)
             // A program in a network card would not see our maps.
             .u32(TCA_BPF_FLAGS_GEN, TCA_CLS_FLAGS_SKIP_HW);
@@ -295,6 +311,7 @@ const NLM_F_CREATE: u16 = libc::NLM_F_CREATE as u16;
 const NLM_F_ECHO: u16 = libc::NLM_F_ECHO as u16;
 const NLM_F_EXCL: u16 = libc::NLM_F_EXCL as u16;
 /// `TCA_BPF_*` (include/uapi/linux/pkt_cls.h).
+const TCA_BPF_CLASSID: u16 = 3;
 const TCA_BPF_FD: u16 = 6;
 const TCA_BPF_NAME: u16 = 7;
 const TCA_BPF_FLAGS: u16 = 8;

@@ -87,6 +87,18 @@ pub struct Attached {
     pub tag: Option<[u8; 8]>,
     /// Where it stands in the chain: lower ones run first.
     pub priority: u16,
+    /// The low 16 bits of its class id, which the program reads as `tc_classid`; 0 where it was given none.
+    pub class: u16,
+}
+
+/// What an attachment carries beside its program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tag<'a> {
+    /// Found again by [`Attacher::attached`]; at most 200 bytes without NUL.
+    pub label: &'a str,
+    /// What the program reads as `tc_classid` of `struct __sk_buff`: one program can serve many devices and tell them
+    /// apart at no cost.
+    pub class: u16,
 }
 
 /// Whose a program on a hook is.
@@ -103,19 +115,31 @@ pub trait Attacher: Send + Sync {
     /// Puts the program on the hook, in place of what we have there. Afterwards every packet meets the old program or
     /// the new one; none passes between them, and none before the first when the device is still down.
     ///
-    /// `label` is found again by [`Attacher::attached`], at most 200 bytes without NUL. Repeating the call changes
-    /// nothing but the label. Returns what was replaced.
+    /// Repeating the call changes nothing but the tag. Returns what was replaced.
     ///
     /// # Errors
     /// On any error the hook is as before.
-    fn attach(&self, hook: Hook, program: &Program, label: &str) -> Result<Option<Attached>, AttachError>;
+    fn attach_tagged(&self, hook: Hook, program: &Program, tag: Tag<'_>) -> Result<Option<Attached>, AttachError>;
 
-    /// As [`Attacher::attach`], but only where ours is on the hook already: for one who changes policy, and must not
-    /// bring back what another has detached.
+    /// As [`Attacher::attach_tagged`], but only where ours is on the hook already: for one who changes policy, and must
+    /// not bring back what another has detached.
     ///
     /// # Errors
     /// [`AttachError::NotAttached`] where it is not.
-    fn replace(&self, hook: Hook, program: &Program, label: &str) -> Result<Attached, AttachError>;
+    fn replace_tagged(&self, hook: Hook, program: &Program, tag: Tag<'_>) -> Result<Attached, AttachError>;
+
+    /// The devices of the calling thread's namespace that may carry something of ours.
+    fn devices(&self) -> Result<Vec<IfIndex>, AttachError>;
+
+    /// [`Attacher::attach_tagged`] without a class.
+    fn attach(&self, hook: Hook, program: &Program, label: &str) -> Result<Option<Attached>, AttachError> {
+        self.attach_tagged(hook, program, Tag { label, class: 0 })
+    }
+
+    /// [`Attacher::replace_tagged`] without a class.
+    fn replace(&self, hook: Hook, program: &Program, label: &str) -> Result<Attached, AttachError> {
+        self.replace_tagged(hook, program, Tag { label, class: 0 })
+    }
 
     /// Everything on the hook, in the order in which it runs. Empty where the device is gone.
     fn chain(&self, hook: Hook) -> Result<Vec<Attached>, AttachError>;

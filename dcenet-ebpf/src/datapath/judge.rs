@@ -164,12 +164,16 @@ impl Emitter<'_> {
             .jump(known);
     }
 
-    /// `R7 =` the policy set's id of class `R0`.
+    /// `R7 =` the id of class `R0` in the policy set of the direction in [`frame::JUDGE`].
     fn local_id(&mut self) {
-        let [absent, known] = self.labels();
+        let [absent, known, ingress, found] = self.labels();
         self.asm.mov(R7, R0).and(R7, 3).lsh(R7, 1).mov(R1, R0).rsh(R1, 2);
-        self.lookup_index(abi::LOCAL_IDS, R1);
+        self.asm.load(Size::W, R2, R10, frame::JUDGE).jump_if(Cond::Ne, R2, Direction::Egress as i32, ingress);
+        self.lookup_index(abi::LOCAL_IDS_EGRESS, R1);
+        self.asm.jump(found).bind(ingress);
+        self.lookup_index(abi::LOCAL_IDS_INGRESS, R1);
         self.asm
+            .bind(found)
             .jump_if(Cond::Eq, R0, 0, absent)
             .add(R0, R7)
             .load(Size::H, R7, R0, 0)

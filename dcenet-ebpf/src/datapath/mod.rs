@@ -186,7 +186,7 @@ pub fn program(spec: &Spec<'_>) -> Result<Object, DatapathError> {
     let Spec { sizes, timeouts, denied_events, isa, egress, ingress } = spec;
     check(sizes)?;
     let mut object = Object::new();
-    for map in sizes.shared_maps().into_iter().chain([sizes.local_ids()]) {
+    for map in sizes.shared_maps().into_iter().chain(Direction::ALL.map(|d| sizes.local_ids(d))) {
         object.add_map(map)?;
     }
     for map in egress.maps().into_iter().chain(ingress.maps()) {

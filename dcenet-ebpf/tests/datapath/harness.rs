@@ -154,10 +154,12 @@ impl Pod {
     }
 
     pub fn local_id(&self, class: u32, local: u16) {
-        let ids = self.array::<[u16; 4]>(abi::LOCAL_IDS);
-        let mut four = ids.load(class / 4).unwrap();
-        four[class as usize % 4] = local;
-        ids.store(class / 4, &four).unwrap();
+        for map in [abi::LOCAL_IDS_EGRESS, abi::LOCAL_IDS_INGRESS] {
+            let ids = self.array::<[u16; 4]>(map);
+            let mut four = ids.load(class / 4).unwrap();
+            four[class as usize % 4] = local;
+            ids.store(class / 4, &four).unwrap();
+        }
     }
 
     pub fn events(&self) -> Vec<Event> {
