@@ -38,6 +38,7 @@
 //! 5.12 (32-bit jumps and fetching atomics), and 5.11 for the coarse clock.
 
 mod account;
+pub mod classes;
 mod classifier;
 mod emitter;
 mod flows;
