@@ -50,6 +50,9 @@ impl Emitter<'_> {
                 self.asm.jump(count);
             } else {
                 any_event = true;
+                if !matches!(reason, Reason::Denied | Reason::Revoked | Reason::ConntrackFull) {
+                    self.asm.store(Size::W, R10, frame::RULE, Event::NO_RULE.cast_signed());
+                }
                 self.asm.jump(with_event);
             }
         }

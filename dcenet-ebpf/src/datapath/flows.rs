@@ -186,7 +186,8 @@ impl Emitter<'_> {
             .store(Size::W, R0, Flow::GENERATION, R1)
             .store(Size::W, R0, Flow::RULE, R7)
             .mov(R7, R0)
-            .load(Size::Dw, R8, R10, frame::NOW)
+            .call(Helper::KtimeGetCoarseNs)
+            .mov(R8, R0)
             .load(Size::B, R1, R7, Flow::DIRECTION)
             .jump(hit);
 

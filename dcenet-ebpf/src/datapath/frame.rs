@@ -39,7 +39,6 @@ pub(super) const INDEX: i16 = -196;
 /// The generation that a verdict will be of.
 pub(super) const GENERATION: i16 = -200;
 pub(super) const FLAGS: i16 = -204;
-pub(super) const RULE: i16 = -208;
 pub(super) const TCP_FLAGS: i16 = -212;
 pub(super) const REASON: i16 = -216;
 /// ICMP type and code, `type << 8 | code`.
@@ -55,6 +54,8 @@ pub(super) const ENTRY: i16 = -244;
 pub(super) const NEXT_HEADER: i16 = ENTRY;
 /// Offset in the packet at which the IP packet ends.
 pub(super) const IP_END: i16 = -252;
+/// The rule that decided; in the place of what only parsing needs.
+pub(super) const RULE: i16 = IP_END;
 
 /// Bytes of the stack in use.
 pub(super) const BYTES: i16 = 256;

@@ -9,7 +9,7 @@ use super::emitter::{
 };
 use super::frame;
 use super::frame::{IP_END, L3, L4};
-use crate::abi::{self, Direction, Endpoint, Event, Reason};
+use crate::abi::{self, Direction, Endpoint, Reason};
 use crate::asm::Label;
 use crate::insn::{Cond, Reg, Reg::*, Size, Src, SwapWidth};
 
@@ -55,8 +55,7 @@ impl Emitter<'_> {
             .store(Size::H, R10, frame::SLOT, R8)
             .store(Size::W, R10, frame::FLAGS, zero)
             .store(Size::W, R10, frame::TCP_FLAGS, zero)
-            .store(Size::W, R10, frame::ICMP, zero)
-            .store(Size::W, R10, frame::RULE, Event::NO_RULE.cast_signed());
+            .store(Size::W, R10, frame::ICMP, zero);
     }
 
     /// Reads common packets in place. Control goes on to `lookup` or `slow`.

@@ -3,7 +3,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
+mod classes;
 mod conntrack;
+mod costs;
 mod events;
 mod fragments;
 mod harness;
