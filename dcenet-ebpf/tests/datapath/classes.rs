@@ -23,6 +23,7 @@ impl EmitClassifier for Reveal {
 
 /// Makes the builder's stores.
 pub fn store(pod: &Pod, writes: &[Write]) {
+    pod.without_twin();
     for write in writes {
         let index = write.index();
         match write {

@@ -1,10 +1,13 @@
 //! An endpoint in slot 0, which is what a test run sees, with small maps of its own.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd;
 
 use dcenet_ebpf::abi::{
-    self, Direction, Endpoint, Event, EventLimit, Flow, FlowKey, FullTable, Reason, Sizes, Traffic, reason_index,
+    self, Direction, Endpoint, Event, EventLimit, Flow, FlowKey, Fragment, FragmentKey, FullTable, Reason, Sizes,
+    Traffic, reason_index,
 };
 use dcenet_ebpf::asm::Asm;
 use dcenet_ebpf::datapath::{self, EmitClassifier, Exits, Spec};
@@ -14,6 +17,7 @@ use dcenet_ebpf::maps::{Array, HashTable, Map, PerCpuArray, Plain, RingBuffer};
 use dcenet_ebpf::object::Object;
 use dcenet_ebpf::program::{Program, TestRun};
 use dcenet_ebpf::test_support::packet::Packet;
+use dcenet_ebpf::vm::{Environment, Maps, Skb, Update, Vm};
 
 pub const POD4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
 pub const PEER4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
@@ -36,6 +40,16 @@ pub struct Pod {
     from_pod: Program,
     to_pod: Program,
     loaded: Loaded,
+    twin: RefCell<Twin>,
+}
+
+/// The same programs in the VM, which must come to the same verdicts and flows.
+struct Twin {
+    from_pod: Vm,
+    to_pod: Vm,
+    maps: Maps,
+    /// Off where a test has put something into maps that are not copied before each packet.
+    on: bool,
 }
 
 pub fn small() -> Sizes {
@@ -77,7 +91,14 @@ impl Pod {
         };
         let from_pod = loaded.take_program(datapath::FROM_POD).unwrap();
         let to_pod = loaded.take_program(datapath::TO_POD).unwrap();
-        let pod = Self { from_pod, to_pod, loaded };
+        let vm = |name| Vm::new(&object.link(name).unwrap()).unwrap();
+        let twin = Twin {
+            from_pod: vm(datapath::FROM_POD),
+            to_pod: vm(datapath::TO_POD),
+            maps: Maps::new(object.maps()),
+            on: true,
+        };
+        let pod = Self { from_pod, to_pod, loaded, twin: RefCell::new(twin) };
         if shared.is_empty() {
             pod.set_endpoint(&endpoint());
         }
@@ -88,7 +109,9 @@ impl Pod {
     pub fn replace(&mut self, egress: &dyn EmitClassifier, ingress: &dyn EmitClassifier) {
         let object = datapath::program(&Spec::new(&small(), egress, ingress)).unwrap();
         let shared: Vec<&Map> = self.loaded.maps.iter().map(|(_, m)| m).collect();
+        let on = self.twin.borrow().on;
         *self = Self::load(&object, &shared);
+        self.twin.borrow_mut().on = on;
     }
 
     pub fn program(&self, direction: Direction) -> &Program {
@@ -146,6 +169,7 @@ impl Pod {
 
     /// The root of the trie leads all of `a.b.0.0/16` to a class.
     pub fn class_v4(&self, a: u8, b: u8, class: u32) {
+        self.without_twin();
         let root = self.array::<[u32; 2]>(abi::CLASS_V4);
         let entry = u32::from(a) << 8 | u32::from(b);
         let mut pair = root.load(entry / 2).unwrap();
@@ -154,6 +178,7 @@ impl Pod {
     }
 
     pub fn local_id(&self, class: u32, local: u16) {
+        self.without_twin();
         for map in [abi::LOCAL_IDS_EGRESS, abi::LOCAL_IDS_INGRESS] {
             let ids = self.array::<[u16; 4]>(map);
             let mut four = ids.load(class / 4).unwrap();
@@ -176,9 +201,14 @@ impl Pod {
 
     /// Runs a frame and tells why it had its verdict, having checked that just that was counted.
     pub fn run_bytes(&self, direction: Direction, frame: &[u8]) -> Why {
+        let twin = self.run_twin(direction, frame);
         let before = self.reasons();
         let run = TestRun { packet: frame, context: &[], repeat: 1 };
         let verdict = self.program(direction).test_run(&run).unwrap().retval.cast_signed();
+        if let Some((expected, flows)) = twin {
+            assert_eq!(verdict, expected, "the VM differs from the kernel");
+            assert_eq!(timeless(self.raw(abi::CONNTRACK)), timeless(flows), "the VM differs from the kernel");
+        }
         let after = self.reasons();
         let moved: Vec<usize> = (0..before.len()).filter(|&i| before[i] != after[i]).collect();
         let Some(&index) = moved.first() else {
@@ -193,6 +223,54 @@ impl Pod {
         Some(reason)
     }
 
+    pub fn without_twin(&self) {
+        self.twin.borrow_mut().on = false;
+    }
+
+    /// Runs the frame in the VM on copies of the maps: the verdict and the flows afterwards.
+    fn run_twin(&self, direction: Direction, frame: &[u8]) -> Option<(i32, Entries)> {
+        let mut twin = self.twin.borrow_mut();
+        if !twin.on {
+            return None;
+        }
+        let Twin { from_pod, to_pod, maps, .. } = &mut *twin;
+        let endpoint = self.array::<Endpoint>(abi::ENDPOINTS).load(0).unwrap().encode();
+        maps.get_mut(abi::ENDPOINTS).unwrap().update(&0_u32.to_ne_bytes(), &endpoint, Update::Any).unwrap();
+        for name in [abi::CONNTRACK, abi::FRAGMENTS] {
+            let Some(map) = maps.get_mut(name) else { continue };
+            let old: Vec<Vec<u8>> = map.entries().map(|(key, _)| key.to_vec()).collect();
+            old.iter().for_each(|key| map.delete(key).unwrap());
+            for (key, value) in self.raw(name) {
+                map.update(&key, &value, Update::Any).unwrap();
+            }
+        }
+        let uptime = std::fs::read_to_string("/proc/uptime").unwrap();
+        let seconds: f64 = uptime.split_whitespace().next().unwrap().parse().unwrap();
+        let mut env = Environment { coarse_ns: (seconds * 1e9) as u64, ..Environment::default() };
+        let vm = if direction == Egress { from_pod } else { to_pod };
+        let run = vm.run(&mut Skb::new(frame), maps, &mut env).unwrap_or_else(|trap| panic!("{trap}"));
+        let flows = maps.get(abi::CONNTRACK).map(|m| m.entries().map(|(k, v)| (k.to_vec(), v.to_vec())).collect());
+        Some((run.value.cast_signed(), flows.unwrap_or_default()))
+    }
+
+    /// A map's entries in bytes.
+    fn raw(&self, name: &str) -> Entries {
+        if !self.loaded.maps.iter().any(|(n, _)| n == name) {
+            return Entries::new();
+        }
+        match name {
+            abi::CONNTRACK => {
+                let entries = self.flows().entries().unwrap();
+                entries.iter().map(|(k, v)| (k.encode().to_vec(), v.encode().to_vec())).collect()
+            }
+            _ => {
+                let fragments = HashTable::<FragmentKey, Fragment>::new(self.map(name)).unwrap();
+                let entries = fragments.entries().unwrap();
+                entries.iter().map(|(k, v)| (k.encode().to_vec(), v.encode().to_vec())).collect()
+            }
+        }
+    }
+
     pub fn run(&self, direction: Direction, packet: &Packet) -> Why {
         self.run_bytes(direction, &packet.bytes())
     }
@@ -203,6 +281,15 @@ impl Pod {
         assert_eq!(self.run(direction, packet), why, "{direction:?} {packet:?}");
     }
 }
+
+/// Flows without their time of the last packet: the clocks differ by a tick.
+fn timeless(flows: Entries) -> Entries {
+    let without = |value: Vec<u8>| Flow { last_seen: 0, ..Flow::decode(&value).unwrap() }.encode().to_vec();
+    flows.into_iter().map(|(key, value)| (key, without(value))).collect()
+}
+
+/// Keys and values.
+type Entries = BTreeMap<Vec<u8>, Vec<u8>>;
 
 /// Addresses in the order of a packet of this direction.
 pub fn way(direction: Direction, (pod, peer): (IpAddr, IpAddr)) -> (IpAddr, IpAddr) {
