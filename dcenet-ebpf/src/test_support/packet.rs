@@ -136,7 +136,7 @@ impl Packet {
         match &mut self.network {
             Network::V4 { id, fragment, .. } => {
                 *id = identification as u16;
-                *fragment = u16::from(more) << 13 | offset / 8;
+                *fragment = (u16::from(more) << 13) | (offset / 8);
             }
             Network::V6 { extensions, .. } => {
                 let mut header = vec![0, 0];

@@ -97,7 +97,11 @@ impl EmitClassifier for Search {
 impl Search {
     fn range(&self, asm: &mut Asm, exits: &Exits, from: u32, to: u32) {
         if to - from == 1 {
-            asm.mov32(Exits::RULE, from as i32 % 64).jump(if from % 2 == 0 { exits.allow() } else { exits.deny() });
+            asm.mov32(Exits::RULE, from as i32 % 64).jump(if from.is_multiple_of(2) {
+                exits.allow()
+            } else {
+                exits.deny()
+            });
             return;
         }
         let (middle, upper) = (from.midpoint(to), asm.label());

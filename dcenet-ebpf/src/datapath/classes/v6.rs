@@ -213,7 +213,8 @@ impl Build<'_> {
             mask_low: mask as u64,
             prefix_high: (prefix >> 64) as u64,
             prefix_low: prefix as u64,
-            shift: if at < 8 { 64 + 56 - 8 * at as u32 } else { 120 - 8 * at as u32 },
+            // 64 to 120 for the first half's bytes, 0 to 56 for the others: the flag and the shift in one.
+            shift: 120 - 8 * at as u32,
             entry: cover,
         };
         CHILD | self.block(Content { node, entries: entries.into() })
