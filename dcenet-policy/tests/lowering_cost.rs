@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use dcenet_core::test_support::{Rung, require};
 use dcenet_ebpf::abi::Sizes;
 use dcenet_ebpf::asm::Asm;
+use dcenet_ebpf::datapath::EmitClassifier;
 use dcenet_ebpf::insn::{Imm64, Insn, IsaLevel, Reg, Reg::*, Size, encode};
 use dcenet_ebpf::loader::{AyaLoader, LoadRequest, Loader};
 use dcenet_ebpf::maps::Map;
@@ -17,7 +18,6 @@ use dcenet_policy::ir::RuleList;
 use dcenet_policy::model::Verdict;
 use dcenet_policy::target::{Classifier, Form, Frame, Policies, Target, Tc};
 use dcenet_policy::test_support::bytecode;
-use dcenet_ebpf::datapath::EmitClassifier;
 
 /// Rule `r` allows TCP port `1000 + 2r` from peer `r % peers`.
 fn policy(direction: &str, rules: u32, peers: u32) -> Program {
@@ -141,7 +141,8 @@ fn whole_programs_load_up_to_the_limits() {
     if !require(Rung::Kernel) {
         return;
     }
-    let sizes = Sizes { conntrack: 1024, members_v6: 64, blocks_v4: 64, blocks_v6: 64, endpoints: 8, ..Sizes::default() };
+    let sizes =
+        Sizes { conntrack: 1024, members_v6: 64, blocks_v4: 64, blocks_v6: 64, endpoints: 8, ..Sizes::default() };
     for isa in [IsaLevel::V3, IsaLevel::V4] {
         for (rules, peers) in [(1, 1), (100, 16), (1_000, 64), (5_000, 64), (10_000, 64), (20_000, 64)] {
             let (ingress, egress) = (policy("ingress", rules, peers), policy("egress", rules, peers));

@@ -45,12 +45,11 @@ impl Tc {
         self
     }
 
-    /// The classifier of one direction.
-    ///
-    /// # Errors
-    /// [`TargetError::ImplLimitExceeded`].
-    pub fn classifier<'a>(&self, program: &'a Program, form: Form) -> Result<Classifier<'a>, TargetError> {
-        Classifier::new(program, form)
+    /// With code for diagrams of so many arms at most; 0 makes every diagram with a switch a table.
+    #[must_use]
+    pub fn code_arms(mut self, arms: usize) -> Self {
+        self.code_arms = arms;
+        self
     }
 
     fn form(&self, program: &Program) -> Form {
@@ -178,11 +177,9 @@ impl<'a> Classifier<'a> {
 /// `check_stack_write_fixed_off`).
 fn forget(asm: &mut Asm) {
     let slot = Exits::STACK.end - 8;
-    for (register, size, at) in [
-        (Exits::LOCAL_ID, Size::H, slot + 2),
-        (Exits::VALUE, Size::H, slot + 4),
-        (Exits::PROTOCOL, Size::B, slot + 6),
-    ] {
+    for (register, size, at) in
+        [(Exits::LOCAL_ID, Size::H, slot + 2), (Exits::VALUE, Size::H, slot + 4), (Exits::PROTOCOL, Size::B, slot + 6)]
+    {
         asm.store(size, R10, at, register).load(size, register, R10, at);
     }
 }

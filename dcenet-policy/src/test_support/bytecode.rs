@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use dcenet_ebpf::asm::{Asm, Label};
 use dcenet_ebpf::insn::{Cond, Imm64, Insn, IsaLevel, Reg::*, Size, encode};
-use dcenet_ebpf::maps::{Array, Map};
+use dcenet_ebpf::maps::{Array, Map, Plain};
 use dcenet_ebpf::object::{Object, ProgramKind};
 use dcenet_ebpf::program::{Program as Loaded, TestRun};
 use dcenet_ebpf::vm::{Environment, Maps, PlantedBug, Skb, Update, Vm};
@@ -176,9 +176,8 @@ impl InKernel {
 /// What the kernel refuses.
 pub fn write(map: &Map, content: &MapContent) -> Result<(), Box<dyn Error>> {
     let array = Array::<[u32; 4]>::new(map.try_clone()?)?;
-    for (index, value) in content.values() {
-        array.store(index, &dcenet_ebpf::maps::Plain::read(value))?;
-    }
+    let values: Vec<[u32; 4]> = content.values().map(|(_, value)| Plain::read(value)).collect();
+    array.store_all(0, &values)?;
     Ok(())
 }
 
