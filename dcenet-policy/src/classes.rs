@@ -53,6 +53,11 @@ pub struct AddressTable {
 }
 
 impl AddressTable {
+    #[cfg(test)]
+    pub(crate) fn of(exact: BTreeMap<IpAddr, ClassId>, prefixes: BTreeMap<IpNet, ClassId>) -> Self {
+        Self { exact, prefixes }
+    }
+
     /// Entries for single addresses.
     pub fn exact(&self) -> &BTreeMap<IpAddr, ClassId> {
         &self.exact

@@ -283,6 +283,16 @@ impl Compiler {
         self
     }
 
+    /// Gives rules the ids that an earlier compiler gave them, so that counters and events keep their meaning over a
+    /// restart. For a compiler that has not compiled yet; ids that are out of range or taken are passed over.
+    pub fn resume_rules(&mut self, rules: impl IntoIterator<Item = (RuleId, RuleRef)>) {
+        for (id, rule) in rules {
+            if id >= RuleId::FIRST && id.0 < MAX_RESUMED {
+                self.state.rules.restore(id.0, rule);
+            }
+        }
+    }
+
     /// Compiles a cluster's present state.
     ///
     /// Numbers of classes, rules and sets that were in use stay theirs; unchanged sets and programs are those of the
@@ -494,6 +504,9 @@ fn check(cluster: &Cluster) -> Result<(), CompileError> {
     }
     Ok(())
 }
+
+/// Beyond any id that a compiler gives in practice, and few enough to keep a place for each.
+const MAX_RESUMED: u32 = 1 << 22;
 
 /// A broken invariant is a defect of ours, which a debug build should show at once.
 fn debug_verify(list: &RuleList) {

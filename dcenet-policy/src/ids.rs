@@ -37,6 +37,21 @@ impl<K: Clone + Eq + Hash> Ids<K> {
         id
     }
 
+    /// Gives a key the number that it had under another `Ids`; `false` where either is taken.
+    pub(crate) fn restore(&mut self, id: u32, key: K) -> bool {
+        if self.ids.contains_key(&key) || (id as usize) < self.keys.len() && !self.free.contains(&id) {
+            return false;
+        }
+        while self.keys.len() <= id as usize {
+            self.free.insert(self.keys.len() as u32);
+            self.keys.push(None);
+        }
+        self.free.remove(&id);
+        self.keys[id as usize] = Some(key.clone());
+        self.ids.insert(key, id);
+        true
+    }
+
     pub(crate) fn key(&self, id: u32) -> Option<&K> {
         self.keys.get(id as usize).and_then(Option::as_ref)
     }
@@ -88,6 +103,16 @@ mod tests {
         ids.release(7);
         assert_eq!(ids.intern(&"e"), 2);
         assert_eq!(ids.key(2), Some(&"e"));
+    }
+
+    #[test]
+    fn a_restored_key_keeps_its_number_and_leaves_the_others_free() {
+        let mut ids = Ids::starting_at(2);
+        assert!(ids.restore(5, "a") && !ids.restore(5, "b") && !ids.restore(1, "b") && !ids.restore(7, "a"));
+        assert_eq!(
+            [ids.intern(&"b"), ids.intern(&"a"), ids.intern(&"c"), ids.intern(&"d"), ids.intern(&"e")],
+            [2, 5, 3, 4, 6]
+        );
     }
 
     #[test]

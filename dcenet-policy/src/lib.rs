@@ -65,6 +65,7 @@
 pub mod classes;
 pub mod compiler;
 pub mod diagram;
+pub mod enforcer;
 pub mod eval;
 pub mod explain;
 mod flatten;

@@ -24,7 +24,7 @@ use std::fmt;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The label that every namespace carries with its own name
 /// (`k8s.io/api/core/v1`, `LabelMetadataName`; set by the API server since Kubernetes 1.21).
@@ -34,7 +34,7 @@ pub const NAMESPACE_NAME_LABEL: &str = "kubernetes.io/metadata.name";
 pub type Labels = BTreeMap<String, String>;
 
 /// Which way a connection is opened, seen from the pod whose policy is asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Direction {
     /// Towards the pod.
@@ -280,7 +280,7 @@ pub struct Rule {
 }
 
 /// The name of a policy. Policies are tried in this order.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PolicyId {
     /// Namespace of the policy object.
     pub namespace: String,
@@ -325,7 +325,7 @@ impl Policy {
 }
 
 /// Names the place in a policy that decided.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct RuleRef {
     /// The policy.
     pub policy: PolicyId,

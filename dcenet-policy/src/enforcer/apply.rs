@@ -1,0 +1,585 @@
+//! Carrying out a change, step by step, and taking it back.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::{IpAddr, Ipv6Addr};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use dcenet_core::model::{AttachmentKey, IfIndex, MacAddr};
+use dcenet_core::provider::Endpoint;
+use dcenet_ebpf::abi::{self, Sizes, local_ids_element};
+use dcenet_ebpf::attach::{Attacher, Direction as HookDirection, Hook, Tag};
+use dcenet_ebpf::loader::LoadRequest;
+use dcenet_ebpf::maps::{Array, Map, Put};
+use dcenet_ebpf::program::Program as Loaded;
+
+use super::flows::Names;
+use super::node::{NodeMaps, create, program_name};
+use super::slots::Slots;
+use super::state::{Known, Outcome, Shared};
+use super::tables::ClassTables;
+use super::{EnforcerError, Phase};
+use crate::classes::{AddressTable, TableChanges};
+use crate::compiler::{Compiler, EndpointPlan, Limits, PolicySet, Scope, SetId, Update};
+use crate::model::{Cluster, Direction};
+
+/// Outcomes by endpoint.
+pub(crate) type Outcomes = Vec<(AttachmentKey, Outcome)>;
+
+/// What is in force, and the means to change it.
+pub(crate) struct Applier {
+    compiler: Compiler,
+    sizes: Sizes,
+    cells: Map,
+    tables: ClassTables,
+    slots: Slots,
+    /// Whose slots are to be given back when they are gone.
+    holders: BTreeSet<AttachmentKey>,
+    /// Policy sets with their maps of local ids, as they are in force.
+    sets: BTreeMap<SetId, SetInForce>,
+    programs: HashMap<ProgramKey, Weak<Programs>>,
+    endpoints: BTreeMap<AttachmentKey, InForce>,
+    /// The class tables as they were written last.
+    table: Arc<AddressTable>,
+    /// Whether they are just that, and nothing between it and an update that failed.
+    table_is_whole: bool,
+    /// The last update that is in force everywhere, and since when.
+    settled: Option<(u64, Instant)>,
+}
+
+struct SetInForce {
+    set: Arc<PolicySet>,
+    /// The local ids in the map.
+    written: Arc<[u16]>,
+    map: Map,
+}
+
+/// What makes two endpoints' programs the same: code and local ids of both directions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct ProgramKey {
+    sets: [SetId; 2],
+    /// Addresses of diagrams that the programs keep alive.
+    code: [usize; 2],
+}
+
+/// The loaded programs of one or several endpoints.
+struct Programs {
+    from_pod: Loaded,
+    to_pod: Loaded,
+    key: ProgramKey,
+    /// Keeps the diagrams, and thus the key, from being used by others.
+    plan: EndpointPlan,
+}
+
+impl Programs {
+    fn on(&self, direction: HookDirection) -> &Loaded {
+        match direction {
+            HookDirection::Ingress => &self.from_pod,
+            HookDirection::Egress => &self.to_pod,
+        }
+    }
+}
+
+/// An endpoint under its own verdicts.
+struct InForce {
+    device: IfIndex,
+    slot: u16,
+    generation: u32,
+    programs: Arc<Programs>,
+    addresses: Vec<IpAddr>,
+    /// A change of its verdicts was written, and its generations were not bumped yet.
+    unbumped: BTreeSet<Direction>,
+}
+
+/// An endpoint that gets other programs.
+struct Switch<'a> {
+    key: &'a AttachmentKey,
+    known: &'a Known,
+    programs: Arc<Programs>,
+}
+
+impl Applier {
+    pub(crate) fn new(
+        maps: &NodeMaps,
+        sizes: &Sizes,
+        node: &str,
+        slots: Slots,
+        names: &Names,
+    ) -> Result<Self, EnforcerError> {
+        let mut compiler = Compiler::new(Scope::Node(node.to_owned()), Limits::default());
+        compiler.resume_rules(names.rules());
+        Ok(Self {
+            compiler,
+            sizes: sizes.clone(),
+            cells: maps.get(abi::ENDPOINTS)?,
+            tables: ClassTables::new(maps, sizes)?,
+            slots,
+            holders: BTreeSet::new(),
+            sets: BTreeMap::new(),
+            programs: HashMap::new(),
+            endpoints: BTreeMap::new(),
+            table: Arc::default(),
+            table_is_whole: true,
+            settled: None,
+        })
+    }
+
+    /// Puts the cluster's policies in force for the endpoints.
+    pub(crate) fn run(
+        &mut self,
+        shared: &Shared,
+        cluster: &Cluster,
+        endpoints: &BTreeMap<AttachmentKey, Known>,
+    ) -> Result<Outcomes, EnforcerError> {
+        self.drop_gone(endpoints)?;
+        if let Some((generation, since)) = self.settled
+            && since.elapsed() > GRACE
+        {
+            self.compiler.release(generation);
+        }
+        let update = self.compiler.update(cluster)?;
+        shared.names.write().learn(&update.rules, &shared.config.run_dir)?;
+        if update.table.exact().values().chain(update.table.prefixes().values()).any(|c| c.0 >= self.sizes.classes) {
+            let (found, room) = (update.classes, self.sizes.classes as usize);
+            return Err(EnforcerError::Full { what: "classes of peers", found, room });
+        }
+
+        let mut outcomes = Outcomes::new();
+        // Arrays first: what changes in them is of classes that no table names yet.
+        if let Err(error) = self.write_sets(&update) {
+            self.wait_all(endpoints, &error.to_string(), &mut outcomes);
+            return Ok(outcomes);
+        }
+        let switches = self.load(shared, &update, endpoints, &mut outcomes);
+        if let Err(error) = self.write_table(&update) {
+            self.wait_all(endpoints, &error.to_string(), &mut outcomes);
+            return Ok(outcomes);
+        }
+        let replaced = shared.host.0.run_here_or_there(|| self.attach(shared, &switches, &mut outcomes))?;
+        self.commit(&update, switches, &replaced, &outcomes);
+        self.bump(&mut outcomes);
+        let current = |key: &AttachmentKey, endpoint: &InForce| {
+            let plan = endpoints.get(key).and_then(Known::pod).and_then(|pod| update.endpoints.get(&pod));
+            plan.is_some_and(|plan| program_key(plan) == endpoint.programs.key)
+        };
+        if self.endpoints.iter().all(|(key, endpoint)| current(key, endpoint)) {
+            self.settled = Some((update.generation, Instant::now()));
+        }
+        Ok(outcomes)
+    }
+
+    /// Everybody whose verdicts are in force keeps those before, and the endpoints that have no outcome yet their
+    /// default.
+    fn wait_all(&self, endpoints: &BTreeMap<AttachmentKey, Known>, reason: &str, outcomes: &mut Outcomes) {
+        let settled: BTreeSet<AttachmentKey> = outcomes.iter().map(|(key, _)| key.clone()).collect();
+        for (key, known) in endpoints.iter().filter(|(key, _)| !settled.contains(*key)) {
+            let reason = format!("waits for others: {reason}");
+            outcomes.push((key.clone(), Outcome::Failed { reason, phase: known.phase }));
+        }
+    }
+
+    /// Gives back the slots of endpoints that are no more.
+    fn drop_gone(&mut self, endpoints: &BTreeMap<AttachmentKey, Known>) -> Result<(), EnforcerError> {
+        self.holders.extend(endpoints.keys().filter(|key| self.slots.of(key.id()).is_some()).cloned());
+        let gone: Vec<AttachmentKey> =
+            self.holders.iter().filter(|key| !endpoints.contains_key(key)).cloned().collect();
+        for key in gone {
+            if let Some(slot) = self.slots.of(key.id()) {
+                let mut cell = self.cell(slot)?;
+                cell.flags = 0;
+                self.store_cell(slot, &cell)?;
+                self.slots.give_back(key.id());
+            }
+            self.endpoints.remove(&key);
+            self.holders.remove(&key);
+        }
+        // A device that was made anew has none of our programs on it.
+        self.endpoints
+            .retain(|key, endpoint| endpoints.get(key).is_some_and(|known| known.endpoint.ifindex == endpoint.device));
+        Ok(())
+    }
+
+    /// Writes the local ids of all policy sets, also of those that only old programs still use.
+    fn write_sets(&mut self, update: &Update) -> Result<(), EnforcerError> {
+        let retiring = update.retiring.iter().map(|set| (set.id, set));
+        for (id, set) in update.sets().into_iter().chain(retiring) {
+            match self.sets.get_mut(&id) {
+                Some(known) => {
+                    if !Arc::ptr_eq(&known.written, &set.locals) {
+                        rewrite(&known.map, &known.written, &set.locals)?;
+                        known.written = Arc::clone(&set.locals);
+                    }
+                }
+                None => {
+                    let map = create(&self.sizes.local_ids(on_packet(set.program.list.direction)))?;
+                    let written = array(&map)?.store_all(0, &elements(&set.locals));
+                    written.map_err(|e| EnforcerError::map(LOCAL_IDS, e))?;
+                    self.sets.insert(id, SetInForce { set: Arc::clone(set), written: Arc::clone(&set.locals), map });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Loads what is missing. An endpoint whose programs cannot be loaded goes on with those it has: their policy sets
+    /// are kept up to date until the compiler is told that nobody uses them.
+    fn load<'a>(
+        &mut self,
+        shared: &Shared,
+        update: &'a Update,
+        endpoints: &'a BTreeMap<AttachmentKey, Known>,
+        outcomes: &mut Outcomes,
+    ) -> Vec<Switch<'a>> {
+        let mut switches = Vec::new();
+        let mut refused: HashMap<ProgramKey, String> = HashMap::new();
+        for (key, known) in endpoints {
+            let Some(plan) = known.pod().and_then(|pod| update.endpoints.get(&pod)) else {
+                outcomes.push((key.clone(), Outcome::Hopeless { reason: NO_WORKLOAD.to_owned() }));
+                continue;
+            };
+            let wanted = program_key(plan);
+            let in_force = self.endpoints.get(key);
+            if in_force.is_some_and(|e| e.programs.key == wanted && e.addresses == known.endpoint.addresses) {
+                continue;
+            }
+            let cached = self.programs.get(&wanted).and_then(Weak::upgrade);
+            let loaded = match (cached, refused.get(&wanted)) {
+                (Some(programs), _) => Ok(programs),
+                (None, Some(reason)) => Err(reason.clone()),
+                (None, None) => self.load_one(shared, plan, wanted).map_err(|e| e.to_string()),
+            };
+            match loaded {
+                Ok(programs) => {
+                    self.programs.insert(wanted, Arc::downgrade(&programs));
+                    switches.push(Switch { key, known, programs });
+                }
+                Err(reason) => {
+                    refused.insert(wanted, reason.clone());
+                    outcomes.push((key.clone(), Outcome::Failed { reason, phase: known.phase }));
+                }
+            }
+        }
+        switches
+    }
+
+    fn load_one(&self, shared: &Shared, plan: &EndpointPlan, key: ProgramKey) -> Result<Arc<Programs>, EnforcerError> {
+        let lowering = &*shared.tools.lowering;
+        let object = lowering.endpoint_object(plan).map_err(EnforcerError::Lowering)?;
+        let has = |name: &str| object.maps.iter().any(|m| m == name);
+        let mut maps: Vec<_> =
+            shared.maps.all().filter(|(name, _)| has(name)).map(|(name, map)| (name, map.as_fd())).collect();
+        for direction in Direction::ALL {
+            let name = local_ids_name(direction);
+            let id = plan.set(direction).id;
+            if let Some(set) = self.sets.get(&id)
+                && has(name)
+            {
+                maps.push((name, set.map.as_fd()));
+            }
+        }
+        let mut loaded = shared.tools.loader.load(&object.elf, &LoadRequest { maps: &maps })?;
+        for content in &object.contents {
+            let missing = || EnforcerError::Lowering(format!("the object has no map {:?}", content.map).into());
+            let map = loaded.take_map(&content.map).ok_or_else(missing)?;
+            for (index, value) in content.values() {
+                map.update(&index.to_ne_bytes(), value, Put::Any).map_err(|e| EnforcerError::map(&content.map, e))?;
+            }
+        }
+        let mut take = |direction| {
+            let name = program_name(direction);
+            let missing = || EnforcerError::Lowering(format!("the object has no program {name:?}").into());
+            loaded.take_program(name).ok_or_else(missing)
+        };
+        let (from_pod, to_pod) = (take(HookDirection::Ingress)?, take(HookDirection::Egress)?);
+        Ok(Arc::new(Programs { from_pod, to_pod, key, plan: plan.clone() }))
+    }
+
+    /// Puts programs on devices.
+    fn attach(&mut self, shared: &Shared, switches: &[Switch<'_>], outcomes: &mut Outcomes) -> Vec<Replaced> {
+        let attacher = &*shared.tools.attacher;
+        let mut replaced = Vec::new();
+        for switch in switches {
+            let before = self.endpoints.get(switch.key).map(|e| Arc::clone(&e.programs));
+            let error = match self.attach_one(attacher, switch) {
+                Ok((slot, generation)) => {
+                    let device = switch.known.endpoint.ifindex;
+                    replaced.push(Replaced { key: switch.key.clone(), device, slot, generation });
+                    continue;
+                }
+                Err(error) => error,
+            };
+            let outcome = if device_exists(&switch.known.endpoint) {
+                let mut reason = error.to_string();
+                // One of its hooks may have the new program.
+                let undone = before.as_ref().map_or(Ok(()), |before| self.put_back(attacher, switch, before));
+                if let Err(left) = undone {
+                    reason = format!("{reason}; and its program before could not be put back: {left}");
+                }
+                let phase = if before.is_some() { Phase::Enforced } else { switch.known.phase.max(Phase::Compiled) };
+                Outcome::Failed { reason, phase }
+            } else {
+                Outcome::Gone
+            };
+            outcomes.push((switch.key.clone(), outcome));
+        }
+        replaced
+    }
+
+    fn attach_one(&mut self, attacher: &dyn Attacher, switch: &Switch<'_>) -> Result<(u16, u32), EnforcerError> {
+        let Endpoint { attachment, ifindex, addresses, .. } = &switch.known.endpoint;
+        let id = attachment.id();
+        let room = self.sizes.endpoints.saturating_sub(1) as usize;
+        let full = || EnforcerError::Full { what: "endpoints", found: room + 1, room };
+        let slot = self.slots.take(id).ok_or_else(full)?;
+        self.holders.insert(attachment.clone());
+        let mut cell = cell_of(addresses, attachment.mac());
+        let old = self.cell(slot)?;
+        // Whatever conntrack still has of this slot is of the past.
+        cell.generation_ingress = old.generation_ingress;
+        cell.generation_egress = old.generation_egress;
+        if !self.endpoints.contains_key(switch.key) {
+            cell.generation_ingress = cell.generation_ingress.wrapping_add(1);
+            cell.generation_egress = cell.generation_egress.wrapping_add(1);
+        }
+        if cell != old {
+            self.store_cell(slot, &cell)?;
+        }
+        let label = id.to_string();
+        for direction in [HookDirection::Ingress, HookDirection::Egress] {
+            let hook = Hook { device: *ifindex, direction };
+            attacher.replace_tagged(hook, switch.programs.on(direction), Tag { label: &label, class: slot })?;
+        }
+        Ok((slot, cell.generation_ingress.max(cell.generation_egress)))
+    }
+
+    /// Puts the programs before on both hooks.
+    fn put_back(&self, attacher: &dyn Attacher, switch: &Switch<'_>, before: &Programs) -> Result<(), EnforcerError> {
+        let id = switch.known.endpoint.attachment.id();
+        let tag = Tag { label: &id.to_string(), class: self.slots.of(id).unwrap_or_default() };
+        for direction in [HookDirection::Ingress, HookDirection::Egress] {
+            let hook = Hook { device: switch.known.endpoint.ifindex, direction };
+            attacher.replace_tagged(hook, before.on(direction), tag)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the class tables; puts them back where that fails.
+    fn write_table(&mut self, update: &Update) -> Result<(), EnforcerError> {
+        let changes = self.table.changes_to(&update.table);
+        if changes.is_empty() && self.table_is_whole {
+            return Ok(());
+        }
+        self.table_is_whole = false;
+        let Err(error) = self.tables.write(&changes, &self.table, &update.table) else {
+            self.table_is_whole = true;
+            return Ok(());
+        };
+        // A class that is written means the same to every program in force, so nothing is wrong where this fails, too.
+        let back = update.table.changes_to(&self.table);
+        match self.tables.write(&back, &update.table, &self.table) {
+            Ok(()) => self.table_is_whole = true,
+            Err(left) => tracing::warn!(error = %left, "class tables are between two updates until the next attempt"),
+        }
+        Err(error)
+    }
+
+    /// Notes what is in force now.
+    fn commit(&mut self, update: &Update, switches: Vec<Switch<'_>>, replaced: &[Replaced], outcomes: &Outcomes) {
+        let changes = self.table.changes_to(&update.table);
+        let mut touched: BTreeSet<SetId> = BTreeSet::new();
+        let retiring = update.retiring.iter().map(|set| (set.id, set));
+        for (id, set) in update.sets().into_iter().chain(retiring) {
+            if let Some(known) = self.sets.get_mut(&id) {
+                if !Arc::ptr_eq(&known.set, set) || judges_otherwise(&known.set, set, &changes, &self.table) {
+                    touched.insert(id);
+                }
+                known.set = Arc::clone(set);
+            }
+        }
+        self.table = Arc::clone(&update.table);
+
+        for switch in switches {
+            let Some(done) = replaced.iter().find(|r| r.key == *switch.key) else { continue };
+            // A new endpoint has new generations already.
+            let before = self.endpoints.remove(switch.key);
+            let in_force = InForce {
+                device: done.device,
+                slot: done.slot,
+                generation: done.generation,
+                programs: switch.programs,
+                addresses: switch.known.endpoint.addresses.clone(),
+                unbumped: before.map(|_| Direction::ALL.into()).unwrap_or_default(),
+            };
+            self.endpoints.insert(switch.key.clone(), in_force);
+        }
+        let failed: BTreeSet<&AttachmentKey> = outcomes.iter().map(|(key, _)| key).collect();
+        for (_, endpoint) in self.endpoints.iter_mut().filter(|(key, _)| !failed.contains(key)) {
+            for direction in Direction::ALL {
+                if touched.contains(&endpoint.programs.plan.set(direction).id) {
+                    endpoint.unbumped.insert(direction);
+                }
+            }
+        }
+        let in_use = self.endpoints.values().flat_map(|e| Direction::ALL.map(|d| e.programs.plan.set(d).id));
+        let retiring = update.retiring.iter().map(|set| set.id);
+        let used: BTreeSet<SetId> = in_use.chain(retiring).chain(update.sets().into_keys()).collect();
+        self.sets.retain(|id, _| used.contains(id));
+        self.programs.retain(|_, programs| programs.strong_count() > 0);
+    }
+
+    /// Lets the endpoints' established flows be judged anew.
+    fn bump(&mut self, outcomes: &mut Outcomes) {
+        let settled: BTreeSet<AttachmentKey> = outcomes.iter().map(|(key, _)| key.clone()).collect();
+        let keys: Vec<AttachmentKey> = self.endpoints.keys().filter(|key| !settled.contains(*key)).cloned().collect();
+        for key in keys {
+            let outcome = match self.bump_one(&key) {
+                Ok((slot, generation)) => Outcome::Enforced { slot, generation },
+                Err(error) => Outcome::Failed {
+                    reason: format!("established flows are not judged anew yet: {error}"),
+                    phase: Phase::Enforced,
+                },
+            };
+            outcomes.push((key, outcome));
+        }
+    }
+
+    fn bump_one(&mut self, key: &AttachmentKey) -> Result<(u16, u32), EnforcerError> {
+        let endpoint = &self.endpoints[key];
+        let slot = endpoint.slot;
+        if endpoint.unbumped.is_empty() {
+            return Ok((slot, endpoint.generation));
+        }
+        let mut cell = self.cell(slot)?;
+        for direction in &endpoint.unbumped {
+            let generation = match direction {
+                Direction::Ingress => &mut cell.generation_ingress,
+                Direction::Egress => &mut cell.generation_egress,
+            };
+            *generation = generation.wrapping_add(1);
+        }
+        self.store_cell(slot, &cell)?;
+        let generation = cell.generation_ingress.max(cell.generation_egress);
+        if let Some(endpoint) = self.endpoints.get_mut(key) {
+            endpoint.unbumped.clear();
+            endpoint.generation = generation;
+        }
+        Ok((slot, generation))
+    }
+
+    fn cell(&self, slot: u16) -> Result<abi::Endpoint, EnforcerError> {
+        let mut bytes = [0; abi::Endpoint::BYTES];
+        self.cells
+            .lookup(&u32::from(slot).to_ne_bytes(), &mut bytes)
+            .map_err(|e| EnforcerError::map(abi::ENDPOINTS, e))?;
+        Ok(abi::Endpoint::decode(&bytes).unwrap_or_default())
+    }
+
+    fn store_cell(&self, slot: u16, cell: &abi::Endpoint) -> Result<(), EnforcerError> {
+        self.cells
+            .update(&u32::from(slot).to_ne_bytes(), &cell.encode(), Put::Any)
+            .map_err(|e| EnforcerError::map(abi::ENDPOINTS, e))
+    }
+}
+
+/// Filters that were replaced, and what was there.
+struct Replaced {
+    key: AttachmentKey,
+    device: IfIndex,
+    slot: u16,
+    generation: u32,
+}
+
+fn program_key(plan: &EndpointPlan) -> ProgramKey {
+    let both = [&plan.ingress, &plan.egress];
+    ProgramKey { sets: both.map(|set| set.id), code: both.map(|set| Arc::as_ptr(&set.program) as usize) }
+}
+
+fn on_packet(direction: Direction) -> abi::Direction {
+    match direction {
+        Direction::Ingress => abi::Direction::Ingress,
+        Direction::Egress => abi::Direction::Egress,
+    }
+}
+
+fn local_ids_name(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Ingress => abi::LOCAL_IDS_INGRESS,
+        Direction::Egress => abi::LOCAL_IDS_EGRESS,
+    }
+}
+
+fn array(map: &Map) -> Result<Array<u64>, EnforcerError> {
+    let copy = map.try_clone().map_err(|e| EnforcerError::map(LOCAL_IDS, e))?;
+    Array::new(copy).map_err(|e| EnforcerError::map(LOCAL_IDS, e))
+}
+
+/// Local ids as the map has them, four in an element.
+fn elements(locals: &[u16]) -> Vec<u64> {
+    let mut elements = vec![0u64; locals.len().div_ceil(4)];
+    for (class, local) in (0..).zip(locals) {
+        let (element, shift) = local_ids_element(class);
+        elements[element as usize] |= u64::from(*local) << shift;
+    }
+    elements
+}
+
+/// Writes what differs.
+fn rewrite(map: &Map, old: &[u16], new: &[u16]) -> Result<(), EnforcerError> {
+    let (old, new) = (elements(old), elements(new));
+    let array = array(map)?;
+    for index in 0..old.len().max(new.len()) {
+        let at = |elements: &[u64]| elements.get(index).copied().unwrap_or(0);
+        if at(&old) != at(&new) {
+            array.store(index as u32, &at(&new)).map_err(|e| EnforcerError::map(LOCAL_IDS, e))?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a set judges some address otherwise once the table has changed.
+fn judges_otherwise(old: &PolicySet, new: &PolicySet, changes: &TableChanges, before: &AddressTable) -> bool {
+    let local = |set: &PolicySet, class: Option<crate::classes::ClassId>| class.map_or(0, |class| set.local(class));
+    let exact = changes.exact.iter().any(|(address, class)| {
+        // An exact entry that goes leaves the address to a prefix, whose class is not looked up here.
+        class.is_none() || local(old, Some(before.lookup(*address))) != local(new, *class)
+    });
+    // The addresses of a prefix are too many to ask for each.
+    exact || !changes.prefixes.is_empty()
+}
+
+/// The endpoint's cell, without its generations. Its link-local address is the one that the kernel makes of the address
+/// of the device (RFC 4291, appendix A), which is derived from the attachment.
+fn cell_of(addresses: &[IpAddr], mac: MacAddr) -> abi::Endpoint {
+    let ipv4 = addresses.iter().find_map(|address| match address {
+        IpAddr::V4(address) => Some(*address),
+        IpAddr::V6(_) => None,
+    });
+    let ipv6 = addresses.iter().find_map(|address| match address {
+        IpAddr::V6(address) => Some(*address),
+        IpAddr::V4(_) => None,
+    });
+    let [a, b, c, d, e, f] = mac.bytes();
+    let pair = |high, low| u16::from_be_bytes([high, low]);
+    let link_local = Ipv6Addr::new(0xfe80, 0, 0, 0, pair(a ^ 2, b), pair(c, 0xff), pair(0xfe, d), pair(e, f));
+    abi::Endpoint::new(ipv4, ipv6, Some(link_local))
+}
+
+/// Whether the endpoint's device is still the one in the calling thread's namespace.
+fn device_exists(endpoint: &Endpoint) -> bool {
+    let Ok((socket, _)) = UnixStream::pair() else { return true };
+    match rustix::net::netdevice::name_to_index(socket, endpoint.ifname.as_str()) {
+        Ok(index) => index == endpoint.ifindex.get(),
+        Err(error) => error != rustix::io::Errno::NODEV,
+    }
+}
+
+/// After this time no packet is still on its way through a program that was replaced.
+const GRACE: Duration = Duration::from_millis(100);
+
+/// In errors; the map's own name depends on the direction.
+const LOCAL_IDS: &str = "local_ids";
+
+const NO_WORKLOAD: &str =
+    "no policy can be found for it, because its workload is not known; name it in args.cni of the configuration";

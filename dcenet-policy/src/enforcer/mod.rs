@@ -1,0 +1,408 @@
+//! Who puts compiled policy on devices.
+//!
+//! A node has one *owner* of its policy state: a process that embeds an [`Enforcer`], such as a daemon or a user's own
+//! agent. Everybody else, a CNI binary above all, uses [`PinnedDefault`]: it puts a device, while it is down, under
+//! pinned default programs, tells the owner over a Unix socket ([`protocol`]), and can wait until the endpoint's own
+//! verdicts are in force.
+//!
+//! # The life of an endpoint
+//! ```text
+//!                client: pinned default on both hooks, device down
+//!                                  |
+//!                                  v
+//!   +--------------------> [ Default ] -- told, or found by the owner: slot, cell, compile, load --+
+//!   |                          |  ^                                                                |
+//!   | detached, and made anew  |  | a load or attach fails: what was in force stays, is retried    v
+//!   |                          |  +--------------------------------------------------------- [ Compiled ]
+//!   |                          |                                                                   |
+//!   |                          v                    both hooks replaced, generations bumped        v
+//!   +----------------------- gone <-------------- told, or the device has vanished ---------- [ Enforced ] --+
+//!                                                                                             ^              |
+//!                                                                                             +-- a change --+
+//! ```
+//! [`Phase`] names them. An owner that starts *adopts* what it finds attached: such endpoints are `Enforced` by their last
+//! verdicts until the owner's sources have told what they know ([`Enforcer::start`]).
+//!
+//! # One change
+//! 1. Compile the cluster. Sets and programs that did not change are shared with the update before.
+//! 2. Write the local ids of all policy sets: what changes in them is of classes that no table names yet.
+//! 3. Load new programs. Equal policy sets share one: what tells endpoints apart is the slot, which comes with the
+//!    attachment.
+//! 4. Write the class tables.
+//! 5. Write the cells of new endpoints, then replace the filters on both hooks.
+//! 6. Bump the generations of the endpoints whose verdicts may have changed: from now on established flows are judged
+//!    anew, once each.
+//!
+//! A failure in 1, 2 or 4 leaves everybody the verdicts before. One in 3 or 5 leaves them to the endpoint that it befell:
+//! its old programs go on, with tables that are right for them. Either way it is reported per endpoint ([`Report`],
+//! [`Enforcer::endpoints`]) and tried again, until it succeeds or a new change makes it moot.
+//!
+//! # What outlives the owner
+//! Filters and their programs, and in a bpffs the default programs and the maps that mean the same to every owner:
+//! endpoint cells, conntrack, counters, events. Class tables are an owner's own, because class numbers are its compiler's:
+//! the next owner fills new ones, and the old live as long as a program refers to them. So whatever happens between two
+//! owners, every packet is judged by one complete state.
+
+mod apply;
+pub mod client;
+mod config;
+pub mod flows;
+mod lowering;
+mod node;
+pub mod protocol;
+mod server;
+mod slots;
+mod state;
+mod tables;
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use dcenet_core::journal::Record;
+use dcenet_core::link::Policy as LinkPolicy;
+use dcenet_core::model::{AttachmentKey, Workload};
+use dcenet_core::netns::{Host, NetNsError};
+use dcenet_core::provider::Endpoint;
+use dcenet_ebpf::attach::{AttachError, Attacher};
+use dcenet_ebpf::datapath::classes::ClassError;
+use dcenet_ebpf::loader::{LoadError, Loader};
+use dcenet_ebpf::pin::{PinError, Pins};
+
+pub use self::client::{ClientError, PinnedDefault};
+pub use self::config::{DefaultVerdict, Limit, LimitError, PolicyConfig};
+pub use self::lowering::{LoweredObject, Lowering, LoweringError};
+use self::server::{OwnerLock, Server};
+use self::state::Shared;
+use crate::compiler::CompileError;
+use crate::model::{Labels, Pod, PodId, Policy};
+
+/// What an owner is told about its node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EnforcerConfig {
+    /// The node's name in the cluster.
+    pub node: String,
+    /// The node's own addresses, of all its interfaces: traffic between them and its pods is allowed.
+    pub node_addresses: BTreeSet<IpAddr>,
+    /// The directory of the socket, such as `/run/dcenet`.
+    pub run_dir: PathBuf,
+    /// The bpffs of maps and default programs; the clients' `pins`.
+    pub pins: PathBuf,
+}
+
+/// What an owner works with. Each part can be replaced.
+#[derive(Clone)]
+pub struct Tools {
+    /// Loads objects.
+    pub loader: Arc<dyn Loader>,
+    /// Puts programs on devices.
+    pub attacher: Arc<dyn Attacher>,
+    /// Makes objects of policies.
+    pub lowering: Arc<dyn Lowering>,
+}
+
+impl fmt::Debug for Tools {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tools").finish_non_exhaustive()
+    }
+}
+
+/// Where an endpoint stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Phase {
+    /// The pinned default holds. Entered when the endpoint is attached.
+    Default,
+    /// Its programs are loaded and not on both hooks yet. Entered from `Default`, for a moment or until a retry succeeds.
+    Compiled,
+    /// Its own verdicts are in force; those before the latest change where [`EndpointStatus::failure`] says so.
+    Enforced,
+}
+
+/// An endpoint, as the owner sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EndpointStatus {
+    /// Its attachment.
+    pub attachment: AttachmentKey,
+    /// Its workload, where known.
+    pub workload: Option<Workload>,
+    /// Its slot, once it has one.
+    pub slot: Option<u16>,
+    /// Where it stands.
+    pub phase: Phase,
+    /// The larger of its two generations.
+    pub generation: u32,
+    /// Why the latest change is not in force for it.
+    pub failure: Option<String>,
+}
+
+/// What came of a change.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Endpoints whose verdicts are those of the latest change.
+    pub enforced: usize,
+    /// Endpoints for which it is not in force, and why. The owner goes on trying.
+    pub failures: Vec<(AttachmentKey, String)>,
+}
+
+impl Report {
+    /// Whether the change is in force everywhere.
+    pub fn is_complete(&self) -> bool {
+        self.failures.is_empty()
+    }
+}
+
+/// The owner of a node's policy state.
+///
+/// Methods can be called from any thread; a change is in force when the method returns, except for what its [`Report`]
+/// lists. Dropping it leaves the last verdicts in force.
+#[derive(Debug)]
+pub struct Enforcer {
+    shared: Arc<Shared>,
+    /// Held until the end.
+    lock: Option<OwnerLock>,
+    server: Option<Server>,
+    retry: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Enforcer {
+    /// Becomes the owner of the host's policy state: opens the pins, makes maps and default programs where they are
+    /// missing, adopts what is attached and listens on the socket. Verdicts change only from [`Enforcer::start`] on.
+    ///
+    /// # Errors
+    /// [`EnforcerError::AnotherOwner`] while one lives; [`EnforcerError::OtherLayout`] after an incompatible release;
+    /// whatever the kernel refuses.
+    ///
+    /// # Minimum kernel version
+    /// 5.8 (the ring buffer), and what the lowering's programs need.
+    pub fn open(host: Host, config: EnforcerConfig, tools: Tools) -> Result<Self, EnforcerError> {
+        let lock = OwnerLock::take(&config.run_dir)?;
+        let run_dir = config.run_dir.clone();
+        let shared = Arc::new(Shared::open(host, config, tools)?);
+        let retry = Shared::retry_in_background(&shared)?;
+        let server = match Server::start(&run_dir, Arc::clone(&shared) as _) {
+            Ok(server) => server,
+            Err(error) => {
+                shared.stop();
+                return Err(error);
+            }
+        };
+        Ok(Self { shared, lock: Some(lock), server: Some(server), retry: Some(retry) })
+    }
+
+    /// Says that the sources have told what they know: from now on every change is carried out. Until then policies,
+    /// pods and endpoints are only noted, so that a restarted owner replaces no verdict by one of half the knowledge.
+    pub fn start(&self) -> Result<Report, EnforcerError> {
+        self.shared.change(|state| state.started = true)
+    }
+
+    /// Takes over the endpoints of an engine's records: those that were attached while no owner ran, with their
+    /// workloads and labels. Endpoints that are known already keep what was told of them last.
+    pub fn adopt(&self, records: &[Record]) -> Result<Report, EnforcerError> {
+        let endpoints: Vec<Endpoint> = records.iter().filter_map(endpoint_of).collect();
+        self.shared.change(|state| {
+            for endpoint in &endpoints {
+                state.note(endpoint, false);
+            }
+        })
+    }
+
+    /// Replaces all policies.
+    pub fn set_policies(&self, policies: impl IntoIterator<Item = Policy>) -> Result<Report, EnforcerError> {
+        let policies = policies.into_iter().map(|policy| (policy.id.clone(), policy)).collect();
+        self.shared.change(|state| state.cluster_mut().policies = policies)
+    }
+
+    /// Adds a namespace, or replaces its labels.
+    pub fn set_namespace(&self, name: &str, labels: &Labels) -> Result<Report, EnforcerError> {
+        let labels = labels.iter().map(|(key, value)| (key.as_str(), value.as_str()));
+        self.shared.change(|state| state.cluster_mut().insert_namespace(name, labels))
+    }
+
+    /// Removes a namespace's labels; one that is not known still has its name.
+    pub fn remove_namespace(&self, name: &str) -> Result<Report, EnforcerError> {
+        self.shared.change(|state| drop(state.cluster_mut().namespaces.remove(name)))
+    }
+
+    /// Sets the addresses of a node; none forgets it.
+    pub fn set_node(&self, name: &str, addresses: BTreeSet<IpAddr>) -> Result<Report, EnforcerError> {
+        self.shared.change(|state| {
+            let nodes = &mut state.cluster_mut().nodes;
+            if addresses.is_empty() {
+                nodes.remove(name);
+            } else {
+                nodes.insert(name.to_owned(), addresses);
+            }
+        })
+    }
+
+    /// Adds or replaces a pod, of this node or elsewhere. Of a pod with an endpoint here, the labels and ports told in
+    /// this way count, and its endpoint's addresses are added.
+    pub fn upsert_pod(&self, id: PodId, pod: Pod) -> Result<Report, EnforcerError> {
+        self.upsert_pods([(id, pod)])
+    }
+
+    /// As [`Enforcer::upsert_pod`], many in one change.
+    pub fn upsert_pods(&self, pods: impl IntoIterator<Item = (PodId, Pod)>) -> Result<Report, EnforcerError> {
+        self.shared.change(|state| pods.into_iter().for_each(|(id, pod)| state.set_pod(id, Some(pod))))
+    }
+
+    /// Forgets a pod; one with an endpoint here is still known by that.
+    pub fn remove_pod(&self, id: &PodId) -> Result<Report, EnforcerError> {
+        self.shared.change(|state| state.set_pod(id.clone(), None))
+    }
+
+    /// Tries at once what failed, instead of waiting for the next attempt.
+    pub fn retry(&self) -> Result<Report, EnforcerError> {
+        self.shared.apply()
+    }
+
+    /// All endpoints of this node.
+    pub fn endpoints(&self) -> Vec<EndpointStatus> {
+        self.shared.statuses()
+    }
+
+    /// The reader of flow events. One at a time: two readers take each other's events.
+    ///
+    /// # Errors
+    /// Where the ring cannot be mapped.
+    pub fn flows(&self) -> Result<flows::FlowReader, EnforcerError> {
+        flows::FlowReader::new(&self.shared)
+    }
+
+    /// Packets and bytes of the new flows that each rule decided on since the maps were made, by the rule's name.
+    pub fn rule_counters(&self) -> Result<Vec<flows::RuleCounter>, EnforcerError> {
+        flows::rule_counters(&self.shared)
+    }
+
+    /// Removes everything from the host: filters, pins with their maps and programs, the mount, socket and lock.
+    /// Afterwards the pods' traffic is subject to no policy of ours.
+    ///
+    /// # Errors
+    /// The first of all errors; what can be removed is. The enforcer is stopped in any case.
+    pub fn uninstall(mut self) -> Result<(), EnforcerError> {
+        self.halt();
+        let cleared = self.shared.clear();
+        // The lock goes last: until here nobody else can begin.
+        let unlocked = self.lock.take().map_or(Ok(()), OwnerLock::remove);
+        cleared.and(unlocked)
+    }
+
+    fn halt(&mut self) {
+        self.shared.stop();
+        self.server.take();
+        if let Some(thread) = self.retry.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the policy owner's retrying thread panicked");
+        }
+    }
+}
+
+impl Drop for Enforcer {
+    fn drop(&mut self) {
+        self.halt();
+    }
+}
+
+fn endpoint_of(record: &Record) -> Option<Endpoint> {
+    if record.policy != LinkPolicy::Wanted {
+        return None;
+    }
+    Some(Endpoint {
+        attachment: record.key.clone(),
+        ifindex: record.done.as_ref()?.host_index?,
+        ifname: record.host_end.as_ref()?.name.clone(),
+        addresses: record.lease.addresses.iter().map(|a| a.address.addr()).collect(),
+        workload: record.workload.clone(),
+        labels: record.labels.clone(),
+    })
+}
+
+/// Why the owner cannot do its part.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EnforcerError {
+    /// Another process owns the policy state of this run directory.
+    #[error("another policy owner holds {}; stop it first", path.display())]
+    AnotherOwner {
+        /// The lock.
+        path: PathBuf,
+    },
+    /// A pinned map is not what this release uses.
+    #[error(
+        "pinned map {map}: {what} is {found}, and this release uses {wanted}; uninstall with the release that made it, \
+         or restart the host"
+    )]
+    OtherLayout {
+        /// The map.
+        map: String,
+        /// What differs.
+        what: &'static str,
+        /// What it is.
+        found: u32,
+        /// What it should be.
+        wanted: u32,
+    },
+    /// The cluster cannot be compiled; the last verdicts stand.
+    #[error(transparent)]
+    Compile(#[from] CompileError),
+    /// No object could be made.
+    #[error("lowering policy to programs: {0}")]
+    Lowering(#[source] LoweringError),
+    /// A program could not be loaded.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// A map could not be made, read or written.
+    #[error("map {name}: {source}")]
+    Map {
+        /// The map.
+        name: String,
+        /// What failed.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// There is no room for what the policies need.
+    #[error("{what}: {found} needed, and there is room for {room}; use larger maps or fewer distinct peers")]
+    Full {
+        /// What there is too much of.
+        what: &'static str,
+        /// How much is needed.
+        found: usize,
+        /// How much fits.
+        room: usize,
+    },
+    /// The class tables do not take the policies' peers.
+    #[error(transparent)]
+    Tables(#[from] ClassError),
+    /// A device could not be reached.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    /// The pins could not be used.
+    #[error(transparent)]
+    Pins(#[from] PinError),
+    /// The host's namespace could not be entered.
+    #[error(transparent)]
+    NetNs(#[from] NetNsError),
+    /// A file in the run directory could not be used.
+    #[error("{}: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the system answered.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl EnforcerError {
+    pub(crate) fn map(name: &str, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self::Map { name: name.to_owned(), source: source.into() }
+    }
+}
+
+/// Opens the pins of a configuration.
+pub(crate) fn open_pins(config: &EnforcerConfig) -> Result<Pins, PinError> {
+    Pins::open(&config.pins)
+}

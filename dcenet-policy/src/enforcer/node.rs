@@ -1,0 +1,132 @@
+//! What a host keeps for its policy while no process of ours runs: maps and default programs, pinned.
+
+use std::os::fd::AsFd;
+
+use dcenet_ebpf::abi::{self, Sizes};
+use dcenet_ebpf::attach::Direction as HookDirection;
+use dcenet_ebpf::datapath;
+use dcenet_ebpf::loader::{LoadRequest, Loader};
+use dcenet_ebpf::maps::Map;
+use dcenet_ebpf::object::MapSpec;
+use dcenet_ebpf::pin::Pins;
+use dcenet_ebpf::program::Program;
+
+use super::config::DefaultVerdict;
+use super::{EnforcerError, Lowering};
+
+/// The pin of a default program. What the pod sends enters the host on its end's ingress hook.
+pub(crate) const fn default_pin(verdict: DefaultVerdict, direction: HookDirection) -> &'static str {
+    match (verdict, direction) {
+        (DefaultVerdict::Deny, HookDirection::Ingress) => "deny_from_pod",
+        (DefaultVerdict::Deny, HookDirection::Egress) => "deny_to_pod",
+        (DefaultVerdict::Allow, HookDirection::Ingress) => "allow_from_pod",
+        (DefaultVerdict::Allow, HookDirection::Egress) => "allow_to_pod",
+    }
+}
+
+/// Maps whose contents mean something only together with the numbers of one owner's compiler. They live as long as the
+/// owner and the programs that it has put in force; a new owner makes its own and leaves the old to the old programs.
+const OWNERS: [&str; 4] = [abi::CLASS_V4, abi::MEMBERS_V6, abi::CLASS_V6, abi::NODES_V6];
+
+/// The maps of a node, open: those that are pinned, and those of this owner.
+#[derive(Debug)]
+pub(crate) struct NodeMaps {
+    maps: Vec<(String, Map)>,
+}
+
+impl NodeMaps {
+    /// Takes over the pinned maps and makes what is missing.
+    pub(crate) fn open(pins: &Pins, sizes: &Sizes) -> Result<Self, EnforcerError> {
+        let mut maps = Vec::new();
+        for spec in sizes.shared_maps() {
+            let map = if OWNERS.contains(&spec.name.as_str()) { create(&spec)? } else { open_or_make(pins, &spec)? };
+            maps.push((spec.name, map));
+        }
+        Ok(Self { maps })
+    }
+
+    /// The map of a name of [`abi`].
+    pub(crate) fn get(&self, name: &str) -> Result<Map, EnforcerError> {
+        let found = self.maps.iter().find(|(n, _)| n == name).map(|(_, map)| map);
+        let missing = || EnforcerError::Lowering(format!("the datapath has no map {name:?}").into());
+        duplicate(name, found.ok_or_else(missing)?)
+    }
+
+    /// The maps that an object names, for a loader.
+    pub(crate) fn all(&self) -> impl Iterator<Item = (&str, &Map)> {
+        self.maps.iter().map(|(name, map)| (name.as_str(), map))
+    }
+}
+
+pub(crate) fn create(spec: &MapSpec) -> Result<Map, EnforcerError> {
+    Map::create(spec).map_err(|source| EnforcerError::Map { name: spec.name.clone(), source: source.into() })
+}
+
+fn duplicate(name: &str, map: &Map) -> Result<Map, EnforcerError> {
+    let failed =
+        |source: Box<dyn std::error::Error + Send + Sync>| EnforcerError::Map { name: name.to_owned(), source };
+    let fd = map.as_fd().try_clone_to_owned().map_err(|e| failed(e.into()))?;
+    Map::from_fd(fd).map_err(|e| failed(e.into()))
+}
+
+fn open_or_make(pins: &Pins, spec: &MapSpec) -> Result<Map, EnforcerError> {
+    let Some(fd) = pins.get(&spec.name)? else {
+        let map = create(spec)?;
+        pins.pin(&spec.name, &map)?;
+        return Ok(map);
+    };
+    let failed = |source| EnforcerError::Map { name: spec.name.clone(), source };
+    let map = Map::from_fd(fd).map_err(|e| failed(e.into()))?;
+    let info = map.info();
+    let fields = [
+        ("type", info.kind, spec.kind.number()),
+        ("key size", info.key_size, spec.key_size),
+        ("value size", info.value_size, spec.value_size),
+        ("size", info.max_entries, spec.max_entries),
+    ];
+    match fields.into_iter().find(|(_, found, wanted)| found != wanted) {
+        None => Ok(map),
+        Some((what, found, wanted)) => Err(EnforcerError::OtherLayout { map: spec.name.clone(), what, found, wanted }),
+    }
+}
+
+/// Makes sure that the default programs are pinned and are those of this release.
+pub(crate) fn pin_defaults(
+    pins: &Pins,
+    maps: &NodeMaps,
+    loader: &dyn Loader,
+    lowering: &dyn Lowering,
+) -> Result<(), EnforcerError> {
+    for verdict in DefaultVerdict::ALL {
+        let object = lowering.default_object(verdict).map_err(EnforcerError::Lowering)?;
+        let used: Vec<_> =
+            maps.all().filter(|(name, _)| object.maps.iter().any(|m| m == name)).map(|(n, m)| (n, m.as_fd())).collect();
+        let mut loaded = loader.load(&object.elf, &LoadRequest { maps: &used })?;
+        for direction in [HookDirection::Ingress, HookDirection::Egress] {
+            let name = program_name(direction);
+            let program = loaded
+                .take_program(name)
+                .ok_or_else(|| EnforcerError::Lowering(format!("the default object has no program {name:?}").into()))?;
+            let pin = default_pin(verdict, direction);
+            match pins.get(pin)? {
+                None => pins.pin(pin, &program)?,
+                Some(fd) => {
+                    let pinned = Program::from_fd(fd)
+                        .map_err(|e| EnforcerError::Map { name: pin.to_owned(), source: e.into() })?;
+                    if pinned.info().tag != program.info().tag {
+                        pins.replace(pin, &program)?;
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The names of the programs in an object of [`Lowering`].
+pub(crate) const fn program_name(direction: HookDirection) -> &'static str {
+    match direction {
+        HookDirection::Ingress => datapath::FROM_POD,
+        HookDirection::Egress => datapath::TO_POD,
+    }
+}

@@ -1,0 +1,198 @@
+//! The owner's end of the socket.
+
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use rustix::net::sockopt::socket_peercred;
+use rustix::process::geteuid;
+
+use super::EnforcerError;
+use super::protocol::{self, ProtocolError, Reply, Request, socket_path};
+
+/// Answers requests.
+pub(crate) trait Answer: Send + Sync + 'static {
+    /// Answers one; a request to wait blocks the connection's thread until then.
+    fn answer(&self, request: Request) -> Reply;
+
+    /// Called after the reply has been sent.
+    fn answered(&self);
+}
+
+/// Makes sure of being the only owner of a run directory, for as long as it lives.
+#[derive(Debug)]
+pub(crate) struct OwnerLock {
+    _file: File,
+    path: PathBuf,
+}
+
+impl OwnerLock {
+    pub(crate) fn take(run_dir: &Path) -> Result<Self, EnforcerError> {
+        let failed = |path: &Path, source| EnforcerError::File { path: path.to_owned(), source };
+        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(run_dir);
+        made.map_err(|e| failed(run_dir, e))?;
+        let path = run_dir.join("policy.lock");
+        let file =
+            File::options().create(true).truncate(false).write(true).open(&path).map_err(|e| failed(&path, e))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Self { _file: file, path }),
+            Err(TryLockError::WouldBlock) => Err(EnforcerError::AnotherOwner { path }),
+            Err(TryLockError::Error(e)) => Err(failed(&path, e)),
+        }
+    }
+
+    /// Removes the file, when nothing of the owner's is left.
+    pub(crate) fn remove(self) -> Result<(), EnforcerError> {
+        remove(&self.path)
+    }
+}
+
+pub(crate) fn remove(path: &Path) -> Result<(), EnforcerError> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(EnforcerError::File { path: path.to_owned(), source: e }),
+        _ => Ok(()),
+    }
+}
+
+/// Listens until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Server {
+    path: PathBuf,
+    stopping: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Listens on the run directory's socket, in place of one that a dead owner has left.
+    pub(crate) fn start(run_dir: &Path, service: Arc<dyn Answer>) -> Result<Self, EnforcerError> {
+        let path = socket_path(run_dir);
+        // Nobody finds the socket before it has its mode.
+        let fresh = run_dir.join(format!("policy.sock,{}", std::process::id()));
+        let failed = |source| EnforcerError::File { path: path.clone(), source };
+        remove(&fresh)?;
+        let listener = UnixListener::bind(&fresh).map_err(failed)?;
+        let placed = fs::set_permissions(&fresh, fs::Permissions::from_mode(0o600))
+            .and_then(|()| fs::rename(&fresh, &path))
+            .map_err(failed);
+        if let Err(error) = placed {
+            remove(&fresh)?;
+            return Err(error);
+        }
+        let stopping = Arc::new(AtomicBool::new(false));
+        let stop = Arc::clone(&stopping);
+        let thread = std::thread::Builder::new()
+            .name("dcenet-policy-socket".into())
+            .spawn(move || listen(&listener, &service, &stop))
+            .map_err(failed)?;
+        Ok(Self { path, stopping, thread: Some(thread) })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stopping.store(true, Ordering::Release);
+        // A connection wakes the thread from accept(2).
+        let woken = UnixStream::connect(&self.path);
+        if woken.is_ok()
+            && let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the policy socket's thread panicked");
+        }
+        if let Err(error) = remove(&self.path) {
+            tracing::warn!(%error, "the policy socket stays");
+        }
+    }
+}
+
+fn listen(listener: &UnixListener, service: &Arc<dyn Answer>, stopping: &AtomicBool) {
+    let connections = Arc::new(AtomicUsize::new(0));
+    loop {
+        let accepted = listener.accept();
+        if stopping.load(Ordering::Acquire) {
+            return;
+        }
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection to the policy socket");
+                std::thread::sleep(Duration::from_millis(10));
+                continue;
+            }
+        };
+        if connections.fetch_add(1, Ordering::AcqRel) >= MAX_CONNECTIONS {
+            connections.fetch_sub(1, Ordering::AcqRel);
+            refuse(stream, &format!("{MAX_CONNECTIONS} connections are open already; try again"));
+            continue;
+        }
+        let (service, count) = (Arc::clone(service), Arc::clone(&connections));
+        let started =
+            std::thread::Builder::new().name("dcenet-policy-client".into()).stack_size(STACK).spawn(move || {
+                let _open = Open(count);
+                if let Err(error) = serve(stream, &*service) {
+                    tracing::debug!(%error, "a client of the policy socket");
+                }
+            });
+        if let Err(error) = started {
+            connections.fetch_sub(1, Ordering::AcqRel);
+            tracing::warn!(%error, "no thread for a client of the policy socket");
+        }
+    }
+}
+
+struct Open(Arc<AtomicUsize>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+fn serve(mut stream: UnixStream, service: &dyn Answer) -> Result<(), ProtocolError> {
+    stream.set_read_timeout(Some(SILENCE))?;
+    stream.set_write_timeout(Some(SILENCE))?;
+    let peer = socket_peercred(&stream).map_err(io::Error::from)?.uid;
+    if !peer.is_root() && peer != geteuid() {
+        refuse(stream, "only root and the owner's own user may speak here");
+        return Ok(());
+    }
+    loop {
+        let reply = match protocol::receive::<Request>(&mut stream) {
+            Ok(None) => return Ok(()),
+            Ok(Some(request)) => service.answer(request),
+            Err(error @ (ProtocolError::Version { .. } | ProtocolError::Malformed(_))) => {
+                Reply::Refused { reason: error.to_string() }
+            }
+            Err(error @ ProtocolError::TooLong { .. }) => {
+                refuse(stream, &error.to_string());
+                return Err(error);
+            }
+            Err(error) => return Err(error),
+        };
+        let sent = protocol::send(&mut stream, &reply);
+        service.answered();
+        sent?;
+    }
+}
+
+fn refuse(mut stream: UnixStream, reason: &str) {
+    let sent = stream
+        .set_write_timeout(Some(SILENCE))
+        .map_err(ProtocolError::from)
+        .and_then(|()| protocol::send(&mut stream, &Reply::Refused { reason: reason.to_owned() }));
+    if let Err(error) = sent {
+        tracing::debug!(%error, reason, "a refused client of the policy socket is gone");
+    }
+}
+
+/// A node starts at most some hundred pods at once, and each waits on one.
+const MAX_CONNECTIONS: usize = 1024;
+const STACK: usize = 512 * 1024;
+/// A client that says nothing for this long is forgotten.
+const SILENCE: Duration = Duration::from_secs(30);

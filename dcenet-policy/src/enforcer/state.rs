@@ -1,0 +1,433 @@
+//! What the owner knows, and who may change it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use dcenet_core::model::{AttachmentId, AttachmentKey, IfIndex};
+use dcenet_core::netns::Host;
+use dcenet_core::provider::Endpoint;
+use dcenet_ebpf::attach::{AttachError, Attacher, Direction, Hook, Owner};
+use dcenet_ebpf::pin::Pins;
+use parking_lot::{Condvar, Mutex, RwLock};
+
+use super::apply::Applier;
+use super::flows::Names;
+use super::node::{NodeMaps, pin_defaults};
+use super::protocol::{Reply, Request};
+use super::server::Answer;
+use super::slots::Slots;
+use super::{EndpointStatus, EnforcerConfig, EnforcerError, Phase, Report, Tools, open_pins};
+use crate::model::{Cluster, Pod, PodId};
+
+/// Shared by the enforcer, its socket and its retrying thread.
+pub(crate) struct Shared {
+    pub(crate) host: Host,
+    pub(crate) config: EnforcerConfig,
+    pub(crate) tools: Tools,
+    pub(crate) pins: Pins,
+    pub(crate) maps: NodeMaps,
+    /// Held for moments only.
+    pub(crate) state: Mutex<State>,
+    /// Signalled whenever an endpoint's phase may have changed.
+    changed: Condvar,
+    /// Held while a change is carried out; taken before `state`.
+    applier: Mutex<Applier>,
+    pub(crate) names: Arc<RwLock<Names>>,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+/// What was told.
+#[derive(Debug, Default)]
+pub(crate) struct State {
+    /// Whether changes are carried out.
+    pub(crate) started: bool,
+    stopping: bool,
+    /// Counts changes.
+    revision: u64,
+    /// The revision that is in force, but for the endpoints that have a failure.
+    applied: u64,
+    retry_at: Option<Instant>,
+    /// What policies are compiled for: `told` and the endpoints, joined.
+    cluster: Arc<Cluster>,
+    /// Pods as the sources told them.
+    told: BTreeMap<PodId, Pod>,
+    endpoints: BTreeMap<AttachmentKey, Known>,
+    /// What was found attached when the owner started: endpoints under an earlier owner's last verdicts.
+    adopted: BTreeMap<AttachmentId, u16>,
+    node: String,
+}
+
+/// An endpoint of this node.
+#[derive(Debug, Clone)]
+pub(crate) struct Known {
+    pub(crate) endpoint: Endpoint,
+    pub(crate) phase: Phase,
+    pub(crate) slot: Option<u16>,
+    pub(crate) generation: u32,
+    pub(crate) failure: Option<String>,
+}
+
+impl Known {
+    pub(crate) fn pod(&self) -> Option<PodId> {
+        self.endpoint.workload.as_ref().map(|w| PodId::new(w.namespace(), w.name()))
+    }
+}
+
+/// What carrying out a change did to one endpoint.
+#[derive(Debug, Clone)]
+pub(crate) enum Outcome {
+    /// Its verdicts are those of the change.
+    Enforced { slot: u16, generation: u32 },
+    /// They are those before.
+    Failed { reason: String, phase: Phase },
+    /// Nothing but another configuration can help it.
+    Hopeless { reason: String },
+    /// Its device is no more.
+    Gone,
+}
+
+impl State {
+    pub(crate) fn cluster_mut(&mut self) -> &mut Cluster {
+        Arc::make_mut(&mut self.cluster)
+    }
+
+    /// Notes an endpoint. `newest` tells whether this is said now, or was recorded some time ago.
+    pub(crate) fn note(&mut self, endpoint: &Endpoint, newest: bool) {
+        let before = self.endpoints.get(&endpoint.attachment);
+        if before.is_some_and(|known| !newest || known.endpoint == *endpoint) {
+            return;
+        }
+        // A device that was made anew carries the default; the same one keeps what it has.
+        let same_device = before.filter(|known| known.endpoint.ifindex == endpoint.ifindex);
+        let known = match same_device {
+            Some(known) => Known { endpoint: endpoint.clone(), ..known.clone() },
+            None => {
+                let slot = self.adopted.remove(&endpoint.attachment.id());
+                let phase = if slot.is_some() { Phase::Enforced } else { Phase::Default };
+                Known { endpoint: endpoint.clone(), phase, slot, generation: 0, failure: None }
+            }
+        };
+        let (old, new) = (before.and_then(Known::pod), known.pod());
+        self.endpoints.insert(endpoint.attachment.clone(), known);
+        old.into_iter().chain(new).collect::<BTreeSet<_>>().into_iter().for_each(|pod| self.join(pod));
+    }
+
+    fn forget(&mut self, attachment: &AttachmentKey) {
+        if let Some(pod) = self.endpoints.remove(attachment).and_then(|known| known.pod()) {
+            self.join(pod);
+        }
+    }
+
+    pub(crate) fn set_pod(&mut self, id: PodId, pod: Option<Pod>) {
+        match pod {
+            Some(pod) => drop(self.told.insert(id.clone(), pod)),
+            None => drop(self.told.remove(&id)),
+        }
+        self.join(id);
+    }
+
+    /// Joins what sources and endpoints say of a pod.
+    fn join(&mut self, id: PodId) {
+        let mut pod = self.told.get(&id).cloned();
+        for known in self.endpoints.values().filter(|known| known.pod().as_ref() == Some(&id)) {
+            let labels = || Pod { labels: known.endpoint.labels.clone(), ..Pod::default() };
+            let pod = pod.get_or_insert_with(labels);
+            pod.addresses.extend(&known.endpoint.addresses);
+            pod.node = Some(self.node.clone());
+        }
+        let held = self.addresses_of_endpoints();
+        let cluster = Arc::make_mut(&mut self.cluster);
+        let Some(mut pod) = pod else {
+            cluster.pods.remove(&id);
+            return;
+        };
+        // An address that an endpoint of this node has is nobody else's: a source that says so is late.
+        pod.addresses.retain(|address| held.get(address).is_none_or(|holder| *holder == id));
+        for (address, _) in held.iter().filter(|(_, holder)| **holder == id) {
+            for (_, other) in cluster.pods.iter_mut().filter(|(other, _)| **other != id) {
+                other.addresses.remove(address);
+            }
+        }
+        cluster.pods.insert(id, pod);
+    }
+
+    fn addresses_of_endpoints(&self) -> BTreeMap<IpAddr, PodId> {
+        let mut held = BTreeMap::new();
+        for known in self.endpoints.values() {
+            if let Some(pod) = known.pod() {
+                held.extend(known.endpoint.addresses.iter().map(|address| (*address, pod.clone())));
+            }
+        }
+        held
+    }
+
+    pub(crate) fn cluster(&self) -> Arc<Cluster> {
+        Arc::clone(&self.cluster)
+    }
+
+    fn report(&self) -> Report {
+        let mut report = Report::default();
+        for (attachment, known) in &self.endpoints {
+            match &known.failure {
+                Some(reason) => report.failures.push((attachment.clone(), reason.clone())),
+                None if known.phase == Phase::Enforced => report.enforced += 1,
+                None => {}
+            }
+        }
+        report
+    }
+}
+
+impl Shared {
+    pub(crate) fn open(host: Host, config: EnforcerConfig, tools: Tools) -> Result<Self, EnforcerError> {
+        let pins = open_pins(&config)?;
+        let sizes = tools.lowering.sizes();
+        let maps = NodeMaps::open(&pins, &sizes)?;
+        pin_defaults(&pins, &maps, &*tools.loader, &*tools.lowering)?;
+        let used = host.0.run_here_or_there(|| attached_slots(&*tools.attacher))??;
+        let names = Names::resume(&config.run_dir);
+        let adopted = used.iter().map(|(slot, id)| (*id, *slot)).collect();
+        let applier = Applier::new(&maps, &sizes, &config.node, Slots::new(sizes.endpoints, used), &names)?;
+        let mut state = State { node: config.node.clone(), adopted, ..State::default() };
+        state.cluster_mut().nodes.insert(config.node.clone(), config.node_addresses.clone());
+        Ok(Self {
+            host,
+            config,
+            tools,
+            pins,
+            maps,
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            applier: Mutex::new(applier),
+            names: Arc::new(RwLock::new(names)),
+        })
+    }
+
+    /// Makes a change and carries it out.
+    pub(crate) fn change(&self, change: impl FnOnce(&mut State)) -> Result<Report, EnforcerError> {
+        self.note(change);
+        self.apply()
+    }
+
+    fn note(&self, change: impl FnOnce(&mut State)) {
+        let mut state = self.state.lock();
+        change(&mut state);
+        state.revision += 1;
+    }
+
+    /// Carries out what has changed, if it has been started; also what failed before.
+    pub(crate) fn apply(&self) -> Result<Report, EnforcerError> {
+        let mut applier = self.applier.lock();
+        let (revision, cluster, endpoints) = {
+            let state = self.state.lock();
+            if !state.started || state.stopping || (state.applied == state.revision && state.retry_at.is_none()) {
+                return Ok(state.report());
+            }
+            (state.revision, Arc::clone(&state.cluster), state.endpoints.clone())
+        };
+        let result = applier.run(self, &cluster, &endpoints);
+        // Another change in the meantime can then change the cluster in place.
+        drop(cluster);
+        let mut state = self.state.lock();
+        let failed = match result {
+            Ok(outcomes) => {
+                let mut retry = false;
+                for (attachment, outcome) in outcomes {
+                    retry |= matches!(outcome, Outcome::Failed { .. });
+                    state.settle(&attachment, &endpoints[&attachment], outcome);
+                }
+                state.applied = revision;
+                state.retry_at = retry.then(|| Instant::now() + RETRY);
+                None
+            }
+            Err(error) => {
+                for known in state.endpoints.values_mut() {
+                    known.failure = Some(error.to_string());
+                }
+                state.retry_at = Some(Instant::now() + RETRY);
+                Some(error)
+            }
+        };
+        let report = state.report();
+        drop(state);
+        self.changed.notify_all();
+        match failed {
+            None => Ok(report),
+            Some(error) => Err(error),
+        }
+    }
+
+    pub(crate) fn statuses(&self) -> Vec<EndpointStatus> {
+        let state = self.state.lock();
+        let status = |known: &Known| EndpointStatus {
+            attachment: known.endpoint.attachment.clone(),
+            workload: known.endpoint.workload.clone(),
+            slot: known.slot,
+            phase: known.phase,
+            generation: known.generation,
+            failure: known.failure.clone(),
+        };
+        state.endpoints.values().map(status).collect()
+    }
+
+    pub(crate) fn retry_in_background(shared: &Arc<Self>) -> Result<std::thread::JoinHandle<()>, EnforcerError> {
+        let own = Arc::clone(shared);
+        let thread = std::thread::Builder::new().name("dcenet-policy-retry".into()).spawn(move || own.keep_retrying());
+        thread.map_err(|source| EnforcerError::File { path: shared.config.run_dir.clone(), source })
+    }
+
+    fn keep_retrying(&self) {
+        let mut state = self.state.lock();
+        while !state.stopping {
+            match state.retry_at {
+                None => self.changed.wait(&mut state),
+                Some(at) if at > Instant::now() => drop(self.changed.wait_until(&mut state, at)),
+                Some(_) => {
+                    drop(state);
+                    if let Err(error) = self.apply() {
+                        tracing::warn!(%error, "the latest policy is not in force; the last verdicts stand");
+                    }
+                    state = self.state.lock();
+                }
+            }
+        }
+    }
+
+    pub(crate) fn stop(&self) {
+        self.state.lock().stopping = true;
+        self.changed.notify_all();
+    }
+
+    /// Takes everything off the host.
+    pub(crate) fn clear(&self) -> Result<(), EnforcerError> {
+        // Whoever is in the middle of a change finishes it first.
+        let _applier = self.applier.lock();
+        let attacher = &*self.tools.attacher;
+        let mut first: Option<EnforcerError> = None;
+        let filters = self.host.0.run_here_or_there(|| {
+            let mut errors = Vec::new();
+            match attacher.devices() {
+                Ok(devices) => {
+                    for hook in devices.into_iter().flat_map(hooks) {
+                        match attacher.attached(hook) {
+                            Ok(None) => {}
+                            Ok(Some(_)) => errors.extend(attacher.detach(hook).err()),
+                            Err(error) => errors.push(error),
+                        }
+                    }
+                }
+                Err(error) => errors.push(error),
+            }
+            errors
+        });
+        match filters {
+            Ok(errors) => first = errors.into_iter().map(EnforcerError::from).next(),
+            Err(error) => drop(first.get_or_insert(error.into())),
+        }
+        if let Err(error) = self.pins.clone().unmount() {
+            first.get_or_insert(error.into());
+        }
+        if let Err(error) = super::server::remove(&Names::path(&self.config.run_dir)) {
+            first.get_or_insert(error);
+        }
+        first.map_or(Ok(()), Err)
+    }
+
+    fn await_enforced(&self, attachment: &AttachmentKey, limit: Duration) -> Reply {
+        let deadline = Instant::now() + limit;
+        let mut state = self.state.lock();
+        loop {
+            let waiting = match state.endpoints.get(attachment) {
+                None => "the endpoint is not known; attach it first".to_owned(),
+                Some(Known { phase: Phase::Enforced, failure: None, generation, .. }) => {
+                    return Reply::Enforced { generation: *generation };
+                }
+                Some(Known { failure: Some(reason), .. }) => reason.clone(),
+                Some(_) if !state.started => "the owner has not been told the policies yet".to_owned(),
+                Some(_) => "compiling".to_owned(),
+            };
+            let unknown = !state.endpoints.contains_key(attachment);
+            if unknown || state.stopping || self.changed.wait_until(&mut state, deadline).timed_out() {
+                return Reply::Waiting { reason: waiting };
+            }
+        }
+    }
+}
+
+impl Answer for Shared {
+    fn answer(&self, request: Request) -> Reply {
+        match request {
+            Request::Attached { endpoint, default } => {
+                tracing::debug!(attachment = %endpoint.attachment, default = default.as_str(), "endpoint attached");
+                self.note(|state| state.note(&endpoint, true));
+                Reply::Noted
+            }
+            Request::Gone { attachment } => {
+                self.note(|state| state.forget(&attachment));
+                self.changed.notify_all();
+                Reply::Noted
+            }
+            Request::Await { attachment, limit } => self.await_enforced(&attachment, limit.get()),
+        }
+    }
+
+    fn answered(&self) {
+        if let Err(error) = self.apply() {
+            tracing::warn!(%error, "the latest policy is not in force; the last verdicts stand");
+        }
+    }
+}
+
+impl State {
+    /// Records what a change did, unless the endpoint has become another in the meantime.
+    fn settle(&mut self, attachment: &AttachmentKey, then: &Known, outcome: Outcome) {
+        let Some(known) = self.endpoints.get_mut(attachment) else { return };
+        if known.endpoint.ifindex != then.endpoint.ifindex {
+            return;
+        }
+        match outcome {
+            Outcome::Enforced { slot, generation } => {
+                (known.phase, known.slot, known.generation) = (Phase::Enforced, Some(slot), generation);
+                known.failure = None;
+            }
+            Outcome::Failed { reason, phase } => (known.failure, known.phase) = (Some(reason), phase),
+            Outcome::Hopeless { reason } => known.failure = Some(reason),
+            Outcome::Gone => {
+                tracing::info!(%attachment, "the endpoint's device has vanished");
+                self.forget(attachment);
+                self.revision += 1;
+            }
+        }
+    }
+}
+
+/// Both hooks of a device.
+pub(crate) fn hooks(device: IfIndex) -> [Hook; 2] {
+    [Direction::Ingress, Direction::Egress].map(|direction| Hook { device, direction })
+}
+
+/// The slots of what is attached in the calling thread's namespace, by the labels on it.
+fn attached_slots(attacher: &dyn Attacher) -> Result<BTreeMap<u16, AttachmentId>, AttachError> {
+    let mut slots = BTreeMap::new();
+    for hook in attacher.devices()?.into_iter().flat_map(hooks) {
+        let Some(attached) = attacher.attached(hook)? else { continue };
+        if let Owner::Ours(label) = &attached.owner
+            && let Ok(id) = label.parse()
+            && attached.class != 0
+        {
+            slots.insert(attached.class, id);
+        }
+    }
+    Ok(slots)
+}
+
+/// Between attempts.
+const RETRY: Duration = Duration::from_secs(1);

@@ -1,0 +1,136 @@
+//! Writing the class tables into their maps.
+
+use std::collections::VecDeque;
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use dcenet_ebpf::abi::{self, Sizes};
+use dcenet_ebpf::datapath::classes::{ClassError, Classes, Write};
+use dcenet_ebpf::maps::{Map, Put};
+use ipnet::IpNet;
+
+use super::EnforcerError;
+use super::node::NodeMaps;
+use crate::classes::{AddressTable, ClassId, TableChanges};
+
+/// The class tables of an owner.
+pub(crate) struct ClassTables {
+    classes: Classes,
+    maps: [(&'static str, Map); 4],
+    /// What is to be stored still: everything before it was, and nothing behind it.
+    pending: VecDeque<Write>,
+    /// The last store.
+    written: Option<Instant>,
+}
+
+impl ClassTables {
+    /// Over maps that are all zero.
+    pub(crate) fn new(maps: &NodeMaps, sizes: &Sizes) -> Result<Self, EnforcerError> {
+        let open = |name| Ok::<_, EnforcerError>((name, maps.get(name)?));
+        let maps = [open(abi::CLASS_V4)?, open(abi::MEMBERS_V6)?, open(abi::CLASS_V6)?, open(abi::NODES_V6)?];
+        Ok(Self { classes: Classes::new(sizes), maps, pending: VecDeque::new(), written: None })
+    }
+
+    /// Writes the changes from `before` to `after`.
+    ///
+    /// # Errors
+    /// [`EnforcerError::Tables`] where there is no room, and nothing was changed; [`EnforcerError::Map`] where a store
+    /// failed: the stores behind it are made first by the next call, whatever that is for.
+    pub(crate) fn write(
+        &mut self,
+        changes: &TableChanges,
+        before: &AddressTable,
+        after: &AddressTable,
+    ) -> Result<(), EnforcerError> {
+        self.flush()?;
+        let changes = wanted(changes, before, after);
+        if self.written.is_some_and(|at| at.elapsed() > GRACE) {
+            self.classes.settled();
+        }
+        let writes = match self.classes.apply(&changes) {
+            Err(ClassError::Full { .. }) if self.written.is_some() => {
+                // Blocks of the changes before may be all that is missing.
+                std::thread::sleep(GRACE);
+                self.classes.settled();
+                self.classes.apply(&changes)
+            }
+            done => done,
+        }?;
+        self.pending.extend(writes);
+        self.flush()
+    }
+
+    fn flush(&mut self) -> Result<(), EnforcerError> {
+        while let Some(write) = self.pending.front() {
+            let map = self.maps.iter().find(|(name, _)| *name == write.map()).map(|(_, map)| map);
+            let stored = map.map(|map| map.update(&write.index().to_ne_bytes(), &write.value(), Put::Any));
+            match stored {
+                Some(Ok(())) => drop(self.pending.pop_front()),
+                Some(Err(error)) => return Err(EnforcerError::map(write.map(), error)),
+                None => {
+                    let missing = format!("the datapath writes to map {:?}, which it does not have", write.map());
+                    return Err(EnforcerError::Lowering(missing.into()));
+                }
+            }
+            self.written = Some(Instant::now());
+        }
+        Ok(())
+    }
+}
+
+/// Changes by prefix. Of a single address and a prefix that holds nothing else, the address counts.
+fn wanted(changes: &TableChanges, before: &AddressTable, after: &AddressTable) -> Vec<(IpNet, Option<ClassNumber>)> {
+    let class = |class: &Option<ClassId>| class.map(|class| class.0);
+    let mut wanted = Vec::with_capacity(changes.exact.len() + changes.prefixes.len());
+    for (prefix, new) in &changes.prefixes {
+        let single = prefix.prefix_len() == prefix.max_prefix_len();
+        if !single || !after.exact().contains_key(&prefix.addr()) && !before.exact().contains_key(&prefix.addr()) {
+            wanted.push((*prefix, class(new)));
+        }
+    }
+    for (address, new) in &changes.exact {
+        let prefix = IpNet::from(*address);
+        let new = class(new).or_else(|| after.prefixes().get(&prefix).map(|class| class.0));
+        wanted.push((prefix, new));
+    }
+    wanted
+}
+
+type ClassNumber = abi::ClassId;
+
+/// After this time every program that ran before a store has ended.
+const GRACE: Duration = Duration::from_millis(50);
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    #[test]
+    fn a_single_address_counts_before_a_prefix_that_holds_nothing_else() {
+        let address: IpAddr = "10.0.0.1".parse().unwrap();
+        let prefix = IpNet::from(address);
+        let table = |exact: Option<u32>, net: Option<u32>| {
+            let exact: BTreeMap<_, _> = exact.map(|class| (address, ClassId(class))).into_iter().collect();
+            let prefixes: BTreeMap<_, _> = net.map(|class| (prefix, ClassId(class))).into_iter().collect();
+            AddressTable::of(exact, prefixes)
+        };
+        // Whatever comes and goes, the last word on the address is the class that the table says.
+        let all: Vec<_> = [None, Some(1), Some(2)]
+            .into_iter()
+            .flat_map(|exact| [None, Some(3), Some(4)].map(|net| (exact, net)))
+            .collect();
+        for before in &all {
+            for after in &all {
+                let (old, new) = (table(before.0, before.1), table(after.0, after.1));
+                let mut now = before.0.or(before.1);
+                for (changed, class) in wanted(&old.changes_to(&new), &old, &new) {
+                    assert_eq!(changed, prefix);
+                    now = class;
+                }
+                assert_eq!(now, after.0.or(after.1), "from {before:?} to {after:?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! Policy and pods that change under running traffic.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use dcenet_core::test_support::{Rung, require};
+use dcenet_policy::enforcer::Enforcer;
+use dcenet_policy::enforcer::flows::{FlowKind, JsonLines, LastFlows};
+use dcenet_policy::model::{PodId, PolicyId, Verdict};
+
+use crate::streams::Stream;
+use crate::world::*;
+
+const WINDOW: Duration = Duration::from_millis(400);
+
+fn three_pods() -> (World, Enforcer) {
+    let mut world = World::new();
+    let owner = world.started();
+    world.add_enforced("web", 2, &[("app", "web")]);
+    world.add_enforced("db", 3, &[("app", "db")]);
+    world.add_enforced("scan", 4, &[]);
+    (world, owner)
+}
+
+#[test]
+fn a_forbidden_stream_stops_and_an_allowed_one_loses_nothing() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let (world, owner) = three_pods();
+    for ipv6 in [false, true] {
+        let to = SocketAddr::new(world.address("db", ipv6), 5432);
+        let other = SocketAddr::new(world.address("db", ipv6), 5433);
+        let push = SocketAddr::new(world.address("db", ipv6), 5354);
+        let allowed = Stream::tcp(world.pod("web"), world.pod("db"), to);
+        let forbidden = Stream::tcp(world.pod("scan"), world.pod("db"), other);
+        let pushed = Stream::pushed(world.pod("web"), world.pod("db"), push);
+        // The twin without policy: all of them run.
+        for stream in [&allowed, &forbidden, &pushed] {
+            assert!(stream.during(WINDOW).0 > 50);
+        }
+        // Nor may it open flows of its own now, or the datagrams would pass as those.
+        let strict = DB.replace("[Ingress]", "[Ingress, Egress]");
+        assert!(owner.set_policies(policies(&strict)).unwrap().is_complete());
+        assert!(allowed.during(WINDOW).0 > 50);
+        // Retransmissions are of no use, nor do replies to a flow that is denied by now pass.
+        assert_eq!(forbidden.during(WINDOW).0, 0);
+        let (received, sent) = pushed.during(WINDOW);
+        assert!(received == 0 && sent > 50, "{received} of {sent} datagrams pushed");
+        let (sent, received, gap) = allowed.stop();
+        assert_eq!(sent, received);
+        assert!(gap < Duration::from_millis(300), "{gap:?}");
+        // Allowed again, the connection goes on where it stopped.
+        assert!(owner.set_policies([]).unwrap().is_complete());
+        assert!(pushed.during(WINDOW).0 > 50);
+    }
+    owner.uninstall().unwrap();
+}
+
+#[test]
+fn an_endpoint_made_anew_has_its_slot_and_none_of_its_flows() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let (mut world, owner) = three_pods();
+    owner.set_policies(policies(DB)).unwrap();
+    let slot = |owner: &Enforcer, name: &str| {
+        owner.endpoints().into_iter().find(|e| e.attachment == key(name)).map(|e| (e.slot.unwrap(), e.generation))
+    };
+    let (before, generation) = slot(&owner, "db").unwrap();
+    let to = SocketAddr::new(world.address("db", false), 5353);
+    // A socket of the client's that lives on: the same addresses and ports meet the new pod.
+    let client = world.pod("web").run(|| std::net::UdpSocket::bind("0.0.0.0:4000")).unwrap();
+    let ask = |world: &World, expected: bool| {
+        let server = world.pod("db").run(|| std::net::UdpSocket::bind(to)).unwrap();
+        server.set_read_timeout(Some(if expected { ALLOWED } else { DENIED })).unwrap();
+        client.send_to(b"x", to).unwrap();
+        server.recv(&mut [0; 8]).is_ok()
+    };
+    assert!(ask(&world, true));
+    for round in 1..=3 {
+        world.delete("db");
+        assert_eq!(slot(&owner, "db"), None);
+        // The same name and addresses; other labels every other time.
+        let labels: &[_] = if round % 2 == 1 { &[("app", "db"), ("tier", "x")] } else { &[("app", "db")] };
+        world.add_enforced("db", 3, labels);
+        assert!(ask(&world, true));
+    }
+    owner.set_policies(policies(&DB.replace("app: web", "app: nobody"))).unwrap();
+    assert!(!ask(&world, false));
+    world.delete("db");
+    world.delete("scan");
+    world.add_enforced("db", 3, &[("app", "db")]);
+    let (_, after) = slot(&owner, "db").unwrap();
+    assert!(!ask(&world, false), "an old flow of slot {before} was believed");
+    assert!(generation < after || slot(&owner, "db").unwrap().0 != before);
+    owner.uninstall().unwrap();
+}
+
+#[test]
+fn flows_and_counters_have_names() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let (world, owner) = three_pods();
+    let mut reader = owner.flows().unwrap();
+    owner.set_policies(policies(DB)).unwrap();
+    let kept = LastFlows::new(100);
+    reader.drain(&mut &kept).unwrap();
+    world.tcp("web", "db", 5432, true);
+    world.udp("scan", "db", 5353, false);
+    assert!(reader.wait(ALLOWED).unwrap());
+    let kept = LastFlows::new(100);
+    reader.drain(&mut &kept).unwrap();
+
+    let flows = kept.flows();
+    let (web, db, scan) = (PodId::new("shop", "web"), PodId::new("shop", "db"), PodId::new("shop", "scan"));
+    for ipv6 in [false, true] {
+        let address = Some(world.address("db", ipv6));
+        let to_db = |peer: &PodId, kind| {
+            flows
+                .iter()
+                .find(|f| {
+                    f.pod.address == address
+                        && f.pod.workload.as_ref() == Some(&db)
+                        && f.peer.workload.as_ref() == Some(peer)
+                        && f.kind == kind
+                })
+                .unwrap_or_else(|| panic!("{kind:?} from {peer} in {flows:#?}"))
+        };
+        let admitted = to_db(&web, FlowKind::New);
+        assert_eq!((admitted.verdict, admitted.reason, admitted.pod.port), (Verdict::Allow, "allowed", 5432));
+        assert_eq!(admitted.policy, Some(PolicyId::new("shop", "db")));
+        assert_eq!(admitted.rule.as_deref(), Some("shop/db ingress[0] from[0] ports[0]"));
+        assert_eq!(admitted.attachment, Some(key("db")));
+        let denied = to_db(&scan, FlowKind::Denied);
+        assert_eq!((denied.verdict, denied.reason, denied.pod.port), (Verdict::Deny, "denied", 5353));
+        assert_eq!(denied.rule.as_deref(), Some("isolated; no rule matches"));
+    }
+    let mut text = Vec::new();
+    reader.drain(&mut JsonLines(&mut text)).unwrap();
+    serde_json::to_string(&flows[0]).unwrap();
+
+    let counters = owner.rule_counters().unwrap();
+    let count = |rule: &str| counters.iter().find(|c| c.rule == rule).map_or(0, |c| c.packets);
+    assert_eq!(count("shop/db ingress[0] from[0] ports[0]"), 2, "{counters:#?}");
+    assert_eq!(count("shop/db ingress[0] from[0] ports[1]"), 0);
+    assert!(count("isolated; no rule matches") >= 2);
+    owner.uninstall().unwrap();
+}
+
+#[test]
+fn events_beyond_the_limit_are_counted() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let (world, owner) = three_pods();
+    owner.set_policies(policies(DB)).unwrap();
+    let mut reader = owner.flows().unwrap();
+    let to = SocketAddr::new(world.address("db", false), 5353);
+    let flood = Stream::udp(world.pod("scan"), world.pod("db"), to);
+    let (received, sent) = flood.during(Duration::from_millis(800));
+    assert!(received == 0 && sent > 300, "{received} of {sent}");
+    drop(flood);
+    let kept = LastFlows::new(10_000);
+    let handed = reader.drain(&mut &kept).unwrap() as u64;
+    let denied = kept.flows().iter().filter(|f| f.kind == FlowKind::Denied).count() as u64;
+    let losses = kept.losses();
+    assert!(losses.limited > 0 && losses.full == 0 && losses.unreadable == 0, "{losses:?}");
+    assert!(denied > 0 && denied + losses.limited >= sent, "{denied} of {handed} told, {losses:?}, {sent} sent");
+    owner.uninstall().unwrap();
+}

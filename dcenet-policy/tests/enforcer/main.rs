@@ -1,0 +1,9 @@
+//! The owner of a node's policy state and its clients, on a real kernel, with real traffic.
+
+#![cfg(feature = "yaml")]
+
+mod changes;
+mod restart;
+mod streams;
+mod verdicts;
+mod world;

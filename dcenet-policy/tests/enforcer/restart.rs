@@ -1,0 +1,179 @@
+//! Owners that come and go, also by SIGKILL.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use dcenet_core::engine::Engine;
+use dcenet_core::test_support::{Rung, require};
+use dcenet_policy::enforcer::{Enforcer, EnforcerError, Phase};
+
+use crate::streams::Stream;
+use crate::world::*;
+
+/// An owner in a process of its own, killed when dropped.
+struct OwnerProcess(Child);
+
+const DIRECTORY: &str = "DCENET_TEST_OWNER_OF";
+
+impl OwnerProcess {
+    fn start(world: &World) -> Self {
+        let ready = world.host.directory().join("ready");
+        let _ = std::fs::remove_file(&ready);
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "restart::an_owner_in_a_process_of_its_own", "--nocapture"]);
+        command.env(DIRECTORY, world.host.directory()).stdin(Stdio::null()).stdout(Stdio::null());
+        let mut owner = Self(command.spawn().unwrap());
+        let begun = Instant::now();
+        while !ready.exists() {
+            assert!(begun.elapsed() < Duration::from_secs(20), "the owner does not get ready");
+            assert_eq!(owner.0.try_wait().unwrap(), None, "the owner has ended");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        owner
+    }
+
+    fn kill(mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+impl Drop for OwnerProcess {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn own(directory: &Path) -> Enforcer {
+    let host = || host_of(&directory.join("netns/host"));
+    let owner = Enforcer::open(host(), config(directory.to_owned()), tools()).unwrap();
+    let engine = Engine::new(host(), &directory.join("run"), None).unwrap();
+    owner.adopt(&engine.attachments(&"shop".parse().unwrap()).unwrap()).unwrap();
+    owner.set_policies(policies(DB)).unwrap();
+    let report = owner.start().unwrap();
+    assert!(report.is_complete(), "{report:?}");
+    owner
+}
+
+/// Not a test by itself: what [`OwnerProcess`] executes. Without its variable it has nothing to own.
+#[test]
+fn an_owner_in_a_process_of_its_own() {
+    let Some(directory) = std::env::var_os(DIRECTORY).map(PathBuf::from) else { return };
+    let _owner = own(&directory);
+    std::fs::write(directory.join("ready"), "").unwrap();
+    loop {
+        std::thread::park();
+    }
+}
+
+#[test]
+fn no_verdict_changes_while_owners_are_killed_and_restarted() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let mut world = World::new();
+    let owner = OwnerProcess::start(&world);
+    world.add_enforced("web", 2, &[("app", "web")]);
+    world.add_enforced("db", 3, &[("app", "db")]);
+    world.add_enforced("scan", 4, &[]);
+    let slots =
+        |world: &World| ["web", "db", "scan"].map(|name| world.attached(name).map(|attached| attached.unwrap().class));
+    let before = slots(&world);
+
+    let mut floods = Vec::new();
+    for ipv6 in [false, true] {
+        let to = |port| SocketAddr::new(world.address("db", ipv6), port);
+        floods.push((Stream::udp(world.pod("web"), world.pod("db"), to(5353)), true));
+        floods.push((Stream::udp(world.pod("scan"), world.pod("db"), to(5354)), false));
+    }
+    let stream = Stream::tcp(world.pod("web"), world.pod("db"), SocketAddr::new(world.address("db", true), 5432));
+
+    let mut owner = Some(owner);
+    for _ in 0..3 {
+        owner.take().unwrap().kill();
+        // New flows are judged, too, while nobody is there.
+        world.tcp("web", "db", 5433, false);
+        world.udp("web", "db", 5355, false);
+        let error = world.await_enforced("db", Duration::from_secs(1)).unwrap_err();
+        assert!(error.contains("await policy"), "{error}");
+        owner = Some(OwnerProcess::start(&world));
+        world.await_enforced("db", ALLOWED).unwrap();
+        assert_eq!(slots(&world), before);
+    }
+    owner.take().unwrap().kill();
+
+    for (flood, allowed) in floods {
+        let (sent, received, gap) = flood.stop();
+        assert!(sent > 1000, "no flood: {sent}");
+        if allowed {
+            // A socket's buffer may overflow on a busy machine; policy would have left a hole of milliseconds.
+            assert!(received + sent / 100 >= sent && gap < Duration::from_secs(1), "{received} of {sent}, gap {gap:?}");
+        } else {
+            assert_eq!(received, 0, "of {sent}");
+        }
+    }
+    let (sent, received, _) = stream.stop();
+    assert_eq!(sent, received);
+
+    // Counters went on through all of it.
+    let owner = own(world.host.directory());
+    let rule = "shop/db ingress[0] from[0] ports[1]";
+    let counted =
+        |owner: &Enforcer| owner.rule_counters().unwrap().into_iter().find(|c| c.rule == rule).map_or(0, |c| c.packets);
+    let before = counted(&owner);
+    assert!(before >= 2, "{before}");
+    world.udp("web", "db", 5353, true);
+    assert_eq!(counted(&owner), before + 2);
+    owner.uninstall().unwrap();
+}
+
+#[test]
+fn the_twin_without_policy_receives_what_the_flood_sends() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let mut world = World::new();
+    let owner = world.started();
+    world.add_enforced("db", 3, &[("app", "db")]);
+    world.add_enforced("scan", 4, &[]);
+    for ipv6 in [false, true] {
+        let to = SocketAddr::new(world.address("db", ipv6), 5354);
+        let (sent, received, _) = {
+            let flood = Stream::udp(world.pod("scan"), world.pod("db"), to);
+            flood.during(Duration::from_millis(500));
+            flood.stop()
+        };
+        assert!(sent > 200 && received + sent / 100 >= sent, "{received} of {sent}");
+    }
+    owner.uninstall().unwrap();
+}
+
+#[test]
+fn there_is_one_owner_at_a_time_and_one_that_stops_leaves_its_verdicts() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let mut world = World::new();
+    let owner = world.started();
+    let again = Enforcer::open(world.host.host(), config(world.host.directory().to_owned()), tools());
+    assert!(matches!(again, Err(EnforcerError::AnotherOwner { .. })));
+    world.add_enforced("web", 2, &[("app", "web")]);
+    world.add_enforced("db", 3, &[("app", "db")]);
+    owner.set_policies(policies(&DB.replace("app: web", "app: nobody"))).unwrap();
+    drop(owner);
+    assert!(!world.host.run_dir().join("policy.sock").exists());
+    world.udp("web", "db", 5353, false);
+
+    // A new owner that knows nothing yet changes nothing, and says of the adopted that they are enforced.
+    let owner = world.open(tools());
+    owner.adopt(&world.engine.attachments(&"shop".parse().unwrap()).unwrap()).unwrap();
+    assert!(owner.endpoints().iter().all(|e| e.phase == Phase::Enforced && e.slot.is_some()));
+    world.udp("web", "db", 5353, false);
+    world.await_enforced("db", ALLOWED).unwrap();
+    assert!(owner.start().unwrap().is_complete());
+    world.udp("web", "db", 5353, true);
+    owner.uninstall().unwrap();
+}

@@ -1,0 +1,272 @@
+//! A host with pods.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use dcenet_core::engine::{AttachRequest, Engine};
+use dcenet_core::link::Policy as LinkPolicy;
+use dcenet_core::model::{AttachmentKey, IfIndex};
+use dcenet_core::netns::{Host, NetNs};
+use dcenet_core::provider::{Dns, Endpoint, Lease, LeasedAddress, LeasedRoute, PolicySink};
+use dcenet_core::test_support::{TestHost, TestNetNs, ping};
+use dcenet_ebpf::abi::Sizes;
+use dcenet_ebpf::attach::{Attached, Attacher, ClsactAttacher, Direction, Hook};
+use dcenet_ebpf::loader::AyaLoader;
+use dcenet_ebpf::pin::Pins;
+use dcenet_policy::enforcer::{Enforcer, EnforcerConfig, PinnedDefault, PolicyConfig, Tools};
+use dcenet_policy::model::Policy;
+use dcenet_policy::sources::networkpolicy::from_yaml;
+use dcenet_policy::target::Tc;
+
+/// Long enough for anything that is allowed.
+pub const ALLOWED: Duration = Duration::from_secs(4);
+/// How long a test waits for what must not come.
+pub const DENIED: Duration = Duration::from_millis(150);
+
+/// Small maps, so that tests start fast.
+pub fn sizes() -> Sizes {
+    Sizes {
+        endpoints: 64,
+        blocks_v4: 64,
+        members_v6: 256,
+        blocks_v6: 64,
+        classes: 256,
+        conntrack: 4096,
+        fragments: 64,
+        rules: 1024,
+        event_bytes: 1 << 18,
+        ..Sizes::default()
+    }
+}
+
+pub fn tools() -> Tools {
+    Tools { loader: Arc::new(AyaLoader), attacher: Arc::new(ClsactAttacher), lowering: Arc::new(Tc::new(sizes())) }
+}
+
+/// A host, its engine and its pods. The owner is separate, for it may die.
+pub struct World {
+    // Dropped before the host, whose directory they are mounted in.
+    pub pods: BTreeMap<String, TestNetNs>,
+    pub engine: Engine,
+    pub sink: Arc<PinnedDefault>,
+    pub host: TestHost,
+    pub policy: LinkPolicy,
+}
+
+pub fn config(directory: PathBuf) -> EnforcerConfig {
+    EnforcerConfig {
+        node: "n1".into(),
+        node_addresses: ["10.20.0.1", "fd20::1"].map(|a| a.parse().unwrap()).into(),
+        run_dir: directory.join("run"),
+        pins: directory.join("bpf"),
+    }
+}
+
+impl World {
+    pub fn new() -> Self {
+        let host = TestHost::new();
+        host.root().sysctl("ipv6/conf/all/forwarding", "1");
+        let policy = PolicyConfig { pins: host.directory().join("bpf"), ..PolicyConfig::default() };
+        let sink = Arc::new(PinnedDefault::new(&policy, &host.run_dir()));
+        let engine = host.engine(Some(Arc::clone(&sink) as _));
+        Self { host, engine, sink, pods: BTreeMap::new(), policy: LinkPolicy::Wanted }
+    }
+
+    pub fn open(&self, tools: Tools) -> Enforcer {
+        Enforcer::open(self.host.host(), config(self.host.directory().to_owned()), tools).unwrap()
+    }
+
+    /// An owner that carries changes out.
+    pub fn started(&self) -> Enforcer {
+        let enforcer = self.open(tools());
+        assert!(enforcer.start().unwrap().is_complete());
+        enforcer
+    }
+
+    pub fn try_add(&mut self, name: &str, n: u16, labels: &[(&str, &str)]) -> Result<(), String> {
+        let pod = self.host.new_pod();
+        let (address, gateway) = ([format!("10.20.0.{n}/24"), format!("fd20::{n:x}/64")], ["10.20.0.1", "fd20::1"]);
+        let addresses = address.iter().zip(gateway).map(|(address, gateway)| LeasedAddress {
+            address: address.parse().unwrap(),
+            gateway: Some(gateway.parse().unwrap()),
+            pool: "pods".into(),
+            sequence: n.into(),
+        });
+        let routes = ["0.0.0.0/0", "::/0"]
+            .map(|destination| LeasedRoute { destination: destination.parse().unwrap(), gateway: None });
+        let request = AttachRequest {
+            key: key(name),
+            pod: pod.pod(),
+            link: serde_json::from_str(r#"{"kind": "bridge", "bridge": "dc0", "isGateway": true}"#).unwrap(),
+            lease: Lease { addresses: addresses.collect(), routes: routes.into(), dns: Dns::default(), mac: None },
+            mac: None,
+            workload: Some(format!("shop/{name}").parse().unwrap()),
+            labels: labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
+            policy: self.policy,
+            fingerprint: "1".into(),
+        };
+        self.engine.attach(&request).map_err(|e| {
+            let mut text = e.to_string();
+            let mut source = std::error::Error::source(&e);
+            while let Some(e) = source {
+                text = format!("{text}: {e}");
+                source = e.source();
+            }
+            text
+        })?;
+        self.pods.insert(name.to_owned(), pod);
+        Ok(())
+    }
+
+    pub fn add(&mut self, name: &str, n: u16, labels: &[(&str, &str)]) {
+        self.try_add(name, n, labels).unwrap();
+    }
+
+    /// Adds a pod and waits for its own verdicts.
+    pub fn add_enforced(&mut self, name: &str, n: u16, labels: &[(&str, &str)]) {
+        self.add(name, n, labels);
+        self.await_enforced(name, ALLOWED).unwrap();
+    }
+
+    pub fn await_enforced(&self, name: &str, limit: Duration) -> Result<(), String> {
+        let endpoint = self.endpoint(name);
+        self.sink.await_enforced(&endpoint, limit).map_err(|e| e.to_string())
+    }
+
+    pub fn delete(&mut self, name: &str) {
+        self.engine.detach(&key(name), None).unwrap();
+        self.pods.remove(name);
+    }
+
+    pub fn endpoint(&self, name: &str) -> Endpoint {
+        let record = self.engine.attachments(&"shop".parse().unwrap()).unwrap();
+        let record = record.into_iter().find(|r| r.key == key(name)).unwrap();
+        Endpoint {
+            attachment: record.key.clone(),
+            ifindex: record.done.unwrap().host_index.unwrap(),
+            ifname: record.host_end.unwrap().name,
+            addresses: record.lease.addresses.iter().map(|a| a.address.addr()).collect(),
+            workload: record.workload,
+            labels: record.labels,
+        }
+    }
+
+    pub fn index(&self, name: &str) -> IfIndex {
+        self.endpoint(name).ifindex
+    }
+
+    /// Ours on both hooks of a pod's host end.
+    pub fn attached(&self, name: &str) -> [Option<Attached>; 2] {
+        let device = self.index(name);
+        self.host.root().run(|| {
+            [Direction::Ingress, Direction::Egress]
+                .map(|direction| ClsactAttacher.attached(Hook { device, direction }).unwrap())
+        })
+    }
+
+    pub fn pod(&self, name: &str) -> &TestNetNs {
+        if name == "node" { self.host.root() } else { &self.pods[name] }
+    }
+
+    pub fn address(&self, name: &str, ipv6: bool) -> IpAddr {
+        if name == "node" {
+            return if ipv6 { "fd20::1" } else { "10.20.0.1" }.parse().unwrap();
+        }
+        self.endpoint(name).addresses.into_iter().find(|a| a.is_ipv6() == ipv6).unwrap()
+    }
+
+    /// Whether `from` reaches `to` over both families; panics where they differ.
+    pub fn tcp(&self, from: &str, to: &str, port: u16, expected: bool) {
+        for ipv6 in [false, true] {
+            let address = SocketAddr::new(self.address(to, ipv6), port);
+            let got = tcp(self.pod(from), self.pod(to), address, limit(expected));
+            assert_eq!(got, expected, "tcp {from} -> {to} {address}");
+        }
+    }
+
+    pub fn udp(&self, from: &str, to: &str, port: u16, expected: bool) {
+        for ipv6 in [false, true] {
+            let address = SocketAddr::new(self.address(to, ipv6), port);
+            let got = udp(self.pod(from), self.pod(to), address, limit(expected));
+            assert_eq!(got, expected, "udp {from} -> {to} {address}");
+        }
+    }
+
+    pub fn ping_one(&self, from: &str, to: &str, ipv6: bool) {
+        ping(self.pod(from), self.address(to, ipv6), ALLOWED).unwrap();
+    }
+
+    pub fn ping(&self, from: &str, to: &str, expected: bool) {
+        for ipv6 in [false, true] {
+            let address = self.address(to, ipv6);
+            let got = ping(self.pod(from), address, limit(expected)).is_ok();
+            assert_eq!(got, expected, "ping {from} -> {to} {address}");
+        }
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        // What a test that panicked has left.
+        let _ = Pins::at(self.host.directory().join("bpf")).unmount();
+    }
+}
+
+fn limit(expected: bool) -> Duration {
+    if expected { ALLOWED } else { DENIED }
+}
+
+pub fn key(name: &str) -> AttachmentKey {
+    AttachmentKey {
+        network: "shop".parse().unwrap(),
+        container: name.parse().unwrap(),
+        ifname: "eth0".parse().unwrap(),
+    }
+}
+
+pub fn tcp(client: &TestNetNs, server: &TestNetNs, to: SocketAddr, limit: Duration) -> bool {
+    use std::io::{Read, Write};
+    let listener = server.run(|| TcpListener::bind(to)).unwrap();
+    let Ok(mut stream) = client.run(|| TcpStream::connect_timeout(&to, limit)) else { return false };
+    let (mut accepted, _) = listener.accept().unwrap();
+    stream.set_read_timeout(Some(limit)).unwrap();
+    accepted.write_all(b"x").unwrap();
+    stream.read_exact(&mut [0]).is_ok()
+}
+
+pub fn udp(client: &TestNetNs, server: &TestNetNs, to: SocketAddr, limit: Duration) -> bool {
+    let answering = server.run(|| UdpSocket::bind(to)).unwrap();
+    let any: IpAddr = if to.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
+    let asking = client.run(|| UdpSocket::bind((any, 0))).unwrap();
+    answering.set_read_timeout(Some(limit)).unwrap();
+    asking.set_read_timeout(Some(limit)).unwrap();
+    asking.send_to(b"x", to).unwrap();
+    let mut bytes = [0; 8];
+    let Ok((_, from)) = answering.recv_from(&mut bytes) else { return false };
+    answering.send_to(b"y", from).unwrap();
+    asking.recv(&mut bytes).is_ok()
+}
+
+pub fn policies(yaml: &str) -> Vec<Policy> {
+    from_yaml(yaml).unwrap()
+}
+
+/// A policy for `app: db` that admits TCP 5432 and UDP 5353 from `app: web`.
+pub const DB: &str = r#"
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: { name: db, namespace: shop }
+spec:
+  podSelector: { matchLabels: { app: db } }
+  policyTypes: [Ingress]
+  ingress:
+  - from: [ { podSelector: { matchLabels: { app: web } } } ]
+    ports: [ { port: 5432 }, { port: 5353, protocol: UDP } ]
+"#;
+
+pub fn host_of(path: &std::path::Path) -> Host {
+    Host(NetNs::open(path).unwrap())
+}
