@@ -1,12 +1,15 @@
-//! The CNI plugin `dcenet`: core's engine, with addresses from ipam's store on this machine.
+//! The CNI plugin `dcenet`: core's engine, with addresses from ipam's store on this machine, and devices under policy from
+//! their first packet on.
 
 use std::io::{stdin, stdout};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use dcenet_core::cni::{Backends, CniError, ErrorCode, NetConf, PolicyChoice, serve};
 use dcenet_core::provider::{AddressSource, LeaseError};
 use dcenet_ipam::config::{IpamConfig, StoreConfig};
 use dcenet_ipam::{Ipam, OpenError};
+use dcenet_policy::enforcer::{PinnedDefault, PolicyConfig};
 
 struct Dcenet;
 
@@ -26,10 +29,12 @@ impl Backends for Dcenet {
     }
 
     fn policy(&self, conf: &NetConf) -> Result<Option<PolicyChoice>, CniError> {
-        match conf.section::<serde_json::Value>("policy")? {
-            None => Ok(None),
-            Some(_) => Err(CniError::new(ErrorCode::UnsupportedField, "policy: this binary has no policy backend")),
-        }
+        let Some(config) = conf.section::<PolicyConfig>("policy")? else { return Ok(None) };
+        let limit = config.limit.get();
+        Ok(Some(PolicyChoice {
+            sink: Arc::new(PinnedDefault::new(&config, &conf.run_dir)),
+            await_enforced: (!limit.is_zero()).then_some(limit),
+        }))
     }
 }
 

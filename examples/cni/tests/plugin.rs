@@ -166,7 +166,8 @@ fn bad_input_is_refused_by_field_and_changes_nothing() {
         ("/ipam/pools/1/subnet", json!("10.20.0.0/25"), 7, "ipam.pools[1]"),
         ("/ipam/pools/0/claims/shop~1db/address", json!("10.99.0.1"), 7, "10.99.0.1"),
         ("/ipMasq", json!(true), 2, "ipMasq: true"),
-        ("/policy", json!({ "default": "deny" }), 2, "policy"),
+        ("/policy", json!({ "await": "5 weeks" }), 7, "policy.await"),
+        ("/policy", json!({ "defualt": "deny" }), 7, "did you mean `default`"),
     ];
     for (path, value, code, word) in table {
         let mut config = node.config.clone();
