@@ -45,6 +45,9 @@
 //! [`loader`] takes an ELF file to programs and maps, [`attach`] puts programs on devices, [`maps`]
 //! reads and writes maps, [`pin`] keeps both beyond the process, [`program`] runs a program on a packet without a device,
 //! and [`probe`] tells what the running kernel can do.
+//!
+//! # The datapath
+//! [`datapath`] writes the programs of a pod's veth, and [`abi`] lays out what they share with user space.
 
 #![warn(unreachable_pub, clippy::print_stderr, clippy::print_stdout, clippy::unwrap_used)]
 
