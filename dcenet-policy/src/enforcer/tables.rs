@@ -1,7 +1,6 @@
 //! Writing the class tables into their maps.
 
 use std::collections::VecDeque;
-use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use dcenet_ebpf::abi::{self, Sizes};
@@ -104,6 +103,7 @@ const GRACE: Duration = Duration::from_millis(50);
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::net::IpAddr;
 
     use super::*;
 

@@ -3,6 +3,8 @@
 #![cfg(feature = "yaml")]
 
 mod changes;
+mod costs;
+mod faults;
 mod restart;
 mod streams;
 mod verdicts;

@@ -53,7 +53,6 @@ pub struct World {
     pub engine: Engine,
     pub sink: Arc<PinnedDefault>,
     pub host: TestHost,
-    pub policy: LinkPolicy,
 }
 
 pub fn config(directory: PathBuf) -> EnforcerConfig {
@@ -72,7 +71,7 @@ impl World {
         let policy = PolicyConfig { pins: host.directory().join("bpf"), ..PolicyConfig::default() };
         let sink = Arc::new(PinnedDefault::new(&policy, &host.run_dir()));
         let engine = host.engine(Some(Arc::clone(&sink) as _));
-        Self { host, engine, sink, pods: BTreeMap::new(), policy: LinkPolicy::Wanted }
+        Self { host, engine, sink, pods: BTreeMap::new() }
     }
 
     pub fn open(&self, tools: Tools) -> Enforcer {
@@ -105,7 +104,7 @@ impl World {
             mac: None,
             workload: Some(format!("shop/{name}").parse().unwrap()),
             labels: labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
-            policy: self.policy,
+            policy: LinkPolicy::Wanted,
             fingerprint: "1".into(),
         };
         self.engine.attach(&request).map_err(|e| {
@@ -193,10 +192,6 @@ impl World {
             let got = udp(self.pod(from), self.pod(to), address, limit(expected));
             assert_eq!(got, expected, "udp {from} -> {to} {address}");
         }
-    }
-
-    pub fn ping_one(&self, from: &str, to: &str, ipv6: bool) {
-        ping(self.pod(from), self.address(to, ipv6), ALLOWED).unwrap();
     }
 
     pub fn ping(&self, from: &str, to: &str, expected: bool) {

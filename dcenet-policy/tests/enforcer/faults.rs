@@ -1,0 +1,219 @@
+//! Loads, attachments and system calls that fail.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
+
+use dcenet_core::model::IfIndex;
+use dcenet_core::test_support::{Rung, require};
+use dcenet_ebpf::attach::{AttachError, Attached, Attacher, ClsactAttacher, Hook, Tag};
+use dcenet_ebpf::loader::{AyaLoader, LoadError, LoadRequest, Loaded, Loader};
+use dcenet_ebpf::program::Program;
+use dcenet_ebpf::test_support::{Fault, Faults};
+use dcenet_policy::enforcer::{Enforcer, Phase, Report, Tools};
+use dcenet_policy::target::Tc;
+
+use crate::world::*;
+
+/// Counts down, and fails at 0.
+#[derive(Clone, Default)]
+struct Countdown(Arc<AtomicI64>);
+
+impl Countdown {
+    fn set(&self, calls: i64) {
+        self.0.store(calls + 1, Ordering::SeqCst);
+    }
+
+    fn hits(&self) -> bool {
+        self.0.fetch_sub(1, Ordering::SeqCst) == 1
+    }
+
+    /// Whether it has not failed yet.
+    fn is_running(&self) -> bool {
+        self.0.load(Ordering::SeqCst) > 0
+    }
+}
+
+struct FlakyLoader(Countdown);
+
+impl Loader for FlakyLoader {
+    fn load(&self, elf: &[u8], request: &LoadRequest<'_>) -> Result<Loaded, LoadError> {
+        if self.0.hits() {
+            return Err(LoadError::refused("injected", std::io::Error::from_raw_os_error(EPERM), ""));
+        }
+        AyaLoader.load(elf, request)
+    }
+}
+
+struct FlakyAttacher(Countdown);
+
+impl Attacher for FlakyAttacher {
+    fn attach_tagged(&self, hook: Hook, program: &Program, tag: Tag<'_>) -> Result<Option<Attached>, AttachError> {
+        ClsactAttacher.attach_tagged(hook, program, tag)
+    }
+
+    fn replace_tagged(&self, hook: Hook, program: &Program, tag: Tag<'_>) -> Result<Attached, AttachError> {
+        if self.0.hits() {
+            return Err(AttachError::Occupied { hook, occupant: "an injected fault".into() });
+        }
+        ClsactAttacher.replace_tagged(hook, program, tag)
+    }
+
+    fn devices(&self) -> Result<Vec<IfIndex>, AttachError> {
+        ClsactAttacher.devices()
+    }
+
+    fn chain(&self, hook: Hook) -> Result<Vec<Attached>, AttachError> {
+        ClsactAttacher.chain(hook)
+    }
+
+    fn detach(&self, hook: Hook) -> Result<bool, AttachError> {
+        ClsactAttacher.detach(hook)
+    }
+}
+
+const EPERM: i32 = 1;
+
+/// Policies under which `web` reaches `db` at one port only.
+fn only(port: u16) -> Vec<dcenet_policy::model::Policy> {
+    policies(&DB.replace("port: 5353", &format!("port: {port}")))
+}
+
+/// Which of two ports of `db` is open: whether a datagram arrives at each.
+fn open(world: &World) -> [bool; 2] {
+    let try_port = |port| {
+        let to = SocketAddr::new(world.address("db", false), port);
+        let server = world.pod("db").run(|| std::net::UdpSocket::bind(to)).unwrap();
+        let client = world.pod("web").run(|| std::net::UdpSocket::bind("0.0.0.0:0")).unwrap();
+        server.set_read_timeout(Some(Duration::from_millis(40))).unwrap();
+        client.send_to(b"x", to).unwrap();
+        server.recv(&mut [0; 8]).is_ok()
+    };
+    [try_port(6000), try_port(6001)]
+}
+
+struct Flaky {
+    world: World,
+    owner: Enforcer,
+    loads: Countdown,
+    attachments: Countdown,
+}
+
+impl Flaky {
+    fn new() -> Self {
+        let (loads, attachments) = (Countdown::default(), Countdown::default());
+        let tools = Tools {
+            loader: Arc::new(FlakyLoader(loads.clone())),
+            attacher: Arc::new(FlakyAttacher(attachments.clone())),
+            lowering: Arc::new(Tc::new(sizes())),
+        };
+        let mut world = World::new();
+        let owner = world.open(tools);
+        owner.start().unwrap();
+        world.add_enforced("web", 2, &[("app", "web")]);
+        world.add_enforced("db", 3, &[("app", "db")]);
+        world.add_enforced("db2", 4, &[("app", "db")]);
+        // Neighbours are known from here on.
+        world.udp("web", "db", 6002, true);
+        assert!(owner.set_policies(only(6000)).unwrap().is_complete());
+        Self { world, owner, loads, attachments }
+    }
+
+    /// After a change to port 6001 in which something failed: the old verdicts, whoever they are reported for; then a
+    /// retry repairs.
+    fn check(&self, result: &Result<Report, String>, what: &str) {
+        let report = match result {
+            Err(_) => None,
+            Ok(report) if report.is_complete() => panic!("{what}: a failure that nobody reports"),
+            Ok(report) => Some(report),
+        };
+        let of_db = report.is_none_or(|r| r.failures.iter().any(|(attachment, _)| *attachment == key("db")));
+        let flows_only =
+            report.is_some_and(|r| r.failures.iter().any(|(_, reason)| reason.contains("not judged anew")));
+        if of_db && !flows_only {
+            assert_eq!(open(&self.world), [true, false], "{what}: {result:?}");
+        }
+        let report = self.owner.retry().unwrap();
+        assert!(report.is_complete() && report.enforced == 3, "{what}: {report:?}");
+        assert_eq!(open(&self.world), [false, true], "{what}, repaired");
+        assert!(self.owner.set_policies(only(6000)).unwrap().is_complete());
+    }
+}
+
+#[test]
+fn a_failing_load_or_attachment_leaves_the_old_verdicts() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let flaky = Flaky::new();
+    for (what, countdown) in [("load", &flaky.loads), ("attachment", &flaky.attachments)] {
+        let mut calls = 0;
+        loop {
+            countdown.set(calls);
+            let result = flaky.owner.set_policies(only(6001)).map_err(|e| e.to_string());
+            let complete = countdown.is_running();
+            countdown.set(-1);
+            if complete {
+                break;
+            }
+            flaky.check(&result, &format!("{what} {calls}"));
+            calls += 1;
+        }
+        // One program for both pods; two hooks of each.
+        assert_eq!(calls, if what == "load" { 1 } else { 4 }, "{what}");
+        flaky.owner.set_policies(only(6000)).unwrap();
+    }
+    flaky.owner.uninstall().unwrap();
+}
+
+#[test]
+fn any_failing_call_to_bpf_leaves_the_old_verdicts() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let flaky = Flaky::new();
+    let root = flaky.world.host.root();
+    let mut at = 0;
+    loop {
+        // In the host's namespace everything happens in this thread, where calls are counted.
+        let (result, calls) = root.run(|| {
+            let faults = Faults::at(at, Fault::Fail(EPERM));
+            (flaky.owner.set_policies(only(6001)).map_err(|e| e.to_string()), faults.calls())
+        });
+        if calls <= at {
+            break;
+        }
+        // A fault that a fallback makes up for is none.
+        if result.as_ref().is_ok_and(Report::is_complete) {
+            flaky.owner.set_policies(only(6000)).unwrap();
+        } else {
+            flaky.check(&result, &format!("call {at} of {calls}"));
+        }
+        at += 1;
+    }
+    assert!(at > 5, "only {at} calls");
+    println!("{at} calls of a change of policy failed once each");
+    flaky.owner.uninstall().unwrap();
+}
+
+#[test]
+fn an_endpoint_whose_load_fails_keeps_the_default_and_the_owner_tries_again() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let mut flaky = Flaky::new();
+    let mut all = only(6000);
+    all.extend(policies(&DB.replace("name: db", "name: cache").replace("app: db", "app: cache")));
+    assert!(flaky.owner.set_policies(all).unwrap().is_complete());
+    flaky.loads.set(0);
+    flaky.world.add("cache", 5, &[("app", "cache")]);
+    let error = flaky.world.await_enforced("cache", Duration::from_millis(100)).unwrap_err();
+    assert!(error.contains("the default stands") && error.contains("not permitted"), "{error}");
+    let status = flaky.owner.endpoints().into_iter().find(|e| e.attachment == key("cache")).unwrap();
+    assert_eq!((status.phase, status.slot), (Phase::Default, None));
+    flaky.world.await_enforced("cache", ALLOWED).unwrap();
+    flaky.world.udp("web", "cache", 5353, true);
+    flaky.world.udp("db", "cache", 5353, false);
+    flaky.owner.uninstall().unwrap();
+}
