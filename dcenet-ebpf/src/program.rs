@@ -69,6 +69,18 @@ impl Program {
         Self::from_fd(sys::program_by_id(id)?)
     }
 
+    /// Every program that the kernel has now, by its number. Needs CAP_SYS_ADMIN.
+    ///
+    /// # Minimum kernel version
+    /// 4.13 (`BPF_PROG_GET_NEXT_ID`).
+    pub fn ids() -> Result<Vec<u32>, SysError> {
+        let mut ids = Vec::new();
+        while let Some(id) = sys::next_program_id(ids.last().copied().unwrap_or(0))? {
+            ids.push(id);
+        }
+        Ok(ids)
+    }
+
     /// What the kernel said of it when it was opened.
     pub fn info(&self) -> &ProgramInfo {
         &self.info

@@ -73,6 +73,7 @@ impl Command {
     const OBJ_PIN: Self = Self(6, "BPF_OBJ_PIN");
     const OBJ_GET: Self = Self(7, "BPF_OBJ_GET");
     const PROG_TEST_RUN: Self = Self(10, "BPF_PROG_TEST_RUN");
+    const PROG_GET_NEXT_ID: Self = Self(11, "BPF_PROG_GET_NEXT_ID");
     const PROG_GET_FD_BY_ID: Self = Self(13, "BPF_PROG_GET_FD_BY_ID");
     const MAP_GET_FD_BY_ID: Self = Self(14, "BPF_MAP_GET_FD_BY_ID");
     const OBJ_GET_INFO_BY_FD: Self = Self(15, "BPF_OBJ_GET_INFO_BY_FD");

@@ -86,6 +86,17 @@ fn attempt(program: &RawProgram<'_>, log: &mut [u8]) -> Result<OwnedFd, SysError
     unsafe { attr.call_for_fd(Command::PROG_LOAD) }
 }
 
+/// The lowest number of a program above `after`.
+pub(crate) fn next_program_id(after: u32) -> Result<Option<u32>, SysError> {
+    let mut attr = Attr::new().u32(0, after);
+    // SAFETY: the attribute holds no pointer; the kernel writes the number into it.
+    match unsafe { attr.call(Command::PROG_GET_NEXT_ID) } {
+        Ok(_) => Ok(Some(attr.read_u32(4))),
+        Err(error) if error.is(libc::ENOENT) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 pub(crate) fn program_by_id(id: u32) -> Result<OwnedFd, SysError> {
     let mut attr = Attr::new().u32(0, id);
     // SAFETY: the attribute holds no pointer; the command returns a new descriptor.

@@ -1,10 +1,13 @@
 //! The main job of dcenet before your eyes: a host and its pods as network namespaces, pods added through the CNI
 //! binary with fixed and dynamic addresses, real traffic between them, and nothing left behind.
 
+mod matrix;
+mod owner;
 mod plugin;
 mod report;
 mod stage;
 mod story;
+mod stream;
 mod traffic;
 
 use std::path::PathBuf;
@@ -61,7 +64,7 @@ fn run(options: &Options, report: &mut Report, interrupted: &AtomicBool) -> Resu
         true => Err("interrupted"),
         false => Ok(()),
     };
-    let told = story::tell(&stage, plugin, report, &check_interrupt);
+    let told = story::tell(&stage, plugin, options.keep, report, &check_interrupt);
     if options.keep {
         report.note(format!("--keep: the stage stands in {}", stage.directory("").display()));
         return told;

@@ -6,6 +6,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use dcenet_core::netns::NetNs;
+use dcenet_ebpf::pin::Pins;
 
 /// Everything that the demo makes is below this directory, so that a later run finds what a crash left.
 const DIRECTORY: &str = "/run/dcenet-demo";
@@ -60,6 +61,11 @@ impl Stage {
         Ok(Pod { netns: NetNs::create(&path)?, path })
     }
 
+    /// Where the host's namespace is mounted.
+    pub fn host_path(&self) -> PathBuf {
+        netns_path("host")
+    }
+
     /// A directory of the stage.
     pub fn directory(&self, name: &str) -> PathBuf {
         directory(name)
@@ -96,7 +102,12 @@ fn clear() -> Result<(), Box<dyn std::error::Error>> {
     for entry in namespaces {
         NetNs::remove(entry.path())?;
     }
-    for name in ["netns", "run", "state"] {
+    // A bpffs that an owner who was killed has left.
+    match Pins::open(directory("bpf")) {
+        Ok(pins) => pins.unmount()?,
+        Err(error) => return Err(error.into()),
+    }
+    for name in ["netns", "run", "state", "bpf"] {
         match fs::remove_dir_all(directory(name)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
             _ => {}

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use dcenet_core::engine::{AttachRequest, Engine};
 use dcenet_core::link::LinkConfig;
@@ -11,12 +12,19 @@ use dcenet_core::model::AttachmentKey;
 use dcenet_core::netns::{Host, NetNs, Pod as EnginePod};
 use dcenet_core::provider::{Dns, Lease, LeasedAddress, LeasedRoute};
 use dcenet_core::test_support::HostState;
+use dcenet_ebpf::datapath::{FROM_POD, TO_POD};
+use dcenet_ebpf::program::Program;
+use dcenet_policy::enforcer::flows::{Flow, FlowEnd, FlowKind};
+use dcenet_policy::model::Direction;
 use serde_json::{Value, json};
 
+use crate::matrix::{self, Party, Row};
+use crate::owner::{self, Owner};
 use crate::plugin::{Container, Plugin};
 use crate::report::Report;
 use crate::stage::{self, Pod, Stage};
-use crate::traffic::{Kind, Server, probe};
+use crate::stream::Stream;
+use crate::traffic::Server;
 
 type Outcome<T = ()> = Result<T, Box<dyn std::error::Error>>;
 
@@ -26,8 +34,47 @@ const DB_ADDRESSES: &str = "10.30.0.5/28, 2001:db8:30::5/64";
 /// Somebody outside the cluster.
 const OUTSIDE: [&str; 2] = ["192.0.2.10", "2001:db8:ff::10"];
 
+/// The host's own addresses in the pods' subnets.
+const NODE: [&str; 4] = ["10.20.0.1", "2001:db8:20::1", "10.30.0.1", "2001:db8:30::1"];
+
+const NOTHING: [bool; 3] = [false; 3];
+
+/// What our programs are called; those of others come and go without us.
+const PROGRAMS: [&str; 2] = [FROM_POD, TO_POD];
+
+/// Who may reach whom by policies/shop.yaml, written by hand from its text: TCP to port 8080, UDP to port 8080, ICMP echo.
+mod expectations {
+    use super::{NOTHING, Row};
+
+    const ALL: [bool; 3] = [true; 3];
+    const TCP: [bool; 3] = [true, false, false];
+
+    pub(super) const POLICY: &[Row] = &[
+        ("shop/web", "shop/db", TCP),
+        ("shop/web", "ops/scan", NOTHING),
+        ("shop/web", "outside", ALL),
+        ("shop/db", "shop/web", NOTHING),
+        ("shop/db", "ops/scan", NOTHING),
+        ("shop/db", "outside", NOTHING),
+        ("ops/scan", "shop/web", ALL),
+        ("ops/scan", "shop/db", NOTHING),
+        ("ops/scan", "outside", ALL),
+        ("outside", "shop/web", TCP),
+        ("outside", "shop/db", NOTHING),
+        ("outside", "ops/scan", NOTHING),
+        // Between a pod and its own node all passes.
+        ("host", "shop/web", ALL),
+        ("host", "shop/db", ALL),
+        ("host", "ops/scan", ALL),
+        ("shop/web", "host", ALL),
+        ("shop/db", "host", ALL),
+        ("ops/scan", "host", ALL),
+    ];
+}
+
 /// A pod of the demo.
 struct Member {
+    party: &'static str,
     namespace: &'static str,
     name: &'static str,
     pod: Pod,
@@ -44,7 +91,7 @@ impl Member {
     }
 
     fn full_name(&self) -> String {
-        format!("{}/{}", self.namespace, self.name)
+        self.party.to_owned()
     }
 }
 
@@ -52,6 +99,7 @@ impl Member {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Machine {
     network: BTreeSet<String>,
+    programs: BTreeSet<String>,
     mounts: BTreeSet<String>,
 }
 
@@ -62,12 +110,22 @@ impl Machine {
         // The fifth field of a line is the mount point (proc_pid_mountinfo(5)).
         let mounts = fs::read_to_string("/proc/self/mountinfo")?;
         let mounts = mounts.lines().filter_map(|l| l.split(' ').nth(4)).map(str::to_owned).collect();
-        Ok(Self { network, mounts })
+        let mut programs = BTreeSet::new();
+        for id in Program::ids()? {
+            // One that vanishes meanwhile was not there.
+            if let Ok(program) = Program::by_id(id)
+                && PROGRAMS.contains(&program.info().name.as_str())
+            {
+                programs.insert(format!("program {} {id}", program.info().name));
+            }
+        }
+        Ok(Self { network, programs, mounts })
     }
 
     /// What differs in `after`, in words; empty where nothing does.
     fn diff(&self, after: &Self) -> String {
-        let sides = [(&self.network, &after.network), (&self.mounts, &after.mounts)];
+        let sides =
+            [(&self.network, &after.network), (&self.programs, &after.programs), (&self.mounts, &after.mounts)];
         let mut lines = Vec::new();
         for (before, after) in sides {
             lines.extend(before.difference(after).map(|l| format!("gone: {l}")));
@@ -81,67 +139,94 @@ impl Machine {
 pub fn tell(
     stage: &Stage,
     program: PathBuf,
+    keep: bool,
     report: &mut Report,
     interrupted: &dyn Fn() -> Result<(), &'static str>,
 ) -> Outcome {
     report.step("The stage");
-    let member = |namespace, name| -> Outcome<Member> {
-        Ok(Member { namespace, name, pod: stage.namespace(name)?, generation: 1 })
+    let member = |party: &'static str| -> Outcome<Member> {
+        let (namespace, name) = party.split_once('/').ok_or("a party is NAMESPACE/NAME")?;
+        Ok(Member { party, namespace, name, pod: stage.namespace(name)?, generation: 1 })
     };
-    let mut members = [member("shop", "web")?, member("shop", "db")?, member("ops", "scan")?];
+    let mut members = [member("shop/web")?, member("shop/db")?, member("ops/scan")?];
     let outside = stage.namespace("outside")?;
     connect_outside(stage, &outside)?;
     report.note("network namespaces: a host, its pods shop/web, shop/db and ops/scan, and somebody outside");
     interrupted()?;
 
-    report.step("Pods are added by the CNI plugin, one with a fixed address");
+    let mut owner = Owner::open(stage, NODE.iter().map(|a| a.parse()).collect::<Result<_, _>>()?)?;
+    let told = with_owner(stage, program, &mut owner, &mut members, &outside, report, interrupted);
+    if keep {
+        return told;
+    }
+    told.and(owner.close())
+}
+
+fn with_owner(
+    stage: &Stage,
+    program: PathBuf,
+    owner: &mut Owner,
+    members: &mut [Member; 3],
+    outside: &Pod,
+    report: &mut Report,
+    interrupted: &dyn Fn() -> Result<(), &'static str>,
+) -> Outcome {
+    report.step("Pods are added by the CNI plugin, one with fixed addresses");
     let plugin = Plugin { program, host: &stage.host };
-    let config = config(stage);
     let mut addresses = Vec::new();
-    for member in &members {
+    for member in members.iter() {
         interrupted()?;
-        let result = call(&plugin, "ADD", member, &config)?;
+        let result = call(&plugin, "ADD", member, &config(stage, member))?;
         let own = ips(&result);
-        report.note(format!("ADD {:<9} {}", member.full_name(), own.join(", ")));
-        let again = call(&plugin, "ADD", member, &config)?;
-        report.holds(
-            format!("a repeated ADD of {} gives the same answer", member.full_name()),
-            again == result,
-            "same",
-        );
+        report.note(format!("ADD {:<8} {}", member.full_name(), own.join(", ")));
+        let again = call(&plugin, "ADD", member, &config(stage, member))?;
+        let same = if again == result { "the same" } else { "another" };
+        report.expect(format!("the answer to a repeated ADD of {}", member.full_name()), "the same", same);
         addresses.push(own);
     }
     report.expect("shop/db has the addresses that it claims", DB_ADDRESSES, addresses[1].join(", "));
-    fixed_address(&plugin, &mut members, &config, report)?;
+    fixed_addresses(stage, &plugin, members, report)?;
 
-    report.step("Traffic");
-    let servers = members.iter().map(|m| Server::start(&m.pod.netns)).collect::<Outcome<Vec<_>>>()?;
-    let outside_server = Server::start(&outside.netns)?;
-    let mut sources: Vec<(String, &NetNs)> = members.iter().map(|m| (m.full_name(), &m.pod.netns)).collect();
-    sources.push(("outside".to_owned(), &outside.netns));
-    let mut targets: Vec<(String, Vec<String>)> = members.iter().map(Member::full_name).zip(addresses).collect();
-    targets.push(("outside".to_owned(), OUTSIDE.map(str::to_owned).to_vec()));
-    for (from, netns) in &sources {
-        for (to, list) in targets.iter().filter(|(to, _)| to != from) {
-            interrupted()?;
-            let mut seen = Vec::new();
-            for address in list {
-                let address: IpAddr = address.split('/').next().unwrap_or(address).parse()?;
-                let family = if address.is_ipv4() { "v4" } else { "v6" };
-                for kind in Kind::ALL {
-                    let verdict = if probe(netns, kind, address)? { "pass" } else { "drop" };
-                    seen.push(format!("{}{} {verdict}", kind.name(), family.trim_start_matches('v')));
-                }
-            }
-            report.holds(format!("{from:<9} -> {to:<9}"), seen.iter().all(|s| s.ends_with("pass")), seen.join(" "));
-        }
+    let bare = |list: &[String]| -> Outcome<Vec<IpAddr>> {
+        list.iter().map(|a| Ok(a.split('/').next().unwrap_or(a).parse()?)).collect()
+    };
+    let mut parties = Vec::new();
+    for (member, own) in members.iter().zip(&addresses) {
+        parties.push(Party { name: member.party, netns: &member.pod.netns, addresses: bare(own)? });
     }
-    drop((servers, outside_server));
+    parties.push(Party { name: "outside", netns: &outside.netns, addresses: bare(&OUTSIDE.map(str::to_owned))? });
+    parties.push(Party {
+        name: "host",
+        netns: &stage.host,
+        addresses: bare(&NODE[..2].iter().map(|a| (*a).to_owned()).collect::<Vec<_>>())?,
+    });
+    let servers = parties.iter().map(|p| Server::start(p.netns, &p.addresses)).collect::<Outcome<Vec<_>>>()?;
 
-    for member in &members {
-        call(&plugin, "DEL", member, &config)?;
-    }
+    report.step("Nothing passes until policy is known");
+    interrupted()?;
+    let silence: Vec<Row> = expectations::POLICY.iter().map(|(from, to, _)| (*from, *to, NOTHING)).collect();
+    matrix::compare(&parties, &silence, report)?;
+
+    report.step("Three NetworkPolicies are compiled to eBPF and attached");
+    interrupted()?;
+    let begin = Instant::now();
+    let done = owner.start(include_str!("../policies/shop.yaml"))?;
+    report.note(format!("policies/shop.yaml: in force for {} pods after {:.0} ms", done.enforced, ms(begin)));
+    report.expect("pods for which it is not in force", 0, done.failures.len());
+    matrix::compare(&parties, expectations::POLICY, report)?;
+
+    report.step("Policy changes while TCP streams run: the database is closed for repair");
+    interrupted()?;
+    change_under_streams(owner, &parties, report)?;
+
+    report.step("What was seen");
+    show_flows(owner, report)?;
+    drop(servers);
+
     report.step("Pods are deleted");
+    for member in members.iter() {
+        call(&plugin, "DEL", member, &config(stage, member))?;
+    }
     let host = HostState::capture(&stage.host);
     let left: Vec<_> = host.lines().filter(|l| l.contains("dcenet:shop/")).collect();
     report.expect("devices of deleted pods on the host", "", left.join("; "));
@@ -151,19 +236,96 @@ pub fn tell(
     Ok(())
 }
 
+/// One stream becomes forbidden, the other stays allowed.
+fn change_under_streams(owner: &Owner, parties: &[Party<'_>], report: &mut Report) -> Outcome {
+    let [web, db, _, outside, _] = parties else { return Err("five parties are on the stage".into()) };
+    let forbidden = Stream::open(web.netns, db.addresses[0])?;
+    let allowed = Stream::open(outside.netns, web.addresses[1])?;
+    std::thread::sleep(Duration::from_millis(300));
+    report.holds("both streams run", forbidden.answered() > 0 && allowed.answered() > 0, "both");
+    let begin = Instant::now();
+    let done = owner.change(include_str!("../policies/shop-repair.yaml"))?;
+    report.note(format!("policies/shop-repair.yaml: in force after {:.1} ms", ms(begin)));
+    report.expect("pods for which it is not in force", 0, done.failures.len());
+    // What was under way when the change came into force may still be counted.
+    std::thread::sleep(Duration::from_millis(50));
+    let (forbidden_then, allowed_then) = (forbidden.answered(), allowed.answered());
+    std::thread::sleep(Duration::from_millis(700));
+    report.expect("answers over the stream shop/web -> shop/db since then", 0, forbidden.answered() - forbidden_then);
+    let more = allowed.answered() - allowed_then;
+    report.holds("answers over the stream outside -> shop/web since then", more > 50, more);
+    let whole = allowed.close().map_or_else(|e| e.to_string(), |()| "whole".to_owned());
+    report.expect("the stream outside -> shop/web, number by number", "whole", whole);
+    drop(forbidden);
+    Ok(())
+}
+
+fn show_flows(owner: &mut Owner, report: &mut Report) -> Outcome {
+    let flows = owner.flows()?;
+    for flow in flows.iter().rev().take(8).rev() {
+        report.note(describe(flow));
+    }
+    let saw = |what: &dyn Fn(&Flow) -> bool| flows.iter().any(what);
+    let db = |f: &Flow| f.pod.workload.as_ref().is_some_and(|w| w.name == "db");
+    report.holds(
+        "an admitted flow names its rule",
+        saw(&|f| {
+            db(f) && f.kind == FlowKind::New && f.rule.as_deref().is_some_and(|r| r.starts_with("shop/db ingress"))
+        }),
+        "shop/db ingress",
+    );
+    report.holds(
+        "a denied packet to shop/db is among them, with its reason",
+        saw(&|f| db(f) && f.kind == FlowKind::Denied && !f.reason.is_empty()),
+        "denied",
+    );
+    Ok(())
+}
+
+fn describe(flow: &Flow) -> String {
+    let end = |end: &FlowEnd| match (&end.workload, end.address) {
+        (Some(workload), _) => format!("{workload}"),
+        (None, Some(address)) => address.to_string(),
+        (None, None) => "?".to_owned(),
+    };
+    let (from, to, port) = match flow.direction {
+        Direction::Ingress => (end(&flow.peer), end(&flow.pod), flow.pod.port),
+        Direction::Egress => (end(&flow.pod), end(&flow.peer), flow.peer.port),
+    };
+    let rule = flow.rule.as_deref().map(|r| format!(" by {r}")).unwrap_or_default();
+    format!(
+        "{:<6} {:<10} {:<5} {from} -> {to}:{port}{rule}",
+        format!("{:?}", flow.kind).to_lowercase(),
+        flow.reason,
+        flow.protocol.to_string()
+    )
+}
+
+fn ms(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1e3
+}
+
 /// Removes the stage and compares the machine with what it was.
 pub fn strike(stage: Stage, before: &Machine, report: &mut Report) -> Outcome {
     stage.strike()?;
-    let difference = before.diff(&Machine::look()?);
-    report.expect("links, addresses, routes, rules, filters and mounts that differ on this machine", "", difference);
+    // The kernel frees programs when no packet can be in them any more, a moment after they are let go.
+    let deadline = Instant::now() + Duration::from_secs(2);
+    let difference = loop {
+        let difference = before.diff(&Machine::look()?);
+        if difference.is_empty() || Instant::now() > deadline {
+            break difference;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    report.expect("links, addresses, routes, rules, filters, programs and mounts that differ on this machine", "", difference);
     report.expect("files left in /run/dcenet-demo", false, stage::anything_left());
     Ok(())
 }
 
 /// The database is deleted and comes back; somebody else wants its address.
-fn fixed_address(plugin: &Plugin<'_>, members: &mut [Member; 3], config: &Value, report: &mut Report) -> Outcome {
+fn fixed_addresses(stage: &Stage, plugin: &Plugin<'_>, members: &mut [Member; 3], report: &mut Report) -> Outcome {
     let [_, db, scan] = members;
-    let mut greedy = config.clone();
+    let mut greedy = config(stage, scan);
     greedy["name"] = json!("greedy");
     greedy["ipam"]["pools"][2]["claims"] = json!({ "ops/scan": { "address": "10.30.0.5", "keep": "forever" } });
     let refused = match plugin.call("ADD", &scan.container(), &greedy)? {
@@ -173,9 +335,9 @@ fn fixed_address(plugin: &Plugin<'_>, members: &mut [Member; 3], config: &Value,
     let holder = refused.as_str().is_some_and(|text| text.contains("shop/db"));
     report.holds("a second claim for its address is refused with the holder's name", holder, &refused);
 
-    call(plugin, "DEL", db, config)?;
+    call(plugin, "DEL", db, &config(stage, db))?;
     db.generation += 1;
-    let result = call(plugin, "ADD", db, config)?;
+    let result = call(plugin, "ADD", db, &config(stage, db))?;
     report.expect("shop/db is deleted, added again, and has", DB_ADDRESSES, ips(&result).join(", "));
     Ok(())
 }
@@ -190,8 +352,8 @@ fn ips(result: &Value) -> Vec<String> {
     list.iter().filter_map(|ip| ip["address"].as_str()).map(str::to_owned).collect()
 }
 
-/// The network configuration, as an operator would write it.
-fn config(stage: &Stage) -> Value {
+/// The network configuration, as an operator would write it, with what the runtime adds for this pod.
+fn config(stage: &Stage, member: &Member) -> Value {
     json!({
         "cniVersion": "1.1.0", "name": "shop", "type": "dcenet",
         "link": { "kind": "bridge", "bridge": "dc0", "isGateway": true },
@@ -211,7 +373,9 @@ fn config(stage: &Stage) -> Value {
             ],
             "routes": [{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }],
         },
+        "policy": { "default": "deny", "await": "0s", "pins": owner::pins(stage) },
         "stateDir": stage.directory("state"), "runDir": stage.directory("run"),
+        "args": { "cni": { "labels": [{ "key": "app", "value": member.name }] } },
     })
 }
 

@@ -3,7 +3,7 @@
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -80,7 +80,9 @@ fn udp(to: IpAddr) -> io::Result<()> {
 }
 
 fn icmp(to: IpAddr) -> io::Result<()> {
-    const ID: u16 = 0xdce0;
+    // Raw sockets of one namespace see each other's replies.
+    static NEXT: AtomicU16 = AtomicU16::new(1);
+    let id = NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
     let (domain, protocol, question, answer) = match to {
         IpAddr::V4(_) => (Domain::IPV4, Protocol::ICMPV4, 8, 0),
         IpAddr::V6(_) => (Domain::IPV6, Protocol::ICMPV6, 128, 129),
@@ -88,7 +90,7 @@ fn icmp(to: IpAddr) -> io::Result<()> {
     let socket = Socket::new(domain, Type::RAW, Some(protocol))?;
     socket.set_read_timeout(Some(PATIENCE))?;
     socket.connect(&SocketAddr::new(to, 0).into())?;
-    let mut packet = [question, 0, 0, 0, (ID >> 8) as u8, ID as u8, 0, 1];
+    let mut packet = [question, 0, 0, 0, id[0], id[1], 0, 1];
     if to.is_ipv4() {
         // The kernel fills in the checksum of ICMPv6 only.
         let sum: u32 = packet.chunks(2).map(|w| u32::from(u16::from_be_bytes([w[0], w[1]]))).sum();
@@ -103,7 +105,7 @@ fn icmp(to: IpAddr) -> io::Result<()> {
         // An IPv4 raw socket sees the IP header too.
         let header = if to.is_ipv4() { usize::from(received[0] & 15) * 4 } else { 0 };
         let message = received.get(header..length).unwrap_or_default();
-        if message.first() == Some(&answer) && message.get(4..6) == Some(&ID.to_be_bytes()[..]) {
+        if message.first() == Some(&answer) && message.get(4..6) == Some(&id[..]) {
             return Ok(());
         }
     }
@@ -118,22 +120,27 @@ pub struct Server {
 }
 
 impl Server {
-    /// Listens on [`PORT`], both families.
-    pub fn start(pod: &NetNs) -> Result<Self, Box<dyn std::error::Error>> {
-        let (listener, socket) = pod.run(|| {
-            let any = SocketAddr::new([0; 16].into(), PORT);
-            let listener = TcpListener::bind(any)?;
-            listener.set_nonblocking(true)?;
-            let socket = UdpSocket::bind(any)?;
-            socket.set_read_timeout(Some(TICK))?;
-            io::Result::Ok((listener, socket))
+    /// Listens on [`PORT`] of the addresses: of each with a socket of its own, so that replies come from it.
+    pub fn start(pod: &NetNs, addresses: &[IpAddr]) -> Result<Self, Box<dyn std::error::Error>> {
+        let sockets = pod.run(|| {
+            addresses
+                .iter()
+                .map(|address| {
+                    let listener = TcpListener::bind((*address, PORT))?;
+                    listener.set_nonblocking(true)?;
+                    let socket = UdpSocket::bind((*address, PORT))?;
+                    socket.set_read_timeout(Some(TICK))?;
+                    Ok((listener, socket))
+                })
+                .collect::<io::Result<Vec<_>>>()
         })??;
         let stop = Arc::new(AtomicBool::new(false));
-        let (for_tcp, for_udp) = (stop.clone(), stop.clone());
-        let threads = vec![
-            std::thread::spawn(move || echo_tcp(&listener, &for_tcp)),
-            std::thread::spawn(move || echo_udp(&socket, &for_udp)),
-        ];
+        let mut threads = Vec::new();
+        for (listener, socket) in sockets {
+            let (for_tcp, for_udp) = (stop.clone(), stop.clone());
+            threads.push(std::thread::spawn(move || echo_tcp(&listener, &for_tcp)));
+            threads.push(std::thread::spawn(move || echo_udp(&socket, &for_udp)));
+        }
         Ok(Self { stop, threads })
     }
 }
