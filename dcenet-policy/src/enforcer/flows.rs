@@ -95,7 +95,8 @@ pub trait FlowSink {
     /// One flow, in the order in which the datapath saw them.
     ///
     /// # Errors
-    /// Ends the drain; flows that were not handed over yet wait for the next one.
+    /// Ends the drain. Events that had left the ring by then and were not handed over count as lost
+    /// ([`Losses::undelivered`]).
     fn flow(&mut self, flow: &Flow) -> io::Result<()>;
 
     /// Says how many events were lost since the last call, for want of room or by the limit on denied packets.
@@ -114,6 +115,8 @@ pub struct Losses {
     pub limited: u64,
     /// Not of the form that this release knows.
     pub unreadable: u64,
+    /// The sink failed before their turn.
+    pub undelivered: u64,
 }
 
 impl Losses {
@@ -122,6 +125,7 @@ impl Losses {
             full: self.full.saturating_sub(before.full),
             limited: self.limited.saturating_sub(before.limited),
             unreadable: self.unreadable.saturating_sub(before.unreadable),
+            undelivered: self.undelivered.saturating_sub(before.undelivered),
         }
     }
 }
@@ -185,6 +189,7 @@ impl FlowSink for &LastFlows {
         all.full += losses.full;
         all.limited += losses.limited;
         all.unreadable += losses.unreadable;
+        all.undelivered += losses.undelivered;
         Ok(())
     }
 }
@@ -266,6 +271,7 @@ pub struct FlowReader {
     ring: RingBuffer,
     limits: Array<[u64; 4]>,
     unreadable: u64,
+    undelivered: u64,
     told: Losses,
 }
 
@@ -274,7 +280,8 @@ impl FlowReader {
         let failed = |name: &'static str| move |e| EnforcerError::map(name, e);
         let ring = RingBuffer::new(shared.maps.get(abi::EVENTS)?).map_err(failed(abi::EVENTS))?;
         let limits = Array::new(shared.maps.get(abi::EVENT_LIMITS)?).map_err(failed(abi::EVENT_LIMITS))?;
-        let mut reader = Self { shared: Arc::clone(shared), ring, limits, unreadable: 0, told: Losses::default() };
+        let mut reader =
+            Self { shared: Arc::clone(shared), ring, limits, unreadable: 0, undelivered: 0, told: Losses::default() };
         // Losses before this reader are not its own.
         reader.told = reader.losses()?;
         Ok(reader)
@@ -293,7 +300,7 @@ impl FlowReader {
     /// # Errors
     /// The sink's, and what the kernel refuses.
     pub fn drain(&mut self, sink: &mut dyn FlowSink) -> Result<usize, EnforcerError> {
-        let Self { shared, ring, unreadable, .. } = self;
+        let Self { shared, ring, unreadable, undelivered, .. } = self;
         let mut handed = 0;
         loop {
             let mut events = Vec::new();
@@ -306,10 +313,13 @@ impl FlowReader {
                 break;
             }
             let resolver = Resolver::new(shared);
-            for event in &events {
+            for (index, event) in events.iter().enumerate() {
                 match resolver.flow(event) {
                     Some(flow) => {
-                        sink.flow(&flow).map_err(sink_failed)?;
+                        if let Err(error) = sink.flow(&flow) {
+                            *undelivered += (events.len() - index) as u64;
+                            return Err(sink_failed(error));
+                        }
                         handed += 1;
                     }
                     None => *unreadable += 1,
@@ -327,7 +337,7 @@ impl FlowReader {
 
     /// Losses since the maps were made.
     fn losses(&self) -> Result<Losses, EnforcerError> {
-        let mut losses = Losses { unreadable: self.unreadable, ..Losses::default() };
+        let mut losses = Losses { unreadable: self.unreadable, undelivered: self.undelivered, ..Losses::default() };
         let slots: Vec<u16> = self.shared.statuses().into_iter().filter_map(|status| status.slot).collect();
         for slot in slots {
             let words = self.limits.load(slot.into()).map_err(|e| EnforcerError::map(abi::EVENT_LIMITS, e))?;

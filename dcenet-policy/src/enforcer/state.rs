@@ -121,9 +121,12 @@ impl State {
     }
 
     fn forget(&mut self, attachment: &AttachmentKey) {
-        if let Some(pod) = self.endpoints.remove(attachment).and_then(|known| known.pod()) {
-            self.join(pod);
-        }
+        let Some(known) = self.endpoints.remove(attachment) else { return };
+        // Sources may have given its addresses to others already.
+        let heirs =
+            self.told.iter().filter(|(_, pod)| known.endpoint.addresses.iter().any(|a| pod.addresses.contains(a)));
+        let pods: BTreeSet<PodId> = heirs.map(|(id, _)| id.clone()).chain(known.pod()).collect();
+        pods.into_iter().for_each(|pod| self.join(pod));
     }
 
     pub(crate) fn set_pod(&mut self, id: PodId, pod: Option<Pod>) {
@@ -252,7 +255,9 @@ impl Shared {
                 for known in state.endpoints.values_mut() {
                     known.failure = Some(error.to_string());
                 }
-                state.retry_at = Some(Instant::now() + RETRY);
+                // The same cluster would compile no better.
+                let hopeless = matches!(error, EnforcerError::Compile(_));
+                state.retry_at = (!hopeless).then(|| Instant::now() + RETRY);
                 Some(error)
             }
         };
