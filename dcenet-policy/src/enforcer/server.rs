@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -38,12 +38,18 @@ impl OwnerLock {
         let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(run_dir);
         made.map_err(|e| failed(run_dir, e))?;
         let path = run_dir.join("policy.lock");
-        let file =
-            File::options().create(true).truncate(false).write(true).open(&path).map_err(|e| failed(&path, e))?;
-        match file.try_lock() {
-            Ok(()) => Ok(Self { _file: file, path }),
-            Err(TryLockError::WouldBlock) => Err(EnforcerError::AnotherOwner { path }),
-            Err(TryLockError::Error(e)) => Err(failed(&path, e)),
+        loop {
+            let file = File::options().create(true).truncate(false).write(true).open(&path);
+            let file = file.map_err(|e| failed(&path, e))?;
+            match file.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => return Err(EnforcerError::AnotherOwner { path }),
+                Err(TryLockError::Error(e)) => return Err(failed(&path, e)),
+            }
+            // An owner that was uninstalled may have removed it in between.
+            if file.metadata().map_err(|e| failed(&path, e))?.nlink() > 0 {
+                return Ok(Self { _file: file, path });
+            }
         }
     }
 

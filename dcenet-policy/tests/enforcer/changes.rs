@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use dcenet_core::test_support::{Rung, require};
 use dcenet_policy::enforcer::Enforcer;
-use dcenet_policy::enforcer::flows::{FlowKind, JsonLines, LastFlows};
-use dcenet_policy::model::{PodId, PolicyId, Verdict};
+use dcenet_policy::enforcer::flows::{Flow, FlowKind, FlowSink, JsonLines, LastFlows, Losses};
+use dcenet_policy::model::{Pod, PodId, PolicyId, Verdict};
 
 use crate::streams::Stream;
 use crate::world::*;
@@ -168,5 +168,59 @@ fn events_beyond_the_limit_are_counted() {
     let losses = kept.losses();
     assert!(losses.limited > 0 && losses.full == 0 && losses.unreadable == 0, "{losses:?}");
     assert!(denied > 0 && denied + losses.limited >= sent, "{denied} of {handed} told, {losses:?}, {sent} sent");
+    owner.uninstall().unwrap();
+}
+
+/// Fails at its first flow.
+struct Broken;
+
+impl FlowSink for Broken {
+    fn flow(&mut self, _: &Flow) -> std::io::Result<()> {
+        Err(std::io::Error::other("the sink is broken"))
+    }
+
+    fn lost(&mut self, _: Losses) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn what_a_broken_sink_did_not_take_is_counted() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let (world, owner) = three_pods();
+    let mut reader = owner.flows().unwrap();
+    reader.drain(&mut &LastFlows::new(100)).unwrap();
+    world.udp("web", "db", 5353, true);
+    assert!(reader.drain(&mut Broken).unwrap_err().to_string().contains("the sink is broken"));
+    let kept = LastFlows::new(100);
+    reader.drain(&mut &kept).unwrap();
+    // Two pods, two families; other traffic may have begun, too.
+    assert!(kept.losses().undelivered >= 4, "{:?}", kept.losses());
+    owner.uninstall().unwrap();
+}
+
+#[test]
+fn an_address_is_the_local_pods_until_it_goes() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let (mut world, owner) = three_pods();
+    owner.set_policies(policies(DB)).unwrap();
+    // A source that is late says that another pod has the address of `scan`.
+    let late = || Pod::new([("app", "web")], ["10.20.0.4".parse().unwrap()]);
+    assert!(owner.upsert_pod(PodId::new("shop", "late"), late()).unwrap().is_complete());
+    world.udp("scan", "db", 5353, false);
+    world.delete("scan");
+    assert_eq!(owner.endpoints().len(), 2);
+    // Now it is the other's, and a third that claims it is refused; the last verdicts stand.
+    let error = owner.upsert_pod(PodId::new("shop", "more"), late()).unwrap_err().to_string();
+    assert!(error.contains("10.20.0.4") && error.contains("shop/late") && error.contains("shop/more"), "{error}");
+    world.udp("web", "db", 5353, true);
+    world.udp("web", "db", 5354, false);
+    assert!(owner.remove_pod(&PodId::new("shop", "more")).unwrap().is_complete());
+    world.add_enforced("scan", 4, &[]);
+    world.udp("scan", "db", 5353, false);
     owner.uninstall().unwrap();
 }
