@@ -5,6 +5,41 @@
 //! pinned default programs, tells the owner over a Unix socket ([`protocol`]), and can wait until the endpoint's own
 //! verdicts are in force.
 //!
+//! ```no_run
+//! use std::sync::Arc;
+//!
+//! use dcenet_core::netns::{Host, NetNs};
+//! use dcenet_ebpf::abi::Sizes;
+//! use dcenet_ebpf::attach::ClsactAttacher;
+//! # use dcenet_ebpf::loader::Loader;
+//! use dcenet_policy::enforcer::{Enforcer, EnforcerConfig, Tools};
+//! use dcenet_policy::target::Tc;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # fn loader() -> Arc<dyn Loader> { unimplemented!() }
+//! let owner = Enforcer::open(
+//!     Host(NetNs::of_this_thread()?),
+//!     EnforcerConfig {
+//!         node: "n1".into(),
+//!         node_addresses: ["192.0.2.1".parse()?].into(),
+//!         run_dir: "/run/dcenet".into(),
+//!         pins: "/run/dcenet/bpf".into(),
+//!     },
+//!     Tools {
+//!         loader: loader(), // such as dcenet_ebpf::loader::AyaLoader
+//!         attacher: Arc::new(ClsactAttacher),
+//!         lowering: Arc::new(Tc::new(Sizes::default())),
+//!     },
+//! )?;
+//! owner.set_policies([])?; // from files, Kubernetes...
+//! let report = owner.start()?;
+//! for (attachment, reason) in &report.failures {
+//!     tracing::warn!(%attachment, reason, "not enforced yet");
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! # The life of an endpoint
 //! ```text
 //!                client: pinned default on both hooks, device down

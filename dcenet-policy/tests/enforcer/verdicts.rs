@@ -5,7 +5,7 @@ use std::time::Duration;
 use dcenet_core::provider::PolicySink;
 use dcenet_core::test_support::{Rung, require};
 use dcenet_ebpf::program::Program;
-use dcenet_policy::enforcer::Phase;
+use dcenet_policy::enforcer::{DefaultVerdict, Phase};
 
 use crate::world::*;
 
@@ -131,5 +131,24 @@ fn a_host_without_an_owner_keeps_the_default_and_says_so_at_once() {
     world.delete("web");
     world.delete("db");
     assert!(owner.endpoints().is_empty());
+    owner.uninstall().unwrap();
+}
+
+#[test]
+fn a_default_of_allow_holds_until_the_owner_knows_better() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let mut world = World::with_default(DefaultVerdict::Allow);
+    let owner = world.open(tools());
+    world.add("web", 2, &[("app", "web")]);
+    world.add("db", 3, &[("app", "db")]);
+    world.tcp("web", "db", 80, true);
+    world.await_enforced("db", Duration::from_millis(20)).unwrap_err();
+    owner.set_policies(policies(DB)).unwrap();
+    world.tcp("web", "db", 80, true);
+    assert!(owner.start().unwrap().is_complete());
+    world.tcp("web", "db", 80, false);
+    world.tcp("web", "db", 5432, true);
     owner.uninstall().unwrap();
 }

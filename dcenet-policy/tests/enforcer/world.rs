@@ -16,7 +16,7 @@ use dcenet_ebpf::abi::Sizes;
 use dcenet_ebpf::attach::{Attached, Attacher, ClsactAttacher, Direction, Hook};
 use dcenet_ebpf::loader::AyaLoader;
 use dcenet_ebpf::pin::Pins;
-use dcenet_policy::enforcer::{Enforcer, EnforcerConfig, PinnedDefault, PolicyConfig, Tools};
+use dcenet_policy::enforcer::{DefaultVerdict, Enforcer, EnforcerConfig, PinnedDefault, PolicyConfig, Tools};
 use dcenet_policy::model::Policy;
 use dcenet_policy::sources::networkpolicy::from_yaml;
 use dcenet_policy::target::Tc;
@@ -66,9 +66,13 @@ pub fn config(directory: PathBuf) -> EnforcerConfig {
 
 impl World {
     pub fn new() -> Self {
+        Self::with_default(DefaultVerdict::Deny)
+    }
+
+    pub fn with_default(default: DefaultVerdict) -> Self {
         let host = TestHost::new();
         host.root().sysctl("ipv6/conf/all/forwarding", "1");
-        let policy = PolicyConfig { pins: host.directory().join("bpf"), ..PolicyConfig::default() };
+        let policy = PolicyConfig { pins: host.directory().join("bpf"), default, ..PolicyConfig::default() };
         let sink = Arc::new(PinnedDefault::new(&policy, &host.run_dir()));
         let engine = host.engine(Some(Arc::clone(&sink) as _));
         Self { host, engine, sink, pods: BTreeMap::new() }
