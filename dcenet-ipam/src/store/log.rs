@@ -214,7 +214,11 @@ impl LogStore {
         let revision = view.revision + 1;
         let durable = Hints::read(&self.disk, &self.lock)?.durable_of(view.log.generation);
         let bytes = frame::encode(view.log.generation, view.end, revision, durable, batch);
-        view.append(&self.disk, &bytes)?;
+        view.reserve(&self.disk, bytes.len())?;
+        if let Err(error) = view.append(&self.disk, &bytes) {
+            // The frame may be there nonetheless, in part or in whole; the next to take the lock sees which.
+            return Ok(Applied::Perhaps(error));
+        }
         view.lay_over(revision, batch.request_id, batch.writes.clone());
         // Who flushes reads this to know how much its flush covers. Without it the flush covers this frame only.
         let own = Hints::write_end(&self.disk, &self.lock, view.log.generation, view.end).is_ok();
@@ -262,6 +266,7 @@ impl LogStore {
 enum Applied {
     Yes { revision: u64, log: Arc<Log>, end: u64, own: bool },
     No(Vec<Option<Entry>>),
+    Perhaps(StoreError),
 }
 
 #[async_trait]
@@ -297,6 +302,7 @@ impl Store for LogStore {
         };
         match applied {
             Applied::No(current) => Ok(Outcome::Conflict(current)),
+            Applied::Perhaps(error) => Ok(Outcome::Unknown { reason: error.to_string() }),
             Applied::Yes { revision, log, end, own } => match self.make_durable(&log, end, own) {
                 Ok(()) => Ok(Outcome::Committed { revision }),
                 Err(error) => Ok(Outcome::Unknown { reason: error.to_string() }),
@@ -448,16 +454,21 @@ impl View {
         disk.write_at(&self.log.file, LOG, &vec![0; bytes.len()], self.end)
     }
 
-    fn append(&mut self, disk: &Disk, frame: &[u8]) -> Result<(), StoreError> {
-        let end = self.end + frame.len() as u64;
+    /// Makes room for a frame.
+    fn reserve(&mut self, disk: &Disk, frame: usize) -> Result<(), StoreError> {
+        let end = self.end + frame as u64;
         if end > self.allocated {
             // Before the frame, not with it: should the medium be full, the frame must not be there in whole.
             let allocated = end.next_multiple_of(CHUNK);
             disk.write_at(&self.log.file, LOG, &vec![0; (allocated - self.allocated) as usize], self.allocated)?;
             self.allocated = allocated;
         }
+        Ok(())
+    }
+
+    fn append(&mut self, disk: &Disk, frame: &[u8]) -> Result<(), StoreError> {
         disk.write_at(&self.log.file, LOG, frame, self.end)?;
-        self.end = end;
+        self.end += frame.len() as u64;
         Ok(())
     }
 
