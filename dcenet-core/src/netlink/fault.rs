@@ -1,4 +1,4 @@
-//! The one gate through which every netlink request and every journal write passes.
+//! The one gate through which every netlink request, every journal write and every call of a store on disk passes.
 //!
 //! With the feature `fault-injection` a test makes the n-th call fail, or the process die there; without it the gate is
 //! nothing.
@@ -25,11 +25,12 @@ pub(crate) fn gate(_operation: &str) -> Gate {
 #[cfg(feature = "fault-injection")]
 pub(crate) use armed::gate;
 #[cfg(feature = "fault-injection")]
-pub use armed::{Fault, Injection, with_fault};
+pub use armed::{Fault, Injection, through_gate, with_fault};
 
 #[cfg(feature = "fault-injection")]
 mod armed {
     use std::cell::RefCell;
+    use std::io::{self, Write};
     use std::sync::OnceLock;
     use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -48,7 +49,8 @@ mod armed {
         AbortAfter,
     }
 
-    /// Which call fails, and how. Calls count from 1: netlink requests and journal writes, in order.
+    /// Which call fails, and how. Calls count from 1: netlink requests, journal writes and what other crates pass
+    /// through [`through_gate`], in order.
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
     pub struct Injection {
         /// The call; 0 for none, to count calls only.
@@ -59,7 +61,8 @@ mod armed {
 
     impl Injection {
         /// Reads `fail:7`, `lose:7`, `abort:7` or `abort-after:7`, the form of the environment variable
-        /// `DCENET_FAULT`, which applies to the whole process.
+        /// `DCENET_FAULT`, which applies to the whole process. `DCENET_FAULT_LOG` may name a file to which the call
+        /// that met the fault is appended, as a line of its number and name: without one, it was never reached.
         pub fn parse(text: &str) -> Option<Self> {
             let (fault, call) = text.split_once(':')?;
             let fault = match fault {
@@ -109,6 +112,30 @@ mod armed {
         (value, calls)
     }
 
+    /// Makes a call of another crate through the gate. A lost outcome is reported as an error of kind `Other`.
+    ///
+    /// # Errors
+    /// Those of the call, and the injected ones.
+    pub fn through_gate<T>(operation: &str, call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        match gate(operation) {
+            Gate::Pass => call(),
+            Gate::Fail(errno) => Err(io::Error::from_raw_os_error(errno)),
+            Gate::Lose => call().and_then(|_| Err(io::Error::other("injected: outcome unknown"))),
+            Gate::DieAfter => {
+                // Whatever came of it: the process ends before it could tell.
+                drop(call());
+                std::process::abort()
+            }
+        }
+    }
+
+    fn note(count: u64, operation: &str) {
+        let Some(path) = std::env::var_os("DCENET_FAULT_LOG") else { return };
+        let file = std::fs::OpenOptions::new().append(true).create(true).open(&path);
+        let noted = file.and_then(|mut file| writeln!(file, "{count} {operation}"));
+        noted.unwrap_or_else(|e| panic!("DCENET_FAULT_LOG {}: {e}", path.display()));
+    }
+
     pub(crate) fn gate(operation: &str) -> Gate {
         let local = ARMED.with_borrow_mut(|armed| {
             let (injection, count) = armed.as_mut()?;
@@ -125,7 +152,13 @@ mod armed {
             Some(Injection::parse(&text).unwrap_or_else(|| panic!("DCENET_FAULT {text:?}: want KIND:N")))
         });
         match process {
-            Some(injection) => injection.meet(COUNT.fetch_add(1, Ordering::Relaxed) + 1, operation),
+            Some(injection) => {
+                let count = COUNT.fetch_add(1, Ordering::Relaxed) + 1;
+                if count == injection.call {
+                    note(count, operation);
+                }
+                injection.meet(count, operation)
+            }
             None => Gate::Pass,
         }
     }

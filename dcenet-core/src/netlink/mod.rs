@@ -28,7 +28,7 @@ pub use route::{RouteView, RuleView};
 pub use socket::{Failure, Family, NetlinkError, Reply, Socket};
 
 #[cfg(feature = "fault-injection")]
-pub use fault::{Fault, Injection, with_fault};
+pub use fault::{Fault, Injection, through_gate, with_fault};
 
 pub(crate) use address::{add_address, address_dump, delete_address};
 pub(crate) use fault::{Gate, gate};

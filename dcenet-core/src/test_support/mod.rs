@@ -7,9 +7,10 @@ mod rung;
 mod snapshot;
 mod traffic;
 
+pub use crate::journal::read_hostile_record;
 pub use crate::netlink::read_hostile;
 #[cfg(feature = "fault-injection")]
-pub use crate::netlink::{Fault, Injection, with_fault};
+pub use crate::netlink::{Fault, Injection, through_gate, with_fault};
 pub use host::{TestHost, TestNetNs};
 pub use rung::{Rung, require, require_with};
 pub use snapshot::HostState;

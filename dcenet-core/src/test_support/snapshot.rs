@@ -45,8 +45,10 @@ impl HostState {
         }
         for route in whole(socket.routes()) {
             let RouteView { destination, gateway, link, table, protocol, scope, kind, metric, source } = route;
-            if protocol == libc::RTPROT_KERNEL && destination == IPV6_MULTICAST {
-                // Follows the carrier of each link, some time after it.
+            let follows = destination == IPV6_MULTICAST
+                || matches!(destination, IpNet::V6(_)) && table == u32::from(libc::RT_TABLE_LOCAL);
+            if protocol == libc::RTPROT_KERNEL && follows {
+                // These follow the carrier and the addresses of each link, some time after them.
                 continue;
             }
             let link = link.map(|l| name(l.get()));

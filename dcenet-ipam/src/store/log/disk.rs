@@ -71,8 +71,15 @@ impl Disk {
         self.dir.join(name)
     }
 
-    fn ask(&self, call: DiskCall) -> io::Result<()> {
-        self.fault.as_ref().map_or(Ok(()), |fault| fault(call))
+    /// Makes a call, unless a test wants it to fail.
+    fn make<T>(&self, call: DiskCall, make: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        if let Some(fault) = &self.fault {
+            fault(call)?;
+        }
+        #[cfg(feature = "fault-injection")]
+        return dcenet_core::test_support::through_gate(&format!("store {call:?}"), make);
+        #[cfg(not(feature = "fault-injection"))]
+        make()
     }
 
     fn error(&self, verb: &str, name: &str, source: io::Error) -> StoreError {
@@ -85,9 +92,9 @@ impl Disk {
             return Ok(());
         }
         let error = |source| self.error("create", "", source);
-        self.ask(DiskCall::Create).map_err(error)?;
         let existing = self.dir.ancestors().find(|p| p.is_dir()).map(Path::to_owned);
-        DirBuilder::new().recursive(true).mode(0o700).create(&self.dir).map_err(error)?;
+        self.make(DiskCall::Create, || DirBuilder::new().recursive(true).mode(0o700).create(&self.dir))
+            .map_err(error)?;
         for parent in self.dir.ancestors().skip(1) {
             let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
             self.sync_path(parent).map_err(error)?;
@@ -123,35 +130,31 @@ impl Disk {
 
     fn create_with(&self, name: &str, options: &mut OpenOptions) -> Result<File, StoreError> {
         self.opens.fetch_add(1, Ordering::Relaxed);
-        self.ask(DiskCall::Create)
-            .and_then(|()| options.read(true).write(true).mode(0o600).open(self.path(name)))
+        self.make(DiskCall::Create, || options.read(true).write(true).mode(0o600).open(self.path(name)))
             .map_err(|e| self.error("create", name, e))
     }
 
     pub(super) fn write_at(&self, file: &File, name: &str, bytes: &[u8], offset: u64) -> Result<(), StoreError> {
-        self.ask(DiskCall::Write)
-            .and_then(|()| file.write_all_at(bytes, offset))
-            .map_err(|e| self.error("write", name, e))?;
+        self.make(DiskCall::Write, || file.write_all_at(bytes, offset)).map_err(|e| self.error("write", name, e))?;
         self.written.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         Ok(())
     }
 
     pub(super) fn sync(&self, file: &File, name: &str) -> Result<(), StoreError> {
         self.syncs.fetch_add(1, Ordering::Relaxed);
-        self.ask(DiskCall::Sync).and_then(|()| file.sync_data()).map_err(|e| self.error("flush", name, e))
+        self.make(DiskCall::Sync, || file.sync_data()).map_err(|e| self.error("flush", name, e))
     }
 
     /// Gives a flushed temporary file its name, durably.
     pub(super) fn rename(&self, from: &str, to: &str) -> Result<(), StoreError> {
-        self.ask(DiskCall::Rename)
-            .and_then(|()| fs::rename(self.path(from), self.path(to)))
+        self.make(DiskCall::Rename, || fs::rename(self.path(from), self.path(to)))
             .map_err(|e| self.error("rename a temporary file to", to, e))?;
         self.sync_path(&self.dir).map_err(|e| self.error("flush the directory of", to, e))
     }
 
     fn sync_path(&self, dir: &Path) -> io::Result<()> {
         self.opens.fetch_add(1, Ordering::Relaxed);
-        self.ask(DiskCall::SyncDir).and_then(|()| File::open(dir)).and_then(|dir| dir.sync_all())
+        self.make(DiskCall::SyncDir, || File::open(dir)?.sync_all())
     }
 
     /// Identifies what the name stands for now; a file renamed over it has another identity.

@@ -1,11 +1,17 @@
 //! A node with pods, and the plugin run on it.
 
-use std::io::Write;
-use std::path::Path;
-use std::process::{Command, Stdio};
+#![allow(dead_code, reason = "each test program uses a part of it")]
+
+use std::io::{Read, Write};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use dcenet_core::test_support::{HostState, TestHost, TestNetNs, ping};
+use dcenet_ipam::Ipam;
+use dcenet_ipam::config::IpamConfig;
+use dcenet_ipam::model::Binding;
 use serde_json::{Value, json};
 
 /// A host and the network configuration that its runtime has.
@@ -82,12 +88,57 @@ impl Node {
     }
 
     pub fn gc(&self, valid: Option<&[&Pod]>) -> Result<Value, Value> {
-        let mut config = self.config.clone();
-        if let Some(valid) = valid {
-            let list: Vec<_> = valid.iter().map(|p| json!({ "containerID": p.container, "ifname": "eth0" })).collect();
-            config["cni.dev/valid-attachments"] = json!(list);
-        }
+        let config = valid.map_or_else(|| self.config.clone(), |valid| self.config_for_gc(valid));
         self.run("GC", None, None, &config.to_string())
+    }
+
+    /// The configuration that GC gets where these attachments are valid.
+    pub fn config_for_gc(&self, valid: &[&Pod]) -> Value {
+        let list: Vec<_> = valid.iter().map(|p| json!({ "containerID": p.container, "ifname": "eth0" })).collect();
+        let mut config = self.config.clone();
+        config["cni.dev/valid-attachments"] = json!(list);
+        config
+    }
+
+    /// Runs a verb with a fault as `DCENET_FAULT` takes it.
+    pub fn faulted(&self, verb: &str, pod: Option<&Pod>, config: &Value, fault: &str) -> Faulted {
+        let log = self.host.directory().join("fault");
+        let mut command = self.command(verb, pod, None);
+        command.env("DCENET_FAULT", fault).env("DCENET_FAULT_LOG", &log).stderr(Stdio::null());
+        let outcome = self.host.root().run(|| Running::start(command, &config.to_string()).wait());
+        let met = std::fs::read_to_string(&log).ok().map(|line| line.trim().to_owned());
+        if met.is_some() {
+            std::fs::remove_file(&log).expect("the log is ours");
+        }
+        Faulted { met, outcome }
+    }
+
+    /// Starts a verb without waiting for its end.
+    pub fn start(&self, verb: &str, pod: &Pod) -> Running {
+        let command = self.command(verb, Some(pod), None);
+        self.host.root().run(|| Running::start(command, &self.config.to_string()))
+    }
+
+    /// The store, opened as the plugin does.
+    pub fn ipam(&self) -> Ipam {
+        let config: IpamConfig = serde_json::from_value(self.config["ipam"].clone()).expect("the section is right");
+        let state: PathBuf = self.config["stateDir"].as_str().expect("a path").into();
+        Ipam::open(&config, &state).expect("the store opens")
+    }
+
+    /// Who has which address, and what claims record, as lines of text in order.
+    pub fn store(&self) -> Vec<String> {
+        let ipam = self.ipam();
+        let bindings = pollster::block_on(ipam.bindings(None)).expect("the store answers");
+        let bound = |b: &Binding| format!("{} has {}", b.attachment, b.address);
+        let mut lines: Vec<String> = bindings.iter().map(bound).collect();
+        let claims = pollster::block_on(ipam.claims()).expect("the store answers");
+        lines.extend(claims.iter().map(|c| format!("claim {} of {}: {:?}", c.claim.key, c.pool, c.claim.address)));
+        // Counted from the other side, that of the addresses: both must agree.
+        let usage = pollster::block_on(ipam.usage()).expect("the store answers");
+        assert_eq!(usage.iter().map(|u| u.bound).sum::<u128>(), bindings.len() as u128, "{lines:?}");
+        lines.sort();
+        lines
     }
 
     pub fn call(&self, verb: &str, pod: &Pod, stdin: &str) -> Result<Value, Value> {
@@ -100,6 +151,11 @@ impl Node {
     }
 
     fn run(&self, verb: &str, pod: Option<&Pod>, netns: Option<&Path>, stdin: &str) -> Result<Value, Value> {
+        let command = self.command(verb, pod, netns);
+        self.host.root().run(|| execute(command, stdin))
+    }
+
+    fn command(&self, verb: &str, pod: Option<&Pod>, netns: Option<&Path>) -> Command {
         let mut command = plugin();
         command.env("CNI_COMMAND", verb);
         if let Some(pod) = pod {
@@ -109,7 +165,52 @@ impl Node {
                 .env("CNI_IFNAME", "eth0")
                 .env("CNI_ARGS", format!("K8S_POD_NAME={};IgnoreUnknown=1;X=y;K8S_POD_NAMESPACE=shop", pod.name));
         }
-        self.host.root().run(|| execute(command, stdin))
+        command
+    }
+}
+
+/// A verb that met a fault, or made too few calls to meet it.
+#[derive(Debug)]
+pub struct Faulted {
+    /// Number and name of the call that failed.
+    pub met: Option<String>,
+    /// What came of the verb; `None` where its process died.
+    pub outcome: Option<Result<Value, Value>>,
+}
+
+/// The plugin at work.
+#[derive(Debug)]
+pub struct Running(Child);
+
+impl Running {
+    fn start(mut command: Command, stdin: &str) -> Self {
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("the plugin starts");
+        // A plugin that refuses the environment, or dies, may be gone before it has read.
+        let _ = child.stdin.take().expect("stdin is piped").write_all(stdin.as_bytes());
+        Self(child)
+    }
+
+    /// Kills it, unless it has ended.
+    pub fn kill(&mut self) {
+        self.0.kill().expect("the child is ours");
+    }
+
+    /// Its answer; `None` where it was killed before it had one.
+    pub fn wait(mut self) -> Option<Result<Value, Value>> {
+        let mut bytes = Vec::new();
+        self.0.stdout.take().expect("stdout is piped").read_to_end(&mut bytes).expect("stdout can be read");
+        let status = self.0.wait().expect("the plugin ends");
+        if status.signal().is_some() && bytes.is_empty() {
+            return None;
+        }
+        let answer = if bytes.is_empty() {
+            Value::Null
+        } else {
+            serde_json::from_slice(&bytes).expect("stdout holds one JSON object")
+        };
+        // Killed between its answer and its end: the answer holds.
+        let failed = !status.success() && status.signal().is_none() || answer.get("code").is_some();
+        Some(if failed { Err(answer) } else { Ok(answer) })
     }
 }
 
@@ -138,16 +239,8 @@ fn plugin() -> Command {
     command
 }
 
-fn execute(mut command: Command, stdin: &str) -> Result<Value, Value> {
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("the plugin starts");
-    // A plugin that refuses the environment may be gone before it has read.
-    let _ = child.stdin.take().expect("stdin is piped").write_all(stdin.as_bytes());
-    let output = child.wait_with_output().expect("the plugin ends");
-    let answer = match output.stdout.as_slice() {
-        [] => Value::Null,
-        bytes => serde_json::from_slice(bytes).expect("stdout holds one JSON object"),
-    };
-    if output.status.success() { Ok(answer) } else { Err(answer) }
+fn execute(command: Command, stdin: &str) -> Result<Value, Value> {
+    Running::start(command, stdin).wait().expect("the plugin is not killed")
 }
 
 /// Runs the plugin where it may touch nothing: for calls that need no host.
