@@ -183,7 +183,8 @@ pub struct Faulted {
 pub struct Running(Child);
 
 impl Running {
-    fn start(mut command: Command, stdin: &str) -> Self {
+    /// Starts a plugin in the calling thread's namespace.
+    pub fn start(mut command: Command, stdin: &str) -> Self {
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("the plugin starts");
         // A plugin that refuses the environment, or dies, may be gone before it has read.
         let _ = child.stdin.take().expect("stdin is piped").write_all(stdin.as_bytes());
