@@ -5,8 +5,8 @@
 use std::time::Instant;
 
 use dcenet_ebpf::asm::Asm;
-use dcenet_ebpf::insn::{AtomicOp, Cond, Helper, IsaLevel, Reg::*, Size};
-use dcenet_ebpf::object::{MapFlags, MapSpec, Object, ProgramKind};
+use dcenet_ebpf::insn::{AtomicOp, Cond, Helper, Imm64, Insn, IsaLevel, Reg::*, Size};
+use dcenet_ebpf::object::{MapFlags, MapSpec, Object, Program, ProgramKind};
 use dcenet_ebpf::vm::{
     Environment, Map, MapError, Maps, Memory, Redirect, Run, Skb, Trap, TrapKind, Update, Vlan, Vm, VmError,
 };
@@ -498,6 +498,32 @@ fn it_runs_millions_of_instructions_a_second() {
     }
     eprintln!("{best:.0} M instructions/s");
     assert!(best > if cfg!(debug_assertions) { 5.0 } else { 20.0 }, "{best:.1} M instructions/s");
+}
+
+/// Found by fuzzing: a hash map of no entries has no first value whose address could be taken.
+#[test]
+fn only_an_array_of_one_entry_has_a_direct_value() {
+    let maps = [
+        MapSpec::array("one", 8, 1),
+        MapSpec::array("many", 8, 2),
+        MapSpec::hash("hash", 4, 8, 2),
+        MapSpec::ringbuf("ring", 4096),
+    ];
+    let run = |value: Imm64| {
+        let code =
+            [Insn::LoadImm64 { dst: R1, value }, Insn::Load { size: Size::Dw, dst: R0, base: R1, off: 0 }, Insn::Exit];
+        let program = Program::from_insns("direct", ProgramKind::Classifier, code.to_vec(), maps.to_vec());
+        let run = Vm::new(&program).unwrap().run(&mut Skb::new([]), &mut Maps::new(&maps), &mut Environment::default());
+        run.map(|run| run.value).map_err(|trap| trap.kind)
+    };
+    assert_eq!(run(Imm64::MapValue { fd: 0, offset: 0 }), Ok(0));
+    for fd in 1..4 {
+        assert_eq!(run(Imm64::MapValue { fd, offset: 0 }), Err(TrapKind::DirectValue), "map {fd}");
+    }
+    for fd in [-1, 4, 65_536] {
+        assert_eq!(run(Imm64::MapValue { fd, offset: 0 }), Err(TrapKind::WrongMaps), "map {fd}");
+        assert_eq!(run(Imm64::MapFd(fd)), Err(TrapKind::WrongMaps), "map {fd}");
+    }
 }
 
 /// Short programs are what a comparison of many packets runs: setting a run up must be cheap too.

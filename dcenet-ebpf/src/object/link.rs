@@ -18,6 +18,12 @@ pub struct Program {
 }
 
 impl Program {
+    /// A program of instructions that no assembler has seen, for tests of what reads and runs them.
+    #[cfg(any(test, feature = "test-support"))]
+    pub fn from_insns(name: &str, kind: ProgramKind, insns: Vec<Insn>, maps: Vec<MapSpec>) -> Self {
+        Self { name: name.to_owned(), kind, insns, functions: vec![(0, name.to_owned())], maps }
+    }
+
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name

@@ -1,7 +1,7 @@
 //! One run: registers, frames, and the meaning of every instruction.
 
 use super::alu;
-use super::maps::Maps;
+use super::maps::{Map, Maps};
 use super::memory::Stack;
 use super::skb::{CONTEXT_BYTES, Skb};
 use super::trap::{Memory, Trap, TrapKind};
@@ -107,6 +107,11 @@ impl<'a> Machine<'a> {
         }
     }
 
+    fn map_number(&self, number: i32) -> Result<u16, TrapKind> {
+        let known = u16::try_from(number).ok().filter(|n| self.maps.at((*n).into()).is_some());
+        known.ok_or(TrapKind::WrongMaps)
+    }
+
     #[inline]
     fn step(&mut self, pc: usize, insn: Insn) -> Result<Next, TrapKind> {
         let next = pc + insn.slots();
@@ -144,9 +149,13 @@ impl<'a> Machine<'a> {
             Insn::LoadImm64 { dst, value } => {
                 self.regs[dst.index()] = match value {
                     Imm64::Value(number) => Value::Number(number),
-                    Imm64::MapFd(map) => Value::Address(Address::new(Region::Map(map as u16), 0)),
+                    Imm64::MapFd(map) => Value::Address(Address::new(Region::Map(self.map_number(map)?), 0)),
                     Imm64::MapValue { fd, offset } => {
-                        Value::Address(Address::new(Region::MapValue { map: fd as u16, slot: 0 }, offset.into()))
+                        let map = self.map_number(fd)?;
+                        if !self.maps.at(map.into()).is_some_and(Map::has_direct_value) {
+                            return Err(TrapKind::DirectValue);
+                        }
+                        Value::Address(Address::new(Region::MapValue { map, slot: 0 }, offset.into()))
                     }
                     Imm64::Func(distance) => {
                         let slot = jump(pc, distance)?;

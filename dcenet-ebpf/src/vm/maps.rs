@@ -227,6 +227,12 @@ impl Map {
         self.spec.flags.contains(MapFlags::RDONLY_PROG)
     }
 
+    /// Whether programs may take its value's address without a lookup (`array_map_direct_value_addr` in
+    /// `kernel/bpf/arraymap.c`).
+    pub(super) fn has_direct_value(&self) -> bool {
+        self.spec.kind == MapKind::Array && self.spec.max_entries == 1
+    }
+
     /// A program's lookup.
     pub(super) fn find(&mut self, key: &[u8]) -> Option<u32> {
         let slot = self.slot_of(key)?;

@@ -92,6 +92,9 @@ pub enum TrapKind {
     /// A reserved record was neither submitted nor discarded.
     #[error("a reserved record is neither submitted nor discarded")]
     UnreleasedRecord,
+    /// Takes the address of a value without a lookup, of a map that is no array of one entry.
+    #[error("only an array of one entry has a value whose address needs no lookup")]
+    DirectValue,
     /// The run was given other maps than the program has.
     #[error("the maps are not those of the program; make them with Maps::new from the same object")]
     WrongMaps,
