@@ -37,7 +37,7 @@ fn compare(program: &Path, place: &str, directory: &Path, goal: f64, summary: &m
 
     let mut adds: [Vec<Cost>; 2] = Default::default();
     let mut dels: [Vec<Cost>; 2] = Default::default();
-    let mut floors = Vec::new();
+    let mut floors: Vec<Cost> = Vec::new();
     // The first pairs make the bridges and warm the caches.
     const WARM: usize = 3;
     for round in 0..WARM + rounds(60, 5) {
@@ -52,18 +52,19 @@ fn compare(program: &Path, place: &str, directory: &Path, goal: f64, summary: &m
                 dels[side].push(del);
             }
         }
-        floors.push(floor.run("VERSION", "none", Path::new("/")).wall_ms);
+        floors.push(floor.run("VERSION", "none", Path::new("/")));
     }
 
     let wall = |costs: &[Cost]| costs.iter().map(|c| c.wall_ms).collect::<Vec<_>>();
     let cpu = |costs: &[Cost]| costs.iter().map(|c| c.cpu_ms).collect::<Vec<_>>();
-    let floor = Sample::new(floors).median();
-    let row = |variant: String, goal: f64, of: &[Vec<f64>; 2]| {
-        Row::compare(ID, &variant, goal, &of[0], (PEER, &of[1])).with_floor(floor)
+    let row = |variant: &str, goal: f64, of: &[Vec<Cost>; 2], what: fn(&[Cost]) -> Vec<f64>| {
+        let [ours, theirs] = of.each_ref().map(|costs| what(costs));
+        let floor = Sample::new(what(&floors)).median();
+        Row::compare(ID, &format!("{variant}, {place}"), goal, &ours, (PEER, &theirs)).with_floor(floor)
     };
-    summary.add(row(format!("add, {place}"), goal, &adds.each_ref().map(|c| wall(c))));
-    summary.add(row(format!("add cpu, {place}"), 1.0, &adds.each_ref().map(|c| cpu(c))));
-    summary.add(row(format!("del cpu, {place}"), 1.0, &dels.each_ref().map(|c| cpu(c))));
+    summary.add(row("add", goal, &adds, wall));
+    summary.add(row("add cpu", 1.0, &adds, cpu));
+    summary.add(row("del cpu", 1.0, &dels, cpu));
 
     for (side, (host, plugin)) in sides.iter().enumerate() {
         let size = std::fs::metadata(&plugin.program).map_or(0, |m| m.len()) / 1024;

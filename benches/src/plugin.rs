@@ -75,13 +75,14 @@ impl Plugin {
     }
 }
 
-/// Builds the release binary of the CNI plugin, as its user would have it, and returns its path.
+/// Builds the release binary of the CNI plugin, as `make build` does, and returns its path.
 ///
 /// # Panics
 /// If it cannot be built.
 pub fn build_ours() -> PathBuf {
     let status = Command::new(env!("CARGO"))
-        .args(["build", "--release", "--quiet", "-p", "dcenet-cni"])
+        .args(["rustc", "--release", "--quiet", "-p", "dcenet-cni", "--bin", "dcenet"])
+        .args(["--", "-C", "target-feature=+crt-static"])
         .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
         .status()
         .expect("cargo runs");
