@@ -191,11 +191,14 @@ impl Machine for InVm {
     }
 }
 
+/// Programs in the order of [`Direction::ALL`], and the maps that they share with no others.
+type Pair = ([Program; 2], Vec<(String, Map)>);
+
 #[derive(Default)]
 struct InKernel {
     /// Shared by all programs but for those that stand in `own`.
     maps: Vec<(String, Map)>,
-    programs: HashMap<*const Artefact, ([Program; 2], Vec<(String, Map)>)>,
+    programs: HashMap<*const Artefact, Pair>,
     written: Vec<(&'static str, u32)>,
     running: Option<*const Artefact>,
 }
@@ -398,6 +401,17 @@ fn tables_hold_in_the_vm_with_policies_as_tables() {
 fn tables_hold_in_the_kernel() {
     if require(Rung::Kernel) {
         run_all(&Tc::new(sizes()), || Box::<InKernel>::default());
+    }
+}
+
+#[test]
+fn policies_as_tables_hold_in_the_kernel() {
+    if require(Rung::Kernel) {
+        for (name, text) in files().into_iter().filter(|(name, _)| name == "ports.txt" || name == "peers.txt") {
+            let seen = run_file(&text, Tc::new(sizes()).code_arms(0), &mut InKernel::default());
+            let seen = seen.unwrap_or_else(|error| panic!("{name}: {error}"));
+            assert!(seen.runs > 100 && seen.artefacts > 5, "{name}: {seen:?}");
+        }
     }
 }
 

@@ -40,6 +40,12 @@ pub enum Role {
     Program(ProgramKind),
     /// Called by functions of the same object, with up to five arguments in `R1` to `R5`.
     Subprogram,
+    /// As a subprogram, with so many arguments, all of them numbers, and a number as its result. The verifier follows it
+    /// once, for any arguments, and not once for each state at each call (Linux 5.6).
+    Global {
+        /// How many arguments it takes, at most five.
+        arguments: u8,
+    },
 }
 
 /// What an instruction refers to by name.
@@ -257,6 +263,12 @@ impl Asm {
     /// Begins a function that others call by [`Asm::call_function`].
     pub fn subprogram(name: impl Into<String>) -> Self {
         Self::new(name.into(), Role::Subprogram)
+    }
+
+    /// Begins a function that others call by [`Asm::call_function`], and that the verifier looks at on its own; see
+    /// [`Role::Global`]. More than five arguments count as five.
+    pub fn global(name: impl Into<String>, arguments: u8) -> Self {
+        Self::new(name.into(), Role::Global { arguments: arguments.min(5) })
     }
 
     fn new(name: String, role: Role) -> Self {

@@ -18,6 +18,17 @@ pub(super) struct Btf {
     functions: Vec<(String, Vec<(u32, u32)>)>,
 }
 
+/// What a function takes and who may call it; the result is an integer.
+#[derive(Clone, Copy)]
+pub(super) enum Prototype {
+    /// A subprogram, whose arguments the verifier finds out.
+    Local,
+    /// A program; the kernel's name of its argument.
+    Program(&'static str),
+    /// A function of so many integers that is verified on its own.
+    Global(u8),
+}
+
 impl Btf {
     pub(super) fn new() -> Self {
         let mut btf = Self {
@@ -71,18 +82,22 @@ impl Btf {
         self.add(name, info(Kind::Datasec, variables.len()), size, variables.as_flattened());
     }
 
-    /// A function at an offset in a section; `context` is the kernel's name of a program's argument.
-    pub(super) fn function(&mut self, section: &str, offset: u32, name: &str, context: Option<&'static str>) {
-        let proto = match context {
-            None => self.add(0, info(Kind::FuncProto, 0), self.int, &[]),
-            Some(context) => {
+    /// A function at an offset in a section.
+    pub(super) fn function(&mut self, section: &str, offset: u32, name: &str, prototype: Prototype) {
+        let (parameters, linkage) = match prototype {
+            Prototype::Local => (Vec::new(), 0),
+            Prototype::Program(context) => {
                 let pointer = self.context(context);
-                let parameter = self.string("ctx");
-                self.add(0, info(Kind::FuncProto, 1), self.int, &[parameter, pointer])
+                (vec![self.string("ctx"), pointer], 1)
+            }
+            Prototype::Global(arguments) => {
+                // The kernel wants names (kernel/bpf/btf.c, `btf_func_check`).
+                let names = ["a", "b", "c", "d", "e"].into_iter().take(usize::from(arguments));
+                (names.flat_map(|name| [self.string(name), self.int]).collect(), 1)
             }
         };
+        let proto = self.add(0, info(Kind::FuncProto, parameters.len() / 2), self.int, &parameters);
         let name = self.string(name);
-        let linkage = usize::from(context.is_some());
         let function = self.add(name, info(Kind::Func, linkage), proto, &[]);
         match self.functions.iter_mut().find(|(known, _)| known == section) {
             Some((_, functions)) => functions.push((offset, function)),

@@ -7,7 +7,7 @@ use object::{
     Architecture, BinaryFormat, Endianness, RelocationFlags, SectionKind, SymbolFlags, SymbolKind, SymbolScope,
 };
 
-use super::btf::Btf;
+use super::btf::{Btf, Prototype};
 use super::{Object, ObjectError};
 use crate::asm::{Role, Symbol};
 use crate::insn::{self, Insn, SLOT_BYTES};
@@ -43,16 +43,17 @@ pub(super) fn write(object: &Object) -> Result<Vec<u8>, ObjectError> {
     // A call needs its callee's symbol, which must lie in a section; so all code first, then all relocations.
     let mut placed = Vec::new();
     for function in &object.functions {
-        let (name, scope, context) = match function.role() {
-            Role::Program(kind) => (kind.section(), SymbolScope::Dynamic, Some(kind.context())),
-            Role::Subprogram => (TEXT, SymbolScope::Compilation, None),
+        let (name, scope, prototype) = match function.role() {
+            Role::Program(kind) => (kind.section(), SymbolScope::Dynamic, Prototype::Program(kind.context())),
+            Role::Subprogram => (TEXT, SymbolScope::Compilation, Prototype::Local),
+            Role::Global { arguments } => (TEXT, SymbolScope::Dynamic, Prototype::Global(arguments)),
         };
         let section = *sections
             .entry(name)
             .or_insert_with(|| writer.add_section(Vec::new(), name.as_bytes().to_vec(), SectionKind::Text));
         let code = insn::encode(function.insns());
         let offset = writer.append_section_data(section, &code, SLOT_BYTES as u64);
-        btf.function(name, offset as u32, function.name(), context);
+        btf.function(name, offset as u32, function.name(), prototype);
         let symbol = symbol(function.name(), section, offset, code.len() as u64, SymbolKind::Text, scope);
         symbols.insert(Symbol::Function(function.name().to_owned()), writer.add_symbol(symbol));
         placed.push((function, section, offset));

@@ -188,7 +188,7 @@ impl Object {
                 let known = match &reference.symbol {
                     Symbol::Map(name) => self.map_index(name).is_some(),
                     Symbol::Function(name) => {
-                        self.functions.iter().any(|f| f.name() == name && f.role() == Role::Subprogram)
+                        self.functions.iter().any(|f| f.name() == name && !matches!(f.role(), Role::Program(_)))
                     }
                 };
                 if !known {

@@ -14,11 +14,11 @@ use crate::diagram::{Arm, Diagram, Field, Node, NodeId};
 use crate::ir::Leaf;
 use crate::model::Verdict;
 
-/// The most arms of a diagram that is lowered to code; about three instructions each.
+/// The most arms of a diagram that is lowered to code; two to three instructions each.
 ///
-/// Each program of an endpoint holds both classifiers, and the verifier follows a program for at most a million
-/// instructions.
-pub const MAX_CODE_ARMS: usize = 24_000;
+/// Each program of an endpoint holds both classifiers, and the kernel's time to load it grows faster than its length.
+/// At this size it is some tenths of a second, far from the million instructions that the verifier follows at most.
+pub const MAX_CODE_ARMS: usize = 32_000;
 
 /// How far back, in instructions, a leaf is reused.
 const NEAR: usize = 2_000;

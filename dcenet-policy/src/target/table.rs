@@ -5,7 +5,6 @@
 //! [`STEPS`] nodes: 16 for the local id, 8 for the protocol, 16 for the port.
 
 use dcenet_ebpf::asm::{Asm, Label};
-use dcenet_ebpf::datapath::Exits;
 use dcenet_ebpf::insn::{Cond, Helper, Reg::*, Size};
 
 use super::TargetError;
@@ -37,7 +36,7 @@ const HIGH: i16 = 8;
 const LEAF: u32 = 1 << 31;
 const ALLOW: u32 = 1 << 30;
 
-/// The nodes of a diagram whose root is a switch; the walk begins at the first.
+/// The nodes of a diagram whose rule ids fit; the walk begins at the first.
 pub(super) fn nodes(diagram: &Diagram) -> Result<Vec<u8>, TargetError> {
     let mut table = Table { diagram, bytes: Vec::new(), entries: vec![None; diagram.nodes().len()] };
     // The root comes first, which is what the walker knows of it.
@@ -65,7 +64,7 @@ impl Table<'_> {
             return Ok(entry);
         }
         let entry = match self.diagram.node(id) {
-            Node::Leaf(leaf) => leaf_entry(leaf)?,
+            Node::Leaf(leaf) => leaf_entry(leaf),
             Node::Switch { field, arms } => self.search(*field, arms, None)?,
         };
         self.entries[id.0 as usize] = Some(entry);
@@ -104,13 +103,8 @@ impl Table<'_> {
     }
 }
 
-fn leaf_entry(leaf: &Leaf) -> Result<u32, TargetError> {
-    let RuleId(rule) = leaf.rule;
-    if rule >= ALLOW {
-        let (found, limit) = (rule as usize, ALLOW as usize - 1);
-        return Err(TargetError::ImplLimitExceeded { what: "rule id", found, limit });
-    }
-    Ok(LEAF | rule | if leaf.verdict == Verdict::Allow { ALLOW } else { 0 })
+fn leaf_entry(leaf: &Leaf) -> u32 {
+    LEAF | leaf.rule.0 | if leaf.verdict == Verdict::Allow { ALLOW } else { 0 }
 }
 
 const fn shift(field: Field) -> u16 {
@@ -124,10 +118,9 @@ const fn shift(field: Field) -> u16 {
 /// Writes the walk over a table in a map. A walk that ends at no leaf (the map is not written yet) denies as
 /// [`RuleId::ISOLATED`]: an array is zero at first, so that the first node leads to itself until the steps are used up.
 ///
-/// Uses every register but `R6` and `R9`, and 16 bytes of [`Exits::STACK`].
+/// Uses every register but `R6` and `R9`, and the first 16 bytes of the stack.
 pub(super) fn walk(map: &str, frame: Frame, asm: &mut Asm, exit: &mut dyn FnMut(Verdict) -> Label) {
-    // Near the datapath's own part: the verifier copies all that lies above the lowest slot in use.
-    let (steps, index) = (Exits::STACK.end - 8, Exits::STACK.end - 16);
+    let (steps, index) = (-8, -16);
     let (next, take, nowhere, leaf) = (asm.label(), asm.label(), asm.label(), asm.label());
     asm.mov(R7, frame.port)
         .lsh(R7, i32::from(shift(Field::Port)))

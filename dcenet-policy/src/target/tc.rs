@@ -1,9 +1,9 @@
 //! The classifier hook of traffic control, on the host's end of a pod's veth.
 
 use dcenet_ebpf::abi::Sizes;
-use dcenet_ebpf::asm::{Asm, AsmError, Label};
+use dcenet_ebpf::asm::{Asm, AsmError, Function, Label};
 use dcenet_ebpf::datapath::{self, DatapathError, EmitClassifier, Exits, Spec, Timeouts};
-use dcenet_ebpf::insn::{IsaLevel, Reg::R10, Size};
+use dcenet_ebpf::insn::{Cond, IsaLevel, Reg::R4};
 use dcenet_ebpf::object::{MapSpec, ProgramKind};
 
 use super::code::{CodeWriter, Frame, MAX_CODE_ARMS};
@@ -58,8 +58,12 @@ impl Tc {
 
     fn object(&self, policies: Policies<'_>, forms: [Form; 2]) -> Result<Artefact, TargetError> {
         let [ingress, egress] = forms;
-        let (ingress, egress) =
-            (Classifier::new(policies.ingress, ingress)?, Classifier::new(policies.egress, egress)?);
+        let compile = |program, form| -> Result<Compiled<'_>, TargetError> {
+            let classifier = Classifier::new(program, form)?;
+            let function = classifier.function(self.isa).map_err(DatapathError::from)?;
+            Ok(Compiled { classifier, function })
+        };
+        let (ingress, egress) = (compile(policies.ingress, ingress)?, compile(policies.egress, egress)?);
         let spec = Spec {
             timeouts: self.timeouts,
             denied_events: self.denied_events,
@@ -67,8 +71,8 @@ impl Tc {
             ..Spec::new(&self.sizes, &egress, &ingress)
         };
         let object = datapath::program(&spec)?;
-        let (ingress_form, egress_form) = (ingress.form(), egress.form());
-        let contents = [ingress.content, egress.content].into_iter().flatten().collect();
+        let (ingress_form, egress_form) = (ingress.classifier.form(), egress.classifier.form());
+        let contents = [ingress.classifier.content, egress.classifier.content].into_iter().flatten().collect();
         Ok(Artefact { object, contents, ingress: ingress_form, egress: egress_form })
     }
 }
@@ -100,36 +104,53 @@ impl Target for Tc {
 }
 
 /// The classifier of one direction, for [`Spec`].
+///
+/// In the datapath it is a function of its own, which the verifier follows once: inline it would be followed for every
+/// way through parser and conntrack that leads there, several times as long at thousands of rules.
 #[derive(Debug, Clone)]
 pub struct Classifier<'a> {
     diagram: &'a Diagram,
-    map: &'static str,
+    names: Names,
     content: Option<MapContent>,
     #[cfg(feature = "test-support")]
     bug: Option<super::LoweringBug>,
 }
 
+#[derive(Debug, Clone, Copy)]
+struct Names {
+    function: &'static str,
+    map: &'static str,
+}
+
+/// Set in the function's result where the verdict is to allow; the rest is the rule's id.
+const ALLOW: i32 = i32::MIN;
+
 impl<'a> Classifier<'a> {
     /// Of a program, in a form.
     ///
     /// # Errors
-    /// [`TargetError::ImplLimitExceeded`] where a table would have more than [`super::MAX_TABLE_NODES`] nodes. Code has
-    /// no limit here; [`Tc`] has one.
+    /// [`TargetError::ImplLimitExceeded`] where a table would have more than [`super::MAX_TABLE_NODES`] nodes, or a
+    /// rule's id does not fit. Code has no limit here; [`Tc`] has one.
     pub fn new(program: &'a Program, form: Form) -> Result<Self, TargetError> {
-        let map = match program.list.direction {
-            Direction::Ingress => "policy_ingress",
-            Direction::Egress => "policy_egress",
+        let names = match program.list.direction {
+            Direction::Ingress => Names { function: "classify_in", map: "policy_in" },
+            Direction::Egress => Names { function: "classify_out", map: "policy_out" },
         };
+        let highest = program.diagram.leaves().iter().map(|leaf| leaf.rule.0).max().unwrap_or(0);
+        if highest > MAX_RULE {
+            let (found, limit) = (highest as usize, MAX_RULE as usize);
+            return Err(TargetError::ImplLimitExceeded { what: "rule id", found, limit });
+        }
         let content = match form {
             Form::Code => None,
             Form::Table => {
                 let bytes = table::nodes(&program.diagram)?;
-                Some(MapContent { map: map.to_owned(), bytes, stride: table::NODE_BYTES })
+                Some(MapContent { map: names.map.to_owned(), bytes, stride: table::NODE_BYTES })
             }
         };
         Ok(Self {
             diagram: &program.diagram,
-            map,
+            names,
             content,
             #[cfg(feature = "test-support")]
             bug: None,
@@ -154,11 +175,11 @@ impl<'a> Classifier<'a> {
         self.content.as_ref()
     }
 
-    /// Writes it outside the datapath: control enters at its start and leaves by the labels that `exit` gives. It leaves
-    /// `R6` and `R9` alone. A label that `exit` is not asked for is not used.
+    /// Writes it where the assembler stands: control enters at its start and leaves by the labels that `exit` gives. It
+    /// leaves `R6` and `R9` alone. A label that `exit` is not asked for is not used.
     pub fn write(&self, frame: Frame, asm: &mut Asm, exit: &mut dyn FnMut(Verdict) -> Label) {
         if self.content.is_some() {
-            table::walk(self.map, frame, asm, exit);
+            table::walk(self.names.map, frame, asm, exit);
             return;
         }
         #[cfg_attr(not(feature = "test-support"), expect(unused_mut, reason = "only a planted bug changes it"))]
@@ -169,20 +190,45 @@ impl<'a> Classifier<'a> {
         }
         writer.write();
     }
-}
 
-/// Lets the verifier forget what it knows of the question, so that it follows a classifier once and not for each way
-/// that leads there (ICMP, other protocols, unknown peers ...), which at 10,000 rules takes three times as long. Of what
-/// is stored narrowly and not at the start of an 8-byte slot it keeps nothing (kernel/bpf/verifier.c,
-/// `check_stack_write_fixed_off`).
-fn forget(asm: &mut Asm) {
-    let slot = Exits::STACK.end - 8;
-    for (register, size, at) in
-        [(Exits::LOCAL_ID, Size::H, slot + 2), (Exits::VALUE, Size::H, slot + 4), (Exits::PROTOCOL, Size::B, slot + 6)]
-    {
-        asm.store(size, R10, at, register).load(size, register, R10, at);
+    /// Writes it as a function of local id, protocol and port.
+    ///
+    /// # Errors
+    /// [`AsmError::JumpTooFar`] below ISA v4.
+    pub fn function(&self, isa: IsaLevel) -> Result<Function, AsmError> {
+        let mut asm = Asm::global(self.names.function, 3);
+        asm.isa(isa);
+        let (allow, deny) = (asm.label(), asm.label());
+        let (mut allows, mut denies) = (false, false);
+        self.write(Frame::DATAPATH, &mut asm, &mut |verdict| match verdict {
+            Verdict::Allow => {
+                allows = true;
+                allow
+            }
+            Verdict::Deny => {
+                denies = true;
+                deny
+            }
+        });
+        if allows {
+            asm.bind(allow).or32(Frame::DATAPATH.rule, ALLOW).exit();
+        }
+        if denies {
+            asm.bind(deny).exit();
+        }
+        asm.finish()
+    }
+
+    /// The map of its table.
+    pub fn map(&self) -> Option<MapSpec> {
+        let content = self.content.as_ref()?;
+        let entries = (content.bytes.len() / content.stride) as u32;
+        Some(MapSpec::array(self.names.map, table::NODE_BYTES as u32, entries))
     }
 }
+
+/// The highest rule id that fits into a function's result and a table's leaf.
+const MAX_RULE: u32 = (1 << 30) - 1;
 
 impl Frame {
     /// The registers that the datapath uses.
@@ -190,22 +236,26 @@ impl Frame {
         Self { local: Exits::LOCAL_ID, protocol: Exits::PROTOCOL, port: Exits::VALUE, rule: Exits::RULE };
 }
 
-impl EmitClassifier for Classifier<'_> {
+/// A classifier with its code.
+struct Compiled<'a> {
+    classifier: Classifier<'a>,
+    function: Function,
+}
+
+impl EmitClassifier for Compiled<'_> {
     fn emit(&self, asm: &mut Asm, exits: &Exits) {
-        if self.content.is_none() {
-            forget(asm);
-        }
-        self.write(Frame::DATAPATH, asm, &mut |verdict| match verdict {
-            Verdict::Allow => exits.allow(),
-            Verdict::Deny => exits.deny(),
-        });
+        asm.call_function(self.function.name())
+            .mov(R4, Exits::RULE)
+            .and32(Exits::RULE, !ALLOW)
+            .jump_if32(Cond::Slt, R4, 0, exits.allow())
+            .jump(exits.deny());
     }
 
     fn maps(&self) -> Vec<MapSpec> {
-        let entries = |content: &MapContent| (content.bytes.len() / content.stride) as u32;
-        self.content
-            .iter()
-            .map(|content| MapSpec::array(self.map, table::NODE_BYTES as u32, entries(content)))
-            .collect()
+        self.classifier.map().into_iter().collect()
+    }
+
+    fn functions(&self) -> Vec<Function> {
+        vec![self.function.clone()]
     }
 }

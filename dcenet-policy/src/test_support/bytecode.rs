@@ -70,7 +70,7 @@ pub fn program(classifier: &Classifier<'_>, isa: IsaLevel) -> Result<Object, Box
     }
     asm.bind(short).ret(-1);
     let mut object = Object::new();
-    for map in dcenet_ebpf::datapath::EmitClassifier::maps(classifier) {
+    if let Some(map) = classifier.map() {
         object.add_map(map)?;
     }
     object.add(asm.finish()?)?;
