@@ -41,7 +41,7 @@ fn sample() -> Object {
 
     let mut double = Asm::subprogram("double");
     double.mov(R0, R1).call_function("add_one").lsh(R0, 1).exit();
-    let mut add_one = Asm::subprogram("add_one");
+    let mut add_one = Asm::global("add_one", 1);
     add_one.mov(R0, R1).add(R0, 1).exit();
 
     let mut second = Asm::program("second", ProgramKind::Classifier);
