@@ -124,8 +124,7 @@ impl Machine {
 
     /// What differs in `after`, in words; empty where nothing does.
     fn diff(&self, after: &Self) -> String {
-        let sides =
-            [(&self.network, &after.network), (&self.programs, &after.programs), (&self.mounts, &after.mounts)];
+        let sides = [(&self.network, &after.network), (&self.programs, &after.programs), (&self.mounts, &after.mounts)];
         let mut lines = Vec::new();
         for (before, after) in sides {
             lines.extend(before.difference(after).map(|l| format!("gone: {l}")));
@@ -317,7 +316,11 @@ pub fn strike(stage: Stage, before: &Machine, report: &mut Report) -> Outcome {
         }
         std::thread::sleep(Duration::from_millis(20));
     };
-    report.expect("links, addresses, routes, rules, filters, programs and mounts that differ on this machine", "", difference);
+    report.expect(
+        "links, addresses, routes, rules, filters, programs and mounts that differ on this machine",
+        "",
+        difference,
+    );
     report.expect("files left in /run/dcenet-demo", false, stage::anything_left());
     Ok(())
 }
