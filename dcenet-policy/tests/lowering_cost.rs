@@ -16,14 +16,16 @@ use dcenet_policy::compiler::{Limits, Program};
 use dcenet_policy::diagram::Diagram;
 use dcenet_policy::ir::RuleList;
 use dcenet_policy::model::Verdict;
-use dcenet_policy::target::{Classifier, Form, Frame, Policies, Target, Tc};
+use dcenet_policy::target::{Classifier, Form, Frame, MAX_CODE_ARMS, Policies, Target, Tc};
 use dcenet_policy::test_support::bytecode;
 
-/// Rule `r` allows TCP port `1000 + 2r` from peer `r % peers`.
+const PORTS: u32 = 30_000;
+
+/// Rule `r` allows TCP port `1000 + 2 (r % 30000)` from peer `r % peers`.
 fn policy(direction: &str, rules: u32, peers: u32) -> Program {
     let mut text = format!("{direction} locals {}\n", peers.max(2));
     for rule in 0..rules {
-        let port = 1000 + 2 * rule;
+        let port = 1000 + 2 * (rule % PORTS);
         text += &format!("allow {} peers {} tcp {port}-{port}\n", rule + 3, rule % peers);
     }
     text += "deny 1 default";
@@ -50,9 +52,10 @@ fn load(rules: u32, peers: u32, classifier: Option<&Classifier<'_>>) -> (Loaded,
         .add32(R5, R4)
         .store(Size::W, R6, 0, R5)
         .rsh32(R5, 16)
-        .mul32(R5, rules as i32)
-        .rsh32(R5, 16)
+        .mul(R5, rules as i32)
+        .rsh(R5, 16)
         .mov(R3, R5)
+        .rem32(R3, PORTS as i32)
         .lsh32(R3, 1)
         .add32(R3, 1000)
         .mov(R1, R5)
@@ -118,20 +121,23 @@ fn a_verdict_costs_about_the_same_at_any_number_of_rules() {
         return;
     }
     println!("rules peers form  arms  code  verified  load_us (on CPU)  hot_ns  wide_ns (over an empty program)");
-    for (rules, peers) in [(1, 1), (10, 4), (100, 16), (1_000, 64), (10_000, 64), (10_000, 1_024), (30_000, 64)] {
+    for (rules, peers) in [(1, 1), (10, 4), (100, 16), (1_000, 64), (10_000, 64), (10_000, 1_024), (100_000, 64)] {
         let policy = policy("ingress", rules, peers);
         let arms = policy.diagram.stats().arms;
         let (empty, _maps) = load(rules, peers, None);
         let floor = [false, true].map(|wide| time(&empty, wide));
         for form in [Form::Code, Form::Table] {
+            if form == Form::Code && arms > MAX_CODE_ARMS {
+                continue;
+            }
             let classifier = Classifier::new(&policy, form).unwrap();
             let start = on_cpu();
             let (program, _maps) = load(rules, peers, Some(&classifier));
             let took = on_cpu() - start;
             let [hot, wide] = [false, true].map(|wide| time(&program, wide) as i128 - floor[usize::from(wide)] as i128);
             let info = program.info();
-            // Linear code takes 605 ns at 1,000 rules; a busy machine takes its time too.
-            assert!(hot < 150 && wide < 500, "{rules} rules as {form:?}: hot {hot} ns, wide {wide} ns");
+            // Far above what is printed, as other tests run beside this one; linear code takes microseconds at 10,000 rules.
+            assert!(hot < 200 && wide < 1_000, "{rules} rules as {form:?}: hot {hot} ns, wide {wide} ns");
             let size = info.translated_bytes as usize / 8;
             assert!(size < 100 + 3 * arms, "{arms} arms as {size} instructions");
             println!(
