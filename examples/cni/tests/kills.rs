@@ -9,7 +9,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{Node, Pod, Running};
@@ -34,27 +34,44 @@ impl Random {
         self.0 ^= self.0 << 17;
         self.0
     }
-
-    fn below(&mut self, limit: Duration) -> Duration {
-        limit * (self.next() % 1000) as u32 / 1000
-    }
 }
 
-/// When kills came.
+/// Kills of one verb: when they came, and within which time from the start of the process the next ones come.
 #[derive(Debug, Default)]
-struct Phases {
+struct Kills {
     before_reply: AtomicUsize,
     after_reply: AtomicUsize,
+    within_us: AtomicU64,
 }
 
-impl Phases {
-    fn count(&self, answer: &Option<Result<Value, Value>>) {
-        let phase = if answer.is_none() { &self.before_reply } else { &self.after_reply };
+impl Kills {
+    fn within(limit: Duration) -> Self {
+        let within_us = AtomicU64::new(limit.as_micros() as u64);
+        Self { within_us, ..Self::default() }
+    }
+
+    /// Lets the process run for some part of the time, then kills it.
+    fn kill(&self, mut running: Running, random: &mut Random) -> Option<Result<Value, Value>> {
+        let within = self.within_us.load(Ordering::Relaxed);
+        std::thread::sleep(Duration::from_micros(within * (random.next() % 1000) / 1000));
+        running.kill();
+        let answer = running.wait();
+        // The machine is busy by turns: the time follows it, so that some five of seven come before the reply.
+        let (phase, within) = match answer {
+            None => (&self.before_reply, within + within / 20),
+            Some(_) => (&self.after_reply, within - within / 8),
+        };
         phase.fetch_add(1, Ordering::Relaxed);
+        self.within_us.store(within, Ordering::Relaxed);
+        answer
+    }
+
+    fn early(&self) -> usize {
+        self.before_reply.load(Ordering::Relaxed)
     }
 
     fn total(&self) -> usize {
-        self.before_reply.load(Ordering::Relaxed) + self.after_reply.load(Ordering::Relaxed)
+        self.early() + self.after_reply.load(Ordering::Relaxed)
     }
 }
 
@@ -120,12 +137,6 @@ fn durations(node: &Node) -> [Duration; 2] {
     })
 }
 
-fn kill_after(mut running: Running, moment: Duration) -> Option<Result<Value, Value>> {
-    std::thread::sleep(moment);
-    running.kill();
-    running.wait()
-}
-
 /// Everything below a directory, by path.
 fn files(directory: &Path) -> Vec<String> {
     let mut found = Vec::new();
@@ -140,25 +151,39 @@ fn files(directory: &Path) -> Vec<String> {
     found
 }
 
-/// Pings `address` from the pod until told to stop; returns how often, and how often in vain.
-fn keep_pinging(pod: &Pod, addresses: &[&str], stop: &AtomicBool) -> (usize, usize) {
-    let (mut sent, mut lost) = (0, 0);
-    while !stop.load(Ordering::Relaxed) {
-        for address in addresses {
-            sent += 1;
-            // Longer than this busy machine ever takes, and shorter than anybody would call working.
-            let answer = ping(&pod.netns, address.parse().unwrap(), Duration::from_millis(500));
-            lost += usize::from(answer.is_err());
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    (sent, lost)
+/// A pod's echo requests to some addresses, sent until told to stop.
+#[derive(Debug, Default)]
+struct Pings {
+    stop: AtomicBool,
+    answered: AtomicUsize,
+    lost: AtomicUsize,
 }
 
-/// One life of a pod, with ADD and DEL each killed at some moment, then healed. `heal` false leaves it as it is.
-fn live(node: &Node, pod: &Pod, random: &mut Random, limits: [Duration; 2], phases: &[Phases; 2], told: &Told) {
-    let answer = kill_after(node.start("ADD", pod), random.below(limits[0]));
-    phases[0].count(&answer);
+impl Pings {
+    fn run(&self, pod: &Pod, addresses: &[&str]) {
+        while !self.stop.load(Ordering::Relaxed) {
+            for address in addresses {
+                // Longer than this busy machine ever takes, and shorter than anybody would call working.
+                let answer = ping(&pod.netns, address.parse().unwrap(), Duration::from_millis(500));
+                let count = if answer.is_ok() { &self.answered } else { &self.lost };
+                count.fetch_add(1, Ordering::Relaxed);
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn await_more(counter: &AtomicUsize) {
+        let (before, begin) = (counter.load(Ordering::Relaxed), Instant::now());
+        while counter.load(Ordering::Relaxed) == before {
+            assert!(begin.elapsed() < Duration::from_secs(20), "no more than {before}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+/// One life of a pod, with ADD and DEL each killed at some moment, then finished by the next.
+fn live(node: &Node, pod: &Pod, random: &mut Random, kills: &[Kills; 2], told: &Told) {
+    let answer = kills[0].kill(node.start("ADD", pod), random);
     if let Some(Ok(result)) = &answer {
         told.add(pod, result);
     }
@@ -170,8 +195,7 @@ fn live(node: &Node, pod: &Pod, random: &mut Random, limits: [Duration; 2], phas
         pod.ping("10.20.0.1");
     }
     told.forget(pod);
-    let answer = kill_after(node.start("DEL", pod), random.below(limits[1]));
-    phases[1].count(&answer);
+    kills[1].kill(node.start("DEL", pod), random);
     node.del(pod).expect("DEL after a killed one");
 }
 
@@ -180,7 +204,7 @@ fn killed_at_random_moments_nothing_is_left_and_no_address_is_doubled_or_lost() 
     if !require(Rung::Netns) {
         return;
     }
-    let kills = if std::env::var_os("DCENET_SOAK").is_some_and(|v| v == "1") { 2000 } else { 100 };
+    let wanted = if std::env::var_os("DCENET_SOAK").is_some_and(|v| v == "1") { 2000 } else { 100 };
     let node = node();
     let (neighbour, partner) = (node.pod("neighbour"), node.pod("partner"));
     let told = Told::default();
@@ -193,48 +217,43 @@ fn killed_at_random_moments_nothing_is_left_and_no_address_is_doubled_or_lost() 
 
     // One of the pods has a claim, which must keep its address throughout.
     let pods: Vec<Pod> = (0..WORKERS).map(|w| node.pod(if w == 0 { "db" } else { "web" })).collect();
-    // Most moments are before the end of the process, whatever else the machine does.
-    let limits = durations(&node).map(|d| d * 9 / 10);
+    let kills = durations(&node).map(|whole| Kills::within(whole * 2 / 3));
     // The claim of `db` is in the store from the first ADD on.
     node.add(&pods[0]).unwrap();
     node.del(&pods[0]).unwrap();
     let before = (node.host.state(), node.store(), files(&node.host.run_dir()));
     let inside: Vec<HostState> = pods.iter().map(Pod::state).collect();
 
-    let phases: [Phases; 2] = Default::default();
-    let stop = AtomicBool::new(false);
-    let (sent, lost) = std::thread::scope(|scope| {
-        let pinging = scope.spawn(|| keep_pinging(&neighbour, &targets, &stop));
+    let pings = Pings::default();
+    std::thread::scope(|scope| {
+        scope.spawn(|| pings.run(&neighbour, &targets));
         let workers: Vec<_> = pods
             .iter()
             .enumerate()
             .map(|(worker, pod)| {
-                let (node, phases, told) = (&node, &phases, &told);
+                let (node, kills, told) = (&node, &kills, &told);
                 scope.spawn(move || {
                     let mut random = Random(0x9e37_79b9_7f4a_7c15 ^ (worker as u64 + 1));
-                    while phases.iter().map(Phases::total).sum::<usize>() < kills {
-                        live(node, pod, &mut random, limits, phases, told);
+                    while kills.iter().map(Kills::total).sum::<usize>() < wanted {
+                        live(node, pod, &mut random, kills, told);
                     }
                 })
             })
             .collect();
         let ended: Vec<_> = workers.into_iter().map(|w| w.join()).collect();
-        stop.store(true, Ordering::Relaxed);
+        pings.stop.store(true, Ordering::Relaxed);
         for worker in ended {
             worker.expect("the worker's own message says why");
         }
-        pinging.join().expect("pinging does not panic")
     });
+    let (answered, lost) = (pings.answered.load(Ordering::Relaxed), pings.lost.load(Ordering::Relaxed));
 
-    let mut early = 0;
-    for (verb, phases) in ["ADD", "DEL"].into_iter().zip(&phases) {
-        let (before, after) = (phases.before_reply.load(Ordering::Relaxed), phases.after_reply.load(Ordering::Relaxed));
-        println!("{verb}: {before} killed before the reply, {after} after it or too late");
-        early += before;
+    for (verb, kills) in ["ADD", "DEL"].into_iter().zip(&kills) {
+        println!("{verb}: {} killed before the reply, {} after it", kills.early(), kills.total() - kills.early());
     }
-    println!("the neighbour sent {sent} echo requests meanwhile and lost {lost}");
-    let total = phases.iter().map(Phases::total).sum::<usize>();
-    assert!(total >= kills && early * 2 >= total, "{early} of {total} kills came before the reply");
+    println!("the neighbour had {answered} echo replies meanwhile and missed {lost}");
+    let (early, total) = (kills.iter().map(Kills::early).sum::<usize>(), kills.iter().map(Kills::total).sum::<usize>());
+    assert!(total >= wanted && early * 2 >= total, "{early} of {total} kills came before the reply");
 
     assert_eq!(before.0.diff(&node.host.state()), "");
     for (pod, inside) in pods.iter().zip(&inside) {
@@ -243,7 +262,7 @@ fn killed_at_random_moments_nothing_is_left_and_no_address_is_doubled_or_lost() 
     assert_eq!(node.store(), before.1);
     assert_eq!(files(&node.host.run_dir()), before.2);
     assert_eq!(told.doubled.load(Ordering::Relaxed), 0);
-    assert!(sent > 50 && lost == 0, "the neighbour lost {lost} of {sent}");
+    assert!(answered > 50 && lost == 0, "the neighbour had {answered} replies and missed {lost}");
     // Every address that should be free can be had, once: all but the neighbour's and its partner's.
     let more: Vec<Pod> = (0..DYNAMIC - 1).map(|n| node.pod(&format!("last{n}"))).collect();
     let answers: Vec<_> = more.iter().map(|pod| node.add(pod)).collect();
@@ -262,7 +281,7 @@ fn without_del_what_a_killed_add_leaves_is_seen() {
         return;
     }
     let node = node();
-    let limits = durations(&node);
+    let [adds, _] = durations(&node).map(Kills::within);
     let before = (node.host.state(), node.store(), node.host.records());
     let mut random = Random(7);
     let (mut links, mut bindings, mut records, mut inside) = (0, 0, 0, 0);
@@ -270,8 +289,7 @@ fn without_del_what_a_killed_add_leaves_is_seen() {
         assert!(n < 200, "{links} links, {bindings} bindings, {records} records, {inside} pods left by 200 kills");
         let pod = node.pod("web");
         let untouched = pod.state();
-        let answer = kill_after(node.start("ADD", &pod), random.below(limits[0]));
-        if answer.is_none() {
+        if adds.kill(node.start("ADD", &pod), &mut random).is_none() {
             links += usize::from(before.0 != node.host.state());
             bindings += usize::from(before.1 != node.store());
             records += usize::from(before.2 != node.host.records());
@@ -324,15 +342,24 @@ fn an_interrupted_neighbour_is_seen() {
     let node = node();
     let neighbour = node.pod("neighbour");
     node.add(&neighbour).unwrap();
-    let stop = AtomicBool::new(false);
-    let (sent, lost) = std::thread::scope(|scope| {
-        let pinging = scope.spawn(|| keep_pinging(&neighbour, &["10.20.0.1"], &stop));
-        std::thread::sleep(Duration::from_millis(100));
+    let pings = Pings::default();
+    std::thread::scope(|scope| {
+        scope.spawn(|| pings.run(&neighbour, &["10.20.0.1"]));
+        let stop = Stop(&pings);
+        Pings::await_more(&pings.answered);
         node.host.root().sh("ip link set dc0 down");
-        std::thread::sleep(Duration::from_millis(100));
+        Pings::await_more(&pings.lost);
         node.host.root().sh("ip link set dc0 up");
-        stop.store(true, Ordering::Relaxed);
-        pinging.join().unwrap()
+        Pings::await_more(&pings.answered);
+        drop(stop);
     });
-    assert!(sent > lost && lost > 0, "{lost} of {sent}");
+}
+
+/// Ends the pinging also where a test fails.
+struct Stop<'a>(&'a Pings);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.stop.store(true, Ordering::Relaxed);
+    }
 }
