@@ -4,6 +4,7 @@
 //! the machine does meets both. `DCENET_BENCH_QUICK=1` shortens every benchmark to a moment: its figures say that it
 //! works, not how well.
 
+pub mod owner;
 pub mod plugin;
 mod summary;
 

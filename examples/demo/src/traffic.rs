@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use dcenet_core::netns::NetNs;
 use socket2::{Domain, Protocol, Socket, Type};
 
-/// How long a probe waits before it counts as dropped.
-const PATIENCE: Duration = Duration::from_millis(400);
+/// How long a probe waits before it counts as dropped: longer than the second after which a sender asks again for a
+/// neighbour's address, which was asked for in vain while nothing passed.
+const PATIENCE: Duration = Duration::from_millis(1500);
 
 /// The port on which every pod's server listens.
 pub const PORT: u16 = 8080;
@@ -172,7 +173,7 @@ fn echo_tcp(listener: &TcpListener, stop: &AtomicBool) {
 /// Ends with the connection, or when nothing comes for a while.
 fn echo_stream(mut stream: TcpStream) {
     let mut buffer = [0; 4096];
-    let prepared = stream.set_nonblocking(false).and_then(|()| stream.set_read_timeout(Some(PATIENCE * 10)));
+    let prepared = stream.set_nonblocking(false).and_then(|()| stream.set_read_timeout(Some(PATIENCE * 4)));
     if prepared.is_err() {
         return;
     }
