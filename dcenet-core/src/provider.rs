@@ -213,6 +213,15 @@ pub enum PolicyError {
         /// The limit that passed.
         limit: Duration,
     },
+    /// The owner of the policy state is not there or not ready: the same call may succeed later.
+    #[error("{doing}: {source}")]
+    NotReady {
+        /// What was being done, to which device or attachment.
+        doing: String,
+        /// What is missing.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// Attaching, recording or signalling failed.
     #[error("{doing}: {source}")]
     Failed {

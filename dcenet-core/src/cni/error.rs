@@ -143,7 +143,7 @@ impl From<PolicyError> for CniError {
     fn from(error: PolicyError) -> Self {
         let code = match &error {
             PolicyError::Unsupported(_) => ErrorCode::KernelFeature,
-            PolicyError::TimedOut { .. } => ErrorCode::TryAgain,
+            PolicyError::TimedOut { .. } | PolicyError::NotReady { .. } => ErrorCode::TryAgain,
             PolicyError::Failed { .. } => ErrorCode::Failed,
         };
         Self::new(code, error.to_string()).with_details(causes(&error))

@@ -96,7 +96,10 @@ impl AttachError {
             Self::Journal(JournalError::Busy { .. }) => true,
             Self::Look(error) => error.is_retryable(),
             Self::Step { cause: StepError::Netlink(error), .. } => error.is_retryable(),
-            Self::Step { cause: StepError::Policy(PolicyError::TimedOut { .. }), .. } => true,
+            Self::Step {
+                cause: StepError::Policy(PolicyError::TimedOut { .. } | PolicyError::NotReady { .. }),
+                ..
+            } => true,
             _ => false,
         }
     }

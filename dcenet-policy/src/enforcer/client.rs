@@ -101,13 +101,13 @@ impl<A: Attacher> PinnedDefault<A> {
         match self.attacher.attached(hook).map_err(failed(doing()))?.map(|a| a.owner) {
             // A repeated call: what the owner has put there since is not for us to replace.
             Some(Owner::Ours(there)) if there == label => return Ok(()),
-            Some(Owner::Ours(label)) => return Err(failed(doing())(ClientError::OtherAttachment { label })),
+            Some(Owner::Ours(label)) => return Err(refused(doing(), ClientError::OtherAttachment { label })),
             Some(Owner::Foreign(_)) | None => {}
         }
         let pin = default_pin(self.default, direction);
         let Some(fd) = self.pins.get(pin).map_err(failed(doing()))? else {
             let directory = self.pins.directory().to_owned();
-            return Err(failed(doing())(ClientError::NotPrepared { pin, directory }));
+            return Err(refused(doing(), ClientError::NotPrepared { pin, directory }));
         };
         let program = Program::from_fd(fd).map_err(failed(doing()))?;
         self.attacher.attach(hook, &program, &label).map(drop).map_err(failed(doing()))
@@ -152,13 +152,14 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
             }
         }
         let request = Request::Attached { endpoint: Box::new(endpoint.clone()), default: self.default };
-        self.tell(&request).map_err(failed(format!("tell the policy owner of {}", endpoint.attachment)))
+        self.tell(&request).map_err(|e| refused(format!("tell the policy owner of {}", endpoint.attachment), e))
     }
 
     fn await_enforced(&self, endpoint: &Endpoint, limit: Duration) -> Result<(), PolicyError> {
         let attachment = endpoint.attachment.clone();
         let begun = Instant::now();
         let request = Request::Await { attachment: attachment.clone(), limit: Limit::saturating(limit) };
+        let doing = || format!("await policy for {attachment}");
         let timed_out = || PolicyError::TimedOut { attachment: attachment.clone(), limit };
         // The owner keeps the limit; the margin is for its answer's way here.
         match self.ask(&request, limit + ANSWER_MARGIN) {
@@ -166,20 +167,16 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
                 tracing::debug!(%attachment, generation, waited = ?begun.elapsed(), "policy enforced");
                 Ok(())
             }
-            Ok(Reply::Waiting { reason }) => {
-                Err(failed(format!("await policy for {attachment}"))(ClientError::Waiting { reason }))
-            }
+            Ok(Reply::Waiting { reason }) => Err(refused(doing(), ClientError::Waiting { reason })),
             Ok(Reply::Noted | Reply::Refused { .. }) => {
-                Err(failed(format!("await policy for {attachment}"))(ClientError::Refused {
-                    reason: "an answer to another question".to_owned(),
-                }))
+                Err(refused(doing(), ClientError::Refused { reason: "an answer to another question".to_owned() }))
             }
             Err(ClientError::NoAnswer(ProtocolError::Io(e)))
                 if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) =>
             {
                 Err(timed_out())
             }
-            Err(error) => Err(failed(format!("await policy for {attachment}"))(error)),
+            Err(error) => Err(refused(doing(), error)),
         }
     }
 
@@ -193,7 +190,7 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
         if let Some(index) = index?.and_then(IfIndex::new) {
             self.remove(index, attachment).map_err(failed(doing()))?;
         }
-        self.tell(&Request::Gone { attachment: attachment.clone() }).map_err(failed(doing()))
+        self.tell(&Request::Gone { attachment: attachment.clone() }).map_err(|e| refused(doing(), e))
     }
 }
 
@@ -213,6 +210,12 @@ impl<A: Attacher> PinnedDefault<A> {
 
 fn failed<E: Into<Box<dyn std::error::Error + Send + Sync>>>(doing: String) -> impl FnOnce(E) -> PolicyError {
     move |error| PolicyError::Failed { doing, source: error.into() }
+}
+
+fn refused(doing: String, error: ClientError) -> PolicyError {
+    let retryable = error.is_retryable();
+    let source = error.into();
+    if retryable { PolicyError::NotReady { doing, source } } else { PolicyError::Failed { doing, source } }
 }
 
 /// For an answer that the owner gives without waiting for anything.
