@@ -210,6 +210,15 @@ impl Journal {
         Ok(ids)
     }
 
+    /// Puts a record that cannot be read out of the way, for people to look at.
+    pub(crate) fn set_aside(&self, id: AttachmentId) -> Result<(), JournalError> {
+        let path = self.path(id);
+        match std::fs::rename(&path, path.with_extension("unreadable")) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(JournalError::io(&path, error)),
+            _ => Ok(()),
+        }
+    }
+
     /// Reads all finished and unfinished records of a network, without their locks.
     pub(crate) fn records(&self, network: &NetworkName) -> Result<Vec<Record>, JournalError> {
         let mut records = Vec::new();
@@ -220,7 +229,11 @@ impl Journal {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(error) => return Err(JournalError::io(&path, error)),
             };
-            records.extend(parse(&text, &path)?.filter(|r| r.key.network == *network));
+            match parse(&text, &path) {
+                Ok(record) => records.extend(record.filter(|r| r.key.network == *network)),
+                // Whose it is cannot be told; it must not stand in the way of all others.
+                Err(error) => tracing::warn!(%error, "record left out"),
+            }
         }
         Ok(records)
     }

@@ -190,6 +190,8 @@ pub struct Endpoint {
     pub ifindex: IfIndex,
     /// The same device's name.
     pub ifname: IfName,
+    /// The Ethernet address of the pod's end.
+    pub mac: MacAddr,
     /// The pod's addresses.
     pub addresses: Vec<IpAddr>,
     /// The workload, where known: selectors match its namespace and labels.

@@ -115,7 +115,7 @@ impl NetConf {
             runtime.mac = wire
                 .mac
                 .filter(|m| !m.is_empty())
-                .map(|m| m.parse())
+                .map(|m| MacAddr::for_device(&m))
                 .transpose()
                 .map_err(|e| field("runtimeConfig.mac", e))?;
             if let Some(ips) = wire.ips {

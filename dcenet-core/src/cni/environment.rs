@@ -106,7 +106,11 @@ impl Invocation {
             container: Some(container),
             netns,
             ifname: Some(ifname),
-            args: CniArgs::parse(&text("CNI_ARGS")?.unwrap_or_default())?,
+            args: match (CniArgs::parse(&text("CNI_ARGS")?.unwrap_or_default()), verb) {
+                // What DEL removes is known without them.
+                (Err(_), Verb::Del) => CniArgs::default(),
+                (args, _) => args?,
+            },
             netns_override: text("CNI_NETNS_OVERRIDE")?.is_some_and(|v| is_true(&v)),
         })
     }
@@ -146,7 +150,7 @@ impl CniArgs {
                 "K8S_POD_NAME" => name = Some(value),
                 "K8S_POD_UID" => args.pod_uid = Some(value.to_owned()),
                 "K8S_POD_INFRA_CONTAINER_ID" => {}
-                "MAC" => args.mac = Some(value.parse().map_err(variable("CNI_ARGS MAC"))?),
+                "MAC" => args.mac = Some(MacAddr::for_device(value).map_err(variable("CNI_ARGS MAC"))?),
                 "IP" => args.addresses = value.split(',').map(address).collect::<Result<_, _>>()?,
                 other => unknown = unknown.or(Some(other)),
             }
@@ -243,6 +247,8 @@ mod tests {
         assert!(error.message.contains("FOO"), "{error}");
         assert!(CniArgs::parse("IgnoreUnknown=1;K8S_POD_NAME=c").unwrap().workload.is_none());
         CniArgs::parse("IP=10.0.0").unwrap_err();
+        let error = CniArgs::parse("MAC=ff:ff:ff:ff:ff:ff").unwrap_err();
+        assert!(error.message.contains("CNI_ARGS MAC") && error.message.contains("ff:ff"), "{error}");
         assert_eq!(CniArgs::parse("").unwrap(), CniArgs::default());
     }
 }

@@ -53,7 +53,10 @@ pub async fn serve(
     backends: &dyn Backends,
 ) -> ExitCode {
     let mut input = Vec::new();
-    let read = stdin.read_to_end(&mut input);
+    let read = stdin.take(STDIN_LIMIT).read_to_end(&mut input).and_then(|length| match length as u64 {
+        STDIN_LIMIT => Err(std::io::Error::other(format!("longer than {STDIN_LIMIT} bytes"))),
+        _ => Ok(length),
+    });
     let (answer, exit) = match answer(environment, read.map(|_| input.as_slice()), backends).await {
         Ok(text) => (text, ExitCode::SUCCESS),
         Err(error) => {
@@ -111,3 +114,6 @@ fn versions(stdin: &[u8]) -> String {
     let served = SpecVersion::ALL.map(SpecVersion::as_str);
     serde_json::json!({ "cniVersion": version, "supportedVersions": served }).to_string()
 }
+
+/// Runtimes add every annotation of a pod to its configuration; Kubernetes bounds those to 256 KiB.
+const STDIN_LIMIT: u64 = 16 << 20;

@@ -19,7 +19,8 @@ use crate::provider::{AddressSource, Dns, Endpoint, Lease, LeaseRequest};
 pub(super) struct Call<'a> {
     invocation: &'a Invocation,
     conf: &'a NetConf,
-    addresses: Option<Box<dyn AddressSource>>,
+    /// An error here is the verb's own where it needs addresses; DEL and GC remove devices first.
+    addresses: Result<Option<Box<dyn AddressSource>>, CniError>,
     policy: Option<PolicyChoice>,
     engine: Engine,
 }
@@ -30,7 +31,7 @@ impl<'a> Call<'a> {
         conf: &'a NetConf,
         backends: &dyn Backends,
     ) -> Result<Self, CniError> {
-        let addresses = backends.addresses(conf)?;
+        let addresses = backends.addresses(conf);
         let policy = backends.policy(conf)?;
         let host = Host(NetNs::of_this_thread().map_err(netns)?);
         let engine = Engine::new(host, &conf.run_dir, policy.as_ref().map(|p| p.sink.clone()))
@@ -52,18 +53,37 @@ impl<'a> Call<'a> {
             Ok(attached) => attached,
             Err(error) => return Err(self.give_back(&key, error).await),
         };
-        if let Some(PolicyChoice { sink, await_enforced: Some(limit) }) = &self.policy
+        if let Some(policy) = &self.policy
             && let Some(endpoint) = self.endpoint(&attached)
-            && let Err(error) = sink.await_enforced(&endpoint, *limit)
         {
-            let mut error = CniError::from(error);
-            match self.engine.detach(&key, Some(&pod)) {
-                Ok(()) => error = self.give_back(&key, error).await,
-                Err(left) => error = error.with_details(format!("and not taken back: {left}")),
-            }
-            return Err(error);
+            self.enforce(policy, &attached, &endpoint, &pod).await?;
         }
         Ok(result(&attached))
+    }
+
+    /// Waits for verdicts as far as the configuration asks for it.
+    async fn enforce(
+        &self,
+        policy: &PolicyChoice,
+        attached: &Attached,
+        endpoint: &Endpoint,
+        pod: &NetNs,
+    ) -> Result<(), CniError> {
+        if attached.repeated {
+            // Whoever owns the policy state now may not know of it, and somebody may have taken the programs away.
+            policy.sink.attach(endpoint)?;
+        }
+        let Some(limit) = policy.await_enforced else { return Ok(()) };
+        let Err(error) = policy.sink.await_enforced(endpoint, limit) else { return Ok(()) };
+        let error = CniError::from(error);
+        // What stood before this call goes on standing, under the verdicts that it has.
+        if attached.repeated {
+            return Err(error);
+        }
+        match self.engine.detach(&attached.key, Some(pod)) {
+            Ok(()) => Err(self.give_back(&attached.key, error).await),
+            Err(left) => Err(error.with_details(format!("and not taken back: {left}"))),
+        }
     }
 
     pub(super) async fn check(&self) -> Result<(), CniError> {
@@ -72,8 +92,12 @@ impl<'a> Call<'a> {
         let pod = NetNs::open(path).map_err(netns)?;
         let mut drift: Vec<String> =
             self.engine.check(&key, &pod).map_err(attach)?.iter().map(ToString::to_string).collect();
-        if let Some(addresses) = &self.addresses {
+        if let Some(addresses) = self.addresses()? {
             let held: Vec<_> = addresses.held(&key).await?.map(|l| l.addresses).unwrap_or_default();
+            let recorded = self.engine.attached(&key).map_err(journal)?.map(|a| a.lease.addresses).unwrap_or_default();
+            for address in recorded.iter().filter(|r| !held.contains(r)) {
+                drift.push(format!("address {} of the container is not leased to {key} any more", address.address));
+            }
             let missing = self.conf.previous.iter().flat_map(|p| &p.ips).map(|ip| ip.address);
             for address in missing.filter(|a| held.iter().all(|h| h.address != *a)) {
                 // A later plugin of the chain may have added addresses: only those of our pools can be ours.
@@ -105,11 +129,15 @@ impl<'a> Call<'a> {
                 errors.push(format!("{}: {error}", record.key));
             }
         }
-        if let Some(addresses) = &self.addresses {
-            kept.extend(valid.iter().cloned());
-            if let Err(error) = self.retain(addresses.as_ref(), network, &kept).await {
-                errors.push(error.to_string());
+        kept.extend(valid.iter().cloned());
+        match self.addresses() {
+            Ok(None) => {}
+            Ok(Some(addresses)) => {
+                if let Err(error) = self.retain(addresses, network, &kept).await {
+                    errors.push(error.to_string());
+                }
             }
+            Err(error) => errors.push(error.to_string()),
         }
         // Nothing of the network is left: what its attachments shared goes too, unless another network uses it.
         if let (true, Ok(LinkConfig::Bridge(bridge))) = (valid.is_empty(), self.link())
@@ -123,7 +151,8 @@ impl<'a> Call<'a> {
     pub(super) async fn status(&self) -> Result<(), CniError> {
         // Read for its errors: an ADD would fail by them.
         self.link()?;
-        if let Some(addresses) = &self.addresses {
+        let unavailable = |error: CniError| CniError { code: ErrorCode::Unavailable, ..error };
+        if let Some(addresses) = self.addresses().map_err(unavailable)? {
             addresses.ready().await.map_err(|e| CniError { code: ErrorCode::Unavailable, ..e.into() })?;
         }
         Ok(())
@@ -136,10 +165,14 @@ impl<'a> Call<'a> {
         Ok(LinkConfig::read(&section)?)
     }
 
+    fn addresses(&self) -> Result<Option<&dyn AddressSource>, CniError> {
+        self.addresses.as_ref().map(Option::as_deref).map_err(Clone::clone)
+    }
+
     async fn lease(&self, key: &AttachmentKey) -> Result<Lease, CniError> {
         let args = &self.invocation.args;
         let wanted = &self.conf.runtime.addresses;
-        let Some(addresses) = &self.addresses else {
+        let Some(addresses) = self.addresses()? else {
             if wanted.is_empty() && args.addresses.is_empty() {
                 return Ok(Lease { addresses: Vec::new(), routes: Vec::new(), dns: Dns::default(), mac: None });
             }
@@ -179,8 +212,8 @@ impl<'a> Call<'a> {
     async fn give_back(&self, key: &AttachmentKey, error: CniError) -> CniError {
         // Not knowing is no licence to free an address.
         let recorded = self.engine.is_recorded(key).unwrap_or(true);
-        match &self.addresses {
-            Some(addresses) if !recorded => match addresses.release(key).await {
+        match self.addresses() {
+            Ok(Some(addresses)) if !recorded => match addresses.release(key).await {
                 Ok(()) => error,
                 Err(second) => {
                     let details = format!("{}; and the lease was not released: {second}", error.details);
@@ -194,7 +227,7 @@ impl<'a> Call<'a> {
     /// Removes devices first, then addresses: an address that a device still bears is never free.
     async fn remove(&self, key: &AttachmentKey, pod: Option<&NetNs>) -> Result<(), CniError> {
         self.engine.detach(key, pod).map_err(detach)?;
-        if let Some(addresses) = &self.addresses {
+        if let Some(addresses) = self.addresses()? {
             addresses.release(key).await?;
         }
         Ok(())
@@ -217,6 +250,7 @@ impl<'a> Call<'a> {
             attachment: attached.key.clone(),
             ifindex: attached.host_index?,
             ifname: attached.key.id().host_ifname(),
+            mac: attached.interfaces.get(attached.pod_interface)?.mac,
             addresses: attached.lease.addresses.iter().map(|a| a.address.addr()).collect(),
             workload: self.invocation.args.workload.clone(),
             labels: self.conf.labels.clone(),

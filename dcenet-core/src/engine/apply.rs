@@ -172,6 +172,7 @@ impl<'a> Session<'a> {
             attachment: request.key.clone(),
             ifindex: self.find_index(Target::Host, &end.name)?,
             ifname: end.name.clone(),
+            mac: plan.pod_end.mac,
             addresses: request.lease.addresses.iter().map(|a| a.address.addr()).collect(),
             workload: request.workload.clone(),
             labels: request.labels.clone(),

@@ -33,8 +33,12 @@ impl Engine {
                 // The marks on the devices still tell what is ours.
                 tracing::warn!(%key, %error, "record unreadable; going by the marks on devices");
                 let mut errors = self.detach_by_mark(key);
-                errors.push(error.into());
-                return Err(DetachErrors(errors));
+                if errors.is_empty()
+                    && let Err(error) = self.journal.set_aside(key.id())
+                {
+                    errors.push(error.into());
+                }
+                return DetachErrors::or_ok(errors);
             }
             Err(error) => return Err(DetachErrors(vec![error.into()])),
         };

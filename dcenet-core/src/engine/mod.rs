@@ -132,6 +132,15 @@ impl Engine {
         self.journal.records(network)
     }
 
+    /// The attachment as its record tells, if it was finished.
+    ///
+    /// # Errors
+    /// As [`Engine::is_recorded`].
+    pub fn attached(&self, key: &AttachmentKey) -> Result<Option<Attached>, JournalError> {
+        let record = self.journal.find(key.id())?.and_then(|(_, record)| record).filter(|r| r.key == *key);
+        Ok(record.and_then(|r| Attached::from_record(&r, true)))
+    }
+
     /// Whether anything of the attachment may be on the host: a record of it, finished or only begun.
     ///
     /// # Errors

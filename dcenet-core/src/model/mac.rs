@@ -26,6 +26,19 @@ impl MacAddr {
         self.0[0] & 1 == 0 && !matches!(self.0, [0, 0, 0, 0, 0, 0])
     }
 
+    /// Reads an address that a device is to bear.
+    ///
+    /// # Errors
+    /// As [`MacAddr::from_str`], and for what [`MacAddr::is_device_address`] denies.
+    pub fn for_device(text: &str) -> Result<Self, ParseError> {
+        let mac: Self = text.parse()?;
+        if mac.is_device_address() {
+            Ok(mac)
+        } else {
+            Err(ParseError::new("MAC address", text, "multicast or zero, which no device may bear; give a unicast one"))
+        }
+    }
+
     /// Turns 48 given bits into a locally administered unicast address (IEEE 802, second and lowest bit of the first byte).
     pub const fn local(mut bytes: [u8; 6]) -> Self {
         bytes[0] = bytes[0] & 0xfc | 0x02;

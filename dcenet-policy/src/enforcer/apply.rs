@@ -10,15 +10,15 @@ use std::time::{Duration, Instant};
 use dcenet_core::model::{AttachmentKey, IfIndex, MacAddr};
 use dcenet_core::provider::Endpoint;
 use dcenet_ebpf::abi::{self, Sizes, local_ids_element};
-use dcenet_ebpf::attach::{Attacher, Direction as HookDirection, Hook, Tag};
-use dcenet_ebpf::loader::LoadRequest;
+use dcenet_ebpf::attach::{Attacher, Direction as HookDirection, Hook, Owner, Tag};
+use dcenet_ebpf::loader::{LoadError, LoadRequest};
 use dcenet_ebpf::maps::{Array, Map, Put};
 use dcenet_ebpf::program::Program as Loaded;
 
 use super::flows::Names;
 use super::node::{NodeMaps, create, program_name};
 use super::slots::Slots;
-use super::state::{Known, Outcome, Shared};
+use super::state::{Known, Outcome, Shared, hooks};
 use super::tables::ClassTables;
 use super::{EnforcerError, Phase};
 use crate::classes::{AddressTable, TableChanges};
@@ -328,30 +328,58 @@ impl Applier {
     }
 
     fn attach_one(&mut self, attacher: &dyn Attacher, switch: &Switch<'_>) -> Result<(u16, u32), EnforcerError> {
-        let Endpoint { attachment, ifindex, addresses, .. } = &switch.known.endpoint;
+        let Endpoint { attachment, ifindex, .. } = &switch.known.endpoint;
         let id = attachment.id();
-        let room = self.sizes.endpoints.saturating_sub(1) as usize;
-        let full = || EnforcerError::Full { what: "endpoints", found: room + 1, room };
-        let slot = self.slots.take(id).ok_or_else(full)?;
-        self.holders.insert(attachment.clone());
-        let mut cell = cell_of(addresses, attachment.mac());
-        let old = self.cell(slot)?;
-        // Whatever conntrack still has of this slot is of the past.
-        cell.generation_ingress = old.generation_ingress;
-        cell.generation_egress = old.generation_egress;
-        if !self.endpoints.contains_key(switch.key) {
-            cell.generation_ingress = cell.generation_ingress.wrapping_add(1);
-            cell.generation_egress = cell.generation_egress.wrapping_add(1);
-        }
-        if cell != old {
-            self.store_cell(slot, &cell)?;
-        }
+        let fresh = !self.endpoints.contains_key(switch.key);
+        let (slot, cell) = self.settle_cell(&switch.known.endpoint, fresh)?;
         let label = id.to_string();
         for direction in [HookDirection::Ingress, HookDirection::Egress] {
             let hook = Hook { device: *ifindex, direction };
             attacher.replace_tagged(hook, switch.programs.on(direction), Tag { label: &label, class: slot })?;
         }
         Ok((slot, cell.generation_ingress.max(cell.generation_egress)))
+    }
+
+    /// Gives an endpoint that has the default programs its slot and cell, so that those know its addresses and let it
+    /// resolve its neighbours' while its policy is not known yet.
+    pub(crate) fn admit(&mut self, attacher: &dyn Attacher, endpoint: &Endpoint) -> Result<(), EnforcerError> {
+        let id = endpoint.attachment.id();
+        if self.slots.of(id).is_some() {
+            return Ok(());
+        }
+        let (slot, _) = self.settle_cell(endpoint, true)?;
+        let label = id.to_string();
+        for hook in hooks(endpoint.ifindex) {
+            let Some(attached) = attacher.attached(hook)? else { continue };
+            let Some(program) = attached.program.filter(|_| attached.owner == Owner::Ours(label.clone())) else {
+                continue;
+            };
+            let program =
+                Loaded::by_id(program).map_err(|e| EnforcerError::Load(LoadError::refused(&label, e.source, "")))?;
+            attacher.replace_tagged(hook, &program, Tag { label: &label, class: slot })?;
+        }
+        Ok(())
+    }
+
+    /// The endpoint's slot, with a cell that tells its addresses; `fresh` where nothing that conntrack knows of the slot
+    /// is its own.
+    fn settle_cell(&mut self, endpoint: &Endpoint, fresh: bool) -> Result<(u16, abi::Endpoint), EnforcerError> {
+        let room = self.sizes.endpoints.saturating_sub(1) as usize;
+        let full = || EnforcerError::Full { what: "endpoints", found: room + 1, room };
+        let slot = self.slots.take(endpoint.attachment.id()).ok_or_else(full)?;
+        self.holders.insert(endpoint.attachment.clone());
+        let mut cell = cell_of(&endpoint.addresses, endpoint.mac);
+        let old = self.cell(slot)?;
+        cell.generation_ingress = old.generation_ingress;
+        cell.generation_egress = old.generation_egress;
+        if fresh {
+            cell.generation_ingress = cell.generation_ingress.wrapping_add(1);
+            cell.generation_egress = cell.generation_egress.wrapping_add(1);
+        }
+        if cell != old {
+            self.store_cell(slot, &cell)?;
+        }
+        Ok((slot, cell))
     }
 
     /// Puts the programs before on both hooks.
@@ -550,7 +578,7 @@ fn judges_otherwise(old: &PolicySet, new: &PolicySet, changes: &TableChanges, be
 }
 
 /// The endpoint's cell, without its generations. Its link-local address is the one that the kernel makes of the address
-/// of the device (RFC 4291, appendix A), which is derived from the attachment.
+/// of the device (RFC 4291, appendix A).
 fn cell_of(addresses: &[IpAddr], mac: MacAddr) -> abi::Endpoint {
     let ipv4 = addresses.iter().find_map(|address| match address {
         IpAddr::V4(address) => Some(*address),

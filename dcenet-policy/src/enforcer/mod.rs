@@ -349,6 +349,7 @@ fn endpoint_of(record: &Record) -> Option<Endpoint> {
         attachment: record.key.clone(),
         ifindex: record.done.as_ref()?.host_index?,
         ifname: record.host_end.as_ref()?.name.clone(),
+        mac: record.mac,
         addresses: record.lease.addresses.iter().map(|a| a.address.addr()).collect(),
         workload: record.workload.clone(),
         labels: record.labels.clone(),

@@ -373,6 +373,14 @@ impl Answer for Shared {
             Request::Attached { endpoint, default } => {
                 tracing::debug!(attachment = %endpoint.attachment, default = default.as_str(), "endpoint attached");
                 self.note(|state| state.note(&endpoint, true));
+                // A change that is under way is not waited for; it admits the endpoint when it comes to it.
+                if let Some(mut applier) = self.applier.try_lock() {
+                    let applier = &mut *applier;
+                    let admitted = self.host.0.run_here_or_there(|| applier.admit(&*self.tools.attacher, &endpoint));
+                    if let Err(error) = admitted.map_err(EnforcerError::from).flatten() {
+                        tracing::warn!(attachment = %endpoint.attachment, %error, "cannot tell the default programs of it");
+                    }
+                }
                 Reply::Noted
             }
             Request::Gone { attachment } => {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use dcenet_core::engine::{AttachRequest, Engine};
 use dcenet_core::link::Policy as LinkPolicy;
-use dcenet_core::model::{AttachmentKey, IfIndex};
+use dcenet_core::model::{AttachmentKey, IfIndex, MacAddr};
 use dcenet_core::netns::{Host, NetNs};
 use dcenet_core::provider::{Dns, Endpoint, Lease, LeasedAddress, LeasedRoute, PolicySink};
 use dcenet_core::test_support::{TestHost, TestNetNs, ping};
@@ -105,7 +105,8 @@ impl World {
             pod: pod.pod(),
             link: serde_json::from_str(r#"{"kind": "bridge", "bridge": "dc0", "isGateway": true}"#).unwrap(),
             lease: Lease { addresses: addresses.collect(), routes: routes.into(), dns: Dns::default(), mac: None },
-            mac: None,
+            // Not the one that the engine would derive: runtimes choose.
+            mac: Some(MacAddr::local([0, 0xdc, 0, 0, (n >> 8) as u8, n as u8])),
             workload: Some(format!("shop/{name}").parse().unwrap()),
             labels: labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
             policy: LinkPolicy::Wanted,
@@ -151,6 +152,7 @@ impl World {
             attachment: record.key.clone(),
             ifindex: record.done.unwrap().host_index.unwrap(),
             ifname: record.host_end.unwrap().name,
+            mac: record.mac,
             addresses: record.lease.addresses.iter().map(|a| a.address.addr()).collect(),
             workload: record.workload,
             labels: record.labels,

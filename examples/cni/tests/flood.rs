@@ -457,6 +457,40 @@ fn an_add_without_an_owner_fails_in_time_and_leaves_nothing() {
     // The same call succeeds when there is one.
     let owner = world.owner();
     assert!(owner.start().unwrap().is_complete());
-    world.add(&pod, &world.config("30s", "web")).unwrap();
+    let result = world.add(&pod, &world.config("30s", "web")).unwrap();
+
+    // An owner that is away takes nothing from a pod that stands: its last verdicts do too.
+    drop(owner);
+    let (host, inside) = (world.node.host.state(), pod.state());
+    assert_eq!(world.add(&pod, &world.config("1s", "web")).expect_err("nobody answers")["code"], 11);
+    assert_eq!(host.diff(&world.node.host.state()), "");
+    assert_eq!(inside.diff(&pod.state()), "");
+    let owner = world.owner();
+    assert!(owner.start().unwrap().is_complete());
+    assert_eq!(world.add(&pod, &world.config("30s", "web")).unwrap(), result);
+    owner.uninstall().unwrap();
+}
+
+#[test]
+fn neighbours_are_resolved_while_policy_is_unknown() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let world = World::new();
+    let owner = world.owner();
+    let pod = world.node.pod("web");
+    let result = world.add(&pod, &world.config("0s", "web")).unwrap();
+    let mac = result["interfaces"][2]["mac"].as_str().unwrap().to_owned();
+    for address in ["10.20.0.2", "2001:db8:20::2"] {
+        let address: IpAddr = address.parse().unwrap();
+        world.node.host.root().run(|| {
+            let any: IpAddr = if address.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
+            UdpSocket::bind((any, 0)).unwrap().send_to(b"x", (address, PORT)).unwrap();
+        });
+        wait_until("the host knows where the pod is", || {
+            let neighbours = world.node.host.root().sh(&format!("ip neigh show {address} dev dc0"));
+            neighbours.contains(&format!("lladdr {mac}"))
+        });
+    }
     owner.uninstall().unwrap();
 }

@@ -154,22 +154,30 @@ pub fn tell(
     interrupted()?;
 
     let mut owner = Owner::open(stage, NODE.iter().map(|a| a.parse()).collect::<Result<_, _>>()?)?;
-    let told = with_owner(stage, program, &mut owner, &mut members, &outside, report, interrupted);
+    let cast = Cast { members: &mut members, outside: &outside };
+    let told = with_owner(stage, program, &mut owner, cast, keep, report, interrupted);
     if keep {
         return told;
     }
     told.and(owner.close())
 }
 
+/// Who plays.
+struct Cast<'a> {
+    members: &'a mut [Member; 3],
+    outside: &'a Pod,
+}
+
 fn with_owner(
     stage: &Stage,
     program: PathBuf,
     owner: &mut Owner,
-    members: &mut [Member; 3],
-    outside: &Pod,
+    cast: Cast<'_>,
+    keep: bool,
     report: &mut Report,
     interrupted: &dyn Fn() -> Result<(), &'static str>,
 ) -> Outcome {
+    let Cast { members, outside } = cast;
     report.step("Pods are added by the CNI plugin, one with fixed addresses");
     let plugin = Plugin { program, host: &stage.host };
     let mut addresses = Vec::new();
@@ -221,6 +229,9 @@ fn with_owner(
     report.step("What was seen");
     show_flows(owner, report)?;
     drop(servers);
+    if keep {
+        return Ok(());
+    }
 
     report.step("Pods are deleted");
     for member in members.iter() {
