@@ -24,6 +24,8 @@ record! {
         ipv6: [u8; 16] = 16 @ IPV6,
         /// Own IPv6 link-local address, which neighbour discovery uses (RFC 4861, section 7.2.2); zeros for none.
         link_local: [u8; 16] = 32 @ LINK_LOCAL,
+        /// Own Ethernet address, which the pod's frames, ARP packets and neighbour discovery must bear; zeros for any.
+        mac: [u8; 6] = 48 @ MAC,
     }
 }
 
@@ -42,6 +44,12 @@ impl Endpoint {
             link_local: link_local.map_or([0; 16], |a| a.octets()),
             ..Self::default()
         }
+    }
+
+    /// The same, bound to an Ethernet address.
+    #[must_use]
+    pub fn with_mac(self, mac: [u8; 6]) -> Self {
+        Self { mac, ..self }
     }
 }
 

@@ -1,8 +1,9 @@
-//! ARP and neighbour discovery: the pod may speak for itself alone.
+//! ARP and neighbour discovery: the pod may speak for itself alone, by its own Ethernet address.
 
 use super::emitter::{Emitter, be16};
-use super::frame::{L3, L4};
+use super::frame::{IP_END, L3, L4, OPTION};
 use crate::abi::{Direction, Endpoint, Reason};
+use crate::asm::Label;
 use crate::insn::{Cond, Reg::*, Size};
 
 impl Emitter<'_> {
@@ -21,7 +22,9 @@ impl Emitter<'_> {
             .load(Size::W, R1, R10, L3)
             .jump_if32(Cond::Ne, R1, ARP_ETHERNET_IPV4.to_be().cast_signed(), refused)
             .load(Size::H, R1, R10, L3 + 4)
-            .jump_if(Cond::Ne, R1, be16(0x0604), refused)
+            .jump_if(Cond::Ne, R1, be16(0x0604), refused);
+        self.own_mac((R10, L3 + 8), refused);
+        self.asm
             // The addresses lie at odd multiples of 2, so they are compared by halves.
             .load(Size::H, R1, R10, L3 + 14)
             .load(Size::H, R2, R10, L3 + 16)
@@ -62,12 +65,15 @@ impl Emitter<'_> {
             .jump_if(Cond::Eq, R1, NEIGHBOUR_SOLICITATION, solicitation)
             .jump_if(Cond::Eq, R1, NEIGHBOUR_ADVERTISEMENT, advertisement)
             .jump_if(Cond::Ne, R1, ROUTER_SOLICITATION, refused);
+        self.need(8, malformed);
+        self.link_layer_option(8, refused, malformed);
         self.if_own_v6((R10, L3 + 8), pass);
         self.asm.jump(refused);
 
         self.asm.bind(solicitation);
         self.need(24, malformed);
         self.copy(R7, L4, 24, malformed);
+        self.link_layer_option(24, refused, malformed);
         self.if_own_v6((R10, L3 + 8), pass);
         // Detection of duplicates asks from the unspecified address (RFC 4862, section 5.4.2).
         self.asm.load(Size::Dw, R1, R10, L3 + 8).load(Size::Dw, R2, R10, L3 + 16).or(R1, R2).jump_if(
@@ -82,8 +88,26 @@ impl Emitter<'_> {
         self.asm.bind(advertisement);
         self.need(24, malformed);
         self.copy(R7, L4, 24, malformed);
+        self.link_layer_option(24, refused, malformed);
         self.if_own_v6((R10, L4 + 8), pass);
         self.asm.jump(refused).bind(other);
+    }
+
+    /// What follows the `fixed` bytes of a message at `R7` may be one option of 8 bytes, as Linux sends it (net/ipv6/
+    /// ndisc.c); a link-layer address in it (RFC 4861, section 4.6.1) must be the pod's own. Several options, of which a
+    /// receiver would choose one, are refused. Uses `R7`.
+    fn link_layer_option(&mut self, fixed: i32, refused: Label, malformed: Label) {
+        let none = self.asm.label();
+        self.asm
+            .load(Size::W, R2, R10, IP_END)
+            .sub(R2, R7)
+            .jump_if(Cond::Eq, R2, fixed, none)
+            .jump_if(Cond::Ne, R2, fixed + 8, refused)
+            .add(R7, fixed);
+        self.copy(R7, OPTION, 8, malformed);
+        self.asm.load(Size::B, R1, R10, OPTION).jump_if(Cond::Gt, R1, TARGET_LINK_LAYER_ADDRESS, none);
+        self.own_mac((R10, OPTION + 2), refused);
+        self.asm.bind(none);
     }
 }
 
@@ -95,3 +119,6 @@ const ROUTER_SOLICITATION: i32 = 133;
 const NEIGHBOUR_SOLICITATION: i32 = 135;
 const NEIGHBOUR_ADVERTISEMENT: i32 = 136;
 const REDIRECT: i32 = 137;
+
+/// Options of neighbour discovery: 1 is the source's link-layer address.
+const TARGET_LINK_LAYER_ADDRESS: i32 = 2;

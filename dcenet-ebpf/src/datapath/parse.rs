@@ -67,9 +67,12 @@ impl Emitter<'_> {
             .load(Size::W, R3, R6, SKB_DATA_END)
             .mov(R1, R7)
             .add(R1, ETHERNET + IPV4 + 8)
-            .jump_if(Cond::Gt, R1, R3, slow)
-            .load(Size::H, R1, R7, 12)
-            .jump_if(Cond::Ne, R1, be16(ETH_P_IP), not_v4);
+            .jump_if(Cond::Gt, R1, R3, slow);
+        if self.direction == Direction::Egress {
+            let spoofed = self.drop(Reason::Spoofed);
+            self.own_mac((R7, SOURCE_MAC), spoofed);
+        }
+        self.asm.load(Size::H, R1, R7, 12).jump_if(Cond::Ne, R1, be16(ETH_P_IP), not_v4);
 
         let ip = ETHERNET as i16;
         self.asm.load(Size::B, R1, R7, ip).jump_if(Cond::Ne, R1, 0x45, slow).load(Size::H, R1, R7, ip + 6).jump_if(
@@ -189,12 +192,41 @@ impl Emitter<'_> {
             .bind(no);
     }
 
+    /// Jumps if the Ethernet address at `address` is not the pod's own, where that is known. Uses `R1`, `R2`.
+    pub(super) fn own_mac(&mut self, address: (Reg, i16), foreign: Label) {
+        let [any, own] = self.labels();
+        let (base, at) = address;
+        // By halves: on the stack the address may lie at an odd multiple of 2.
+        for half in [0, 2, 4] {
+            self.asm.load(Size::H, R1, base, at + half).load(Size::H, R2, R9, Endpoint::MAC + half).jump_if(
+                Cond::Ne,
+                R1,
+                R2,
+                any,
+            );
+        }
+        self.asm
+            .jump(own)
+            .bind(any)
+            .load(Size::W, R1, R9, Endpoint::MAC)
+            .load(Size::H, R2, R9, Endpoint::MAC + 4)
+            .or(R1, R2)
+            .jump_if(Cond::Ne, R1, 0, foreign)
+            .bind(own);
+    }
+
     /// Parses by copying headers. `R7` is the offset reached, `R8` the next header's protocol.
     pub(super) fn slow(&mut self) {
         let [v4, v6, arp, l4] = self.labels();
         let (malformed, other) = (self.drop(Reason::Malformed), self.drop(Reason::OtherEtherType));
         let untagged = self.asm.label();
         self.asm.bind(self.places.slow);
+        if self.direction == Direction::Egress {
+            let spoofed = self.drop(Reason::Spoofed);
+            self.asm.mov(R7, i32::from(SOURCE_MAC));
+            self.copy(R7, L4, 6, malformed);
+            self.own_mac((R10, L4), spoofed);
+        }
         self.asm.mov(R7, 12);
         self.copy(R7, L4, 2, malformed);
         self.asm.load(Size::H, R8, R10, L4);
@@ -433,6 +465,8 @@ const IPV6: i32 = 40;
 const TCP_HEADER: i32 = 20;
 
 // EtherTypes (include/uapi/linux/if_ether.h).
+/// Offset of the source in an Ethernet header.
+const SOURCE_MAC: i16 = 6;
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_ARP: u16 = 0x0806;
 const ETH_P_8021Q: u16 = 0x8100;

@@ -215,7 +215,10 @@ impl Packet {
     /// Neighbour discovery about a target: type 135 asks, 136 answers.
     #[must_use]
     pub fn neighbour(self, kind: u8, target: Ipv6Addr) -> Self {
-        self.icmp(kind, 0, [0; 4]).data(target.octets().to_vec())
+        const ROUTER_SOLICITATION: u8 = 133;
+        let message = self.icmp(kind, 0, [0; 4]);
+        // A router solicitation has no target (RFC 4861, section 4.1).
+        if kind == ROUTER_SOLICITATION { message } else { message.data(target.octets().to_vec()) }
     }
 
     /// Any other protocol; its content is the payload.

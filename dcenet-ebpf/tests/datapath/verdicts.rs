@@ -433,3 +433,52 @@ fn a_flow_that_finds_no_room_is_dropped_or_takes_the_place_of_another() {
         pod.expect(Egress, &packet(port), Some(Reason::Allowed));
     }
 }
+
+#[test]
+fn the_pod_speaks_by_its_own_ethernet_address() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    // The packets bear 02:00:00:00:00:01 as their source.
+    const OWN: [u8; 6] = [2, 0, 0, 0, 0, 1];
+    const OTHER: [u8; 6] = [2, 0, 0, 0, 0, 9];
+    let option = |kind: u8, mac: [u8; 6]| [[kind, 1].as_slice(), &mac].concat();
+    let discovery = |kind: u8, options: &[Vec<u8>]| {
+        let body: Vec<u8> = POD6.octets().into_iter().chain(options.concat()).collect();
+        eth().ipv6(POD6, PEER6).icmp(kind, 0, [0; 4]).data(body)
+    };
+    let pod = open();
+    pod.set_endpoint(&endpoint().with_mac(OWN));
+    for packet in flows(Egress) {
+        pod.expect(Egress, &packet, Some(Reason::Allowed));
+    }
+    pod.expect(Egress, &eth().arp(2, POD4, PEER4), Some(Reason::Neighbour));
+    for kind in [135, 136] {
+        pod.expect(Egress, &discovery(kind, &[]), Some(Reason::Neighbour));
+        pod.expect(Egress, &discovery(kind, &[option(2, OWN)]), Some(Reason::Neighbour));
+        pod.expect(Egress, &discovery(kind, &[option(1, OTHER)]), Some(Reason::NeighbourRefused));
+        pod.expect(Egress, &discovery(kind, &[option(2, OTHER)]), Some(Reason::NeighbourRefused));
+        // A nonce (RFC 3971, section 5.3.2) is no address; behind it an address could hide.
+        pod.expect(Egress, &discovery(kind, &[option(14, OTHER)]), Some(Reason::Neighbour));
+        pod.expect(Egress, &discovery(kind, &[option(14, OWN), option(2, OTHER)]), Some(Reason::NeighbourRefused));
+    }
+
+    pod.set_endpoint(&endpoint().with_mac(OTHER));
+    for packet in flows(Egress) {
+        pod.expect(Egress, &packet, Some(Reason::Spoofed));
+    }
+    pod.expect(Egress, &eth().arp(2, POD4, PEER4), Some(Reason::Spoofed));
+    pod.expect(Egress, &discovery(136, &[]), Some(Reason::Spoofed));
+    // What others send to the pod bears their addresses.
+    let pod = open();
+    pod.set_endpoint(&endpoint().with_mac(OTHER));
+    for packet in flows(Ingress) {
+        pod.expect(Ingress, &packet, Some(Reason::Allowed));
+    }
+
+    // The frame's source is right, the one that ARP tells is not.
+    pod.set_endpoint(&endpoint().with_mac(OWN));
+    let mut lie = eth().arp(2, POD4, PEER4).bytes();
+    lie[22..28].copy_from_slice(&OTHER);
+    assert_eq!(pod.run_bytes(Egress, &lie), Some(Reason::NeighbourRefused));
+}

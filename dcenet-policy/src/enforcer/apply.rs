@@ -591,7 +591,7 @@ fn cell_of(addresses: &[IpAddr], mac: MacAddr) -> abi::Endpoint {
     let [a, b, c, d, e, f] = mac.bytes();
     let pair = |high, low| u16::from_be_bytes([high, low]);
     let link_local = Ipv6Addr::new(0xfe80, 0, 0, 0, pair(a ^ 2, b), pair(c, 0xff), pair(0xfe, d), pair(e, f));
-    abi::Endpoint::new(ipv4, ipv6, Some(link_local))
+    abi::Endpoint::new(ipv4, ipv6, Some(link_local)).with_mac(mac.bytes())
 }
 
 /// Whether the endpoint's device is still the one in the calling thread's namespace.
