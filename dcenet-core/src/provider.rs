@@ -150,6 +150,9 @@ pub enum LeaseError {
     /// Others change the same records all the time; the same call may succeed later.
     #[error("the store is busy: {0}")]
     Busy(String),
+    /// The store holds what cannot be true; people must look at it.
+    #[error("store: {0}")]
+    Damaged(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The store failed or cannot be reached.
     #[error("store: {0}")]
     Store(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -160,7 +163,7 @@ impl LeaseError {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Exhausted { .. } | Self::Busy(_) | Self::Store(_) => true,
-            Self::Invalid { .. } | Self::Held { .. } => false,
+            Self::Damaged(_) | Self::Invalid { .. } | Self::Held { .. } => false,
         }
     }
 }
@@ -176,6 +179,13 @@ pub trait PolicySink: Send + Sync {
 
     /// Blocks until the owner has put its own verdicts in place of the default, at most for `limit`.
     fn await_enforced(&self, endpoint: &Endpoint, limit: Duration) -> Result<(), PolicyError>;
+
+    /// What is missing of what `attach` made, or of the owner's in its place, in words; `None` where nothing is. Called by
+    /// CHECK.
+    fn missing(&self, endpoint: &Endpoint) -> Result<Option<String>, PolicyError>;
+
+    /// Whether an `attach` could succeed now; cheap, for STATUS is polled.
+    fn ready(&self) -> Result<(), PolicyError>;
 
     /// Removes what `attach` made. It must succeed when the device, or all of it, is gone already.
     fn detach(&self, attachment: &AttachmentKey) -> Result<(), PolicyError>;

@@ -17,6 +17,14 @@ use std::time::Duration;
 struct Sink(Mutex<BTreeSet<String>>);
 
 impl PolicySink for Sink {
+    fn missing(&self, _: &Endpoint) -> Result<Option<String>, PolicyError> {
+        Ok(None)
+    }
+
+    fn ready(&self) -> Result<(), PolicyError> {
+        Ok(())
+    }
+
     fn attach(&self, endpoint: &Endpoint) -> Result<(), PolicyError> {
         assert_eq!(endpoint.addresses.len(), 2);
         self.0.lock().unwrap().insert(endpoint.attachment.to_string());

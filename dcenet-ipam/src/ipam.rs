@@ -41,7 +41,7 @@ impl From<OpenError> for LeaseError {
     fn from(error: OpenError) -> Self {
         match error {
             OpenError::Config(error) => error.into(),
-            OpenError::Store(error) => Self::Store(error.into()),
+            OpenError::Store(error) => store_error(error),
         }
     }
 }
@@ -398,7 +398,10 @@ fn count_conflict(conflicts: &mut u32) -> Result<(), LeaseError> {
 }
 
 fn store_error(error: StoreError) -> LeaseError {
-    LeaseError::Store(Box::new(error))
+    match error {
+        StoreError::Corrupt { .. } => LeaseError::Damaged(Box::new(error)),
+        error => LeaseError::Store(Box::new(error)),
+    }
 }
 
 fn wall_clock() -> u64 {

@@ -106,6 +106,12 @@ impl<'a> Call<'a> {
                 }
             }
         }
+        if let Some(policy) = &self.policy
+            && let Some(attached) = self.engine.attached(&key).map_err(journal)?
+            && let Some(endpoint) = self.endpoint(&attached)
+        {
+            drift.extend(policy.sink.missing(&endpoint)?);
+        }
         if drift.is_empty() { Ok(()) } else { Err(CniError::new(ErrorCode::Drift, drift.join("; "))) }
     }
 
@@ -154,6 +160,9 @@ impl<'a> Call<'a> {
         let unavailable = |error: CniError| CniError { code: ErrorCode::Unavailable, ..error };
         if let Some(addresses) = self.addresses().map_err(unavailable)? {
             addresses.ready().await.map_err(|e| CniError { code: ErrorCode::Unavailable, ..e.into() })?;
+        }
+        if let Some(policy) = &self.policy {
+            policy.sink.ready().map_err(|e| unavailable(e.into()))?;
         }
         Ok(())
     }

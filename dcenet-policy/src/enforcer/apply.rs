@@ -341,24 +341,31 @@ impl Applier {
     }
 
     /// Gives an endpoint that has the default programs its slot and cell, so that those know its addresses and let it
-    /// resolve its neighbours' while its policy is not known yet.
-    pub(crate) fn admit(&mut self, attacher: &dyn Attacher, endpoint: &Endpoint) -> Result<(), EnforcerError> {
+    /// resolve its neighbours' while its policy is not known yet. Tells whether its own programs, which were on the
+    /// hooks, are not there any more: then the next run puts them back.
+    pub(crate) fn admit(&mut self, attacher: &dyn Attacher, endpoint: &Endpoint) -> Result<bool, EnforcerError> {
         let id = endpoint.attachment.id();
-        if self.slots.of(id).is_some() {
-            return Ok(());
-        }
-        let (slot, _) = self.settle_cell(endpoint, true)?;
         let label = id.to_string();
+        let mut bare = Vec::new();
         for hook in hooks(endpoint.ifindex) {
-            let Some(attached) = attacher.attached(hook)? else { continue };
-            let Some(program) = attached.program.filter(|_| attached.owner == Owner::Ours(label.clone())) else {
-                continue;
-            };
+            let attached = attacher.attached(hook)?;
+            match attached.filter(|a| a.owner == Owner::Ours(label.clone())) {
+                Some(attached) if attached.class != 0 => {}
+                attached => bare.push((hook, attached.and_then(|a| a.program))),
+            }
+        }
+        if bare.is_empty() {
+            return Ok(false);
+        }
+        let lost = self.endpoints.remove(&endpoint.attachment).is_some();
+        let (slot, _) = self.settle_cell(endpoint, true)?;
+        for (hook, program) in bare {
+            let Some(program) = program else { continue };
             let program =
                 Loaded::by_id(program).map_err(|e| EnforcerError::Load(LoadError::refused(&label, e.source, "")))?;
             attacher.replace_tagged(hook, &program, Tag { label: &label, class: slot })?;
         }
-        Ok(())
+        Ok(lost)
     }
 
     /// The endpoint's slot, with a cell that tells its addresses; `fresh` where nothing that conntrack knows of the slot

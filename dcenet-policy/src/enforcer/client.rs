@@ -180,6 +180,31 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
         }
     }
 
+    fn missing(&self, endpoint: &Endpoint) -> Result<Option<String>, PolicyError> {
+        let label = endpoint.attachment.id().to_string();
+        for direction in [Direction::Ingress, Direction::Egress] {
+            let doing = || format!("look at the policy on {} ({direction:?})", endpoint.ifname);
+            let hook = Hook { device: endpoint.ifindex, direction };
+            let there = self.attacher.attached(hook).map_err(failed(doing()))?;
+            if there.is_none_or(|a| a.owner != Owner::Ours(label.clone())) {
+                return Ok(Some(format!("no policy is on {} ({direction:?})", endpoint.ifname)));
+            }
+        }
+        Ok(None)
+    }
+
+    fn ready(&self) -> Result<(), PolicyError> {
+        for direction in [Direction::Ingress, Direction::Egress] {
+            let doing = || "look for the default policy".to_owned();
+            let pin = default_pin(self.default, direction);
+            if self.pins.get(pin).map_err(failed(doing()))?.is_none() {
+                let directory = self.pins.directory().to_owned();
+                return Err(failed(doing())(ClientError::NotPrepared { pin, directory }));
+            }
+        }
+        Ok(())
+    }
+
     fn detach(&self, attachment: &AttachmentKey) -> Result<(), PolicyError> {
         let doing = || format!("take policy off {attachment}");
         let name = attachment.id().host_ifname();

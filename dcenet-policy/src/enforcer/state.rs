@@ -120,6 +120,13 @@ impl State {
         old.into_iter().chain(new).collect::<BTreeSet<_>>().into_iter().for_each(|pod| self.join(pod));
     }
 
+    /// Notes that the default stands in for an endpoint's own programs.
+    fn lost(&mut self, attachment: &AttachmentKey) {
+        if let Some(known) = self.endpoints.get_mut(attachment) {
+            known.phase = Phase::Default;
+        }
+    }
+
     fn forget(&mut self, attachment: &AttachmentKey) {
         let Some(known) = self.endpoints.remove(attachment) else { return };
         // Sources may have given its addresses to others already.
@@ -372,13 +379,20 @@ impl Answer for Shared {
         match request {
             Request::Attached { endpoint, default } => {
                 tracing::debug!(attachment = %endpoint.attachment, default = default.as_str(), "endpoint attached");
+                let known = self.state.lock().endpoints.contains_key(&endpoint.attachment);
                 self.note(|state| state.note(&endpoint, true));
-                // A change that is under way is not waited for; it admits the endpoint when it comes to it.
-                if let Some(mut applier) = self.applier.try_lock() {
+                // For a new endpoint a change that is under way is not waited for; it admits the endpoint when it comes to
+                // it. One that is told again may have lost its programs, and must not be called enforced without them.
+                let applier = if known { Some(self.applier.lock()) } else { self.applier.try_lock() };
+                if let Some(mut applier) = applier {
                     let applier = &mut *applier;
                     let admitted = self.host.0.run_here_or_there(|| applier.admit(&*self.tools.attacher, &endpoint));
-                    if let Err(error) = admitted.map_err(EnforcerError::from).flatten() {
-                        tracing::warn!(attachment = %endpoint.attachment, %error, "cannot tell the default programs of it");
+                    match admitted.map_err(EnforcerError::from).flatten() {
+                        Ok(false) => {}
+                        Ok(true) => self.note(|state| state.lost(&endpoint.attachment)),
+                        Err(error) => {
+                            tracing::warn!(attachment = %endpoint.attachment, %error, "cannot tell the default programs of it");
+                        }
                     }
                 }
                 Reply::Noted

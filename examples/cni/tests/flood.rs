@@ -459,6 +459,31 @@ fn an_add_without_an_owner_fails_in_time_and_leaves_nothing() {
     assert!(owner.start().unwrap().is_complete());
     let result = world.add(&pod, &world.config("30s", "web")).unwrap();
 
+    // Whoever takes the programs away is found out, and a repeated ADD brings them back.
+    let check = |expected: Option<&str>| {
+        let mut config = world.config("30s", "web");
+        config["prevResult"] = result.clone();
+        let answer = world.node.call("CHECK", &pod, &config.to_string());
+        match expected {
+            None => drop(answer.unwrap()),
+            Some(text) => assert!(answer.unwrap_err()["msg"].as_str().unwrap().contains(text)),
+        }
+    };
+    check(None);
+    let device = host_end(&result);
+    let tag = || {
+        let filters = world.node.host.root().sh(&format!("tc filter show dev {device} ingress"));
+        let mut words = filters.split_whitespace();
+        words.find(|word| *word == "tag").expect("a program is there");
+        words.next().unwrap().to_owned()
+    };
+    let own = tag();
+    world.node.host.root().sh(&format!("tc qdisc del dev {device} clsact"));
+    check(Some("no policy is on"));
+    assert_eq!(world.add(&pod, &world.config("30s", "web")).unwrap(), result);
+    check(None);
+    assert_eq!(tag(), own, "the pod's own verdicts, not the default");
+
     // An owner that is away takes nothing from a pod that stands: its last verdicts do too.
     drop(owner);
     let (host, inside) = (world.node.host.state(), pod.state());
