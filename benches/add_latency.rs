@@ -103,9 +103,8 @@ fn compare(program: &Path, place: &str, directory: &Path, goals: &Goals, summary
     summary.add(row("add with policy cpu", 1.0, &policy.adds, &theirs.adds, cpu));
     summary.add(row("del cpu", 1.0, &plain.dels, &theirs.dels, cpu));
 
-    for Side { name, host, pod, plugin, adds, .. } in [&plain, &policy, &theirs] {
+    for Side { name, host, pod, plugin, .. } in [&plain, &policy, &theirs] {
         let size = std::fs::metadata(&plugin.program).map_or(0, |m| m.len()) / 1024;
-        let rss = adds.iter().map(|c| c.rss_kib).max().unwrap_or_default();
         let trace = directory.join("trace");
         let counts = host.root().run(|| {
             let counts = Counts::trace(plugin, "ADD", "traced", pod.path(), &trace);
@@ -113,7 +112,7 @@ fn compare(program: &Path, place: &str, directory: &Path, goals: &Goals, summary
             counts
         });
         let counts = counts.unwrap_or_default();
-        say(format_args!("             {place}, {name}: rss {rss} KiB, binary {size} KiB, {counts}"));
+        say(format_args!("             {place}, {name}: binary {size} KiB, {counts}"));
     }
     owner.close();
 }

@@ -24,8 +24,6 @@ pub struct Cost {
     pub wall_ms: f64,
     /// User and system time in milliseconds, that of waited-for children included.
     pub cpu_ms: f64,
-    /// The greatest resident set in KiB.
-    pub rss_kib: u64,
 }
 
 impl Plugin {
@@ -68,11 +66,7 @@ impl Plugin {
         let used = child.wait4().expect("the plugin can be waited for");
         let wall_ms = begin.elapsed().as_secs_f64() * 1e3;
         assert!(used.status.success(), "{} {verb} failed: {answer}", self.program.display());
-        Cost {
-            wall_ms,
-            cpu_ms: (used.rusage.utime + used.rusage.stime).as_secs_f64() * 1e3,
-            rss_kib: used.rusage.maxrss / 1024,
-        }
+        Cost { wall_ms, cpu_ms: (used.rusage.utime + used.rusage.stime).as_secs_f64() * 1e3 }
     }
 }
 
