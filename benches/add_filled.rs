@@ -122,7 +122,7 @@ fn fill(config: &Value, count: usize) {
         let key = json!({ "network": "bench", "container": format!("{n:064x}"), "ifname": "eth0" });
         let attachment = serde_json::from_value(key).expect("an attachment's key");
         let workload = Some(format!("shop/web-{n}").parse().expect("a workload"));
-        let request = LeaseRequest { attachment, workload, addresses: Vec::new() };
+        let request = LeaseRequest { workload, ..LeaseRequest::new(attachment) };
         pollster::block_on(ipam.lease(&request)).expect("a free address");
     }
 }

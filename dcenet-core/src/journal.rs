@@ -139,6 +139,18 @@ impl Journal {
         Ok(Self { directory: run.join("attachments"), boot: boot.trim().to_owned() })
     }
 
+    /// Whether a record could be written now: makes the directory where it is missing, and in it a file without a name.
+    pub(crate) fn ready(&self) -> Result<(), JournalError> {
+        self.make_directory()?;
+        match OpenOptions::new().write(true).custom_flags(libc::O_TMPFILE).mode(0o600).open(&self.directory) {
+            // A file system without nameless files (open(2), `O_TMPFILE`) tells nothing here.
+            Err(error) if error.raw_os_error() != Some(libc::EOPNOTSUPP) => {
+                Err(JournalError::io(&self.directory, error))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// The id of this boot.
     pub(crate) fn boot(&self) -> &str {
         &self.boot

@@ -25,8 +25,10 @@ pub trait AddressSource: Send + Sync {
     /// The lease that the attachment holds, if any. Called by CHECK, and by DEL to learn what to clean.
     async fn held(&self, attachment: &AttachmentKey) -> Result<Option<Lease>, LeaseError>;
 
-    /// Takes back what the attachment holds. Releasing what is not held is `Ok`, for DEL is repeated.
-    async fn release(&self, attachment: &AttachmentKey) -> Result<(), LeaseError>;
+    /// Takes back the attachment's lease if it is the one with this sequence, as [`Lease::sequence`] told it. Whoever was
+    /// stopped between looking and releasing cannot free a newer one. Releasing what is not held is `Ok`, for DEL is
+    /// repeated; so is 0, the sequence of no lease.
+    async fn release(&self, attachment: &AttachmentKey, sequence: u64) -> Result<(), LeaseError>;
 
     /// Releases every attachment of the network that is not in `valid`, and returns those. Called by GC; other
     /// networks are left alone.
@@ -41,14 +43,30 @@ pub trait AddressSource: Send + Sync {
 }
 
 /// Who asks for addresses, and for which.
+///
+/// ```
+/// # use dcenet_core::provider::LeaseRequest;
+/// let attachment = serde_json::from_str(r#"{ "network": "shop", "container": "c1", "ifname": "eth0" }"#)?;
+/// let request = LeaseRequest { workload: Some("shop/db".parse()?), ..LeaseRequest::new(attachment) };
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LeaseRequest {
     /// What will carry the addresses.
     pub attachment: AttachmentKey,
     /// The stable identity behind the container, where the caller knows it: claims are found by it.
     pub workload: Option<Workload>,
+    /// The workload's labels, where the caller knows them: pools are chosen by them.
+    pub labels: LabelSet,
     /// Addresses that the caller insists on (CNI capability `ips`); empty for any.
     pub addresses: Vec<IpAddr>,
+}
+
+impl LeaseRequest {
+    /// Any addresses, for an attachment of which nothing else is known.
+    pub fn new(attachment: AttachmentKey) -> Self {
+        Self { attachment, workload: None, labels: LabelSet::new(), addresses: Vec::new() }
+    }
 }
 
 /// What an attachment holds.
@@ -64,6 +82,13 @@ pub struct Lease {
     /// The MAC address that belongs to the claim, where one is kept with it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<MacAddr>,
+}
+
+impl Lease {
+    /// The number of this lease, never used twice; 0 if it has no addresses.
+    pub fn sequence(&self) -> u64 {
+        self.addresses.first().map_or(0, |address| address.sequence)
+    }
 }
 
 /// One address of a lease.
@@ -130,12 +155,13 @@ pub enum LeaseError {
         reason: String,
     },
     /// No pool that may serve the request has a free address.
-    #[error("pool {pool} has no free address ({used} of {size} in use); enlarge it or release some")]
+    #[error(
+        "pool {pool} has no free address: all {size} are in use, kept by claims, or were released a moment ago; \
+         enlarge it or release some"
+    )]
     Exhausted {
         /// The last pool tried.
         pool: String,
-        /// Addresses in use.
-        used: u128,
         /// Addresses that the pool could hand out.
         size: u128,
     },

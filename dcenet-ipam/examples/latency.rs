@@ -51,7 +51,8 @@ fn main() -> Result<(), Box<dyn Error>> {
             let (time, used) = timed(target.path(), &config, |ipam| block_on(ipam.lease(&request)).map(drop))?;
             leases.push(time);
             last_lease = used;
-            let (time, used) = timed(target.path(), &config, |ipam| block_on(ipam.release(&request.attachment)))?;
+            let (time, used) =
+                timed(target.path(), &config, |ipam| block_on(ipam.release_current(&request.attachment)))?;
             releases.push(time);
             last_release = used;
         }
@@ -97,5 +98,5 @@ fn container(i: usize) -> String {
 fn request(container: &str) -> Result<LeaseRequest, Box<dyn Error>> {
     let attachment =
         serde_json::from_value(serde_json::json!({ "network": "net", "container": container, "ifname": "eth0" }))?;
-    Ok(LeaseRequest { attachment, workload: Some("shop/web".parse()?), addresses: vec![] })
+    Ok(LeaseRequest { workload: Some("shop/web".parse()?), ..LeaseRequest::new(attachment) })
 }

@@ -132,6 +132,11 @@ impl Ipam {
         Ok(self.run(&command).await? == Reply::Done)
     }
 
+    /// Releases whatever the attachment holds now, for callers who know that nobody leases for it at the same time.
+    pub async fn release_current(&self, attachment: &AttachmentKey) -> Result<(), LeaseError> {
+        self.run(&Command::Release { attachment: attachment.clone(), sequence: None }).await.map(drop)
+    }
+
     /// The newest revision of the store: every binding made so far has a sequence up to it, every later one a higher.
     /// Whoever collects evidence of what is alive takes it first, and hands it to [`Ipam::retain_since`].
     pub async fn revision(&self) -> Result<u64, LeaseError> {
@@ -364,8 +369,8 @@ impl AddressSource for Ipam {
         }
     }
 
-    async fn release(&self, attachment: &AttachmentKey) -> Result<(), LeaseError> {
-        self.run(&Command::Release { attachment: attachment.clone(), sequence: None }).await.map(drop)
+    async fn release(&self, attachment: &AttachmentKey, sequence: u64) -> Result<(), LeaseError> {
+        self.release_sequence(attachment, sequence).await.map(drop)
     }
 
     async fn retain(

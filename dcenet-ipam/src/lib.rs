@@ -27,9 +27,10 @@
 //! let ipam = Ipam::open(&config, dir.path())?;
 //! let lease = ipam
 //!     .lease(&LeaseRequest {
-//!         attachment: serde_json::from_str(r#"{ "network": "shop", "container": "c1", "ifname": "eth0" }"#)?,
 //!         workload: Some("shop/db".parse()?),
-//!         addresses: vec![],
+//!         ..LeaseRequest::new(serde_json::from_str(
+//!             r#"{ "network": "shop", "container": "c1", "ifname": "eth0" }"#,
+//!         )?)
 //!     })
 //!     .await?;
 //! assert_eq!(lease.addresses[0].address.to_string(), "10.20.0.11/24");

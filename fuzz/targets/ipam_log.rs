@@ -42,11 +42,11 @@ static BASE: LazyLock<Base> = LazyLock::new(|| {
         let attachment = serde_json::from_value(
             serde_json::json!({ "network": "n", "container": format!("c{n}"), "ifname": "eth0" }),
         );
-        let request = LeaseRequest { attachment: attachment.expect("a key"), workload: None, addresses: Vec::new() };
+        let request = LeaseRequest::new(attachment.expect("a key"));
         let lease = block_on(ipam.lease(&request)).expect("a free address");
         made.insert(format!("{} {}", request.attachment, lease.addresses[0].address.addr()));
         if n % 3 == 0 {
-            block_on(ipam.release(&request.attachment)).expect("to release");
+            block_on(ipam.release_current(&request.attachment)).expect("to release");
         }
     }
     let store = state.join("ipam");

@@ -150,16 +150,14 @@ impl From<PolicyError> for CniError {
     }
 }
 
-/// The chain of causes below an error, for `details`.
+/// The chain of causes below an error, for `details`, without those that its own text or another cause tells already.
 pub(super) fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = String::new();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        if !text.is_empty() {
-            text.push_str(": ");
+    let mut told = vec![error.to_string()];
+    for cause in std::iter::successors(error.source(), |cause| cause.source()) {
+        let text = cause.to_string();
+        if told.iter().all(|t| !t.contains(&text)) {
+            told.push(text);
         }
-        text.push_str(&cause.to_string());
-        next = cause.source();
     }
-    text
+    told[1..].join(": ")
 }

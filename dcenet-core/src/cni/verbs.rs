@@ -2,6 +2,8 @@
 
 use std::net::IpAddr;
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
@@ -13,16 +15,48 @@ use crate::journal::JournalError;
 use crate::link::{LinkConfig, PlanError, Policy};
 use crate::model::{AttachmentKey, ContainerId, IfName, MacAddr, NetworkName};
 use crate::netns::{Host, NetNs, NetNsError, Pod};
-use crate::provider::{AddressSource, Dns, Endpoint, Lease, LeaseRequest};
+use crate::provider::{AddressSource, Dns, Endpoint, Lease, LeaseRequest, PolicyError, PolicySink};
 
 /// A call whose configuration is read and whose backends are there.
 pub(super) struct Call<'a> {
     invocation: &'a Invocation,
     conf: &'a NetConf,
-    /// An error here is the verb's own where it needs addresses; DEL and GC remove devices first.
+    /// An error here and in `policy` is the verb's own where it needs them; DEL and GC remove devices first.
     addresses: Result<Option<Box<dyn AddressSource>>, CniError>,
-    policy: Option<PolicyChoice>,
+    policy: Result<Option<PolicyChoice>, CniError>,
     engine: Engine,
+}
+
+/// Stands for policy whose configuration cannot be used: devices that were under it can still be removed, and the record
+/// of what is left stays for a call with a better configuration.
+struct Unusable(CniError);
+
+impl Unusable {
+    fn refuse<T>(&self, doing: &str) -> Result<T, PolicyError> {
+        Err(PolicyError::Failed { doing: doing.to_owned(), source: Box::new(self.0.clone()) })
+    }
+}
+
+impl PolicySink for Unusable {
+    fn attach(&self, _: &Endpoint) -> Result<(), PolicyError> {
+        self.refuse("putting the device under policy")
+    }
+
+    fn await_enforced(&self, _: &Endpoint, _: Duration) -> Result<(), PolicyError> {
+        self.refuse("waiting for verdicts")
+    }
+
+    fn missing(&self, _: &Endpoint) -> Result<Option<String>, PolicyError> {
+        self.refuse("looking at policy")
+    }
+
+    fn ready(&self) -> Result<(), PolicyError> {
+        self.refuse("asking whether policy is ready")
+    }
+
+    fn detach(&self, _: &AttachmentKey) -> Result<(), PolicyError> {
+        self.refuse("removing policy")
+    }
 }
 
 impl<'a> Call<'a> {
@@ -32,17 +66,20 @@ impl<'a> Call<'a> {
         backends: &dyn Backends,
     ) -> Result<Self, CniError> {
         let addresses = backends.addresses(conf);
-        let policy = backends.policy(conf)?;
+        let policy = backends.policy(conf);
+        let sink: Option<Arc<dyn PolicySink>> = match &policy {
+            Ok(choice) => choice.as_ref().map(|c| c.sink.clone()),
+            Err(error) => Some(Arc::new(Unusable(error.clone()))),
+        };
         let host = Host(NetNs::of_this_thread().map_err(netns)?);
-        let engine = Engine::new(host, &conf.run_dir, policy.as_ref().map(|p| p.sink.clone()))
-            .map_err(journal)?
-            .entering(NamespaceEntry::InPlace);
+        let engine = Engine::new(host, &conf.run_dir, sink).map_err(journal)?.entering(NamespaceEntry::InPlace);
         Ok(Self { invocation, conf, addresses, policy, engine })
     }
 
     pub(super) async fn add(&self) -> Result<CniResult, CniError> {
         let key = self.key()?;
         let link = self.link()?;
+        let policy = self.policy()?;
         let path = self.netns_path()?;
         let pod = NetNs::open(path).map_err(netns)?;
         if pod.id() == self.engine.host().0.id() && !self.invocation.netns_override {
@@ -51,9 +88,9 @@ impl<'a> Call<'a> {
         let lease = self.lease(&key).await?;
         let attached = match self.attach(&key, link, Pod { netns: &pod, path }, &lease) {
             Ok(attached) => attached,
-            Err(error) => return Err(self.give_back(&key, error).await),
+            Err(error) => return Err(self.give_back(&key, lease.sequence(), error).await),
         };
-        if let Some(policy) = &self.policy
+        if let Some(policy) = policy
             && let Some(endpoint) = self.endpoint(&attached)
         {
             self.enforce(policy, &attached, &endpoint, &pod).await?;
@@ -81,7 +118,7 @@ impl<'a> Call<'a> {
             return Err(error);
         }
         match self.engine.detach(&attached.key, Some(pod)) {
-            Ok(()) => Err(self.give_back(&attached.key, error).await),
+            Ok(()) => Err(self.give_back(&attached.key, attached.lease.sequence(), error).await),
             Err(left) => Err(error.with_details(format!("and not taken back: {left}"))),
         }
     }
@@ -92,10 +129,11 @@ impl<'a> Call<'a> {
         let pod = NetNs::open(path).map_err(netns)?;
         let mut drift: Vec<String> =
             self.engine.check(&key, &pod).map_err(attach)?.iter().map(ToString::to_string).collect();
+        let attached = self.engine.attached(&key).map_err(journal)?;
         if let Some(addresses) = self.addresses()? {
             let held: Vec<_> = addresses.held(&key).await?.map(|l| l.addresses).unwrap_or_default();
-            let recorded = self.engine.attached(&key).map_err(journal)?.map(|a| a.lease.addresses).unwrap_or_default();
-            for address in recorded.iter().filter(|r| !held.contains(r)) {
+            let recorded = attached.iter().flat_map(|a| &a.lease.addresses);
+            for address in recorded.filter(|r| !held.contains(r)) {
                 drift.push(format!("address {} of the container is not leased to {key} any more", address.address));
             }
             let missing = self.conf.previous.iter().flat_map(|p| &p.ips).map(|ip| ip.address);
@@ -106,9 +144,8 @@ impl<'a> Call<'a> {
                 }
             }
         }
-        if let Some(policy) = &self.policy
-            && let Some(attached) = self.engine.attached(&key).map_err(journal)?
-            && let Some(endpoint) = self.endpoint(&attached)
+        if let Some(policy) = self.policy()?
+            && let Some(endpoint) = attached.as_ref().and_then(|a| self.endpoint(a))
         {
             drift.extend(policy.sink.missing(&endpoint)?);
         }
@@ -158,10 +195,11 @@ impl<'a> Call<'a> {
         // Read for its errors: an ADD would fail by them.
         self.link()?;
         let unavailable = |error: CniError| CniError { code: ErrorCode::Unavailable, ..error };
+        self.engine.ready().map_err(|e| unavailable(journal(e)))?;
         if let Some(addresses) = self.addresses().map_err(unavailable)? {
             addresses.ready().await.map_err(|e| CniError { code: ErrorCode::Unavailable, ..e.into() })?;
         }
-        if let Some(policy) = &self.policy {
+        if let Some(policy) = self.policy().map_err(unavailable)? {
             policy.sink.ready().map_err(|e| unavailable(e.into()))?;
         }
         Ok(())
@@ -178,6 +216,10 @@ impl<'a> Call<'a> {
         self.addresses.as_ref().map(Option::as_deref).map_err(Clone::clone)
     }
 
+    fn policy(&self) -> Result<Option<&PolicyChoice>, CniError> {
+        self.policy.as_ref().map(Option::as_ref).map_err(Clone::clone)
+    }
+
     async fn lease(&self, key: &AttachmentKey) -> Result<Lease, CniError> {
         let args = &self.invocation.args;
         let wanted = &self.conf.runtime.addresses;
@@ -190,6 +232,7 @@ impl<'a> Call<'a> {
         let request = LeaseRequest {
             attachment: key.clone(),
             workload: args.workload.clone(),
+            labels: self.conf.labels.clone(),
             addresses: if wanted.is_empty() { args.addresses.clone() } else { wanted.clone() },
         };
         Ok(addresses.lease(&request).await?)
@@ -201,7 +244,7 @@ impl<'a> Call<'a> {
             (None, Some(first)) => Some(mac_of(&self.conf.name, first.address.addr())),
             (mac, _) => mac,
         };
-        let policy = if self.policy.is_some() { Policy::Wanted } else { Policy::None };
+        let policy = if self.policy()?.is_some() { Policy::Wanted } else { Policy::None };
         let fingerprint = fingerprint(&link, policy);
         let request = AttachRequest {
             key: key.clone(),
@@ -218,11 +261,11 @@ impl<'a> Call<'a> {
     }
 
     /// Releases the lease after a failed ADD, unless devices that bear its addresses are still there, or stood before.
-    async fn give_back(&self, key: &AttachmentKey, error: CniError) -> CniError {
+    async fn give_back(&self, key: &AttachmentKey, sequence: u64, error: CniError) -> CniError {
         // Not knowing is no licence to free an address.
         let recorded = self.engine.is_recorded(key).unwrap_or(true);
         match self.addresses() {
-            Ok(Some(addresses)) if !recorded => match addresses.release(key).await {
+            Ok(Some(addresses)) if !recorded => match addresses.release(key, sequence).await {
                 Ok(()) => error,
                 Err(second) => {
                     let details = format!("{}; and the lease was not released: {second}", error.details);
@@ -235,9 +278,16 @@ impl<'a> Call<'a> {
 
     /// Removes devices first, then addresses: an address that a device still bears is never free.
     async fn remove(&self, key: &AttachmentKey, pod: Option<&NetNs>) -> Result<(), CniError> {
+        // Looked up before, so that a call that was stopped half way cannot free what a later ADD leased.
+        let held = match self.addresses() {
+            Ok(Some(addresses)) => addresses.held(key).await.map_err(CniError::from),
+            Ok(None) => Ok(None),
+            Err(error) => Err(error),
+        };
         self.engine.detach(key, pod).map_err(detach)?;
+        let sequence = held?.map_or(0, |lease| lease.sequence());
         if let Some(addresses) = self.addresses()? {
-            addresses.release(key).await?;
+            addresses.release(key, sequence).await?;
         }
         Ok(())
     }

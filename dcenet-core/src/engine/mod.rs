@@ -127,6 +127,14 @@ impl Engine {
         &self.host
     }
 
+    /// Whether an attach could be recorded now. Cheap, for STATUS is polled.
+    ///
+    /// # Errors
+    /// Where the run directory cannot be written.
+    pub fn ready(&self) -> Result<(), JournalError> {
+        self.journal.ready()
+    }
+
     /// Every record of a network: finished attachments, and begun ones whose `done` is `None`.
     pub fn attachments(&self, network: &NetworkName) -> Result<Vec<Record>, JournalError> {
         self.journal.records(network)

@@ -364,7 +364,7 @@ fn held(pool: &Pool, address: Addr) -> Held {
 }
 
 fn exhausted(pool: &Pool) -> LeaseError {
-    LeaseError::Exhausted { pool: pool.name.clone(), used: pool.size(), size: pool.size() }
+    LeaseError::Exhausted { pool: pool.name.clone(), size: pool.size() }
 }
 
 fn invalid_request(address: IpAddr, reason: &str) -> Halt {

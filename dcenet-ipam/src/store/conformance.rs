@@ -324,14 +324,12 @@ fn overlapping_pools_are_refused_to_one_racer(store: &Arc<dyn Store>) {
                             "pools": [{ "name": name, "space": space, "subnet": subnet }]
                         }))
                         .unwrap();
-                        let request = LeaseRequest {
-                            attachment: serde_json::from_value(serde_json::json!({
+                        let request = LeaseRequest::new(
+                            serde_json::from_value(serde_json::json!({
                                 "network": name, "container": format!("c{round}"), "ifname": "eth0"
                             }))
                             .unwrap(),
-                            workload: None,
-                            addresses: vec![],
-                        };
+                        );
                         block_on(Ipam::new(&config, store.clone()).unwrap().lease(&request))
                     })
                 })

@@ -20,9 +20,9 @@ type Operation = fn(&Ipam) -> Result<(), LeaseError>;
 const OPERATIONS: [Operation; 7] = [
     |ipam| block_on(ipam.lease(&request("c1", Some("shop/db")))).map(drop),
     |ipam| block_on(ipam.lease(&request("c2", Some("shop/q")))).map(drop),
-    |ipam| block_on(ipam.release(&attachment("c1"))),
+    |ipam| block_on(ipam.release_current(&attachment("c1"))),
     |ipam| block_on(ipam.lease(&request("c3", None))).map(drop),
-    |ipam| block_on(ipam.release(&attachment("c3"))),
+    |ipam| block_on(ipam.release_current(&attachment("c3"))),
     |ipam| block_on(ipam.lease(&request("c4", None))).map(drop),
     |ipam| {
         block_on(ipam.retain(&"net".parse().unwrap(), &[("c2".parse().unwrap(), "eth0".parse().unwrap())])).map(drop)

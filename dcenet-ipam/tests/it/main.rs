@@ -43,11 +43,7 @@ pub(crate) fn attachment_on(network: &str, container: &str) -> AttachmentKey {
 }
 
 pub(crate) fn request(container: &str, workload: Option<&str>) -> LeaseRequest {
-    LeaseRequest {
-        attachment: attachment(container),
-        workload: workload.map(|w| w.parse().unwrap()),
-        addresses: vec![],
-    }
+    LeaseRequest { workload: workload.map(|w| w.parse().unwrap()), ..LeaseRequest::new(attachment(container)) }
 }
 
 /// Leases, and shows the addresses as text.
@@ -60,7 +56,7 @@ pub(crate) fn texts(lease: &Lease) -> Vec<String> {
 }
 
 pub(crate) fn release(ipam: &Ipam, container: &str) {
-    block_on(ipam.release(&attachment(container))).unwrap();
+    block_on(ipam.release_current(&attachment(container))).unwrap();
 }
 
 /// Runs a test on every backend. The directory is the log's, empty for memory.

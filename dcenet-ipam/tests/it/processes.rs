@@ -46,7 +46,7 @@ fn worker() {
         if let Some(old) = i.checked_sub(3) {
             let container = format!("{name}-{old}");
             say(format!("@releasing {container} {}\n", nanoseconds()));
-            block_on(open(Path::new(dir)).release(&attachment(&container))).unwrap();
+            block_on(open(Path::new(dir)).release_current(&attachment(&container))).unwrap();
             say(format!("@released {container}\n"));
         }
     }

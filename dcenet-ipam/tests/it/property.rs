@@ -152,7 +152,7 @@ proptest! {
                     model.check_lease(container, workload, got, now);
                 }
                 Action::Release { container } => {
-                    block_on(ours.release(&attachment(&format!("c{container}")))).unwrap();
+                    block_on(ours.release_current(&attachment(&format!("c{container}")))).unwrap();
                     model.release(container, now);
                 }
                 Action::Retain { alive } => {
@@ -204,7 +204,7 @@ fn ranges_at_the_edges_of_64_bits_are_handed_out_whole() {
         assert_eq!(given.len(), count, "{range}: {given:?}");
         assert!(matches!(lease(&ours, "more", None).unwrap_err(), LeaseError::Exhausted { .. }), "{range}");
         for i in 0..count {
-            block_on(ours.release(&attachment(&format!("c{i}")))).unwrap();
+            block_on(ours.release_current(&attachment(&format!("c{i}")))).unwrap();
         }
         let again: BTreeSet<String> =
             (0..count).map(|i| lease(&ours, &format!("d{i}"), None).unwrap().remove(0)).collect();

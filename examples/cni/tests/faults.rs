@@ -98,7 +98,7 @@ fn lease_all(node: &Node) -> usize {
     for n in 0.. {
         let attachment =
             serde_json::from_value(json!({ "network": "last", "container": format!("c{n}"), "ifname": "eth0" }));
-        let request = LeaseRequest { attachment: attachment.unwrap(), workload: None, addresses: Vec::new() };
+        let request = LeaseRequest::new(attachment.unwrap());
         match pollster::block_on(ipam.lease(&request)) {
             Ok(_) => {}
             Err(LeaseError::Exhausted { .. }) => return n,

@@ -14,7 +14,6 @@ use std::time::{Duration, Instant};
 
 use common::{Node, Pod, Running};
 use dcenet_core::model::AttachmentKey;
-use dcenet_core::provider::AddressSource;
 use dcenet_core::test_support::{HostState, Rung, ping, require};
 use serde_json::{Value, json};
 
@@ -321,7 +320,7 @@ fn an_address_freed_under_a_living_pod_is_seen_as_doubled() {
         container: pod.container.parse().unwrap(),
         ifname: "eth0".parse().unwrap(),
     };
-    pollster::block_on(node.ipam().release(&key)).unwrap();
+    pollster::block_on(node.ipam().release_current(&key)).unwrap();
     // An address that was in use comes last.
     let rivals: Vec<Pod> = (0..DYNAMIC).map(|n| node.pod(&format!("rival{n}"))).collect();
     for rival in &rivals {

@@ -241,6 +241,24 @@ fn del_frees_all_when_the_namespace_is_gone() {
 }
 
 #[test]
+fn del_removes_what_stands_whatever_became_of_the_policy_section() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let mut node = Node::new();
+    node.warm();
+    let before = node.host.state();
+    let pod = node.pod("web");
+    node.add(&pod).unwrap();
+    node.config["policy"] = json!({ "default": "perhaps" });
+    let error = node.add(&pod).unwrap_err();
+    assert!(error["msg"].as_str().unwrap().contains("policy.default"), "{error}");
+    node.del(&pod).unwrap();
+    assert_eq!(before.diff(&node.host.state()), "");
+    assert_eq!(node.host.records(), Vec::<String>::new());
+}
+
+#[test]
 fn gc_removes_what_is_not_listed_and_nothing_without_a_list() {
     if !require(Rung::Netns) {
         return;
@@ -280,6 +298,11 @@ fn status_tells_whether_an_add_could_succeed() {
     node.config["ipam"]["pools"] = json!([{ "name": "tiny", "subnet": "10.30.0.0/30", "gateway": "10.30.0.1" }]);
     node.config["ipam"]["routes"] = json!([]);
     node.status().unwrap();
+    let run = std::mem::replace(&mut node.config["runDir"], json!("/proc/self"));
+    let error = node.status().unwrap_err();
+    assert_eq!(error["code"], 50, "{error}");
+    assert!(error["msg"].as_str().unwrap().contains("/proc/self/attachments"), "{error}");
+    node.config["runDir"] = run;
     let pod = node.pod("web");
     node.add(&pod).unwrap();
     let error = node.status().unwrap_err();
