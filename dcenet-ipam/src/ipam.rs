@@ -18,11 +18,20 @@ use crate::record::{
 use crate::store::{Batch, Entry, Key, Outcome, Store, StoreError, number_of, numbered};
 
 /// Hands out the addresses of one configuration from a store that others may share.
-#[derive(Debug)]
 pub struct Ipam {
     layout: Layout,
     store: Arc<dyn Store>,
-    clock: fn() -> u64,
+    clock: Source,
+    entropy: Source,
+}
+
+/// Where numbers come from that no function of the store's content can tell.
+type Source = Arc<dyn Fn() -> u64 + Send + Sync>;
+
+impl std::fmt::Debug for Ipam {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ipam").field("layout", &self.layout).field("store", &self.store).finish_non_exhaustive()
+    }
 }
 
 /// Why the allocator could not be opened.
@@ -77,19 +86,34 @@ pub struct RecordedClaim {
 impl Ipam {
     /// Over a store that is open.
     pub fn new(config: &IpamConfig, store: Arc<dyn Store>) -> Result<Self, ConfigError> {
-        Ok(Self { layout: config.layout()?, store, clock: wall_clock })
+        Ok(Self::over(config.layout()?, store))
     }
 
     /// Opens the store that the configuration names; `state_dir` is where it goes if it has no path of its own.
     pub fn open(config: &IpamConfig, state_dir: &Path) -> Result<Self, OpenError> {
         let layout = config.layout()?;
-        Ok(Self { layout, store: config.store.open(state_dir)?, clock: wall_clock })
+        Ok(Self::over(layout, config.store.open(state_dir)?))
+    }
+
+    fn over(layout: Layout, store: Arc<dyn Store>) -> Self {
+        Self { layout, store, clock: Arc::new(wall_clock), entropy: Arc::new(random) }
     }
 
     /// Takes the time, in milliseconds since 1970, from `clock` instead of the system.
     #[must_use]
-    pub fn with_clock(self, clock: fn() -> u64) -> Self {
-        Self { clock, ..self }
+    pub fn with_clock(self, clock: impl Fn() -> u64 + Send + Sync + 'static) -> Self {
+        Self { clock: Arc::new(clock), ..self }
+    }
+
+    /// Takes random numbers from `entropy` instead of the system, as a simulation does that is to be repeated. A number
+    /// that comes twice costs lost races, and may make a store take two batches for one.
+    #[must_use]
+    pub fn with_entropy(self, entropy: impl Fn() -> u64 + Send + Sync + 'static) -> Self {
+        Self { entropy: Arc::new(entropy), ..self }
+    }
+
+    fn request_id(&self) -> u128 {
+        u128::from((self.entropy)()) << 64 | u128::from((self.entropy)())
     }
 
     /// The checked configuration.
@@ -140,7 +164,7 @@ impl Ipam {
     /// The newest revision of the store: every binding made so far has a sequence up to it, every later one a higher.
     /// Whoever collects evidence of what is alive takes it first, and hands it to [`Ipam::retain_since`].
     pub async fn revision(&self) -> Result<u64, LeaseError> {
-        match self.store.commit(&Batch { request_id: random_id(), ..Batch::default() }).await.map_err(store_error)? {
+        match self.store.commit(&Batch { request_id: self.request_id(), ..Batch::default() }).await.map_err(store_error)? {
             Outcome::Committed { revision } => Ok(revision),
             Outcome::Conflict(_) => Err(LeaseError::Busy("a batch without guards was refused".to_owned())),
             Outcome::Unknown { reason } => Err(LeaseError::Store(reason.into())),
@@ -301,16 +325,16 @@ impl Ipam {
                 Step::Stale => {
                     count_conflict(&mut conflicts)?;
                     view = View::default();
-                    entropy = random().max(1);
+                    entropy = (self.entropy)().max(1);
                 }
                 Step::Commit(mut batch, reply) => {
-                    batch.request_id = random_id();
+                    batch.request_id = self.request_id();
                     match self.store.commit(&batch).await.map_err(store_error)? {
                         Outcome::Committed { revision } => return Ok(Some(reply.committed(revision))),
                         Outcome::Conflict(current) => {
                             count_conflict(&mut conflicts)?;
                             view.learn_conflict(&batch.guards, current);
-                            entropy = random().max(1);
+                            entropy = (self.entropy)().max(1);
                         }
                         Outcome::Unknown { reason } => {
                             unknown += 1;
@@ -417,10 +441,6 @@ fn wall_clock() -> u64 {
 /// 64 bits that the system's random generator seeds and that differ from call to call.
 fn random() -> u64 {
     RandomState::new().build_hasher().finish()
-}
-
-fn random_id() -> u128 {
-    u128::from(random()) << 64 | u128::from(random())
 }
 
 /// Entries read at a time by listings.
