@@ -9,6 +9,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a suite of tests fails by panicking")]
 
+mod watch;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::pin::pin;
 use std::sync::Arc;
@@ -38,6 +40,20 @@ pub fn all(make: impl Fn() -> Arc<dyn Store>) {
     racers_never_both_win(&make());
     increments_are_not_lost(&make());
     overlapping_pools_are_refused_to_one_racer(&make());
+}
+
+/// Checks the contract of [`Store::watch`]. `make` gives a new, empty store at each call.
+///
+/// # Panics
+/// At the first breach.
+pub fn watches(make: impl Fn() -> Arc<dyn Store>) {
+    watch::tells_whole_batches_in_order(&*make());
+    watch::begins_after_any_revision(&*make());
+    watch::says_so_when_it_is_ahead(&*make());
+    watch::two_do_not_know_of_each_other(&*make());
+    watch::waits_for_what_comes(&make());
+    watch::a_slow_one_misses_nothing_in_silence(&*make());
+    watch::copies_agree_under_racing_writers(&make());
 }
 
 /// Runs a future on the calling thread.

@@ -3,15 +3,17 @@
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use async_trait::async_trait;
 
-use super::{Batch, Caps, Entry, Guard, Key, Outcome, Store, StoreError};
+use super::{Batch, Caps, Change, Entry, Guard, Key, Outcome, Store, StoreError, Watch};
 
 /// When a failing call fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Failure {
-    /// After it took effect: a commit is applied and answers `Unknown`. Reads fail as with `Before`.
+    /// After it took effect: a commit is applied and answers `Unknown`. A watch loses what it was about to tell, and
+    /// tells a gap. Reads fail as with `Before`.
     After,
     /// Before it had any effect: `Unavailable`.
     Before,
@@ -20,32 +22,64 @@ pub enum Failure {
     Lost,
 }
 
-/// A store whose n-th call fails, and only that.
+/// A store whose n-th call fails, and only that. Calls of its watches count as the store's.
 #[derive(Debug)]
 pub struct FlakyStore {
     inner: Arc<dyn Store>,
+    plan: Arc<Plan>,
+}
+
+#[derive(Debug)]
+struct Plan {
     failure: Failure,
     fail_at: u64,
     calls: AtomicU64,
 }
 
+impl Plan {
+    fn fails(&self) -> bool {
+        self.calls.fetch_add(1, Ordering::Relaxed) + 1 == self.fail_at
+    }
+}
+
+struct FlakyWatch {
+    inner: Box<dyn Watch>,
+    plan: Arc<Plan>,
+}
+
+#[async_trait]
+impl Watch for FlakyWatch {
+    async fn next(&mut self, limit: Duration) -> Result<Option<Change>, StoreError> {
+        if !self.plan.fails() {
+            return self.inner.next(limit).await;
+        }
+        match self.plan.failure {
+            Failure::After => {
+                let lost = self.inner.next(limit).await?;
+                Ok(lost.map(|change| Change::Gap { revision: change.revision() }))
+            }
+            Failure::Before | Failure::Lost => Err(made_to_fail()),
+        }
+    }
+}
+
+fn made_to_fail() -> StoreError {
+    StoreError::Unavailable("made to fail".to_owned())
+}
+
 impl FlakyStore {
     /// Fails the call with the number `fail_at`, counted from 1; 0 for none.
     pub fn new(inner: Arc<dyn Store>, failure: Failure, fail_at: u64) -> Self {
-        Self { inner, failure, fail_at, calls: AtomicU64::new(0) }
+        Self { inner, plan: Arc::new(Plan { failure, fail_at, calls: AtomicU64::new(0) }) }
     }
 
     /// Calls so far.
     pub fn calls(&self) -> u64 {
-        self.calls.load(Ordering::Relaxed)
-    }
-
-    fn fails(&self) -> bool {
-        self.calls.fetch_add(1, Ordering::Relaxed) + 1 == self.fail_at
+        self.plan.calls.load(Ordering::Relaxed)
     }
 
     fn answer(&self) -> Result<(), StoreError> {
-        if self.fails() { Err(StoreError::Unavailable("made to fail".to_owned())) } else { Ok(()) }
+        if self.plan.fails() { Err(made_to_fail()) } else { Ok(()) }
     }
 }
 
@@ -62,12 +96,12 @@ impl Store for FlakyStore {
     }
 
     async fn commit(&self, batch: &Batch) -> Result<Outcome, StoreError> {
-        if !self.fails() {
+        if !self.plan.fails() {
             return self.inner.commit(batch).await;
         }
         let unknown = Ok(Outcome::Unknown { reason: "made to fail".to_owned() });
-        match self.failure {
-            Failure::Before => Err(StoreError::Unavailable("made to fail".to_owned())),
+        match self.plan.failure {
+            Failure::Before => Err(made_to_fail()),
             Failure::Lost => unknown,
             Failure::After => match self.inner.commit(batch).await? {
                 Outcome::Committed { .. } => unknown,
@@ -79,6 +113,11 @@ impl Store for FlakyStore {
     async fn first_gap(&self, prefix: &[u8], range: RangeInclusive<u128>) -> Result<Option<u128>, StoreError> {
         self.answer()?;
         self.inner.first_gap(prefix, range).await
+    }
+
+    async fn watch(&self, prefix: &[u8], after: u64) -> Result<Box<dyn Watch>, StoreError> {
+        self.answer()?;
+        Ok(Box::new(FlakyWatch { inner: self.inner.watch(prefix, after).await?, plan: self.plan.clone() }))
     }
 
     fn caps(&self) -> Caps {
@@ -123,6 +162,10 @@ impl Store for UnguardedStore {
 
     async fn first_gap(&self, prefix: &[u8], range: RangeInclusive<u128>) -> Result<Option<u128>, StoreError> {
         self.inner.first_gap(prefix, range).await
+    }
+
+    async fn watch(&self, prefix: &[u8], after: u64) -> Result<Box<dyn Watch>, StoreError> {
+        self.inner.watch(prefix, after).await
     }
 
     fn caps(&self) -> Caps {

@@ -13,8 +13,10 @@ pub mod flaky;
 pub mod log;
 pub mod memory;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::RangeInclusive;
+use std::time::Duration;
 
 use async_trait::async_trait;
 
@@ -133,6 +135,7 @@ pub enum Durability {
 /// - `read`, `scan` and `first_gap` may show a commit whose caller has no reply yet, and which a loss of power may
 ///   still undo. A caller that replies on the strength of what it read, without a write of its own, sends a barrier
 ///   first.
+/// - A watch may tell such a commit too; see [`Watch`].
 /// - `scan` over several pages and `first_gap` are not one moment: a key may appear or vanish between calls. A guard
 ///   tells.
 /// - `Conflict` may be answered although a second try would succeed, if the guards failed at some moment between call
@@ -188,8 +191,104 @@ pub trait Store: Send + Sync + fmt::Debug {
         }
     }
 
+    /// Watches the keys that begin with `prefix`; an empty prefix is all keys. The watch tells what every revision
+    /// greater than `after` did to them, beginning with those that are committed already. Of what came up to and with
+    /// `after` it tells nothing: 0 asks for everything since the store was made.
+    ///
+    /// It answers with a [`Change::Gap`] where that cannot be had: if the store does not remember that far back, and if
+    /// it has not come as far as `after`, which is then not a revision of this store (it was made anew, or is an older
+    /// copy). Either way the first call of [`Watch::next`] says so; a watch is never silent about what it cannot tell.
+    ///
+    /// To follow a prefix: take a revision (a barrier tells the newest), scan, and watch after that revision; see
+    /// [`Change`] for how what is scanned and what is watched fit together.
+    ///
+    /// The default refuses, for wrappers and stores that nobody watches; the conformance suite asks for more.
+    ///
+    /// # Errors
+    /// [`StoreError::Misuse`] if the store cannot watch.
+    async fn watch(&self, prefix: &[u8], after: u64) -> Result<Box<dyn Watch>, StoreError> {
+        let _ = (prefix, after);
+        Err(StoreError::Misuse("this store cannot be watched; scan it at intervals instead".to_owned()))
+    }
+
     /// What the backend can do; constant.
     fn caps(&self) -> Caps;
+}
+
+/// Changes under a prefix, in the order of their revisions; made by [`Store::watch`].
+///
+/// - Order: the revisions of successive changes rise strictly, those of gaps among them, but for one case: a gap that
+///   answers an `after` which the store has not reached, or that tells that the store was replaced by another, names
+///   the revision where it stands, which may be lower.
+/// - Whole batches: a revision comes once, with all its writes under the prefix.
+/// - Nothing is left out: between two changes there is no revision that wrote under the prefix. What cannot be told,
+///   for it is compacted or the watcher was too slow, is a [`Change::Gap`].
+/// - What is told may be a commit whose caller has no reply yet and which a loss of power may still undo, as for
+///   [`Store::read`]. Whoever carries it off the machine, or writes down a revision to go on from after a restart,
+///   sends a barrier first. Writes of a batch that was refused, or torn, are never told.
+/// - What is told is there: a [`Store::read`] that begins after `next` has answered with a revision sees that revision
+///   or a later one.
+/// - A slow watcher costs the store nothing: there is no queue of its own that grows, and no writer waits for it. Once
+///   the store has forgotten what comes next for it, it gets a gap. A gap may also be told where no write under the
+///   prefix was missed.
+///
+/// Dropping it ends it. Several watches of one store do not know of each other.
+#[async_trait]
+pub trait Watch: Send {
+    /// Waits for what comes next, at most `limit`; `None` when nothing came. A `limit` of zero looks without waiting.
+    ///
+    /// May block the thread for as long as it waits: a program with an executor gives it a thread of its own. The future
+    /// may be dropped: what it had not returned is told by the next call.
+    ///
+    /// # Errors
+    /// Nothing is lost by one: the next call goes on where this one could not, with a gap if it must.
+    async fn next(&mut self, limit: Duration) -> Result<Option<Change>, StoreError>;
+}
+
+/// What happened under a prefix.
+///
+/// A scan that begins at revision r shows r and perhaps parts of what came later, which the watch then tells again. So
+/// whoever keeps a copy drops what it has of a key when a change with a higher revision than the copy's version names
+/// it, and ignores the rest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// Changes up to `revision` are not to be had any more (compacted, or the watcher was too slow): forget the copy,
+    /// scan again, then go on with this watch, which tells what every later revision did.
+    Gap {
+        /// The next change has a higher one.
+        revision: u64,
+    },
+    /// All writes of one revision under the prefix (never half a batch).
+    Writes {
+        /// The revision of the commit.
+        revision: u64,
+        /// What each key holds after the batch, in key order, a key once and at least one: an entry whose version is
+        /// the revision, or `None` if the batch deleted it. A deletion of what was absent before may be told or not.
+        writes: Vec<(Key, Option<Entry>)>,
+    },
+}
+
+impl Change {
+    /// What a batch that was committed as `revision` did to the keys under the prefix; `None` if nothing.
+    pub(crate) fn of_batch(revision: u64, writes: &[Write], prefix: &[u8]) -> Option<Self> {
+        let last: BTreeMap<&[u8], &Write> =
+            writes.iter().filter(|w| w.key().starts_with(prefix)).map(|w| (w.key(), w)).collect();
+        let writes: Vec<_> = last
+            .into_iter()
+            .map(|(key, write)| match write {
+                Write::Delete(_) => (key.to_vec(), None),
+                Write::Put(_, value) => (key.to_vec(), Some(Entry { value: value.clone(), version: revision })),
+            })
+            .collect();
+        (!writes.is_empty()).then_some(Self::Writes { revision, writes })
+    }
+
+    /// The revision that it is about.
+    pub fn revision(&self) -> u64 {
+        match self {
+            Self::Gap { revision } | Self::Writes { revision, .. } => *revision,
+        }
+    }
 }
 
 /// The key `prefix + number` of [`Store::first_gap`].

@@ -9,6 +9,7 @@ mod log;
 mod processes;
 mod property;
 mod races;
+mod watch;
 
 use std::path::Path;
 use std::sync::Arc;
