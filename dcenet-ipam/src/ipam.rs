@@ -164,7 +164,12 @@ impl Ipam {
     /// The newest revision of the store: every binding made so far has a sequence up to it, every later one a higher.
     /// Whoever collects evidence of what is alive takes it first, and hands it to [`Ipam::retain_since`].
     pub async fn revision(&self) -> Result<u64, LeaseError> {
-        match self.store.commit(&Batch { request_id: self.request_id(), ..Batch::default() }).await.map_err(store_error)? {
+        match self
+            .store
+            .commit(&Batch { request_id: self.request_id(), ..Batch::default() })
+            .await
+            .map_err(store_error)?
+        {
             Outcome::Committed { revision } => Ok(revision),
             Outcome::Conflict(_) => Err(LeaseError::Busy("a batch without guards was refused".to_owned())),
             Outcome::Unknown { reason } => Err(LeaseError::Store(reason.into())),
@@ -315,9 +320,12 @@ impl Ipam {
 
     /// Steps until the command is done; `None` if the configuration must be registered first.
     async fn attempt(&self, command: &Command) -> Result<Option<Reply>, LeaseError> {
-        let (mut view, now, mut entropy) = (View::default(), (self.clock)(), 0);
+        let (mut view, mut entropy) = (View::default(), 0);
         let (mut conflicts, mut unknown) = (0, 0);
         loop {
+            // Never older than what the view holds, or a process that stood still would take a fresh release for one of the
+            // far future.
+            let now = (self.clock)();
             match step(&self.layout, &view, command, now, entropy)? {
                 Step::Done(reply) => return Ok(Some(reply)),
                 Step::Unregistered => return Ok(None),

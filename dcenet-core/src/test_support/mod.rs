@@ -3,6 +3,7 @@
 #![expect(clippy::print_stderr, reason = "a test talks to the person who runs it")]
 
 mod host;
+mod rng;
 mod rung;
 mod snapshot;
 mod traffic;
@@ -12,6 +13,7 @@ pub use crate::netlink::read_hostile;
 #[cfg(feature = "fault-injection")]
 pub use crate::netlink::{Fault, Injection, through_gate, with_fault};
 pub use host::{TestHost, TestNetNs};
+pub use rng::Rng;
 pub use rung::{Rung, require, require_with};
 pub use snapshot::HostState;
 pub use traffic::{ping, tcp_echo, udp_echo};

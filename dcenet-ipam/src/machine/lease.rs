@@ -251,10 +251,11 @@ impl Work<'_> {
 
     pub(super) fn pick_from(&self, pool: &Pool) -> Result<Option<Addr>, Halt> {
         let Some(address) = self.search(pool)? else { return Ok(None) };
-        // The search and this were read at different times.
+        // The search and this were read at different times: the address may have been used and released in between.
         match self.record::<SlotRecord>(&slot_key(&pool.space, address))? {
-            None | Some((SlotRecord::Freed { .. }, _)) => Ok(Some(address)),
-            Some((SlotRecord::Bound { .. } | SlotRecord::Kept { .. }, _)) => Err(Halt::Stale),
+            None => Ok(Some(address)),
+            Some((SlotRecord::Freed { at, .. }, _)) if !self.cooling(at) => Ok(Some(address)),
+            Some(_) => Err(Halt::Stale),
         }
     }
 
