@@ -9,6 +9,7 @@ mod log;
 mod processes;
 mod property;
 mod races;
+mod sim;
 mod watch;
 
 use std::path::Path;
