@@ -97,7 +97,7 @@ pub enum Command {
 }
 
 /// What the machine wants to know.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Query {
     /// [`Store::first_gap`](crate::store::Store::first_gap): prefix, first, last.
     Gap(Key, u128, u128),

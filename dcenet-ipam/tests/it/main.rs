@@ -6,6 +6,7 @@ mod config;
 mod faults;
 mod lease;
 mod log;
+mod model_check;
 mod processes;
 mod property;
 mod races;
