@@ -40,6 +40,7 @@ pub fn all(make: impl Fn() -> Arc<dyn Store>) {
     racers_never_both_win(&make());
     increments_are_not_lost(&make());
     overlapping_pools_are_refused_to_one_racer(&make());
+    watches(make);
 }
 
 /// Checks the contract of [`Store::watch`]. `make` gives a new, empty store at each call.

@@ -7,6 +7,7 @@ mod faults;
 mod lease;
 mod log;
 mod model_check;
+mod log_watch;
 mod processes;
 mod property;
 mod races;
