@@ -60,7 +60,7 @@ use self::disk::Disk;
 use self::hints::Hints;
 use self::view::{Log, Tail, View};
 use self::watch::LogWatch;
-use super::{Batch, Caps, Durability, Entry, Key, Outcome, Sharing, Store, StoreError, Watch, check};
+use super::{Batch, Caps, Durability, Entry, Key, Outcome, Sharing, Store, StoreError, Watch, check, commit_sound};
 
 pub use self::disk::{DiskCall, DiskUse};
 
@@ -149,23 +149,86 @@ impl Shared {
         result
     }
 
-    /// Brings the view up to date and makes it fit to append to. The caller holds the lock.
-    fn refresh_locked(&self, view: &mut View) -> Result<(), StoreError> {
+    /// Brings the view up to date and makes it fit to append to. The caller holds the lock. Returns up to where the log
+    /// is known to be durable.
+    fn refresh_locked(&self, view: &mut View) -> Result<u64, StoreError> {
         let sound = view.current(&self.disk)? && !view.log.stale && view.catch_up(&self.disk)? == Tail::Clean;
         if !sound {
             *view = View::open_locked(&self.disk, &self.lock)?;
         }
-        if Hints::read(&self.disk, &self.lock)?.distrusted == view.log.generation {
+        let hints = Hints::read(&self.disk, &self.lock)?;
+        if hints.distrusted == view.log.generation {
             tracing::warn!(dir = %self.disk.path("").display(), "rewriting the store after a failed flush");
             view.merge(&self.disk)?;
         }
-        Ok(())
+        Ok(hints.durable_of(view.log.generation))
     }
 
-    fn apply(&self, view: &mut View, batch: &Batch) -> Result<Applied, StoreError> {
-        self.refresh_locked(view)?;
+    /// Applies batches one after the other under one lock, and makes them durable by one flush. After an error nothing
+    /// was applied.
+    fn commit_all(&self, batches: &[Batch]) -> Result<Vec<Outcome>, StoreError> {
+        let (mut outcomes, written) = {
+            let mut view = self.view.lock();
+            self.locked(|| self.apply(&mut view, batches))?
+        };
+        let committed = outcomes.iter_mut().filter(|outcome| matches!(outcome, Outcome::Committed { .. }));
+        if let Some(Written { log, end, own }) = written
+            && let Err(error) = self.make_durable(&log, end, own)
+        {
+            committed.for_each(|outcome| *outcome = Outcome::Unknown { reason: error.to_string() });
+        }
+        Ok(outcomes)
+    }
+
+    /// Returns what the outcomes will be once the log is durable as far as is told beside them.
+    fn apply(&self, view: &mut View, batches: &[Batch]) -> Result<(Vec<Outcome>, Option<Written>), StoreError> {
+        let durable = self.refresh_locked(view)?;
+        let mut frames = Vec::new();
+        let staged = batches.iter().map(|batch| self.stage(view, batch, durable, &mut frames)).collect();
+        let reserved = |outcomes| {
+            if !frames.is_empty() {
+                view.reserve(&self.disk, frames.len())?;
+            }
+            Ok(outcomes)
+        };
+        let mut outcomes: Vec<_> = match Result::and_then(staged, reserved) {
+            Ok(outcomes) => outcomes,
+            Err(error) => {
+                // What was laid over is not in the log.
+                view.doubted = true;
+                return Err(error);
+            }
+        };
+        if !outcomes.iter().any(|outcome| matches!(outcome, Outcome::Committed { .. })) {
+            return Ok((outcomes, None));
+        }
+        if frames.is_empty() {
+            return Ok((outcomes, Some(Written { log: view.log.clone(), end: view.end, own: false })));
+        }
+        if let Err(error) = view.append(&self.disk, &frames) {
+            // Frames may be there nonetheless, in part or in whole; the next to take the lock sees which. A refusal may
+            // rest on one that is not.
+            view.doubted = true;
+            outcomes.iter_mut().for_each(|outcome| *outcome = Outcome::Unknown { reason: error.to_string() });
+            return Ok((outcomes, None));
+        }
+        // Who flushes reads this to know how much its flush covers. Without it the flush covers these frames only.
+        let own = Hints::write_end(&self.disk, &self.lock, view.log.generation, view.end).is_ok();
+        let written = Written { log: view.log.clone(), end: view.end, own };
+        if view.wants_merge() {
+            // The commits do not depend on it: the log only stays longer.
+            if let Err(error) = view.merge(&self.disk) {
+                tracing::warn!(%error, "the log could not be merged into its snapshot");
+                view.merge_failed_at = view.operations;
+            }
+        }
+        Ok((outcomes, Some(written)))
+    }
+
+    /// Decides a batch, adds its frame to those that are to be written, and lays it over the view for those that follow.
+    fn stage(&self, view: &mut View, batch: &Batch, durable: u64, frames: &mut Vec<u8>) -> Result<Outcome, StoreError> {
         if let Some(revision) = view.request(batch.request_id) {
-            return Ok(Applied::Yes { revision, log: view.log.clone(), end: view.end, own: false });
+            return Ok(Outcome::Committed { revision });
         }
         let mut holds = true;
         let mut current = Vec::with_capacity(batch.guards.len());
@@ -175,32 +238,16 @@ impl Shared {
             current.push(entry);
         }
         if !holds {
-            return Ok(Applied::No(current));
+            return Ok(Outcome::Conflict(current));
         }
         if batch.writes.is_empty() {
-            let revision = view.revision;
-            return Ok(Applied::Yes { revision, log: view.log.clone(), end: view.end, own: false });
+            return Ok(Outcome::Committed { revision: view.revision });
         }
         let revision = view.revision + 1;
-        let durable = Hints::read(&self.disk, &self.lock)?.durable_of(view.log.generation);
-        let bytes = frame::encode(view.log.generation, view.end, revision, durable, batch);
-        view.reserve(&self.disk, bytes.len())?;
-        if let Err(error) = view.append(&self.disk, &bytes) {
-            // The frame may be there nonetheless, in part or in whole; the next to take the lock sees which.
-            return Ok(Applied::Perhaps(error));
-        }
+        let offset = view.end + frames.len() as u64;
+        frames.extend_from_slice(&frame::encode(view.log.generation, offset, revision, durable, batch));
         view.lay_over(revision, batch.request_id, batch.writes.clone());
-        // Who flushes reads this to know how much its flush covers. Without it the flush covers this frame only.
-        let own = Hints::write_end(&self.disk, &self.lock, view.log.generation, view.end).is_ok();
-        let applied = Applied::Yes { revision, log: view.log.clone(), end: view.end, own };
-        if view.wants_merge() {
-            // The commit does not depend on it: the log only stays longer.
-            if let Err(error) = view.merge(&self.disk) {
-                tracing::warn!(%error, "the log could not be merged into its snapshot");
-                view.merge_failed_at = view.operations;
-            }
-        }
-        Ok(applied)
+        Ok(Outcome::Committed { revision })
     }
 
     /// Returns when the log is durable up to `end`. `own` says that the caller has itself appended up to there since
@@ -233,10 +280,12 @@ impl Shared {
     }
 }
 
-enum Applied {
-    Yes { revision: u64, log: Arc<Log>, end: u64, own: bool },
-    No(Vec<Option<Entry>>),
-    Perhaps(StoreError),
+/// Up to where a log must be durable before its commits are acknowledged.
+struct Written {
+    log: Arc<Log>,
+    end: u64,
+    /// As for [`Shared::make_durable`].
+    own: bool,
 }
 
 #[async_trait]
@@ -268,19 +317,11 @@ impl Store for LogStore {
 
     async fn commit(&self, batch: &Batch) -> Result<Outcome, StoreError> {
         check(batch, &self.caps())?;
-        let shared = &*self.shared;
-        let applied = {
-            let mut view = shared.view.lock();
-            shared.locked(|| shared.apply(&mut view, batch))?
-        };
-        match applied {
-            Applied::No(current) => Ok(Outcome::Conflict(current)),
-            Applied::Perhaps(error) => Ok(Outcome::Unknown { reason: error.to_string() }),
-            Applied::Yes { revision, log, end, own } => match shared.make_durable(&log, end, own) {
-                Ok(()) => Ok(Outcome::Committed { revision }),
-                Err(error) => Ok(Outcome::Unknown { reason: error.to_string() }),
-            },
-        }
+        Ok(self.shared.commit_all(std::slice::from_ref(batch))?.remove(0))
+    }
+
+    async fn commit_many(&self, batches: &[Batch]) -> Vec<Result<Outcome, StoreError>> {
+        commit_sound(batches, &self.caps(), |sound| self.shared.commit_all(sound))
     }
 
     async fn first_gap(&self, prefix: &[u8], range: RangeInclusive<u128>) -> Result<Option<u128>, StoreError> {

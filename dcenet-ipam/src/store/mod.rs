@@ -10,11 +10,14 @@
 pub mod conformance;
 #[cfg(feature = "test-support")]
 pub mod flaky;
+pub mod group;
 pub mod log;
 pub mod memory;
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::io;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
@@ -161,6 +164,19 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// # Errors
     /// Nothing was applied. Whatever may have been applied is [`Outcome::Unknown`], never an error.
     async fn commit(&self, batch: &Batch) -> Result<Outcome, StoreError>;
+
+    /// Applies batches one after the other, and answers each as [`Store::commit`] would have if it had been sent when
+    /// the one before was answered. A later one sees what an earlier one did, and an earlier failure stops no later one.
+    /// They are several commits, not one: each has a revision of its own, and a crash may leave only the first of them.
+    ///
+    /// The default does just that. A backend overrides it where many batches can share a flush or a trip.
+    async fn commit_many(&self, batches: &[Batch]) -> Vec<Result<Outcome, StoreError>> {
+        let mut outcomes = Vec::with_capacity(batches.len());
+        for batch in batches {
+            outcomes.push(self.commit(batch).await);
+        }
+        outcomes
+    }
 
     /// The lowest number of the range for which no key `prefix + number (16 bytes, big-endian)` exists. All keys under
     /// the prefix must have that form. A hint: somebody may take it at once.
@@ -340,6 +356,28 @@ pub fn check(batch: &Batch, caps: &Caps) -> Result<(), StoreError> {
     Ok(())
 }
 
+/// Answers [`Store::commit_many`] by a function for batches that are within the limits, which either answers every one
+/// of them or has changed nothing.
+fn commit_sound(
+    batches: &[Batch],
+    caps: &Caps,
+    commit: impl FnOnce(&[Batch]) -> Result<Vec<Outcome>, StoreError>,
+) -> Vec<Result<Outcome, StoreError>> {
+    let checks: Vec<_> = batches.iter().map(|batch| check(batch, caps)).collect();
+    let sound: Cow<'_, [Batch]> = if checks.iter().all(Result::is_ok) {
+        batches.into()
+    } else {
+        batches.iter().zip(&checks).filter(|(_, check)| check.is_ok()).map(|(batch, _)| batch.clone()).collect()
+    };
+    let answers: Vec<_> = match commit(&sound) {
+        Ok(outcomes) => outcomes.into_iter().map(Ok).collect(),
+        Err(error) => sound.iter().map(|_| Err(error.again())).collect(),
+    };
+    let mut answers = answers.into_iter();
+    let unanswered = || Err(StoreError::Unavailable("the store left a batch unanswered".to_owned()));
+    checks.into_iter().map(|check| check.and_then(|()| answers.next().unwrap_or_else(unanswered))).collect()
+}
+
 /// Why a store gave no answer. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -372,4 +410,22 @@ pub enum StoreError {
     /// The backend cannot be reached or is out of order for now.
     #[error("{0}")]
     Unavailable(String),
+}
+
+impl StoreError {
+    /// The same, for another who waits for the same thing.
+    fn again(&self) -> Self {
+        match self {
+            Self::Corrupt { file, offset, reason } => {
+                Self::Corrupt { file: file.clone(), offset: *offset, reason: reason.clone() }
+            }
+            Self::Io { doing, source } => {
+                let again = || io::Error::new(source.kind(), source.to_string());
+                let source = source.raw_os_error().map_or_else(again, io::Error::from_raw_os_error);
+                Self::Io { doing: doing.clone(), source }
+            }
+            Self::Misuse(text) => Self::Misuse(text.clone()),
+            Self::Unavailable(text) => Self::Unavailable(text.clone()),
+        }
+    }
 }

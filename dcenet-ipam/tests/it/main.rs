@@ -4,6 +4,7 @@
 
 mod config;
 mod faults;
+mod group;
 mod lease;
 mod log;
 mod model_check;

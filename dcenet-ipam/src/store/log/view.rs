@@ -33,6 +33,8 @@ pub(super) struct View {
     pub(super) operations: u64,
     /// A merge failed at this many operations; the next try waits for as many more.
     pub(super) merge_failed_at: u64,
+    /// Laid over with what did not reach the log: to be opened again.
+    pub(super) doubted: bool,
 }
 
 #[derive(Debug)]
@@ -85,6 +87,7 @@ impl View {
                 merged_requests: HashMap::new(),
                 operations: 0,
                 merge_failed_at: 0,
+                doubted: false,
             };
             let tail = if stale { Tail::Clean } else { view.read_frames(disk, true)? };
             return Ok(Some((view, tail)));
@@ -126,7 +129,9 @@ impl View {
 
     /// Whether the names still stand for the files that are open.
     pub(super) fn current(&self, disk: &Disk) -> Result<bool, StoreError> {
-        Ok(disk.identity(LOG)? == Some(self.log.identity) && disk.identity(SNAP)? == self.snapshot_identity)
+        Ok(!self.doubted
+            && disk.identity(LOG)? == Some(self.log.identity)
+            && disk.identity(SNAP)? == self.snapshot_identity)
     }
 
     /// Reads frames that others have appended.
