@@ -11,8 +11,11 @@ pub mod conformance;
 #[cfg(feature = "test-support")]
 pub mod flaky;
 pub mod group;
+mod history;
 pub mod log;
 pub mod memory;
+#[cfg(feature = "redb")]
+pub mod redb;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;

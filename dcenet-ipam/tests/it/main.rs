@@ -13,6 +13,8 @@ mod processes;
 mod property;
 mod races;
 mod sim;
+#[cfg(feature = "redb")]
+mod redb;
 mod watch;
 
 use std::path::Path;
