@@ -62,7 +62,7 @@ use self::view::{Log, Tail, View};
 use self::watch::LogWatch;
 use super::{Batch, Caps, Durability, Entry, Key, Outcome, Sharing, Store, StoreError, Watch, check, commit_sound};
 
-pub use self::disk::{DiskCall, DiskUse};
+pub use self::disk::{DiskCall, DiskEvent, DiskUse};
 
 /// A store in a directory, shared by processes.
 #[derive(Debug)]
@@ -97,6 +97,12 @@ impl LogStore {
         fault: Arc<dyn Fn(DiskCall) -> std::io::Result<()> + Send + Sync>,
     ) -> Result<Self, StoreError> {
         Self::open_disk(Disk::new(dir, Some(fault)))
+    }
+
+    /// As [`LogStore::open`], telling `recorder` of each call that has changed the disk.
+    #[cfg(feature = "test-support")]
+    pub fn open_recorded(dir: &Path, recorder: Arc<dyn Fn(DiskEvent<'_>) + Send + Sync>) -> Result<Self, StoreError> {
+        Self::open_disk(Disk::recorded(dir, recorder))
     }
 
     fn open_disk(disk: Disk) -> Result<Self, StoreError> {

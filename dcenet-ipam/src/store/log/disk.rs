@@ -25,6 +25,25 @@ pub enum DiskCall {
     SyncDir,
 }
 
+/// A call that has changed what is on disk, for those who work out what a loss of power may leave of it. Files are told
+/// apart by their inode, for names change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskEvent<'a> {
+    /// A file was made under a name, or emptied.
+    Created(&'a str, u64),
+    /// The directory was flushed: creations and new names last.
+    DirectorySynced,
+    /// The first name was taken from its file and given to it in place of the second.
+    Renamed(&'a str, &'a str),
+    /// A file's data was flushed.
+    Synced(u64),
+    /// Bytes were written to a file at an offset.
+    Wrote(u64, u64, &'a [u8]),
+}
+
+/// Told after each call that succeeded.
+pub(super) type Recorder = Arc<dyn Fn(DiskEvent<'_>) + Send + Sync>;
+
 /// Asked before each call; an error is returned instead of making the call.
 pub(super) type Fault = Arc<dyn Fn(DiskCall) -> io::Result<()> + Send + Sync>;
 
@@ -42,6 +61,7 @@ pub struct DiskUse {
 pub(super) struct Disk {
     dir: PathBuf,
     fault: Option<Fault>,
+    recorder: Option<Recorder>,
     opens: AtomicU64,
     syncs: AtomicU64,
     written: AtomicU64,
@@ -56,7 +76,19 @@ impl fmt::Debug for Disk {
 impl Disk {
     pub(super) fn new(dir: &Path, fault: Option<Fault>) -> Self {
         let zero = || AtomicU64::new(0);
-        Self { dir: dir.to_owned(), fault, opens: zero(), syncs: zero(), written: zero() }
+        Self { dir: dir.to_owned(), fault, recorder: None, opens: zero(), syncs: zero(), written: zero() }
+    }
+
+    #[cfg(feature = "test-support")]
+    pub(super) fn recorded(dir: &Path, recorder: Recorder) -> Self {
+        Self { recorder: Some(recorder), ..Self::new(dir, None) }
+    }
+
+    fn record<'a>(&self, event: impl FnOnce() -> io::Result<DiskEvent<'a>>) -> io::Result<()> {
+        match &self.recorder {
+            Some(recorder) => event().map(|event| recorder(event)),
+            None => Ok(()),
+        }
     }
 
     pub(super) fn usage(&self) -> DiskUse {
@@ -131,25 +163,36 @@ impl Disk {
     fn create_with(&self, name: &str, options: &mut OpenOptions) -> Result<File, StoreError> {
         self.opens.fetch_add(1, Ordering::Relaxed);
         self.make(DiskCall::Create, || options.read(true).write(true).mode(0o600).open(self.path(name)))
+            .and_then(|file| {
+                self.record(|| Ok(DiskEvent::Created(name, file.metadata()?.ino())))?;
+                Ok(file)
+            })
             .map_err(|e| self.error("create", name, e))
     }
 
     pub(super) fn write_at(&self, file: &File, name: &str, bytes: &[u8], offset: u64) -> Result<(), StoreError> {
-        self.make(DiskCall::Write, || file.write_all_at(bytes, offset)).map_err(|e| self.error("write", name, e))?;
+        self.make(DiskCall::Write, || file.write_all_at(bytes, offset))
+            .and_then(|()| self.record(|| Ok(DiskEvent::Wrote(file.metadata()?.ino(), offset, bytes))))
+            .map_err(|e| self.error("write", name, e))?;
         self.written.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         Ok(())
     }
 
     pub(super) fn sync(&self, file: &File, name: &str) -> Result<(), StoreError> {
         self.syncs.fetch_add(1, Ordering::Relaxed);
-        self.make(DiskCall::Sync, || file.sync_data()).map_err(|e| self.error("flush", name, e))
+        self.make(DiskCall::Sync, || file.sync_data())
+            .and_then(|()| self.record(|| Ok(DiskEvent::Synced(file.metadata()?.ino()))))
+            .map_err(|e| self.error("flush", name, e))
     }
 
     /// Gives a flushed temporary file its name, durably.
     pub(super) fn rename(&self, from: &str, to: &str) -> Result<(), StoreError> {
         self.make(DiskCall::Rename, || fs::rename(self.path(from), self.path(to)))
+            .and_then(|()| self.record(|| Ok(DiskEvent::Renamed(from, to))))
             .map_err(|e| self.error("rename a temporary file to", to, e))?;
-        self.sync_path(&self.dir).map_err(|e| self.error("flush the directory of", to, e))
+        self.sync_path(&self.dir)
+            .and_then(|()| self.record(|| Ok(DiskEvent::DirectorySynced)))
+            .map_err(|e| self.error("flush the directory of", to, e))
     }
 
     fn sync_path(&self, dir: &Path) -> io::Result<()> {
