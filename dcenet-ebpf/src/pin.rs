@@ -9,7 +9,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use crate::sys::{self, SysError, fault};
+use crate::sys::fault::gated;
+use crate::sys::{self, SysError};
 
 /// Where pins are unless the configuration says otherwise.
 pub const DEFAULT_DIRECTORY: &str = "/run/dcenet/bpf";
@@ -32,12 +33,12 @@ impl Pins {
     pub fn open(directory: impl Into<PathBuf>) -> Result<Self, PinError> {
         let pins = Self { directory: directory.into() };
         let failed = |source| PinError { doing: "make the pin directory", path: pins.directory.clone(), source };
-        guarded("mkdir", || DirBuilder::new().recursive(true).mode(0o700).create(&pins.directory)).map_err(failed)?;
+        gated("mkdir", || DirBuilder::new().recursive(true).mode(0o700).create(&pins.directory)).map_err(failed)?;
         if sys::is_bpffs(&pins.directory).map_err(failed)? {
             return Ok(pins);
         }
         // Whoever gets here at the same time has opened the same underlying directory, and waits for its lock.
-        let lock = guarded("lock", || {
+        let lock = gated("lock", || {
             let under = File::open(&pins.directory)?;
             under.lock()?;
             Ok(under)
@@ -81,7 +82,7 @@ impl Pins {
         let failed = |source| PinError { doing: "pin in place of another", path: path.clone(), source };
         remove(&fresh).map_err(failed)?;
         sys::pin(object.as_fd(), &fresh).map_err(failed)?;
-        guarded("rename", || std::fs::rename(&fresh, &path)).map_err(|error| {
+        gated("rename", || std::fs::rename(&fresh, &path)).map_err(|error| {
             if let Err(left) = remove(&fresh) {
                 tracing::warn!(path = %fresh.display(), error = %left, "a temporary pin stays");
             }
@@ -120,7 +121,7 @@ impl Pins {
             names.sort();
             Ok(names)
         };
-        guarded("readdir", read).map_err(|source| PinError { doing: "list pins", path: self.directory.clone(), source })
+        gated("readdir", read).map_err(|source| PinError { doing: "list pins", path: self.directory.clone(), source })
     }
 
     /// Takes the file system away with all pins in it, and the directory. Repeating it is allowed.
@@ -132,7 +133,7 @@ impl Pins {
             Err(e) if e.is(libc::ENOENT) => return Ok(()),
             Err(e) => return Err(failed(e)),
         }
-        match guarded("rmdir", || std::fs::remove_dir(&self.directory)) {
+        match gated("rmdir", || std::fs::remove_dir(&self.directory)) {
             Ok(()) => Ok(()),
             Err(e) if e.is(libc::ENOENT) => Ok(()),
             Err(e) => Err(failed(e)),
@@ -167,13 +168,8 @@ impl PinError {
     }
 }
 
-fn guarded<R>(call: &'static str, act: impl FnOnce() -> io::Result<R>) -> Result<R, SysError> {
-    fault::gate(call)?;
-    act().map_err(|source| SysError { call, source })
-}
-
 fn remove(path: &Path) -> Result<bool, SysError> {
-    match guarded("unlink", || std::fs::remove_file(path)) {
+    match gated("unlink", || std::fs::remove_file(path)) {
         Ok(()) => Ok(true),
         Err(e) if e.is(libc::ENOENT) => Ok(false),
         Err(e) => Err(e),

@@ -2,15 +2,15 @@
 
 use super::SysError;
 
-/// Passed by every system call of the crate before it takes effect.
+/// Makes a system call, unless a test wants it to fail.
 #[cfg(not(any(test, feature = "test-support")))]
 #[inline(always)]
-pub(crate) fn gate(_call: &'static str) -> Result<(), SysError> {
-    Ok(())
+pub(crate) fn gated<T>(call: &'static str, make: impl FnOnce() -> std::io::Result<T>) -> Result<T, SysError> {
+    make().map_err(|source| SysError { call, source })
 }
 
 #[cfg(any(test, feature = "test-support"))]
-pub(crate) use armed::gate;
+pub(crate) use armed::gated;
 #[cfg(any(test, feature = "test-support"))]
 pub use armed::{Fault, Faults};
 
@@ -79,7 +79,8 @@ mod armed {
         }
     }
 
-    pub(crate) fn gate(call: &'static str) -> Result<(), SysError> {
+    pub(crate) fn gated<T>(call: &'static str, make: impl FnOnce() -> io::Result<T>) -> Result<T, SysError> {
+        let failed = |source| SysError { call, source };
         let fault = STATE.with_borrow_mut(|state| {
             let state = state.as_mut()?;
             let number = state.calls;
@@ -87,9 +88,13 @@ mod armed {
             state.spoil.filter(|(at, _)| *at == number).map(|(_, fault)| fault)
         });
         match fault {
-            None => Ok(()),
-            Some(Fault::Fail(errno)) => Err(SysError { call, source: io::Error::from_raw_os_error(errno) }),
+            None => {}
+            Some(Fault::Fail(errno)) => return Err(failed(io::Error::from_raw_os_error(errno))),
             Some(Fault::Abort) => std::process::abort(),
         }
+        #[cfg(feature = "fault-injection")]
+        return dcenet_core::test_support::through_gate(call, make).map_err(failed);
+        #[cfg(not(feature = "fault-injection"))]
+        make().map_err(failed)
     }
 }

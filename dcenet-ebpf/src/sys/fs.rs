@@ -2,42 +2,42 @@
 
 use std::path::Path;
 
-use super::{SysError, c_path, fault};
+use super::fault::gated;
+use super::{SysError, c_path, done};
 
 /// Whether the path is inside a mounted bpffs.
 pub(crate) fn is_bpffs(path: &Path) -> Result<bool, SysError> {
     const CALL: &str = "statfs";
-    fault::gate(CALL)?;
     let path = c_path(path, CALL)?;
-    let mut about = std::mem::MaybeUninit::<libc::statfs>::uninit();
-    // SAFETY: the path ends in zero, and there is room for the one structure that the call fills.
-    if unsafe { libc::statfs(path.as_ptr(), about.as_mut_ptr()) } != 0 {
-        return Err(SysError::last(CALL));
-    }
-    // SAFETY: the call succeeded, so it has filled the structure.
-    let about = unsafe { about.assume_init() };
-    Ok(about.f_type == libc::BPF_FS_MAGIC)
+    gated(CALL, || {
+        let mut about = std::mem::MaybeUninit::<libc::statfs>::uninit();
+        // SAFETY: the path ends in zero, and there is room for the one structure that the call fills.
+        done(unsafe { libc::statfs(path.as_ptr(), about.as_mut_ptr()) })?;
+        // SAFETY: the call succeeded, so it has filled the structure.
+        let about = unsafe { about.assume_init() };
+        Ok(about.f_type == libc::BPF_FS_MAGIC)
+    })
 }
 
 /// Mounts a new bpffs over the directory, readable by root only.
 pub(crate) fn mount_bpffs(directory: &Path) -> Result<(), SysError> {
     const CALL: &str = "mount";
-    fault::gate(CALL)?;
     let directory = c_path(directory, CALL)?;
     let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
-    // SAFETY: all four strings end in zero and live past the call.
-    let done = unsafe {
-        libc::mount(c"dcenet".as_ptr(), directory.as_ptr(), c"bpf".as_ptr(), flags, c"mode=0700".as_ptr().cast())
-    };
-    if done == 0 { Ok(()) } else { Err(SysError::last(CALL)) }
+    gated(CALL, || {
+        // SAFETY: all four strings end in zero and live past the call.
+        done(unsafe {
+            libc::mount(c"dcenet".as_ptr(), directory.as_ptr(), c"bpf".as_ptr(), flags, c"mode=0700".as_ptr().cast())
+        })
+    })
 }
 
 /// Takes the topmost mount off the directory, also while files in it are open.
 pub(crate) fn unmount(directory: &Path) -> Result<(), SysError> {
     const CALL: &str = "umount2";
-    fault::gate(CALL)?;
     let directory = c_path(directory, CALL)?;
-    // SAFETY: the string ends in zero and lives past the call.
-    let done = unsafe { libc::umount2(directory.as_ptr(), libc::MNT_DETACH | libc::UMOUNT_NOFOLLOW) };
-    if done == 0 { Ok(()) } else { Err(SysError::last(CALL)) }
+    gated(CALL, || {
+        // SAFETY: the string ends in zero and lives past the call.
+        done(unsafe { libc::umount2(directory.as_ptr(), libc::MNT_DETACH | libc::UMOUNT_NOFOLLOW) })
+    })
 }

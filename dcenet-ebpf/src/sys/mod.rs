@@ -1,6 +1,6 @@
 //! bpf(2), mounts of bpffs and the ring buffer's shared memory: the only unsafe code of the crate.
 //!
-//! Every system call of the crate that changes or asks the kernel passes [`fault::gate`] first, so a test can make the
+//! Every system call of the crate that changes or asks the kernel is made by [`fault::gated`], so a test can make the
 //! n-th one fail or end the process. The one exception is a loader backend of somebody else's, which has its own calls.
 //!
 //! The attributes of bpf(2) are laid out by hand as bytes at the offsets of `union bpf_attr`
@@ -52,10 +52,6 @@ impl SysError {
 
     pub(crate) fn is(&self, errno: i32) -> bool {
         self.raw_os_error() == Some(errno)
-    }
-
-    pub(crate) fn last(call: &'static str) -> Self {
-        Self { call, source: io::Error::last_os_error() }
     }
 }
 
@@ -121,24 +117,27 @@ impl Attr {
     /// # Safety
     /// Every pointer in the attribute must be valid for what `command` does with it, for as long as the call lasts.
     unsafe fn call(&mut self, command: Command) -> Result<i64, SysError> {
-        fault::gate(command.1)?;
         // The verifier and a test run give up with EAGAIN and EINTR when a signal is pending (kernel/bpf/verifier.c
         // `do_check`, net/bpf/test_run.c `bpf_test_timer_continue`) and leave nothing behind. A batch is not repeated:
         // the kernel has overwritten its count.
         let repeatable = command.0 == Command::PROG_LOAD.0 || command.0 == Command::PROG_TEST_RUN.0;
-        let mut attempts = 0;
-        loop {
-            // SAFETY: the attribute is 152 initialised bytes and aligned to 8; what it points to is the caller's duty.
-            let done = unsafe { libc::syscall(libc::SYS_bpf, command.0, &raw mut self.0, size_of::<Self>()) };
-            if done >= 0 {
-                return Ok(done);
+        fault::gated(command.1, || {
+            let mut attempts = 0;
+            loop {
+                // SAFETY: the attribute is 152 initialised bytes and aligned to 8; what it points to is the caller's
+                // duty.
+                let done = unsafe { libc::syscall(libc::SYS_bpf, command.0, &raw mut self.0, size_of::<Self>()) };
+                if done >= 0 {
+                    return Ok(done);
+                }
+                let error = io::Error::last_os_error();
+                attempts += 1;
+                let interrupted = matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN));
+                if !repeatable || attempts == INTERRUPTED_ATTEMPTS || !interrupted {
+                    return Err(error);
+                }
             }
-            let error = SysError::last(command.1);
-            attempts += 1;
-            if !repeatable || attempts == INTERRUPTED_ATTEMPTS || !(error.is(libc::EINTR) || error.is(libc::EAGAIN)) {
-                return Err(error);
-            }
-        }
+        })
     }
 
     /// As [`Attr::call`], for a command that answers with a descriptor.
@@ -207,6 +206,11 @@ fn c_path(path: &Path, call: &'static str) -> Result<CString, SysError> {
 /// A length as the kernel takes it. Nothing that we hand over comes near 4 GiB; what does is refused by the kernel.
 fn length(bytes: usize) -> u32 {
     u32::try_from(bytes).unwrap_or(u32::MAX)
+}
+
+/// What a call of the C library says by 0 or -1.
+fn done(answer: libc::c_int) -> io::Result<()> {
+    if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 fn u32_at(bytes: &[u8], offset: usize) -> u32 {

@@ -6,7 +6,8 @@ use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
-use super::{SysError, fault};
+use super::SysError;
+use super::fault::gated;
 
 /// A part of a ring buffer map in our memory, unmapped when dropped.
 #[derive(Debug)]
@@ -21,15 +22,15 @@ unsafe impl Send for Mapping {}
 impl Mapping {
     fn new(fd: BorrowedFd<'_>, offset: usize, bytes: usize, protection: libc::c_int) -> Result<Self, SysError> {
         const CALL: &str = "mmap";
-        fault::gate(CALL)?;
         let offset = libc::off_t::try_from(offset)
             .map_err(|_| SysError { call: CALL, source: io::ErrorKind::InvalidInput.into() })?;
-        // SAFETY: the kernel chooses the place, so nothing of ours is overwritten; it refuses lengths and offsets that
-        // the map does not have.
-        let start = unsafe { libc::mmap(ptr::null_mut(), bytes, protection, libc::MAP_SHARED, fd.as_raw_fd(), offset) };
-        if start == libc::MAP_FAILED {
-            return Err(SysError::last(CALL));
-        }
+        let start = gated(CALL, || {
+            let any = ptr::null_mut();
+            // SAFETY: the kernel chooses the place, so nothing of ours is overwritten; it refuses lengths and offsets
+            // that the map does not have.
+            let start = unsafe { libc::mmap(any, bytes, protection, libc::MAP_SHARED, fd.as_raw_fd(), offset) };
+            if start == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(start) }
+        })?;
         let start =
             NonNull::new(start.cast()).ok_or(SysError { call: CALL, source: io::ErrorKind::InvalidData.into() })?;
         Ok(Self { start, bytes })
@@ -115,17 +116,17 @@ impl Ring {
 
     /// Waits until a record is committed, at most for `limit`; `false` when none came, or a signal did.
     pub(crate) fn wait(&self, limit: Duration) -> Result<bool, SysError> {
-        const CALL: &str = "poll";
-        fault::gate(CALL)?;
         let mut wanted = libc::pollfd { fd: self.fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         let limit = i32::try_from(limit.as_millis()).unwrap_or(i32::MAX);
-        // SAFETY: the one structure is ours and lives past the call.
-        let ready = unsafe { libc::poll(&raw mut wanted, 1, limit) };
-        if ready >= 0 {
-            return Ok(ready > 0);
-        }
-        let error = SysError::last(CALL);
-        if error.is(libc::EINTR) { Ok(false) } else { Err(error) }
+        gated("poll", || {
+            // SAFETY: the one structure is ours and lives past the call.
+            let ready = unsafe { libc::poll(&raw mut wanted, 1, limit) };
+            if ready >= 0 {
+                return Ok(ready > 0);
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() == io::ErrorKind::Interrupted { Ok(false) } else { Err(error) }
+        })
     }
 
     /// Records are copied word by word: a second consumer on the same map would otherwise change a slice that we hand

@@ -4,7 +4,8 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 
-use super::{SysError, fault};
+use super::SysError;
+use super::fault::gated;
 
 /// Makes a bpffs that no directory shows and that vanishes with its descriptor. Linux 5.2.
 ///
@@ -14,21 +15,20 @@ pub(crate) fn private_bpffs() -> Result<OwnedFd, SysError> {
         // SAFETY: the name ends in zero; the call returns a new descriptor.
         unsafe { libc::syscall(libc::SYS_fsopen, c"bpf".as_ptr(), FSOPEN_CLOEXEC) }
     })?;
-    fault::gate("fsconfig")?;
-    // SAFETY: the command to create takes neither a key nor a value, and both are null.
-    let done = unsafe {
-        libc::syscall(
-            libc::SYS_fsconfig,
-            context.as_raw_fd(),
-            FSCONFIG_CMD_CREATE,
-            ptr::null::<libc::c_char>(),
-            ptr::null::<libc::c_void>(),
-            0,
-        )
-    };
-    if done != 0 {
-        return Err(SysError::last("fsconfig"));
-    }
+    gated("fsconfig", || {
+        // SAFETY: the command to create takes neither a key nor a value, and both are null.
+        let done = unsafe {
+            libc::syscall(
+                libc::SYS_fsconfig,
+                context.as_raw_fd(),
+                FSCONFIG_CMD_CREATE,
+                ptr::null::<libc::c_char>(),
+                ptr::null::<libc::c_void>(),
+                0,
+            )
+        };
+        if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    })?;
     new_fd("fsmount", || {
         // SAFETY: the arguments are numbers; the call returns a new descriptor.
         unsafe { libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), FSMOUNT_CLOEXEC, 0) }
@@ -36,11 +36,10 @@ pub(crate) fn private_bpffs() -> Result<OwnedFd, SysError> {
 }
 
 fn new_fd(call: &'static str, make: impl FnOnce() -> libc::c_long) -> Result<OwnedFd, SysError> {
-    fault::gate(call)?;
-    let fd = make();
-    if fd < 0 {
-        return Err(SysError::last(call));
-    }
+    let fd = gated(call, || {
+        let fd = make();
+        if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(fd) }
+    })?;
     let fd = i32::try_from(fd).map_err(|_| SysError { call, source: io::ErrorKind::InvalidData.into() })?;
     // SAFETY: both callers make a descriptor that nobody else knows.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
