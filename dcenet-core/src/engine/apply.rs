@@ -268,19 +268,20 @@ pub(super) fn look_up(socket: &mut Socket, link: &IfName) -> Result<Option<LinkV
 impl Engine {
     /// Takes back what `undo` lists, in reverse; goes on after errors and returns them.
     ///
-    /// Own devices go first, for shared ones stay while they have ports. Policy goes last: a device that is still there
-    /// must not carry a packet without it.
+    /// Own devices go first, for shared ones stay while they have ports. Policy goes last, and only when they are gone: a
+    /// device that is still there must not carry a packet without it.
     pub(super) fn take_back(&self, undo: &[Undo], key: &AttachmentKey, pod: Option<&NetNs>) -> Vec<TeardownError> {
         let (policy, devices): (Vec<_>, Vec<_>) = undo.iter().rev().partition(|u| matches!(u, Undo::DetachPolicy));
         let (shared, own): (Vec<_>, Vec<_>) = devices.into_iter().partition(|u| u.is_shared());
         let mut errors = Vec::new();
         let mut host = None;
-        for undo in own.into_iter().chain(shared).chain(policy) {
-            if let Err(error) = self.take_back_one(undo, key, pod, &mut host) {
-                tracing::warn!(%key, ?undo, %error, "could not take back");
-                errors.push(error);
-            }
-        }
+        let mut take_back = |undo: &Undo| {
+            let failed = self.take_back_one(undo, key, pod, &mut host);
+            failed.inspect_err(|error| tracing::warn!(%key, ?undo, %error, "could not take back")).err()
+        };
+        errors.extend(own.into_iter().filter_map(&mut take_back));
+        let gone = errors.is_empty();
+        errors.extend(shared.into_iter().chain(policy.into_iter().filter(|_| gone)).filter_map(take_back));
         errors
     }
 

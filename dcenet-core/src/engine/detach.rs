@@ -76,9 +76,9 @@ impl Engine {
     fn detach_by_mark(&self, key: &AttachmentKey) -> Vec<TeardownError> {
         let mut errors = Vec::new();
         if let Err(error) = self.delete_marked(key) {
+            // The device may be up, and keeps its policy.
             errors.push(error);
-        }
-        if let Some(sink) = &self.policy {
+        } else if let Some(sink) = &self.policy {
             match self.host.0.run_here_or_there(|| sink.detach(key)) {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => errors.push(error.into()),

@@ -165,6 +165,7 @@ impl DetachErrors {
         self.0.iter().all(|error| match error {
             TeardownError::Journal(JournalError::Busy { .. }) => true,
             TeardownError::Netlink(error) => error.is_retryable(),
+            TeardownError::Policy(PolicyError::TimedOut { .. } | PolicyError::NotReady { .. }) => true,
             _ => false,
         })
     }
