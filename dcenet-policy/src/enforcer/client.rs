@@ -7,9 +7,11 @@ use std::time::{Duration, Instant};
 
 use dcenet_core::model::{AttachmentKey, IfIndex};
 use dcenet_core::provider::{Endpoint, PolicyError, PolicySink};
-use dcenet_ebpf::attach::{Attacher, ClsactAttacher, Direction, Hook, Owner};
+use dcenet_ebpf::attach::{AttachError, Attacher, ClsactAttacher, Direction, Hook, Owner};
 use dcenet_ebpf::pin::Pins;
 use dcenet_ebpf::program::Program;
+use rustix::io::Errno;
+use rustix::net::netdevice::name_to_index;
 
 use super::config::{DefaultVerdict, Limit, PolicyConfig};
 use super::node::default_pin;
@@ -78,6 +80,19 @@ impl ClientError {
     pub fn is_retryable(&self) -> bool {
         !matches!(self, Self::Refused { .. } | Self::OtherAttachment { .. })
     }
+
+    /// Whether nobody listens: the socket is not there, or what is left of one.
+    fn is_absence(&self) -> bool {
+        let kind = |e: &io::Error| matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused);
+        matches!(self, Self::NoOwner { source, .. } if kind(source))
+    }
+
+    /// Whether the owner closed the connection.
+    fn is_hang_up(&self) -> bool {
+        use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+        let kind = |e: &io::Error| matches!(e.kind(), BrokenPipe | ConnectionReset | UnexpectedEof);
+        matches!(self, Self::NoAnswer(ProtocolError::Io(source)) if kind(source))
+    }
 }
 
 impl PinnedDefault {
@@ -94,61 +109,81 @@ impl<A: Attacher> PinnedDefault<A> {
         Self { pins, socket, default: config.default, attacher }
     }
 
-    fn attach_default(&self, endpoint: &Endpoint, direction: Direction) -> Result<(), PolicyError> {
-        let doing = || format!("put the default policy on {} ({direction:?})", endpoint.ifname);
+    /// The hooks of the endpoint's device that do not carry a program of it.
+    fn bare_hooks(&self, endpoint: &Endpoint) -> Result<Vec<Hook>, PolicyError> {
         let label = endpoint.attachment.id().to_string();
-        let hook = Hook { device: endpoint.ifindex, direction };
-        match self.attacher.attached(hook).map_err(failed(doing()))?.map(|a| a.owner) {
-            // A repeated call: what the owner has put there since is not for us to replace.
-            Some(Owner::Ours(there)) if there == label => return Ok(()),
-            Some(Owner::Ours(label)) => return Err(refused(doing(), ClientError::OtherAttachment { label })),
-            Some(Owner::Foreign(_)) | None => {}
+        let mut bare = Vec::new();
+        for direction in BOTH {
+            let hook = Hook { device: endpoint.ifindex, direction };
+            match self.attacher.attached(hook).map_err(failed(putting(endpoint)))?.map(|a| a.owner) {
+                // A repeated call: what the owner has put there since is not for us to replace.
+                Some(Owner::Ours(there)) if there == label => {}
+                Some(Owner::Ours(label)) => {
+                    return Err(refused(putting(endpoint), ClientError::OtherAttachment { label }));
+                }
+                Some(Owner::Foreign(_)) | None => bare.push(hook),
+            }
         }
+        Ok(bare)
+    }
+
+    fn open_default(&self, endpoint: &Endpoint, direction: Direction) -> Result<Program, PolicyError> {
         let pin = default_pin(self.default, direction);
-        let Some(fd) = self.pins.get(pin).map_err(failed(doing()))? else {
+        let Some(fd) = self.pins.get(pin).map_err(failed(putting(endpoint)))? else {
             let directory = self.pins.directory().to_owned();
-            return Err(refused(doing(), ClientError::NotPrepared { pin, directory }));
+            return Err(refused(putting(endpoint), ClientError::NotPrepared { pin, directory }));
         };
-        let program = Program::from_fd(fd).map_err(failed(doing()))?;
-        self.attacher.attach(hook, &program, &label).map(drop).map_err(failed(doing()))
+        Program::from_fd(fd).map_err(failed(putting(endpoint)))
     }
 
     fn ask(&self, request: &Request, limit: Duration) -> Result<Reply, ClientError> {
         let no_owner = |source| ClientError::NoOwner { socket: self.socket.clone(), source };
-        let mut stream = UnixStream::connect(&self.socket).map_err(no_owner)?;
+        let mut stream =
+            gated("connect to the policy owner", || UnixStream::connect(&self.socket)).map_err(no_owner)?;
         // A timeout of zero would be none.
         let limit = Some(limit.max(Duration::from_millis(1)));
         stream.set_read_timeout(limit).and_then(|()| stream.set_write_timeout(limit)).map_err(no_owner)?;
-        protocol::send(&mut stream, request).map_err(ClientError::NoAnswer)?;
-        match protocol::receive(&mut stream).map_err(ClientError::NoAnswer)? {
+        gated("ask the policy owner", || protocol::send(&mut stream, request)).map_err(ClientError::NoAnswer)?;
+        let answer = gated("hear the policy owner", || protocol::receive(&mut stream));
+        match answer.map_err(ClientError::NoAnswer)? {
             Some(Reply::Refused { reason }) => Err(ClientError::Refused { reason }),
             Some(reply) => Ok(reply),
             None => Err(ClientError::NoAnswer(io::Error::from(io::ErrorKind::UnexpectedEof).into())),
         }
     }
 
-    /// Tells the owner something that it finds out by itself when it starts.
+    /// Tells the owner something that it finds out by itself when it starts: nobody listening is no error. An owner that
+    /// lives and is not told is one, for it would go on deciding by what is no longer true.
     fn tell(&self, request: &Request) -> Result<(), ClientError> {
-        match self.ask(request, NOTE_LIMIT) {
+        let told = match self.ask(request, NOTE_LIMIT) {
+            // An owner that ended in the middle, or another by now.
+            Err(error) if error.is_hang_up() => self.ask(request, NOTE_LIMIT),
+            told => told,
+        };
+        match told {
             Ok(_) => Ok(()),
-            Err(error @ ClientError::Refused { .. }) => Err(error),
-            Err(error) => {
+            Err(error) if error.is_absence() => {
                 tracing::debug!(%error, "the policy owner was not told");
                 Ok(())
             }
+            Err(error) => Err(error),
         }
     }
 }
 
 impl<A: Attacher> PolicySink for PinnedDefault<A> {
     fn attach(&self, endpoint: &Endpoint) -> Result<(), PolicyError> {
-        for direction in [Direction::Ingress, Direction::Egress] {
-            if let Err(error) = self.attach_default(endpoint, direction) {
-                // Half a policy would be worse than none to whoever looks at the device.
-                if let Err(left) = self.remove(endpoint.ifindex, &endpoint.attachment) {
+        let bare = self.bare_hooks(endpoint)?;
+        let defaults: Vec<Program> =
+            bare.iter().map(|hook| self.open_default(endpoint, hook.direction)).collect::<Result<_, _>>()?;
+        let label = endpoint.attachment.id().to_string();
+        for (hook, program) in bare.iter().zip(&defaults) {
+            if let Err(error) = self.attacher.attach(*hook, program, &label) {
+                // Half a policy would be worse than none to whoever looks at the device. What was there before stays.
+                if let Err(left) = self.remove(&bare, &endpoint.attachment) {
                     tracing::warn!(device = %endpoint.ifname, error = %left, "default programs stay on the device");
                 }
-                return Err(error);
+                return Err(failed(putting(endpoint))(error));
             }
         }
         let request = Request::Attached { endpoint: Box::new(endpoint.clone()), default: self.default };
@@ -182,7 +217,7 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
 
     fn missing(&self, endpoint: &Endpoint) -> Result<Option<String>, PolicyError> {
         let label = endpoint.attachment.id().to_string();
-        for direction in [Direction::Ingress, Direction::Egress] {
+        for direction in BOTH {
             let doing = || format!("look at the policy on {} ({direction:?})", endpoint.ifname);
             let hook = Hook { device: endpoint.ifindex, direction };
             let there = self.attacher.attached(hook).map_err(failed(doing()))?;
@@ -194,7 +229,7 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
     }
 
     fn ready(&self) -> Result<(), PolicyError> {
-        for direction in [Direction::Ingress, Direction::Egress] {
+        for direction in BOTH {
             let doing = || "look for the default policy".to_owned();
             let pin = default_pin(self.default, direction);
             if self.pins.get(pin).map_err(failed(doing()))?.is_none() {
@@ -209,28 +244,51 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
         let doing = || format!("take policy off {attachment}");
         let name = attachment.id().host_ifname();
         // Through a socket of this thread's namespace, as attaching does.
-        let index = UnixStream::pair()
-            .map_err(failed(doing()))
-            .map(|(socket, _)| rustix::net::netdevice::name_to_index(socket, name.as_str()).ok());
-        if let Some(index) = index?.and_then(IfIndex::new) {
-            self.remove(index, attachment).map_err(failed(doing()))?;
+        let (socket, _) = UnixStream::pair().map_err(failed(doing()))?;
+        let index = gated("look up the device", || name_to_index(socket, name.as_str()).map_err(io::Error::from));
+        let index = match index {
+            Err(error) if error.raw_os_error() == Some(Errno::NODEV.raw_os_error()) => None,
+            index => IfIndex::new(index.map_err(failed(doing()))?),
+        };
+        if let Some(device) = index {
+            let hooks = BOTH.map(|direction| Hook { device, direction });
+            self.remove(&hooks, attachment).map_err(failed(doing()))?;
         }
         self.tell(&Request::Gone { attachment: attachment.clone() }).map_err(|e| refused(doing(), e))
     }
 }
 
 impl<A: Attacher> PinnedDefault<A> {
-    fn remove(&self, device: IfIndex, attachment: &AttachmentKey) -> Result<(), dcenet_ebpf::attach::AttachError> {
+    fn remove(&self, hooks: &[Hook], attachment: &AttachmentKey) -> Result<(), AttachError> {
         let label = attachment.id().to_string();
-        for direction in [Direction::Ingress, Direction::Egress] {
-            let hook = Hook { device, direction };
-            let ours = self.attacher.attached(hook)?.is_some_and(|a| a.owner == Owner::Ours(label.clone()));
+        for hook in hooks {
+            let ours = self.attacher.attached(*hook)?.is_some_and(|a| a.owner == Owner::Ours(label.clone()));
             if ours {
-                self.attacher.detach(hook)?;
+                self.attacher.detach(*hook)?;
             }
         }
         Ok(())
     }
+}
+
+fn putting(endpoint: &Endpoint) -> String {
+    format!("put the default policy on {}", endpoint.ifname)
+}
+
+/// Makes a call, unless a test wants it to fail.
+#[cfg(not(feature = "fault-injection"))]
+fn gated<T, E>(_call: &str, make: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+    make()
+}
+
+#[cfg(feature = "fault-injection")]
+fn gated<T, E: From<io::Error>>(call: &str, make: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+    let mut outcome = None;
+    dcenet_core::test_support::through_gate(call, || {
+        outcome = Some(make());
+        Ok(())
+    })?;
+    outcome.expect("a call that passes the gate was made")
 }
 
 fn failed<E: Into<Box<dyn std::error::Error + Send + Sync>>>(doing: String) -> impl FnOnce(E) -> PolicyError {
@@ -243,6 +301,75 @@ fn refused(doing: String, error: ClientError) -> PolicyError {
     if retryable { PolicyError::NotReady { doing, source } } else { PolicyError::Failed { doing, source } }
 }
 
+const BOTH: [Direction; 2] = [Direction::Ingress, Direction::Egress];
 /// For an answer that the owner gives without waiting for anything.
 const NOTE_LIMIT: Duration = Duration::from_secs(2);
 const ANSWER_MARGIN: Duration = Duration::from_millis(100);
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    /// What a client makes of telling the owner that an attachment is gone; `owner` hangs up on each connection that it
+    /// takes, and takes `connections`.
+    fn tell_an_owner_that_hangs_up(connections: usize) -> Result<(), PolicyError> {
+        let directory = tempfile::tempdir().unwrap();
+        let config = PolicyConfig { pins: directory.path().join("bpf"), ..PolicyConfig::default() };
+        let sink = PinnedDefault::new(&config, directory.path());
+        let path = protocol::socket_path(directory.path());
+        let listener = UnixListener::bind(&path).unwrap();
+        let key = AttachmentKey {
+            network: "shop".parse().unwrap(),
+            container: "c1".parse().unwrap(),
+            ifname: "eth0".parse().unwrap(),
+        };
+        std::thread::scope(|scope| {
+            let socket = path.clone();
+            scope.spawn(move || {
+                for n in 1..=connections {
+                    let taken = listener.accept().unwrap();
+                    if n == connections {
+                        std::fs::remove_file(&socket).unwrap();
+                    }
+                    drop(taken);
+                }
+                drop(listener);
+            });
+            let told = sink.detach(&key);
+            // Whatever it still waits for.
+            while UnixStream::connect(&path).is_ok() {}
+            told
+        })
+    }
+
+    #[test]
+    fn an_owner_that_ends_while_it_is_told_is_none() {
+        tell_an_owner_that_hangs_up(1).unwrap();
+    }
+
+    #[test]
+    fn an_owner_that_lives_and_does_not_hear_is_an_error_to_try_again() {
+        let error = tell_an_owner_that_hangs_up(2).unwrap_err();
+        assert!(matches!(error, PolicyError::NotReady { .. }), "{error}");
+        assert!(error.to_string().contains("did not answer"), "{error}");
+    }
+
+    #[test]
+    fn what_a_dead_owner_leaves_of_its_socket_is_no_owner() {
+        let directory = tempfile::tempdir().unwrap();
+        let config = PolicyConfig { pins: directory.path().join("bpf"), ..PolicyConfig::default() };
+        let sink = PinnedDefault::new(&config, directory.path());
+        let path = protocol::socket_path(directory.path());
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        let gone = Request::Await {
+            attachment: serde_json::from_str(r#"{"network": "shop", "container": "c1", "ifname": "eth0"}"#).unwrap(),
+            limit: Limit::MAX,
+        };
+        sink.tell(&gone).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        sink.tell(&gone).unwrap();
+    }
+}
