@@ -8,6 +8,9 @@ mod common;
 use common::{Faulted, Node, Pod};
 use dcenet_core::provider::{AddressSource, LeaseError, LeaseRequest};
 use dcenet_core::test_support::{HostState, Rung, require};
+use dcenet_ebpf::attach::{Attacher, ClsactAttacher, Direction, Hook, Owner, Tag};
+use dcenet_ebpf::pin::Pins;
+use dcenet_ebpf::program::Program;
 use serde_json::{Value, json};
 
 /// Everything that a verb may change.
@@ -17,21 +20,36 @@ struct Everything {
     pods: Vec<HostState>,
     records: Vec<String>,
     store: Vec<String>,
+    policy: Vec<String>,
 }
 
 impl Everything {
     fn of(node: &Node, pods: &[&Pod]) -> Self {
         let pods = pods.iter().map(|p| p.state()).collect();
-        Self { host: node.host.state(), pods, records: node.host.records(), store: node.store() }
+        // What the owner knows comes first: it may still be at work on a device.
+        let policy = node.policy();
+        Self { host: node.host.state(), pods, records: node.host.records(), store: node.store(), policy }
+    }
+
+    /// In which parts the two differ, each with the difference.
+    fn diff(&self, after: &Self) -> Vec<(&'static str, String)> {
+        let lists = |before: &[String], after: &[String]| {
+            let gone = before.iter().filter(|l| !after.contains(l)).map(|l| format!("- {l}\n"));
+            gone.chain(after.iter().filter(|l| !before.contains(l)).map(|l| format!("+ {l}\n"))).collect::<String>()
+        };
+        let mut parts = vec![
+            ("host", self.host.diff(&after.host)),
+            ("store", lists(&self.store, &after.store)),
+            ("records", lists(&self.records, &after.records)),
+            ("policy", lists(&self.policy, &after.policy)),
+        ];
+        parts.extend(self.pods.iter().zip(&after.pods).map(|(before, after)| ("pod", before.diff(after))));
+        parts.retain(|(_, difference)| !difference.is_empty());
+        parts
     }
 
     fn assert_same(&self, after: &Self, what: &str) {
-        assert_eq!(self.host.diff(&after.host), "", "host, {what}");
-        for (before, after) in self.pods.iter().zip(&after.pods) {
-            assert_eq!(before.diff(after), "", "pod, {what}");
-        }
-        assert_eq!(self.store, after.store, "store, {what}");
-        assert_eq!(self.records, after.records, "run directory, {what}");
+        assert_eq!(self.diff(after), [], "{what}");
     }
 }
 
@@ -44,10 +62,17 @@ enum Outcome {
 }
 
 /// Runs `verb` with its first call failing, then its second, until it makes fewer; `after` looks at what is left.
+///
+/// Of the calls at which the process ends every second is taken: before call 3 is after call 2. All are with
+/// `DCENET_SOAK=1`.
 fn each_call(verb: &str, mut run: impl FnMut(&str) -> Faulted, mut after: impl FnMut(Outcome, &str)) {
+    let mut calls = 0;
     for kind in ["fail", "lose", "abort", "abort-after"] {
-        let (mut fatal, mut store) = (0, 0);
+        let (mut fatal, mut store, mut policy) = (0, 0, 0);
         for call in 1.. {
+            if kind.starts_with("abort") && !soak() && call % 2 == 1 && (2..calls).contains(&call) {
+                continue;
+            }
             let Faulted { met, outcome } = run(&format!("{kind}:{call}"));
             let what = format!("{verb}, {kind} {}", met.as_deref().unwrap_or("nothing"));
             let came = match &outcome {
@@ -65,31 +90,79 @@ fn each_call(verb: &str, mut run: impl FnMut(&str) -> Faulted, mut after: impl F
             after(came, &what);
             let Some(met) = met else {
                 assert_eq!(came, Outcome::Survived, "{what}: {outcome:?}");
-                assert!(call > 1, "{verb} makes calls");
-                println!("{verb:<16} {kind:<12} {:>3} calls, {store:>2} of the store; {fatal:>3} fatal", call - 1);
+                calls = call - 1;
+                assert!(calls > 0, "{verb} makes calls");
+                println!(
+                    "{verb:<28} {kind:<12} {calls:>3} calls; {store:>2} of the store, {policy:>2} of policy, \
+                     {fatal:>3} fatal"
+                );
                 break;
             };
             store += u32::from(met.contains("store"));
+            policy += u32::from(OF_POLICY.iter().any(|name| met.contains(name)));
             fatal += u32::from(came != Outcome::Survived);
         }
     }
 }
 
-/// A node whose smaller pool is so small that a leaked address is missed at once.
-fn node() -> Node {
-    let mut node = Node::new();
-    node.config["ipam"]["cooldown"] = json!("0s");
-    node.config["ipam"]["pools"][0]["subnet"] = json!("10.20.0.0/28");
-    node.config["ipam"]["pools"][0]["claims"]["shop/db"]["address"] = json!("10.20.0.7");
-    node
+/// In the names of calls that are made for policy alone.
+const OF_POLICY: [&str; 6] = ["BPF_", "clsact", "filters", "program", "policy owner", "look up the device"];
+
+fn soak() -> bool {
+    std::env::var_os("DCENET_SOAK").is_some_and(|v| v == "1")
 }
 
-/// A node with a pod that lives through everything, and one that faults are about.
-fn with_neighbour(name: &str) -> (Node, Pod, Pod) {
-    let node = node();
-    let (neighbour, pod) = (node.pod("neighbour"), node.pod(name));
-    node.add(&neighbour).unwrap();
-    (node, neighbour, pod)
+/// Whether pods are under policy, and wait for their verdicts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Policy {
+    None,
+    Awaited,
+}
+
+impl Policy {
+    fn rung(self) -> Rung {
+        if self == Self::None { Rung::Netns } else { Rung::Kernel }
+    }
+
+    /// The verb's name in reports.
+    fn name(self, verb: &str) -> String {
+        if self == Self::None { verb.to_owned() } else { format!("{verb} under policy") }
+    }
+
+    /// A node whose smaller pool is so small that a leaked address is missed at once.
+    fn node(self) -> Node {
+        let mut node = if self == Self::None { Node::new() } else { Node::under_policy() };
+        node.config["ipam"]["cooldown"] = json!("0s");
+        node.config["ipam"]["pools"][0]["subnet"] = json!("10.20.0.0/28");
+        node.config["ipam"]["pools"][0]["claims"]["shop/db"]["address"] = json!("10.20.0.7");
+        node
+    }
+
+    /// A node with a pod that lives through everything, and one that faults are about.
+    fn with_neighbour(self, name: &str) -> (Node, Pod, Pod) {
+        let node = self.node();
+        let (neighbour, pod) = (node.pod("neighbour"), node.pod(name));
+        node.add(&neighbour).unwrap();
+        (node, neighbour, pod)
+    }
+}
+
+/// Host ends of pods that are up without a classifier on both hooks: such a pod is under no policy.
+fn exposed(host: &HostState) -> Vec<&str> {
+    let filtered = |name: &str, parent: &str| {
+        host.lines().any(|l| l.starts_with(&format!("tc {name} filter bpf ")) && l.contains(parent))
+    };
+    let up = host.lines().filter(|l| l.starts_with("link dc") && l.contains("\"veth\"") && l.contains(" flags 0x1 "));
+    let names = up.filter_map(|l| l.split(' ').nth(1));
+    // The hooks of clsact: include/uapi/linux/pkt_sched.h, `TC_H_MIN_INGRESS` and `TC_H_MIN_EGRESS`.
+    names.filter(|name| !filtered(name, "parent 0xfffffff2") || !filtered(name, "parent 0xfffffff3")).collect()
+}
+
+/// Whatever came of a verb: no pod can be reached without its policy.
+fn assert_covered(node: &Node, what: &str) {
+    if node.owner.is_some() {
+        assert_eq!(exposed(&node.host.state()), [""; 0], "{what}: up without policy");
+    }
 }
 
 /// Takes all addresses that are free, and says how many there were.
@@ -111,49 +184,78 @@ fn lease_all(node: &Node) -> usize {
 /// Addresses of the smaller pool beside network, broadcast, gateway and the claim's.
 const DYNAMIC: usize = 12;
 
-#[test]
-fn first_add_of_a_host_is_all_or_nothing() {
-    if !require(Rung::Netns) {
+/// Leaves of the node's past nothing: no bridge, no record, no store.
+fn forget_all(node: &Node) {
+    node.host.root().sh("ip link show dc0 >/dev/null 2>&1 && ip link del dc0 || true");
+    for directory in [node.host.directory().join("state"), node.host.run_dir().join("attachments")] {
+        if directory.exists() {
+            std::fs::remove_dir_all(directory).unwrap();
+        }
+    }
+}
+
+fn first_add_is_all_or_nothing(policy: Policy) {
+    if !require(policy.rung()) {
         return;
     }
-    let mut current = None;
+    let node = policy.node();
+    let pod = node.pod("web");
+    let before = Everything::of(&node, &[&pod]);
     let mut odd = false;
-    let current = std::cell::RefCell::new(&mut current);
+    // From this call on what it was made for stands, and the bridge may be somebody else's too by now.
+    let mut complete = None;
     each_call(
-        "first ADD",
+        &policy.name("first ADD"),
         |fault| {
-            let node = node();
-            let pod = node.pod("web");
-            let before = (node.host.state(), pod.state());
-            let faulted = node.faulted("ADD", Some(&pod), &node.config, fault);
-            **current.borrow_mut() = Some((node, pod, before));
-            faulted
+            forget_all(&node);
+            before.assert_same(&Everything::of(&node, &[&pod]), "a node of which all is forgotten");
+            forget_all(&node);
+            node.faulted("ADD", Some(&pod), &node.config, fault)
         },
         |outcome, what| {
-            let (node, pod, (host, inside)) = current.borrow_mut().take().unwrap();
+            assert_covered(&node, what);
             odd = !odd;
+            let call = what.split_whitespace().find_map(|word| word.parse::<u32>().ok());
+            if what.ends_with("write completion") {
+                complete = call;
+            }
+            let was_complete = complete.zip(call).is_some_and(|(complete, call)| call > complete);
             if outcome != Outcome::Failed {
                 if outcome == Outcome::Survived || odd {
                     heal(&node, &pod, what);
                 }
                 node.del(&pod).unwrap();
-                // The bridge stays where the attach was complete, as it does on a real host.
-                let left = host.diff(&node.host.state());
-                assert!(left.lines().all(|l| l.starts_with("+ ") && l.contains("dc0")), "{what}: {left}");
-            } else {
-                assert_eq!(host.diff(&node.host.state()), "", "{what}");
-                if !node.host.records().is_empty() {
-                    // A record that could not be removed: DEL does.
-                    node.del(&pod).unwrap();
-                }
+            } else if !node.host.records().is_empty() {
+                // A record that could not be removed: DEL does.
+                assert_eq!(before.host.diff(&node.host.state()), "", "{what}");
+                node.del(&pod).unwrap();
             }
-            assert_eq!(inside.diff(&pod.state()), "", "{what}");
-            assert_eq!(node.host.records(), Vec::<String>::new(), "{what}");
-            // The claims of the configuration may have been recorded.
-            assert!(node.store().iter().all(|l| l.starts_with("claim")), "{what}: {:?}", node.store());
+            for (part, difference) in before.diff(&Everything::of(&node, &[&pod])) {
+                let may_stay = match part {
+                    // The bridge stays where the attach was complete, as it does on a real host.
+                    "host" => {
+                        (outcome != Outcome::Failed || was_complete)
+                            && difference.lines().all(|l| l.starts_with("+ ") && l.contains("dc0"))
+                    }
+                    // The claims of the configuration may have been recorded.
+                    "store" => difference.lines().all(|l| l.starts_with("+ claim")),
+                    _ => false,
+                };
+                assert!(may_stay, "{what}: {part}: {difference}");
+            }
             assert_eq!(lease_all(&node), DYNAMIC, "{what}");
         },
     );
+}
+
+#[test]
+fn first_add_of_a_host_is_all_or_nothing() {
+    first_add_is_all_or_nothing(Policy::None);
+}
+
+#[test]
+fn first_add_of_a_host_under_policy_is_all_or_nothing() {
+    first_add_is_all_or_nothing(Policy::Awaited);
 }
 
 /// Proves that a repeated ADD finishes what an earlier one began.
@@ -162,14 +264,18 @@ fn heal(node: &Node, pod: &Pod, what: &str) {
     node.check(pod, &result).unwrap_or_else(|e| panic!("{what}: {e}"));
 }
 
-fn add_is_all_or_nothing(verb: &str, name: &str) {
-    let (node, neighbour, pod) = with_neighbour(name);
+fn add_is_all_or_nothing(policy: Policy, verb: &str, name: &str) {
+    if !require(policy.rung()) {
+        return;
+    }
+    let (node, neighbour, pod) = policy.with_neighbour(name);
     let before = Everything::of(&node, &[&pod, &neighbour]);
     let mut odd = false;
     each_call(
-        verb,
+        &policy.name(verb),
         |fault| node.faulted("ADD", Some(&pod), &node.config, fault),
         |outcome, what| {
+            assert_covered(&node, what);
             odd = !odd;
             match outcome {
                 Outcome::Failed if node.host.records() != before.records => {
@@ -193,27 +299,31 @@ fn add_is_all_or_nothing(verb: &str, name: &str) {
 
 #[test]
 fn add_beside_a_neighbour_is_all_or_nothing() {
-    if require(Rung::Netns) {
-        add_is_all_or_nothing("ADD", "web");
-    }
+    add_is_all_or_nothing(Policy::None, "ADD", "web");
+}
+
+#[test]
+fn add_under_policy_is_all_or_nothing() {
+    add_is_all_or_nothing(Policy::Awaited, "ADD", "web");
 }
 
 #[test]
 fn add_by_a_claim_is_all_or_nothing() {
-    if require(Rung::Netns) {
-        add_is_all_or_nothing("ADD by claim", "db");
-    }
+    add_is_all_or_nothing(Policy::None, "ADD by claim", "db");
 }
 
 /// Verbs that have nothing to change leave the attachment whole, however they end.
-fn changes_nothing(name: &str, verb: &str, config: impl Fn(&Node, &Value) -> Value) {
-    let (node, neighbour, pod) = with_neighbour("web");
+fn changes_nothing(policy: Policy, name: &str, verb: &str, config: impl Fn(&Node, &Value) -> Value) {
+    if !require(policy.rung()) {
+        return;
+    }
+    let (node, neighbour, pod) = policy.with_neighbour("web");
     let result = node.add(&pod).unwrap();
     let before = Everything::of(&node, &[&pod, &neighbour]);
     let config = config(&node, &result);
     each_call(
-        name,
-        |fault| node.faulted(verb, Some(&pod), &config, fault),
+        &policy.name(name),
+        |fault| node.faulted(verb, (verb != "STATUS").then_some(&pod), &config, fault),
         |_, what| {
             before.assert_same(&Everything::of(&node, &[&pod, &neighbour]), what);
             assert_eq!(node.add(&pod).as_ref(), Ok(&result), "{what}");
@@ -224,36 +334,57 @@ fn changes_nothing(name: &str, verb: &str, config: impl Fn(&Node, &Value) -> Val
     assert_eq!(lease_all(&node), DYNAMIC - 1);
 }
 
+fn repeated_add_changes_nothing(policy: Policy) {
+    changes_nothing(policy, "repeated ADD", "ADD", |node, _| node.config.clone());
+}
+
 #[test]
 fn a_repeated_add_changes_nothing() {
-    if require(Rung::Netns) {
-        changes_nothing("repeated ADD", "ADD", |node, _| node.config.clone());
+    repeated_add_changes_nothing(Policy::None);
+}
+
+#[test]
+fn a_repeated_add_under_policy_changes_nothing() {
+    repeated_add_changes_nothing(Policy::Awaited);
+}
+
+fn check_and_status_change_nothing(policy: Policy) {
+    changes_nothing(policy, "CHECK", "CHECK", |node, result| {
+        let mut config = node.config.clone();
+        config["prevResult"] = result.clone();
+        config
+    });
+    if policy == Policy::Awaited {
+        changes_nothing(policy, "STATUS", "STATUS", |node, _| node.config.clone());
     }
 }
 
 #[test]
 fn check_changes_nothing() {
-    if require(Rung::Netns) {
-        changes_nothing("CHECK", "CHECK", |node, result| {
-            let mut config = node.config.clone();
-            config["prevResult"] = result.clone();
-            config
-        });
-    }
+    check_and_status_change_nothing(Policy::None);
+}
+
+#[test]
+fn check_and_status_under_policy_change_nothing() {
+    check_and_status_change_nothing(Policy::Awaited);
 }
 
 /// DEL and GC: what one leaves undone the next does, and no address is free while a device bears it.
-fn the_next_one_finishes(verb: &str) {
-    let (node, neighbour, pod) = with_neighbour("web");
+fn the_next_one_finishes(policy: Policy, verb: &str) {
+    if !require(policy.rung()) {
+        return;
+    }
+    let (node, neighbour, pod) = policy.with_neighbour("web");
     let before = Everything::of(&node, &[&pod, &neighbour]);
     let config = if verb == "GC" { node.config_for_gc(&[&neighbour]) } else { node.config.clone() };
     each_call(
-        verb,
+        &policy.name(verb),
         |fault| {
             node.add(&pod).unwrap();
             node.faulted(verb, (verb != "GC").then_some(&pod), &config, fault)
         },
         |outcome, what| {
+            assert_covered(&node, what);
             if outcome != Outcome::Survived {
                 let bears = pod.state().lines().any(|l| l.starts_with("address eth0 10.20.0."));
                 let held = node.store().iter().any(|l| l.contains(&pod.container));
@@ -272,14 +403,126 @@ fn the_next_one_finishes(verb: &str) {
 
 #[test]
 fn a_failed_del_is_finished_by_the_next() {
-    if require(Rung::Netns) {
-        the_next_one_finishes("DEL");
-    }
+    the_next_one_finishes(Policy::None, "DEL");
+}
+
+#[test]
+fn a_failed_del_under_policy_is_finished_by_the_next() {
+    the_next_one_finishes(Policy::Awaited, "DEL");
 }
 
 #[test]
 fn a_failed_gc_is_finished_by_the_next() {
-    if require(Rung::Netns) {
-        the_next_one_finishes("GC");
+    the_next_one_finishes(Policy::None, "GC");
+}
+
+#[test]
+fn a_failed_gc_under_policy_is_finished_by_the_next() {
+    the_next_one_finishes(Policy::Awaited, "GC");
+}
+
+#[test]
+fn every_part_of_the_comparison_sees_what_is_planted() {
+    if !require(Rung::Kernel) {
+        return;
     }
+    let (node, neighbour, pod) = Policy::Awaited.with_neighbour("web");
+    let result = node.add(&pod).unwrap();
+    let device = |result: &Value| result["interfaces"][1]["name"].as_str().unwrap().to_owned();
+    let (root, end) = (node.host.root(), device(&result));
+    let look = || Everything::of(&node, &[&pod, &neighbour]);
+    let before = look();
+    assert_eq!(exposed(&before.host), [""; 0]);
+    let pins = node.host.directory().join("bpf");
+    let run = node.host.run_dir().join("attachments/0123456789abc");
+    let key = json!({ "network": "shop", "container": "planted", "ifname": "eth0" });
+    let request =
+        LeaseRequest { attachment: serde_json::from_value(key).unwrap(), workload: None, addresses: Vec::new() };
+    // The default in the place of the pod's own program, which is told by its code alone.
+    let hook = Hook { device: root.link(&end).unwrap().index, direction: Direction::Ingress };
+    let attached = root.run(|| ClsactAttacher.attached(hook)).unwrap().unwrap();
+    let Owner::Ours(label) = &attached.owner else { panic!("{attached:?}") };
+    let own = Program::by_id(attached.program.unwrap()).unwrap();
+    let default = Program::from_fd(Pins::at(&pins).get("deny_from_pod").unwrap().unwrap()).unwrap();
+    let put = |program: &Program| {
+        let tag = Tag { label, class: attached.class };
+        root.run(|| ClsactAttacher.replace_tagged(hook, program, tag)).map(drop).unwrap();
+    };
+    type Act<'a> = Box<dyn Fn() + 'a>;
+    let sh = |script: String| -> Act<'_> { Box::new(move || drop(root.sh(&script))) };
+    let inside = |script: &'static str| -> Act<'_> { Box::new(|| drop(pod.netns.sh(script))) };
+    let planted: [(&str, &[&str], Act<'_>, Act<'_>); 8] = [
+        ("link", &["host"], sh("ip link add planted type bridge".into()), sh("ip link del planted".into())),
+        (
+            "route",
+            &["pod"],
+            inside("ip route add blackhole 198.51.100.0/24"),
+            inside("ip route del blackhole 198.51.100.0/24"),
+        ),
+        (
+            "discipline",
+            &["host", "policy"],
+            sh("tc qdisc add dev dc0 clsact".into()),
+            sh("tc qdisc del dev dc0 clsact".into()),
+        ),
+        (
+            "pin",
+            &["policy"],
+            sh(format!("mkdir {}/planted", pins.display())),
+            sh(format!("rmdir {}/planted", pins.display())),
+        ),
+        ("record", &["records"], sh(format!("touch {}", run.display())), sh(format!("rm {}", run.display()))),
+        (
+            "lease",
+            &["store"],
+            Box::new(|| drop(pollster::block_on(node.ipam().lease(&request)).unwrap())),
+            Box::new(|| pollster::block_on(node.ipam().release(&request.attachment)).unwrap()),
+        ),
+        ("another program", &["policy"], Box::new(|| put(&default)), Box::new(|| put(&own))),
+        (
+            "no programs",
+            &["host", "policy"],
+            sh(format!("tc qdisc del dev {end} clsact")),
+            Box::new(|| assert_eq!(node.add(&pod).as_ref(), Ok(&result))),
+        ),
+    ];
+    for (what, parts, plant, remove) in planted {
+        plant();
+        let after = look();
+        let seen: Vec<&str> = before.diff(&after).into_iter().map(|(part, _)| part).collect();
+        assert_eq!(seen, parts, "{what}: {:?}", before.diff(&after));
+        let bare: &[&str] = if what == "no programs" { &[&end] } else { &[] };
+        assert_eq!(exposed(&after.host), bare, "{what}");
+        remove();
+        before.assert_same(&look(), what);
+    }
+}
+
+#[test]
+fn without_del_what_an_ended_add_leaves_is_seen() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let (node, neighbour, pod) = Policy::Awaited.with_neighbour("web");
+    let before = Everything::of(&node, &[&pod, &neighbour]);
+    let mut left = std::collections::BTreeMap::<&str, usize>::new();
+    let mut classifiers = 0;
+    for call in 1.. {
+        let Faulted { met, outcome } = node.faulted("ADD", Some(&pod), &node.config, &format!("abort-after:{call}"));
+        if met.is_some() {
+            assert_eq!(outcome, None);
+            let differences = before.diff(&Everything::of(&node, &[&pod, &neighbour]));
+            classifiers +=
+                usize::from(differences.iter().any(|(_, d)| d.contains("+ tc ") && d.contains("filter bpf")));
+            differences.into_iter().for_each(|(part, _)| *left.entry(part).or_default() += 1);
+        }
+        node.del(&pod).unwrap();
+        before.assert_same(&Everything::of(&node, &[&pod, &neighbour]), &format!("call {call}"));
+        if met.is_none() {
+            println!("of {} calls: {left:?} left, and classifiers {classifiers} times", call - 1);
+            break;
+        }
+    }
+    assert!(["host", "pod", "records", "store", "policy"].iter().all(|part| left.contains_key(part)), "{left:?}");
+    assert!(classifiers > 0);
 }

@@ -104,7 +104,10 @@ fn addresses(result: &Value) -> Vec<String> {
 
 /// A node on which addresses are few and used again at once.
 fn node() -> Node {
-    let mut node = Node::new();
+    scarce(Node::new())
+}
+
+fn scarce(mut node: Node) -> Node {
     node.config["ipam"]["cooldown"] = json!("0s");
     node.config["ipam"]["pools"][0]["subnet"] = json!("10.20.0.0/28");
     node.config["ipam"]["pools"][0]["claims"]["shop/db"]["address"] = json!("10.20.0.7");
@@ -200,11 +203,21 @@ fn live(node: &Node, pod: &Pod, random: &mut Random, kills: &[Kills; 2], told: &
 
 #[test]
 fn killed_at_random_moments_nothing_is_left_and_no_address_is_doubled_or_lost() {
-    if !require(Rung::Netns) {
-        return;
+    if require(Rung::Netns) {
+        kill_at_random_moments(&node());
     }
+}
+
+/// The owner's knowledge is part of what is left or not, and so is the policy on devices.
+#[test]
+fn killed_under_policy_nothing_is_left_and_no_address_is_doubled_or_lost() {
+    if require(Rung::Kernel) {
+        kill_at_random_moments(&scarce(Node::under_policy()));
+    }
+}
+
+fn kill_at_random_moments(node: &Node) {
     let wanted = if std::env::var_os("DCENET_SOAK").is_some_and(|v| v == "1") { 2000 } else { 100 };
-    let node = node();
     let (neighbour, partner) = (node.pod("neighbour"), node.pod("partner"));
     let told = Told::default();
     told.add(&neighbour, &node.add(&neighbour).unwrap());
@@ -216,11 +229,11 @@ fn killed_at_random_moments_nothing_is_left_and_no_address_is_doubled_or_lost() 
 
     // One of the pods has a claim, which must keep its address throughout.
     let pods: Vec<Pod> = (0..WORKERS).map(|w| node.pod(if w == 0 { "db" } else { "web" })).collect();
-    let kills = durations(&node).map(|whole| Kills::within(whole * 2 / 3));
+    let kills = durations(node).map(|whole| Kills::within(whole * 2 / 3));
     // The claim of `db` is in the store from the first ADD on.
     node.add(&pods[0]).unwrap();
     node.del(&pods[0]).unwrap();
-    let before = (node.host.state(), node.store(), files(&node.host.run_dir()));
+    let before = (node.policy(), node.host.state(), node.store(), files(&node.host.run_dir()));
     let inside: Vec<HostState> = pods.iter().map(Pod::state).collect();
 
     let pings = Pings::default();
@@ -230,7 +243,7 @@ fn killed_at_random_moments_nothing_is_left_and_no_address_is_doubled_or_lost() 
             .iter()
             .enumerate()
             .map(|(worker, pod)| {
-                let (node, kills, told) = (&node, &kills, &told);
+                let (kills, told) = (&kills, &told);
                 scope.spawn(move || {
                     let mut random = Random(0x9e37_79b9_7f4a_7c15 ^ (worker as u64 + 1));
                     while kills.iter().map(Kills::total).sum::<usize>() < wanted {
@@ -247,19 +260,26 @@ fn killed_at_random_moments_nothing_is_left_and_no_address_is_doubled_or_lost() 
     });
     let (answered, lost) = (pings.answered.load(Ordering::Relaxed), pings.lost.load(Ordering::Relaxed));
 
+    let under = if node.owner.is_some() { " under policy" } else { "" };
     for (verb, kills) in ["ADD", "DEL"].into_iter().zip(&kills) {
-        println!("{verb}: {} killed before the reply, {} after it", kills.early(), kills.total() - kills.early());
+        println!(
+            "{verb}{under}: {} killed before the reply, {} after it",
+            kills.early(),
+            kills.total() - kills.early()
+        );
     }
     println!("the neighbour had {answered} echo replies meanwhile and missed {lost}");
     let (early, total) = (kills.iter().map(Kills::early).sum::<usize>(), kills.iter().map(Kills::total).sum::<usize>());
     assert!(total >= wanted && early * 2 >= total, "{early} of {total} kills came before the reply");
 
-    assert_eq!(before.0.diff(&node.host.state()), "");
+    // The owner may have heard of the last pod's end a moment ago: what it knows comes first.
+    assert_eq!(node.policy(), before.0);
+    assert_eq!(before.1.diff(&node.host.state()), "");
     for (pod, inside) in pods.iter().zip(&inside) {
         assert_eq!(inside.diff(&pod.state()), "");
     }
-    assert_eq!(node.store(), before.1);
-    assert_eq!(files(&node.host.run_dir()), before.2);
+    assert_eq!(node.store(), before.2);
+    assert_eq!(files(&node.host.run_dir()), before.3);
     assert_eq!(told.doubled.load(Ordering::Relaxed), 0);
     assert!(answered > 50 && lost == 0, "the neighbour had {answered} replies and missed {lost}");
     // Every address that should be free can be had, once: all but the neighbour's and its partner's.
@@ -276,16 +296,28 @@ fn killed_at_random_moments_nothing_is_left_and_no_address_is_doubled_or_lost() 
 
 #[test]
 fn without_del_what_a_killed_add_leaves_is_seen() {
-    if !require(Rung::Netns) {
-        return;
+    if require(Rung::Netns) {
+        see_what_killed_adds_leave(&node());
     }
-    let node = node();
-    let [adds, _] = durations(&node).map(Kills::within);
-    let before = (node.host.state(), node.store(), node.host.records());
+}
+
+#[test]
+fn without_del_what_an_add_killed_under_policy_leaves_is_seen() {
+    if require(Rung::Kernel) {
+        see_what_killed_adds_leave(&scarce(Node::under_policy()));
+    }
+}
+
+fn see_what_killed_adds_leave(node: &Node) {
+    let [adds, _] = durations(node).map(Kills::within);
+    let before = (node.host.state(), node.store(), node.host.records(), node.policy());
     let mut random = Random(7);
-    let (mut links, mut bindings, mut records, mut inside) = (0, 0, 0, 0);
+    let (mut links, mut bindings, mut records, mut inside, mut endpoints) = (0, 0, 0, 0, 0);
     for n in 0.. {
-        assert!(n < 200, "{links} links, {bindings} bindings, {records} records, {inside} pods left by 200 kills");
+        assert!(
+            n < 200,
+            "{links} links, {bindings} bindings, {records} records, {inside} pods, {endpoints} endpoints left by 200 kills"
+        );
         let pod = node.pod("web");
         let untouched = pod.state();
         if adds.kill(node.start("ADD", &pod), &mut random).is_none() {
@@ -293,12 +325,18 @@ fn without_del_what_a_killed_add_leaves_is_seen() {
             bindings += usize::from(before.1 != node.store());
             records += usize::from(before.2 != node.host.records());
             inside += usize::from(untouched != pod.state());
+            endpoints += usize::from(node.policy().iter().any(|line| line.contains(&pod.container)));
         }
         node.del(&pod).unwrap();
+        assert_eq!(node.policy(), before.3);
         assert_eq!(before.0.diff(&node.host.state()), "");
         assert_eq!((&before.1, &before.2), (&node.store(), &node.host.records()));
-        if [links, bindings, records, inside].iter().all(|seen| *seen > 0) {
-            println!("of {} kills: {links} links, {bindings} bindings, {records} records, {inside} pods", n + 1);
+        let has_owner = usize::from(node.owner.is_some());
+        if [links, bindings, records, inside].iter().all(|seen| *seen > 0) && endpoints >= has_owner {
+            println!(
+                "of {} kills: {links} links, {bindings} bindings, {records} records, {inside} pods, {endpoints} endpoints",
+                n + 1
+            );
             break;
         }
     }

@@ -172,7 +172,7 @@ fn addresses_of_before_a_restart_come_back() {
 
     let node = ours("10.20.0.0/30");
     node.add(&node.pod("before")).unwrap();
-    let mut restarted = Node { host: TestHost::new(), config: node.config.clone() };
+    let mut restarted = Node { owner: None, host: TestHost::new(), config: node.config.clone() };
     restarted.config["runDir"] = json!(restarted.host.run_dir());
     restarted.gc(Some(&[])).unwrap();
     restarted.add(&restarted.pod("after")).unwrap();

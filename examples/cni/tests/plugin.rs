@@ -88,7 +88,7 @@ fn a_repeated_add_gives_the_same_answer() {
     assert_eq!(inside.diff(&pod.state()), "");
 
     // The same container with another configuration is not the same attachment, and the one that stands stays whole.
-    let mut changed = Node { config: node.config.clone(), host: node.host };
+    let mut changed = Node { owner: None, config: node.config.clone(), host: node.host };
     changed.config["link"]["mtu"] = json!(1400);
     let error = changed.add(&pod).unwrap_err();
     assert_eq!(error["code"], 7, "{error}");

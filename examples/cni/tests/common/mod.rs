@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
+mod policy;
+
 use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -14,8 +16,12 @@ use dcenet_ipam::config::IpamConfig;
 use dcenet_ipam::model::Binding;
 use serde_json::{Value, json};
 
+pub use self::policy::Owner;
+
 /// A host and the network configuration that its runtime has.
 pub struct Node {
+    /// Who decides for its pods, where somebody does. Goes before the host.
+    pub owner: Option<Owner>,
     /// The network configuration.
     pub config: Value,
     /// The host.
@@ -48,7 +54,7 @@ impl Node {
             },
             "stateDir": host.directory().join("state"), "runDir": host.run_dir(),
         });
-        Self { config, host }
+        Self { owner: None, config, host }
     }
 
     /// Lets a first pod come and go: the bridge that it made stays, as it does on a real host.
