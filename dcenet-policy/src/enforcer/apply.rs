@@ -1,24 +1,24 @@
 //! Carrying out a change, step by step, and taking it back.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use dcenet_core::model::{AttachmentKey, IfIndex, MacAddr};
+use dcenet_core::model::{AttachmentKey, IfIndex};
 use dcenet_core::provider::Endpoint;
 use dcenet_ebpf::abi::{self, Sizes, local_ids_element};
-use dcenet_ebpf::attach::{Attacher, Direction as HookDirection, Hook, Owner, Tag};
-use dcenet_ebpf::loader::{LoadError, LoadRequest};
+use dcenet_ebpf::attach::{Attacher, Direction as HookDirection, Hook, Tag};
+use dcenet_ebpf::loader::LoadRequest;
 use dcenet_ebpf::maps::{Array, Map, Put};
 use dcenet_ebpf::program::Program as Loaded;
 
+use super::cells::{Cells, bare_hooks};
 use super::flows::Names;
 use super::node::{NodeMaps, create, program_name};
-use super::slots::Slots;
-use super::state::{Known, Outcome, Shared, hooks};
+use super::state::{Known, Outcome, Shared};
 use super::tables::ClassTables;
 use super::{EnforcerError, Phase};
 use crate::classes::{AddressTable, TableChanges};
@@ -32,11 +32,8 @@ pub(crate) type Outcomes = Vec<(AttachmentKey, Outcome)>;
 pub(crate) struct Applier {
     compiler: Compiler,
     sizes: Sizes,
-    cells: Map,
+    cells: Cells,
     tables: ClassTables,
-    slots: Slots,
-    /// Whose slots are to be given back when they are gone.
-    holders: BTreeSet<AttachmentKey>,
     /// Policy sets with their maps of local ids, as they are in force.
     sets: BTreeMap<SetId, SetInForce>,
     programs: HashMap<ProgramKey, Weak<Programs>>,
@@ -105,7 +102,7 @@ impl Applier {
         maps: &NodeMaps,
         sizes: &Sizes,
         node: &str,
-        slots: Slots,
+        cells: Cells,
         names: &Names,
     ) -> Result<Self, EnforcerError> {
         let mut compiler = Compiler::new(Scope::Node(node.to_owned()), Limits::default());
@@ -113,10 +110,8 @@ impl Applier {
         Ok(Self {
             compiler,
             sizes: sizes.clone(),
-            cells: maps.get(abi::ENDPOINTS)?,
+            cells,
             tables: ClassTables::new(maps, sizes)?,
-            slots,
-            holders: BTreeSet::new(),
             sets: BTreeMap::new(),
             programs: HashMap::new(),
             endpoints: BTreeMap::new(),
@@ -182,19 +177,7 @@ impl Applier {
 
     /// Gives back the slots of endpoints that are no more.
     fn drop_gone(&mut self, endpoints: &BTreeMap<AttachmentKey, Known>) -> Result<(), EnforcerError> {
-        self.holders.extend(endpoints.keys().filter(|key| self.slots.of(key.id()).is_some()).cloned());
-        let gone: Vec<AttachmentKey> =
-            self.holders.iter().filter(|key| !endpoints.contains_key(key)).cloned().collect();
-        for key in gone {
-            if let Some(slot) = self.slots.of(key.id()) {
-                let mut cell = self.cell(slot)?;
-                cell.flags = 0;
-                self.store_cell(slot, &cell)?;
-                self.slots.give_back(key.id());
-            }
-            self.endpoints.remove(&key);
-            self.holders.remove(&key);
-        }
+        self.cells.give_back_others(endpoints)?;
         // A device that was made anew has none of our programs on it.
         self.endpoints
             .retain(|key, endpoint| endpoints.get(key).is_some_and(|known| known.endpoint.ifindex == endpoint.device));
@@ -331,7 +314,7 @@ impl Applier {
         let Endpoint { attachment, ifindex, .. } = &switch.known.endpoint;
         let id = attachment.id();
         let fresh = !self.endpoints.contains_key(switch.key);
-        let (slot, cell) = self.settle_cell(&switch.known.endpoint, fresh)?;
+        let (slot, cell) = self.cells.settle(&switch.known.endpoint, fresh)?;
         let label = id.to_string();
         for direction in [HookDirection::Ingress, HookDirection::Egress] {
             let hook = Hook { device: *ifindex, direction };
@@ -340,59 +323,22 @@ impl Applier {
         Ok((slot, cell.generation_ingress.max(cell.generation_egress)))
     }
 
-    /// Gives an endpoint that has the default programs its slot and cell, so that those know its addresses and let it
-    /// resolve its neighbours' while its policy is not known yet. Tells whether its own programs, which were on the
+    /// Lets the default programs of an endpoint know its addresses. Tells whether its own programs, which were on the
     /// hooks, are not there any more: then the next run puts them back.
     pub(crate) fn admit(&mut self, attacher: &dyn Attacher, endpoint: &Endpoint) -> Result<bool, EnforcerError> {
-        let id = endpoint.attachment.id();
-        let label = id.to_string();
-        let mut bare = Vec::new();
-        for hook in hooks(endpoint.ifindex) {
-            let attached = attacher.attached(hook)?;
-            match attached.filter(|a| a.owner == Owner::Ours(label.clone())) {
-                Some(attached) if attached.class != 0 => {}
-                attached => bare.push((hook, attached.and_then(|a| a.program))),
-            }
-        }
+        let bare = bare_hooks(attacher, endpoint)?;
         if bare.is_empty() {
             return Ok(false);
         }
         let lost = self.endpoints.remove(&endpoint.attachment).is_some();
-        let (slot, _) = self.settle_cell(endpoint, true)?;
-        for (hook, program) in bare {
-            let Some(program) = program else { continue };
-            let program =
-                Loaded::by_id(program).map_err(|e| EnforcerError::Load(LoadError::refused(&label, e.source, "")))?;
-            attacher.replace_tagged(hook, &program, Tag { label: &label, class: slot })?;
-        }
+        self.cells.admit(attacher, endpoint, bare)?;
         Ok(lost)
-    }
-
-    /// The endpoint's slot, with a cell that tells its addresses; `fresh` where nothing that conntrack knows of the slot
-    /// is its own.
-    fn settle_cell(&mut self, endpoint: &Endpoint, fresh: bool) -> Result<(u16, abi::Endpoint), EnforcerError> {
-        let room = self.sizes.endpoints.saturating_sub(1) as usize;
-        let full = || EnforcerError::Full { what: "endpoints", found: room + 1, room };
-        let slot = self.slots.take(endpoint.attachment.id()).ok_or_else(full)?;
-        self.holders.insert(endpoint.attachment.clone());
-        let mut cell = cell_of(&endpoint.addresses, endpoint.mac);
-        let old = self.cell(slot)?;
-        cell.generation_ingress = old.generation_ingress;
-        cell.generation_egress = old.generation_egress;
-        if fresh {
-            cell.generation_ingress = cell.generation_ingress.wrapping_add(1);
-            cell.generation_egress = cell.generation_egress.wrapping_add(1);
-        }
-        if cell != old {
-            self.store_cell(slot, &cell)?;
-        }
-        Ok((slot, cell))
     }
 
     /// Puts the programs before on both hooks.
     fn put_back(&self, attacher: &dyn Attacher, switch: &Switch<'_>, before: &Programs) -> Result<(), EnforcerError> {
         let id = switch.known.endpoint.attachment.id();
-        let tag = Tag { label: &id.to_string(), class: self.slots.of(id).unwrap_or_default() };
+        let tag = Tag { label: &id.to_string(), class: self.cells.slot(id).unwrap_or_default() };
         for direction in [HookDirection::Ingress, HookDirection::Egress] {
             let hook = Hook { device: switch.known.endpoint.ifindex, direction };
             attacher.replace_tagged(hook, before.on(direction), tag)?;
@@ -486,35 +432,12 @@ impl Applier {
         if endpoint.unbumped.is_empty() {
             return Ok((slot, endpoint.generation));
         }
-        let mut cell = self.cell(slot)?;
-        for direction in &endpoint.unbumped {
-            let generation = match direction {
-                Direction::Ingress => &mut cell.generation_ingress,
-                Direction::Egress => &mut cell.generation_egress,
-            };
-            *generation = generation.wrapping_add(1);
-        }
-        self.store_cell(slot, &cell)?;
-        let generation = cell.generation_ingress.max(cell.generation_egress);
+        let generation = self.cells.bump(slot, &endpoint.unbumped)?;
         if let Some(endpoint) = self.endpoints.get_mut(key) {
             endpoint.unbumped.clear();
             endpoint.generation = generation;
         }
         Ok((slot, generation))
-    }
-
-    fn cell(&self, slot: u16) -> Result<abi::Endpoint, EnforcerError> {
-        let mut bytes = [0; abi::Endpoint::BYTES];
-        self.cells
-            .lookup(&u32::from(slot).to_ne_bytes(), &mut bytes)
-            .map_err(|e| EnforcerError::map(abi::ENDPOINTS, e))?;
-        Ok(abi::Endpoint::decode(&bytes).unwrap_or_default())
-    }
-
-    fn store_cell(&self, slot: u16, cell: &abi::Endpoint) -> Result<(), EnforcerError> {
-        self.cells
-            .update(&u32::from(slot).to_ne_bytes(), &cell.encode(), Put::Any)
-            .map_err(|e| EnforcerError::map(abi::ENDPOINTS, e))
     }
 }
 
@@ -582,23 +505,6 @@ fn judges_otherwise(old: &PolicySet, new: &PolicySet, changes: &TableChanges, be
     });
     // The addresses of a prefix are too many to ask for each.
     exact || !changes.prefixes.is_empty()
-}
-
-/// The endpoint's cell, without its generations. Its link-local address is the one that the kernel makes of the address
-/// of the device (RFC 4291, appendix A).
-fn cell_of(addresses: &[IpAddr], mac: MacAddr) -> abi::Endpoint {
-    let ipv4 = addresses.iter().find_map(|address| match address {
-        IpAddr::V4(address) => Some(*address),
-        IpAddr::V6(_) => None,
-    });
-    let ipv6 = addresses.iter().find_map(|address| match address {
-        IpAddr::V6(address) => Some(*address),
-        IpAddr::V4(_) => None,
-    });
-    let [a, b, c, d, e, f] = mac.bytes();
-    let pair = |high, low| u16::from_be_bytes([high, low]);
-    let link_local = Ipv6Addr::new(0xfe80, 0, 0, 0, pair(a ^ 2, b), pair(c, 0xff), pair(0xfe, d), pair(e, f));
-    abi::Endpoint::new(ipv4, ipv6, Some(link_local)).with_mac(mac.bytes())
 }
 
 /// Whether the endpoint's device is still the one in the calling thread's namespace.

@@ -79,6 +79,7 @@
 //! owners, every packet is judged by one complete state.
 
 mod apply;
+mod cells;
 pub mod client;
 mod config;
 pub mod flows;

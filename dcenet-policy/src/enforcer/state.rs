@@ -14,11 +14,11 @@ use dcenet_ebpf::pin::Pins;
 use parking_lot::{Condvar, Mutex, RwLock};
 
 use super::apply::Applier;
+use super::cells::Cells;
 use super::flows::Names;
 use super::node::{NodeMaps, pin_defaults};
 use super::protocol::{Reply, Request};
 use super::server::Answer;
-use super::slots::Slots;
 use super::{EndpointStatus, EnforcerConfig, EnforcerError, Phase, Report, Tools, open_pins};
 use crate::model::{Cluster, Pod, PodId};
 
@@ -205,7 +205,7 @@ impl Shared {
         let used = host.0.run_here_or_there(|| attached_slots(&*tools.attacher))??;
         let names = Names::resume(&config.run_dir);
         let adopted = used.iter().map(|(slot, id)| (*id, *slot)).collect();
-        let applier = Applier::new(&maps, &sizes, &config.node, Slots::new(sizes.endpoints, used), &names)?;
+        let applier = Applier::new(&maps, &sizes, &config.node, Cells::new(&maps, &sizes, used)?, &names)?;
         let mut state = State { node: config.node.clone(), adopted, ..State::default() };
         state.cluster_mut().nodes.insert(config.node.clone(), config.node_addresses.clone());
         Ok(Self {
