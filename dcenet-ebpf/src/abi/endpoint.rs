@@ -24,7 +24,8 @@ record! {
         ipv6: [u8; 16] = 16 @ IPV6,
         /// Own IPv6 link-local address, which neighbour discovery uses (RFC 4861, section 7.2.2); zeros for none.
         link_local: [u8; 16] = 32 @ LINK_LOCAL,
-        /// Own Ethernet address, which the pod's frames, ARP packets and neighbour discovery must bear; zeros for any.
+        /// Own Ethernet address, which the pod's frames, ARP packets and neighbour discovery must bear, and which unicast
+        /// frames towards it must be for; zeros for any.
         mac: [u8; 6] = 48 @ MAC,
     }
 }

@@ -91,6 +91,9 @@ reasons! {
     ConntrackFull = 12 "conntrack-full",
     /// Dropped: the attachment's slot holds no endpoint.
     UnknownEndpoint = 13 "unknown-endpoint",
+    /// Dropped: towards the pod, a frame for another Ethernet address, such as a bridge floods while it does not know
+    /// where that is.
+    OtherHost = 14 "other-host",
 }
 
 impl Reason {

@@ -45,8 +45,8 @@ impl Emitter<'_> {
         let mut any_event = false;
         for (reason, label) in drops {
             self.asm.bind(label).store(Size::W, R10, frame::REASON, reason as i32);
-            // Without an endpoint there is nobody to tell of.
-            if reason == Reason::UnknownEndpoint || !self.enforces() {
+            // Without an endpoint there is nobody to tell of, and what is for others says nothing of this one.
+            if matches!(reason, Reason::UnknownEndpoint | Reason::OtherHost) || !self.enforces() {
                 self.asm.jump(count);
             } else {
                 any_event = true;

@@ -27,6 +27,7 @@
 //! | no room for the flow | drop |
 //! | fragment without its head, more than 8 extension headers, other EtherType, headers cut off | drop |
 //! | source from the pod is not its own address | drop |
+//! | unicast frame to the pod that is for another Ethernet address | drop, without an event: its own receiver would ignore it (PACKET_OTHERHOST), but whoever listens in the pod would see it |
 //! | ARP, neighbour discovery from the pod | pass if its sender (advertisement: target) is the pod, or unspecified and the target the pod; router advertisement and redirect are dropped |
 //! | ARP, neighbour discovery to the pod | pass |
 //! | TCP without an entry in mid-flow | judged as if new |

@@ -71,6 +71,8 @@ impl Emitter<'_> {
         if self.direction == Direction::Egress {
             let spoofed = self.drop(Reason::Spoofed);
             self.own_mac((R7, SOURCE_MAC), spoofed);
+        } else {
+            self.for_own_mac((R7, 0));
         }
         self.asm.load(Size::H, R1, R7, 12).jump_if(Cond::Ne, R1, be16(ETH_P_IP), not_v4);
 
@@ -215,6 +217,16 @@ impl Emitter<'_> {
             .bind(own);
     }
 
+    /// Drops what is for one other Ethernet address, that at `address`: neither the pod's own, where that is known, nor of
+    /// a group (the lowest bit of the first byte, IEEE 802). Uses `R1`, `R2`.
+    fn for_own_mac(&mut self, address: (Reg, i16)) {
+        let [foreign, done] = self.labels();
+        let other = self.drop(Reason::OtherHost);
+        self.own_mac(address, foreign);
+        self.asm.jump(done).bind(foreign).load(Size::B, R1, address.0, address.1).and(R1, 1);
+        self.asm.jump_if(Cond::Eq, R1, 0, other).bind(done);
+    }
+
     /// Parses by copying headers. `R7` is the offset reached, `R8` the next header's protocol.
     pub(super) fn slow(&mut self) {
         let [v4, v6, arp, l4] = self.labels();
@@ -226,6 +238,10 @@ impl Emitter<'_> {
             self.asm.mov(R7, i32::from(SOURCE_MAC));
             self.copy(R7, L4, 6, malformed);
             self.own_mac((R10, L4), spoofed);
+        } else if self.enforces() {
+            self.asm.mov(R7, 0);
+            self.copy(R7, L4, 6, malformed);
+            self.for_own_mac((R10, L4));
         }
         self.asm.mov(R7, 12);
         self.copy(R7, L4, 2, malformed);

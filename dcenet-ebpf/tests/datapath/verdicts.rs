@@ -469,9 +469,9 @@ fn the_pod_speaks_by_its_own_ethernet_address() {
     }
     pod.expect(Egress, &eth().arp(2, POD4, PEER4), Some(Reason::Spoofed));
     pod.expect(Egress, &discovery(136, &[]), Some(Reason::Spoofed));
-    // What others send to the pod bears their addresses.
+    // What others send to the pod bears their addresses, and the pod's as its destination.
     let pod = open();
-    pod.set_endpoint(&endpoint().with_mac(OTHER));
+    pod.set_endpoint(&endpoint().with_mac([2, 0, 0, 0, 0, 2]));
     for packet in flows(Ingress) {
         pod.expect(Ingress, &packet, Some(Reason::Allowed));
     }
@@ -481,4 +481,47 @@ fn the_pod_speaks_by_its_own_ethernet_address() {
     let mut lie = eth().arp(2, POD4, PEER4).bytes();
     lie[22..28].copy_from_slice(&OTHER);
     assert_eq!(pod.run_bytes(Egress, &lie), Some(Reason::NeighbourRefused));
+}
+
+#[test]
+fn a_frame_for_another_ethernet_address_does_not_reach_the_pod() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    // Each half of the address differs once, and never by the bit that makes it a group.
+    let others =
+        [[2, 0, 0, 0, 0, 9], [2, 0, 0, 9, 0, 2], [2, 9, 0, 0, 0, 2], [0; 6], [0xfe, 0xff, 0xff, 0xff, 0xff, 0xff]];
+    let groups = [[0xff; 6], [1, 0, 0x5e, 0, 0, 1], [0x33, 0x33, 0, 0, 0, 1], [3, 0, 0, 0, 0, 2]];
+    const OWN: [u8; 6] = [2, 0, 0, 0, 0, 2];
+    let to = |packet: &Packet, mac: [u8; 6]| {
+        let mut frame = packet.bytes();
+        frame[..6].copy_from_slice(&mac);
+        frame
+    };
+    let neighbours = [eth().arp(2, PEER4, POD4), eth().ipv6(PEER6, POD6).neighbour(136, PEER6)];
+    let pod = open();
+    pod.set_endpoint(&endpoint().with_mac(OWN));
+    for packet in flows(Ingress).iter().chain(&neighbours) {
+        for other in others {
+            assert_eq!(pod.run_bytes(Ingress, &to(packet, other)), Some(Reason::OtherHost), "{other:x?} {packet:?}");
+        }
+    }
+    assert_eq!(pod.flows().entries().unwrap(), []);
+    assert_eq!(pod.events(), [], "a bridge may flood very many");
+    for mac in groups.into_iter().chain([OWN]) {
+        let pod = open();
+        pod.set_endpoint(&endpoint().with_mac(OWN));
+        for packet in flows(Ingress) {
+            assert_eq!(pod.run_bytes(Ingress, &to(&packet, mac)), Some(Reason::Allowed), "{mac:x?} {packet:?}");
+        }
+        for packet in &neighbours {
+            assert_eq!(pod.run_bytes(Ingress, &to(packet, mac)), Some(Reason::Neighbour), "{mac:x?}");
+        }
+    }
+    // Of an endpoint without an address nothing is known, and what the pod sends is for others.
+    let pod = open();
+    for (packet, reply) in flows(Ingress).iter().zip(flows(Egress)) {
+        assert_eq!(pod.run_bytes(Ingress, &to(packet, others[0])), Some(Reason::Allowed));
+        assert_ne!(pod.run_bytes(Egress, &to(&reply, others[0])), Some(Reason::OtherHost));
+    }
 }
