@@ -121,6 +121,23 @@ impl Default for Sizes {
 }
 
 impl Sizes {
+    /// For tests of some pods: maps that are made in no time.
+    #[cfg(feature = "test-support")]
+    pub fn small() -> Self {
+        Self {
+            endpoints: 64,
+            blocks_v4: 64,
+            members_v6: 256,
+            blocks_v6: 64,
+            classes: 256,
+            conntrack: 4096,
+            full_table: FullTable::Evict,
+            fragments: 64,
+            rules: 1024,
+            event_bytes: 1 << 18,
+        }
+    }
+
     /// The maps that all endpoints of a node share.
     pub fn shared_maps(&self) -> Vec<MapSpec> {
         let pair = 8;

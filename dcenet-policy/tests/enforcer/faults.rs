@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use dcenet_core::model::IfIndex;
 use dcenet_core::test_support::{Rung, require};
+use dcenet_ebpf::abi::Sizes;
 use dcenet_ebpf::attach::{AttachError, Attached, Attacher, ClsactAttacher, Hook, Tag};
 use dcenet_ebpf::loader::{AyaLoader, LoadError, LoadRequest, Loaded, Loader};
 use dcenet_ebpf::program::Program;
@@ -106,7 +107,7 @@ impl Flaky {
         let tools = Tools {
             loader: Arc::new(FlakyLoader(loads.clone())),
             attacher: Arc::new(FlakyAttacher(attachments.clone())),
-            lowering: Arc::new(Tc::new(sizes())),
+            lowering: Arc::new(Tc::new(Sizes::small())),
         };
         let mut world = World::new();
         let owner = world.open(tools);

@@ -26,24 +26,12 @@ pub const ALLOWED: Duration = Duration::from_secs(4);
 /// How long a test waits for what must not come.
 pub const DENIED: Duration = Duration::from_millis(150);
 
-/// Small maps, so that tests start fast.
-pub fn sizes() -> Sizes {
-    Sizes {
-        endpoints: 64,
-        blocks_v4: 64,
-        members_v6: 256,
-        blocks_v6: 64,
-        classes: 256,
-        conntrack: 4096,
-        fragments: 64,
-        rules: 1024,
-        event_bytes: 1 << 18,
-        ..Sizes::default()
-    }
-}
-
 pub fn tools() -> Tools {
-    Tools { loader: Arc::new(AyaLoader), attacher: Arc::new(ClsactAttacher), lowering: Arc::new(Tc::new(sizes())) }
+    Tools {
+        loader: Arc::new(AyaLoader),
+        attacher: Arc::new(ClsactAttacher),
+        lowering: Arc::new(Tc::new(Sizes::small())),
+    }
 }
 
 /// A host, its engine and its pods. The owner is separate, for it may die.

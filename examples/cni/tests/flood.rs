@@ -51,18 +51,6 @@ impl World {
 
     /// An owner that has not been told yet what the policies are.
     fn owner(&self) -> Enforcer {
-        let sizes = Sizes {
-            endpoints: 64,
-            blocks_v4: 64,
-            members_v6: 256,
-            blocks_v6: 64,
-            classes: 256,
-            conntrack: 4096,
-            fragments: 64,
-            rules: 1024,
-            event_bytes: 1 << 18,
-            ..Sizes::default()
-        };
         let config = EnforcerConfig {
             node: "host".to_owned(),
             node_addresses: ["10.20.0.1", "2001:db8:20::1"].map(|a| a.parse().unwrap()).into(),
@@ -72,7 +60,7 @@ impl World {
         let tools = Tools {
             loader: Arc::new(AyaLoader),
             attacher: Arc::new(ClsactAttacher),
-            lowering: Arc::new(Tc::new(sizes)),
+            lowering: Arc::new(Tc::new(Sizes::small())),
         };
         Enforcer::open(self.node.host.host(), config, tools).unwrap()
     }
