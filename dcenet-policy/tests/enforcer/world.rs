@@ -23,7 +23,8 @@ use dcenet_policy::target::Tc;
 
 /// Long enough for anything that is allowed.
 pub const ALLOWED: Duration = Duration::from_secs(4);
-/// How long a test waits for what must not come.
+/// How long a test waits for what must not come. That it did not come in that time proves nothing, as resolving an address
+/// may take longer (1 s between two tries): see [`World::denied`].
 pub const DENIED: Duration = Duration::from_millis(150);
 
 pub fn tools() -> Tools {
@@ -175,7 +176,7 @@ impl World {
     pub fn tcp(&self, from: &str, to: &str, port: u16, expected: bool) {
         for ipv6 in [false, true] {
             let address = SocketAddr::new(self.address(to, ipv6), port);
-            let got = tcp(self.pod(from), self.pod(to), address, limit(expected));
+            let got = self.probe((from, to), ipv6, expected, |limit| tcp(self.pod(from), self.pod(to), address, limit));
             assert_eq!(got, expected, "tcp {from} -> {to} {address}");
         }
     }
@@ -183,7 +184,7 @@ impl World {
     pub fn udp(&self, from: &str, to: &str, port: u16, expected: bool) {
         for ipv6 in [false, true] {
             let address = SocketAddr::new(self.address(to, ipv6), port);
-            let got = udp(self.pod(from), self.pod(to), address, limit(expected));
+            let got = self.probe((from, to), ipv6, expected, |limit| udp(self.pod(from), self.pod(to), address, limit));
             assert_eq!(got, expected, "udp {from} -> {to} {address}");
         }
     }
@@ -191,9 +192,52 @@ impl World {
     pub fn ping(&self, from: &str, to: &str, expected: bool) {
         for ipv6 in [false, true] {
             let address = self.address(to, ipv6);
-            let got = ping(self.pod(from), address, limit(expected)).is_ok();
+            let got = self.probe((from, to), ipv6, expected, |limit| ping(self.pod(from), address, limit).is_ok());
             assert_eq!(got, expected, "ping {from} -> {to} {address}");
         }
+    }
+
+    fn probe(&self, ends: (&str, &str), ipv6: bool, expected: bool, carry_out: impl FnOnce(Duration) -> bool) -> bool {
+        if expected { carry_out(ALLOWED) } else { self.denied(ends, ipv6, || carry_out(DENIED)) }
+    }
+
+    /// Carries out what must be denied between two ends, and makes sure that a program denied just that, and that it is not
+    /// a neighbour who was not found in time: both ends have the other's address written down meanwhile, and the programs
+    /// have dropped more afterwards.
+    pub fn denied(&self, (one, other): (&str, &str), ipv6: bool, carry_out: impl FnOnce() -> bool) -> bool {
+        let ways = [(one, other), (other, one)];
+        for (from, to) in ways {
+            let (address, mac, device) = (self.address(to, ipv6), self.mac(to), device(from));
+            self.pod(from).sh(&format!("ip neigh replace {address} lladdr {mac} nud permanent dev {device}"));
+        }
+        let before = self.dropped(one) + self.dropped(other);
+        let passed = carry_out();
+        let after = self.dropped(one) + self.dropped(other);
+        for (from, to) in ways {
+            // What is allowed asks for itself.
+            self.pod(from).sh(&format!("ip neigh del {} dev {}", self.address(to, ipv6), device(from)));
+        }
+        assert!(passed || after > before, "{one} and {other}, IPv6: {ipv6}: nothing came, and nothing was dropped");
+        passed
+    }
+
+    fn mac(&self, name: &str) -> String {
+        if name != "node" {
+            return self.endpoint(name).mac.to_string();
+        }
+        let line = self.host.root().sh("ip -br link show dc0");
+        line.split_whitespace().nth(2).unwrap().to_owned()
+    }
+
+    /// How many packets programs on a pod's host end have dropped; 0 for the node, which has none.
+    fn dropped(&self, name: &str) -> u64 {
+        if name == "node" {
+            return 0;
+        }
+        let text = self.host.root().sh(&format!("tc -s -j qdisc show dev {}", self.endpoint(name).ifname));
+        let disciplines: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let clsact = disciplines.as_array().unwrap().iter().find(|d| d["kind"] == "clsact");
+        clsact.map_or(0, |d| d["drops"].as_u64().unwrap())
     }
 }
 
@@ -204,8 +248,8 @@ impl Drop for World {
     }
 }
 
-fn limit(expected: bool) -> Duration {
-    if expected { ALLOWED } else { DENIED }
+fn device(name: &str) -> &'static str {
+    if name == "node" { "dc0" } else { "eth0" }
 }
 
 pub fn key(name: &str) -> AttachmentKey {
