@@ -10,7 +10,9 @@ use async_trait::async_trait;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::model::{AttachmentKey, ContainerId, IfIndex, IfName, LabelSet, MacAddr, NetworkName, Workload};
+use crate::model::{
+    AttachmentKey, ContainerId, IfIndex, IfName, LabelSet, MacAddr, Mtu, NetworkName, VlanId, Workload,
+};
 
 /// Hands out addresses and takes them back.
 ///
@@ -60,19 +62,22 @@ pub struct LeaseRequest {
     pub labels: LabelSet,
     /// Addresses that the caller insists on (CNI capability `ips`); empty for any.
     pub addresses: Vec<IpAddr>,
+    /// Pools that the caller insists on, by name or by a pattern with `*` and `?`; empty for those that the source
+    /// chooses. Each entry gives one address of each family that it names pools of.
+    pub pools: Vec<String>,
 }
 
 impl LeaseRequest {
     /// Any addresses, for an attachment of which nothing else is known.
     pub fn new(attachment: AttachmentKey) -> Self {
-        Self { attachment, workload: None, labels: LabelSet::new(), addresses: Vec::new() }
+        Self { attachment, workload: None, labels: LabelSet::new(), addresses: Vec::new(), pools: Vec::new() }
     }
 }
 
 /// What an attachment holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lease {
-    /// The addresses, at most one a family and pool, in the order of the pools.
+    /// The addresses, at most one of a pool, in the order of the pools.
     pub addresses: Vec<LeasedAddress>,
     /// Routes to install beside the one to each address's own subnet.
     pub routes: Vec<LeasedRoute>,
@@ -89,6 +94,16 @@ impl Lease {
     pub fn sequence(&self) -> u64 {
         self.addresses.first().map_or(0, |address| address.sequence)
     }
+
+    /// The VLAN of the addresses' link, where a pool names one. A source gives no lease whose pools name two.
+    pub fn vlan(&self) -> Option<VlanId> {
+        self.addresses.iter().find_map(|address| address.vlan)
+    }
+
+    /// The lowest MTU that a pool of the lease names: an interface has one for all its addresses.
+    pub fn mtu(&self) -> Option<Mtu> {
+        self.addresses.iter().filter_map(|address| address.mtu).min()
+    }
 }
 
 /// One address of a lease.
@@ -103,6 +118,23 @@ pub struct LeasedAddress {
     pub pool: String,
     /// The binding's never-reused number: a later release must mean this binding and no other.
     pub sequence: u64,
+    /// The VLAN of the pool's subnet, where the pool names one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vlan: Option<VlanId>,
+    /// The MTU of the pool's link, where the pool names one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<Mtu>,
+    /// The whole prefix that is the attachment's own, where its pool delegates prefixes (RFC 9663, RFC 8273); `address`
+    /// is in it. What the attachment does with the rest of it is its own affair: the network routes it there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefix: Option<IpNet>,
+}
+
+impl LeasedAddress {
+    /// An address without gateway and link settings.
+    pub fn new(address: IpNet, pool: impl Into<String>, sequence: u64) -> Self {
+        Self { address, gateway: None, pool: pool.into(), sequence, vlan: None, mtu: None, prefix: None }
+    }
 }
 
 /// A route of a lease. Without a `gateway` it leads through the subnet router of its family, or straight to the link

@@ -119,12 +119,7 @@ mod tests {
     fn result() -> CniResult {
         let lease = Lease {
             addresses: ["10.0.0.5/24", "2001:db8::5/64"]
-                .map(|a| LeasedAddress {
-                    address: a.parse().unwrap(),
-                    gateway: None,
-                    pool: "p".to_owned(),
-                    sequence: 1,
-                })
+                .map(|a| LeasedAddress::new(a.parse().unwrap(), "p", 1))
                 .to_vec(),
             routes: vec![LeasedRoute {
                 destination: "0.0.0.0/0".parse().unwrap(),

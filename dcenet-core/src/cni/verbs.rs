@@ -234,6 +234,7 @@ impl<'a> Call<'a> {
             workload: args.workload.clone(),
             labels: self.conf.labels.clone(),
             addresses: if wanted.is_empty() { args.addresses.clone() } else { wanted.clone() },
+            pools: Vec::new(),
         };
         Ok(addresses.lease(&request).await?)
     }

@@ -7,10 +7,8 @@ use crate::provider::LeasedAddress;
 
 fn address(text: &str, gateway: Option<&str>) -> LeasedAddress {
     LeasedAddress {
-        address: text.parse().unwrap(),
         gateway: gateway.map(|g| g.parse().unwrap()),
-        pool: "pods".into(),
-        sequence: 1,
+        ..LeasedAddress::new(text.parse().unwrap(), "pods", 1)
     }
 }
 

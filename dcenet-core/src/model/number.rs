@@ -71,3 +71,39 @@ impl fmt::Display for Mtu {
         self.0.fmt(f)
     }
 }
+
+/// The number of a VLAN (IEEE 802.1Q-2022, section 9.6).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "u16", into = "u16")]
+pub struct VlanId(u16);
+
+impl VlanId {
+    /// The number, 1 to 4094.
+    pub const fn get(self) -> u16 {
+        self.0
+    }
+}
+
+impl TryFrom<u16> for VlanId {
+    type Error = ParseError;
+
+    fn try_from(value: u16) -> Result<Self, ParseError> {
+        if (1..=4094).contains(&value) {
+            Ok(Self(value))
+        } else {
+            Err(ParseError::new("VLAN", value.to_string(), "not between 1 and 4094 (0 and 4095 are reserved)"))
+        }
+    }
+}
+
+impl From<VlanId> for u16 {
+    fn from(vlan: VlanId) -> u16 {
+        vlan.0
+    }
+}
+
+impl fmt::Display for VlanId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}

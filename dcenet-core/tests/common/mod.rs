@@ -27,10 +27,8 @@ pub(crate) fn veth() -> LinkConfig {
 /// Addresses `10.20.0.N` and `fd20::N`, with default routes.
 pub(crate) fn lease(n: u16) -> Lease {
     let address = |address: String, gateway: &str| LeasedAddress {
-        address: address.parse().unwrap(),
         gateway: Some(gateway.parse().unwrap()),
-        pool: "pods".into(),
-        sequence: n.into(),
+        ..LeasedAddress::new(address.parse().unwrap(), "pods", n.into())
     };
     let route = |destination: &str| LeasedRoute { destination: destination.parse().unwrap(), gateway: None };
     Lease {

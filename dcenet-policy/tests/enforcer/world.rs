@@ -82,10 +82,8 @@ impl World {
         let pod = self.host.new_pod();
         let (address, gateway) = ([format!("10.20.0.{n}/24"), format!("fd20::{n:x}/64")], ["10.20.0.1", "fd20::1"]);
         let addresses = address.iter().zip(gateway).map(|(address, gateway)| LeasedAddress {
-            address: address.parse().unwrap(),
             gateway: Some(gateway.parse().unwrap()),
-            pool: "pods".into(),
-            sequence: n.into(),
+            ..LeasedAddress::new(address.parse().unwrap(), "pods", n.into())
         });
         let routes = ["0.0.0.0/0", "::/0"]
             .map(|destination| LeasedRoute { destination: destination.parse().unwrap(), gateway: None });

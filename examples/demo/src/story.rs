@@ -399,7 +399,7 @@ fn connect_outside(stage: &Stage, outside: &Pod) -> Outcome {
     let engine = Engine::new(host, &stage.directory("run"), None)?;
     let address = |text: &str, length: u8| -> Outcome<LeasedAddress> {
         let address = ipnet::IpNet::new(text.parse()?, length)?;
-        Ok(LeasedAddress { address, gateway: None, pool: "outside".to_owned(), sequence: 1 })
+        Ok(LeasedAddress::new(address, "outside", 1))
     };
     let route = |text: &str| -> Outcome<LeasedRoute> { Ok(LeasedRoute { destination: text.parse()?, gateway: None }) };
     let key = AttachmentKey { network: "outside".parse()?, container: "outside".parse()?, ifname: "eth0".parse()? };
