@@ -9,8 +9,31 @@
 //!   "routes": [ { "dst": "0.0.0.0/0" } ], "dns": { "nameservers": ["10.20.0.1"] } }
 //! ```
 //!
-//! Pools are grouped by family: an attachment gets one address of each family that has a pool, from the first pool of
-//! the family that has a free one.
+//! # Which pool
+//! An attachment gets one address of each family that has a pool, from the first pool of the family that serves it and has
+//! a free one. Pools are tried by `priority`, the lower number first, and among equals as they are written. `select` says
+//! whom a pool serves ([`Selector`]); a pool without it serves anybody. An exhausted pool falls through to the next
+//! unless it says `"fallback": false`. A family none of whose pools serves the attachment is an error that tells what was
+//! compared. A claim's address stays in its pool, whomever the pool selects.
+//!
+//! ```json
+//! { "node": { "name": "rack1-n7", "labels": { "zone": "a" } },
+//!   "pools": [ { "name": "db", "subnet": "10.20.0.0/24", "priority": -1, "fallback": false,
+//!                "select": { "namespaces": ["shop"], "labels": { "matchLabels": { "tier": "data" } } } },
+//!              { "name": "rack1", "subnet": "10.21.0.0/24", "select": { "nodes": ["rack1-*"] } },
+//!              { "name": "rest", "subnet": "10.22.0.0/16" },
+//!              { "name": "backup", "subnet": "10.30.0.0/24", "group": "backup", "vlan": 300, "mtu": 9000,
+//!                "select": { "workloads": ["shop/db-*"] } } ] }
+//! ```
+//!
+//! # Several addresses
+//! Pools of a family with the same `group` are alternatives; an attachment gets an address of each group that serves it,
+//! all or none. The pools without a `group` must serve everybody who asks; a `group` is for those whom its pools select.
+//! A request may name pools instead, by name or by pattern ([`LeaseRequest::pools`]), and then gets an address of each
+//! entry and no other. VLAN, MTU, gateway, routes and DNS of each pool come with its address; pools of one lease may not
+//! name two VLANs, for one interface is in one.
+//!
+//! [`LeaseRequest::pools`]: dcenet_core::provider::LeaseRequest::pools
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -20,12 +43,14 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use dcenet_core::model::{Mtu, VlanId};
 use dcenet_core::provider::{Dns, LeaseError, LeasedRoute};
 use ipnet::IpNet;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::model::{Addr, AddressSpace, Claim, ClaimKey, Family, Interval, Intervals, KeepPolicy, Pool, name_fault};
+use crate::select::{Node, Selector};
 use crate::store::log::LogStore;
 use crate::store::memory::MemoryStore;
 use crate::store::{Store, StoreError};
@@ -52,6 +77,9 @@ pub struct IpamConfig {
     /// take it for the old holder for a moment. Claims and requests for one address do not wait.
     #[serde(default, skip_serializing_if = "Option::is_none", with = "duration_text")]
     pub cooldown: Option<Duration>,
+    /// The node that asks, for pools that select by node; `Ipam::on_node` goes before it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<Node>,
 }
 
 /// Which store, and where.
@@ -117,6 +145,37 @@ pub struct PoolConfig {
     /// Fixed addresses by workload (`namespace/name`, or `namespace/name/interface`).
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub claims: BTreeMap<String, ClaimConfig>,
+    /// Whom the pool serves; anybody unless told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub select: Option<Selector>,
+    /// Pools of a lower number are tried first; 0 unless told.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub priority: i32,
+    /// Whether the next pool is tried when this one is exhausted; yes unless told.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub fallback: bool,
+    /// Pools of the same family and group are alternatives. Those of another group give a further address to whom they
+    /// select, all or nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
+    /// The VLAN of the subnet, 1 to 4094, passed on with the address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vlan: Option<VlanId>,
+    /// The MTU of the link in bytes, passed on with the address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<Mtu>,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn is_yes(value: &bool) -> bool {
+    *value
+}
+
+fn is_zero(value: &i32) -> bool {
+    *value == 0
 }
 
 /// A claim as written.
@@ -252,6 +311,8 @@ pub struct Layout {
     pub dns: Dns,
     /// See [`IpamConfig::cooldown`].
     pub cooldown: Duration,
+    /// The node that asks.
+    pub node: Option<Node>,
 }
 
 impl Layout {
@@ -267,7 +328,7 @@ impl Layout {
 impl IpamConfig {
     /// Checks everything that can be checked without a store. Field paths begin with `ipam`.
     pub fn layout(&self) -> Result<Layout, ConfigError> {
-        let Self { plugin, store: _, pools: written, routes, dns, cooldown } = self;
+        let Self { plugin, store: _, pools: written, routes, dns, cooldown, node } = self;
         if let Some(plugin) = plugin
             && plugin != "dcenet"
         {
@@ -286,8 +347,11 @@ impl IpamConfig {
             }
             pools.push(checked);
         }
+        if let Some(node) = node {
+            node.check("ipam.node")?;
+        }
         let cooldown = cooldown.unwrap_or(Layout::COOLDOWN);
-        Ok(Layout { pools, routes: routes.clone(), dns: dns.clone(), cooldown })
+        Ok(Layout { pools, routes: routes.clone(), dns: dns.clone(), cooldown, node: node.clone() })
     }
 }
 
@@ -391,6 +455,22 @@ impl PoolConfig {
             return Err(error("gateway", gateway, outside()));
         }
 
+        if let Some(select) = &self.select {
+            select.check(&format!("{path}.select"))?;
+        }
+        if let Some(group) = &self.group
+            && let Some(reason) = name_fault(group)
+        {
+            return Err(malformed("group", group, reason));
+        }
+        if let Some(mtu) = self.mtu
+            && family == Family::V6
+            && mtu.get() < Mtu::IPV6_MIN
+        {
+            let reason = format!("IPv6 needs at least {} bytes (RFC 8200, section 5)", Mtu::IPV6_MIN);
+            return Err(malformed("mtu", &mtu, &reason));
+        }
+
         // What nobody may have, each with its reason.
         let one = |number: u128| (number, number);
         let mut reserved: Vec<(Interval, &'static str)> = Vec::new();
@@ -455,6 +535,12 @@ impl PoolConfig {
             free,
             allowed,
             claims,
+            select: self.select.clone(),
+            priority: self.priority,
+            fallback: self.fallback,
+            group: self.group.clone(),
+            vlan: self.vlan,
+            mtu: self.mtu,
         })
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
-use dcenet_core::model::{AttachmentKey, ContainerId, IfName, NetworkName};
+use dcenet_core::model::{AttachmentKey, ContainerId, IfName, LabelSet, NetworkName};
 use dcenet_core::provider::{AddressSource, Lease, LeaseError, LeaseRequest};
 
 use crate::config::{ConfigError, IpamConfig, Layout};
@@ -15,6 +15,7 @@ use crate::model::{Addr, AddressSpace, Binding, Claim, ClaimKey, Family, KeepPol
 use crate::record::{
     AttachmentRecord, ClaimRecord, SlotRecord, attachment_of, claim_prefix, network_prefix, slot_prefix,
 };
+use crate::select::Node;
 use crate::store::{Batch, Entry, Key, Outcome, Store, StoreError, number_of, numbered};
 
 /// Hands out the addresses of one configuration from a store that others may share.
@@ -97,6 +98,17 @@ impl Ipam {
 
     fn over(layout: Layout, store: Arc<dyn Store>) -> Self {
         Self { layout, store, clock: Arc::new(wall_clock), entropy: Arc::new(random) }
+    }
+
+    /// Asks in the name of a node: pools that select by node compare it.
+    ///
+    /// # Errors
+    /// The name is none.
+    pub fn on_node(mut self, name: &str, labels: LabelSet) -> Result<Self, ConfigError> {
+        let node = Node { name: name.to_owned(), labels };
+        node.check("node")?;
+        self.layout.node = Some(node);
+        Ok(self)
     }
 
     /// Takes the time, in milliseconds since 1970, from `clock` instead of the system.

@@ -49,6 +49,7 @@ mod ipam;
 pub mod machine;
 pub mod model;
 mod record;
+pub mod select;
 pub mod store;
 
 pub use crate::config::{ConfigError, IpamConfig, Layout};

@@ -31,6 +31,7 @@
 //! Time only orders reuse. A released address counts as cooling while its time is within the cooldown of now, on either
 //! side: a clock that jumps delays or hastens reuse once, by no more than the cooldown, and can do nothing else.
 
+mod choose;
 mod lease;
 mod release;
 mod reserve;
@@ -298,10 +299,10 @@ impl Work<'_> {
             let pool =
                 self.layout.pools.iter().find(|p| p.name == held.pool && p.subnet.contains(&held.address.addr()));
             lease.addresses.push(LeasedAddress {
-                address: held.address,
                 gateway: pool.and_then(|p| p.gateway),
-                pool: held.pool.clone(),
-                sequence,
+                vlan: pool.and_then(|p| p.vlan),
+                mtu: pool.and_then(|p| p.mtu),
+                ..LeasedAddress::new(held.address, held.pool.as_str(), sequence)
             });
             let Some(pool) = pool else { continue };
             lease.routes.extend(pool.routes.iter().filter(|r| !self.layout.routes.contains(r)).cloned());

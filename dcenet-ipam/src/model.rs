@@ -4,11 +4,13 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
-use dcenet_core::model::{AttachmentKey, IfName, ParseError, Workload};
+use dcenet_core::model::{AttachmentKey, IfName, Mtu, ParseError, VlanId, Workload};
 use dcenet_core::provider::{Dns, LeasedRoute};
 use ipnet::IpNet;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::select::{Selector, Subject};
 
 /// A routing domain: an address means one thing inside it, and may mean another in the next.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -220,6 +222,20 @@ pub struct Pool {
     pub allowed: Intervals,
     /// The claims that the configuration makes in this pool.
     pub claims: Vec<Claim>,
+    /// Whom it serves; `None` for anybody.
+    pub select: Option<Selector>,
+    /// Pools of a lower number are tried before those of a higher one.
+    pub priority: i32,
+    /// Whether the next pool is tried when this one is exhausted.
+    pub fallback: bool,
+    /// What its addresses are for, beside the first address of the family; see [`PoolConfig::group`].
+    ///
+    /// [`PoolConfig::group`]: crate::config::PoolConfig::group
+    pub group: Option<String>,
+    /// The VLAN of the subnet.
+    pub vlan: Option<VlanId>,
+    /// The MTU of the link.
+    pub mtu: Option<Mtu>,
 }
 
 impl Pool {
@@ -231,6 +247,11 @@ impl Pool {
     /// How many addresses it could have in use.
     pub fn size(&self) -> u128 {
         self.allowed.size()
+    }
+
+    /// Why it does not serve the subject; `None` if it does.
+    pub(crate) fn mismatch(&self, subject: &Subject<'_>) -> Option<String> {
+        self.select.as_ref().and_then(|select| select.mismatch(subject))
     }
 }
 

@@ -1,4 +1,4 @@
-//! Leasing: one address of each family, all or none.
+//! Leasing: one address of each group of pools, all or none.
 
 use std::net::IpAddr;
 
@@ -6,6 +6,7 @@ use dcenet_core::model::{AttachmentKey, Workload};
 use dcenet_core::provider::{LeaseError, LeaseRequest};
 use ipnet::IpNet;
 
+use super::choose::Want;
 use super::{Draft, Halt, Reply, Step, Work};
 use crate::model::{Addr, AddressSpace, ClaimKey, Family, KeepPolicy, Pool};
 use crate::record::{
@@ -15,8 +16,8 @@ use crate::record::{
 use crate::store::Key;
 
 /// The claim that an attachment has in a family.
-struct Entitlement<'a> {
-    pool: &'a Pool,
+pub(super) struct Entitlement<'a> {
+    pub(super) pool: &'a Pool,
     key: ClaimKey,
     /// The address that the configuration fixes.
     fixed: Option<Addr>,
@@ -39,18 +40,17 @@ impl Work<'_> {
         draft.guard(&own_key, None);
         self.guard_registration(&mut draft)?;
 
-        let mut wanted: Vec<Addr> = request.addresses.iter().copied().map(Addr::from).collect();
-        let mut record = AttachmentRecord { workload: request.workload.clone(), addresses: Vec::new() };
-        for family in self.layout.families() {
-            let asked = wanted.iter().position(|a| a.family == family).map(|i| wanted.remove(i));
-            record.addresses.push(self.lease_family(&mut draft, request, family, asked)?);
+        let mut claims = Vec::new();
+        if let Some(workload) = &request.workload {
+            let families = self.layout.families();
+            claims = self.together(families, |family| self.entitlement(workload, request, family))?;
         }
-        if let Some(left) = wanted.first() {
-            return Err(invalid_request(
-                left.ip(),
-                "no pool of that family, or a second address of it; ask for one each",
-            ));
-        }
+        let wants = self.wants(request, claims.into_iter().flatten().collect())?;
+        let chosen = self.together(&wants, |want| self.lease_one(&mut draft, &request.attachment, want))?;
+        one_vlan(&chosen)?;
+
+        let addresses = chosen.into_iter().map(|(_, held)| held).collect();
+        let mut record = AttachmentRecord { workload: request.workload.clone(), addresses };
         // The order of the pools in the configuration.
         record.addresses.sort_by_key(|held| self.layout.pools.iter().position(|p| p.name == held.pool));
         let reply = Reply::Leased(self.compose(&record, 0));
@@ -58,27 +58,39 @@ impl Work<'_> {
         Ok(draft.commit(reply))
     }
 
-    fn lease_family(
+    /// Does something for each, and asks for what all of them must read in one trip.
+    fn together<T, R>(
         &self,
-        draft: &mut Draft,
-        request: &LeaseRequest,
-        family: Family,
-        asked: Option<Addr>,
-    ) -> Result<Held, Halt> {
-        let claim = match &request.workload {
-            Some(workload) => self.entitlement(workload, request, family)?,
-            None => None,
-        };
-        if let Some(claim) = claim {
-            return self.lease_claimed(draft, &request.attachment, &claim, asked);
+        each: impl IntoIterator<Item = T>,
+        mut decide: impl FnMut(T) -> Result<R, Halt>,
+    ) -> Result<Vec<R>, Halt> {
+        let (mut results, mut waits) = (Vec::with_capacity(2), false);
+        for item in each {
+            match decide(item) {
+                Ok(result) => results.push(result),
+                Err(Halt::Read) => waits = true,
+                Err(halt) => return Err(halt),
+            }
         }
-        let (pool, address) = match asked {
-            Some(address) => (self.pool_for(address)?, address),
-            None => self.pick(family)?,
+        if waits { Err(Halt::Read) } else { Ok(results) }
+    }
+
+    fn lease_one<'a>(
+        &'a self,
+        draft: &mut Draft,
+        attachment: &AttachmentKey,
+        want: &Want<'a>,
+    ) -> Result<(&'a Pool, Held), Halt> {
+        if let Some(claim) = &want.claim {
+            return Ok((claim.pool, self.lease_claimed(draft, attachment, claim, want.asked)?));
+        }
+        let (pool, address) = match want.asked {
+            Some(address) => (self.pool_for(&want.pools, address)?, address),
+            None => self.pick(&want.pools)?,
         };
-        let slot = SlotRecord::Bound { by: request.attachment.clone(), claim: None };
+        let slot = SlotRecord::Bound { by: attachment.clone(), claim: None };
         self.take(draft, &pool.space, address, &slot, None)?;
-        Ok(held(pool, address))
+        Ok((pool, held(pool, address)))
     }
 
     /// The claim of the configuration, else one that was recorded in the store, in any pool of the family.
@@ -234,18 +246,21 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// An address of the family that anybody may get, from the first pool that has one.
-    fn pick(&self, family: Family) -> Result<(&Pool, Addr), Halt> {
+    /// An address that anybody may get, from the first of the pools that has one.
+    fn pick<'a>(&self, pools: &[&'a Pool]) -> Result<(&'a Pool, Addr), Halt> {
         let mut last = None;
-        for pool in self.layout.pools.iter().filter(|p| p.family() == family) {
+        for &pool in pools {
             if let Some(address) = self.pick_from(pool)? {
                 return Ok((pool, address));
             }
             last = Some(pool);
+            if !pool.fallback {
+                break;
+            }
         }
         Err(match last {
             Some(pool) => exhausted(pool).into(),
-            None => LeaseError::Invalid { field: "ipam.pools".into(), reason: format!("no pool of {family}") }.into(),
+            None => LeaseError::Invalid { field: "ipam.pools".into(), reason: "there is none".into() }.into(),
         })
     }
 
@@ -311,9 +326,10 @@ impl Work<'_> {
         }
     }
 
-    fn pool_for(&self, address: Addr) -> Result<&Pool, Halt> {
-        let inside = self.layout.pools.iter().find(|p| p.subnet.contains(&address.ip()));
-        let pool = inside.ok_or_else(|| invalid_request(address.ip(), "in no pool of this configuration"))?;
+    fn pool_for<'a>(&self, pools: &[&'a Pool], address: Addr) -> Result<&'a Pool, Halt> {
+        let inside = pools.iter().find(|p| p.subnet.contains(&address.ip()));
+        let pool =
+            *inside.ok_or_else(|| invalid_request(address.ip(), "in none of the pools that serve the request"))?;
         self.allow(pool, address)?;
         // The address of a claim is nobody else's, also before the claim was ever used.
         match pool.claims.iter().find(|c| c.address == Some(address)) {
@@ -334,9 +350,19 @@ impl Work<'_> {
 
     pub(super) fn probe(&self) -> Result<Step, Halt> {
         self.guard_registration(&mut Draft::default())?;
-        for family in self.layout.families() {
-            self.pick(family)?;
-        }
+        let families: Vec<Family> = self.layout.families().collect();
+        self.together(families, |family| {
+            // Whom each serves is not known here: somebody is served where one has an address.
+            let pools: Vec<&Pool> = self.layout.pools.iter().filter(|p| p.family() == family).collect();
+            let mut last = Ok(());
+            for pool in &pools {
+                last = match self.pick_from(pool)? {
+                    Some(_) => return Ok(()),
+                    None => Err(exhausted(pool)),
+                };
+            }
+            Ok(last?)
+        })?;
         Ok(Step::Done(Reply::Done))
     }
 
@@ -347,6 +373,19 @@ impl Work<'_> {
         spaces.dedup();
         spaces
     }
+}
+
+/// An interface is in one VLAN.
+fn one_vlan(chosen: &[(&Pool, Held)]) -> Result<(), LeaseError> {
+    let mut named = chosen.iter().filter_map(|(pool, _)| Some((pool, pool.vlan?)));
+    let Some((first, vlan)) = named.next() else { return Ok(()) };
+    let Some((other, second)) = named.find(|(_, other)| *other != vlan) else { return Ok(()) };
+    let reason = format!(
+        "pool {} is in VLAN {vlan} and pool {} in VLAN {second}, and one interface cannot be in both; give them to two \
+         attachments",
+        first.name, other.name
+    );
+    Err(LeaseError::Invalid { field: "ipam.pools".to_owned(), reason })
 }
 
 /// Entries of a queue that are looked at together.

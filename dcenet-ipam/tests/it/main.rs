@@ -10,6 +10,7 @@ mod lease;
 mod log;
 mod model_check;
 mod log_watch;
+mod pools;
 mod processes;
 mod property;
 mod races;
