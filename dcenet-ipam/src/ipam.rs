@@ -463,6 +463,10 @@ fn random() -> u64 {
     RandomState::new().build_hasher().finish()
 }
 
+pub(crate) fn random_id() -> u128 {
+    u128::from(random()) << 64 | u128::from(random())
+}
+
 /// Entries read at a time by listings.
 const PAGE: usize = 512;
 /// Lost races after which a command gives up.

@@ -48,6 +48,7 @@ pub mod config;
 mod ipam;
 pub mod machine;
 pub mod model;
+pub mod plan;
 mod record;
 pub mod select;
 pub mod store;

@@ -11,6 +11,7 @@ mod log;
 mod model_check;
 mod log_watch;
 mod pools;
+mod plan;
 mod processes;
 mod property;
 mod races;
