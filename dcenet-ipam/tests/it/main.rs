@@ -12,6 +12,8 @@ mod model_check;
 mod log_watch;
 mod pools;
 mod plan;
+mod plan_fleet;
+mod plan_property;
 mod processes;
 mod property;
 mod races;
