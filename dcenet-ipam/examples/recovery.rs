@@ -69,7 +69,7 @@ fn measure(dir: &Path, config: &IpamConfig, size: usize, tail: usize) -> Result<
             firsts.push(first);
         }
         // What is measured does not grow.
-        block_on(ipam.release(&request.attachment))?;
+        block_on(ipam.release_current(&request.attachment))?;
     }
     let megabytes: u64 = fs::read_dir(dir)?.filter_map(|e| Some(e.ok()?.metadata().ok()?.len())).sum();
     let middle_and_most = |times: &mut [Duration]| {
@@ -153,5 +153,5 @@ fn container(i: usize) -> String {
 fn request(i: usize) -> Result<LeaseRequest, Box<dyn Error>> {
     let attachment =
         serde_json::from_value(serde_json::json!({ "network": "net", "container": container(i), "ifname": "eth0" }))?;
-    Ok(LeaseRequest { attachment, workload: Some("shop/web".parse()?), addresses: vec![] })
+    Ok(LeaseRequest { workload: Some("shop/web".parse()?), ..LeaseRequest::new(attachment) })
 }

@@ -99,7 +99,7 @@ fn request(caller: usize, i: usize) -> Result<LeaseRequest, Box<dyn Error>> {
     let container = format!("{caller:032x}{i:032x}");
     let attachment =
         serde_json::from_value(serde_json::json!({ "network": "net", "container": container, "ifname": "eth0" }))?;
-    Ok(LeaseRequest { attachment, workload: None, addresses: vec![] })
+    Ok(LeaseRequest::new(attachment))
 }
 
 /// Where the callers' time goes.

@@ -35,6 +35,8 @@
 //!
 //! [`LeaseRequest::pools`]: dcenet_core::provider::LeaseRequest::pools
 
+mod claims;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
@@ -49,7 +51,8 @@ use ipnet::IpNet;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::model::{Addr, AddressSpace, Claim, ClaimKey, Family, Interval, Intervals, KeepPolicy, Pool, name_fault};
+pub use self::claims::{ClaimConfig, HistoryConfig};
+use crate::model::{AddressSpace, Family, Interval, Intervals, Pool, name_fault};
 use crate::select::{Node, Selector};
 use crate::store::log::LogStore;
 use crate::store::memory::MemoryStore;
@@ -80,6 +83,9 @@ pub struct IpamConfig {
     /// The node that asks, for pools that select by node; `Ipam::on_node` goes before it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node: Option<Node>,
+    /// Keeps who held each address, and when: `{ "keep": "720h", "count": 64 }`. Nothing is kept unless told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub history: Option<HistoryConfig>,
 }
 
 /// Which store, and where.
@@ -142,7 +148,8 @@ pub struct PoolConfig {
     /// Resolver settings that come with an address of this pool.
     #[serde(default, skip_serializing_if = "Dns::is_empty")]
     pub dns: Dns,
-    /// Fixed addresses by workload (`namespace/name`, or `namespace/name/interface`).
+    /// Fixed addresses by workload (`namespace/name`, or `namespace/name/interface`), and by all pods of one owner
+    /// (`namespace/name-*`); see [`ClaimConfig`].
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub claims: BTreeMap<String, ClaimConfig>,
     /// Whom the pool serves; anybody unless told.
@@ -176,19 +183,6 @@ fn is_yes(value: &bool) -> bool {
 
 fn is_zero(value: &i32) -> bool {
     *value == 0
-}
-
-/// A claim as written.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ClaimConfig {
-    /// The address; whichever is free at the first lease, and then the same, unless told. It must be in the subnet, and
-    /// may be outside the ranges.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub address: Option<IpAddr>,
-    /// How long the address is kept once nothing is attached.
-    #[serde(default)]
-    pub keep: KeepPolicy,
 }
 
 /// `first-last`, a prefix, or one address.
@@ -311,8 +305,10 @@ pub struct Layout {
     pub dns: Dns,
     /// See [`IpamConfig::cooldown`].
     pub cooldown: Duration,
-    /// The node that asks.
+    /// The node that asks: see [`IpamConfig::node`] and [`Ipam::on_node`](crate::Ipam::on_node).
     pub node: Option<Node>,
+    /// See [`IpamConfig::history`].
+    pub history: Option<HistoryConfig>,
 }
 
 impl Layout {
@@ -328,7 +324,7 @@ impl Layout {
 impl IpamConfig {
     /// Checks everything that can be checked without a store. Field paths begin with `ipam`.
     pub fn layout(&self) -> Result<Layout, ConfigError> {
-        let Self { plugin, store: _, pools: written, routes, dns, cooldown, node } = self;
+        let Self { plugin, store: _, pools: written, routes, dns, cooldown, node, history } = self;
         if let Some(plugin) = plugin
             && plugin != "dcenet"
         {
@@ -347,11 +343,12 @@ impl IpamConfig {
             }
             pools.push(checked);
         }
-        if let Some(node) = node {
-            node.check("ipam.node")?;
-        }
         let cooldown = cooldown.unwrap_or(Layout::COOLDOWN);
-        Ok(Layout { pools, routes: routes.clone(), dns: dns.clone(), cooldown, node: node.clone() })
+        if let Some(history) = history {
+            history.check()?;
+        }
+        let (node, history) = (node.clone(), *history);
+        Ok(Layout { pools, routes: routes.clone(), dns: dns.clone(), cooldown, node, history })
     }
 }
 
@@ -373,6 +370,13 @@ impl Pool {
             let fault = ConfigFault::Duplicate { by: format!("a claim in pool {} of the same family", other.name) };
             let field = format!("{path}.claims[{:?}]", claim.key.to_string());
             return Err(ConfigError { field, value: claim.key.to_string(), fault });
+        }
+        if self.family() == other.family()
+            && let Some(set) = self.sets.iter().find(|s| other.sets.iter().any(|o| o.owner == s.owner))
+        {
+            let fault = ConfigFault::Duplicate { by: format!("a claim set in pool {} of the same family", other.name) };
+            let field = format!("{path}.claims[{:?}]", set.to_string());
+            return Err(ConfigError { field, value: set.to_string(), fault });
         }
         Ok(())
     }
@@ -490,31 +494,11 @@ impl PoolConfig {
         reserved.extend(self.gateway.map(|ip| (one(raw(ip)), "the pool's gateway")));
         reserved.extend(self.exclude.iter().map(|r| ((raw(r.first), raw(r.last)), "excluded")));
 
-        let mut claims: Vec<Claim> = Vec::with_capacity(self.claims.len());
-        let mut holders: BTreeMap<u128, &str> = BTreeMap::new();
-        for (text, wish) in &self.claims {
-            let field = format!("claims[{text:?}]");
-            let key: ClaimKey =
-                text.parse().map_err(|e: dcenet_core::model::ParseError| malformed(&field, text, e.reason))?;
-            if let Some(address) = &wish.address {
-                let field = format!("{field}.address");
-                if !inside(address) {
-                    return Err(error(&field, address, outside()));
-                }
-                let number = raw(*address);
-                if let Some((_, what)) = reserved.iter().find(|((low, high), _)| (*low..=*high).contains(&number)) {
-                    return Err(error(&field, address, ConfigFault::Reserved { what, subnet }));
-                }
-                if let Some(other) = holders.insert(number, text) {
-                    return Err(error(&field, address, ConfigFault::Duplicate { by: format!("claim {other}") }));
-                }
-            }
-            claims.push(Claim { key, address: wish.address.map(Addr::from), keep: wish.keep });
-        }
+        let claims::Checked { claims, sets, fixed } = claims::check(self, path, &reserved)?;
 
         let ranges = if given.is_empty() { vec![whole] } else { given };
         let reserved = Intervals::new(reserved.into_iter().map(|(interval, _)| interval).collect());
-        let fixed = Intervals::new(holders.keys().map(|n| one(*n)).collect());
+        let fixed = Intervals::new(fixed.into_iter().map(one).collect());
         let usable = Intervals::new(ranges.clone()).without(&reserved);
         let free = usable.without(&fixed);
         let allowed = Intervals::new(usable.iter().chain(fixed.iter()).collect());
@@ -535,6 +519,7 @@ impl PoolConfig {
             free,
             allowed,
             claims,
+            sets,
             select: self.select.clone(),
             priority: self.priority,
             fallback: self.fallback,
@@ -544,6 +529,8 @@ impl PoolConfig {
         })
     }
 }
+
+pub(crate) use duration_text::parse as parse_duration;
 
 /// Durations as `500ms`, `5s`, `2m` or `1h`.
 mod duration_text {
@@ -563,7 +550,7 @@ mod duration_text {
         })
     }
 
-    fn parse(text: &str) -> Option<Duration> {
+    pub(crate) fn parse(text: &str) -> Option<Duration> {
         let digits = text.find(|c: char| !c.is_ascii_digit())?;
         let number: u64 = text[..digits].parse().ok()?;
         let unit = match &text[digits..] {

@@ -6,12 +6,12 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
-use dcenet_core::model::{AttachmentKey, ContainerId, IfName, LabelSet, NetworkName};
+use dcenet_core::model::{AttachmentKey, ClusterId, ContainerId, IfName, LabelSet, NetworkName};
 use dcenet_core::provider::{AddressSource, Lease, LeaseError, LeaseRequest};
 
 use crate::config::{ConfigError, IpamConfig, Layout};
 use crate::machine::{Command, Query, Reply, Step, View, step};
-use crate::model::{Addr, AddressSpace, Binding, Claim, ClaimKey, Family, KeepPolicy, Pool};
+use crate::model::{Addr, AddressSpace, Binding, Claim, ClaimKey, Family, KeepPolicy, NodeName, Pool};
 use crate::record::{
     AttachmentRecord, ClaimRecord, SlotRecord, attachment_of, claim_prefix, network_prefix, slot_prefix,
 };
@@ -71,6 +71,8 @@ pub struct PoolUsage {
     pub kept: u128,
     /// Addresses that were released so lately that nobody else gets them yet.
     pub cooling: u128,
+    /// Addresses that nobody gets because somebody else on the link answers for them.
+    pub quarantined: u128,
 }
 
 /// A claim that is recorded in the store.
@@ -82,6 +84,8 @@ pub struct RecordedClaim {
     pub pool: String,
     /// The claim with its address.
     pub claim: Claim,
+    /// The cluster that it was handed out to, where it was.
+    pub away: Option<ClusterId>,
 }
 
 impl Ipam {
@@ -100,15 +104,12 @@ impl Ipam {
         Self { layout, store, clock: Arc::new(wall_clock), entropy: Arc::new(random) }
     }
 
-    /// Asks in the name of a node: pools that select by node compare it.
-    ///
-    /// # Errors
-    /// The name is none.
-    pub fn on_node(mut self, name: &str, labels: LabelSet) -> Result<Self, ConfigError> {
-        let node = Node { name: name.to_owned(), labels };
-        node.check("node")?;
-        self.layout.node = Some(node);
-        Ok(self)
+    /// Asks in the name of a node: pools that select by node compare it, and each lease records that its attachment is
+    /// there, so that evidence about the node can speak of it.
+    #[must_use]
+    pub fn on_node(mut self, name: NodeName, labels: LabelSet) -> Self {
+        self.layout.node = Some(Node { name, labels });
+        self
     }
 
     /// Takes the time, in milliseconds since 1970, from `clock` instead of the system.
@@ -124,8 +125,13 @@ impl Ipam {
         Self { entropy: Arc::new(entropy), ..self }
     }
 
-    fn request_id(&self) -> u128 {
+    pub(crate) fn request_id(&self) -> u128 {
         u128::from((self.entropy)()) << 64 | u128::from((self.entropy)())
+    }
+
+    /// Milliseconds since 1970.
+    pub(crate) fn now(&self) -> u64 {
+        (self.clock)()
     }
 
     /// The checked configuration.
@@ -200,7 +206,8 @@ impl Ipam {
         for (key, entry) in self.scan_all(&network_prefix(Some(network))).await? {
             let Some(attachment) = attachment_of(&key) else { continue };
             let alive = valid.iter().any(|(c, i)| *c == attachment.container && *i == attachment.ifname);
-            if !alive && entry.version <= fence && self.release_sequence(&attachment, entry.version).await? {
+            let sequence = decode::<AttachmentRecord>(&key, &entry)?.sequence(entry.version);
+            if !alive && sequence <= fence && self.release_sequence(&attachment, sequence).await? {
                 released.push(attachment);
             }
         }
@@ -221,7 +228,8 @@ impl Ipam {
                     space,
                     address: held.address,
                     pool: held.pool.clone(),
-                    sequence: entry.version,
+                    sequence: record.sequence(entry.version),
+                    node: record.node.clone(),
                 });
             }
         }
@@ -230,21 +238,28 @@ impl Ipam {
 
     /// The claims recorded in the spaces of the configuration.
     pub async fn claims(&self) -> Result<Vec<RecordedClaim>, LeaseError> {
-        let mut spaces: Vec<&AddressSpace> = self.layout.pools.iter().map(|p| &p.space).collect();
-        spaces.sort_unstable();
-        spaces.dedup();
         let mut claims = Vec::new();
-        for (space, family) in spaces.into_iter().flat_map(|s| [(s, Family::V4), (s, Family::V6)]) {
+        for (space, family) in self.families_of_spaces() {
             let prefix = claim_prefix(space, family);
             for (key, entry) in self.scan_all(&prefix).await? {
                 let record: ClaimRecord = decode(&key, &entry)?;
                 let text = std::str::from_utf8(&key[prefix.len()..]).unwrap_or_default();
                 let key = text.parse().map_err(|e| LeaseError::Store(Box::new(e)))?;
-                let claim = Claim { key, address: Some(Addr::from(record.address)), keep: record.keep };
-                claims.push(RecordedClaim { space: space.clone(), pool: record.pool, claim });
+                let claim =
+                    Claim { key, address: Some(Addr::from(record.address)), keep: record.keep, mac: record.mac };
+                let (pool, away) = (record.pool, record.away);
+                claims.push(RecordedClaim { space: space.clone(), pool, claim, away });
             }
         }
         Ok(claims)
+    }
+
+    /// The spaces of the configuration with each family.
+    pub(crate) fn families_of_spaces(&self) -> Vec<(&AddressSpace, Family)> {
+        let mut spaces: Vec<&AddressSpace> = self.layout.pools.iter().map(|p| &p.space).collect();
+        spaces.sort_unstable();
+        spaces.dedup();
+        spaces.into_iter().flat_map(|s| [(s, Family::V4), (s, Family::V6)]).collect()
     }
 
     /// How full the pools of the configuration are. Reads every record of them: a tool's call.
@@ -259,10 +274,12 @@ impl Ipam {
     async fn pool_usage(&self, pool: &Pool) -> Result<PoolUsage, LeaseError> {
         let prefix = slot_prefix(&pool.space, pool.family());
         let (pool_name, space) = (pool.name.clone(), pool.space.clone());
-        let mut usage = PoolUsage { pool: pool_name, space, size: pool.size(), bound: 0, kept: 0, cooling: 0 };
+        let size = pool.size();
+        let mut usage = PoolUsage { pool: pool_name, space, size, bound: 0, kept: 0, cooling: 0, quarantined: 0 };
         let first = Addr::from(pool.subnet.network()).bits;
         let mut after = first.checked_sub(1).map(|below| numbered(&prefix, below));
         let now = (self.clock)();
+        let cooling = |at: u64| u128::from(u128::from(now.abs_diff(at)) < self.layout.cooldown.as_millis());
         loop {
             let page = self.store.scan(&prefix, after.as_deref(), PAGE).await.map_err(store_error)?;
             for (key, entry) in &page {
@@ -271,11 +288,15 @@ impl Ipam {
                     return Ok(usage);
                 }
                 match decode(key, entry)? {
-                    SlotRecord::Bound { .. } => usage.bound += 1,
-                    SlotRecord::Kept { .. } => usage.kept += 1,
-                    SlotRecord::Freed { at, .. } => {
-                        usage.cooling += u128::from(u128::from(now.abs_diff(at)) < self.layout.cooldown.as_millis());
+                    SlotRecord::Bound { .. } | SlotRecord::Handover { .. } => usage.bound += 1,
+                    SlotRecord::Kept { until: Some(end), .. } | SlotRecord::Quarantined { until: Some(end), .. }
+                        if now >= end =>
+                    {
+                        usage.cooling += cooling(end);
                     }
+                    SlotRecord::Kept { .. } => usage.kept += 1,
+                    SlotRecord::Quarantined { .. } => usage.quarantined += 1,
+                    SlotRecord::Freed { at, .. } => usage.cooling += cooling(at),
                 }
             }
             match page.last() {
@@ -285,7 +306,7 @@ impl Ipam {
         }
     }
 
-    async fn scan_all(&self, prefix: &[u8]) -> Result<Vec<(Key, Entry)>, LeaseError> {
+    pub(crate) async fn scan_all(&self, prefix: &[u8]) -> Result<Vec<(Key, Entry)>, LeaseError> {
         let mut all: Vec<(Key, Entry)> = Vec::new();
         loop {
             let after = all.last().map(|(key, _)| key.as_slice());
@@ -299,7 +320,7 @@ impl Ipam {
     }
 
     /// Runs a command; registers the configuration's pools and claims first where that was not done yet.
-    async fn run(&self, command: &Command) -> Result<Reply, LeaseError> {
+    pub(crate) async fn run(&self, command: &Command) -> Result<Reply, LeaseError> {
         for _ in 0..REGISTRATIONS {
             if let Some(reply) = self.attempt(command).await? {
                 return Ok(reply);
@@ -313,11 +334,11 @@ impl Ipam {
         self.attempt(&Command::Register { recorded: false }).await?;
         for pool in &self.layout.pools {
             for claim in pool.claims.iter().filter(|c| c.keep != KeepPolicy::Ephemeral) {
-                let Some(address) = claim.address else { continue };
-                let (name, key) = (pool.name.clone(), claim.key.clone());
-                let reserve =
-                    Command::Reserve { pool: name, claim: key, address: Some(address.ip()), keep: claim.keep };
-                match self.attempt(&reserve).await {
+                if claim.address.is_none() {
+                    continue;
+                }
+                let record = Command::Record { pool: pool.name.clone(), claim: claim.clone() };
+                match self.attempt(&record).await {
                     Ok(_) => {}
                     // Its own workload is refused when it asks; others are not to suffer for it.
                     Err(error @ (LeaseError::Held { .. } | LeaseError::Invalid { .. })) => {
@@ -401,7 +422,7 @@ impl AddressSource for Ipam {
     async fn lease(&self, request: &LeaseRequest) -> Result<Lease, LeaseError> {
         match self.run(&Command::Lease(request.clone())).await? {
             Reply::Leased(lease) => Ok(lease),
-            Reply::Done | Reply::NotHeld => Err(LeaseError::Store("a lease ended without addresses".into())),
+            _ => Err(LeaseError::Store("a lease ended without addresses".into())),
         }
     }
 
@@ -409,7 +430,7 @@ impl AddressSource for Ipam {
     async fn held(&self, attachment: &AttachmentKey) -> Result<Option<Lease>, LeaseError> {
         match self.run(&Command::Lookup(attachment.clone())).await? {
             Reply::Leased(lease) => Ok(Some(lease)),
-            Reply::Done | Reply::NotHeld => Ok(None),
+            _ => Ok(None),
         }
     }
 
@@ -430,7 +451,7 @@ impl AddressSource for Ipam {
     }
 }
 
-fn decode<T: serde::de::DeserializeOwned>(key: &[u8], entry: &Entry) -> Result<T, LeaseError> {
+pub(crate) fn decode<T: serde::de::DeserializeOwned>(key: &[u8], entry: &Entry) -> Result<T, LeaseError> {
     serde_json::from_slice(&entry.value).map_err(|error| {
         LeaseError::Store(
             format!("the record {:?} cannot be understood: {error}", key.escape_ascii().to_string()).into(),
@@ -446,7 +467,7 @@ fn count_conflict(conflicts: &mut u32) -> Result<(), LeaseError> {
     Err(LeaseError::Busy(format!("{CONFLICTS} races were lost in a row")))
 }
 
-fn store_error(error: StoreError) -> LeaseError {
+pub(crate) fn store_error(error: StoreError) -> LeaseError {
     match error {
         StoreError::Corrupt { .. } => LeaseError::Damaged(Box::new(error)),
         error => LeaseError::Store(Box::new(error)),

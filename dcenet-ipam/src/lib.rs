@@ -44,17 +44,22 @@
 #![warn(unreachable_pub, clippy::print_stderr, clippy::print_stdout, clippy::unwrap_used)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod claims;
 pub mod config;
+pub mod history;
 mod ipam;
 pub mod machine;
 pub mod model;
 pub mod plan;
+pub mod reclaim;
 mod record;
 pub mod select;
 pub mod store;
 
+pub use crate::claims::{OpenHandover, QuarantinedAddress};
 pub use crate::config::{ConfigError, IpamConfig, Layout};
 pub use crate::ipam::{Ipam, OpenError, PoolUsage, RecordedClaim};
+pub use crate::machine::{ClaimExport, Quarantine};
 
 /// The README's example compiles.
 #[cfg(doctest)]

@@ -32,7 +32,11 @@
 //! side: a clock that jumps delays or hastens reuse once, by no more than the cooldown, and can do nothing else.
 
 mod choose;
+mod claim;
+mod handover;
+pub(crate) mod history;
 mod lease;
+mod quarantine;
 mod release;
 mod reserve;
 
@@ -41,13 +45,16 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use dcenet_core::model::AttachmentKey;
+use dcenet_core::model::{AttachmentKey, ClusterId, MacAddr};
 use dcenet_core::provider::{Dns, Lease, LeaseError, LeaseRequest, LeasedAddress};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+pub use self::claim::ClaimExport;
+pub use self::handover::MAX_HANDOVER;
+pub use self::quarantine::Quarantine;
 use crate::config::Layout;
-use crate::model::{AddressSpace, ClaimKey, KeepPolicy};
+use crate::model::{Addr, AddressSpace, Claim, ClaimKey, KeepPolicy, NodeName};
 use crate::record::AttachmentRecord;
 use crate::store::{Batch, Entry, Guard, Key, Write};
 
@@ -57,6 +64,34 @@ pub const REMEMBERED: Duration = Duration::from_secs(3600);
 /// What is asked of the allocator.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Command {
+    /// End a handover: the old attachment keeps the address.
+    AbortHandover {
+        /// Who was to hand over.
+        from: AttachmentKey,
+    },
+    /// Permit a second attachment of the claims that one holds, for live migration.
+    BeginHandover {
+        /// Who has the addresses.
+        from: AttachmentKey,
+        /// Only if its lease has this sequence.
+        sequence: Option<u64>,
+        /// Who may join; `None` for the first attachment of the claim that leases.
+        to: Option<AttachmentKey>,
+        /// For how long; at most [`MAX_HANDOVER`].
+        limit: Duration,
+    },
+    /// End a handover: the new attachment has the address.
+    CompleteHandover {
+        /// Who handed over.
+        from: AttachmentKey,
+    },
+    /// Turn what holds an address and has ended into what it counts as.
+    Expire {
+        /// The space.
+        space: AddressSpace,
+        /// The address.
+        address: IpAddr,
+    },
     /// Give up a claim: its address goes back, unless something is attached through it.
     Forget {
         /// The space of the claim.
@@ -64,12 +99,60 @@ pub enum Command {
         /// The claim.
         claim: ClaimKey,
     },
+    /// The workload of a claim is gone.
+    Gone {
+        /// The space of the claim.
+        space: AddressSpace,
+        /// The claim.
+        claim: ClaimKey,
+        /// Only what was last used by a commit up to this revision.
+        fence: Option<u64>,
+    },
+    /// Take a claim in that another cluster handed out.
+    HandIn {
+        /// What it handed out.
+        export: ClaimExport,
+        /// The cluster of this store.
+        here: ClusterId,
+    },
+    /// Hand a claim out to another cluster.
+    HandOut {
+        /// The space of the claim.
+        space: AddressSpace,
+        /// The claim.
+        claim: ClaimKey,
+        /// The cluster.
+        to: ClusterId,
+    },
     /// Give an attachment its addresses.
     Lease(LeaseRequest),
+    /// End a quarantine.
+    Lift {
+        /// The space.
+        space: AddressSpace,
+        /// The address.
+        address: IpAddr,
+    },
     /// What does an attachment hold?
     Lookup(AttachmentKey),
     /// Could a lease be given now?
     Probe,
+    /// Keep an address from everybody.
+    Quarantine {
+        /// The space.
+        space: AddressSpace,
+        /// The address.
+        address: IpAddr,
+        /// Why.
+        why: Quarantine,
+    },
+    /// Record a claim with all that belongs to it, as [`Command::Reserve`] does without a MAC address.
+    Record {
+        /// The pool's name.
+        pool: String,
+        /// The claim.
+        claim: Claim,
+    },
     /// Enter the pools of the configuration into their spaces. With `recorded`, also note that all claims of the
     /// configuration were recorded.
     Register {
@@ -84,6 +167,37 @@ pub enum Command {
         /// not release a newer one. `None` releases what it holds now.
         sequence: Option<u64>,
     },
+    /// Take back what an attachment of a node holds if the node's record is still the one that told of its death.
+    ReleaseOfNode {
+        /// The attachment.
+        attachment: AttachmentKey,
+        /// The sequence of its lease.
+        sequence: u64,
+        /// The node.
+        node: NodeName,
+        /// The version of its record.
+        version: Option<u64>,
+    },
+    /// Give a claim another key; whatever is attached stays.
+    Rename {
+        /// The space of the claim.
+        space: AddressSpace,
+        /// Its key.
+        from: ClaimKey,
+        /// The key that it gets; there must be no claim of that key.
+        to: ClaimKey,
+    },
+    /// Put a bad address of a lease into quarantine and give another in its place.
+    Replace {
+        /// The attachment.
+        attachment: AttachmentKey,
+        /// The sequence of its lease.
+        sequence: u64,
+        /// The bad address.
+        bad: IpAddr,
+        /// What is wrong with it.
+        why: Quarantine,
+    },
     /// Record a claim, so that its address is kept for it also from other configurations.
     Reserve {
         /// The pool's name.
@@ -94,6 +208,13 @@ pub enum Command {
         address: Option<IpAddr>,
         /// How long the address is kept.
         keep: KeepPolicy,
+    },
+    /// Have a claim again that was handed out to a cluster which, as somebody vouches, does not hold it.
+    TakeBack {
+        /// The space of the claim.
+        space: AddressSpace,
+        /// The claim.
+        claim: ClaimKey,
     },
 }
 
@@ -163,7 +284,9 @@ pub enum Step {
 pub enum Reply {
     /// It is so now.
     Done,
-    /// To [`Command::Lease`] and [`Command::Lookup`]. A sequence of 0 stands for the revision of the commit.
+    /// To [`Command::HandOut`].
+    HandedOut(ClaimExport),
+    /// To [`Command::Lease`], [`Command::Lookup`] and [`Command::Replace`]. A sequence of 0 stands for the revision of the commit.
     Leased(Lease),
     /// Nothing is held (under that sequence).
     NotHeld,
@@ -192,13 +315,34 @@ impl Reply {
 pub fn step(layout: &Layout, view: &View, command: &Command, now: u64, entropy: u64) -> Result<Step, LeaseError> {
     let work = Work { layout, view, now, entropy, missing: RefCell::default() };
     let result = match command {
+        Command::AbortHandover { from } => work.abort_handover(from),
+        Command::BeginHandover { from, sequence, to, limit } => {
+            work.begin_handover(from, *sequence, to.as_ref(), *limit)
+        }
+        Command::CompleteHandover { from } => work.complete_handover(from),
+        Command::Expire { space, address } => work.expire(space, Addr::from(*address)),
         Command::Forget { space, claim } => work.forget(space, claim),
+        Command::Gone { space, claim, fence } => work.gone(space, claim, *fence),
+        Command::HandIn { export, here } => work.hand_in(export, here),
+        Command::HandOut { space, claim, to } => work.hand_out(space, claim, to),
         Command::Lease(request) => work.lease(request),
+        Command::Lift { space, address } => work.lift(space, Addr::from(*address)),
         Command::Lookup(attachment) => work.lookup(attachment),
         Command::Probe => work.probe(),
+        Command::Quarantine { space, address, why } => work.quarantine(space, Addr::from(*address), why),
+        Command::Record { pool, claim } => work.record_claim(pool, claim),
         Command::Register { recorded } => work.register(*recorded),
-        Command::Release { attachment, sequence } => work.release(attachment, *sequence),
-        Command::Reserve { pool, claim, address, keep } => work.reserve(pool, claim, *address, *keep),
+        Command::Release { attachment, sequence } => work.release(attachment, *sequence, None),
+        Command::ReleaseOfNode { attachment, sequence, node, version } => {
+            work.release(attachment, Some(*sequence), Some((node, *version)))
+        }
+        Command::Rename { space, from, to } => work.rename(space, from, to),
+        Command::Replace { attachment, sequence, bad, why } => work.replace(attachment, *sequence, *bad, why),
+        Command::Reserve { pool, claim, address, keep } => {
+            let (key, address, keep) = (claim.clone(), address.map(Addr::from), *keep);
+            work.record_claim(pool, &Claim { key, address, keep, mac: None })
+        }
+        Command::TakeBack { space, claim } => work.take_back(space, claim),
     };
     match result {
         Ok(step) => Ok(step),
@@ -282,7 +426,7 @@ impl Work<'_> {
     fn lookup(&self, attachment: &AttachmentKey) -> Result<Step, Halt> {
         let held = self.record::<AttachmentRecord>(&crate::record::attachment_key(attachment))?;
         Ok(Step::Done(match held {
-            Some((record, version)) => Reply::Leased(self.compose(&record, version)),
+            Some((record, version)) => Reply::Leased(self.compose(&record, record.sequence(version))),
             None => Reply::NotHeld,
         }))
     }
@@ -293,7 +437,7 @@ impl Work<'_> {
             addresses: Vec::new(),
             routes: self.layout.routes.clone(),
             dns: self.layout.dns.clone(),
-            mac: None,
+            mac: record.mac,
         };
         for held in &record.addresses {
             let pool =
@@ -338,6 +482,8 @@ fn add_dns(dns: &mut Dns, more: &Dns) {
 #[derive(Default)]
 struct Draft {
     batch: Batch,
+    /// The MAC address of the claims that the batch leases.
+    mac: Option<MacAddr>,
 }
 
 impl Draft {
@@ -345,6 +491,11 @@ impl Draft {
         if !self.batch.guards.iter().any(|g| g.key == *key) {
             self.batch.guards.push(Guard { key: key.clone(), version });
         }
+    }
+
+    /// Enters the MAC address that a claim keeps; of several claims the first counts.
+    fn bear(&mut self, mac: Option<MacAddr>) {
+        self.mac = self.mac.or(mac);
     }
 
     fn put(&mut self, key: Key, record: &impl Serialize) {

@@ -6,28 +6,17 @@ use dcenet_core::model::{LabelSet, NetworkName, Workload};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{ConfigError, ConfigFault};
+use crate::model::NodeName;
 
 /// The machine that asks: pools are chosen by it, and blocks belong to it.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Node {
     /// Its name, unique among the nodes that share the store, the same over restarts.
-    pub name: String,
+    pub name: NodeName,
     /// Its labels.
     #[serde(default, skip_serializing_if = "LabelSet::is_empty")]
     pub labels: LabelSet,
-}
-
-impl Node {
-    /// Names go into keys of the store.
-    pub(crate) fn check(&self, field: &str) -> Result<(), ConfigError> {
-        let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
-        if (1..=253).contains(&self.name.len()) && self.name.bytes().all(plain) {
-            return Ok(());
-        }
-        let reason = "a node's name has 1 to 253 letters, digits, '-', '_' and '.'";
-        Err(malformed(format!("{field}.name"), &self.name, reason))
-    }
 }
 
 /// Whom a pool is for. Every condition that is given must hold; a condition that is left out or empty says nothing.

@@ -2,26 +2,34 @@
 
 use std::net::IpAddr;
 
-use dcenet_core::model::{AttachmentKey, Workload};
+use dcenet_core::model::Workload;
 use dcenet_core::provider::{LeaseError, LeaseRequest};
 use ipnet::IpNet;
 
 use super::choose::Want;
+use super::claim::{serves, unqueue};
 use super::{Draft, Halt, Reply, Step, Work};
-use crate::model::{Addr, AddressSpace, ClaimKey, Family, KeepPolicy, Pool};
+use crate::model::{Addr, AddressSpace, Claim, ClaimKey, Family, KeepPolicy, MacWish, Pool};
 use crate::record::{
-    AttachmentRecord, ClaimRecord, Held, SlotRecord, attachment_key, claim_key, freed_key, freed_of, freed_prefix,
-    slot_key, slot_prefix, space_key,
+    AttachmentRecord, ClaimRecord, EventKind, Held, SlotRecord, attachment_key, claim_key, freed_key, freed_of,
+    freed_prefix, slot_key, slot_prefix, space_key,
 };
 use crate::store::Key;
 
 /// The claim that an attachment has in a family.
 pub(super) struct Entitlement<'a> {
     pub(super) pool: &'a Pool,
-    key: ClaimKey,
+    pub(super) key: ClaimKey,
     /// The address that the configuration fixes.
-    fixed: Option<Addr>,
-    keep: KeepPolicy,
+    pub(super) fixed: Option<Addr>,
+    pub(super) keep: KeepPolicy,
+    pub(super) mac: Option<MacWish>,
+}
+
+impl<'a> Entitlement<'a> {
+    pub(super) fn new(pool: &'a Pool, claim: &Claim) -> Self {
+        Self { pool, key: claim.key.clone(), fixed: claim.address, keep: claim.keep, mac: claim.mac }
+    }
 }
 
 impl Work<'_> {
@@ -35,7 +43,7 @@ impl Work<'_> {
         if let Some((record, version)) = self.record::<AttachmentRecord>(&own_key)? {
             // Committed as a barrier: the record may be another's whose flush is not done.
             draft.guard(&own_key, Some(version));
-            return Ok(draft.commit(Reply::Leased(self.compose(&record, version))));
+            return Ok(draft.commit(Reply::Leased(self.compose(&record, record.sequence(version)))));
         }
         draft.guard(&own_key, None);
         self.guard_registration(&mut draft)?;
@@ -43,16 +51,20 @@ impl Work<'_> {
         let mut claims = Vec::new();
         if let Some(workload) = &request.workload {
             let families = self.layout.families();
-            claims = self.together(families, |family| self.entitlement(workload, request, family))?;
+            let asked = |family| request.addresses.iter().copied().map(Addr::from).find(|a| a.family == family);
+            claims = self.together(families, |family| self.entitlement(workload, request, family, asked(family)))?;
         }
         let wants = self.wants(request, claims.into_iter().flatten().collect())?;
-        let chosen = self.together(&wants, |want| self.lease_one(&mut draft, &request.attachment, want))?;
+        let chosen = self.together(&wants, |want| self.lease_one(&mut draft, request, want))?;
         one_vlan(&chosen)?;
 
         let addresses = chosen.into_iter().map(|(_, held)| held).collect();
-        let mut record = AttachmentRecord { workload: request.workload.clone(), addresses };
+        let node = self.layout.node.as_ref().map(|n| n.name.clone());
+        let mut record =
+            AttachmentRecord { workload: request.workload.clone(), addresses, mac: None, node, sequence: None };
         // The order of the pools in the configuration.
         record.addresses.sort_by_key(|held| self.layout.pools.iter().position(|p| p.name == held.pool));
+        record.mac = draft.mac;
         let reply = Reply::Leased(self.compose(&record, 0));
         draft.put(own_key, &record);
         Ok(draft.commit(reply))
@@ -78,18 +90,19 @@ impl Work<'_> {
     fn lease_one<'a>(
         &'a self,
         draft: &mut Draft,
-        attachment: &AttachmentKey,
+        request: &LeaseRequest,
         want: &Want<'a>,
     ) -> Result<(&'a Pool, Held), Halt> {
         if let Some(claim) = &want.claim {
-            return Ok((claim.pool, self.lease_claimed(draft, attachment, claim, want.asked)?));
+            return Ok((claim.pool, self.lease_claimed(draft, request, claim, want.asked)?));
         }
         let (pool, address) = match want.asked {
             Some(address) => (self.pool_for(&want.pools, address)?, address),
             None => self.pick(&want.pools)?,
         };
-        let slot = SlotRecord::Bound { by: attachment.clone(), claim: None };
+        let slot = SlotRecord::Bound { by: request.attachment.clone(), claim: None };
         self.take(draft, &pool.space, address, &slot, None)?;
+        self.note(draft, &pool.space, address, EventKind::Bound, Some(&request.attachment), request.workload.as_ref());
         Ok((pool, held(pool, address)))
     }
 
@@ -99,16 +112,21 @@ impl Work<'_> {
         workload: &Workload,
         request: &LeaseRequest,
         family: Family,
+        asked: Option<Addr>,
     ) -> Result<Option<Entitlement<'_>>, Halt> {
-        let exact = ClaimKey { workload: workload.clone(), ifname: Some(request.attachment.ifname.clone()) };
-        let names = [exact, ClaimKey { workload: workload.clone(), ifname: None }];
+        let any = ClaimKey::new(workload.clone());
+        let names = [any.clone().on(request.attachment.ifname.clone()), any];
         let pools = || self.layout.pools.iter().filter(|p| p.family() == family);
         for name in &names {
             for pool in pools() {
                 if let Some(claim) = pool.claims.iter().find(|c| c.key == *name) {
-                    let (key, fixed, keep) = (claim.key.clone(), claim.address, claim.keep);
-                    return Ok(Some(Entitlement { pool, key, fixed, keep }));
+                    return Ok(Some(Entitlement::new(pool, claim)));
                 }
+            }
+        }
+        for pool in pools() {
+            if let Some(set) = pool.sets.iter().find(|s| serves(s, workload, &request.attachment)) {
+                return self.member(pool, set, workload, asked).map(Some);
             }
         }
         let spaces = self.spaces();
@@ -118,7 +136,8 @@ impl Work<'_> {
             for name in &names {
                 let Some((record, _)) = self.record::<ClaimRecord>(&claim_key(space, family, name))? else { continue };
                 if let Some(pool) = pools().find(|p| p.space == *space && p.subnet.contains(&record.address)) {
-                    return Ok(Some(Entitlement { pool, key: name.clone(), fixed: None, keep: record.keep }));
+                    let (key, keep, mac) = (name.clone(), record.keep, record.mac);
+                    return Ok(Some(Entitlement { pool, key, fixed: None, keep, mac }));
                 }
             }
         }
@@ -128,12 +147,12 @@ impl Work<'_> {
     fn lease_claimed(
         &self,
         draft: &mut Draft,
-        attachment: &AttachmentKey,
+        request: &LeaseRequest,
         claim: &Entitlement<'_>,
         asked: Option<Addr>,
     ) -> Result<Held, Halt> {
-        let pool = claim.pool;
-        let address = self.settle_claim(draft, pool, &claim.key, claim.fixed, asked, claim.keep)?;
+        let (pool, attachment) = (claim.pool, &request.attachment);
+        let address = self.settle_claim(draft, claim, asked)?;
         if let Some(asked) = asked
             && asked != address
         {
@@ -141,7 +160,10 @@ impl Work<'_> {
             return Err(invalid_request(asked.ip(), &reason));
         }
         let slot = SlotRecord::Bound { by: attachment.clone(), claim: Some(claim.key.clone()) };
-        self.take(draft, &pool.space, address, &slot, Some(&claim.key))?;
+        let joined = self.take(draft, &pool.space, address, &slot, Some(&claim.key))?;
+        let event = if joined { EventKind::Joined } else { EventKind::Bound };
+        self.note(draft, &pool.space, address, event, Some(attachment), request.workload.as_ref());
+        draft.bear(claim.mac.map(|mac| mac.of(address)));
         Ok(held(pool, address))
     }
 
@@ -150,22 +172,27 @@ impl Work<'_> {
     pub(super) fn settle_claim(
         &self,
         draft: &mut Draft,
-        pool: &Pool,
-        claim: &ClaimKey,
-        fixed: Option<Addr>,
+        claim: &Entitlement<'_>,
         first: Option<Addr>,
-        keep: KeepPolicy,
     ) -> Result<Addr, Halt> {
-        let key = claim_key(&pool.space, pool.family(), claim);
+        let &Entitlement { pool, key: ref name, fixed, keep, mac } = claim;
+        let key = claim_key(&pool.space, pool.family(), name);
         let recorded = self.record::<ClaimRecord>(&key)?;
         draft.guard(&key, recorded.as_ref().map(|(_, version)| *version));
+        if let Some((record, _)) = &recorded
+            && let Some(cluster) = &record.away
+        {
+            let holder = format!("claim {name}, which was handed out to cluster {cluster}");
+            return Err(LeaseError::Held { address: record.address, holder }.into());
+        }
         let before = recorded.as_ref().map(|(record, _)| Addr::from(record.address));
-        let address = match (fixed, before) {
+        let kept = before.filter(|before| pool.allowed.contains(before.bits));
+        let address = match (fixed, kept) {
             (Some(fixed), _) => {
                 self.allow(pool, fixed)?;
                 fixed
             }
-            (None, Some(before)) if pool.allowed.contains(before.bits) => before,
+            (None, Some(kept)) if self.has_not_lost(&pool.space, kept, name)? => kept,
             (None, _) => match first.filter(|first| pool.free.contains(first.bits)) {
                 Some(first) => first,
                 None => self.pick_from(pool)?.ok_or_else(|| exhausted(pool))?,
@@ -174,14 +201,16 @@ impl Work<'_> {
         if let (Some(before), Some((record, _))) = (before, &recorded)
             && before != address
         {
-            self.give_up(draft, &pool.space, before, claim, &record.pool)?;
+            self.give_up(draft, &pool.space, before, name, &record.pool)?;
         }
-        let record = ClaimRecord { address: address.ip(), pool: pool.name.clone(), keep };
+        let moves = recorded.as_ref().map_or(0, |(record, _)| record.moves);
+        let record =
+            ClaimRecord { address: address.ip(), pool: pool.name.clone(), keep, mac, gone: false, moves, away: None };
         match keep {
             KeepPolicy::Ephemeral if recorded.is_some() => draft.delete(key),
             KeepPolicy::Ephemeral => {}
-            KeepPolicy::Forever if recorded.is_some_and(|(old, _)| old == record) => {}
-            KeepPolicy::Forever => draft.put(key, &record),
+            _ if recorded.is_some_and(|(old, _)| old == record) => {}
+            _ => draft.put(key, &record),
         }
         Ok(address)
     }
@@ -196,17 +225,19 @@ impl Work<'_> {
         pool: &str,
     ) -> Result<(), Halt> {
         let key = slot_key(space, address);
-        match self.record::<SlotRecord>(&key)? {
-            Some((SlotRecord::Kept { claim: holder }, version)) if holder == *claim => {
-                draft.guard(&key, Some(version));
-                self.free(draft, space, address, pool);
-                Ok(())
-            }
-            Some((SlotRecord::Bound { by, claim: Some(holder) }, _)) if holder == *claim => {
-                Err(LeaseError::Held { address: address.ip(), holder: by.to_string() }.into())
-            }
-            _ => Ok(()),
+        let Some((slot, version)) = self.record::<SlotRecord>(&key)? else { return Ok(()) };
+        if slot.claim() != Some(claim) {
+            return Ok(());
         }
+        if let Some(by) = slot.holder() {
+            return Err(LeaseError::Held { address: address.ip(), holder: by.to_string() }.into());
+        }
+        if matches!(slot, SlotRecord::Kept { .. }) {
+            draft.guard(&key, Some(version));
+            unqueue(draft, space, address, &slot);
+            self.free(draft, space, address, pool);
+        }
+        Ok(())
     }
 
     /// Drafts the release of an address into the queue of its pool.
@@ -215,7 +246,8 @@ impl Work<'_> {
         draft.put_empty(freed_key(space, address, pool, self.now));
     }
 
-    /// Drafts a new use of an address that is free, or kept by `claim`.
+    /// Drafts a new use of an address that is free, or kept by `claim`. Returns whether it was joined instead: another
+    /// has it through the same claim, and a handover permits it.
     pub(super) fn take(
         &self,
         draft: &mut Draft,
@@ -223,27 +255,32 @@ impl Work<'_> {
         address: Addr,
         slot: &SlotRecord,
         claim: Option<&ClaimKey>,
-    ) -> Result<(), Halt> {
+    ) -> Result<bool, Halt> {
         let key = slot_key(space, address);
-        let refuse = |holder: String| Halt::from(LeaseError::Held { address: address.ip(), holder });
+        let refuse = |holder: String| Err(LeaseError::Held { address: address.ip(), holder }.into());
         let current = self.record::<SlotRecord>(&key)?;
         draft.guard(&key, current.as_ref().map(|(_, version)| *version));
-        match current.map(|(slot, _)| slot) {
-            None => {}
-            Some(SlotRecord::Freed { at, pool }) => draft.delete(freed_key(space, address, &pool, at)),
-            Some(SlotRecord::Kept { claim: holder }) if Some(&holder) == claim => {}
-            Some(SlotRecord::Kept { claim: holder }) => return Err(refuse(format!("claim {holder}"))),
-            Some(SlotRecord::Bound { by, claim: Some(holder) }) if Some(&holder) != claim => {
-                return Err(refuse(format!("claim {holder} ({by})")));
-            }
+        let Some((current, _)) = current else {
+            draft.put(key, slot);
+            return Ok(false);
+        };
+        match &current {
+            SlotRecord::Freed { .. } => {}
+            SlotRecord::Kept { claim: holder, .. } if Some(holder) == claim => {}
+            ended if self.has_ended(ended) => {}
+            SlotRecord::Kept { claim: holder, .. } => return refuse(format!("claim {holder}")),
+            SlotRecord::Quarantined { reason, .. } => return refuse(format!("quarantine ({reason})")),
             // Another call for the same attachment has come first since its record was looked for.
-            Some(SlotRecord::Bound { by, .. }) if matches!(slot, SlotRecord::Bound { by: new, .. } if by == *new) => {
-                return Err(Halt::Stale);
+            SlotRecord::Bound { by, .. } if slot.holder() == Some(by) => return Err(Halt::Stale),
+            SlotRecord::Bound { by, claim: Some(holder) } if Some(holder) != claim => {
+                return refuse(format!("claim {holder} ({by})"));
             }
-            Some(SlotRecord::Bound { by, .. }) => return Err(refuse(format!("attachment {by}"))),
+            SlotRecord::Bound { by, .. } => return refuse(format!("attachment {by}")),
+            SlotRecord::Handover { .. } => return self.join(draft, key, address, &current, slot).map(|()| true),
         }
+        unqueue(draft, space, address, &current);
         draft.put(key, slot);
-        Ok(())
+        Ok(false)
     }
 
     /// An address that anybody may get, from the first of the pools that has one.
@@ -270,6 +307,7 @@ impl Work<'_> {
         match self.record::<SlotRecord>(&slot_key(&pool.space, address))? {
             None => Ok(Some(address)),
             Some((SlotRecord::Freed { at, .. }, _)) if !self.cooling(at) => Ok(Some(address)),
+            Some((ended, _)) if self.has_ended(&ended) => Ok(Some(address)),
             Some(_) => Err(Halt::Stale),
         }
     }
@@ -321,7 +359,7 @@ impl Work<'_> {
             }
             match page.last() {
                 Some(last) if page.len() == PAGE => after = Some(last.clone()),
-                _ => return Ok(None),
+                _ => return self.pick_ended(pool),
             }
         }
     }
@@ -389,24 +427,24 @@ fn one_vlan(chosen: &[(&Pool, Held)]) -> Result<(), LeaseError> {
 }
 
 /// Entries of a queue that are looked at together.
-const PAGE: usize = 64;
+pub(super) const PAGE: usize = 64;
 
 /// Spreads 64 bits of entropy over 128, so that wide pools are used in their whole width.
-fn spread(entropy: u64) -> u128 {
+pub(super) fn spread(entropy: u64) -> u128 {
     let entropy = u128::from(entropy);
     (entropy << 64 | entropy).wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835)
 }
 
-fn held(pool: &Pool, address: Addr) -> Held {
+pub(super) fn held(pool: &Pool, address: Addr) -> Held {
     let network = IpNet::new(address.ip(), pool.subnet.prefix_len())
         .expect("an address of the pool's family takes the prefix length of its subnet");
     Held::new(&pool.space, network, &pool.name)
 }
 
-fn exhausted(pool: &Pool) -> LeaseError {
+pub(super) fn exhausted(pool: &Pool) -> LeaseError {
     LeaseError::Exhausted { pool: pool.name.clone(), size: pool.size() }
 }
 
-fn invalid_request(address: IpAddr, reason: &str) -> Halt {
+pub(super) fn invalid_request(address: IpAddr, reason: &str) -> Halt {
     LeaseError::Invalid { field: "addresses".to_owned(), reason: format!("{address}: {reason}") }.into()
 }

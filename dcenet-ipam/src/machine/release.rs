@@ -2,46 +2,57 @@
 
 use dcenet_core::model::AttachmentKey;
 
+use super::claim::unqueue;
+use super::handover::Place;
 use super::{Draft, Halt, REMEMBERED, Reply, Step, Work};
-use crate::model::{Addr, AddressSpace, KeepPolicy};
+use crate::model::{Addr, AddressSpace, NodeName};
 use crate::record::{
-    AttachmentRecord, ClaimRecord, SlotRecord, attachment_key, claim_key, freed_of, freed_prefix, slot_key,
+    AttachmentRecord, ClaimRecord, EventKind, SlotRecord, attachment_key, claim_key, due_key, freed_of, freed_prefix,
+    node_key, slot_key,
 };
 
 impl Work<'_> {
-    pub(super) fn release(&self, attachment: &AttachmentKey, sequence: Option<u64>) -> Result<Step, Halt> {
+    /// With a node, only while its record has the version given.
+    pub(super) fn release(
+        &self,
+        attachment: &AttachmentKey,
+        sequence: Option<u64>,
+        node: Option<(&NodeName, Option<u64>)>,
+    ) -> Result<Step, Halt> {
         let own_key = attachment_key(attachment);
         let mut draft = Draft::default();
+        if let Some((node, version)) = node {
+            let key = node_key(node);
+            self.need([&key, &own_key])?;
+            if self.entry(&key)?.map(|entry| entry.version) != version {
+                return Ok(Step::Done(Reply::NotHeld));
+            }
+            draft.guard(&key, version);
+        }
         let held = self.record::<AttachmentRecord>(&own_key)?;
         draft.guard(&own_key, held.as_ref().map(|(_, version)| *version));
         // Committed as a barrier: what took the lease away may not be flushed yet.
         let Some((record, version)) = held else { return Ok(draft.commit(Reply::NotHeld)) };
-        if sequence.is_some_and(|sequence| sequence != version) {
+        if sequence.is_some_and(|sequence| sequence != record.sequence(version)) {
             return Ok(Step::Done(Reply::NotHeld));
         }
-        let slots: Vec<_> = record.addresses.iter().filter_map(|h| Some((h, h.slot()?))).collect();
-        let keys: Vec<_> = slots.iter().map(|(_, (space, address))| slot_key(space, *address)).collect();
-        self.need(&keys)?;
-        for ((held, (space, address)), key) in slots.iter().zip(&keys) {
-            match self.record::<SlotRecord>(key)? {
-                Some((SlotRecord::Bound { by, claim }, version)) if by == *attachment => {
-                    draft.guard(key, Some(version));
-                    let keeper = match &claim {
-                        Some(claim) => {
-                            let claim_key = claim_key(space, address.family, claim);
-                            let kept = self.record::<ClaimRecord>(&claim_key)?;
-                            draft.guard(&claim_key, kept.as_ref().map(|(_, version)| *version));
-                            kept.filter(|(kept, _)| {
-                                Addr::from(kept.address) == *address && kept.keep == KeepPolicy::Forever
-                            })
-                        }
-                        None => None,
-                    };
-                    match (claim, keeper) {
-                        (Some(claim), Some(_)) => draft.put(key.clone(), &SlotRecord::Kept { claim }),
-                        _ => self.free(&mut draft, space, *address, &held.pool),
-                    }
-                    self.forget_old_releases(&mut draft, space, *address, &held.pool)?;
+        for Place { space, address, pool, key, slot, version } in self.slots_of(&record)? {
+            match &slot {
+                SlotRecord::Handover { by, claim, to: Some(other), joined: true, .. }
+                    if by == attachment || other == attachment =>
+                {
+                    let left = if by == attachment { other } else { by };
+                    draft.guard(&key, Some(version));
+                    unqueue(&mut draft, &space, address, &slot);
+                    draft.put(key, &SlotRecord::Bound { by: left.clone(), claim: Some(claim.clone()) });
+                    self.note(&mut draft, &space, address, EventKind::Released, Some(attachment), None);
+                }
+                SlotRecord::Bound { by, .. } | SlotRecord::Handover { by, .. } if by == attachment => {
+                    draft.guard(&key, Some(version));
+                    self.end_use(&mut draft, &space, address, &slot, &pool)?;
+                    self.note(&mut draft, &space, address, EventKind::Released, None, None);
+                    self.forget_old_releases(&mut draft, &space, address, &pool)?;
+                    self.forget_old_events(&mut draft, &space, address)?;
                 }
                 // Not this attachment's any more: whoever has it keeps it.
                 _ => {}
@@ -49,6 +60,40 @@ impl Work<'_> {
         }
         draft.delete(own_key);
         Ok(draft.commit(Reply::Done))
+    }
+
+    /// Drafts what becomes of an address that nothing is attached to any more.
+    fn end_use(
+        &self,
+        draft: &mut Draft,
+        space: &AddressSpace,
+        address: Addr,
+        slot: &SlotRecord,
+        pool: &str,
+    ) -> Result<(), Halt> {
+        unqueue(draft, space, address, slot);
+        let Some(claim) = slot.claim() else {
+            self.free(draft, space, address, pool);
+            return Ok(());
+        };
+        let claim_key = claim_key(space, address.family, claim);
+        let recorded = self.record::<ClaimRecord>(&claim_key)?;
+        draft.guard(&claim_key, recorded.as_ref().map(|(_, version)| *version));
+        let own = recorded.map(|(record, _)| record).filter(|record| Addr::from(record.address) == address);
+        match own.as_ref().map(|record| self.kept_after(claim, record)) {
+            Some(Some(kept)) => {
+                if let SlotRecord::Kept { until: Some(until), .. } = &kept {
+                    draft.put_empty(due_key(space, address, *until));
+                }
+                draft.put(slot_key(space, address), &kept);
+            }
+            Some(None) => {
+                draft.delete(claim_key);
+                self.free(draft, space, address, pool);
+            }
+            None => self.free(draft, space, address, pool),
+        }
+        Ok(())
     }
 
     /// Drops up to two of the oldest releases of the pool's queue that need not be remembered, so that the queue holds

@@ -1,12 +1,12 @@
 //! Registering pools, recording and forgetting claims.
 
-use std::net::IpAddr;
-
 use dcenet_core::provider::LeaseError;
 
+use super::claim::refuse_away;
+use super::lease::Entitlement;
 use super::{Draft, Halt, Reply, Step, Work};
 use crate::config::overlap;
-use crate::model::{Addr, AddressSpace, ClaimKey, Family, KeepPolicy, Pool};
+use crate::model::{Addr, AddressSpace, Claim, ClaimKey, Family, KeepPolicy, Pool};
 use crate::record::{ClaimRecord, RegisteredPool, SlotRecord, SpaceRecord, claim_key, slot_key, space_key};
 
 /// Sets of claims that a pool remembers as recorded: as many configurations can share it without recording again.
@@ -48,32 +48,27 @@ impl Work<'_> {
         Ok(draft.commit(Reply::Done))
     }
 
-    pub(super) fn reserve(
-        &self,
-        pool: &str,
-        claim: &ClaimKey,
-        address: Option<IpAddr>,
-        keep: KeepPolicy,
-    ) -> Result<Step, Halt> {
+    pub(super) fn record_claim(&self, pool: &str, claim: &Claim) -> Result<Step, Halt> {
         let pool = self.layout.pools.iter().find(|p| p.name == pool).ok_or_else(|| LeaseError::Invalid {
             field: "pool".to_owned(),
             reason: format!("{pool:?} is no pool of this configuration"),
         })?;
-        if keep == KeepPolicy::Ephemeral {
+        if claim.keep == KeepPolicy::Ephemeral {
             let reason = "an ephemeral claim keeps nothing that could be recorded; use forever".to_owned();
             return Err(LeaseError::Invalid { field: "keep".to_owned(), reason }.into());
         }
         let mut draft = Draft::default();
-        let address = self.settle_claim(&mut draft, pool, claim, address.map(Addr::from), None, keep)?;
+        let address = self.settle_claim(&mut draft, &Entitlement::new(pool, claim), None)?;
         let key = slot_key(&pool.space, address);
         match self.record::<SlotRecord>(&key)? {
-            Some((SlotRecord::Kept { claim: holder } | SlotRecord::Bound { claim: Some(holder), .. }, version))
-                if holder == *claim =>
+            Some((slot, version))
+                if slot.claim() == Some(&claim.key) && !matches!(slot, SlotRecord::Quarantined { .. }) =>
             {
                 draft.guard(&key, Some(version));
             }
             _ => {
-                self.take(&mut draft, &pool.space, address, &SlotRecord::Kept { claim: claim.clone() }, Some(claim))?
+                let slot = SlotRecord::Kept { claim: claim.key.clone(), until: None };
+                self.take(&mut draft, &pool.space, address, &slot, Some(&claim.key))?;
             }
         }
         Ok(draft.commit(Reply::Done))
@@ -88,6 +83,7 @@ impl Work<'_> {
             let recorded = self.record::<ClaimRecord>(key)?;
             draft.guard(key, recorded.as_ref().map(|(_, version)| *version));
             if let Some((record, _)) = recorded {
+                refuse_away(claim, &record)?;
                 self.give_up(&mut draft, space, Addr::from(record.address), claim, &record.pool)?;
                 draft.delete(key.clone());
                 known = true;
@@ -109,6 +105,9 @@ fn digest(pool: &Pool) -> Option<u32> {
     for claim in pool.claims.iter().filter(|c| c.keep != KeepPolicy::Ephemeral) {
         if let Some(address) = claim.address {
             hasher.update(format!("{} {address}\n", claim.key).as_bytes());
+            if claim.keep != KeepPolicy::Forever || claim.mac.is_some() {
+                hasher.update(format!("{:?} {:?}\n", claim.keep, claim.mac).as_bytes());
+            }
             any = true;
         }
     }

@@ -8,18 +8,18 @@ mod faults;
 mod group;
 mod lease;
 mod log;
-mod model_check;
 mod log_watch;
-mod pools;
+mod model_check;
 mod plan;
 mod plan_fleet;
 mod plan_property;
+mod pools;
 mod processes;
 mod property;
 mod races;
-mod sim;
 #[cfg(feature = "redb")]
 mod redb;
+mod sim;
 mod watch;
 
 use std::path::Path;

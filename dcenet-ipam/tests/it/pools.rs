@@ -55,9 +55,9 @@ fn a_pool_is_chosen_by_namespace_workload_labels_node_and_network() {
         assert_eq!(pool(&ours, "c9", "shop/db-1", &[("tier", "data"), ("env", "test")]), "shop");
         assert_eq!(block_on(ours.lease(&request("c10", None))).unwrap().addresses[0].pool, "rest");
 
-        let there = ipam(SELECTED, &store).on_node("rack1-n1", labels(&[("zone", "a")])).unwrap();
+        let there = ipam(SELECTED, &store).on_node("rack1-n1".parse().unwrap(), labels(&[("zone", "a")]));
         assert_eq!(pool(&there, "n1", "shop/db-0", &data), "rack1");
-        let other_zone = ipam(SELECTED, &store).on_node("rack1-n1", labels(&[("zone", "b")])).unwrap();
+        let other_zone = ipam(SELECTED, &store).on_node("rack1-n1".parse().unwrap(), labels(&[("zone", "b")]));
         assert_eq!(pool(&other_zone, "n2", "ops/web", &[]), "rest");
         // The configuration may name the node too.
         let written = SELECTED.replacen('{', r#"{ "node": { "name": "rack1-n2", "labels": { "zone": "a" } },"#, 1);
@@ -248,7 +248,8 @@ fn wrong_choices_are_refused_by_field() {
     let six = config(r#"{ "pools": [ { "name": "p", "subnet": "fd00::/64", "mtu": 1279 } ] }"#).layout().unwrap_err();
     assert!(six.to_string().contains("at least 1280"), "{six}");
     let node = r#"{ "node": { "name": "a b" }, "pools": [ { "name": "p", "subnet": "10.0.0.0/24" } ] }"#;
-    assert_eq!(config(node).layout().unwrap_err().field, "ipam.node.name");
+    let error = serde_json::from_str::<IpamConfig>(node).unwrap_err();
+    assert!(error.to_string().contains("\"a b\""), "{error}");
     for bad in [
         r#""select": { "namespace": ["a"] }"#,
         r#""select": { "labels": { "matchExpressions": [ { "key": "a", "operator": "in", "values": ["b"] } ] } }"#,

@@ -111,7 +111,7 @@ fn kills(kind: &str, lives: usize) -> (usize, usize) {
         assert_eq!(addresses.len(), there.len(), "an address twice");
         // At most one lease a life was made and not told.
         assert!(there.len() <= told.len() + lives, "{} are there, {} were told", there.len(), told.len());
-        block_on(ipam.release(&attachment("nobody"))).unwrap();
+        block_on(ipam.release_current(&attachment("nobody"))).unwrap();
     }
     (told.len(), lost)
 }
