@@ -2,10 +2,13 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod claims;
 mod config;
 mod crash;
 mod faults;
 mod group;
+mod handover;
+mod history;
 mod lease;
 mod log;
 mod log_watch;
@@ -16,10 +19,12 @@ mod plan_property;
 mod pools;
 mod processes;
 mod property;
+mod quarantine;
 mod races;
 #[cfg(feature = "redb")]
 mod redb;
 mod sim;
+mod reclaim;
 mod watch;
 
 use std::path::Path;

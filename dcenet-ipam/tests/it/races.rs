@@ -17,7 +17,7 @@ use crate::{each_store, ipam, lease, release, request, texts};
 /// Holds the first two commits that write a key with the prefix until both have come: both were decided from the same
 /// state.
 #[derive(Debug)]
-struct MeetingStore {
+pub(crate) struct MeetingStore {
     inner: Arc<dyn Store>,
     prefix: &'static [u8],
     met: AtomicUsize,
@@ -25,7 +25,7 @@ struct MeetingStore {
 }
 
 impl MeetingStore {
-    fn over(inner: Arc<dyn Store>, prefix: &'static [u8]) -> Arc<dyn Store> {
+    pub(crate) fn over(inner: Arc<dyn Store>, prefix: &'static [u8]) -> Arc<dyn Store> {
         Arc::new(Self { inner, prefix, met: AtomicUsize::new(0), barrier: Barrier::new(2) })
     }
 }
