@@ -21,10 +21,10 @@ mod processes;
 mod property;
 mod quarantine;
 mod races;
+mod reclaim;
 #[cfg(feature = "redb")]
 mod redb;
 mod sim;
-mod reclaim;
 mod watch;
 
 use std::path::Path;
