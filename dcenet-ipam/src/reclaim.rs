@@ -279,7 +279,7 @@ impl<'a> Reclaimer<'a> {
             // The places of a set are of all replicas.
             if recorded.claim.keep != KeepPolicy::Workload
                 || key.1.place.is_some()
-                || workloads.iter().any(|(alive, _)| alive == workload)
+                || places(workloads, workload).next().is_some()
             {
                 continue;
             }
@@ -361,11 +361,20 @@ impl Alive {
         match (self, &record.workload) {
             (Self::Attachments(alive), _) => alive.contains(attachment),
             (Self::Workloads(_), None) => true,
-            (Self::Workloads(alive), Some(workload)) => alive.iter().any(|(name, node)| {
-                name == workload && (node.is_none() || record.node.is_none() || *node == record.node)
-            }),
+            (Self::Workloads(alive), Some(workload)) => {
+                places(alive, workload).any(|node| node.is_none() || record.node.is_none() || *node == record.node)
+            }
         }
     }
+}
+
+/// Where a workload is alive.
+fn places<'a>(
+    alive: &'a BTreeSet<(Workload, Option<NodeName>)>,
+    workload: &'a Workload,
+) -> impl Iterator<Item = &'a Option<NodeName>> {
+    let named = alive.range((workload.clone(), None)..).take_while(move |(name, _)| name == workload);
+    named.map(|(_, node)| node)
 }
 
 /// A node's last sign of life.

@@ -72,8 +72,9 @@ fn a_quarantine_ends_with_its_time() {
             // Repeated, its time begins anew.
             clock.advance(30);
             block_on(ipam.quarantine(&space(), ip("10.9.9.1"), &why(Some(60)))).unwrap();
-            let fill = |n: usize| (0..n).map(|i| lease(&ipam, &format!("c{swept}{i}"), None)).last().unwrap();
-            assert!(fill(4).is_ok());
+            for i in 0..4 {
+                lease(&ipam, &format!("c{swept}{i}"), None).unwrap();
+            }
             clock.advance(40);
             assert!(lease(&ipam, "more", None).is_err());
             clock.advance(21);
