@@ -109,7 +109,7 @@ fn planted_late_lock_holder_is_found() {
 /// kube-ovn#4304, amazon-vpc-cni-k8s#711: rebuilt after a restart from a source that was not complete.
 #[test]
 fn planted_incomplete_rebuild_is_found() {
-    must_be_found(Plant::IncompleteRebuild, &["two holders", "is alive, and the store"]);
+    must_be_found(Plant::IncompleteRebuild, &["two holders", "is alive, and the store", "is kept for"]);
 }
 
 /// cilium#46952, whereabouts#83: IPv6 addresses as 64-bit numbers.
