@@ -4,6 +4,8 @@
 //! namespace of their own. Ours makes every address durable before it answers; theirs never flushes. "With policy" the pod
 //! goes under default deny in both directions while its device is down, and the owner of the policy state, a live one with
 //! a policy of its own, is told; ADD does not wait for the owner.
+//!
+//! The resident set is the greatest of any process of an ADD; its floor is the small process that started it.
 
 use std::path::Path;
 
@@ -15,6 +17,7 @@ use serde_json::json;
 
 const ID: &str = "add-latency";
 const PEER: &str = "bridge + host-local";
+const LAUNCHER: &str = env!("CARGO_BIN_EXE_launcher");
 
 /// The greatest ratios without policy and with it.
 struct Goals {
@@ -102,6 +105,28 @@ fn compare(program: &Path, place: &str, directory: &Path, goals: &Goals, summary
     summary.add(row("add cpu", 1.0, &plain.adds, &theirs.adds, cpu));
     summary.add(row("add with policy cpu", 1.0, &policy.adds, &theirs.adds, cpu));
     summary.add(row("del cpu", 1.0, &plain.dels, &theirs.dels, cpu));
+
+    let mut sets: [Vec<f64>; 3] = Default::default();
+    let mut launchers = Vec::new();
+    let report = directory.join("resident");
+    for round in 0..rounds(9, 3) {
+        for (side, sets) in [&plain, &policy, &theirs].into_iter().zip(&mut sets) {
+            let Side { host, pod, plugin, .. } = side;
+            let container = format!("resident{round}");
+            let resident = host.root().run(|| {
+                let resident = plugin.resident(LAUNCHER.as_ref(), "ADD", &container, pod.path(), &report);
+                plugin.run("DEL", &container, pod.path());
+                resident
+            });
+            sets.push(resident.kib);
+            launchers.push(resident.launcher_kib);
+        }
+    }
+    let launcher = Sample::new(launchers).median();
+    for (variant, ours) in [("add resident set", &sets[0]), ("add with policy resident set", &sets[1])] {
+        let row = Row::compare(ID, &format!("{variant}, {place}"), 1.0, ours, (PEER, &sets[2]));
+        summary.add(row.in_unit("KiB").with_floor(launcher));
+    }
 
     for Side { name, host, pod, plugin, .. } in [&plain, &policy, &theirs] {
         let size = std::fs::metadata(&plugin.program).map_or(0, |m| m.len()) / 1024;

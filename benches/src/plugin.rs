@@ -26,6 +26,15 @@ pub struct Cost {
     pub cpu_ms: f64,
 }
 
+/// The greatest resident set of an execution.
+#[derive(Debug, Clone, Copy)]
+pub struct Resident {
+    /// Of the plugin, or of the largest process that it ran, in KiB.
+    pub kib: f64,
+    /// Of the process that started it, in KiB: the least that could have been seen.
+    pub launcher_kib: f64,
+}
+
 impl Plugin {
     /// Debian's reference plugin of that name, if it is installed.
     pub fn debian(name: &str, config: Value) -> Option<Self> {
@@ -42,9 +51,31 @@ impl Plugin {
         self.run_with_path(verb, container, netns, directory)
     }
 
+    /// The greatest resident set of a verb's processes, started by the benchmarks' small `launcher`, whose report goes to
+    /// the file `report`.
+    ///
+    /// # Panics
+    /// As [`Plugin::run`], and where the launcher is as large as the plugin, for then the figure is the launcher's.
+    pub fn resident(&self, launcher: &Path, verb: &str, container: &str, netns: &Path, report: &Path) -> Resident {
+        let mut command = Command::new(launcher);
+        command.arg(report).arg(&self.program);
+        let directory = self.program.parent().expect("the program has a directory");
+        self.execute(command, verb, container, netns, directory);
+        let text = std::fs::read_to_string(report).expect("the launcher wrote its report");
+        let mut words = text.split_whitespace().map(|word| word.parse().expect("a number"));
+        let mut next = || words.next().expect("two numbers");
+        let resident = Resident { kib: next(), launcher_kib: next() };
+        assert!(resident.kib > resident.launcher_kib, "{}: {resident:?}", self.program.display());
+        resident
+    }
+
     fn run_with_path(&self, verb: &str, container: &str, netns: &Path, directory: &Path) -> Cost {
+        self.execute(Command::new(&self.program), verb, container, netns, directory)
+    }
+
+    fn execute(&self, mut command: Command, verb: &str, container: &str, netns: &Path, directory: &Path) -> Cost {
         let begin = Instant::now();
-        let mut child = Command::new(&self.program)
+        let mut child = command
             .env_clear()
             .env("CNI_COMMAND", verb)
             .env("CNI_CONTAINERID", container)

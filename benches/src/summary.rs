@@ -58,6 +58,12 @@ impl Row {
         }
     }
 
+    /// Says another unit than milliseconds.
+    #[must_use]
+    pub fn in_unit(self, unit: &str) -> Self {
+        Self { unit: unit.to_owned(), ..self }
+    }
+
     /// Adds the floor.
     #[must_use]
     pub fn with_floor(self, floor: f64) -> Self {
