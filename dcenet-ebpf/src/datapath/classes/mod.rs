@@ -142,16 +142,7 @@ impl Classes {
     /// # Errors
     /// [`ClassError`].
     pub fn apply(&mut self, changes: &[(IpNet, Option<ClassId>)]) -> Result<Vec<Write>, ClassError> {
-        let (mut v4, mut v6) = (Vec::new(), Vec::new());
-        for &(prefix, class) in changes {
-            if let Some(class) = class.filter(|class| class & CHILD != 0) {
-                return Err(ClassError::Class { prefix, class });
-            }
-            match prefix.trunc() {
-                IpNet::V4(net) => v4.push((u32::from(net.network()), net.prefix_len(), class)),
-                IpNet::V6(net) => v6.push((u128::from(net.network()), net.prefix_len(), class)),
-            }
-        }
+        let Split { v4, v6 } = split(changes)?;
         self.v4.check(&v4)?;
         let mut writes = Vec::new();
         self.v6.apply(&v6, &mut writes)?;
@@ -164,6 +155,16 @@ impl Classes {
         Ok(writes)
     }
 
+    /// Whether [`Classes::apply`] would make these changes, without making them.
+    ///
+    /// # Errors
+    /// As [`Classes::apply`].
+    pub fn check(&self, changes: &[(IpNet, Option<ClassId>)]) -> Result<(), ClassError> {
+        let Split { v4, v6 } = split(changes)?;
+        self.v4.check(&v4)?;
+        if v6.is_empty() { Ok(()) } else { self.v6.clone().apply(&v6, &mut Vec::new()) }
+    }
+
     /// Frees for reuse what earlier changes have left behind.
     ///
     /// To be called when all stores handed out so far are made, and every program that ran before the last one has ended:
@@ -172,6 +173,27 @@ impl Classes {
         self.v4.settled();
         self.v6.settled();
     }
+}
+
+/// Changes by family: address, prefix length, class.
+#[derive(Default)]
+struct Split {
+    v4: Vec<(u32, u8, Option<ClassId>)>,
+    v6: Vec<(u128, u8, Option<ClassId>)>,
+}
+
+fn split(changes: &[(IpNet, Option<ClassId>)]) -> Result<Split, ClassError> {
+    let mut split = Split::default();
+    for &(prefix, class) in changes {
+        if let Some(class) = class.filter(|class| class & CHILD != 0) {
+            return Err(ClassError::Class { prefix, class });
+        }
+        match prefix.trunc() {
+            IpNet::V4(net) => split.v4.push((u32::from(net.network()), net.prefix_len(), class)),
+            IpNet::V6(net) => split.v6.push((u128::from(net.network()), net.prefix_len(), class)),
+        }
+    }
+    Ok(split)
 }
 
 #[cfg(test)]

@@ -139,7 +139,10 @@ proptest! {
             };
             all.extend(edges(net));
             let before: Vec<ClassId> = all.iter().map(|a| naive(&prefixes, *a)).collect();
-            let writes = match classes.apply(&[(net, *class)]) {
+            let checked = classes.check(&[(net, *class)]);
+            let applied = classes.apply(&[(net, *class)]);
+            prop_assert_eq!(&checked, &applied.as_ref().map(drop).map_err(Clone::clone));
+            let writes = match applied {
                 Ok(writes) => writes,
                 Err(ClassError::Full { .. }) => continue,
                 Err(error) => panic!("{error}"),
@@ -226,6 +229,7 @@ fn a_change_that_finds_no_room_changes_nothing() {
     assert!(classes.apply(&[(net("fd00::/48"), Some(1)), (net("fd00:0:1::/48"), Some(2))]).is_ok());
     let before = format!("{classes:?}");
     let many: Vec<_> = (1..9).map(|i| (net(&format!("fd0{i}:0:0:{i}::/64")), Some(i))).collect();
+    assert!(matches!(classes.check(&many), Err(ClassError::Full { map: abi::CLASS_V6, .. })));
     assert!(matches!(classes.apply(&many), Err(ClassError::Full { map: abi::CLASS_V6, .. })));
     assert_eq!(format!("{classes:?}"), before);
     let error = classes.insert(net("10.0.0.0/8"), 1 << 31).unwrap_err();

@@ -7,7 +7,7 @@ use crate::abi::{
     BLOCK_ENTRIES, CHILD, CLASS_V6, ClassId, MEMBER_DELETED, MEMBER_USED, MemberV6, NodeV6, PROBES_V6, member_v6_place,
 };
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct TableV6 {
     /// What the map of members holds.
     members: Vec<MemberV6>,
