@@ -21,7 +21,11 @@ use ipnet::IpNet;
 use serde::Serialize;
 
 use crate::ids::Ids;
-use crate::model::{Cluster, IpBlock, LabelSelector, Labels, NamespaceMatch, Operator, PodMatch, PodNetwork, Protocol};
+use crate::isolation::Ambiguous;
+use crate::model::{
+    Cluster, IpBlock, LabelSelector, Labels, NamedPort, NamespaceMatch, Operator, Peer, PodMatch, PodNetwork, Protocol,
+    Verdict,
+};
 
 /// A class of addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -36,10 +40,39 @@ impl ClassId {
 /// Something that a policy asks about a peer.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) enum Atom {
-    Pods(PodMatch),
+    Pods(PodMatch, Claim),
     Block(IpBlock),
     Node(String),
-    Port { name: String, protocol: Protocol, port: u16 },
+    Port { name: String, protocol: Protocol, port: u16, claim: Claim },
+}
+
+impl Atom {
+    /// What a rule asks about a peer.
+    pub(crate) fn of(peer: &Peer, claim: Claim) -> Self {
+        match peer {
+            Peer::Pods(pods) => Self::Pods(pods.clone(), claim),
+            Peer::Block(block) => Self::Block(block.clone()),
+        }
+    }
+}
+
+/// Whether a pod that is asked about must be the only one that claims its address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Claim {
+    /// It must.
+    Sole,
+    /// It may be one of several.
+    Any,
+}
+
+impl Claim {
+    /// What a rule asks for: where it is not known who has an address, nobody is allowed by it and everybody denied.
+    pub(crate) fn needed(action: Verdict) -> Self {
+        match action {
+            Verdict::Allow => Self::Sole,
+            Verdict::Deny => Self::Any,
+        }
+    }
 }
 
 /// An atom's number; never reused.
@@ -138,7 +171,12 @@ pub(crate) struct Classified {
 /// Which atoms a class satisfies, in ascending order.
 pub(crate) type ClassKey = Vec<AtomId>;
 
-pub(crate) fn classify(cluster: &Cluster, atoms: &HashMap<Atom, AtomId>, classes: &mut Ids<ClassKey>) -> Classified {
+pub(crate) fn classify(
+    cluster: &Cluster,
+    ambiguous: &Ambiguous,
+    atoms: &HashMap<Atom, AtomId>,
+    classes: &mut Ids<ClassKey>,
+) -> Classified {
     let sets = prefix_sets(atoms);
     let mut used = BTreeSet::new();
     let mut class_of = |key: &ClassKey| {
@@ -150,7 +188,7 @@ pub(crate) fn classify(cluster: &Cluster, atoms: &HashMap<Atom, AtomId>, classes
     for (prefix, key) in &sets {
         table.prefixes.insert(*prefix, class_of(key));
     }
-    for (address, mut key) in exact_sets(cluster, atoms) {
+    for (address, mut key) in exact_sets(cluster, ambiguous, atoms) {
         let inherited = longest(&sets, address).cloned().unwrap_or_default();
         key.extend(inherited);
         key.sort_unstable();
@@ -196,7 +234,7 @@ fn prefix_sets(atoms: &HashMap<Atom, AtomId>) -> BTreeMap<IpNet, ClassKey> {
 }
 
 /// The atoms, blocks aside, of each address that a pod or node holds; addresses without any are left out.
-fn exact_sets(cluster: &Cluster, atoms: &HashMap<Atom, AtomId>) -> BTreeMap<IpAddr, ClassKey> {
+fn exact_sets(cluster: &Cluster, ambiguous: &Ambiguous, atoms: &HashMap<Atom, AtomId>) -> BTreeMap<IpAddr, ClassKey> {
     let mut sets: BTreeMap<IpAddr, ClassKey> = BTreeMap::new();
     let mut add = |address: &IpAddr, ids: &[AtomId]| {
         if !ids.is_empty() {
@@ -208,7 +246,7 @@ fn exact_sets(cluster: &Cluster, atoms: &HashMap<Atom, AtomId>) -> BTreeMap<IpAd
             addresses.iter().for_each(|address| add(address, &[*id]));
         }
     }
-    let mut by_namespace: HashMap<&str, Vec<(AtomId, &LabelSelector)>> = HashMap::new();
+    let mut by_namespace: HashMap<&str, Vec<(AtomId, &LabelSelector, Claim)>> = HashMap::new();
     let namespaces: BTreeSet<&str> = cluster.pods.keys().map(|pod| pod.namespace.as_str()).collect();
     for namespace in namespaces {
         by_namespace.insert(namespace, Vec::new());
@@ -216,17 +254,17 @@ fn exact_sets(cluster: &Cluster, atoms: &HashMap<Atom, AtomId>) -> BTreeMap<IpAd
     let labels: HashMap<&str, Labels> =
         by_namespace.keys().map(|namespace| (*namespace, cluster.namespace_labels(namespace))).collect();
     for (atom, id) in atoms {
-        let Atom::Pods(PodMatch { namespaces, pods }) = atom else { continue };
+        let Atom::Pods(PodMatch { namespaces, pods }, claim) = atom else { continue };
         match namespaces {
             NamespaceMatch::Named(name) => {
                 if let Some(list) = by_namespace.get_mut(name.as_str()) {
-                    list.push((*id, pods));
+                    list.push((*id, pods, *claim));
                 }
             }
             NamespaceMatch::Selected(selector) => {
                 for (namespace, list) in &mut by_namespace {
                     if selector_holds(selector, &labels[namespace]) {
-                        list.push((*id, pods));
+                        list.push((*id, pods, *claim));
                     }
                 }
             }
@@ -237,13 +275,23 @@ fn exact_sets(cluster: &Cluster, atoms: &HashMap<Atom, AtomId>) -> BTreeMap<IpAd
             continue;
         }
         let candidates = by_namespace.get(id.namespace.as_str()).into_iter().flatten();
-        let mut set: ClassKey =
-            candidates.filter(|(_, selector)| selector_holds(selector, &pod.labels)).map(|(atom, _)| *atom).collect();
-        for port in &pod.ports {
-            let atom = Atom::Port { name: port.name.clone(), protocol: port.protocol, port: port.port };
-            set.extend(atoms.get(&atom));
+        let mut sets = [Claim::Sole, Claim::Any].map(|claim| (claim, ClassKey::new()));
+        for (atom, _, claim) in candidates.filter(|(_, selector, _)| selector_holds(selector, &pod.labels)) {
+            sets.iter_mut().filter(|(of, _)| of == claim).for_each(|(_, set)| set.push(*atom));
         }
-        pod.addresses.iter().for_each(|address| add(address, &set));
+        for (claim, set) in &mut sets {
+            for port in &pod.ports {
+                let NamedPort { name, protocol, port } = port.clone();
+                set.extend(atoms.get(&Atom::Port { name, protocol, port, claim: *claim }));
+            }
+        }
+        for address in &pod.addresses {
+            for (claim, set) in &sets {
+                if *claim == Claim::Any || !ambiguous.contains_key(address) {
+                    add(address, set);
+                }
+            }
+        }
     }
     sets
 }

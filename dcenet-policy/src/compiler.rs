@@ -11,25 +11,30 @@
 //! by its old policy or by its new one, as long as the peer itself is the same. A peer whose own labels, namespace
 //! or ports changed may count as unknown to a policy set that is replaced in the same update, until step 3.
 //!
+//! What cannot be enforced as it stands closes the pods that it concerns and nobody else: [`Update::faults`] names it,
+//! and [`isolation`](crate::isolation) the verdicts.
+//!
 //! Until released, what fell out of use keeps its number, and classes still distinguish what only retired policy
 //! sets ask; so an enforcer that never releases pays with ever more classes.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::IpAddr;
 use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::classes::{self, AddressTable, Atom, AtomId, ClassId, ClassKey, TableChanges, selector_holds};
+use crate::classes::{self, AddressTable, Atom, AtomId, Claim, ClassId, ClassKey, TableChanges, selector_holds};
 use crate::diagram::Diagram;
 use crate::flatten::{self, ClassMembers, FlatSet, Flattener, SetKey, Signatures};
 use crate::ids::Ids;
 use crate::ir::{Leaf, RuleId, RuleList};
-use crate::model::{Cluster, Direction, NamespaceMatch, PodId, PodMatch, PodNetwork, Policy, PolicyId, RuleRef, Tuple};
+use crate::isolation::{self, Ambiguous, Fault, Obstacle, Refusals};
+use crate::model::{
+    Cluster, Direction, NamespaceMatch, Peer, PodId, PodMatch, PodNetwork, Policy, PolicyId, RuleRef, Tuple,
+};
 use crate::opt::{self, Shadowed};
 use crate::verify;
 
-/// Why a cluster cannot be compiled. The compiler then stands as before the call.
+/// Why something cannot be compiled.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum CompileError {
@@ -50,16 +55,6 @@ pub enum CompileError {
         key: PolicyId,
         /// The policy's own id.
         id: PolicyId,
-    },
-    /// Two pods hold one address, so a peer has two identities.
-    #[error("address {address} is held by pods {first} and {second}; remove it from the one that is gone")]
-    DuplicateAddress {
-        /// The address.
-        address: IpAddr,
-        /// One holder.
-        first: PodId,
-        /// The other.
-        second: PodId,
     },
 }
 
@@ -174,6 +169,7 @@ impl RuleTable {
             (RuleId::NOT_GOVERNED, _) => "no policy governs the pod in this direction".to_owned(),
             (RuleId::ISOLATED, _) => "isolated; no rule matches".to_owned(),
             (RuleId::OWN_NODE, _) => "the peer is the pod's own node".to_owned(),
+            (RuleId::REFUSED, _) => "closed, for a policy cannot be enforced; no other allows it".to_owned(),
             (_, Some(rule)) => rule.to_string(),
             (RuleId(number), None) => format!("rule {number}, no longer in use"),
         }
@@ -198,6 +194,8 @@ pub struct Update {
     pub rules: Arc<RuleTable>,
     /// Classes in use, the unknown one included.
     pub classes: usize,
+    /// What is closed instead of enforced as written.
+    pub faults: Vec<Fault>,
 }
 
 impl Update {
@@ -216,12 +214,35 @@ impl Update {
     }
 }
 
+impl Compiled {
+    fn into_update(self, endpoints: &BTreeMap<&PodId, [SetKey; 2]>) -> (State, Update) {
+        let Self { next, table_changes, classes } = self;
+        let plan = |[ingress, egress]: &[SetKey; 2]| EndpointPlan {
+            ingress: Arc::clone(&next.sets[ingress].0),
+            egress: Arc::clone(&next.sets[egress].0),
+        };
+        let update = Update {
+            generation: next.generation,
+            endpoints: endpoints.iter().map(|(pod, keys)| ((*pod).clone(), plan(keys))).collect(),
+            retiring: next.retired_sets.iter().map(|(_, set, _)| Arc::clone(set)).collect(),
+            table: Arc::clone(&next.table),
+            table_changes,
+            rules: Arc::clone(&next.rule_table),
+            classes,
+            faults: Vec::new(),
+        };
+        (next, update)
+    }
+}
+
 /// Compiles clusters, one after the other, keeping numbers and artefacts where it can.
 #[derive(Debug, Clone)]
 pub struct Compiler {
     scope: Scope,
     limits: Limits,
     state: State,
+    /// Of the last update, so that it need not be found out again each time.
+    too_large: TooLarge,
     #[cfg(feature = "test-support")]
     planted: Option<crate::test_support::PlantedBug>,
 }
@@ -243,17 +264,9 @@ struct State {
     rule_table: Arc<RuleTable>,
 }
 
-impl Default for Compiler {
-    /// For every pod, with the default limits.
-    fn default() -> Self {
-        Self::new(Scope::Cluster, Limits::default())
-    }
-}
-
-impl Compiler {
-    /// Starts without a cluster.
-    pub fn new(scope: Scope, limits: Limits) -> Self {
-        let state = State {
+impl State {
+    fn new() -> Self {
+        Self {
             generation: 0,
             atoms: HashMap::new(),
             retired_atoms: HashMap::new(),
@@ -266,11 +279,35 @@ impl Compiler {
             programs: HashMap::new(),
             table: Arc::default(),
             rule_table: Arc::default(),
-        };
+        }
+    }
+}
+
+/// Lists that cannot be compiled.
+type TooLarge = HashMap<RuleList, CompileError>;
+
+/// A compilation that nothing stood in the way of.
+struct Compiled {
+    next: State,
+    table_changes: TableChanges,
+    classes: usize,
+}
+
+impl Default for Compiler {
+    /// For every pod, with the default limits.
+    fn default() -> Self {
+        Self::new(Scope::Cluster, Limits::default())
+    }
+}
+
+impl Compiler {
+    /// Starts without a cluster.
+    pub fn new(scope: Scope, limits: Limits) -> Self {
         Self {
             scope,
             limits,
-            state,
+            state: State::new(),
+            too_large: HashMap::new(),
             #[cfg(feature = "test-support")]
             planted: None,
         }
@@ -279,8 +316,13 @@ impl Compiler {
     /// Makes the compiler wrong in one way, to prove that a comparison notices.
     #[cfg(feature = "test-support")]
     pub fn with_planted_bug(mut self, bug: crate::test_support::PlantedBug) -> Self {
-        self.planted = Some(bug);
+        self.plant_bug(bug);
         self
+    }
+
+    #[cfg(feature = "test-support")]
+    pub(crate) fn plant_bug(&mut self, bug: crate::test_support::PlantedBug) {
+        self.planted = Some(bug);
     }
 
     /// Gives rules the ids that an earlier compiler gave them, so that counters and events keep their meaning over a
@@ -296,18 +338,107 @@ impl Compiler {
     /// Compiles a cluster's present state.
     ///
     /// Numbers of classes, rules and sets that were in use stay theirs; unchanged sets and programs are those of the
-    /// update before (`Arc::ptr_eq`).
+    /// update before (`Arc::ptr_eq`). What is beyond a limit is closed and told by [`Update::faults`]; each update tries
+    /// it again.
     ///
     /// # Errors
     ///
-    /// [`CompileError`]; the compiler is then as if it had not been called, and the last update stands.
+    /// [`CompileError::MisfiledPolicy`], and [`CompileError::ImplLimitExceeded`] only where the limits have no room for
+    /// a pod that nothing is allowed to. The compiler is then as if it had not been called, and the last update stands.
     pub fn update(&mut self, cluster: &Cluster) -> Result<Update, CompileError> {
+        self.update_within(cluster, |_| Ok(()))
+    }
+
+    /// As [`Compiler::update`], for a caller whose tables have less room than the limits: `room` says whether an update
+    /// fits. Where it does not, policies are left out until it does, those first that ask for the most peers of whom no
+    /// policy in force asks.
+    ///
+    /// # Errors
+    ///
+    /// As [`Compiler::update`]; the error of `room` where not even an update without any peers fits, and of limits that
+    /// are too small for closing.
+    pub fn update_within(
+        &mut self,
+        cluster: &Cluster,
+        mut room: impl FnMut(&Update) -> Result<(), CompileError>,
+    ) -> Result<Update, CompileError> {
         check(cluster)?;
+        let ambiguous = isolation::ambiguous(cluster);
+        let whole = self.set_keys(cluster);
+        let mut refusals = Refusals::default();
+        let mut too_large = TooLarge::new();
+        let (next, mut update) = loop {
+            let endpoints: BTreeMap<&PodId, [SetKey; 2]> =
+                whole.iter().map(|(pod, keys)| (pod, keys.each_ref().map(|key| refusals.applied_to(key)))).collect();
+            let compiled = self.attempt(cluster, &ambiguous, endpoints.values().flatten().collect(), &mut too_large);
+            let obstacle = match compiled {
+                Ok(compiled) => {
+                    let (next, update) = compiled.into_update(&endpoints);
+                    match room(&update) {
+                        Ok(()) => break (next, update),
+                        Err(error) => Obstacle::Together(error),
+                    }
+                }
+                Err(obstacle) => obstacle,
+            };
+            #[cfg(feature = "test-support")]
+            if self.planted == Some(crate::test_support::PlantedBug::NothingIsolated) {
+                return Err(obstacle.into_error());
+            }
+            match obstacle {
+                Obstacle::Sets(sets) => {
+                    for (key, error) in sets {
+                        refusals.blame(key, error, |single| {
+                            self.compiles_alone(cluster, &ambiguous, &single, &mut too_large)
+                        })?;
+                    }
+                }
+                Obstacle::Together(error) => {
+                    let known =
+                        |peer: &Peer, action| self.state.atoms.contains_key(&Atom::of(peer, Claim::needed(action)));
+                    refusals.blame_heaviest(cluster, endpoints.values().flatten(), known, error)?;
+                }
+            }
+        };
+        let addresses = ambiguous.into_iter().map(|(address, pods)| Fault::AmbiguousAddress { address, pods });
+        let refused = refusals.faults(whole.iter().flat_map(|(pod, keys)| keys.iter().map(move |key| (pod, key))));
+        update.faults = addresses.chain(refused).collect();
+        self.state = next;
+        self.too_large = too_large;
+        Ok(update)
+    }
+
+    /// Whether a policy set is within the limits, if there is no other.
+    fn compiles_alone(
+        &self,
+        cluster: &Cluster,
+        ambiguous: &Ambiguous,
+        key: &SetKey,
+        too_large: &mut TooLarge,
+    ) -> Result<(), CompileError> {
+        let mut fresh = Self::new(self.scope.clone(), self.limits.clone());
+        fresh.too_large.clone_from(&self.too_large);
+        #[cfg(feature = "test-support")]
+        {
+            fresh.planted = self.planted;
+        }
+        match fresh.attempt(cluster, ambiguous, [key].into(), too_large) {
+            Err(obstacle) => Err(obstacle.into_error()),
+            Ok(_) => Ok(()),
+        }
+    }
+
+    /// Compiles policy sets, and changes nothing of the compiler's.
+    fn attempt(
+        &self,
+        cluster: &Cluster,
+        ambiguous: &Ambiguous,
+        keys: BTreeSet<&SetKey>,
+        too_large: &mut TooLarge,
+    ) -> Result<Compiled, Obstacle> {
         let mut next = self.state.clone();
         next.generation += 1;
-
-        let endpoints = self.set_keys(cluster);
-        let keys: BTreeSet<&SetKey> = endpoints.values().flatten().collect();
+        let mut failed = Vec::new();
 
         let named_ports = flatten::named_ports(cluster);
         let mut flattener = Flattener {
@@ -324,7 +455,14 @@ impl Compiler {
         };
         let mut flat: Vec<(&SetKey, FlatSet)> = Vec::with_capacity(keys.len());
         for key in keys {
-            flat.push((key, flattener.flatten(key)?));
+            match flattener.flatten(key) {
+                Ok(set) => flat.push((key, set)),
+                Err(error) => failed.push((key.clone(), error)),
+            }
+        }
+        // What they ask about peers would be in everybody's way.
+        if !failed.is_empty() {
+            return Err(Obstacle::Sets(failed));
         }
         let Flattener { atoms, next_atom, rules_used, .. } = flattener;
         next.retired_atoms.retain(|atom, _| !atoms.contains_key(atom));
@@ -334,7 +472,7 @@ impl Compiler {
         (next.next_atom, next.atoms) = (next_atom, atoms);
         next.atoms.extend(next.retired_atoms.keys().map(|atom| (atom.clone(), self.state.atoms[atom])));
 
-        let classified = classes::classify(cluster, &next.atoms, &mut next.classes);
+        let classified = classes::classify(cluster, ambiguous, &next.atoms, &mut next.classes);
         let members = ClassMembers::new(next.classes.iter(), next.classes.end());
 
         let old_programs = std::mem::take(&mut next.programs);
@@ -343,12 +481,24 @@ impl Compiler {
         for (key, set) in &flat {
             let before = old_sets.remove(*key);
             let mut signatures = before.as_ref().map(|(_, signatures)| signatures.clone()).unwrap_or_default();
-            let (list, locals) = signatures.resolve(set, &members, next.generation, &self.limits)?;
+            let (list, locals) = match signatures.resolve(set, &members, next.generation, &self.limits) {
+                Ok(resolved) => resolved,
+                Err(error) => {
+                    failed.push(((*key).clone(), error));
+                    continue;
+                }
+            };
             let id = next.set_ids.intern(&((*key).clone(), signatures.epoch));
             sets_used.insert(id);
             let program = match old_programs.get(&list).or_else(|| next.programs.get(&list)) {
                 Some(program) => Arc::clone(program),
-                None => Arc::new(self.compile(&list)?),
+                None => match self.compile(&list, too_large) {
+                    Ok(program) => Arc::new(program),
+                    Err(error) => {
+                        failed.push(((*key).clone(), error));
+                        continue;
+                    }
+                },
             };
             next.programs.insert(Arc::new(list), Arc::clone(&program));
             let before = match before {
@@ -363,6 +513,9 @@ impl Compiler {
             });
             let set = same.unwrap_or_else(|| Arc::new(PolicySet { id: SetId(id), program, locals: locals.into() }));
             next.sets.insert((*key).clone(), (set, signatures));
+        }
+        if !failed.is_empty() {
+            return Err(Obstacle::Sets(failed));
         }
 
         let gone = old_sets.into_values().map(|(set, signatures)| (next.generation, set, signatures));
@@ -388,21 +541,8 @@ impl Compiler {
         next.rules.retire_others(&rules_used, next.generation);
         next.set_ids.retire_others(&sets_used, next.generation);
 
-        let plan = |[ingress, egress]: &[SetKey; 2]| EndpointPlan {
-            ingress: Arc::clone(&next.sets[ingress].0),
-            egress: Arc::clone(&next.sets[egress].0),
-        };
-        let update = Update {
-            generation: next.generation,
-            endpoints: endpoints.iter().map(|(pod, keys)| (pod.clone(), plan(keys))).collect(),
-            retiring: next.retired_sets.iter().map(|(_, set, _)| Arc::clone(set)).collect(),
-            table: Arc::clone(&next.table),
-            table_changes,
-            rules: Arc::clone(&next.rule_table),
-            classes: classified.used.len() + usize::from(!classified.used.contains(&ClassId::UNKNOWN.0)),
-        };
-        self.state = next;
-        Ok(update)
+        let classes = classified.used.len() + usize::from(!classified.used.contains(&ClassId::UNKNOWN.0));
+        Ok(Compiled { next, table_changes, classes })
     }
 
     /// Says that nothing older than `generation` is in force any more: its tables and programs are written, and every
@@ -423,12 +563,18 @@ impl Compiler {
         });
     }
 
-    fn compile(&self, list: &RuleList) -> Result<Program, CompileError> {
-        debug_verify(list);
-        let opt::Optimised { list, shadowed } = opt::optimise(list, &self.limits)?;
-        debug_verify(&list);
-        let diagram = Diagram::build(&list, &self.limits)?;
-        Ok(Program { list, diagram, shadowed })
+    /// Whether something is kept for programs that may still run, until [`Compiler::release`].
+    pub fn is_unreleased(&self) -> bool {
+        !self.state.retired_atoms.is_empty() || !self.state.retired_sets.is_empty()
+    }
+
+    fn compile(&self, list: &RuleList, too_large: &mut TooLarge) -> Result<Program, CompileError> {
+        let known = self.too_large.get(list).or_else(|| too_large.get(list)).cloned();
+        let compiled = known.map_or_else(|| compile(list, &self.limits), Err);
+        if let Err(error) = &compiled {
+            too_large.insert(list.clone(), error.clone());
+        }
+        compiled
     }
 
     /// For each endpoint in scope what identifies its policy sets, ingress first.
@@ -481,7 +627,7 @@ impl Compiler {
                         named_ports.insert((name.clone(), *protocol), numbers);
                     }
                 }
-                SetKey { direction, policies, node, named_ports }
+                SetKey { direction, policies, node, named_ports, refused: BTreeSet::new() }
             });
             endpoints.insert(id.clone(), keys);
         }
@@ -493,16 +639,15 @@ fn check(cluster: &Cluster) -> Result<(), CompileError> {
     if let Some((key, policy)) = cluster.policies.iter().find(|(key, policy)| **key != policy.id) {
         return Err(CompileError::MisfiledPolicy { key: key.clone(), id: policy.id.clone() });
     }
-    let mut holders: HashMap<IpAddr, &PodId> = HashMap::new();
-    for (id, pod) in cluster.pods.iter().filter(|(_, pod)| pod.network == PodNetwork::Own) {
-        for address in &pod.addresses {
-            if let Some(first) = holders.insert(*address, id) {
-                let (first, second) = (first.clone(), id.clone());
-                return Err(CompileError::DuplicateAddress { address: *address, first, second });
-            }
-        }
-    }
     Ok(())
+}
+
+fn compile(list: &RuleList, limits: &Limits) -> Result<Program, CompileError> {
+    debug_verify(list);
+    let opt::Optimised { list, shadowed } = opt::optimise(list, limits)?;
+    debug_verify(&list);
+    let diagram = Diagram::build(&list, limits)?;
+    Ok(Program { list, diagram, shadowed })
 }
 
 /// Beyond any id that a compiler gives in practice, and few enough to keep a place for each.

@@ -3,6 +3,7 @@
 //! It is the oracle that compiler, simulator and kernel are compared with, so it shares no code with them, and is
 //! written to be read beside the steps in [`model`](crate::model). Its cost is linear in policies and pods.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::IpAddr;
 
@@ -36,6 +37,8 @@ pub enum Reason {
     Rule(RuleRef),
     /// These policies govern the pod in this direction, and no rule of theirs matches.
     Isolated(Vec<PolicyId>),
+    /// These policies govern the pod in this direction and are not enforced; no other that may speak allows it.
+    Refused(Vec<PolicyId>),
 }
 
 impl fmt::Display for Decision {
@@ -53,13 +56,23 @@ impl fmt::Display for Reason {
             Self::Rule(rule) => rule.fmt(f),
             Self::Isolated(policies) => {
                 f.write_str("isolated by")?;
-                for (index, policy) in policies.iter().enumerate() {
-                    write!(f, "{} {policy}", if index == 0 { "" } else { "," })?;
-                }
+                list(f, policies)?;
                 f.write_str("; no rule matches")
+            }
+            Self::Refused(policies) => {
+                f.write_str("closed, for it is not enforced:")?;
+                list(f, policies)?;
+                f.write_str("; no other policy allows it")
             }
         }
     }
+}
+
+fn list(f: &mut fmt::Formatter<'_>, policies: &[PolicyId]) -> fmt::Result {
+    for (index, policy) in policies.iter().enumerate() {
+        write!(f, "{} {policy}", if index == 0 { "" } else { "," })?;
+    }
+    Ok(())
 }
 
 /// The question cannot be answered.
@@ -71,12 +84,30 @@ pub enum EvalError {
     UnknownPod(PodId),
 }
 
+/// Policies that are not enforced in a direction of a pod, because a compiler cannot.
+pub type Refused = BTreeSet<(PodId, Direction, PolicyId)>;
+
 /// Judges a packet by the policies of one pod.
 ///
 /// # Errors
 ///
 /// [`EvalError::UnknownPod`] if the cluster has no such pod.
 pub fn evaluate(cluster: &Cluster, subject: &PodId, tuple: &Tuple) -> Result<Decision, EvalError> {
+    evaluate_without(cluster, &Refused::new(), subject, tuple)
+}
+
+/// Judges a packet where some policies are not enforced: such a policy allows nothing, and where one of its rules denies,
+/// no policy after it allows anything either.
+///
+/// # Errors
+///
+/// [`EvalError::UnknownPod`] if the cluster has no such pod.
+pub fn evaluate_without(
+    cluster: &Cluster,
+    refused: &Refused,
+    subject: &PodId,
+    tuple: &Tuple,
+) -> Result<Decision, EvalError> {
     let pod = cluster.pods.get(subject).ok_or_else(|| EvalError::UnknownPod(subject.clone()))?;
     if pod.network == PodNetwork::Host {
         return Ok(Decision { verdict: Verdict::Allow, reason: Reason::HostNetwork });
@@ -94,13 +125,30 @@ pub fn evaluate(cluster: &Cluster, subject: &PodId, tuple: &Tuple) -> Result<Dec
         return Ok(Decision { verdict: Verdict::Allow, reason: Reason::OwnNode });
     }
 
-    let peer = pod_at(cluster, tuple.peer);
-    let destination = match tuple.direction {
-        Direction::Ingress => Some(pod),
-        Direction::Egress => peer.map(|(_, pod)| pod),
-    };
+    let claimants = pods_at(cluster, tuple.peer);
+    let not_enforced: Vec<PolicyId> = governing
+        .iter()
+        .map(|policy| policy.id.clone())
+        .filter(|id| refused.contains(&(subject.clone(), tuple.direction, id.clone())))
+        .collect();
     for policy in &governing {
+        if not_enforced.contains(&policy.id) {
+            if policy.rules(tuple.direction).unwrap_or_default().iter().any(|rule| rule.action == Verdict::Deny) {
+                break;
+            }
+            continue;
+        }
         for (index, rule) in policy.rules(tuple.direction).unwrap_or_default().iter().enumerate() {
+            // An address that several pods claim is none's to whom it would open something, and everybody's to whom it
+            // is closed.
+            let peer: &[(&PodId, &Pod)] = match rule.action {
+                Verdict::Allow if claimants.len() > 1 => &[],
+                Verdict::Allow | Verdict::Deny => &claimants,
+            };
+            let destination: Vec<&Pod> = match tuple.direction {
+                Direction::Ingress => vec![pod],
+                Direction::Egress => peer.iter().map(|(_, pod)| *pod).collect(),
+            };
             let peer_index = match &rule.peers {
                 Peers::Any => None,
                 Peers::OneOf(peers) => {
@@ -115,7 +163,7 @@ pub fn evaluate(cluster: &Cluster, subject: &PodId, tuple: &Tuple) -> Result<Dec
             let port_index = match &rule.ports {
                 Ports::Any => None,
                 Ports::OneOf(ports) => {
-                    match ports.iter().position(|candidate| matches_port(candidate, tuple, destination)) {
+                    match ports.iter().position(|candidate| matches_port(candidate, tuple, &destination)) {
                         Some(found) => Some(found),
                         None => continue,
                     }
@@ -131,6 +179,9 @@ pub fn evaluate(cluster: &Cluster, subject: &PodId, tuple: &Tuple) -> Result<Dec
             return Ok(Decision { verdict: rule.action, reason: Reason::Rule(decided) });
         }
     }
+    if !not_enforced.is_empty() {
+        return Ok(Decision { verdict: Verdict::Deny, reason: Reason::Refused(not_enforced) });
+    }
     let isolating = governing.iter().map(|policy| policy.id.clone()).collect();
     Ok(Decision { verdict: Verdict::Deny, reason: Reason::Isolated(isolating) })
 }
@@ -140,28 +191,29 @@ fn is_own_node(cluster: &Cluster, pod: &Pod, address: IpAddr) -> bool {
     cluster.nodes.get(node).is_some_and(|addresses| addresses.contains(&address))
 }
 
-/// The pod that holds an address of its own.
-fn pod_at(cluster: &Cluster, address: IpAddr) -> Option<(&PodId, &Pod)> {
-    cluster.pods.iter().find(|(_, pod)| pod.network == PodNetwork::Own && pod.addresses.contains(&address))
+/// The pods that claim an address as their own; more than one only by mistake.
+fn pods_at(cluster: &Cluster, address: IpAddr) -> Vec<(&PodId, &Pod)> {
+    let holds = |pod: &Pod| pod.network == PodNetwork::Own && pod.addresses.contains(&address);
+    cluster.pods.iter().filter(|(_, pod)| holds(pod)).collect()
 }
 
-fn matches_peer(cluster: &Cluster, peer: &Peer, address: IpAddr, pod: Option<(&PodId, &Pod)>) -> bool {
+fn matches_peer(cluster: &Cluster, peer: &Peer, address: IpAddr, pods: &[(&PodId, &Pod)]) -> bool {
     match peer {
-        Peer::Pods(wanted) => pod.is_some_and(|(id, pod)| selects(cluster, wanted, id, pod)),
+        Peer::Pods(wanted) => pods.iter().any(|(id, pod)| selects(cluster, wanted, id, pod)),
         Peer::Block(IpBlock { cidr, except }) => {
             cidr.contains(&address) && !except.iter().any(|hole| hole.contains(&address))
         }
     }
 }
 
-fn matches_port(wanted: &PortMatch, tuple: &Tuple, destination: Option<&Pod>) -> bool {
+fn matches_port(wanted: &PortMatch, tuple: &Tuple, destinations: &[&Pod]) -> bool {
     if wanted.protocol != tuple.protocol {
         return false;
     }
     match &wanted.port {
         PortSpec::Any => true,
         PortSpec::Range { first, last } => *first <= tuple.port && tuple.port <= *last,
-        PortSpec::Named(name) => destination.is_some_and(|pod| {
+        PortSpec::Named(name) => destinations.iter().any(|pod| {
             pod.ports.iter().any(|p| p.name == *name && p.protocol == tuple.protocol && p.port == tuple.port)
         }),
     }

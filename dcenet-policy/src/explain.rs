@@ -15,8 +15,8 @@ pub struct Explanation {
     pub subject: PodId,
     /// The question.
     pub tuple: Tuple,
-    /// The pod at the other end, where the address is one's.
-    pub peer_pod: Option<PodId>,
+    /// The pods at the other end: none where the address is no pod's, several only where each claims it by mistake.
+    pub peer_pods: Vec<PodId>,
     /// The node that holds the peer's address, where one does.
     pub peer_node: Option<String>,
     /// The answer.
@@ -48,11 +48,12 @@ impl ConnectionExplanation {
 /// [`EvalError::UnknownPod`] if the cluster has no such pod.
 pub fn explain(cluster: &Cluster, subject: &PodId, tuple: &Tuple) -> Result<Explanation, EvalError> {
     let decision = eval::evaluate(cluster, subject, tuple)?;
-    let peer_pod = cluster
+    let peer_pods = cluster
         .pods
         .iter()
-        .find(|(_, pod)| pod.network == PodNetwork::Own && pod.addresses.contains(&tuple.peer))
-        .map(|(id, _)| id.clone());
+        .filter(|(_, pod)| pod.network == PodNetwork::Own && pod.addresses.contains(&tuple.peer))
+        .map(|(id, _)| id.clone())
+        .collect();
     let peer_node =
         cluster.nodes.iter().find(|(_, addresses)| addresses.contains(&tuple.peer)).map(|(name, _)| name.clone());
     // The evaluator names the governing policies where none of their rules matches, so ask it about a cluster in
@@ -68,7 +69,7 @@ pub fn explain(cluster: &Cluster, subject: &PodId, tuple: &Tuple) -> Result<Expl
         Reason::Isolated(policies) => policies,
         _ => Vec::new(),
     };
-    Ok(Explanation { subject: subject.clone(), tuple: *tuple, peer_pod, peer_node, decision, governing })
+    Ok(Explanation { subject: subject.clone(), tuple: *tuple, peer_pods, peer_node, decision, governing })
 }
 
 /// Explains a connection from one pod to another: egress of the source, ingress of the destination.
@@ -99,10 +100,15 @@ impl fmt::Display for Explanation {
             Direction::Egress => "to",
         };
         write!(f, "{direction} of {} {preposition} {peer}", self.subject)?;
-        match (&self.peer_pod, &self.peer_node) {
-            (Some(pod), _) => write!(f, " (pod {pod})")?,
-            (None, Some(node)) => write!(f, " (node {node})")?,
-            (None, None) => f.write_str(" (no pod, no node)")?,
+        match (&self.peer_pods[..], &self.peer_node) {
+            ([pod], _) => write!(f, " (pod {pod})")?,
+            ([first, others @ ..], _) => {
+                write!(f, " (claimed by pods {first}")?;
+                others.iter().try_for_each(|pod| write!(f, ", {pod}"))?;
+                f.write_str(")")?;
+            }
+            ([], Some(node)) => write!(f, " (node {node})")?,
+            ([], None) => f.write_str(" (no pod, no node)")?,
         }
         match protocol {
             Protocol::ICMP | Protocol::ICMPV6 => write!(f, ", {protocol} type {} code {}", port >> 8, port & 0xff)?,
@@ -153,6 +159,6 @@ mod tests {
         );
         let json = serde_json::to_value(&answer).unwrap();
         assert_eq!(json["ingress"]["decision"]["verdict"], "deny");
-        assert_eq!(json["egress"]["peer_pod"]["name"], "b");
+        assert_eq!(json["egress"]["peer_pods"][0]["name"], "b");
     }
 }

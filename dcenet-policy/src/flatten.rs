@@ -2,13 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use crate::classes::{Atom, AtomId};
+use crate::classes::{Atom, AtomId, Claim};
 use crate::compiler::{CompileError, Limits};
 use crate::ids::Ids;
 use crate::ir::{Entry, Leaf, LocalSet, RuleId, RuleList, Service};
 use crate::model::{
-    Cluster, Direction, IpBlock, Peer, Peers, PodNetwork, PolicyId, PortMatch, PortSpec, Ports, Protocol, RuleRef,
-    Verdict,
+    Cluster, Direction, Peer, Peers, PodNetwork, PolicyId, PortMatch, PortSpec, Ports, Protocol, RuleRef, Verdict,
 };
 
 /// What makes two endpoints' policies the same artefact.
@@ -21,6 +20,8 @@ pub(crate) struct SetKey {
     pub(crate) node: Option<String>,
     /// On ingress, what the names that the rules use mean on the endpoint.
     pub(crate) named_ports: BTreeMap<(String, Protocol), BTreeSet<u16>>,
+    /// Those of the policies that cannot be compiled; see [`isolation`](crate::isolation).
+    pub(crate) refused: BTreeSet<PolicyId>,
 }
 
 /// What a rule asks about the peer: all of these atoms. None: anybody.
@@ -90,7 +91,7 @@ pub(crate) struct Flattener<'a> {
 
 impl Flattener<'_> {
     pub(crate) fn flatten(&mut self, key: &SetKey) -> Result<FlatSet, CompileError> {
-        let SetKey { direction, policies, node, named_ports } = key;
+        let SetKey { direction, policies, node, named_ports, refused } = key;
         let direction = *direction;
         if policies.is_empty() {
             let default = Leaf { verdict: Verdict::Allow, rule: RuleId::NOT_GOVERNED };
@@ -104,11 +105,20 @@ impl Flattener<'_> {
         }
         for id in policies {
             let listed = self.cluster.policies.get(id).and_then(|policy| policy.rules(direction)).unwrap_or_default();
+            if refused.contains(id) {
+                if listed.iter().any(|rule| rule.action == Verdict::Deny) {
+                    let leaf = Leaf { verdict: Verdict::Deny, rule: RuleId::REFUSED };
+                    rules.push(Conditional { condition: Vec::new(), service: Service::Any, leaf });
+                    break;
+                }
+                continue;
+            }
             for (index, rule) in listed.iter().enumerate() {
+                let claim = self.claim(rule.action);
                 let peers: Vec<(Option<usize>, Condition)> = match &rule.peers {
                     Peers::Any => vec![(None, Vec::new())],
                     Peers::OneOf(peers) => {
-                        peers.iter().enumerate().map(|(at, peer)| (Some(at), vec![self.peer(peer)])).collect()
+                        peers.iter().enumerate().map(|(at, peer)| (Some(at), vec![self.peer(peer, claim)])).collect()
                     }
                 };
                 let mut services: Vec<(Option<usize>, Option<AtomId>, Service)> = Vec::new();
@@ -116,7 +126,7 @@ impl Flattener<'_> {
                     Ports::Any => services.push((None, None, Service::Any)),
                     Ports::OneOf(ports) => {
                         for (at, port) in ports.iter().enumerate() {
-                            let resolved = self.port(port, direction, named_ports);
+                            let resolved = self.port(port, direction, named_ports, claim);
                             services.extend(resolved.into_iter().map(|(atom, service)| (Some(at), atom, service)));
                         }
                     }
@@ -137,22 +147,28 @@ impl Flattener<'_> {
                 }
             }
         }
-        let default = Leaf { verdict: Verdict::Deny, rule: RuleId::ISOLATED };
+        let rule = if refused.is_empty() { RuleId::ISOLATED } else { RuleId::REFUSED };
+        let default = Leaf { verdict: Verdict::Deny, rule };
         Ok(FlatSet { direction, rules, default })
     }
 
-    fn peer(&mut self, peer: &Peer) -> AtomId {
-        match peer {
-            Peer::Pods(pods) => self.atom(Atom::Pods(pods.clone())),
-            Peer::Block(block) => {
-                #[cfg(feature = "test-support")]
-                if self.planted == Some(crate::test_support::PlantedBug::ExceptIgnored) {
-                    return self.atom(Atom::Block(IpBlock { cidr: block.cidr, except: Vec::new() }));
-                }
-                let IpBlock { cidr, except } = block;
-                self.atom(Atom::Block(IpBlock { cidr: *cidr, except: except.clone() }))
-            }
+    /// Whom a rule may take a peer for where several pods claim its address.
+    fn claim(&self, action: Verdict) -> Claim {
+        #[cfg(feature = "test-support")]
+        if self.planted == Some(crate::test_support::PlantedBug::ClaimsBelieved) {
+            return Claim::Any;
         }
+        Claim::needed(action)
+    }
+
+    fn peer(&mut self, peer: &Peer, claim: Claim) -> AtomId {
+        #[cfg(feature = "test-support")]
+        if let Peer::Block(block) = peer
+            && self.planted == Some(crate::test_support::PlantedBug::ExceptIgnored)
+        {
+            return self.atom(Atom::Block(crate::model::IpBlock { cidr: block.cidr, except: Vec::new() }));
+        }
+        self.atom(Atom::of(peer, claim))
     }
 
     fn port(
@@ -160,6 +176,7 @@ impl Flattener<'_> {
         port: &PortMatch,
         direction: Direction,
         own: &BTreeMap<(String, Protocol), BTreeSet<u16>>,
+        claim: Claim,
     ) -> Vec<(Option<AtomId>, Service)> {
         let protocol = port.protocol;
         let single = |number| Service::Ports { protocol, first: number, last: number };
@@ -183,7 +200,7 @@ impl Flattener<'_> {
                         numbers
                             .into_iter()
                             .map(|port| {
-                                let atom = self.atom(Atom::Port { name: name.clone(), protocol, port });
+                                let atom = self.atom(Atom::Port { name: name.clone(), protocol, port, claim });
                                 (Some(atom), single(port))
                             })
                             .collect()

@@ -38,8 +38,10 @@ impl RuleId {
     pub const ISOLATED: Self = Self(1);
     /// The peer is the endpoint's own node.
     pub const OWN_NODE: Self = Self(2);
+    /// A policy that governs the endpoint cannot be enforced, and no other allows it.
+    pub const REFUSED: Self = Self(3);
     /// The first id that names a rule of a policy.
-    pub const FIRST: Self = Self(3);
+    pub const FIRST: Self = Self(4);
 }
 
 /// What a packet ends at.

@@ -71,6 +71,7 @@ pub mod explain;
 mod flatten;
 mod ids;
 pub mod ir;
+pub mod isolation;
 pub mod model;
 pub mod opt;
 mod partition;

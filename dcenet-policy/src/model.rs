@@ -15,7 +15,9 @@
 //! 5. If none matches, the pod is isolated: deny.
 //!
 //! Where the peer is a pod, it is found by the address in the packet; an address that no pod holds matches no
-//! selector, but may match a CIDR block. A CIDR block matches pods' addresses as well.
+//! selector, but may match a CIDR block. A CIDR block matches pods' addresses as well. An address that several pods
+//! claim matches a selector (and, on egress, a named port) of a rule that allows never, and of a rule that denies where
+//! one of them does.
 //!
 //! Replies are not the model's concern: whoever enforces it judges the first packet of a flow.
 

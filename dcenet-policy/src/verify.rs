@@ -8,7 +8,8 @@
 //! 3. A port interval has `first <= last`; a protocol without ports has the whole interval.
 //! 4. A rule id has one verdict, wherever it stands.
 //! 5. The ids without a rule stand where they belong: [`RuleId::NOT_GOVERNED`] and [`RuleId::ISOLATED`] as the
-//!    default only, allowing and denying; [`RuleId::OWN_NODE`] allows and is never the default.
+//!    default only, allowing and denying; [`RuleId::OWN_NODE`] allows and is never the default; [`RuleId::REFUSED`]
+//!    denies.
 //! 6. A list whose default is [`RuleId::NOT_GOVERNED`] has no entries.
 
 use std::collections::HashMap;
@@ -63,6 +64,7 @@ pub fn verify(list: &RuleList) -> Result<(), VerifyError> {
         let misplaced = match leaf.rule {
             RuleId::NOT_GOVERNED | RuleId::ISOLATED => true,
             RuleId::OWN_NODE => leaf.verdict == Verdict::Deny,
+            RuleId::REFUSED => leaf.verdict == Verdict::Allow,
             _ => false,
         };
         if misplaced {
@@ -71,7 +73,7 @@ pub fn verify(list: &RuleList) -> Result<(), VerifyError> {
     }
     let default_ok = match default.rule {
         RuleId::NOT_GOVERNED => default.verdict == Verdict::Allow,
-        RuleId::ISOLATED => default.verdict == Verdict::Deny,
+        RuleId::ISOLATED | RuleId::REFUSED => default.verdict == Verdict::Deny,
         RuleId::OWN_NODE => false,
         rule => verdicts.get(&rule).is_none_or(|verdict| *verdict == default.verdict),
     };
@@ -95,21 +97,25 @@ mod tests {
     #[test]
     fn every_invariant_is_checked() {
         let one = |entry: &str| broken_by(&format!("ingress locals 4\n{entry}\ndeny 1 default"));
-        assert_eq!(one("allow 3 peers 0-1,3 tcp 80-80"), None);
+        assert_eq!(one("allow 5 peers 0-1,3 tcp 80-80"), None);
         assert_eq!(one("allow 2 peers 1 any"), None);
         assert_eq!(broken_by("ingress locals 0\ndeny 1 default"), Some(1));
         assert_eq!(broken_by("ingress locals 65536\ndeny 1 default"), Some(1));
-        assert_eq!(one("allow 3 peers 4 any"), Some(2));
-        assert_eq!(one("allow 3 peers 2,1 any"), Some(2));
-        assert_eq!(one("allow 3 peers 1,2 any"), Some(2));
-        assert_eq!(one("allow 3 peers 2-1 any"), Some(2));
-        assert_eq!(one("allow 3 peers 1 tcp 81-80"), Some(3));
-        assert_eq!(one("allow 3 peers 1 47 1-2"), Some(3));
-        assert_eq!(one("allow 3 peers 1 47 *"), None);
-        assert_eq!(one("allow 3 peers 1 any\ndeny 3 peers 2 any"), Some(4));
+        assert_eq!(one("allow 5 peers 4 any"), Some(2));
+        assert_eq!(one("allow 5 peers 2,1 any"), Some(2));
+        assert_eq!(one("allow 5 peers 1,2 any"), Some(2));
+        assert_eq!(one("allow 5 peers 2-1 any"), Some(2));
+        assert_eq!(one("allow 5 peers 1 tcp 81-80"), Some(3));
+        assert_eq!(one("allow 5 peers 1 47 1-2"), Some(3));
+        assert_eq!(one("allow 5 peers 1 47 *"), None);
+        assert_eq!(one("allow 5 peers 1 any\ndeny 5 peers 2 any"), Some(4));
         assert_eq!(one("deny 1 peers 1 any"), Some(5));
         assert_eq!(one("deny 2 peers 1 any"), Some(5));
+        assert_eq!(one("allow 3 peers 1 any"), Some(5));
+        assert_eq!(one("deny 3 peers 1 any"), None);
+        assert_eq!(broken_by("ingress locals 1\nallow 3 default"), Some(5));
+        assert_eq!(broken_by("ingress locals 1\ndeny 3 default"), None);
         assert_eq!(broken_by("ingress locals 1\nallow 1 default"), Some(5));
-        assert_eq!(broken_by("ingress locals 1\nallow 3 peers 0 any\nallow 0 default"), Some(6));
+        assert_eq!(broken_by("ingress locals 1\nallow 5 peers 0 any\nallow 0 default"), Some(6));
     }
 }

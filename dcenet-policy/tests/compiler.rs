@@ -3,8 +3,10 @@
 use std::sync::Arc;
 
 use dcenet_policy::compiler::{Limits, Scope};
-use dcenet_policy::ir::RuleId;
+use dcenet_policy::ir::{Leaf, RuleId};
+use dcenet_policy::isolation::Fault;
 use dcenet_policy::model::*;
+use dcenet_policy::test_support::{PlantedBug, Rng, Tally, compare, tuples};
 use dcenet_policy::{CompileError, Compiler};
 
 fn has(key: &str, value: &str) -> LabelSelector {
@@ -56,9 +58,9 @@ fn endpoints_with_the_same_policies_share_one_set_and_program() {
     assert_eq!(update.sets().len(), 3, "isolated ingress, free ingress, free egress");
     assert_eq!(
         of("p1").ingress.program.list.to_string(),
-        "ingress locals 2\nallow 3 peers 1 tcp 80-80\ndeny 1 default\n"
+        "ingress locals 2\nallow 4 peers 1 tcp 80-80\ndeny 1 default\n"
     );
-    assert_eq!(update.rules.name(RuleId(3)), "n/web ingress[0] from[0] ports[0]");
+    assert_eq!(update.rules.name(RuleId(4)), "n/web ingress[0] from[0] ports[0]");
     // Pods without the label satisfy nothing that is asked, and take no entry.
     assert_eq!(update.table.exact().len(), 3);
     assert_eq!(update.classes, 2);
@@ -137,7 +139,7 @@ fn numbers_are_reused_only_after_release() {
     let mut compiler = Compiler::default();
     let mut cluster = cluster();
     let rules = |update: &dcenet_policy::Update| update.rules.iter().map(|(id, _)| id.0).collect::<Vec<_>>();
-    assert_eq!(rules(&compiler.update(&cluster).unwrap()), [3]);
+    assert_eq!(rules(&compiler.update(&cluster).unwrap()), [4]);
     let with_port = |port| {
         let peers = vec![Peer::Pods(pods("n", has("app", "b")))];
         ingress(&format!("web{port}"), has("app", "a"), vec![allow(peers, vec![tcp(port, port)])])
@@ -145,13 +147,13 @@ fn numbers_are_reused_only_after_release() {
     cluster.policies.clear();
     cluster.insert_policy(with_port(1));
     let second = compiler.update(&cluster).unwrap();
-    assert_eq!(rules(&second), [4]);
+    assert_eq!(rules(&second), [5]);
     cluster.policies.clear();
     cluster.insert_policy(with_port(2));
-    assert_eq!(rules(&compiler.update(&cluster).unwrap()), [5]);
+    assert_eq!(rules(&compiler.update(&cluster).unwrap()), [6]);
     compiler.release(second.generation);
     cluster.insert_policy(with_port(3));
-    assert_eq!(rules(&compiler.update(&cluster).unwrap()), [3, 5]);
+    assert_eq!(rules(&compiler.update(&cluster).unwrap()), [4, 6]);
 }
 
 #[test]
@@ -162,7 +164,7 @@ fn shadowed_rules_are_removed_and_reported() {
     let update = Compiler::default().update(&cluster).unwrap();
     let program = &update.endpoints[&pod("p1")].ingress.program;
     let told: Vec<_> = program.shadowed.iter().map(|s| (update.rules.name(s.rule), s.by.clone())).collect();
-    assert_eq!(told, [("n/zz ingress[0] from[0] ports[0]".to_owned(), vec![RuleId(3)])]);
+    assert_eq!(told, [("n/zz ingress[0] from[0] ports[0]".to_owned(), vec![RuleId(4)])]);
     assert_eq!(program.list.entries.len(), 2);
 }
 
@@ -177,41 +179,171 @@ fn only_the_nodes_own_pods_are_compiled_for() {
     assert_eq!(update.decide(&pod("p2"), &tuple), None);
 }
 
-#[test]
-fn what_is_too_large_is_refused_and_the_compiler_stands_as_before() {
-    let limited = |limits| Compiler::new(Scope::Cluster, limits);
-    let refused = |limits| match limited(limits).update(&cluster()) {
-        Err(CompileError::ImplLimitExceeded { what, .. }) => what,
-        other => panic!("{other:?}"),
-    };
-    assert_eq!(refused(Limits { entries: 0, ..Limits::default() }), "entries in one policy set");
-    assert_eq!(refused(Limits { locals: 1, ..Limits::default() }), "groups of peers in one policy set");
-    assert_eq!(refused(Limits { work: 0, ..Limits::default() }), "pairs of entry and peer group in one policy set");
-    assert_eq!(refused(Limits { arms: 1, ..Limits::default() }), "arms of one diagram");
+/// The policies refused in an update, with the pods and what there is too much of.
+fn refused(update: &dcenet_policy::Update) -> Vec<(Vec<String>, Vec<String>, &'static str)> {
+    let mut all = Vec::new();
+    for fault in &update.faults {
+        let Fault::Refused { policies, pods, source: CompileError::ImplLimitExceeded { what, .. }, .. } = fault else {
+            panic!("{fault:?}");
+        };
+        let name = |name: &dyn ToString| name.to_string();
+        all.push((policies.iter().map(|id| name(id)).collect(), pods.iter().map(|id| name(id)).collect(), *what));
+    }
+    all
+}
 
-    let mut compiler = limited(Limits { entries: 1, ..Limits::default() });
-    let mut changed = cluster();
-    let first = compiler.update(&changed).unwrap();
-    changed.insert_policy(ingress(
-        "zz",
-        has("app", "a"),
-        vec![allow(vec![], vec![]), allow(vec![Peer::Pods(pods("n", has("x", "y")))], vec![tcp(1, 1)])],
-    ));
-    compiler.update(&changed).unwrap_err();
-    let second = compiler.update(&cluster()).unwrap();
-    assert_eq!(second.generation, first.generation + 1);
-    assert!(Arc::ptr_eq(&first.endpoints[&pod("p1")].ingress, &second.endpoints[&pod("p1")].ingress));
+fn verdict(update: &dcenet_policy::Update, name: &str, peer: u8, port: u16) -> Leaf {
+    update.decide(&pod(name), &Tuple::ingress([10, 0, 0, peer].into(), Protocol::TCP, port)).unwrap()
+}
+
+const CLOSED: Leaf = Leaf { verdict: Verdict::Deny, rule: RuleId::REFUSED };
+
+#[test]
+fn each_limit_closes_the_pods_of_its_policy() {
+    for (limits, what) in [
+        (Limits { entries: 0, ..Limits::default() }, "entries in one policy set"),
+        (Limits { locals: 1, ..Limits::default() }, "groups of peers in one policy set"),
+        (Limits { work: 0, ..Limits::default() }, "pairs of entry and peer group in one policy set"),
+        (Limits { arms: 1, ..Limits::default() }, "arms of one diagram"),
+    ] {
+        let mut compiler = Compiler::new(Scope::Cluster, limits.clone());
+        let update = compiler.update(&cluster()).unwrap();
+        let pods = ["n/p1", "n/p3", "n/p5"].map(str::to_owned).to_vec();
+        assert_eq!(refused(&update), [(vec!["n/web".to_owned()], pods, what)]);
+        assert_eq!(verdict(&update, "p1", 2, 80), CLOSED);
+        assert_eq!(verdict(&update, "p2", 1, 80).rule, RuleId::NOT_GOVERNED);
+        // Nothing changes while it lasts, and what is known to be too large is not looked at again.
+        let again = compiler.update(&cluster()).unwrap();
+        assert!(again.table_changes.is_empty() && again.faults == update.faults);
+        for (name, plan) in &again.endpoints {
+            assert!(Arc::ptr_eq(&plan.ingress, &update.endpoints[name].ingress));
+        }
+        // The twin in which one failure is everybody's.
+        let whole = Compiler::new(Scope::Cluster, limits).with_planted_bug(PlantedBug::NothingIsolated);
+        assert!(matches!(whole.clone().update(&cluster()), Err(CompileError::ImplLimitExceeded { .. })));
+    }
 }
 
 #[test]
-fn an_address_of_two_pods_is_refused() {
+fn others_get_their_changes_while_a_policy_is_refused_and_it_comes_back() {
+    let limits = Limits { entries: 2, ..Limits::default() };
+    let mut compiler = Compiler::new(Scope::Cluster, limits);
+    let mut changed = cluster();
+    let first = compiler.update(&changed).unwrap();
+    assert_eq!(verdict(&first, "p1", 2, 80).verdict, Verdict::Allow);
+    let from_b = || vec![Peer::Pods(pods("n", has("app", "b")))];
+    changed.insert_policy(ingress(
+        "web",
+        has("app", "a"),
+        vec![allow(from_b(), vec![tcp(1, 1), tcp(2, 2), tcp(80, 80)])],
+    ));
+    changed.insert_policy(ingress("other", has("app", "b"), vec![allow(from_b(), vec![tcp(7, 7)])]));
+    let second = compiler.update(&changed).unwrap();
+    assert_eq!(refused(&second).len(), 1);
+    assert_eq!(verdict(&second, "p1", 2, 80), CLOSED);
+    assert_eq!([7, 8].map(|port| verdict(&second, "p2", 4, port).verdict), [Verdict::Allow, Verdict::Deny]);
+    compiler.release(second.generation);
+    changed.insert_policy(ingress("web", has("app", "a"), vec![allow(from_b(), vec![tcp(80, 80)])]));
+    let third = compiler.update(&changed).unwrap();
+    assert_eq!(third.faults, []);
+    assert_eq!(verdict(&third, "p1", 2, 80).verdict, Verdict::Allow);
+}
+
+#[test]
+fn a_refused_policy_that_may_deny_stops_those_behind_it() {
+    let rule = |action, port| Rule { action, peers: Peers::Any, ports: Ports::OneOf(vec![tcp(port, port)]) };
     let mut cluster = cluster();
-    cluster.pods.insert(pod("twin"), Pod::new([], [[10, 0, 0, 2].into()]));
-    let error = Compiler::default().update(&cluster).unwrap_err();
+    cluster.policies.clear();
+    cluster.insert_policy(ingress("1", has("app", "a"), vec![rule(Verdict::Allow, 1)]));
+    let three = vec![rule(Verdict::Deny, 9), rule(Verdict::Allow, 8), rule(Verdict::Allow, 7)];
+    cluster.insert_policy(ingress("2", has("app", "a"), three));
+    cluster.insert_policy(ingress("3", has("app", "a"), vec![rule(Verdict::Allow, 3)]));
+    let mut compiler = Compiler::new(Scope::Cluster, Limits { entries: 2, ..Limits::default() });
+    let update = compiler.update(&cluster).unwrap();
+    assert_eq!(refused(&update)[0].0, ["n/2"]);
+    let verdicts = |update: &dcenet_policy::Update| [1, 3, 7, 8, 9].map(|port| verdict(update, "p1", 2, port).verdict);
+    let (yes, no) = (Verdict::Allow, Verdict::Deny);
+    assert_eq!(verdicts(&update), [yes, no, no, no, no]);
+    compare(&cluster, &update, tuples(&mut Rng::new(1), &cluster, 200), &mut Tally::default()).unwrap();
+    // Without a rule that denies, those behind it hold.
+    cluster.policies.get_mut(&PolicyId::new("n", "2")).unwrap().ingress.as_mut().unwrap()[0].action = yes;
+    let update = compiler.update(&cluster).unwrap();
+    assert_eq!(verdicts(&update), [yes, yes, no, no, no]);
+    compare(&cluster, &update, tuples(&mut Rng::new(2), &cluster, 200), &mut Tally::default()).unwrap();
+}
+
+#[test]
+fn where_all_together_are_too_much_the_heaviest_policies_go_first() {
+    let mut cluster = cluster();
+    let blocks = |count: u8, second: u8| {
+        let block = |third| IpBlock { cidr: format!("10.{second}.{third}.0/24").parse().unwrap(), except: vec![] };
+        (0..count).map(|third| Peer::Block(block(third))).collect()
+    };
+    // Blocks of one rule are one class all the same; each its own port makes them differ.
+    let rules = |count, second| {
+        let peers: Vec<Peer> = blocks(count, second);
+        (1..).zip(peers).map(|(port, peer)| allow(vec![peer], vec![tcp(port, port)])).collect()
+    };
+    cluster.insert_policy(ingress("big", has("app", "a"), rules(100, 1)));
+    cluster.insert_policy(ingress("small", has("app", "b"), rules(10, 2)));
+    let mut compiler = Compiler::default();
+    let limit = |room: usize| {
+        move |update: &dcenet_policy::Update| match update.classes {
+            found if found > room => Err(CompileError::ImplLimitExceeded { what: "classes", found, limit: room }),
+            _ => Ok(()),
+        }
+    };
+    let update = compiler.update_within(&cluster, limit(20)).unwrap();
+    let pods = ["n/p1", "n/p3", "n/p5"].map(str::to_owned).to_vec();
+    assert_eq!(refused(&update), [(vec!["n/big".to_owned()], pods, "classes")]);
+    assert_eq!(verdict(&update, "p1", 2, 80).verdict, Verdict::Allow, "`web` is enforced still");
+    assert_eq!(verdict(&update, "p1", 77, 80), CLOSED);
+    let from_block = Tuple::ingress([10, 2, 3, 1].into(), Protocol::TCP, 4);
+    assert_eq!(update.decide(&pod("p2"), &from_block).unwrap().verdict, Verdict::Allow);
+    assert!(update.classes <= 20);
+
+    // What is in force stays, however heavy it is: what comes goes.
+    compiler.release(update.generation);
+    let update = compiler.update_within(&cluster, limit(200)).unwrap();
+    assert_eq!(update.faults, []);
+    cluster.insert_policy(ingress("late", has("app", "b"), rules(20, 3)));
+    let update = compiler.update_within(&cluster, limit(update.classes + 1)).unwrap();
+    assert_eq!(refused(&update)[0].0, ["n/late"]);
+
+    assert_eq!(refused(&Compiler::default().update_within(&cluster, limit(2)).unwrap()).len(), 3);
+    assert!(Compiler::default().update_within(&cluster, limit(0)).is_err(), "not even without peers");
+}
+
+#[test]
+fn an_address_of_two_pods_is_nobodys_until_one_of_them_goes() {
+    let mut cluster = cluster();
+    let mut compiler = Compiler::default();
+    compiler.update(&cluster).unwrap();
+    cluster.pods.insert(pod("twin"), Pod::new([("app", "b")], [[10, 0, 0, 2].into()]));
+    let update = compiler.update(&cluster).unwrap();
     assert_eq!(
-        error.to_string(),
-        "address 10.0.0.2 is held by pods n/p2 and n/twin; remove it from the one that is gone"
+        update.faults.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        ["address 10.0.0.2 is claimed by n/p2 and n/twin: no selector allows it; remove it from those that are gone"]
     );
+    assert_eq!(verdict(&update, "p1", 2, 80), Leaf { verdict: Verdict::Deny, rule: RuleId::ISOLATED });
+    assert_eq!(verdict(&update, "p1", 4, 80).verdict, Verdict::Allow);
+    let believing = Compiler::default().with_planted_bug(PlantedBug::ClaimsBelieved).update(&cluster).unwrap();
+    assert_eq!(verdict(&believing, "p1", 2, 80).verdict, Verdict::Allow, "the twin without the guard");
+
+    // What denies one of them denies the address, whatever comes later.
+    let deny =
+        Rule { action: Verdict::Deny, ..allow(vec![Peer::Pods(pods("n", has("tier", "x")))], vec![tcp(80, 80)]) };
+    let block = Peer::Block(IpBlock { cidr: "10.0.0.0/24".parse().unwrap(), except: vec![] });
+    cluster.insert_policy(ingress("web", has("app", "a"), vec![deny, allow(vec![block], vec![tcp(80, 80)])]));
+    assert_eq!(verdict(&compiler.update(&cluster).unwrap(), "p1", 2, 80).verdict, Verdict::Allow);
+    cluster.pods.get_mut(&pod("twin")).unwrap().labels = [("tier".to_owned(), "x".to_owned())].into();
+    assert_eq!(verdict(&compiler.update(&cluster).unwrap(), "p1", 2, 80).verdict, Verdict::Deny);
+    assert_eq!(verdict(&compiler.update(&cluster).unwrap(), "p1", 4, 80).verdict, Verdict::Allow);
+
+    cluster.pods.remove(&pod("twin"));
+    let update = compiler.update(&cluster).unwrap();
+    assert_eq!(update.faults, []);
+    assert_eq!(verdict(&update, "p1", 2, 80).verdict, Verdict::Allow);
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use dcenet_policy::ir::{Leaf, RuleList};
 use dcenet_policy::model::{Direction, Peers, PodId, Ports, Rule, Tuple, Verdict};
 use dcenet_policy::test_support::{
-    PlantedBug, Rng, Tally, addresses, boundary_tuples, cluster, compare, compare_random, tuples,
+    PlantedBug, Rng, Tally, addresses, boundary_tuples, claim_twice, cluster, compare, compare_random, tuples,
 };
 use dcenet_policy::{Compiler, Update};
 
@@ -52,6 +52,26 @@ fn planted_bugs_are_caught() {
         let message = caught.expect_err("a wrong compiler must not pass").to_string();
         assert!(message.contains("the evaluator says"), "{message}");
     }
+}
+
+#[test]
+fn addresses_that_several_pods_claim_are_judged_alike_and_a_believer_is_caught() {
+    let run = |compiler: &dyn Fn() -> Compiler| {
+        let mut tally = Tally::default();
+        for seed in 30_000..30_300 {
+            let mut rng = Rng::new(seed);
+            let mut cluster = cluster(&mut rng);
+            claim_twice(&mut rng, &mut cluster);
+            let update = compiler().update(&cluster).unwrap();
+            let questions = tuples(&mut rng, &cluster, 500);
+            compare(&cluster, &update, questions, &mut tally).map_err(|error| format!("seed {seed}: {error}"))?;
+        }
+        Ok::<_, String>(tally)
+    };
+    let tally = run(&Compiler::default).unwrap();
+    assert!(tally.pairs > 100_000 && tally.by_rule * 4 > tally.pairs, "{} of {}", tally.by_rule, tally.pairs);
+    let error = run(&|| Compiler::default().with_planted_bug(PlantedBug::ClaimsBelieved)).unwrap_err();
+    assert!(error.contains("the evaluator says deny"), "{error}");
 }
 
 #[test]

@@ -4,7 +4,9 @@
 
 use std::path::Path;
 
+use dcenet_policy::compiler::Scope;
 use dcenet_policy::model::Verdict;
+use dcenet_policy::test_support::refused;
 use dcenet_policy::test_support::table::Table;
 use dcenet_policy::{Compiler, eval};
 
@@ -19,15 +21,18 @@ fn tables_hold_in_evaluator_and_compiler() {
         let name = file.file_name().unwrap().to_string_lossy().into_owned();
         let table = Table::parse(&text).unwrap_or_else(|error| panic!("{name}: {error}"));
         // One compiler for the whole file: its steps are updates.
-        let mut compiler = Compiler::default();
+        let mut compiler = Compiler::new(Scope::Cluster, table.limits.clone());
         for case in &table.cases {
             cases += 1;
             let update = compiler.update(&case.cluster).unwrap();
             compiler.release(update.generation - 1);
+            assert_eq!(refused(&update), case.refused, "{name}:{}", case.line);
             for probe in &case.probes {
                 verdicts += 1;
                 let questions = probe.questions(case.protocol, case.port);
-                let evaluated = questions.iter().map(|(pod, tuple)| eval::evaluate(&case.cluster, pod, tuple).unwrap());
+                let evaluated = questions
+                    .iter()
+                    .map(|(pod, tuple)| eval::evaluate_without(&case.cluster, &case.refused, pod, tuple).unwrap());
                 let reasons: Vec<String> = evaluated.clone().map(|decision| decision.to_string()).collect();
                 let evaluated = evaluated.map(|decision| decision.verdict).max().unwrap_or(Verdict::Allow);
                 let compiled = questions.iter().filter_map(|(pod, tuple)| update.decide(pod, tuple));

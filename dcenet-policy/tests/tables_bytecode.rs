@@ -16,7 +16,7 @@ use dcenet_ebpf::maps::{Array, HashTable, Map, PerCpuArray, Plain};
 use dcenet_ebpf::program::{Program, TestRun};
 use dcenet_ebpf::test_support::packet::{ACK, Packet, SYN, eth};
 use dcenet_ebpf::vm::{Environment, Maps, PlantedBug, Skb, Update, Vm};
-use dcenet_policy::compiler::{EndpointPlan, PolicySet};
+use dcenet_policy::compiler::{EndpointPlan, PolicySet, Scope};
 use dcenet_policy::ir::{Leaf, RuleId};
 use dcenet_policy::model::{Direction, Protocol, Tuple, Verdict};
 use dcenet_policy::target::{Artefact, Cache, Target, Tc};
@@ -301,7 +301,8 @@ struct Answer {
 
 fn run_file(text: &str, target: Tc, machine: &mut dyn Machine) -> Result<Seen, String> {
     let table = Table::parse(text).map_err(|error| error.to_string())?;
-    let (mut compiler, mut cache, mut seen) = (Compiler::default(), Cache::new(target), Seen::default());
+    let mut compiler = Compiler::new(Scope::Cluster, table.limits);
+    let (mut cache, mut seen) = (Cache::new(target), Seen::default());
     // Held, as machines know artefacts by their address.
     let mut artefacts: Vec<Arc<Artefact>> = Vec::new();
     for case in &table.cases {

@@ -22,11 +22,22 @@ use super::state::{Known, Outcome, Shared};
 use super::tables::ClassTables;
 use super::{EnforcerError, Phase};
 use crate::classes::{AddressTable, TableChanges};
-use crate::compiler::{Compiler, EndpointPlan, Limits, PolicySet, Scope, SetId, Update};
+use crate::compiler::{CompileError, Compiler, EndpointPlan, Limits, PolicySet, Scope, SetId, Update};
+use crate::isolation::Fault;
 use crate::model::{Cluster, Direction};
+use crate::target::MAX_TABLE_NODES;
 
 /// Outcomes by endpoint.
 pub(crate) type Outcomes = Vec<(AttachmentKey, Outcome)>;
+
+/// What came of a change.
+pub(crate) struct Applied {
+    pub(crate) outcomes: Outcomes,
+    /// What is closed instead of enforced as written.
+    pub(crate) faults: Vec<Fault>,
+    /// Whether another attempt may find more room.
+    pub(crate) retry: bool,
+}
 
 /// What is in force, and the means to change it.
 pub(crate) struct Applier {
@@ -105,7 +116,9 @@ impl Applier {
         cells: Cells,
         names: &Names,
     ) -> Result<Self, EnforcerError> {
-        let mut compiler = Compiler::new(Scope::Node(node.to_owned()), Limits::default());
+        // What the compiler takes, the target has to take, too.
+        let limits = Limits { arms: MAX_TABLE_NODES, ..Limits::default() };
+        let mut compiler = Compiler::new(Scope::Node(node.to_owned()), limits);
         compiler.resume_rules(names.rules());
         Ok(Self {
             compiler,
@@ -121,39 +134,53 @@ impl Applier {
         })
     }
 
+    #[cfg(feature = "test-support")]
+    pub(crate) fn plant_bug(&mut self, bug: crate::test_support::PlantedBug) {
+        self.compiler.plant_bug(bug);
+    }
+
     /// Puts the cluster's policies in force for the endpoints.
     pub(crate) fn run(
         &mut self,
         shared: &Shared,
         cluster: &Cluster,
         endpoints: &BTreeMap<AttachmentKey, Known>,
-    ) -> Result<Outcomes, EnforcerError> {
+    ) -> Result<Applied, EnforcerError> {
         self.drop_gone(endpoints)?;
         if let Some((generation, since)) = self.settled
             && since.elapsed() > GRACE
         {
             self.compiler.release(generation);
         }
-        let update = self.compiler.update(cluster)?;
+        let Self { compiler, tables, table, sizes, .. } = self;
+        let update = compiler.update_within(cluster, |update| has_room(update, sizes, tables, table))?;
         shared.names.write().learn(&update.rules, &shared.config.run_dir)?;
-        if update.table.exact().values().chain(update.table.prefixes().values()).any(|c| c.0 >= self.sizes.classes) {
-            let (found, room) = (update.classes, self.sizes.classes as usize);
-            return Err(EnforcerError::Full { what: "classes of peers", found, room });
-        }
+        let outcomes = self.carry_out(shared, &update, endpoints)?;
+        // Numbers of what is no longer in force take room until they are released.
+        let refused = update.faults.iter().any(|fault| matches!(fault, Fault::Refused { .. }));
+        let retry = refused && self.compiler.is_unreleased();
+        Ok(Applied { outcomes, faults: update.faults, retry })
+    }
 
+    fn carry_out(
+        &mut self,
+        shared: &Shared,
+        update: &Update,
+        endpoints: &BTreeMap<AttachmentKey, Known>,
+    ) -> Result<Outcomes, EnforcerError> {
         let mut outcomes = Outcomes::new();
         // Arrays first: what changes in them is of classes that no table names yet.
-        if let Err(error) = self.write_sets(&update) {
+        if let Err(error) = self.write_sets(update) {
             self.wait_all(endpoints, &error.to_string(), &mut outcomes);
             return Ok(outcomes);
         }
-        let switches = self.load(shared, &update, endpoints, &mut outcomes);
-        if let Err(error) = self.write_table(&update) {
+        let switches = self.load(shared, update, endpoints, &mut outcomes);
+        if let Err(error) = self.write_table(update) {
             self.wait_all(endpoints, &error.to_string(), &mut outcomes);
             return Ok(outcomes);
         }
         let replaced = shared.host.0.run_here_or_there(|| self.attach(shared, &switches, &mut outcomes))?;
-        self.commit(&update, switches, &replaced, &outcomes);
+        self.commit(update, switches, &replaced, &outcomes);
         self.bump(&mut outcomes);
         let current = |key: &AttachmentKey, endpoint: &InForce| {
             let plan = endpoints.get(key).and_then(Known::pod).and_then(|pod| update.endpoints.get(&pod));
@@ -439,6 +466,21 @@ impl Applier {
         }
         Ok((slot, generation))
     }
+}
+
+/// Whether a node's maps hold what an update needs.
+fn has_room(
+    update: &Update,
+    sizes: &Sizes,
+    tables: &mut ClassTables,
+    before: &AddressTable,
+) -> Result<(), CompileError> {
+    let classes = update.table.exact().values().chain(update.table.prefixes().values());
+    let (found, limit) = (classes.max().map_or(0, |class| class.0 as usize + 1), sizes.classes as usize);
+    if found > limit {
+        return Err(CompileError::ImplLimitExceeded { what: "classes of peers of the node", found, limit });
+    }
+    tables.check(&before.changes_to(&update.table), before, &update.table)
 }
 
 /// Filters that were replaced, and what was there.

@@ -18,6 +18,7 @@ use super::EnforcerError;
 use super::state::Shared;
 use crate::compiler::RuleTable;
 use crate::ir::RuleId;
+use crate::isolation;
 use crate::model::{Direction, PodId, PolicyId, Protocol, RuleRef, Verdict};
 
 /// What happened to a packet or flow.
@@ -219,7 +220,10 @@ impl Names {
             }
         };
         match serde_json::from_slice::<Vec<(u32, RuleRef)>>(&text) {
-            Ok(rules) => Self { rules: rules.into_iter().map(|(id, rule)| (RuleId(id), rule)).collect() },
+            Ok(rules) => {
+                let rules = rules.into_iter().map(|(id, rule)| (RuleId(id), rule));
+                Self { rules: rules.filter(|(id, _)| *id >= RuleId::FIRST).collect() }
+            }
             Err(error) => {
                 tracing::warn!(path = %path.display(), %error, "the names of rules are lost");
                 Self::default()
@@ -365,7 +369,11 @@ impl Resolver {
     fn new(shared: &Shared) -> Self {
         let slots = shared.statuses().into_iter().filter_map(|status| Some((status.slot?, status.attachment)));
         let cluster = shared.state.lock().cluster();
-        let pods = cluster.pods.iter().flat_map(|(id, pod)| pod.addresses.iter().map(|a| (*a, id.clone()))).collect();
+        let ambiguous = isolation::ambiguous(&cluster);
+        let mut pods: BTreeMap<IpAddr, PodId> =
+            cluster.pods.iter().flat_map(|(id, pod)| pod.addresses.iter().map(|a| (*a, id.clone()))).collect();
+        // Whose flow it is, nobody can tell.
+        pods.retain(|address, _| !ambiguous.contains_key(address));
         let nodes =
             cluster.nodes.iter().flat_map(|(node, addresses)| addresses.iter().map(|a| (*a, node.clone()))).collect();
         Self { endpoints: slots.collect(), pods, nodes, names: Arc::clone(&shared.names) }

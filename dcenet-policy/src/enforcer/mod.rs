@@ -68,6 +68,9 @@
 //! 6. Bump the generations of the endpoints whose verdicts may have changed: from now on established flows are judged
 //!    anew, once each.
 //!
+//! What cannot be compiled in 1, or finds no room in the node's maps, closes the pods that it concerns and nobody else
+//! ([`isolation`](crate::isolation)); [`Report::faults`] and [`EndpointStatus::faults`] name it until it is over.
+//!
 //! A failure in 1, 2 or 4 leaves everybody the verdicts before. One in 3 or 5 leaves them to the endpoint that it befell:
 //! its old programs go on, with tables that are right for them. Either way it is reported per endpoint ([`Report`],
 //! [`Enforcer::endpoints`]) and tried again, until it succeeds or a new change makes it moot.
@@ -113,6 +116,7 @@ pub use self::lowering::{LoweredObject, Lowering, LoweringError};
 use self::server::{OwnerLock, Server};
 use self::state::Shared;
 use crate::compiler::CompileError;
+use crate::isolation::Fault;
 use crate::model::{Labels, Pod, PodId, Policy};
 
 /// What an owner is told about its node.
@@ -152,7 +156,8 @@ pub enum Phase {
     Default,
     /// Its programs are loaded and not on both hooks yet. Entered from `Default`, for a moment or until a retry succeeds.
     Compiled,
-    /// Its own verdicts are in force; those before the latest change where [`EndpointStatus::failure`] says so.
+    /// Its own verdicts are in force; those before the latest change where [`EndpointStatus::failure`] says so, and
+    /// closed as far as [`EndpointStatus::faults`] does. Who awaits it is not told before nothing is closed.
     Enforced,
 }
 
@@ -171,6 +176,8 @@ pub struct EndpointStatus {
     pub generation: u32,
     /// Why the latest change is not in force for it.
     pub failure: Option<String>,
+    /// What of its policies is closed instead of enforced as written, and which of its addresses others claim, too.
+    pub faults: Vec<Fault>,
 }
 
 /// What came of a change.
@@ -180,12 +187,14 @@ pub struct Report {
     pub enforced: usize,
     /// Endpoints for which it is not in force, and why. The owner goes on trying.
     pub failures: Vec<(AttachmentKey, String)>,
+    /// What is closed instead of enforced as written, on the whole node. Another change can help it.
+    pub faults: Vec<Fault>,
 }
 
 impl Report {
-    /// Whether the change is in force everywhere.
+    /// Whether the change is in force everywhere, as written.
     pub fn is_complete(&self) -> bool {
-        self.failures.is_empty()
+        self.failures.is_empty() && self.faults.is_empty()
     }
 }
 
@@ -297,6 +306,17 @@ impl Enforcer {
     /// All endpoints of this node.
     pub fn endpoints(&self) -> Vec<EndpointStatus> {
         self.shared.statuses()
+    }
+
+    /// Makes the owner's compiler wrong in one way, to prove that a test notices.
+    #[cfg(feature = "test-support")]
+    pub fn plant_bug(&self, bug: crate::test_support::PlantedBug) {
+        self.shared.plant_bug(bug);
+    }
+
+    /// What the latest change has closed; also in each [`Report`].
+    pub fn faults(&self) -> Vec<Fault> {
+        self.shared.state.lock().faults.clone()
     }
 
     /// The reader of flow events. One at a time: two readers take each other's events.

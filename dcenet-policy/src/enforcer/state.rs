@@ -13,13 +13,14 @@ use dcenet_ebpf::attach::{AttachError, Attacher, Direction, Hook, Owner};
 use dcenet_ebpf::pin::Pins;
 use parking_lot::{Condvar, Mutex, RwLock};
 
-use super::apply::Applier;
+use super::apply::{Applied, Applier};
 use super::cells::Cells;
 use super::flows::Names;
 use super::node::{NodeMaps, pin_defaults};
 use super::protocol::{Reply, Request};
 use super::server::Answer;
 use super::{EndpointStatus, EnforcerConfig, EnforcerError, Phase, Report, Tools, open_pins};
+use crate::isolation::Fault;
 use crate::model::{Cluster, Pod, PodId};
 
 /// Shared by the enforcer, its socket and its retrying thread.
@@ -62,6 +63,8 @@ pub(crate) struct State {
     endpoints: BTreeMap<AttachmentKey, Known>,
     /// What was found attached when the owner started: endpoints under an earlier owner's last verdicts.
     adopted: BTreeMap<AttachmentId, u16>,
+    /// What the latest change has closed.
+    pub(crate) faults: Vec<Fault>,
     node: String,
 }
 
@@ -159,24 +162,43 @@ impl State {
             cluster.pods.remove(&id);
             return;
         };
-        // An address that an endpoint of this node has is nobody else's: a source that says so is late.
-        pod.addresses.retain(|address| held.get(address).is_none_or(|holder| *holder == id));
-        for (address, _) in held.iter().filter(|(_, holder)| **holder == id) {
-            for (_, other) in cluster.pods.iter_mut().filter(|(other, _)| **other != id) {
+        // An address that an endpoint of this node has is no other pod's: a source that says so is late. Endpoints that
+        // have one together may both send from it, so that is for the compiler to close.
+        pod.addresses.retain(|address| held.get(address).is_none_or(|holders| holders.contains(&id)));
+        for (address, holders) in held.iter().filter(|(_, holders)| holders.contains(&id)) {
+            for (_, other) in cluster.pods.iter_mut().filter(|(other, _)| !holders.contains(other)) {
                 other.addresses.remove(address);
             }
         }
         cluster.pods.insert(id, pod);
     }
 
-    fn addresses_of_endpoints(&self) -> BTreeMap<IpAddr, PodId> {
-        let mut held = BTreeMap::new();
+    fn addresses_of_endpoints(&self) -> BTreeMap<IpAddr, BTreeSet<PodId>> {
+        let mut held: BTreeMap<IpAddr, BTreeSet<PodId>> = BTreeMap::new();
         for known in self.endpoints.values() {
             if let Some(pod) = known.pod() {
-                held.extend(known.endpoint.addresses.iter().map(|address| (*address, pod.clone())));
+                for address in &known.endpoint.addresses {
+                    held.entry(*address).or_default().insert(pod.clone());
+                }
             }
         }
         held
+    }
+
+    fn faults_of(&self, known: &Known) -> Vec<Fault> {
+        let pod = known.pod();
+        self.faults.iter().filter(|fault| pod.as_ref().is_some_and(|pod| fault.concerns(pod))).cloned().collect()
+    }
+
+    /// Replaces what is closed, and tells operators what is new and what is over.
+    fn set_faults(&mut self, faults: Vec<Fault>) {
+        for fault in faults.iter().filter(|fault| !self.faults.contains(fault)) {
+            tracing::warn!(%fault, "closed, as it cannot be enforced; everything else is");
+        }
+        for fault in self.faults.iter().filter(|fault| !faults.contains(fault)) {
+            tracing::info!(%fault, "no longer closed in this way");
+        }
+        self.faults = faults;
     }
 
     pub(crate) fn cluster(&self) -> Arc<Cluster> {
@@ -184,7 +206,7 @@ impl State {
     }
 
     fn report(&self) -> Report {
-        let mut report = Report::default();
+        let mut report = Report { faults: self.faults.clone(), ..Report::default() };
         for (attachment, known) in &self.endpoints {
             match &known.failure {
                 Some(reason) => report.failures.push((attachment.clone(), reason.clone())),
@@ -248,8 +270,8 @@ impl Shared {
         drop(cluster);
         let mut state = self.state.lock();
         let failed = match result {
-            Ok(outcomes) => {
-                let mut retry = false;
+            Ok(Applied { outcomes, faults, mut retry }) => {
+                state.set_faults(faults);
                 for (attachment, outcome) in outcomes {
                     retry |= matches!(outcome, Outcome::Failed { .. });
                     state.settle(&attachment, &endpoints[&attachment], outcome);
@@ -286,8 +308,14 @@ impl Shared {
             phase: known.phase,
             generation: known.generation,
             failure: known.failure.clone(),
+            faults: state.faults_of(known),
         };
         state.endpoints.values().map(status).collect()
+    }
+
+    #[cfg(feature = "test-support")]
+    pub(crate) fn plant_bug(&self, bug: crate::test_support::PlantedBug) {
+        self.applier.lock().plant_bug(bug);
     }
 
     pub(crate) fn retry_in_background(shared: &Arc<Self>) -> Result<std::thread::JoinHandle<()>, EnforcerError> {
@@ -359,8 +387,12 @@ impl Shared {
         loop {
             let waiting = match state.endpoints.get(attachment) {
                 None => "the endpoint is not known; attach it first".to_owned(),
-                Some(Known { phase: Phase::Enforced, failure: None, generation, .. }) => {
-                    return Reply::Enforced { generation: *generation };
+                Some(known @ Known { phase: Phase::Enforced, failure: None, generation, .. }) => {
+                    let closed = known.pod().and_then(|pod| state.faults.iter().find(|fault| fault.closes(&pod)));
+                    match closed {
+                        Some(fault) => fault.to_string(),
+                        None => return Reply::Enforced { generation: *generation },
+                    }
                 }
                 Some(Known { failure: Some(reason), .. }) => reason.clone(),
                 Some(_) if !state.started => "the owner has not been told the policies yet".to_owned(),

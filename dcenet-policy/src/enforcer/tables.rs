@@ -11,6 +11,7 @@ use ipnet::IpNet;
 use super::EnforcerError;
 use super::node::NodeMaps;
 use crate::classes::{AddressTable, ClassId, TableChanges};
+use crate::compiler::CompileError;
 
 /// The class tables of an owner.
 pub(crate) struct ClassTables {
@@ -28,6 +29,41 @@ impl ClassTables {
         let open = |name| Ok::<_, EnforcerError>((name, maps.get(name)?));
         let maps = [open(abi::CLASS_V4)?, open(abi::MEMBERS_V6)?, open(abi::CLASS_V6)?, open(abi::NODES_V6)?];
         Ok(Self { classes: Classes::new(sizes), maps, pending: VecDeque::new(), written: None })
+    }
+
+    /// Whether there is room for the changes from `before` to `after`. May wait until blocks of the changes before are
+    /// free.
+    ///
+    /// # Errors
+    /// What is full.
+    pub(crate) fn check(
+        &mut self,
+        changes: &TableChanges,
+        before: &AddressTable,
+        after: &AddressTable,
+    ) -> Result<(), CompileError> {
+        let changes = wanted(changes, before, after);
+        let mut checked = self.classes.check(&changes);
+        if matches!(checked, Err(ClassError::Full { .. })) && self.pending.is_empty() && self.written.is_some() {
+            std::thread::sleep(GRACE);
+            self.classes.settled();
+            checked = self.classes.check(&changes);
+        }
+        checked.map_err(|error| match error {
+            ClassError::Full { map, needed, free } => {
+                let what = match map {
+                    abi::CLASS_V4 => "blocks of IPv4 peers",
+                    abi::MEMBERS_V6 => "places of single IPv6 peers",
+                    _ => "blocks of IPv6 peers",
+                };
+                CompileError::ImplLimitExceeded { what, found: needed, limit: free }
+            }
+            _ => CompileError::ImplLimitExceeded {
+                what: "classes of peers",
+                found: usize::MAX,
+                limit: (abi::CHILD - 1) as usize,
+            },
+        })
     }
 
     /// Writes the changes from `before` to `after`.

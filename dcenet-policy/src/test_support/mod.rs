@@ -10,11 +10,12 @@ use std::net::IpAddr;
 
 use crate::compiler::{CompileError, SetId, Update};
 use crate::diagram::{Arm, Diagram, Field, Node, NodeId};
-use crate::eval::{self, Reason};
+use crate::eval::{self, Reason, Refused};
 use crate::ir::{Leaf, RuleId};
+use crate::isolation::Fault;
 use crate::model::{Cluster, Direction, PodId, Protocol, Tuple, Verdict};
 
-pub use random::{addresses, cluster, tuples};
+pub use random::{addresses, claim_twice, cluster, tuples};
 
 /// A wrong compiler, to prove that comparisons notice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,6 +24,10 @@ pub enum PlantedBug {
     EndPortExclusive,
     /// The exceptions of a CIDR block are ignored.
     ExceptIgnored,
+    /// Where several pods claim an address, each of them is believed.
+    ClaimsBelieved,
+    /// What is beyond a limit fails the whole update.
+    NothingIsolated,
 }
 
 /// A small random number generator (SplitMix64), the same on every machine.
@@ -58,6 +63,18 @@ impl Rng {
     pub fn pick<'a, T>(&mut self, list: &'a [T]) -> &'a T {
         &list[self.below(list.len())]
     }
+}
+
+/// The policies that an update does not enforce, for the evaluator.
+pub fn refused(update: &Update) -> Refused {
+    let mut refused = Refused::new();
+    for fault in &update.faults {
+        if let Fault::Refused { policies, direction, pods, .. } = fault {
+            let all = policies.iter().flat_map(|id| pods.iter().map(move |pod| (pod.clone(), *direction, id.clone())));
+            refused.extend(all);
+        }
+    }
+    refused
 }
 
 /// What a comparison saw.
@@ -98,8 +115,9 @@ pub fn compare(
     questions: impl IntoIterator<Item = (PodId, Tuple)>,
     tally: &mut Tally,
 ) -> Result<(), Mismatch> {
+    let refused = refused(update);
     for (pod, tuple) in questions {
-        let Ok(expected) = eval::evaluate(cluster, &pod, &tuple) else { continue };
+        let Ok(expected) = eval::evaluate_without(cluster, &refused, &pod, &tuple) else { continue };
         if expected.reason == Reason::HostNetwork {
             continue;
         }
@@ -111,6 +129,7 @@ pub fn compare(
                     Reason::NotGoverned => leaf.rule == RuleId::NOT_GOVERNED,
                     Reason::OwnNode => leaf.rule == RuleId::OWN_NODE,
                     Reason::Isolated(_) => leaf.rule == RuleId::ISOLATED,
+                    Reason::Refused(_) => leaf.rule == RuleId::REFUSED,
                     Reason::Rule(rule) => update.rules.rule(leaf.rule) == Some(rule),
                 }
         });

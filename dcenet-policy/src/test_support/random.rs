@@ -59,6 +59,16 @@ pub fn cluster(rng: &mut Rng) -> Cluster {
     cluster
 }
 
+/// Lets pods claim addresses of others.
+pub fn claim_twice(rng: &mut Rng, cluster: &mut Cluster) {
+    let mut own: Vec<&mut Pod> = cluster.pods.values_mut().filter(|pod| pod.network == PodNetwork::Own).collect();
+    for _ in 0..own.len().min(3) {
+        let taken = own[rng.below(own.len())].addresses.clone();
+        let claimant = rng.below(own.len());
+        own[claimant].addresses.extend(taken);
+    }
+}
+
 /// Every address that the cluster's verdicts can depend on: of pods and nodes, both ends of each block and
 /// exception with their neighbours, and strangers.
 pub fn addresses(cluster: &Cluster) -> Vec<IpAddr> {

@@ -18,6 +18,10 @@
 //! ...
 //! == delete x/policy
 //!
+//! == limit entries 6                for the whole file: what a compiler takes, see `Limits`
+//! == refused                        what is beyond the limit from here on: policy, direction, pods; replaces
+//! x/policy ingress x/a x/b
+//!
 //! == expect tcp/80                  rows open connections to columns
 //!       x/a  x/b  far
 //! x/a   -    .    X
@@ -32,7 +36,9 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use crate::model::{Cluster, NamedPort, Pod, PodId, PodNetwork, PolicyId, Protocol, Tuple, Verdict};
+use crate::compiler::Limits;
+use crate::eval::Refused;
+use crate::model::{Cluster, Direction, NamedPort, Pod, PodId, PodNetwork, PolicyId, Protocol, Tuple, Verdict};
 use crate::sources::networkpolicy;
 
 /// A parsed file.
@@ -40,6 +46,8 @@ use crate::sources::networkpolicy;
 pub struct Table {
     /// One for each `== expect`, in order.
     pub cases: Vec<Case>,
+    /// What compilers of its clusters are to keep within.
+    pub limits: Limits,
 }
 
 /// One matrix, with the cluster as it is then.
@@ -49,6 +57,8 @@ pub struct Case {
     pub line: usize,
     /// The cluster.
     pub cluster: Cluster,
+    /// Policies that are beyond the limits.
+    pub refused: Refused,
     /// The probe's protocol.
     pub protocol: Protocol,
     /// The probe's port, as in [`Tuple`].
@@ -108,6 +118,7 @@ struct Section<'a> {
 #[derive(Default)]
 struct State {
     cluster: Cluster,
+    refused: Refused,
     outside: BTreeMap<String, Vec<IpAddr>>,
 }
 
@@ -119,7 +130,7 @@ impl Table {
     /// [`TableError`] at the first line that cannot be read.
     pub fn parse(text: &str) -> Result<Self, TableError> {
         let mut state = State::default();
-        let mut cases = Vec::new();
+        let (mut cases, mut limits) = (Vec::new(), Limits::default());
         let mut sections: Vec<Section<'_>> = Vec::new();
         for (number, line) in (1..).zip(text.lines()) {
             if let Some(title) = line.strip_prefix("== ") {
@@ -150,15 +161,31 @@ impl Table {
                     let gone = state.cluster.policies.remove(&PolicyId::new(namespace, name));
                     gone.ok_or_else(|| error(number, "no such policy"))?;
                 }
+                ["limit", "entries", count] => {
+                    limits.entries = count.parse().map_err(|_| error(number, "must be a number"))?;
+                }
+                ["refused"] => {
+                    state.refused.clear();
+                    for (number, line) in meaningful(&lines) {
+                        state.refuse(line).ok_or_else(|| error(number, "must be NS/POLICY DIRECTION NS/POD..."))?;
+                    }
+                }
                 ["expect", probe] => {
                     let (protocol, port) = parse_probe(probe).ok_or_else(|| error(number, "must be like tcp/80"))?;
                     let probes = state.matrix(number, &lines, protocol)?;
-                    cases.push(Case { line: number, cluster: state.cluster.clone(), protocol, port, probes });
+                    let State { cluster, refused, .. } = &state;
+                    let (cluster, refused) = (cluster.clone(), refused.clone());
+                    cases.push(Case { line: number, cluster, refused, protocol, port, probes });
                 }
-                _ => return Err(error(number, "must be topology, apply, delete NS/NAME or expect PROBE")),
+                _ => {
+                    return Err(error(
+                        number,
+                        "must be topology, apply, delete NS/NAME, limit entries N, refused or expect PROBE",
+                    ));
+                }
             }
         }
-        Ok(Self { cases })
+        Ok(Self { cases, limits })
     }
 }
 
@@ -188,6 +215,21 @@ impl State {
             _ => return Err("must be namespace, node, pod, outside or remove".to_owned()),
         }
         Ok(())
+    }
+
+    fn refuse(&mut self, line: &str) -> Option<()> {
+        let mut words = line.split_whitespace();
+        let (namespace, name) = words.next()?.split_once('/')?;
+        let direction = match words.next()? {
+            "ingress" => Direction::Ingress,
+            "egress" => Direction::Egress,
+            _ => return None,
+        };
+        for word in words {
+            let (of, pod) = word.split_once('/')?;
+            self.refused.insert((PodId::new(of, pod), direction, PolicyId::new(namespace, name)));
+        }
+        Some(())
     }
 
     fn pod(&self, words: &[&str]) -> Result<Pod, String> {

@@ -5,6 +5,7 @@
 mod changes;
 mod costs;
 mod faults;
+mod isolation;
 mod restart;
 mod streams;
 mod verdicts;

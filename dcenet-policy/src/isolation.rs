@@ -1,0 +1,234 @@
+//! What cannot be enforced as it stands, kept from taking others with it.
+//!
+//! Whatever is wrong with one policy or one address stays with the pods that it concerns, and closes: nothing is allowed
+//! by what is not understood. All other pods are compiled as if it did not exist.
+//!
+//! | Case | Verdict |
+//! |---|---|
+//! | a policy beyond a limit, in the direction in which it is | allows nothing; what other policies of the pod allow stays allowed |
+//! | the same, with a rule that denies | nor do policies behind it in order: what it would have denied is not known |
+//! | policies of a pod that fit each, and not together | as if each were beyond the limit: nothing is allowed in the direction |
+//! | policies that the node has no room for together | those in force stay; of the others, the one that asks for the most peers is beyond the limit, then the next |
+//! | the pod's own node | allowed: no policy could have denied it |
+//! | an address that several pods claim, as a peer | no pod: rules that allow pods by selector or named port do not match; rules that deny match where they do for one of the claimants; blocks and rules for anybody match as ever |
+//! | the pod whose own address others claim, too | judged by its own policies, for its device tells who it is |
+//!
+//! Why other policies stay in force: rules that allow add up, in `networking.k8s.io/v1` without exception, so that a pod
+//! with one policy less is allowed less, never more. Denying all instead would let anybody who may add a policy take
+//! away what others allow.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt;
+use std::net::IpAddr;
+
+use crate::compiler::CompileError;
+use crate::flatten::SetKey;
+use crate::model::{Cluster, Direction, Peer, Peers, PodId, PodNetwork, PolicyId, Verdict};
+
+/// Something that is closed instead of enforced as written.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Fault {
+    /// Several pods claim one address, so that a peer with it may be any of them: no selector that allows holds for it.
+    #[error("address {address} is claimed by {}: no selector allows it; remove it from those that are gone", list(.pods))]
+    AmbiguousAddress {
+        /// The address.
+        address: IpAddr,
+        /// Who claims it, two or more.
+        pods: BTreeSet<PodId>,
+    },
+    /// Policies are beyond a limit: one by itself, or several together where none of them is by itself. They allow
+    /// nothing in this direction.
+    #[error("{} for {direction} of {}: not enforced, and allows nothing: {source}", list(.policies), list(.pods))]
+    Refused {
+        /// The policies.
+        policies: BTreeSet<PolicyId>,
+        /// In this direction only.
+        direction: Direction,
+        /// The pods in scope that they select.
+        pods: BTreeSet<PodId>,
+        /// What is too large, and the remedy.
+        source: CompileError,
+    },
+}
+
+impl Fault {
+    /// Whether the pod's own verdicts are not what its policies say.
+    pub fn closes(&self, pod: &PodId) -> bool {
+        matches!(self, Self::Refused { pods, .. } if pods.contains(pod))
+    }
+
+    /// Whether the pod is named: it is closed, or it claims the address.
+    pub fn concerns(&self, pod: &PodId) -> bool {
+        let (Self::AmbiguousAddress { pods, .. } | Self::Refused { pods, .. }) = self;
+        pods.contains(pod)
+    }
+}
+
+/// The first few, and how many more there are.
+fn list<T: fmt::Display>(all: &BTreeSet<T>) -> String {
+    let mut shown: Vec<String> = all.iter().take(SHOWN).map(ToString::to_string).collect();
+    if all.len() > SHOWN {
+        shown.push(format!("{} more", all.len() - SHOWN));
+    }
+    let last = shown.pop().unwrap_or_default();
+    if shown.is_empty() { last } else { format!("{} and {last}", shown.join(", ")) }
+}
+
+const SHOWN: usize = 3;
+
+/// Addresses that several pods claim, and which.
+pub(crate) type Ambiguous = BTreeMap<IpAddr, BTreeSet<PodId>>;
+
+/// The addresses that several pods claim.
+pub(crate) fn ambiguous(cluster: &Cluster) -> Ambiguous {
+    let mut sole: HashMap<IpAddr, &PodId> = HashMap::new();
+    let mut ambiguous = Ambiguous::new();
+    for (id, pod) in cluster.pods.iter().filter(|(_, pod)| pod.network == PodNetwork::Own) {
+        for address in &pod.addresses {
+            match sole.get(address) {
+                None => drop(sole.insert(*address, id)),
+                Some(first) => ambiguous.entry(*address).or_default().extend([(*first).clone(), id.clone()]),
+            }
+        }
+    }
+    ambiguous
+}
+
+/// What stood in the way of a compilation.
+#[derive(Debug)]
+pub(crate) enum Obstacle {
+    /// Policy sets are beyond a limit, each by itself.
+    Sets(Vec<(SetKey, CompileError)>),
+    /// All of them together are.
+    Together(CompileError),
+}
+
+impl Obstacle {
+    /// The first of its errors.
+    pub(crate) fn into_error(self) -> CompileError {
+        match self {
+            Self::Together(error) => error,
+            Self::Sets(sets) => {
+                let first = sets.into_iter().next().map(|(_, error)| error);
+                first.unwrap_or(CompileError::ImplLimitExceeded { what: "policy sets", found: 0, limit: 0 })
+            }
+        }
+    }
+}
+
+/// The policies that are left out, and why.
+#[derive(Debug, Default)]
+pub(crate) struct Refusals {
+    /// By the key of the policy set as it would be without refusals.
+    sets: BTreeMap<SetKey, Vec<(BTreeSet<PolicyId>, CompileError)>>,
+    /// In all policy sets.
+    everywhere: BTreeMap<(PolicyId, Direction), CompileError>,
+    /// How many to leave out next, so that few rounds are needed where there is far too much.
+    step: usize,
+}
+
+impl Refusals {
+    /// The key of a policy set without what is left out of it.
+    pub(crate) fn applied_to(&self, key: &SetKey) -> SetKey {
+        let of_set = self.sets.get(key).into_iter().flatten().flat_map(|(policies, _)| policies);
+        let everywhere = key.policies.iter().filter(|id| self.everywhere.contains_key(&((*id).clone(), key.direction)));
+        SetKey { refused: of_set.chain(everywhere).cloned().collect(), ..key.clone() }
+    }
+
+    /// Leaves out what is to blame for a set that cannot be compiled; an error where nothing is left to leave out.
+    /// `alone` compiles one of its policies.
+    pub(crate) fn blame(
+        &mut self,
+        key: SetKey,
+        error: CompileError,
+        mut alone: impl FnMut(SetKey) -> Result<(), CompileError>,
+    ) -> Result<(), CompileError> {
+        let left: Vec<PolicyId> = key.policies.iter().filter(|id| !key.refused.contains(*id)).cloned().collect();
+        if left.is_empty() {
+            return Err(error);
+        }
+        let whole = SetKey { refused: BTreeSet::new(), ..key };
+        let mut found = Vec::new();
+        if left.len() > 1 {
+            for id in &left {
+                let single = SetKey { policies: vec![id.clone()], ..whole.clone() };
+                if let Err(error) = alone(single) {
+                    found.push(([id.clone()].into(), error));
+                }
+            }
+        }
+        if found.is_empty() {
+            found.push((left.into_iter().collect(), error));
+        }
+        self.sets.entry(whole).or_default().extend(found);
+        Ok(())
+    }
+
+    /// Leaves out the policies that ask for the most peers; an error where none is left. What is in force stays, for what
+    /// it asks has its room still: policies that ask for something `known` to nobody go first.
+    pub(crate) fn blame_heaviest<'a>(
+        &mut self,
+        cluster: &Cluster,
+        keys: impl Iterator<Item = &'a SetKey>,
+        known: impl Fn(&Peer, Verdict) -> bool,
+        error: CompileError,
+    ) -> Result<(), CompileError> {
+        let mut weights: BTreeMap<(PolicyId, Direction), [usize; 2]> = BTreeMap::new();
+        for key in keys {
+            for id in key.policies.iter().filter(|id| !key.refused.contains(*id)) {
+                weights.entry((id.clone(), key.direction)).or_insert_with(|| {
+                    let policy = cluster.policies.get(id).and_then(|policy| policy.rules(key.direction));
+                    let rules = policy.unwrap_or_default().iter().filter_map(|rule| match &rule.peers {
+                        Peers::Any => None,
+                        Peers::OneOf(peers) => Some((peers, rule.action)),
+                    });
+                    let peers = rules.flat_map(|(peers, action)| peers.iter().map(move |peer| (peer, action)));
+                    let new = peers.clone().filter(|(peer, action)| !known(peer, *action)).count();
+                    [new, peers.count()]
+                });
+            }
+        }
+        let any_new = weights.values().any(|[new, _]| *new > 0);
+        let weight = |[new, all]: [usize; 2]| if any_new { new } else { all };
+        let mut heaviest: Vec<_> = weights.into_iter().filter(|(_, weights)| weight(*weights) > 0).collect();
+        if heaviest.is_empty() {
+            return Err(error);
+        }
+        heaviest.sort_by_key(|(_, weights)| std::cmp::Reverse(weight(*weights)));
+        self.step = (2 * self.step).max(1);
+        self.everywhere.extend(heaviest.into_iter().take(self.step).map(|(policy, _)| (policy, error.clone())));
+        Ok(())
+    }
+
+    /// In words, given what each pod's policy sets would be without refusals.
+    pub(crate) fn faults<'a>(&self, endpoints: impl Iterator<Item = (&'a PodId, &'a SetKey)>) -> Vec<Fault> {
+        let mut closed: BTreeMap<(Direction, &BTreeSet<PolicyId>), Closed<'_>> = BTreeMap::new();
+        let singles: BTreeMap<_, (BTreeSet<PolicyId>, _)> =
+            self.everywhere.iter().map(|(key, error)| (key, ([key.0.clone()].into(), error))).collect();
+        for (pod, key) in endpoints {
+            let of_set = self.sets.get(key).into_iter().flatten().map(|(policies, error)| (policies, error));
+            let everywhere = key.policies.iter().filter_map(|id| {
+                let (policies, error) = singles.get(&(id.clone(), key.direction))?;
+                Some((policies, *error))
+            });
+            for (policies, source) in of_set.chain(everywhere) {
+                let new = || Closed { pods: BTreeSet::new(), source };
+                closed.entry((key.direction, policies)).or_insert_with(new).pods.insert(pod.clone());
+            }
+        }
+        let faults = closed.into_iter().map(|((direction, policies), Closed { pods, source })| Fault::Refused {
+            policies: policies.clone(),
+            direction,
+            pods,
+            source: source.clone(),
+        });
+        faults.collect()
+    }
+}
+
+/// Whom the policies close, and why.
+struct Closed<'a> {
+    pods: BTreeSet<PodId>,
+    source: &'a CompileError,
+}

@@ -1,0 +1,228 @@
+//! A policy or an address with which something is wrong, and everybody else.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use dcenet_core::provider::PolicySink;
+use dcenet_core::test_support::{Rung, require};
+use dcenet_policy::CompileError;
+use dcenet_policy::enforcer::{Enforcer, EnforcerError, Phase};
+use dcenet_policy::isolation::Fault;
+use dcenet_policy::model::*;
+use dcenet_policy::test_support::PlantedBug;
+
+use crate::streams::Stream;
+use crate::world::*;
+
+/// Another policy for `db`, which is beyond the limit of entries in a policy set (200,000): peers times ports.
+fn huge() -> Policy {
+    let block = |n: u16| IpBlock { cidr: format!("10.20.{}.{}/32", n >> 8, n & 0xff).parse().unwrap(), except: vec![] };
+    let port = |n: u16| PortMatch { protocol: Protocol::UDP, port: PortSpec::Range { first: n, last: n } };
+    let rule = Rule {
+        action: Verdict::Allow,
+        peers: Peers::OneOf((0..500).map(|n| Peer::Block(block(n))).collect()),
+        ports: Ports::OneOf((5300..5700).map(port).collect()),
+    };
+    for_db("huge", vec![rule])
+}
+
+/// 300 classes of peers, where a node of these tests has room for 256.
+fn wide() -> Policy {
+    let rules = (0..300).map(|n: u16| Rule {
+        action: Verdict::Allow,
+        peers: Peers::OneOf(vec![Peer::Block(IpBlock {
+            cidr: format!("10.{}.{}.0/24", 100 + (n >> 8), n & 0xff).parse().unwrap(),
+            except: vec![],
+        })]),
+        ports: Ports::OneOf(vec![PortMatch { protocol: Protocol::UDP, port: PortSpec::Range { first: n, last: n } }]),
+    });
+    for_db("wide", rules.collect())
+}
+
+/// Networks that lie as far apart as 100 blocks of the table, where there is room for 64.
+fn scattered() -> Policy {
+    let block = |n| Peer::Block(IpBlock { cidr: format!("{n}.7.7.0/24").parse().unwrap(), except: vec![] });
+    let peers = Peers::OneOf((101..=200).map(block).collect());
+    for_db("scattered", vec![Rule { action: Verdict::Allow, peers, ports: Ports::Any }])
+}
+
+fn for_db(name: &str, rules: Vec<Rule>) -> Policy {
+    Policy { id: PolicyId::new("shop", name), ingress: Some(rules), ..policies(DB).remove(0) }
+}
+
+/// `cache` admits nobody but `db` from here on.
+fn cache() -> Vec<Policy> {
+    policies(&DB.replace("name: db", "name: cache").replace("app: db", "app: cache").replace("app: web", "app: db"))
+}
+
+fn four_pods() -> (World, Enforcer) {
+    let mut world = World::new();
+    let owner = world.started();
+    for (n, name) in (2..).zip(["web", "db", "cache", "scan"]) {
+        world.add_enforced(name, n, &[("app", name)]);
+    }
+    (world, owner)
+}
+
+fn status(owner: &Enforcer, name: &str) -> dcenet_policy::enforcer::EndpointStatus {
+    owner.endpoints().into_iter().find(|e| e.attachment == key(name)).unwrap()
+}
+
+#[test]
+fn a_policy_beyond_a_limit_closes_its_pods_and_the_changes_of_others_arrive() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let (mut world, owner) = four_pods();
+    assert!(owner.set_policies(policies(DB)).unwrap().is_complete());
+    world.udp("web", "db", 5353, true);
+    world.udp("web", "cache", 5353, true);
+    let to = SocketAddr::new(world.address("db", false), 5354);
+    assert!(owner.set_policies([]).unwrap().is_complete());
+    let stream = Stream::udp(world.pod("web"), world.pod("db"), to);
+    assert!(stream.during(Duration::from_millis(400)).0 > 50);
+
+    for (policy, what) in [
+        (huge(), "entries in one policy set"),
+        (wide(), "classes of peers of the node"),
+        (scattered(), "blocks of IPv4 peers"),
+    ] {
+        let others = || policies(DB).into_iter().chain(cache());
+        let report = owner.set_policies(others().chain([policy.clone()])).unwrap();
+        let [Fault::Refused { policies: refused, direction, pods, source }] = &report.faults[..] else {
+            panic!("{what}: {report:?}")
+        };
+        assert_eq!((refused, *direction), (&[policy.id.clone()].into(), Direction::Ingress), "{what}");
+        assert_eq!(pods, &[PodId::new("shop", "db")].into(), "{what}");
+        assert!(matches!(source, CompileError::ImplLimitExceeded { what: of, .. } if *of == what), "{source}");
+        assert!(!report.is_complete() && report.failures.is_empty() && report.enforced == 4, "{report:?}");
+
+        // The change of another pod, and of the policies that the pod has beside it.
+        world.udp("web", "cache", 5353, false);
+        world.udp("db", "cache", 5353, true);
+        world.udp("web", "db", 5353, true);
+        // What the policy alone would allow, also where a flow was established before.
+        world.udp("scan", "db", 5353, false);
+        world.udp("web", "db", 5355, false);
+        assert_eq!(stream.during(Duration::from_millis(300)).0, 0, "{what}");
+        // The pod's own node, and the other direction.
+        world.udp("node", "db", 5355, true);
+        world.udp("db", "scan", 5355, true);
+
+        // Operators are told; a pod that comes is enforced, and one that the policy selects waits.
+        assert_eq!(status(&owner, "db").faults, report.faults);
+        assert_eq!(status(&owner, "cache").faults, []);
+        assert_eq!(owner.faults(), report.faults);
+        world.add_enforced("late", 6, &[("app", "web")]);
+        world.udp("late", "db", 5353, true);
+        world.udp("late", "cache", 5353, false);
+        world.add("db2", 7, &[("app", "db")]);
+        let error = world.await_enforced("db2", Duration::from_millis(300)).unwrap_err();
+        assert!(error.contains(&format!("shop/{} for ingress of", policy.id.name)), "{error}");
+        assert_eq!(status(&owner, "db2").phase, Phase::Enforced);
+        world.udp("late", "db2", 5353, true);
+        world.udp("scan", "db2", 5353, false);
+        world.delete("late");
+        world.delete("db2");
+
+        // Alone, it leaves nothing open.
+        assert!(!owner.set_policies([policy.clone()]).unwrap().is_complete());
+        world.udp("web", "db", 5353, false);
+        world.udp("web", "cache", 5353, true);
+
+        // The fault goes, and what it closed opens.
+        let report = owner.set_policies(others()).unwrap();
+        assert!(report.is_complete() && owner.faults().is_empty(), "{report:?}");
+        world.udp("web", "db", 5353, true);
+        world.udp("web", "cache", 5353, false);
+        assert!(owner.set_policies([]).unwrap().is_complete());
+        assert!(stream.during(Duration::from_millis(400)).0 > 50);
+    }
+    drop(stream);
+    owner.uninstall().unwrap();
+}
+
+#[test]
+fn without_isolation_one_policy_keeps_back_the_changes_of_others() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let (world, owner) = four_pods();
+    owner.plant_bug(PlantedBug::NothingIsolated);
+    for policy in [huge(), wide(), scattered()] {
+        let error = owner.set_policies(cache().into_iter().chain([policy])).unwrap_err();
+        assert!(matches!(error, EnforcerError::Compile(CompileError::ImplLimitExceeded { .. })), "{error}");
+        world.udp("web", "cache", 5353, true);
+    }
+    assert!(owner.set_policies(cache()).unwrap().is_complete());
+    world.udp("web", "cache", 5353, false);
+    owner.uninstall().unwrap();
+}
+
+#[test]
+fn an_address_of_two_endpoints_is_no_selectors_until_one_of_them_goes() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let (world, owner) = four_pods();
+    assert!(owner.set_policies(policies(DB).into_iter().chain(cache())).unwrap().is_complete());
+    world.udp("web", "db", 5353, true);
+
+    // A second endpoint with the addresses of `web`, and labels that nothing allows.
+    world.host.root().sh("ip link add tst0 type veth peer name tst1");
+    let mut endpoint = world.endpoint("web");
+    endpoint.ifindex = world.host.root().link("tst0").unwrap().index;
+    endpoint.ifname = "tst0".parse().unwrap();
+    endpoint.attachment = key("twin");
+    endpoint.workload = Some("shop/twin".parse().unwrap());
+    endpoint.labels.clear();
+    world.host.root().run(|| world.sink.attach(&endpoint)).unwrap();
+    // Its own verdicts are in force: its device tells who it is.
+    world.sink.await_enforced(&endpoint, ALLOWED).unwrap();
+
+    let claims: Vec<_> = owner.faults();
+    assert_eq!(claims.len(), 2, "{claims:?}");
+    for fault in &claims {
+        let Fault::AmbiguousAddress { address, pods } = fault else { panic!("{fault}") };
+        assert!(endpoint.addresses.contains(address));
+        assert_eq!(pods, &["twin", "web"].map(|name| PodId::new("shop", name)).into());
+    }
+    assert_eq!(status(&owner, "web").faults, claims);
+    assert_eq!(status(&owner, "twin").faults, claims);
+    assert_eq!(status(&owner, "db").faults, []);
+    world.udp("web", "db", 5353, false);
+    world.udp("web", "scan", 5353, true);
+    world.udp("scan", "web", 5353, true);
+    // The changes of others arrive.
+    world.udp("db", "cache", 5353, true);
+    let report = owner.set_policies(policies(DB).into_iter().chain(cache().into_iter().map(|mut policy| {
+        policy.ingress = Some(vec![]);
+        policy
+    })));
+    assert!(report.unwrap().failures.is_empty());
+    world.udp("db", "cache", 5353, false);
+
+    // The twin without the guard: each claimant is believed, so that the one passes for the other.
+    owner.plant_bug(PlantedBug::ClaimsBelieved);
+    owner.set_policies(policies(DB)).unwrap();
+    world.udp("web", "db", 5353, true);
+    drop(owner);
+
+    let owner = world.open(tools());
+    owner.adopt(&world.engine.attachments(&"shop".parse().unwrap()).unwrap()).unwrap();
+    owner.set_policies(policies(DB)).unwrap();
+    world.host.root().run(|| world.sink.attach(&endpoint)).unwrap();
+    owner.start().unwrap();
+    world.udp("web", "db", 5353, false);
+    world.host.root().run(|| {
+        for direction in [dcenet_ebpf::attach::Direction::Ingress, dcenet_ebpf::attach::Direction::Egress] {
+            let hook = dcenet_ebpf::attach::Hook { device: endpoint.ifindex, direction };
+            dcenet_ebpf::attach::Attacher::detach(&dcenet_ebpf::attach::ClsactAttacher, hook).unwrap();
+        }
+        world.sink.detach(&key("twin")).unwrap();
+    });
+    assert!(owner.retry().unwrap().is_complete());
+    assert_eq!(owner.faults(), []);
+    world.udp("web", "db", 5353, true);
+    owner.uninstall().unwrap();
+}
