@@ -54,6 +54,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 pub use self::claims::{ClaimConfig, HistoryConfig};
 use crate::model::{AddressSpace, Family, Interval, Intervals, Pool, name_fault};
 use crate::select::{Node, Selector};
+use crate::store::etcd::EtcdConfig;
 use crate::store::log::LogStore;
 use crate::store::memory::MemoryStore;
 use crate::store::{Store, StoreError};
@@ -93,6 +94,8 @@ pub struct IpamConfig {
 #[serde(deny_unknown_fields, tag = "kind", rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum StoreConfig {
+    /// An etcd cluster, shared by any number of processes on any number of machines (feature `etcd`).
+    Etcd(EtcdConfig),
     /// A log in a directory, shared by all processes of the machine.
     Log {
         /// The directory; `ipam` below the state directory unless told.
@@ -113,6 +116,7 @@ impl StoreConfig {
     /// Opens the store; `state_dir` is where the log goes that has no path of its own.
     pub fn open(&self, state_dir: &Path) -> Result<Arc<dyn Store>, StoreError> {
         Ok(match self {
+            Self::Etcd(config) => config.open()?,
             Self::Log { path: Some(path) } => Arc::new(LogStore::open(path)?),
             Self::Log { path: None } => Arc::new(LogStore::open(&state_dir.join("ipam"))?),
             Self::Memory {} => Arc::new(MemoryStore::new()),
@@ -533,17 +537,17 @@ impl PoolConfig {
 pub(crate) use duration_text::parse as parse_duration;
 
 /// Durations as `500ms`, `5s`, `2m` or `1h`.
-mod duration_text {
+pub(crate) mod duration_text {
     use super::*;
 
-    pub(super) fn serialize<S: Serializer>(value: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(crate) fn serialize<S: Serializer>(value: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
         match value {
             Some(duration) => serializer.collect_str(&format_args!("{}ms", duration.as_millis())),
             None => serializer.serialize_none(),
         }
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
         let Some(text) = Option::<String>::deserialize(deserializer)? else { return Ok(None) };
         parse(&text).map(Some).ok_or_else(|| {
             D::Error::custom(format!("{text:?} is no duration; write a number with ms, s, m or h, as 5s"))

@@ -8,6 +8,7 @@
 
 #[cfg(feature = "test-support")]
 pub mod conformance;
+pub mod etcd;
 #[cfg(feature = "test-support")]
 pub mod flaky;
 pub mod group;
@@ -398,6 +399,9 @@ pub enum StoreError {
         /// What is wrong.
         reason: String,
     },
+    /// The backend does not let this user do it, or does not know him.
+    #[error("{0}")]
+    Denied(String),
     /// The operating system refused.
     #[error("{doing}: {source}")]
     Io {

@@ -5,6 +5,7 @@
 mod claims;
 mod config;
 mod crash;
+mod etcd;
 mod faults;
 mod group;
 mod handover;
