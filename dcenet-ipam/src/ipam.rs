@@ -1,5 +1,6 @@
 //! The allocator over a store.
 
+use std::collections::BTreeMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::path::Path;
 use std::sync::Arc;
@@ -8,15 +9,16 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use async_trait::async_trait;
 use dcenet_core::model::{AttachmentKey, ClusterId, ContainerId, IfName, LabelSet, NetworkName};
 use dcenet_core::provider::{AddressSource, Lease, LeaseError, LeaseRequest};
+use parking_lot::Mutex;
 
 use crate::config::{ConfigError, IpamConfig, Layout};
 use crate::machine::{Command, Query, Reply, Step, View, step};
 use crate::model::{Addr, AddressSpace, Binding, Claim, ClaimKey, Family, KeepPolicy, NodeName, Pool};
 use crate::record::{
-    AttachmentRecord, ClaimRecord, SlotRecord, attachment_of, claim_prefix, network_prefix, slot_prefix,
+    AttachmentRecord, ClaimRecord, SlotRecord, attachment_key, attachment_of, claim_prefix, network_prefix, slot_prefix,
 };
 use crate::select::Node;
-use crate::store::{Batch, Entry, Key, Outcome, Store, StoreError, number_of, numbered};
+use crate::store::{Batch, Entry, Key, Outcome, Sharing, Store, StoreError, number_of, numbered};
 
 /// Hands out the addresses of one configuration from a store that others may share.
 pub struct Ipam {
@@ -24,6 +26,17 @@ pub struct Ipam {
     store: Arc<dyn Store>,
     clock: Source,
     entropy: Source,
+    /// What a store that is far away was seen to hold lately; `None` where reading costs no trip.
+    lately: Option<Mutex<Lately>>,
+}
+
+/// What a lease may guess, for whatever it rests on is guarded: a wrong guess costs a second trip and nothing else.
+#[derive(Default)]
+struct Lately {
+    /// The records of the address spaces.
+    spaces: BTreeMap<Key, Entry>,
+    /// Where the last search began that lost no race.
+    entropy: u64,
 }
 
 /// Where numbers come from that no function of the store's content can tell.
@@ -101,7 +114,8 @@ impl Ipam {
     }
 
     fn over(layout: Layout, store: Arc<dyn Store>) -> Self {
-        Self { layout, store, clock: Arc::new(wall_clock), entropy: Arc::new(random) }
+        let lately = (store.caps().sharing == Sharing::Machines).then(Mutex::default);
+        Self { layout, store, clock: Arc::new(wall_clock), entropy: Arc::new(random), lately }
     }
 
     /// Asks in the name of a node: pools that select by node compare it, and each lease records that its attachment is
@@ -353,20 +367,26 @@ impl Ipam {
 
     /// Steps until the command is done; `None` if the configuration must be registered first.
     async fn attempt(&self, command: &Command) -> Result<Option<Reply>, LeaseError> {
-        let (mut view, mut entropy) = (View::default(), 0);
+        let (mut view, mut entropy, mut guessed) = self.guess(command);
         let (mut conflicts, mut unknown) = (0, 0);
         loop {
             // Never older than what the view holds, or a process that stood still would take a fresh release for one of the
             // far future.
             let now = (self.clock)();
-            match step(&self.layout, &view, command, now, entropy)? {
+            let next = step(&self.layout, &view, command, now, entropy);
+            if guessed && !matches!(next, Ok(Step::Read(_) | Step::Commit(..))) {
+                // No guard would tell that this rests on a wrong guess.
+                (view, guessed) = (View::default(), false);
+                continue;
+            }
+            match next? {
                 Step::Done(reply) => return Ok(Some(reply)),
                 Step::Unregistered => return Ok(None),
-                Step::Read(queries) => self.learn(&mut view, queries).await?,
+                Step::Read(queries) => self.learn(&mut view, queries, guessed).await?,
                 Step::Stale => {
                     count_conflict(&mut conflicts)?;
                     view = View::default();
-                    entropy = (self.entropy)().max(1);
+                    entropy = self.begin_elsewhere();
                 }
                 Step::Commit(mut batch, reply) => {
                     batch.request_id = self.request_id();
@@ -374,8 +394,11 @@ impl Ipam {
                         Outcome::Committed { revision } => return Ok(Some(reply.committed(revision))),
                         Outcome::Conflict(current) => {
                             count_conflict(&mut conflicts)?;
+                            for (guard, entry) in batch.guards.iter().zip(&current) {
+                                self.notice(&guard.key, entry.as_ref());
+                            }
                             view.learn_conflict(&batch.guards, current);
-                            entropy = (self.entropy)().max(1);
+                            entropy = self.begin_elsewhere();
                         }
                         Outcome::Unknown { reason } => {
                             unknown += 1;
@@ -384,7 +407,7 @@ impl Ipam {
                                 return Err(LeaseError::Store(reason.into()));
                             }
                             // What the command wanted is either there or not: it is decided anew from what is there.
-                            view = View::default();
+                            (view, guessed) = (View::default(), false);
                         }
                     }
                 }
@@ -392,13 +415,55 @@ impl Ipam {
         }
     }
 
-    async fn learn(&self, view: &mut View, queries: Vec<Query>) -> Result<(), LeaseError> {
+    /// What to begin with: a view, entropy, and whether the view is guessed.
+    fn guess(&self, command: &Command) -> (View, u64, bool) {
+        let mut view = View::default();
+        let Some(lately) = &self.lately else { return (view, 0, false) };
+        let mut lately = lately.lock();
+        if lately.entropy == 0 {
+            // Rivals part ways from the first try on.
+            lately.entropy = (self.entropy)().max(1);
+        }
+        let Command::Lease(request) = command else { return (view, lately.entropy, false) };
+        view.learn_key(attachment_key(&request.attachment), None);
+        for (key, entry) in &lately.spaces {
+            view.learn_key(key.clone(), Some(entry.clone()));
+        }
+        (view, lately.entropy, true)
+    }
+
+    /// A place for the next search, after a lost race.
+    fn begin_elsewhere(&self) -> u64 {
+        let entropy = (self.entropy)().max(1);
+        if let Some(lately) = &self.lately {
+            lately.lock().entropy = entropy;
+        }
+        entropy
+    }
+
+    /// Remembers what may be guessed next time.
+    fn notice(&self, key: &[u8], entry: Option<&Entry>) {
+        if let Some(lately) = &self.lately
+            && key.starts_with(b"e/")
+        {
+            let mut lately = lately.lock();
+            match entry {
+                Some(entry) => drop(lately.spaces.insert(key.to_vec(), entry.clone())),
+                None => drop(lately.spaces.remove(key)),
+            }
+        }
+    }
+
+    async fn learn(&self, view: &mut View, queries: Vec<Query>, guess: bool) -> Result<(), LeaseError> {
         let mut keys = Vec::new();
         for query in queries {
             match &query {
                 Query::Key(key) => keys.push(key.clone()),
                 Query::Gap(prefix, low, high) => {
                     let gap = self.store.first_gap(prefix, *low..=*high).await.map_err(store_error)?;
+                    if let (Some(number), true) = (gap, guess) {
+                        view.learn_key(numbered(prefix, number), None);
+                    }
                     view.learn_gap(query, gap);
                 }
                 Query::Scan(prefix, after, limit) => {
@@ -410,6 +475,7 @@ impl Ipam {
         if !keys.is_empty() {
             let entries = self.store.read(&keys).await.map_err(store_error)?;
             for (key, entry) in keys.into_iter().zip(entries) {
+                self.notice(&key, entry.as_ref());
                 view.learn_key(key, entry);
             }
         }

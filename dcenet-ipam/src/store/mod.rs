@@ -123,7 +123,9 @@ pub struct Caps {
 pub enum Sharing {
     /// One process.
     Exclusive,
-    /// Any number of processes.
+    /// Any number of processes on any number of machines; a call is a trip over the network.
+    Machines,
+    /// Any number of processes of one machine.
     Processes,
 }
 

@@ -1,12 +1,14 @@
-//! Which numbers are known to be taken, so that a search for a gap need not walk over them again.
+//! Which numbers are known to be taken, so that a search for a gap need not walk over them again; and which were free
+//! a moment ago, so that it need not ask at all.
 //!
-//! The knowledge is of the past: others may have freed a number since. Then a gap that is found is not the lowest, which
-//! harms nobody; that there is none is believed only if the server has just said so.
+//! The knowledge is of the past. Others may have freed a number since: then a gap that is found is not the lowest, which
+//! harms nobody; that there is none is believed only if the server has just said so. Others may have taken a number
+//! since: the guard on it tells, and what it found is noted.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
-use crate::store::{Key, Write};
+use crate::store::Key;
 
 /// Knowledge by prefix.
 #[derive(Debug, Default)]
@@ -19,6 +21,8 @@ pub(super) struct Gaps {
 struct Taken {
     runs: BTreeMap<u128, u128>,
     since: Instant,
+    /// A run that was free, and when.
+    free: Option<(u128, u128, Instant)>,
 }
 
 impl Gaps {
@@ -37,15 +41,29 @@ impl Gaps {
 
     /// Notes that all numbers from `low` to `high` are taken.
     pub(super) fn learn(&mut self, prefix: &[u8], low: u128, high: u128) {
-        if !self.prefixes.contains_key(prefix) {
-            if self.prefixes.len() == PREFIXES {
-                self.prefixes.clear();
-            }
-            self.prefixes.insert(prefix.to_vec(), Taken { runs: BTreeMap::new(), since: Instant::now() });
+        self.prefix(prefix).add(low, high);
+    }
+
+    /// Notes that all numbers from `low` to `high` are free now.
+    pub(super) fn learn_free(&mut self, prefix: &[u8], low: u128, high: u128) {
+        self.prefix(prefix).free = Some((low, high, Instant::now()));
+    }
+
+    /// Whether a candidate was free a moment ago.
+    pub(super) fn known_free(&self, prefix: &[u8], number: u128) -> bool {
+        let free = self.prefixes.get(prefix).and_then(|taken| taken.free);
+        free.is_some_and(|(low, high, at)| (low..=high).contains(&number) && at.elapsed() < MOMENT)
+    }
+
+    fn prefix(&mut self, prefix: &[u8]) -> &mut Taken {
+        if self.prefixes.len() >= PREFIXES && !self.prefixes.contains_key(prefix) {
+            self.prefixes.clear();
         }
-        if let Some(taken) = self.prefixes.get_mut(prefix) {
-            taken.add(low, high);
-        }
+        self.prefixes.entry(prefix.to_vec()).or_insert_with(|| Taken {
+            runs: BTreeMap::new(),
+            since: Instant::now(),
+            free: None,
+        })
     }
 
     /// Forgets what is known of a prefix.
@@ -53,16 +71,13 @@ impl Gaps {
         self.prefixes.remove(prefix);
     }
 
-    /// Notes what a commit of this process has changed.
-    pub(super) fn committed(&mut self, writes: &[Write]) {
-        for write in writes {
-            let Some((prefix, number)) = write.key().split_last_chunk() else { continue };
+    /// Notes what keys were found, or made by a commit of this process, to hold: something or nothing.
+    pub(super) fn found<'k>(&mut self, keys: impl Iterator<Item = (&'k [u8], bool)>) {
+        for (key, holds) in keys {
+            let Some((prefix, number)) = key.split_last_chunk() else { continue };
             let Some(taken) = self.prefixes.get_mut(prefix) else { continue };
             let number = u128::from_be_bytes(*number);
-            match write {
-                Write::Delete(_) => taken.remove(number),
-                Write::Put(..) => taken.add(number, number),
-            }
+            if holds { taken.add(number, number) } else { taken.remove(number) }
         }
     }
 }
@@ -97,6 +112,8 @@ impl Taken {
 
 /// After this, what others have freed is found again.
 const LIFETIME: Duration = Duration::from_secs(10);
+/// So long what was free is offered without asking. Longer, and rivals would have taken much of it.
+const MOMENT: Duration = Duration::from_secs(1);
 /// More prefixes than any configuration has spaces.
 const PREFIXES: usize = 256;
 
@@ -135,7 +152,7 @@ mod tests {
         ) {
             let (mut gaps, mut set) = (Gaps::default(), BTreeSet::new());
             // What nothing was learnt of is not followed.
-            gaps.committed(&[Write::Put(numbered(b"n/", 5), vec![])]);
+            gaps.found([(&*numbered(b"n/", 5), true)].into_iter());
             prop_assert_eq!(gaps.candidate(b"n/", 5, 5), (Some(5), false));
             gaps.learn(b"n/", 3, 3);
             set.insert(3);
@@ -146,11 +163,11 @@ mod tests {
                         set.extend(low..=high);
                     }
                     Action::Put(number) => {
-                        gaps.committed(&[Write::Put(numbered(b"n/", number), vec![])]);
+                        gaps.found([(&*numbered(b"n/", number), true)].into_iter());
                         set.insert(number);
                     }
                     Action::Delete(number) => {
-                        gaps.committed(&[Write::Delete(numbered(b"n/", number))]);
+                        gaps.found([(&*numbered(b"n/", number), false)].into_iter());
                         set.remove(&number);
                     }
                 }

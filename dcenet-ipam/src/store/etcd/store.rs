@@ -175,7 +175,7 @@ impl Store for EtcdStore {
             // Guarded keys are sent twice, and the whole must stay below etcd's --max-request-bytes of 1.5 MiB.
             max_bytes: (1 << 20) + (64 << 10),
             multi_key_atomic: true,
-            sharing: Sharing::Processes,
+            sharing: Sharing::Machines,
             durability: Durability::Power,
         }
     }
@@ -380,10 +380,16 @@ impl Inner {
                     match judge(answer, batch, fence, doubtful) {
                         Verdict::Committed(revision) => {
                             self.requests.lock().remember(id, Request::Committed(revision));
-                            self.gaps.lock().committed(&batch.writes);
+                            let put = |write: &Write| matches!(write, Write::Put(..));
+                            self.gaps.lock().found(batch.writes.iter().map(|w| (w.key(), put(w))));
                             return Ok(Outcome::Committed { revision });
                         }
-                        Verdict::Conflict(current) if !doubtful => return Ok(Outcome::Conflict(current)),
+                        Verdict::Conflict(current) if !doubtful => {
+                            let found =
+                                batch.guards.iter().zip(&current).map(|(g, now)| (g.key.as_slice(), now.is_some()));
+                            self.gaps.lock().found(found);
+                            return Ok(Outcome::Conflict(current));
+                        }
                         // An earlier try that is still under way could yet be applied.
                         Verdict::Conflict(current) => match self.close_lane(id, fence, deadline).await {
                             Ok(Verdict::Committed(revision)) => {
@@ -482,6 +488,9 @@ impl Inner {
                 fresh = true;
                 continue;
             };
+            if self.gaps.lock().known_free(prefix, from) {
+                return Ok(Some(from));
+            }
             fresh |= !skipped;
             if let Some(gap) = self.gap_from(prefix, from, high, deadline).await? {
                 return Ok(Some(gap));
@@ -507,6 +516,15 @@ impl Inner {
             self.gaps.lock().learn(prefix, number, number);
             if gap == Some(number) {
                 gap = number.checked_add(1).filter(|next| *next <= high);
+            }
+        }
+        if let Some(gap) = gap {
+            let taken =
+                page.kvs.iter().filter_map(|kv| number_of(prefix, self.own_key(&kv.key)?).ok()).find(|n| *n > gap);
+            match taken {
+                Some(taken) => self.gaps.lock().learn_free(prefix, gap, taken - 1),
+                None if !page.more => self.gaps.lock().learn_free(prefix, gap, high),
+                None => {}
             }
         }
         // All of a full page may be one run, which then goes on.
