@@ -12,7 +12,7 @@
 //! or ports changed may count as unknown to a policy set that is replaced in the same update, until step 3.
 //!
 //! What cannot be enforced as it stands closes the pods that it concerns and nobody else: [`Update::faults`] names it,
-//! and [`isolation`](crate::isolation) the verdicts.
+//! and [`isolation`] the verdicts.
 //!
 //! Until released, what fell out of use keeps its number, and classes still distinguish what only retired policy
 //! sets ask; so an enforcer that never releases pays with ever more classes.
