@@ -428,6 +428,7 @@ impl StoreError {
             Self::Corrupt { file, offset, reason } => {
                 Self::Corrupt { file: file.clone(), offset: *offset, reason: reason.clone() }
             }
+            Self::Denied(text) => Self::Denied(text.clone()),
             Self::Io { doing, source } => {
                 let again = || io::Error::new(source.kind(), source.to_string());
                 let source = source.raw_os_error().map_or_else(again, io::Error::from_raw_os_error);
