@@ -34,6 +34,31 @@
 //! name two VLANs, for one interface is in one.
 //!
 //! [`LeaseRequest::pools`]: dcenet_core::provider::LeaseRequest::pools
+//!
+//! # Addresses that are somebody else's
+//! ```json
+//! { "reserved": [ { "addresses": ["10.20.0.2-10.20.0.9", "10.20.0.128/28"], "holder": "edge routers" } ],
+//!   "pools": [ { "name": "db", "subnet": "10.20.0.0/24" } ] }
+//! ```
+//! No pool of the space hands them out, and who asks for one is told the holder. Reservations can also be recorded in the
+//! store, for all configurations that share it: [`Ipam::reserve_external`](crate::Ipam::reserve_external).
+//!
+//! # Blocks of a node
+//! ```json
+//! { "node": { "name": "n7" },
+//!   "pools": [ { "name": "pods", "subnet": "10.128.0.0/14", "block": { "size": 64, "borrow": false } } ] }
+//! ```
+//! The node takes an aligned block of 64 addresses at a time and hands out from its own blocks, so that one route leads to
+//! many of its pods ([`Ipam::blocks`](crate::Ipam::blocks)). What keeps an address unique is its own record all the same,
+//! whoever owns the block. When no block is left, addresses of other nodes' blocks are borrowed, unless that is forbidden.
+//! A claim, or a request for one address, is served from any block.
+//!
+//! # A prefix for each workload
+//! ```json
+//! { "pools": [ { "name": "delegated", "subnet": "2001:db8:100::/40", "delegate": 64 } ] }
+//! ```
+//! Every attachment gets a prefix of that length to itself (RFC 9663, RFC 8273), and in it its first address. The gateway of
+//! such a pool may be link-local.
 
 mod claims;
 
@@ -52,7 +77,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 pub use self::claims::{ClaimConfig, HistoryConfig};
-use crate::model::{AddressSpace, Family, Interval, Intervals, Pool, name_fault};
+use crate::model::{Addr, AddressSpace, Blocks, Family, Interval, Intervals, Pool, name_fault};
 use crate::select::{Node, Selector};
 use crate::store::etcd::EtcdConfig;
 use crate::store::log::LogStore;
@@ -87,6 +112,76 @@ pub struct IpamConfig {
     /// Keeps who held each address, and when: `{ "keep": "720h", "count": 64 }`. Nothing is kept unless told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub history: Option<HistoryConfig>,
+    /// Addresses that no pool hands out, for somebody else uses them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub reserved: Vec<ReservedConfig>,
+}
+
+/// Addresses of somebody else, as written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReservedConfig {
+    /// `first-last`, a prefix or one address each; they need not be in a pool.
+    pub addresses: Vec<AddressRange>,
+    /// Who has them, for people.
+    pub holder: String,
+    /// The routing domain, `default` unless told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub space: Option<String>,
+}
+
+/// Addresses of somebody else, checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reserved {
+    /// The routing domain.
+    pub space: AddressSpace,
+    /// The first of them.
+    pub first: Addr,
+    /// The last of them.
+    pub last: Addr,
+    /// Who has them.
+    pub holder: String,
+}
+
+/// The blocks that nodes own in a pool, as written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlockConfig {
+    /// How large a block is.
+    pub size: BlockSize,
+    /// Whether a node gets addresses of other nodes' blocks when its own are full and no block is left; yes unless told.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub borrow: bool,
+}
+
+/// A number of addresses that is a power of two, as `64`, or a prefix length, as `"/26"`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum BlockSize {
+    /// Addresses.
+    Count(u64),
+    /// `/` and a prefix length.
+    Length(String),
+}
+
+impl BlockSize {
+    /// The prefix length in a family; `None` if it is none.
+    fn length(&self, family: Family) -> Option<u8> {
+        match self {
+            Self::Count(count) if count.is_power_of_two() => family.bits().checked_sub(count.ilog2() as u8),
+            Self::Count(_) => None,
+            Self::Length(text) => text.strip_prefix('/')?.parse().ok().filter(|length| *length <= family.bits()),
+        }
+    }
+}
+
+impl fmt::Display for BlockSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Count(count) => count.fmt(f),
+            Self::Length(text) => text.fmt(f),
+        }
+    }
 }
 
 /// Which store, and where.
@@ -175,6 +270,12 @@ pub struct PoolConfig {
     /// The MTU of the link in bytes, passed on with the address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<Mtu>,
+    /// Gives each node blocks of its own; any address to any node unless told. Needs [`IpamConfig::node`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub block: Option<BlockConfig>,
+    /// Hands out prefixes of this length instead of addresses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub delegate: Option<u8>,
 }
 
 fn yes() -> bool {
@@ -313,11 +414,19 @@ pub struct Layout {
     pub node: Option<Node>,
     /// See [`IpamConfig::history`].
     pub history: Option<HistoryConfig>,
+    /// Addresses of somebody else, by space, family and number; disjoint.
+    pub reserved: Vec<Reserved>,
 }
 
 impl Layout {
     /// [`IpamConfig::cooldown`] unless told.
     pub const COOLDOWN: Duration = Duration::from_secs(5);
+
+    /// The reservation of the configuration that covers the address.
+    pub fn reservation(&self, space: &AddressSpace, address: Addr) -> Option<&Reserved> {
+        let until = self.reserved.partition_point(|r| (&r.space, r.first) <= (space, address));
+        self.reserved[..until].last().filter(|r| r.space == *space && (r.first..=r.last).contains(&address))
+    }
 
     /// Families that have a pool, IPv4 first.
     pub fn families(&self) -> impl Iterator<Item = Family> + '_ {
@@ -328,7 +437,7 @@ impl Layout {
 impl IpamConfig {
     /// Checks everything that can be checked without a store. Field paths begin with `ipam`.
     pub fn layout(&self) -> Result<Layout, ConfigError> {
-        let Self { plugin, store: _, pools: written, routes, dns, cooldown, node, history } = self;
+        let Self { plugin, store: _, pools: written, routes, dns, cooldown, node, history, reserved } = self;
         if let Some(plugin) = plugin
             && plugin != "dcenet"
         {
@@ -339,9 +448,10 @@ impl IpamConfig {
             let fault = ConfigFault::Malformed("there is no address to hand out; name at least one pool".to_owned());
             return Err(ConfigError { field: "ipam.pools".to_owned(), value: "[]".to_owned(), fault });
         }
+        let reserved = check_reserved(reserved)?;
         let mut pools: Vec<Pool> = Vec::with_capacity(written.len());
         for (i, pool) in written.iter().enumerate() {
-            let checked = pool.check(&format!("ipam.pools[{i}]"))?;
+            let checked = pool.check(&format!("ipam.pools[{i}]"), &reserved)?;
             for other in &pools {
                 checked.check_beside(other, &format!("ipam.pools[{i}]"))?;
             }
@@ -351,8 +461,55 @@ impl IpamConfig {
         if let Some(history) = history {
             history.check()?;
         }
-        let (node, history) = (node.clone(), *history);
-        Ok(Layout { pools, routes: routes.clone(), dns: dns.clone(), cooldown, node, history })
+        let (routes, dns, node, history) = (routes.clone(), dns.clone(), node.clone(), *history);
+        Ok(Layout { pools, routes, dns, cooldown, node, history, reserved })
+    }
+}
+
+fn check_reserved(written: &[ReservedConfig]) -> Result<Vec<Reserved>, ConfigError> {
+    let mut all: Vec<Reserved> = Vec::new();
+    for (i, ReservedConfig { addresses, holder, space }) in written.iter().enumerate() {
+        let path = format!("ipam.reserved[{i}]");
+        let error =
+            |field: String, value: &dyn fmt::Display, fault| ConfigError { field, value: value.to_string(), fault };
+        let malformed = |field: &str, value: &str, reason: &str| {
+            error(format!("{path}.{field}"), &value, ConfigFault::Malformed(reason.to_owned()))
+        };
+        let space = match space {
+            None => AddressSpace::default(),
+            Some(text) => {
+                text.parse().map_err(|e: dcenet_core::model::ParseError| malformed("space", text, e.reason))?
+            }
+        };
+        if holder.is_empty() {
+            return Err(malformed("holder", holder, "nobody could be told whose the addresses are; name the holder"));
+        }
+        if addresses.is_empty() {
+            return Err(malformed("addresses", "[]", "nothing is reserved; name addresses or remove the entry"));
+        }
+        for (k, range) in addresses.iter().enumerate() {
+            let field = format!("{path}.addresses[{k}]");
+            let (first, last) = range.ends().map_err(|fault| error(field.clone(), range, fault))?;
+            let reserved = Reserved { space: space.clone(), first, last, holder: holder.clone() };
+            if let Some(other) = all.iter().find(|o| o.space == space && o.first <= last && first <= o.last) {
+                let fault = ConfigFault::Duplicate { by: format!("reservation {}", other.holder) };
+                return Err(error(field, range, fault));
+            }
+            all.push(reserved);
+        }
+    }
+    all.sort_by(|a, b| (&a.space, a.first).cmp(&(&b.space, b.first)));
+    Ok(all)
+}
+
+impl AddressRange {
+    /// First and last address, of one family and in order.
+    pub(crate) fn ends(&self) -> Result<(Addr, Addr), ConfigFault> {
+        let (first, last) = (Addr::from(self.first), Addr::from(self.last));
+        if first.family != last.family {
+            return Err(ConfigFault::Malformed("its ends are of two families; write one range for each".to_owned()));
+        }
+        if first > last { Err(ConfigFault::Reversed) } else { Ok((first, last)) }
     }
 }
 
@@ -407,7 +564,7 @@ fn raw(ip: IpAddr) -> u128 {
 const MAPPED: Interval = (0xffff_0000_0000, 0xffff_ffff_ffff);
 
 impl PoolConfig {
-    fn check(&self, path: &str) -> Result<Pool, ConfigError> {
+    fn check(&self, path: &str, set_aside: &[Reserved]) -> Result<Pool, ConfigError> {
         let error = |field: &str, value: &dyn fmt::Display, fault: ConfigFault| ConfigError {
             field: format!("{path}.{field}"),
             value: value.to_string(),
@@ -457,8 +614,10 @@ impl PoolConfig {
                 }
             }
         }
+        let link_local = |ip: &IpAddr| matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
         if let Some(gateway) = &self.gateway
             && !inside(gateway)
+            && !(self.delegate.is_some() && family == Family::V6 && link_local(gateway))
         {
             return Err(error("gateway", gateway, outside()));
         }
@@ -479,10 +638,60 @@ impl PoolConfig {
             return Err(malformed("mtu", &mtu, &reason));
         }
 
+        let shares = |length: u8| (subnet.prefix_len().max(1)..=family.bits()).contains(&length);
+        let block = match &self.block {
+            None => None,
+            Some(BlockConfig { size, borrow }) => match size.length(family).filter(|length| shares(*length)) {
+                Some(length) => Some(Blocks { length, borrow: *borrow }),
+                None => {
+                    let reason = format!(
+                        "write a power of two of addresses, or / and a prefix length, from /{} to /{}",
+                        subnet.prefix_len().max(1),
+                        family.bits()
+                    );
+                    return Err(malformed("block.size", size, &reason));
+                }
+            },
+        };
+        let delegate = self.delegate;
+        if let Some(length) = delegate {
+            if !shares(length) {
+                let reason = format!("write a prefix length from {} to {}", subnet.prefix_len().max(1), family.bits());
+                return Err(malformed("delegate", &length, &reason));
+            }
+            if block.is_some() {
+                return Err(malformed(
+                    "delegate",
+                    &length,
+                    "a pool of blocks hands out addresses; drop one of the two",
+                ));
+            }
+        }
+        for (text, wish) in &self.claims {
+            let Some(address) = wish.address.map(Addr::from) else { continue };
+            let field = format!("claims[{text:?}].address");
+            let covers = |r: &&Reserved| r.space == space && (r.first..=r.last).contains(&address);
+            if let Some(other) = set_aside.iter().find(covers) {
+                let fault = ConfigFault::Duplicate { by: format!("reservation {}", other.holder) };
+                return Err(error(&field, &address, fault));
+            }
+            let host_bits = delegate.map_or(0, |length| u32::from(family.bits() - length));
+            if inside(&address.ip()) && host_bits > 0 {
+                let first = address.bits >> host_bits << host_bits | u128::from(host_bits > 1);
+                if address.bits != first {
+                    let first = Addr { family, bits: first };
+                    let reason = format!("a claim of a prefix names its first address; write {first}");
+                    return Err(malformed(&field, &address, &reason));
+                }
+            }
+        }
+
         // What nobody may have, each with its reason.
         let one = |number: u128| (number, number);
         let mut reserved: Vec<(Interval, &'static str)> = Vec::new();
         match family {
+            // Nobody is on a link with the whole subnet: each prefix has a link of its own.
+            _ if delegate.is_some() => {}
             Family::V4 if subnet.prefix_len() < 31 => {
                 reserved.push((one(whole.0), "the network address"));
                 reserved.push((one(whole.1), "the broadcast address"));
@@ -495,13 +704,30 @@ impl PoolConfig {
         if family == Family::V6 {
             reserved.push((MAPPED, "an IPv4-mapped address"));
         }
-        reserved.extend(self.gateway.map(|ip| (one(raw(ip)), "the pool's gateway")));
+        let gateway = self.gateway.filter(inside);
+        reserved.extend(gateway.map(|ip| (one(raw(ip)), "the pool's gateway")));
         reserved.extend(self.exclude.iter().map(|r| ((raw(r.first), raw(r.last)), "excluded")));
 
         let claims::Checked { claims, sets, fixed } = claims::check(self, path, &reserved)?;
 
-        let ranges = if given.is_empty() { vec![whole] } else { given };
-        let reserved = Intervals::new(reserved.into_iter().map(|(interval, _)| interval).collect());
+        let mut ranges = if given.is_empty() { vec![whole] } else { given };
+        let mut reserved: Vec<Interval> = reserved.into_iter().map(|(interval, _)| interval).collect();
+        let elsewhere = set_aside.iter().filter(|r| r.space == space && r.first.family == family);
+        reserved.extend(elsewhere.map(|r| (r.first.bits, r.last.bits)));
+        if let Some(length) = delegate {
+            // Only whole prefixes are handed out, and none of which a part is not to be.
+            let host = u128::MAX.checked_shr(u32::from(128 - family.bits() + length)).unwrap_or(0);
+            ranges = Intervals::new(ranges)
+                .iter()
+                .filter_map(|(low, high)| {
+                    let low = if low & host == 0 { low } else { (low | host).checked_add(1)? };
+                    let high = if high & host == host { high } else { (high & !host).checked_sub(1)? };
+                    (low <= high).then_some((low, high))
+                })
+                .collect();
+            reserved = reserved.into_iter().map(|(low, high)| (low & !host, high | host)).collect();
+        }
+        let reserved = Intervals::new(reserved);
         let fixed = Intervals::new(fixed.into_iter().map(one).collect());
         let usable = Intervals::new(ranges.clone()).without(&reserved);
         let free = usable.without(&fixed);
@@ -530,6 +756,8 @@ impl PoolConfig {
             group: self.group.clone(),
             vlan: self.vlan,
             mtu: self.mtu,
+            block,
+            delegate,
         })
     }
 }

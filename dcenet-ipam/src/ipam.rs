@@ -1,5 +1,7 @@
 //! The allocator over a store.
 
+mod pools;
+
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::path::Path;
@@ -11,6 +13,7 @@ use dcenet_core::model::{AttachmentKey, ClusterId, ContainerId, IfName, LabelSet
 use dcenet_core::provider::{AddressSource, Lease, LeaseError, LeaseRequest};
 use parking_lot::Mutex;
 
+pub use self::pools::{OwnedBlock, Reservation};
 use crate::config::{ConfigError, IpamConfig, Layout};
 use crate::machine::{Command, Query, Reply, Step, View, step};
 use crate::model::{Addr, AddressSpace, Binding, Claim, ClaimKey, Family, KeepPolicy, NodeName, Pool};
@@ -86,6 +89,9 @@ pub struct PoolUsage {
     pub cooling: u128,
     /// Addresses that nobody gets because somebody else on the link answers for them.
     pub quarantined: u128,
+    /// Addresses that attachments use or claims keep although the pool does not hand them out any more, for it was shrunk
+    /// or renumbered; those of them that are in the subnet are counted above too. [`Ipam::outside`] names them.
+    pub outside: u128,
 }
 
 /// A claim that is recorded in the store.
@@ -282,6 +288,17 @@ impl Ipam {
         for pool in &self.layout.pools {
             all.push(self.pool_usage(pool).await?);
         }
+        let bound: Vec<_> =
+            self.bindings(None).await?.into_iter().map(|b| (b.space, b.pool, b.address.addr())).collect();
+        let kept = self.claims().await?.into_iter().filter_map(|c| Some((c.space, c.pool, c.claim.address?.ip())));
+        for (space, pool, ip) in bound.iter().cloned().chain(kept.filter(|k| !bound.contains(k))) {
+            let own = self.layout.pools.iter().zip(&mut all).find(|(p, _)| p.name == pool && p.space == space);
+            if let Some((pool, usage)) = own
+                && !pool.has(Addr::from(ip))
+            {
+                usage.outside += 1;
+            }
+        }
         Ok(all)
     }
 
@@ -289,7 +306,8 @@ impl Ipam {
         let prefix = slot_prefix(&pool.space, pool.family());
         let (pool_name, space) = (pool.name.clone(), pool.space.clone());
         let size = pool.size();
-        let mut usage = PoolUsage { pool: pool_name, space, size, bound: 0, kept: 0, cooling: 0, quarantined: 0 };
+        let (bound, kept, cooling, quarantined, outside) = (0, 0, 0, 0, 0);
+        let mut usage = PoolUsage { pool: pool_name, space, size, bound, kept, cooling, quarantined, outside };
         let first = Addr::from(pool.subnet.network()).bits;
         let mut after = first.checked_sub(1).map(|below| numbered(&prefix, below));
         let now = (self.clock)();

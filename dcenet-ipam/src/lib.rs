@@ -58,7 +58,7 @@ pub mod store;
 
 pub use crate::claims::{OpenHandover, QuarantinedAddress};
 pub use crate::config::{ConfigError, IpamConfig, Layout};
-pub use crate::ipam::{Ipam, OpenError, PoolUsage, RecordedClaim};
+pub use crate::ipam::{Ipam, OpenError, OwnedBlock, PoolUsage, RecordedClaim, Reservation};
 pub use crate::machine::{ClaimExport, Quarantine};
 
 /// The README's example compiles.

@@ -31,8 +31,10 @@
 //! Time only orders reuse. A released address counts as cooling while its time is within the cooldown of now, on either
 //! side: a clock that jumps delays or hastens reuse once, by no more than the cooldown, and can do nothing else.
 
+mod block;
 mod choose;
 mod claim;
+mod external;
 mod handover;
 pub(crate) mod history;
 mod lease;
@@ -43,6 +45,7 @@ mod reserve;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::rc::Rc;
 use std::time::Duration;
 
 use dcenet_core::model::{AttachmentKey, ClusterId, MacAddr};
@@ -55,7 +58,7 @@ pub use self::handover::MAX_HANDOVER;
 pub use self::quarantine::Quarantine;
 use crate::config::Layout;
 use crate::model::{Addr, AddressSpace, Claim, ClaimKey, KeepPolicy, NodeName};
-use crate::record::AttachmentRecord;
+use crate::record::{AttachmentRecord, SpaceRecord};
 use crate::store::{Batch, Entry, Guard, Key, Write};
 
 /// How long at least the time of a release is remembered, unless the address is used again.
@@ -92,6 +95,15 @@ pub enum Command {
         /// The address.
         address: IpAddr,
     },
+    /// Take nothing new from a node's block, so that it can be given up.
+    CloseBlock {
+        /// The pool's name.
+        pool: String,
+        /// The block: its first address divided by its size.
+        block: u128,
+        /// The node that must own it.
+        node: String,
+    },
     /// Give up a claim: its address goes back, unless something is attached through it.
     Forget {
         /// The space of the claim.
@@ -123,6 +135,17 @@ pub enum Command {
         claim: ClaimKey,
         /// The cluster.
         to: ClusterId,
+    },
+    /// Record that somebody outside uses addresses. What was leased of them before is for the caller to look for then.
+    Hold {
+        /// The space.
+        space: AddressSpace,
+        /// The first address.
+        first: Addr,
+        /// The last address, of the same family.
+        last: Addr,
+        /// Who uses them.
+        holder: String,
     },
     /// Give an attachment its addresses.
     Lease(LeaseRequest),
@@ -215,6 +238,26 @@ pub enum Command {
         space: AddressSpace,
         /// The claim.
         claim: ClaimKey,
+    },
+    /// Give a closed block up, or open it again if something of it is in use.
+    SettleBlock {
+        /// The pool's name.
+        pool: String,
+        /// The block: its first address divided by its size.
+        block: u128,
+        /// The node that must own it.
+        node: String,
+    },
+    /// Take back what [`Command::Hold`] recorded.
+    Unhold {
+        /// The space.
+        space: AddressSpace,
+        /// The first address.
+        first: Addr,
+        /// The last address.
+        last: Addr,
+        /// Who used them.
+        holder: String,
     },
 }
 
@@ -313,18 +356,21 @@ impl Reply {
 /// # Errors
 /// The command is refused.
 pub fn step(layout: &Layout, view: &View, command: &Command, now: u64, entropy: u64) -> Result<Step, LeaseError> {
-    let work = Work { layout, view, now, entropy, missing: RefCell::default() };
+    let (missing, aside, spaces_read) = (RefCell::default(), RefCell::default(), RefCell::default());
+    let work = Work { layout, view, now, entropy, missing, aside, spaces_read };
     let result = match command {
         Command::AbortHandover { from } => work.abort_handover(from),
         Command::BeginHandover { from, sequence, to, limit } => {
             work.begin_handover(from, *sequence, to.as_ref(), *limit)
         }
+        Command::CloseBlock { pool, block, node } => work.close_block(pool, *block, node),
         Command::CompleteHandover { from } => work.complete_handover(from),
         Command::Expire { space, address } => work.expire(space, Addr::from(*address)),
         Command::Forget { space, claim } => work.forget(space, claim),
         Command::Gone { space, claim, fence } => work.gone(space, claim, *fence),
         Command::HandIn { export, here } => work.hand_in(export, here),
         Command::HandOut { space, claim, to } => work.hand_out(space, claim, to),
+        Command::Hold { space, first, last, holder } => work.hold(space, *first, *last, holder),
         Command::Lease(request) => work.lease(request),
         Command::Lift { space, address } => work.lift(space, Addr::from(*address)),
         Command::Lookup(attachment) => work.lookup(attachment),
@@ -342,7 +388,9 @@ pub fn step(layout: &Layout, view: &View, command: &Command, now: u64, entropy: 
             let (key, address, keep) = (claim.clone(), address.map(Addr::from), *keep);
             work.record_claim(pool, &Claim { key, address, keep, mac: None })
         }
+        Command::SettleBlock { pool, block, node } => work.settle_block(pool, *block, node),
         Command::TakeBack { space, claim } => work.take_back(space, claim),
+        Command::Unhold { space, first, last, holder } => work.unhold(space, *first, *last, holder),
     };
     match result {
         Ok(step) => Ok(step),
@@ -373,6 +421,19 @@ struct Work<'a> {
     now: u64,
     entropy: u64,
     missing: RefCell<Vec<Query>>,
+    /// What a choice of an address rests on and changes beside the slot, until the address is taken.
+    aside: RefCell<Vec<Aside>>,
+    spaces_read: RefCell<Vec<(AddressSpace, SpaceEntry)>>,
+}
+
+/// A space's record with its version.
+type SpaceEntry = Option<(Rc<SpaceRecord>, u64)>;
+
+/// A guard and writes that go with an address that was chosen.
+struct Aside {
+    guard: Key,
+    version: Option<u64>,
+    puts: Vec<(Key, Vec<u8>)>,
 }
 
 impl Work<'_> {
@@ -412,6 +473,10 @@ impl Work<'_> {
         Err(Halt::Read)
     }
 
+    fn set_aside(&self, aside: Aside) {
+        self.aside.borrow_mut().push(aside);
+    }
+
     /// The record of a key with its version.
     fn record<T: DeserializeOwned>(&self, key: &Key) -> Result<Option<(T, u64)>, Halt> {
         let Some(entry) = self.entry(key)? else { return Ok(None) };
@@ -446,6 +511,7 @@ impl Work<'_> {
                 gateway: pool.and_then(|p| p.gateway),
                 vlan: pool.and_then(|p| p.vlan),
                 mtu: pool.and_then(|p| p.mtu),
+                prefix: held.delegated.then(|| held.address.trunc()),
                 ..LeasedAddress::new(held.address, held.pool.as_str(), sequence)
             });
             let Some(pool) = pool else { continue };

@@ -196,6 +196,13 @@ impl Intervals {
         Self(left)
     }
 
+    /// What is in `self` and in the interval.
+    pub(crate) fn within(&self, low: u128, high: u128) -> Self {
+        let first = self.0.partition_point(|part| part.1 < low);
+        let parts = self.0[first..].iter().take_while(|part| part.0 <= high);
+        Self(parts.map(|part| (part.0.max(low), part.1.min(high))).collect())
+    }
+
     /// Whether the number is in one of them.
     pub fn contains(&self, number: u128) -> bool {
         let after = self.0.partition_point(|(low, _)| *low <= number);
@@ -251,6 +258,19 @@ pub struct Pool {
     pub vlan: Option<VlanId>,
     /// The MTU of the link.
     pub mtu: Option<Mtu>,
+    /// The blocks that nodes own in it.
+    pub block: Option<Blocks>,
+    /// The length of the prefixes that it hands out instead of addresses.
+    pub delegate: Option<u8>,
+}
+
+/// How nodes own parts of a pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Blocks {
+    /// The prefix length of a block.
+    pub length: u8,
+    /// Whether a node gets addresses of other nodes' blocks when its own are full and no block is left.
+    pub borrow: bool,
 }
 
 impl Pool {
@@ -259,9 +279,39 @@ impl Pool {
         Family::of(&self.subnet)
     }
 
-    /// How many addresses it could have in use.
+    /// How many addresses, or prefixes where it delegates those, it could have in use.
     pub fn size(&self) -> u128 {
-        self.allowed.size()
+        match self.delegate {
+            None => self.allowed.size(),
+            Some(_) => self.allowed.iter().fold(0, |sum: u128, (low, high)| {
+                sum.saturating_add((high >> self.shift()) - (low >> self.shift()) + 1)
+            }),
+        }
+    }
+
+    /// Whether it may have the address in use.
+    pub(crate) fn has(&self, address: Addr) -> bool {
+        self.family() == address.family && self.allowed.contains(address.bits)
+    }
+
+    /// How far an address is shifted to become the number of what is handed out.
+    pub(crate) fn shift(&self) -> u32 {
+        self.delegate.map_or(0, |length| u32::from(self.family().bits() - length))
+    }
+
+    /// The address of the number-th thing that is handed out: where a prefix is, its first address that a host may have
+    /// (all-zero host bits are the subnet-router anycast address of IPv6, RFC 4291, section 2.6.1, and the network of
+    /// IPv4).
+    pub(crate) fn address_at(&self, number: u128) -> Addr {
+        let host = u128::from(self.shift() > 1);
+        Addr { family: self.family(), bits: number << self.shift() | host }
+    }
+
+    /// First and last address of a block.
+    pub(crate) fn block_range(&self, length: u8, block: u128) -> Interval {
+        let shift = self.family().bits() - length;
+        let first = block << shift;
+        (first, first | ((1 << shift) - 1))
     }
 
     /// Why it does not serve the subject; `None` if it does.

@@ -6,14 +6,20 @@
 //! | `s/SPACE/F` + address (16 bytes) | [`SlotRecord`]: what an address is used for |
 //! | `t/NETWORK/CONTAINER/IFNAME` | [`AttachmentRecord`]: what an attachment holds; its version is the sequence |
 //! | `c/SPACE/F/CLAIM` | [`ClaimRecord`]: the address that a claim keeps |
-//! | `f/SPACE/F/POOL/` + time (8 bytes) + address (16 bytes) | empty: released addresses, oldest first |
 //! | `k/SPACE/F/` + time (8 bytes) + address (16 bytes) | empty: when what holds an address for a time ends |
 //! | `q/SPACE/F` + address (16 bytes) | empty: addresses in quarantine |
 //! | `h/SPACE/F` + address (16 bytes) + time (8 bytes) + tag (4 bytes) | [`EventRecord`]: what became of an address |
 //! | `n/NODE` | [`NodeRecord`]: a node's last sign of life |
+//! | `f/SPACE/F/POOL/` + time (8 bytes) + address (16 bytes) | empty: released addresses, oldest first; `POOL@BLOCK` for those of a block |
+//! | `b/SPACE/F/POOL/` + block (16 bytes) | [`BlockRecord`]: which node owns a block |
+//! | `o/SPACE/F/POOL/NODE/` + block (16 bytes) | empty: the blocks of a node |
+//! | `p/SPACE/F/POOL/` + prefix (16 bytes) | empty: a delegated prefix with a slot |
+//! | `x/SPACE/F/` + last and first address (16 bytes each) | [`ReservationRecord`]: who uses them outside |
 //!
 //! `F` is `4` or `6`; numbers in keys are big-endian. Values are JSON, so that a store can be read by people and fields
 //! can be added.
+
+mod pools;
 
 use std::net::IpAddr;
 
@@ -21,6 +27,10 @@ use dcenet_core::model::{AttachmentKey, ClusterId, MacAddr, NetworkName, Workloa
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+pub(crate) use self::pools::{
+    BlockRecord, ReservationRecord, block_prefix, block_queue, delegated_prefix, owned_prefix, reservation_key,
+    reservation_of, reservation_prefix,
+};
 use crate::model::{Addr, AddressSpace, ClaimKey, Family, KeepPolicy, MacWish, NodeName};
 use crate::store::{Key, numbered};
 
@@ -140,12 +150,15 @@ pub(crate) struct Held {
     pub(crate) space: Option<String>,
     pub(crate) address: IpNet,
     pub(crate) pool: String,
+    /// The whole prefix is the attachment's, not the address alone.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) delegated: bool,
 }
 
 impl Held {
     pub(crate) fn new(space: &AddressSpace, address: IpNet, pool: &str) -> Self {
         let space = (*space != AddressSpace::default()).then(|| space.to_string());
-        Self { space, address, pool: pool.to_owned() }
+        Self { space, address, pool: pool.to_owned(), delegated: false }
     }
 
     /// The slot; `None` if the record's space is no name, which no version of this crate writes.
@@ -216,6 +229,17 @@ pub(crate) struct NodeRecord {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SpaceRecord {
     pub(crate) pools: Vec<RegisteredPool>,
+    /// How many reservations of outsiders there are. Every change of one changes this record, and with it what leases
+    /// guard.
+    #[serde(default, skip_serializing_if = "none")]
+    pub(crate) reservations: u64,
+    /// Changes of reservations so far, so that one taken away and another made do not leave the record as it was.
+    #[serde(default, skip_serializing_if = "none")]
+    pub(crate) changes: u64,
+}
+
+fn none(count: &u64) -> bool {
+    *count == 0
 }
 
 /// A pool as others must respect it.
@@ -226,6 +250,12 @@ pub(crate) struct RegisteredPool {
     /// Digests of the sets of claims that were recorded for this pool, the newest last.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) claims: Vec<u32>,
+    /// The prefix length of the blocks that nodes own in it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) block: Option<u8>,
+    /// The length of the prefixes that it delegates.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) delegate: Option<u8>,
 }
 
 pub(crate) fn space_key(space: &AddressSpace) -> Key {

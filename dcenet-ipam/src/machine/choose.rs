@@ -32,6 +32,14 @@ impl Work<'_> {
         for address in request.addresses.iter().copied().map(Addr::from) {
             self.assign(&subject, &mut wants, address)?;
         }
+        let blocks = wants.iter().filter(|w| w.claim.is_none() && w.asked.is_none()).flat_map(|w| &w.pools);
+        if let Some(pool) = blocks.into_iter().find(|p| p.block.is_some()).filter(|_| self.layout.node.is_none()) {
+            let reason = format!(
+                "pool {} gives each node blocks of its own, and the node is not known; name it, as {{ \"name\": \"n1\" }}",
+                pool.name
+            );
+            return Err(LeaseError::Invalid { field: "ipam.node".to_owned(), reason });
+        }
         Ok(wants)
     }
 

@@ -171,7 +171,9 @@ impl Work<'_> {
             self.need(&keys)?;
             for (address, key) in ended.into_iter().zip(&keys) {
                 // Of a handover only the permission ends.
-                if self.record::<SlotRecord>(key)?.is_some_and(|(slot, _)| self.has_ended(&slot)) {
+                if self.record::<SlotRecord>(key)?.is_some_and(|(slot, _)| self.has_ended(&slot))
+                    && self.reserved_to(pool, address.bits >> pool.shift())?.is_none()
+                {
                     return Ok(Some(address));
                 }
             }

@@ -6,15 +6,16 @@ use dcenet_core::model::Workload;
 use dcenet_core::provider::{LeaseError, LeaseRequest};
 use ipnet::IpNet;
 
+use super::block::{freed_in_block, freed_in_blocks_prefix};
 use super::choose::Want;
 use super::claim::{serves, unqueue};
-use super::{Draft, Halt, Reply, Step, Work};
-use crate::model::{Addr, AddressSpace, Claim, ClaimKey, Family, KeepPolicy, MacWish, Pool};
+use super::{Aside, Draft, Halt, Reply, Step, Work};
+use crate::model::{Addr, AddressSpace, Claim, ClaimKey, Family, Intervals, KeepPolicy, MacWish, Pool};
 use crate::record::{
-    AttachmentRecord, ClaimRecord, EventKind, Held, SlotRecord, attachment_key, claim_key, freed_key, freed_of,
-    freed_prefix, slot_key, slot_prefix, space_key,
+    AttachmentRecord, ClaimRecord, EventKind, Held, SlotRecord, attachment_key, claim_key, delegated_prefix, freed_key,
+    freed_of, freed_prefix, slot_key, slot_prefix, space_key,
 };
-use crate::store::Key;
+use crate::store::{Key, Write, numbered};
 
 /// The claim that an attachment has in a family.
 pub(super) struct Entitlement<'a> {
@@ -242,8 +243,9 @@ impl Work<'_> {
 
     /// Drafts the release of an address into the queue of its pool.
     pub(super) fn free(&self, draft: &mut Draft, space: &AddressSpace, address: Addr, pool: &str) {
-        draft.put(slot_key(space, address), &SlotRecord::Freed { at: self.now, pool: pool.to_owned() });
-        draft.put_empty(freed_key(space, address, pool, self.now));
+        let queue = self.queue_of(space, address, pool);
+        draft.put_empty(freed_key(space, address, &queue, self.now));
+        draft.put(slot_key(space, address), &SlotRecord::Freed { at: self.now, pool: queue });
     }
 
     /// Drafts a new use of an address that is free, or kept by `claim`. Returns whether it was joined instead: another
@@ -260,27 +262,47 @@ impl Work<'_> {
         let refuse = |holder: String| Err(LeaseError::Held { address: address.ip(), holder }.into());
         let current = self.record::<SlotRecord>(&key)?;
         draft.guard(&key, current.as_ref().map(|(_, version)| *version));
-        let Some((current, _)) = current else {
-            draft.put(key, slot);
-            return Ok(false);
-        };
-        match &current {
-            SlotRecord::Freed { .. } => {}
-            SlotRecord::Kept { claim: holder, .. } if Some(holder) == claim => {}
-            ended if self.has_ended(ended) => {}
-            SlotRecord::Kept { claim: holder, .. } => return refuse(format!("claim {holder}")),
-            SlotRecord::Quarantined { reason, .. } => return refuse(format!("quarantine ({reason})")),
-            // Another call for the same attachment has come first since its record was looked for.
-            SlotRecord::Bound { by, .. } if slot.holder() == Some(by) => return Err(Halt::Stale),
-            SlotRecord::Bound { by, claim: Some(holder) } if Some(holder) != claim => {
-                return refuse(format!("claim {holder} ({by})"));
+        if let Some((current, _)) = current {
+            match &current {
+                SlotRecord::Freed { .. } => {}
+                SlotRecord::Kept { claim: holder, .. } if Some(holder) == claim => {}
+                ended if self.has_ended(ended) => {}
+                SlotRecord::Kept { claim: holder, .. } => return refuse(format!("claim {holder}")),
+                SlotRecord::Quarantined { reason, .. } => return refuse(format!("quarantine ({reason})")),
+                // Another call for the same attachment has come first since its record was looked for.
+                SlotRecord::Bound { by, .. } if slot.holder() == Some(by) => return Err(Halt::Stale),
+                SlotRecord::Bound { by, claim: Some(holder) } if Some(holder) != claim => {
+                    return refuse(format!("claim {holder} ({by})"));
+                }
+                SlotRecord::Bound { by, .. } => return refuse(format!("attachment {by}")),
+                SlotRecord::Handover { .. } => return self.join(draft, key, address, &current, slot).map(|()| true),
             }
-            SlotRecord::Bound { by, .. } => return refuse(format!("attachment {by}")),
-            SlotRecord::Handover { .. } => return self.join(draft, key, address, &current, slot).map(|()| true),
+            unqueue(draft, space, address, &current);
         }
-        unqueue(draft, space, address, &current);
         draft.put(key, slot);
+        self.refuse_reserved(draft, space, address)?;
+        self.adopt(draft, space, address);
         Ok(false)
+    }
+
+    /// Drafts what goes with an address that is taken, beside its slot.
+    fn adopt(&self, draft: &mut Draft, space: &AddressSpace, address: Addr) {
+        for Aside { guard, version, puts } in self.aside.take() {
+            draft.guard(&guard, version);
+            draft.batch.writes.extend(puts.into_iter().map(|(key, value)| Write::Put(key, value)));
+        }
+        if let Some(pool) = self.pool_of(space, address).filter(|p| p.delegate.is_some()) {
+            let prefix = delegated_prefix(space, address.family, &pool.name);
+            draft.put_empty(numbered(&prefix, address.bits >> pool.shift()));
+        }
+    }
+
+    /// Drafts that a prefix whose slot is forgotten is found again by a search.
+    pub(super) fn forget_delegated(&self, draft: &mut Draft, space: &AddressSpace, address: Addr, pool: &str) {
+        if let Some(pool) = self.pool_of(space, address).filter(|p| p.name == pool && p.delegate.is_some()) {
+            let prefix = delegated_prefix(space, address.family, &pool.name);
+            draft.delete(numbered(&prefix, address.bits >> pool.shift()));
+        }
     }
 
     /// An address that anybody may get, from the first of the pools that has one.
@@ -302,7 +324,16 @@ impl Work<'_> {
     }
 
     pub(super) fn pick_from(&self, pool: &Pool) -> Result<Option<Addr>, Halt> {
-        let Some(address) = self.search(pool)? else { return Ok(None) };
+        let found = match pool.block {
+            Some(blocks) => self.search_blocks(pool, blocks)?,
+            None => self.search(pool)?,
+        };
+        // An ended address may lie in another node's block.
+        let found = match found {
+            None if pool.block.is_none_or(|blocks| blocks.borrow) => self.pick_ended(pool)?,
+            found => found,
+        };
+        let Some(address) = found else { return Ok(None) };
         // The search and this were read at different times: the address may have been used and released in between.
         match self.record::<SlotRecord>(&slot_key(&pool.space, address))? {
             None => Ok(Some(address)),
@@ -313,13 +344,77 @@ impl Work<'_> {
     }
 
     fn search(&self, pool: &Pool) -> Result<Option<Addr>, Halt> {
-        let (family, prefix) = (pool.family(), slot_prefix(&pool.space, pool.family()));
-        let size = pool.free.size();
-        // Where the search begins, as the number of free addresses to skip; it wraps around.
-        let skip = if self.entropy == 0 || size == 0 { 0 } else { spread(self.entropy) % size };
+        if let Some(address) = self.unused(pool, &pool.free)? {
+            return Ok(Some(address));
+        }
+        let prefix = freed_prefix(&pool.space, pool.family(), &pool.name);
+        if let Some((_, address)) = self.oldest_freed(pool, &prefix, &pool.free)? {
+            return Ok(Some(address));
+        }
+        // Another configuration may share the pool and give blocks.
+        match self.space(&pool.space)? {
+            Some((record, _)) if record.pools.iter().any(|p| p.name == pool.name && p.block.is_some()) => {
+                self.freed_in_blocks(pool)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Any address of the pool, whatever block it is in.
+    pub(super) fn search_all(&self, pool: &Pool) -> Result<Option<Addr>, Halt> {
+        match self.search(pool)? {
+            Some(address) => Ok(Some(address)),
+            None => self.freed_in_blocks(pool),
+        }
+    }
+
+    fn freed_in_blocks(&self, pool: &Pool) -> Result<Option<Addr>, Halt> {
+        let prefix = freed_in_blocks_prefix(&pool.space, pool.family(), &pool.name);
+        let found = self.first_freed(pool, &prefix, &pool.free, |key| freed_in_block(&prefix, key))?;
+        Ok(found.map(|(_, address)| address))
+    }
+
+    /// An address of the set that was not used lately.
+    pub(super) fn unused(&self, pool: &Pool, among: &Intervals) -> Result<Option<Addr>, Halt> {
+        let family = pool.family();
+        let number = match pool.delegate {
+            None => {
+                let prefix = slot_prefix(&pool.space, family);
+                self.first_free(&prefix, among, |number| self.reserved_to(pool, number))?
+            }
+            Some(_) => {
+                let prefix = delegated_prefix(&pool.space, family, &pool.name);
+                let numbers = among.iter().map(|(low, high)| (low >> pool.shift(), high >> pool.shift())).collect();
+                self.first_free(&prefix, &Intervals::new(numbers), |number| self.reserved_to(pool, number))?
+            }
+        };
+        Ok(number.map(|number| pool.address_at(number)))
+    }
+
+    /// A number of the set that no key under the prefix has. `blocked` tells up to which number a found one and those
+    /// after it cannot be had all the same.
+    pub(super) fn first_free(
+        &self,
+        prefix: &[u8],
+        among: &Intervals,
+        blocked: impl Fn(u128) -> Result<Option<u128>, Halt>,
+    ) -> Result<Option<u128>, Halt> {
+        let search = |mut low: u128, high: u128| -> Result<Option<u128>, Halt> {
+            loop {
+                let Some(number) = self.gap(prefix, low, high)? else { return Ok(None) };
+                match blocked(number)? {
+                    None => return Ok(Some(number)),
+                    Some(last) if last >= high => return Ok(None),
+                    Some(last) => low = last + 1,
+                }
+            }
+        };
+        // Where the search begins, as the count of numbers to skip; it wraps around.
+        let size = if self.entropy == 0 { 0 } else { among.size() };
+        let skip = if size == 0 { 0 } else { spread(self.entropy) % size };
         let mut before: u128 = 0;
         let mut wrapped = Vec::new();
-        for (low, high) in pool.free.iter() {
+        for (low, high) in among.iter() {
             let count = (high - low).saturating_add(1);
             let from = skip.saturating_sub(before).min(count);
             before = before.saturating_add(count);
@@ -327,39 +422,59 @@ impl Work<'_> {
                 wrapped.push((low, low + (from - 1)));
             }
             if from < count
-                && let Some(bits) = self.gap(&prefix, low + from, high)?
+                && let Some(number) = search(low + from, high)?
             {
-                return Ok(Some(Addr { family, bits }));
+                return Ok(Some(number));
             }
         }
         for (low, high) in wrapped {
-            if let Some(bits) = self.gap(&prefix, low, high)? {
-                return Ok(Some(Addr { family, bits }));
+            if let Some(number) = search(low, high)? {
+                return Ok(Some(number));
             }
         }
-        self.pick_freed(pool)
+        Ok(None)
     }
 
-    /// The address released longest ago that does not cool any more.
-    fn pick_freed(&self, pool: &Pool) -> Result<Option<Addr>, Halt> {
-        let prefix = freed_prefix(&pool.space, pool.family(), &pool.name);
+    /// The address of the set that was released longest ago into a queue and does not cool any more, and when.
+    pub(super) fn oldest_freed(
+        &self,
+        pool: &Pool,
+        prefix: &[u8],
+        among: &Intervals,
+    ) -> Result<Option<(u64, Addr)>, Halt> {
+        self.first_freed(pool, prefix, among, |key| freed_of(prefix, key))
+    }
+
+    fn first_freed(
+        &self,
+        pool: &Pool,
+        prefix: &[u8],
+        among: &Intervals,
+        read: impl Fn(&[u8]) -> Option<(u64, u128)>,
+    ) -> Result<Option<(u64, Addr)>, Halt> {
         // Rivals part ways here too, among the oldest.
         let skip = if self.entropy == 0 { 0 } else { spread(self.entropy) as usize % (PAGE / 2) };
         let mut after: Option<Key> = None;
         loop {
-            let page = self.scan(&prefix, after.clone(), PAGE)?;
-            let usable: Vec<u128> = page
-                .iter()
-                .filter_map(|key| freed_of(&prefix, key))
-                .filter(|(at, bits)| !self.cooling(*at) && pool.free.contains(*bits))
-                .map(|(_, bits)| bits)
-                .collect();
+            let page = self.scan(prefix, after.clone(), PAGE)?;
+            let mut usable: Vec<(u64, u128)> = Vec::new();
+            for (at, bits) in page.iter().filter_map(|key| read(key)) {
+                let offered = !self.cooling(at) && among.contains(bits);
+                if offered && self.reserved_to(pool, bits >> pool.shift())?.is_none() {
+                    usable.push((at, bits));
+                    // The others are only for rivals to part ways.
+                    if self.entropy == 0 {
+                        break;
+                    }
+                }
+            }
             if !usable.is_empty() {
-                return Ok(Some(Addr { family: pool.family(), bits: usable[skip % usable.len()] }));
+                let (at, bits) = usable[skip % usable.len()];
+                return Ok(Some((at, Addr { family: pool.family(), bits })));
             }
             match page.last() {
                 Some(last) if page.len() == PAGE => after = Some(last.clone()),
-                _ => return self.pick_ended(pool),
+                _ => return Ok(None),
             }
         }
     }
@@ -380,7 +495,15 @@ impl Work<'_> {
 
     /// Refuses an address that the pool may not have in use. Claims may lie outside its ranges, not on what is reserved.
     fn allow(&self, pool: &Pool, address: Addr) -> Result<(), Halt> {
+        if let Some(reserved) = self.layout.reservation(&pool.space, address) {
+            let holder = format!("reservation {}", reserved.holder);
+            return Err(LeaseError::Held { address: address.ip(), holder }.into());
+        }
         if pool.family() == address.family && pool.allowed.contains(address.bits) {
+            let first = pool.address_at(address.bits >> pool.shift());
+            if first != address && pool.delegate.is_some() {
+                return Err(invalid_request(address.ip(), &format!("not the first of its prefix; ask for {first}")));
+            }
             return Ok(());
         }
         Err(invalid_request(address.ip(), &format!("pool {} does not hand it out", pool.name)))
@@ -436,9 +559,9 @@ pub(super) fn spread(entropy: u64) -> u128 {
 }
 
 pub(super) fn held(pool: &Pool, address: Addr) -> Held {
-    let network = IpNet::new(address.ip(), pool.subnet.prefix_len())
-        .expect("an address of the pool's family takes the prefix length of its subnet");
-    Held::new(&pool.space, network, &pool.name)
+    let length = pool.delegate.unwrap_or(pool.subnet.prefix_len());
+    let network = IpNet::new(address.ip(), length).expect("lengths of a checked pool fit its family");
+    Held { delegated: pool.delegate.is_some(), ..Held::new(&pool.space, network, &pool.name) }
 }
 
 pub(super) fn exhausted(pool: &Pool) -> LeaseError {

@@ -105,22 +105,24 @@ impl Work<'_> {
         address: Addr,
         pool: &str,
     ) -> Result<(), Halt> {
-        let prefix = freed_prefix(space, address.family, pool);
+        let queue = self.queue_of(space, address, pool);
+        let prefix = freed_prefix(space, address.family, &queue);
         let limit = REMEMBERED.max(self.layout.cooldown).as_millis();
         let old: Vec<_> = self
             .scan(&prefix, None, 2)?
             .iter()
             .filter_map(|key| Some((key, freed_of(&prefix, key)?)))
             .filter(|(_, (at, _))| u128::from(self.now.abs_diff(*at)) > limit)
-            .map(|(key, (at, bits))| (key, at, slot_key(space, Addr { family: address.family, bits })))
+            .map(|(key, (at, bits))| (key, at, bits, slot_key(space, Addr { family: address.family, bits })))
             .collect();
-        self.need(old.iter().map(|(_, _, slot)| slot))?;
-        for (key, at, slot) in old {
+        self.need(old.iter().map(|(_, _, _, slot)| slot))?;
+        for (key, at, bits, slot) in old {
             match self.record::<SlotRecord>(&slot)? {
                 Some((SlotRecord::Freed { at: freed, .. }, version)) if freed == at => {
                     draft.guard(&slot, Some(version));
                     draft.delete(slot);
                     draft.delete(key.clone());
+                    self.forget_delegated(draft, space, Addr { family: address.family, bits }, pool);
                 }
                 // Taken since; who took it also took it from the queue.
                 _ => {}

@@ -16,11 +16,10 @@ impl Work<'_> {
     /// Guards the records of all spaces, in which all pools must stand.
     pub(super) fn guard_registration(&self, draft: &mut Draft) -> Result<(), Halt> {
         for space in self.spaces() {
-            let key = space_key(space);
-            let Some((record, version)) = self.record::<SpaceRecord>(&key)? else { return Err(Halt::Unregistered) };
-            draft.guard(&key, Some(version));
+            let Some((record, version)) = self.space(space)? else { return Err(Halt::Unregistered) };
+            draft.guard(&space_key(space), Some(version));
             let stands = |pool: &Pool| {
-                let same = |r: &&RegisteredPool| r.name == pool.name && r.subnet == pool.subnet;
+                let same = |r: &&RegisteredPool| r.name == pool.name && r.subnet == pool.subnet && agrees(r, pool);
                 record.pools.iter().find(same).is_some_and(|r| recorded(pool, r))
             };
             if !self.layout.pools.iter().filter(|p| p.space == *space).all(stands) {
@@ -134,14 +133,14 @@ fn enter(record: &mut SpaceRecord, index: usize, pool: &Pool, note_claims: bool)
         });
     }
     let same = |r: &RegisteredPool| r.name == pool.name && overlap(&r.subnet, &pool.subnet);
-    let mut claims = match record.pools.iter().position(same) {
-        Some(i) if record.pools[i].subnet == pool.subnet => record.pools.remove(i).claims,
-        Some(_) => {
-            record.pools.retain(|r| !same(r));
-            Vec::new()
+    let (mut claims, mut block) = (Vec::new(), pool.block.map(|blocks| blocks.length));
+    for before in record.pools.extract_if(.., |r| same(r)) {
+        agree(&before, index, pool)?;
+        block = block.or(before.block);
+        if before.subnet == pool.subnet {
+            claims = before.claims;
         }
-        None => Vec::new(),
-    };
+    }
     if note_claims
         && let Some(digest) = digest(pool)
         && !claims.contains(&digest)
@@ -151,7 +150,36 @@ fn enter(record: &mut SpaceRecord, index: usize, pool: &Pool, note_claims: bool)
             claims.remove(0);
         }
     }
-    record.pools.push(RegisteredPool { name: pool.name.clone(), subnet: pool.subnet, claims });
+    let (name, delegate) = (pool.name.clone(), pool.delegate);
+    record.pools.push(RegisteredPool { name, subnet: pool.subnet, claims, block, delegate });
     record.pools.sort_by(|a, b| (&a.name, &a.subnet).cmp(&(&b.name, &b.subnet)));
     Ok(())
+}
+
+/// Whether a configuration means the same pool. One without blocks may share a pool with those that give them; one that
+/// begins to give them says so.
+fn agrees(registered: &RegisteredPool, pool: &Pool) -> bool {
+    let block = pool.block.map(|blocks| blocks.length);
+    registered.delegate == pool.delegate && (block.is_none() || block == registered.block)
+}
+
+/// Blocks of two sizes would overlap, and so would addresses and prefixes.
+fn agree(registered: &RegisteredPool, index: usize, pool: &Pool) -> Result<(), LeaseError> {
+    let show = |length: Option<u8>| length.map_or("none".to_owned(), |length| format!("/{length}"));
+    let refuse = |field: &str, own: Option<u8>, other: Option<u8>| LeaseError::Invalid {
+        field: format!("ipam.pools[{index}].{field}"),
+        reason: format!(
+            "{} of pool {}, which the store holds with {}; write that, or give another subnet another name",
+            show(own),
+            pool.name,
+            show(other)
+        ),
+    };
+    if registered.delegate != pool.delegate {
+        return Err(refuse("delegate", pool.delegate, registered.delegate));
+    }
+    match (pool.block.map(|blocks| blocks.length), registered.block) {
+        (Some(own), Some(other)) if own != other => Err(refuse("block.size", Some(own), Some(other))),
+        _ => Ok(()),
+    }
 }

@@ -2,10 +2,14 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod blocks;
 mod claims;
 mod config;
 mod crash;
+mod delegate;
+#[cfg(feature = "etcd")]
 mod etcd;
+mod external;
 mod faults;
 mod group;
 mod handover;
@@ -25,6 +29,7 @@ mod races;
 mod reclaim;
 #[cfg(feature = "redb")]
 mod redb;
+mod resize;
 mod sim;
 mod watch;
 
@@ -75,6 +80,11 @@ pub(crate) fn texts(lease: &Lease) -> Vec<String> {
 
 pub(crate) fn release(ipam: &Ipam, container: &str) {
     block_on(ipam.release_current(&attachment(container))).unwrap();
+}
+
+/// Waits for the clock to go on: releases of one millisecond have no order.
+pub(crate) fn later() {
+    std::thread::sleep(std::time::Duration::from_millis(2));
 }
 
 /// Runs a test on every backend. The directory is the log's, empty for memory.

@@ -57,6 +57,63 @@ impl Store for MeetingStore {
     }
 }
 
+/// Holds the first commit that writes a key with the prefix until it is let go: what it was decided from may have changed.
+#[derive(Debug)]
+pub(crate) struct LateStore {
+    inner: Arc<dyn Store>,
+    prefix: &'static [u8],
+    held: AtomicUsize,
+    decided: Barrier,
+    released: Barrier,
+}
+
+impl LateStore {
+    pub(crate) fn over(inner: Arc<dyn Store>, prefix: &'static [u8]) -> Arc<Self> {
+        let (held, decided, released) = (AtomicUsize::new(0), Barrier::new(2), Barrier::new(2));
+        Arc::new(Self { inner, prefix, held, decided, released })
+    }
+
+    pub(crate) fn store(self: &Arc<Self>) -> Arc<dyn Store> {
+        self.clone()
+    }
+
+    pub(crate) fn wait_for_commit(&self) {
+        self.decided.wait();
+    }
+
+    pub(crate) fn let_go(&self) {
+        self.released.wait();
+    }
+}
+
+#[async_trait]
+impl Store for LateStore {
+    async fn read(&self, keys: &[Key]) -> Result<Vec<Option<Entry>>, StoreError> {
+        self.inner.read(keys).await
+    }
+
+    async fn scan(&self, prefix: &[u8], after: Option<&[u8]>, limit: usize) -> Result<Vec<(Key, Entry)>, StoreError> {
+        self.inner.scan(prefix, after, limit).await
+    }
+
+    async fn commit(&self, batch: &Batch) -> Result<Outcome, StoreError> {
+        let late = batch.writes.iter().any(|w| w.key().starts_with(self.prefix));
+        if late && self.held.fetch_add(1, Ordering::SeqCst) == 0 {
+            self.decided.wait();
+            self.released.wait();
+        }
+        self.inner.commit(batch).await
+    }
+
+    async fn first_gap(&self, prefix: &[u8], range: RangeInclusive<u128>) -> Result<Option<u128>, StoreError> {
+        self.inner.first_gap(prefix, range).await
+    }
+
+    fn caps(&self) -> Caps {
+        self.inner.caps()
+    }
+}
+
 const POOL: &str = r#"{ "pools": [ { "name": "p", "subnet": "10.0.0.0/24" } ] }"#;
 
 /// Two leases that were decided from the same state.

@@ -1,0 +1,210 @@
+//! Blocks: parts of a pool that a node owns, so that one route leads to many of its addresses.
+//!
+//! Ownership is where a node looks first, and never what makes an address unique: that is the slot's guard. A block is
+//! claimed in the batch of the first lease from it, guarded by the absence of its record. A lease from an owned block
+//! guards the block's record, so that a block which is being given up takes no new address:
+//!
+//! ```text
+//!   absent --lease--> owned --close--> closing --settle, nothing in use--> absent
+//!                       ^------------------------settle, in use-----'
+//! ```
+
+use super::lease::PAGE;
+use super::{Aside, Draft, Halt, Reply, Step, Work};
+use crate::model::{Addr, Blocks, Family, Intervals, Pool};
+use crate::record::{
+    BlockRecord, SlotRecord, block_prefix, block_queue, freed_prefix, owned_prefix, slot_key, slot_prefix,
+};
+use crate::store::{Key, number_of, numbered};
+
+impl Work<'_> {
+    /// An address for the node: from its blocks, else from a new one, else borrowed.
+    pub(super) fn search_blocks(&self, pool: &Pool, blocks: Blocks) -> Result<Option<Addr>, Halt> {
+        // A tool that records a claim is on no node.
+        let Some(node) = self.layout.node.as_ref().map(|n| n.name.as_str()) else { return self.search_all(pool) };
+        let own = self.owned_blocks(pool, node)?;
+        let mut open = Vec::with_capacity(own.len());
+        for block in own {
+            let (low, high) = pool.block_range(blocks.length, block);
+            let free = pool.free.within(low, high);
+            if free.size() == 0 {
+                continue;
+            }
+            if let Some(address) = self.unused(pool, &free)?
+                && self.lean_on(pool, block, node)?
+            {
+                return Ok(Some(address));
+            }
+            open.push((block, free));
+        }
+        if let Some((block, address)) = self.oldest_of(pool, &open)?
+            && self.lean_on(pool, block, node)?
+        {
+            return Ok(Some(address));
+        }
+        if let Some(address) = self.claim_block(pool, blocks, node)? {
+            return Ok(Some(address));
+        }
+        if blocks.borrow { self.search_all(pool) } else { Ok(None) }
+    }
+
+    fn owned_blocks(&self, pool: &Pool, node: &str) -> Result<Vec<u128>, Halt> {
+        let prefix = owned_prefix(&pool.space, pool.family(), &pool.name, node);
+        let (mut own, mut after) = (Vec::new(), None);
+        loop {
+            let page = self.scan(&prefix, after, PAGE)?;
+            own.extend(page.iter().filter_map(|key| number_of(&prefix, key).ok()));
+            match page.last() {
+                Some(last) if page.len() == PAGE => after = Some(last.clone()),
+                _ => return Ok(own),
+            }
+        }
+    }
+
+    /// Rests the decision on the node's owning the block. Returns whether it does and may take from it.
+    fn lean_on(&self, pool: &Pool, block: u128, node: &str) -> Result<bool, Halt> {
+        let key = numbered(&block_prefix(&pool.space, pool.family(), &pool.name), block);
+        match self.record::<BlockRecord>(&key)? {
+            Some((record, version)) if record.node == node && !record.closing => {
+                self.set_aside(Aside { guard: key, version: Some(version), puts: Vec::new() });
+                Ok(true)
+            }
+            _ => Ok(false),
+        }
+    }
+
+    /// Of what was released in the blocks, the oldest.
+    fn oldest_of(&self, pool: &Pool, blocks: &[(u128, Intervals)]) -> Result<Option<(u128, Addr)>, Halt> {
+        let mut oldest: Option<(u64, u128, Addr)> = None;
+        for (block, free) in blocks {
+            // Also what was released before the pool had blocks.
+            for queue in [block_queue(&pool.name, *block), pool.name.clone()] {
+                let prefix = freed_prefix(&pool.space, pool.family(), &queue);
+                if let Some((at, address)) = self.oldest_freed(pool, &prefix, free)?
+                    && oldest.is_none_or(|(before, ..)| at < before)
+                {
+                    oldest = Some((at, *block, address));
+                }
+            }
+        }
+        Ok(oldest.map(|(_, block, address)| (block, address)))
+    }
+
+    /// Takes a block that nobody owns and that has an address left.
+    fn claim_block(&self, pool: &Pool, blocks: Blocks, node: &str) -> Result<Option<Addr>, Halt> {
+        let shift = u32::from(pool.family().bits() - blocks.length);
+        let prefix = block_prefix(&pool.space, pool.family(), &pool.name);
+        let mut numbers = Intervals::new(pool.free.iter().map(|(low, high)| (low >> shift, high >> shift)).collect());
+        // Blocks that nobody owns can be full of what was borrowed. Where anybody may borrow, the search of the whole pool
+        // finds an address sooner.
+        let tries = if blocks.borrow { TRIES } else { usize::MAX };
+        for _ in 0..tries {
+            let Some(block) = self.first_free(&prefix, &numbers, |_| Ok(None))? else { break };
+            let (low, high) = pool.block_range(blocks.length, block);
+            let free = pool.free.within(low, high);
+            let found = match self.unused(pool, &free)? {
+                Some(address) => Some(address),
+                None => self.oldest_of(pool, &[(block, free)])?.map(|(_, address)| address),
+            };
+            if let Some(address) = found {
+                let record = BlockRecord { node: node.to_owned(), closing: false };
+                let value = serde_json::to_vec(&record).expect("a name and a flag serialise");
+                let owned = numbered(&owned_prefix(&pool.space, pool.family(), &pool.name, node), block);
+                let key = numbered(&prefix, block);
+                let puts = vec![(key.clone(), value), (owned, Vec::new())];
+                self.set_aside(Aside { guard: key, version: None, puts });
+                return Ok(Some(address));
+            }
+            numbers = numbers.without(&Intervals::new(vec![(block, block)]));
+        }
+        Ok(None)
+    }
+
+    /// The queue that a release of the address goes to.
+    pub(super) fn queue_of(&self, space: &crate::model::AddressSpace, address: Addr, pool: &str) -> String {
+        let owner = self.layout.pools.iter().find(|p| p.name == pool && p.space == *space);
+        match owner.and_then(|p| p.block).filter(|_| owner.is_some_and(|p| p.family() == address.family)) {
+            Some(blocks) => block_queue(pool, address.bits >> (address.family.bits() - blocks.length)),
+            None => pool.to_owned(),
+        }
+    }
+
+    /// Ends the taking of new addresses from a block.
+    pub(super) fn close_block(&self, pool: &str, block: u128, node: &str) -> Result<Step, Halt> {
+        let Some((pool, _)) = self.block_pool(pool) else { return Ok(Step::Done(Reply::NotHeld)) };
+        let key = numbered(&block_prefix(&pool.space, pool.family(), &pool.name), block);
+        let mut draft = Draft::default();
+        match self.record::<BlockRecord>(&key)? {
+            Some((record, version)) if record.node == node => {
+                draft.guard(&key, Some(version));
+                draft.put(key, &BlockRecord { closing: true, ..record });
+                Ok(draft.commit(Reply::Done))
+            }
+            _ => Ok(Step::Done(Reply::NotHeld)),
+        }
+    }
+
+    /// Gives a closed block up if nothing of it is in use, and opens it again if something is.
+    pub(super) fn settle_block(&self, pool: &str, block: u128, node: &str) -> Result<Step, Halt> {
+        let Some((pool, blocks)) = self.block_pool(pool) else { return Ok(Step::Done(Reply::NotHeld)) };
+        let key = numbered(&block_prefix(&pool.space, pool.family(), &pool.name), block);
+        let (record, version) = match self.record::<BlockRecord>(&key)? {
+            Some((record, version)) if record.node == node && record.closing => (record, version),
+            _ => return Ok(Step::Done(Reply::NotHeld)),
+        };
+        let mut draft = Draft::default();
+        draft.guard(&key, Some(version));
+        if self.in_use(pool, pool.block_range(blocks.length, block))? {
+            draft.put(key, &BlockRecord { closing: false, ..record });
+            return Ok(draft.commit(Reply::NotHeld));
+        }
+        draft.delete(numbered(&owned_prefix(&pool.space, pool.family(), &pool.name, node), block));
+        draft.delete(key);
+        Ok(draft.commit(Reply::Done))
+    }
+
+    fn block_pool(&self, pool: &str) -> Option<(&Pool, Blocks)> {
+        self.layout.pools.iter().find(|p| p.name == pool).and_then(|p| Some((p, p.block?)))
+    }
+
+    /// Whether an address of the interval is used or kept.
+    fn in_use(&self, pool: &Pool, (low, high): (u128, u128)) -> Result<bool, Halt> {
+        let (family, prefix) = (pool.family(), slot_prefix(&pool.space, pool.family()));
+        let mut after: Option<Key> = low.checked_sub(1).map(|below| numbered(&prefix, below));
+        loop {
+            let page = self.scan(&prefix, after, PAGE)?;
+            let inside: Vec<u128> =
+                page.iter().filter_map(|key| number_of(&prefix, key).ok()).take_while(|bits| *bits <= high).collect();
+            let keys: Vec<Key> =
+                inside.iter().map(|bits| slot_key(&pool.space, Addr { family, bits: *bits })).collect();
+            self.need(&keys)?;
+            for key in &keys {
+                if !matches!(self.record::<SlotRecord>(key)?, None | Some((SlotRecord::Freed { .. }, _))) {
+                    return Ok(true);
+                }
+            }
+            match page.last() {
+                Some(last) if page.len() == PAGE && inside.len() == PAGE => after = Some(last.clone()),
+                _ => return Ok(false),
+            }
+        }
+    }
+}
+
+/// When and which address, of a key in the queue of any block of the pool.
+pub(super) fn freed_in_block(prefix: &[u8], key: &[u8]) -> Option<(u64, u128)> {
+    let rest = key.strip_prefix(prefix)?;
+    let queue = rest.iter().position(|b| *b == b'/')?;
+    crate::record::freed_of(&rest[..=queue], rest)
+}
+
+/// Before the keys in the queues of all blocks of the pool.
+pub(super) fn freed_in_blocks_prefix(space: &crate::model::AddressSpace, family: Family, pool: &str) -> Key {
+    let mut prefix = freed_prefix(space, family, pool);
+    prefix.pop();
+    prefix.push(b'@');
+    prefix
+}
+
+/// Blocks without an address that are looked at before an address is borrowed.
+const TRIES: usize = 16;
