@@ -1,14 +1,15 @@
 //! A store in memory: the reference for tests, and enough for a process that needs nothing to outlive it.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::ops::Bound;
+use std::ops::{Bound, RangeInclusive};
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
 
 use super::history::History;
-use super::{Batch, Caps, Durability, Entry, Key, Outcome, Sharing, Store, StoreError, Watch, Write, check};
+use super::runs::Runs;
+use super::{Batch, Caps, Durability, Entry, Key, Outcome, Sharing, Store, StoreError, Watch, Write, check, number_of};
 
 /// A store that ends with its process.
 #[derive(Debug, Default)]
@@ -22,6 +23,31 @@ struct State {
     entries: BTreeMap<Key, Entry>,
     revision: u64,
     requests: VecDeque<(u128, u64)>,
+    /// The numbers under each prefix in which a gap was ever searched for.
+    numbers: BTreeMap<Key, Runs>,
+}
+
+impl State {
+    fn runs_of(&mut self, prefix: &[u8]) -> Result<&Runs, StoreError> {
+        if !self.numbers.contains_key(prefix) {
+            let mut runs = Runs::default();
+            let from = (Bound::Included(prefix), Bound::Unbounded);
+            for (key, _) in self.entries.range::<[u8], _>(from).take_while(|(key, _)| key.starts_with(prefix)) {
+                runs.insert(number_of(prefix, key)?);
+            }
+            self.numbers.insert(prefix.to_vec(), runs);
+        }
+        Ok(&self.numbers[prefix])
+    }
+
+    fn note(&mut self, key: &[u8], change: fn(&mut Runs, u128)) {
+        let Some(split) = key.len().checked_sub(16) else { return };
+        if let Some(runs) = self.numbers.get_mut(&key[..split])
+            && let Ok(number) = number_of(&key[..split], key)
+        {
+            change(runs, number);
+        }
+    }
 }
 
 impl MemoryStore {
@@ -72,9 +98,11 @@ impl Store for MemoryStore {
             match write {
                 Write::Delete(key) => {
                     state.entries.remove(key);
+                    state.note(key, Runs::remove);
                 }
                 Write::Put(key, value) => {
                     state.entries.insert(key.clone(), Entry { value: value.clone(), version: revision });
+                    state.note(key, Runs::insert);
                 }
             }
         }
@@ -89,6 +117,11 @@ impl Store for MemoryStore {
 
     async fn watch(&self, prefix: &[u8], after: u64) -> Result<Box<dyn Watch>, StoreError> {
         Ok(self.history.watch(prefix, after))
+    }
+
+    async fn first_gap(&self, prefix: &[u8], range: RangeInclusive<u128>) -> Result<Option<u128>, StoreError> {
+        let mut state = self.state.lock();
+        Ok(state.runs_of(prefix)?.first_gap(*range.start(), *range.end()))
     }
 
     fn caps(&self) -> Caps {

@@ -17,6 +17,7 @@ pub mod log;
 pub mod memory;
 #[cfg(feature = "redb")]
 pub mod redb;
+mod runs;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
