@@ -211,3 +211,53 @@ fn ranges_at_the_edges_of_64_bits_are_handed_out_whole() {
         assert_eq!(again, given, "{range}");
     }
 }
+
+/// Where 64-bit thinking fails: offsets around 2^63 and 2^64, and the ends of the subnet.
+fn offset() -> impl Strategy<Value = u128> {
+    (prop_oneof![Just(0_u128), Just(1 << 63), Just(1 << 64), Just(u128::MAX), any::<u128>()], 0..5_u128)
+        .prop_map(|(base, n)| base.wrapping_add(n).wrapping_sub(2))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_offset_of_any_prefix_is_handed_out(bits in any::<u128>(), at in 0..7_usize, offset in offset()) {
+        let length = [8, 32, 48, 64, 112, 127, 128][at];
+        let hosts = u128::MAX.checked_shr(length.into()).unwrap_or(0);
+        let network = ipnet::Ipv6Net::new(bits.into(), length).unwrap().trunc();
+        prop_assume!(!"::/8".parse::<ipnet::Ipv6Net>().unwrap().contains(&network));
+        // Up to four addresses on from the offset, within the subnet.
+        let first = offset & hosts;
+        let last = first.saturating_add(3).min(hosts);
+        let ip = |offset: u128| std::net::Ipv6Addr::from(u128::from(network.addr()) | offset);
+        let json = format!(
+            r#"{{ "pools": [ {{ "name": "p", "subnet": "{network}", "ranges": ["{}-{}"] }} ] }}"#, ip(first), ip(last)
+        );
+        // The subnet-router anycast address is nobody's where there is one.
+        let expected: BTreeSet<IpAddr> =
+            (first..=last).filter(|o| *o > 0 || length >= 127).map(|o| ip(o).into()).collect();
+        let store: Arc<dyn Store> = Arc::new(MemoryStore::new());
+        let ours = ipam(&json, &store);
+        let given: BTreeSet<IpAddr> = (0..expected.len())
+            .map(|i| block_on(ours.lease(&request(&format!("c{i}"), None))).unwrap().addresses[0].address.addr())
+            .collect();
+        prop_assert_eq!(given, expected);
+        let refused = matches!(lease(&ours, "more", None).unwrap_err(), LeaseError::Exhausted { .. });
+        prop_assert!(refused);
+    }
+}
+
+#[test]
+fn ipv4_mapped_addresses_are_given_to_nobody_as_ipv6() {
+    let store: Arc<dyn Store> = Arc::new(MemoryStore::new());
+    let json = r#"{ "pools": [ { "name": "p", "subnet": "::/64", "ranges": ["::fffe:ffff:ffff-::1:0:0:0"] } ] }"#;
+    let ours = ipam(json, &store);
+    let given: Vec<String> = (0..2).map(|i| lease(&ours, &format!("c{i}"), None).unwrap().remove(0)).collect();
+    assert_eq!(given, ["::fffe:ffff:ffff/64", "::1:0:0:0/64"]);
+    let mut asked = request("c2", None);
+    asked.addresses = vec!["::ffff:10.0.0.1".parse().unwrap()];
+    assert!(matches!(block_on(ours.lease(&asked)).unwrap_err(), LeaseError::Invalid { .. }));
+    let mapped = r#"{ "pools": [ { "name": "p", "subnet": "::ffff:10.0.0.0/120", "delegate": 124 } ] }"#;
+    assert_eq!(crate::config(mapped).layout().unwrap_err().field, "ipam.pools[0].subnet");
+}
