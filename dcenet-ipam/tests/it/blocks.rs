@@ -18,7 +18,7 @@ use crate::races::MeetingStore;
 use crate::{attachment, each_store, ipam, later, lease, release, request};
 
 fn node(json: &str, store: &Arc<dyn Store>, name: &str) -> Ipam {
-    ipam(json, store).on_node(name, LabelSet::new()).unwrap()
+    ipam(json, store).on_node(name.parse().unwrap(), LabelSet::new())
 }
 
 /// Four blocks of four: the first lacks the network address, the last the broadcast address.

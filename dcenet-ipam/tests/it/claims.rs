@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use dcenet_core::model::ClusterId;
+use dcenet_core::model::LabelSet;
 use dcenet_core::provider::{AddressSource, LeaseError};
 use dcenet_ipam::Ipam;
 use dcenet_ipam::model::{AddressSpace, Claim, ClaimKey, KeepPolicy, MacWish};
@@ -250,7 +251,7 @@ fn replicas_that_start_at_once_get_an_address_each() {
 fn a_claim_follows_its_workload_to_another_node_and_a_renamed_one_its_name() {
     each_store(|store, _| {
         let json = two(r#""forever""#);
-        let on = |node: &str| ipam(&json, &store).on_node(node.parse().unwrap());
+        let on = |node: &str| ipam(&json, &store).on_node(node.parse().unwrap(), LabelSet::new());
         let (one, other) = (on("node-1"), on("node-2"));
         let address = lease(&one, "c1", Some("shop/db")).unwrap();
         // The pod cannot be on two nodes.

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use dcenet_core::model::LabelSet;
 use dcenet_core::model::Workload;
 use dcenet_core::provider::{AddressSource, LeaseError};
 use dcenet_ipam::Ipam;
@@ -127,7 +128,7 @@ fn evidence_about_one_node_or_network_says_nothing_of_others() {
         let plain = ipam(JSON, &store);
         lease(&plain, "nowhere", None).unwrap();
         for (node, container) in [("n1", "one"), ("n2", "two")] {
-            lease(&ipam(JSON, &store).on_node(node.parse().unwrap()), container, None).unwrap();
+            lease(&ipam(JSON, &store).on_node(node.parse().unwrap(), LabelSet::new()), container, None).unwrap();
         }
         let scope = |node: Option<&str>, network: Option<&str>| Scope {
             node: node.map(|n| n.parse().unwrap()),
@@ -179,7 +180,7 @@ fn whereabouts_176_of_two_bindings_of_a_moved_pod_the_stale_one_goes() {
     each_store(|store, _| {
         // Without a claim, so that both bindings can be there at once.
         let json = r#"{ "cooldown": "0s", "pools": [ { "name": "p", "subnet": "10.0.0.0/24" } ] }"#;
-        let on = |node: &str| ipam(json, &store).on_node(node.parse().unwrap());
+        let on = |node: &str| ipam(json, &store).on_node(node.parse().unwrap(), LabelSet::new());
         lease(&on("old"), "stale", Some("shop/db-0")).unwrap();
         lease(&on("new"), "fresh", Some("shop/db-0")).unwrap();
         let ipam = ipam(json, &store);
@@ -196,7 +197,7 @@ fn whereabouts_176_of_two_bindings_of_a_moved_pod_the_stale_one_goes() {
 #[test]
 fn whereabouts_75_550_a_dead_nodes_bindings_come_back_and_its_late_del_frees_nobodys() {
     each_store(|store, _| {
-        let on = |node: &str| ipam(JSON, &store).on_node(node.parse().unwrap());
+        let on = |node: &str| ipam(JSON, &store).on_node(node.parse().unwrap(), LabelSet::new());
         let (dead, live) = (on("dead"), on("live"));
         let lost = block_on(dead.lease(&request("lost", Some("shop/db-0")))).unwrap();
         let plain = block_on(dead.lease(&request("plain", None))).unwrap();
@@ -422,7 +423,7 @@ fn claims_that_last_as_long_as_their_workload_end_with_it() {
 fn a_silent_node_loses_nothing_unless_policy_says_so() {
     each_store(|store, _| {
         let clock = Clock::new();
-        let on = |node: &str| clock.drive(ipam(JSON, &store).on_node(node.parse().unwrap()));
+        let on = |node: &str| clock.drive(ipam(JSON, &store).on_node(node.parse().unwrap(), LabelSet::new()));
         let (quiet, loud) = (on("quiet"), on("loud"));
         let names = |node: &str| node.parse::<NodeName>().unwrap();
         lease(&quiet, "q", None).unwrap();
