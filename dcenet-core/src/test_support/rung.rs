@@ -14,6 +14,8 @@ pub enum Rung {
     Kernel,
     /// `Netns`, and real servers and clients: etcd, containerd, podman, Debian's CNI plugins.
     Services,
+    /// `Kernel`, in a guest of `make vm-test`: kernels of distributions, and devices that a development machine lacks.
+    Vm,
 }
 
 impl fmt::Display for Rung {
@@ -22,6 +24,7 @@ impl fmt::Display for Rung {
             Self::Netns => "netns",
             Self::Kernel => "kernel",
             Self::Services => "services",
+            Self::Vm => "vm",
         })
     }
 }
@@ -31,7 +34,8 @@ impl fmt::Display for Rung {
 /// The environment decides what a missing rung means:
 /// - `DCENET_REQUIRE` lists rungs that must be there (`netns,kernel`): a missing one fails the test;
 /// - `DCENET_RUNG_LOG` names a file to which each call appends one line, `run RUNG TEST` or `skip RUNG TEST: REASON`,
-///   because test runners hide what a passing test prints.
+///   because test runners hide what a passing test prints;
+/// - `DCENET_VM` tells that this is a guest of `make vm-test`, and which devices it has.
 ///
 /// ```no_run
 /// # use dcenet_core::test_support::{require, Rung};
@@ -70,6 +74,17 @@ pub fn require_with(rung: Rung, reason: impl FnOnce() -> Option<String>) -> bool
     }
 }
 
+/// Whether the running kernel is older than `major.minor`, for tests that know what older kernels cannot do. Nothing else
+/// looks at versions.
+///
+/// # Panics
+/// Where the kernel's release is no version.
+pub fn kernel_is_before(major: u32, minor: u32) -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("a kernel has a release");
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse::<u32>().expect("a version"));
+    (numbers.next(), numbers.next()) < (Some(major), Some(minor))
+}
+
 fn record(rung: Rung, test: &str, reason: Option<&str>) {
     let Some(path) = std::env::var_os("DCENET_RUNG_LOG").map(PathBuf::from) else { return };
     let line = match reason {
@@ -95,7 +110,10 @@ fn missing(rung: Rung) -> Option<String> {
     if effective & CAP_NET_ADMIN == 0 || effective & CAP_SYS_ADMIN == 0 {
         return Some("needs root (CAP_NET_ADMIN and CAP_SYS_ADMIN)".to_owned());
     }
-    if rung == Rung::Kernel && !Path::new("/sys/kernel/btf/vmlinux").exists() {
+    if rung == Rung::Vm && std::env::var_os("DCENET_VM").is_none() {
+        return Some("not in a guest of `make vm-test`".to_owned());
+    }
+    if matches!(rung, Rung::Kernel | Rung::Vm) && !Path::new("/sys/kernel/btf/vmlinux").exists() {
         return Some("the kernel has no BTF (/sys/kernel/btf/vmlinux)".to_owned());
     }
     None
