@@ -258,11 +258,7 @@ fn new_route(index: IfIndex, route: &RouteSpec) -> NewRoute {
 
 /// The link of this name, if there is one.
 pub(super) fn look_up(socket: &mut Socket, link: &IfName) -> Result<Option<LinkView>, NetlinkError> {
-    match socket.request(&netlink::link_by_name(link)) {
-        Ok(replies) => Ok(replies.iter().find_map(|r| LinkView::parse(&r.payload))),
-        Err(error) if error.errno() == Some(libc::ENODEV) => Ok(None),
-        Err(error) => Err(error),
-    }
+    socket.link(link)
 }
 
 impl Engine {

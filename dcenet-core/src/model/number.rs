@@ -72,7 +72,7 @@ impl fmt::Display for Mtu {
     }
 }
 
-/// The number of a VLAN (IEEE 802.1Q-2022, section 9.6).
+/// A VLAN (IEEE 802.1Q, clause 9.6): 1 to 4094. 0 means "no VLAN, only a priority", and 4095 is reserved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "u16", into = "u16")]
 pub struct VlanId(u16);

@@ -195,12 +195,12 @@ pub(crate) fn link_dump(master: Option<IfIndex>) -> Message {
     message
 }
 
-fn new_link(flags: u16, operation: String, header: &[u8]) -> Message {
+pub(super) fn new_link(flags: u16, operation: String, header: &[u8]) -> Message {
     Message::new(libc::RTM_NEWLINK, flags, operation, header)
 }
 
 /// `struct ifinfomsg`.
-fn header(index: u32, flags: u32, change: u32) -> [u8; HEADER] {
+pub(super) fn header(index: u32, flags: u32, change: u32) -> [u8; HEADER] {
     let mut header = [0; HEADER];
     header[4..8].copy_from_slice(&index.to_ne_bytes());
     header[8..12].copy_from_slice(&flags.to_ne_bytes());
@@ -208,9 +208,9 @@ fn header(index: u32, flags: u32, change: u32) -> [u8; HEADER] {
     header
 }
 
-const HEADER: usize = 16;
+pub(super) const HEADER: usize = 16;
 /// The echo tells the indices of both ends (since Linux 6.2; before, there is none).
-const CREATE: u16 = (libc::NLM_F_CREATE | libc::NLM_F_EXCL | libc::NLM_F_ECHO) as u16;
+pub(super) const CREATE: u16 = (libc::NLM_F_CREATE | libc::NLM_F_EXCL | libc::NLM_F_ECHO) as u16;
 const NESTED: u16 = libc::NLA_F_NESTED as u16;
 const VETH_INFO_PEER: u16 = 1;
 const IFLA_INET_CONF: u16 = 1;

@@ -8,6 +8,7 @@
 //! that crate and iproute2 make of them.
 
 mod address;
+mod device;
 mod fault;
 mod link;
 mod list;
@@ -21,6 +22,9 @@ mod socket;
 use std::net::IpAddr;
 
 pub use address::AddressView;
+pub use device::{
+    CreateLinkError, IpvlanFlag, IpvlanMode, LinkKind, MacvlanMode, NetkitMode, NetkitPolicy, NewLink, VlanProtocol,
+};
 pub use link::LinkView;
 pub use message::{Attributes, Message};
 pub use neighbour::NeighbourView;

@@ -6,9 +6,10 @@ use std::os::fd::AsFd;
 use netlink_packet_core::NetlinkMessage;
 use netlink_packet_route::RouteNetlinkMessage;
 
+use super::device::create_link;
 use super::message::split;
 use super::*;
-use crate::model::{IfIndex, IfName, MacAddr};
+use crate::model::{IfIndex, IfName, MacAddr, VlanId};
 
 /// A message without sequence number and NLM_F_ACK, attributes sorted.
 #[derive(Debug, PartialEq)]
@@ -31,10 +32,10 @@ fn nodes(bytes: &[u8], path: &[u16], kind: u16) -> Vec<Node> {
         .map(|(attribute, content)| {
             let path = [path, &[attribute]].concat();
             let is_link = matches!(kind, libc::RTM_NEWLINK | libc::RTM_SETLINK);
-            // The peer of a veth begins with a header of its own.
+            // The peer of a veth, or of a netkit device, begins with a header of its own.
             let skip = match path[..] {
                 [18] | [18, 2] | [26] | [26, _] | [26, 2, _] | [12] if is_link => Some(0),
-                [18, 2, 1] if is_link => Some(16),
+                [18, 2, 1] if is_link && content.len() >= 16 => Some(16),
                 _ => None,
             };
             match skip {
@@ -183,7 +184,59 @@ fn recorded() -> Vec<(&'static str, Message, &'static str)> {
             delete_link("dc1", index(3)),
             "20000000110005009f52026b0000000000000000030000000000000000000000",
         ),
+        (
+            "ip link add m0 link p0 type macvlan mode bridge",
+            device("m0", LinkKind::Macvlan { parent: index(3), mode: MacvlanMode::Bridge }),
+            "4c00000010000506f679026b00000000000000000000000000000000000000000800050003000000070003006d3000001c0012000b0001006d6163766c616e000c0002000800010004000000",
+        ),
+        (
+            "ip link add i0 link p0 type ipvlan mode l3 vepa",
+            device("i0", LinkKind::Ipvlan { parent: index(3), mode: IpvlanMode::L3, flag: IpvlanFlag::Vepa }),
+            "5400000010000506f679026b000000000000000000000000000000000000000008000500030000000700030069300000240012000a0001006970766c616e00001400020006000100010000000600020002000000",
+        ),
+        (
+            "ip link add v0 link p0 type vlan protocol 802.1ad id 100",
+            device(
+                "v0",
+                LinkKind::Vlan { parent: index(3), id: VlanId::try_from(100).unwrap(), protocol: VlanProtocol::Dot1Ad },
+            ),
+            "5000000010000506f679026b0000000000000000000000000000000000000000080005000300000007000300763000002000120008000100766c616e140002000600050088a800000600010064000000",
+        ),
+        (
+            "ip link add d0 type dummy",
+            device("d0", LinkKind::Dummy),
+            "3800000010000506f679026b00000000000000000000000000000000000000000700030064300000100012000900010064756d6d79000000",
+        ),
+        (
+            "ip link add vrf0 type vrf table 77",
+            device("vrf0", LinkKind::Vrf { table: 77 }),
+            "4400000010000506f679026b00000000000000000000000000000000000000000900030076726630000000001800120007000100767266000c000200080001004d000000",
+        ),
+        (
+            "ip link add wg0 type wireguard",
+            device("wg0", LinkKind::Wireguard),
+            "3c00000010000506f679026b00000000000000000000000000000000000000000800030077673000140012000d000100776972656775617264000000",
+        ),
+        (
+            // iproute2 6.15
+            "ip link add nk0 type netkit mode l2 forward peer blackhole name nk1",
+            device(
+                "nk0",
+                LinkKind::Netkit {
+                    mode: NetkitMode::L2,
+                    policy: NetkitPolicy::Forward,
+                    peer_policy: NetkitPolicy::Blackhole,
+                    peer_name: &name("nk1"),
+                    peer_netns: None,
+                },
+            ),
+            "70000000100005060b7a026b0000000000000000000000000000000000000000080003006e6b3000480012000a0001006e65746b69740000380002000800050000000000080003000000000008000400020000001c00010000000000000000000000000000000000080003006e6b3100",
+        ),
     ]
+}
+
+fn device(own: &str, kind: LinkKind<'_>) -> Message {
+    create_link(&NewLink { name: &name(own), kind, mac: None, mtu: None, netns: None })
 }
 
 fn new_veth() -> (Message, i32) {
