@@ -103,7 +103,8 @@ pub enum Operation {
     },
     /// Has the kernel act on the link's new carrier now. A veth's ends get their carrier when the second one is set up,
     /// but until a worker of the kernel has noticed (net/core/link_watch.c), for up to a second, what is sent over them
-    /// is dropped. Asking for the link does the worker's part at once (net/core/rtnetlink.c, `rtnl_getlink`).
+    /// is dropped. Asking for the link does the worker's part at once (net/core/rtnetlink.c, `rtnl_getlink`, since Linux
+    /// 6.8); before, the engine waits for the worker.
     SettleCarrier {
         /// The link.
         link: IfName,

@@ -4,6 +4,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::{Duration, Instant};
 
 /// Moves the calling thread into the network namespace behind `fd` (setns(2), `CLONE_NEWNET`).
 pub(crate) fn enter_netns(fd: BorrowedFd<'_>) -> io::Result<()> {
@@ -44,6 +45,23 @@ pub(crate) fn bind_mount(from: &std::ffi::CStr, to: &std::ffi::CStr) -> io::Resu
 pub(crate) fn unmount(at: &std::ffi::CStr) -> io::Result<()> {
     // SAFETY: the path is NUL-terminated and outlives the call.
     check(unsafe { libc::umount2(at.as_ptr(), libc::MNT_DETACH) })
+}
+
+/// Waits until `fd` can be read, at most for `limit`, and returns whether it can (poll(2)). A signal does not end it.
+pub(crate) fn wait_readable(fd: BorrowedFd<'_>, limit: Duration) -> io::Result<bool> {
+    let deadline = Instant::now() + limit;
+    loop {
+        let mut entry = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let left = deadline.saturating_duration_since(Instant::now()).as_millis();
+        // Rounded up, lest the last millisecond is spent in a loop.
+        let left = libc::c_int::try_from(left + 1).unwrap_or(libc::c_int::MAX);
+        // SAFETY: `entry` is one writable pollfd, as the count says, and outlives the call; `fd` is borrowed and thus open.
+        match check(unsafe { libc::poll(&raw mut entry, 1, left) }) {
+            Ok(()) => return Ok(entry.revents != 0),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// Opens a socket that sends ICMP echo requests and receives their replies (icmp(7), "Ping sockets").

@@ -1,6 +1,7 @@
 //! Carrying out a plan's steps and their undos.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use super::error::{StepError, TeardownError};
 use super::{AttachRequest, Engine};
@@ -114,10 +115,16 @@ impl<'a> Session<'a> {
         let socket = self.socket(target).map_err(|e| (start, e))?;
         let outcomes = socket.batch(&messages);
         let mut failure = None;
+        let mut unsettled = Vec::new();
         for ((offset, step), outcome) in steps.iter().enumerate().zip(outcomes) {
             match outcome {
                 Ok(replies) => {
                     undo.extend(step.undo.clone());
+                    if let Operation::SettleCarrier { link } = &step.operation
+                        && !replies.iter().any(|r| netlink::is_operational(&r.payload))
+                    {
+                        unsettled.push((start + offset, link));
+                    }
                     let made = replies.iter().filter(|r| r.kind == libc::RTM_NEWLINK);
                     for link in made.filter_map(|r| LinkView::parse(&r.payload)) {
                         self.learn(step, &link);
@@ -133,7 +140,26 @@ impl<'a> Session<'a> {
                 }
             }
         }
-        failure.map_or(Ok(()), Err)
+        if let Some(failure) = failure {
+            return Err(failure);
+        }
+        for (step, link) in unsettled {
+            self.await_carrier(target, link).map_err(|e| (step, e))?;
+        }
+        Ok(())
+    }
+
+    /// Waits for the kernel to act on a carrier, where asking for the link did not make it.
+    fn await_carrier(&self, target: Target, link: &IfName) -> Result<(), StepError> {
+        let mut socket = match target {
+            Target::Host => self.engine.host_socket()?,
+            Target::Pod => self.engine.pod_socket(self.pod_netns)?,
+        };
+        if !socket.await_operational(link, CARRIER_LIMIT)? {
+            // All is done that can be: it transmits as soon as it has a carrier.
+            tracing::warn!(%link, "no carrier yet");
+        }
+        Ok(())
     }
 
     /// Takes indices from the echo of a creation.
@@ -229,6 +255,9 @@ impl<'a> Session<'a> {
         }
     }
 }
+
+/// The kernel's worker comes after a second at most, but has to find a processor.
+const CARRIER_LIMIT: Duration = Duration::from_secs(10);
 
 /// The links whose indices a step's message holds.
 fn indexed(operation: &Operation) -> Vec<&IfName> {

@@ -8,6 +8,7 @@
 //! that crate and iproute2 make of them.
 
 mod address;
+mod carrier;
 mod device;
 mod fault;
 mod link;
@@ -35,6 +36,7 @@ pub use socket::{Failure, Family, NetlinkError, Reply, Socket};
 pub use fault::{Fault, Injection, through_gate, with_fault};
 
 pub(crate) use address::{add_address, address_dump, delete_address};
+pub(crate) use carrier::is_operational;
 pub(crate) use fault::{Gate, gate};
 pub(crate) use link::{
     LinkChange, NewVeth, create_bridge, create_veth, delete_link, hairpin, link_by_name, link_dump, set_link,

@@ -1,6 +1,7 @@
 //! The socket: sends batches, matches replies, reports what the kernel said.
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use netlink_sys::protocols::{NETLINK_GENERIC, NETLINK_NETFILTER, NETLINK_ROUTE};
 
@@ -194,6 +195,22 @@ impl Socket {
         }
     }
 
+    /// Has the kernel send every change of a link in the namespace too (`RTNLGRP_LINK`).
+    pub(super) fn hear_of_links(&mut self) -> Result<(), Failure> {
+        self.inner.add_membership(RTNLGRP_LINK).map_err(Failure::Socket)
+    }
+
+    /// Waits for the next changes of links and returns them.
+    pub(super) fn next_change(&mut self) -> Result<Vec<Reply>, Failure> {
+        let mut changes = Vec::new();
+        self.receive(|message| {
+            if message.kind == libc::RTM_NEWLINK {
+                changes.push(Reply { kind: message.kind, payload: message.payload.to_vec() });
+            }
+        })?;
+        Ok(changes)
+    }
+
     /// Receives one datagram of the kernel and hands over its messages.
     fn receive(&mut self, mut each: impl FnMut(Received<'_>)) -> Result<(), Failure> {
         loop {
@@ -343,6 +360,14 @@ impl std::fmt::Display for At {
     }
 }
 
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.inner.as_fd()
+    }
+}
+
+/// `RTNLGRP_LINK` of `include/uapi/linux/rtnetlink.h`.
+const RTNLGRP_LINK: u32 = 1;
 const NOOP: u16 = 1;
 const ERROR: u16 = 2;
 const DONE: u16 = 3;
