@@ -9,7 +9,7 @@ FUZZ_SECONDS ?= 60
 STATIC ?= -C target-feature=+crt-static
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test bench soak fuzz lint docs clean
+.PHONY: help build demo test vm-test vm-shell bench soak fuzz lint docs clean
 
 help: ## Show this text.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -24,6 +24,13 @@ demo: build ## The main job before your eyes (root; DEMO="--keep" and the like f
 test: ## Install what tests need and run every rung; missing rungs are skipped and counted.
 	.ci/setup
 	.ci/test
+
+vm-test: ## Run the tests of the kernel rungs in QEMU, on Debian's 6.12 and 6.1 (KERNELS, DEVICES, ONLY to choose).
+	.ci/vm/test
+
+vm-shell: ## A shell in such a guest, with the host's root below it (KERNEL=6.12 DEVICES=igb).
+	.ci/vm/setup
+	.ci/vm/boot -i -d $(or $(DEVICES),default) $$(.ci/vm/kernel $(or $(KERNEL),6.12)) -- bash
 
 bench: ## Compare with peers and floors; writes target/bench/summary.json.
 	.ci/setup

@@ -281,7 +281,13 @@ fn nothing_arrives_before_policy() {
     if !require(Rung::Kernel) {
         return;
     }
-    let rounds = if std::env::var_os("DCENET_SOAK").is_some_and(|v| v == "1") { 1000 } else { 50 };
+    let rounds = if std::env::var_os("DCENET_SOAK").is_some_and(|v| v == "1") {
+        1000
+    } else if std::env::var_os("DCENET_VM").is_some() {
+        10
+    } else {
+        50
+    };
     let world = World::new();
     let _owner = world.owner();
     let peer = world.node.pod("peer");
