@@ -408,7 +408,7 @@ fn an_add_that_waits_returns_when_its_verdicts_are_in_force() {
     world.del(&first.pod, &waiting);
     for _ in 0..5 {
         let db = Db::new(&world);
-        let config = world.config("5s", "db");
+        let config = world.config("30s", "db");
         let result = world.add(&db.pod, &config).unwrap();
         db.check(&result, &web, &scan);
         world.del(&db.pod, &config);
