@@ -210,8 +210,7 @@ fn work(job: &Job) {
             Shape::Batched => create(&*store, job, space, done.operations, BATCH),
             Shape::Slot => {
                 let attachment = serde_json::from_value(attachment(n)).expect("an attachment's key");
-                let request =
-                    LeaseRequest { attachment, workload: None, labels: Default::default(), addresses: Vec::new() };
+                let request = LeaseRequest::new(attachment);
                 block_on(ipam.lease(&request)).expect("a free address");
             }
             Shape::OneObject => append(&*store, b"pool".to_vec(), n),
@@ -279,7 +278,7 @@ fn append(store: &dyn Store, key: Key, n: u128) {
 
 /// Ids as good as random: an odd multiplier spreads them over the lanes.
 fn id(worker: usize, n: u64) -> u128 {
-    ((worker as u128 + 1) << 64 | u128::from(n) + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835)
+    (((worker as u128 + 1) << 64) | (u128::from(n) + 1)).wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835)
 }
 
 /// Counts the batches that were refused.

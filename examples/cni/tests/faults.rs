@@ -437,8 +437,7 @@ fn every_part_of_the_comparison_sees_what_is_planted() {
     let pins = node.host.directory().join("bpf");
     let run = node.host.run_dir().join("attachments/0123456789abc");
     let key = json!({ "network": "shop", "container": "planted", "ifname": "eth0" });
-    let request =
-        LeaseRequest { attachment: serde_json::from_value(key).unwrap(), workload: None, addresses: Vec::new() };
+    let request = LeaseRequest::new(serde_json::from_value(key).unwrap());
     // The default in the place of the pod's own program, which is told by its code alone.
     let hook = Hook { device: root.link(&end).unwrap().index, direction: Direction::Ingress };
     let attached = root.run(|| ClsactAttacher.attached(hook)).unwrap().unwrap();
@@ -477,7 +476,7 @@ fn every_part_of_the_comparison_sees_what_is_planted() {
             "lease",
             &["store"],
             Box::new(|| drop(pollster::block_on(node.ipam().lease(&request)).unwrap())),
-            Box::new(|| pollster::block_on(node.ipam().release(&request.attachment)).unwrap()),
+            Box::new(|| pollster::block_on(node.ipam().release_current(&request.attachment)).unwrap()),
         ),
         ("another program", &["policy"], Box::new(|| put(&default)), Box::new(|| put(&own))),
         (
