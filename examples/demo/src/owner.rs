@@ -10,7 +10,7 @@ use dcenet_core::netns::{Host, NetNs};
 use dcenet_ebpf::abi::Sizes;
 use dcenet_ebpf::attach::ClsactAttacher;
 use dcenet_ebpf::loader::AyaLoader;
-use dcenet_policy::enforcer::flows::{Flow, FlowReader, LastFlows};
+use dcenet_policy::enforcer::flows::{Flow, FlowReader, LastFlows, RuleCounter};
 use dcenet_policy::enforcer::{Enforcer, EnforcerConfig, Report, Tools};
 use dcenet_policy::sources::networkpolicy::from_yaml;
 use dcenet_policy::target::Tc;
@@ -66,6 +66,11 @@ impl Owner {
         self.reader.wait(Duration::from_millis(200))?;
         self.reader.drain(&mut &self.last)?;
         Ok(self.last.flows())
+    }
+
+    /// How many flows each rule admitted and how many packets it dropped.
+    pub fn rule_counters(&self) -> Outcome<Vec<RuleCounter>> {
+        Ok(self.enforcer.rule_counters()?)
     }
 
     /// Removes all that it made from the host.

@@ -289,6 +289,14 @@ fn show_flows(owner: &mut Owner, report: &mut Report) -> Outcome {
         saw(&|f| db(f) && f.kind == FlowKind::Denied && !f.reason.is_empty()),
         "denied",
     );
+    let counters = owner.rule_counters()?;
+    let mut busiest: Vec<_> = counters.iter().filter(|c| c.packets > 0).collect();
+    busiest.sort_by_key(|c| std::cmp::Reverse(c.packets));
+    for counter in busiest.iter().take(6) {
+        report.note(format!("{:>6} packets, {:>8} bytes: {}", counter.packets, counter.bytes, counter.rule));
+    }
+    let admitted = counters.iter().find(|c| c.rule.starts_with("shop/db ingress")).map_or(0, |c| c.packets);
+    report.holds("the rule that admits to shop/db has counted", admitted > 0, admitted);
     Ok(())
 }
 
