@@ -279,7 +279,7 @@ impl<'a> Call<'a> {
 
     /// Removes devices first, then addresses: an address that a device still bears is never free.
     async fn remove(&self, key: &AttachmentKey, pod: Option<&NetNs>) -> Result<(), CniError> {
-        // Looked up before, so that a call that was stopped half way cannot free what a later ADD leased.
+        // Looked up before: a call that stood still half way frees no lease that began after another DEL had ended this one.
         let held = match self.addresses() {
             Ok(Some(addresses)) => addresses.held(key).await.map_err(CniError::from),
             Ok(None) => Ok(None),

@@ -31,6 +31,18 @@ pub enum PlantedBug {
     NothingIsolated,
 }
 
+/// The policies that an update does not enforce, for the evaluator.
+pub fn refused(update: &Update) -> Refused {
+    let mut refused = Refused::new();
+    for fault in &update.faults {
+        if let Fault::Refused { policies, direction, pods, .. } = fault {
+            let all = policies.iter().flat_map(|id| pods.iter().map(move |pod| (pod.clone(), *direction, id.clone())));
+            refused.extend(all);
+        }
+    }
+    refused
+}
+
 /// What a comparison saw.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Tally {
