@@ -195,7 +195,10 @@ impl Work<'_> {
             }
             (None, Some(kept)) if self.has_not_lost(&pool.space, kept, name)? => kept,
             (None, _) => match first.filter(|first| pool.free.contains(first.bits)) {
-                Some(first) => first,
+                Some(first) => {
+                    self.allow(pool, first)?;
+                    first
+                }
                 None => self.pick_from(pool)?.ok_or_else(|| exhausted(pool))?,
             },
         };

@@ -149,6 +149,23 @@ fn rivals_get_prefixes_that_do_not_overlap() {
     });
 }
 
+const FOUR: &str = r#"{ "cooldown": "0s", "pools": [ { "name": "p", "subnet": "fd00::/62", "delegate": 64,
+    "claims": { "shop/web": {}, "shop/db": { "address": "fd00:0:0:3::1", "keep": "ephemeral" } } } ] }"#;
+
+#[test]
+fn a_claim_without_an_address_asks_for_the_first_of_a_prefix() {
+    each_store(|store, _| {
+        let ours = ipam(FOUR, &store);
+        let mut asked = request("a", Some("shop/web"));
+        asked.addresses = vec!["fd00::5".parse().unwrap()];
+        let refused = block_on(ours.lease(&asked)).unwrap_err();
+        assert!(refused.to_string().contains("ask for fd00::1"), "{refused}");
+        assert_eq!(lease(&ours, "b", None).unwrap(), ["fd00::1/64"]);
+        asked.addresses = vec!["fd00:0:0:2::1".parse().unwrap()];
+        assert_eq!(crate::texts(&block_on(ours.lease(&asked)).unwrap()), ["fd00:0:0:2::1/64"]);
+    });
+}
+
 /// A subnet, a length that it delegates, and how many there are, at most `2^limit`.
 fn delegation() -> impl Strategy<Value = (u128, u8, u8)> {
     (any::<u128>(), 1..=128_u8, 0..=3_u8).prop_map(|(bits, delegate, extra)| {
