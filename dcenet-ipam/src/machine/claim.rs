@@ -164,7 +164,7 @@ impl Work<'_> {
                 .iter()
                 .filter_map(|key| freed_of(&prefix, key))
                 .take_while(|(at, _)| at.saturating_add(cooldown) <= self.now)
-                .filter(|(_, bits)| pool.free.contains(*bits))
+                .filter(|(_, bits)| pool.offers(&pool.free, *bits))
                 .map(|(_, bits)| Addr { family: pool.family(), bits })
                 .collect();
             let keys: Vec<_> = ended.iter().map(|address| slot_key(&pool.space, *address)).collect();

@@ -462,7 +462,7 @@ impl Work<'_> {
             let page = self.scan(prefix, after.clone(), PAGE)?;
             let mut usable: Vec<(u64, u128)> = Vec::new();
             for (at, bits) in page.iter().filter_map(|key| read(key)) {
-                let offered = !self.cooling(at) && among.contains(bits);
+                let offered = !self.cooling(at) && pool.offers(among, bits);
                 if offered && self.reserved_to(pool, bits >> pool.shift())?.is_none() {
                     usable.push((at, bits));
                     // The others are only for rivals to part ways.

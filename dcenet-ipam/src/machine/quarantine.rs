@@ -62,10 +62,11 @@ impl Work<'_> {
     }
 
     pub(super) fn quarantine(&self, space: &AddressSpace, address: Addr, why: &Quarantine) -> Result<Step, Halt> {
-        let inside = |p: &&crate::model::Pool| p.space == *space && p.subnet.contains(&address.ip());
-        if !self.layout.pools.iter().any(|p| inside(&p)) {
+        let Some(pool) = self.pool_of(space, address) else {
             return Err(invalid_request(address.ip(), &format!("in no pool of space {space} of this configuration")));
-        }
+        };
+        // Of a delegated prefix all is, under the address that stands for it.
+        let address = pool.first_of(address);
         let key = slot_key(space, address);
         let mut draft = Draft::default();
         let current = self.record::<SlotRecord>(&key)?;
@@ -84,6 +85,7 @@ impl Work<'_> {
     }
 
     pub(super) fn lift(&self, space: &AddressSpace, address: Addr) -> Result<Step, Halt> {
+        let address = self.pool_of(space, address).map_or(address, |pool| pool.first_of(address));
         let key = slot_key(space, address);
         let mut draft = Draft::default();
         let current = self.record::<SlotRecord>(&key)?;

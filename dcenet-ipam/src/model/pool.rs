@@ -96,6 +96,17 @@ impl Pool {
         Addr { family: self.family(), bits: number << self.shift() | host }
     }
 
+    /// The address that stands for what is handed out with this address in it: of a prefix that of
+    /// [`Pool::address_at`], else the address itself.
+    pub(crate) fn first_of(&self, address: Addr) -> Addr {
+        self.address_at(address.bits >> self.shift())
+    }
+
+    /// Whether a number found in a queue is one of the set and stands for what the pool hands out.
+    pub(crate) fn offers(&self, among: &Intervals, bits: u128) -> bool {
+        among.contains(bits) && self.address_at(bits >> self.shift()).bits == bits
+    }
+
     /// First and last address of a block.
     pub(crate) fn block_range(&self, length: u8, block: u128) -> Interval {
         let shift = self.family().bits() - length;

@@ -3,8 +3,10 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use dcenet_core::provider::{AddressSource, LeaseError};
+use dcenet_ipam::Quarantine;
 use dcenet_ipam::model::{AddressSpace, KeepPolicy};
 use dcenet_ipam::store::Store;
 use dcenet_ipam::store::memory::MemoryStore;
@@ -12,6 +14,7 @@ use ipnet::IpNet;
 use pollster::block_on;
 use proptest::prelude::*;
 
+use crate::claims::{Clock, space};
 use crate::{attachment, config, each_store, ipam, later, lease, release, request};
 
 const POOL: &str = r#"{ "cooldown": "0s", "pools": [ { "name": "p", "subnet": "2001:db8::/48", "delegate": 64,
@@ -163,6 +166,40 @@ fn a_claim_without_an_address_asks_for_the_first_of_a_prefix() {
         assert_eq!(lease(&ours, "b", None).unwrap(), ["fd00::1/64"]);
         asked.addresses = vec!["fd00:0:0:2::1".parse().unwrap()];
         assert_eq!(crate::texts(&block_on(ours.lease(&asked)).unwrap()), ["fd00:0:0:2::1/64"]);
+    });
+}
+
+fn why(seconds: Option<u64>) -> Quarantine {
+    Quarantine { time: seconds.map(Duration::from_secs), ..Quarantine::default() }
+}
+
+#[test]
+fn a_quarantine_is_of_a_whole_prefix() {
+    each_store(|store, _| {
+        let clock = Clock::new();
+        let json = r#"{ "cooldown": "0s", "pools": [ { "name": "p", "subnet": "fd00::/62", "delegate": 64 } ] }"#;
+        let ours = clock.drive(ipam(json, &store));
+        let all = || {
+            let leases: BTreeSet<_> = (0..4).map(|i| lease(&ours, &format!("c{i}"), None).unwrap()).collect();
+            assert!(matches!(lease(&ours, "more", None).unwrap_err(), LeaseError::Exhausted { .. }));
+            (0..4).for_each(|i| release(&ours, &format!("c{i}")));
+            leases.len()
+        };
+        assert_eq!(all(), 4);
+        let inside = |text: &str| text.parse().unwrap();
+        assert_eq!(lease(&ours, "a", None).unwrap(), ["fd00::1/64"]);
+        let refused = block_on(ours.quarantine(&space(), inside("fd00::5"), &why(None))).unwrap_err();
+        assert!(matches!(&refused, LeaseError::Held { holder, .. } if holder.contains("net/a/eth0")), "{refused}");
+        release(&ours, "a");
+        block_on(ours.quarantine(&space(), inside("fd00::5"), &why(None))).unwrap();
+        let listed = block_on(ours.quarantined()).unwrap();
+        assert_eq!(listed.iter().map(|q| q.address).collect::<Vec<_>>(), [inside("fd00::1")]);
+        assert!(block_on(ours.lift(&space(), inside("fd00::7"))).unwrap());
+        assert_eq!(all(), 4);
+        block_on(ours.quarantine(&space(), inside("fd00::9"), &why(Some(60)))).unwrap();
+        clock.advance(61);
+        assert_eq!(block_on(ours.expire()).unwrap(), 1);
+        assert_eq!(all(), 4);
     });
 }
 
