@@ -387,6 +387,10 @@ impl Work<'_> {
                 _ => {}
             }
             new = true;
+            self.allow(pool, address)?;
+            if let Some(other) = pool.claims.iter().find(|c| c.address == Some(address) && c.key != *claim) {
+                return Err(LeaseError::Held { address: *ip, holder: format!("claim {}", other.key) }.into());
+            }
             self.keep_still(&mut draft, space, address, claim)?;
             let (pool, address) = (pool.name.clone(), address.ip());
             let (keep, mac, moves) = (*keep, *mac, *moves);

@@ -497,7 +497,7 @@ impl Work<'_> {
     }
 
     /// Refuses an address that the pool may not have in use. Claims may lie outside its ranges, not on what is reserved.
-    fn allow(&self, pool: &Pool, address: Addr) -> Result<(), Halt> {
+    pub(super) fn allow(&self, pool: &Pool, address: Addr) -> Result<(), Halt> {
         if let Some(reserved) = self.layout.reservation(&pool.space, address) {
             let holder = format!("reservation {}", reserved.holder);
             return Err(LeaseError::Held { address: address.ip(), holder }.into());

@@ -449,6 +449,41 @@ fn sets_and_keep_policies_that_make_no_sense_are_refused_with_field_value_and_re
     assert_eq!(config(history).layout().unwrap_err().field, "ipam.history.count");
 }
 
+#[test]
+fn what_is_handed_in_is_a_whole_prefix_and_fixed_for_nobody_else() {
+    each_store(|store, _| {
+        let elsewhere = || -> Arc<dyn Store> { Arc::new(MemoryStore::new()) };
+        let prefixes = |length: u8| {
+            format!(r#"{{ "pools": [ {{ "name": "p", "subnet": "fd00::/48", "delegate": {length} }} ] }}"#)
+        };
+        let (a, b) = (ipam(&prefixes(80), &store), ipam(&prefixes(64), &elsewhere()));
+        let db = key("shop/db");
+        block_on(a.reserve("p", &db, Some("fd00::1:0:0:1".parse().unwrap()), KeepPolicy::Forever)).unwrap();
+        let export = block_on(a.hand_out(&space(), &db, &cluster("b"))).unwrap().unwrap();
+        let part = block_on(b.hand_in(&export, &cluster("b"))).unwrap_err();
+        assert!(part.to_string().contains("ask for fd00::1"), "{part}");
+
+        let json = r#"{ "pools": [ { "name": "q", "subnet": "10.0.0.0/29", "claims": {
+            "shop/db": { "address": "10.0.0.5", "keep": "ephemeral" } } } ] }"#;
+        let own = elsewhere();
+        let plain = ipam(r#"{ "pools": [ { "name": "q", "subnet": "10.0.0.0/29" } ] }"#, &own);
+        for (claim, fixed) in [("shop/other", false), ("shop/db", true)] {
+            let claim = key(claim);
+            block_on(plain.reserve("q", &claim, Some("10.0.0.5".parse().unwrap()), KeepPolicy::Forever)).unwrap();
+            let export = block_on(plain.hand_out(&space(), &claim, &cluster("b"))).unwrap().unwrap();
+            let taken_in = block_on(ipam(json, &elsewhere()).hand_in(&export, &cluster("b")));
+            if fixed {
+                taken_in.unwrap();
+            } else {
+                let taken = taken_in.unwrap_err();
+                assert!(matches!(&taken, LeaseError::Held { holder, .. } if holder == "claim shop/db"), "{taken}");
+            }
+            block_on(plain.take_back(&space(), &claim)).unwrap();
+            block_on(plain.forget(&space(), &claim)).unwrap();
+        }
+    });
+}
+
 /// amazon-vpc-cni-k8s#3887 (the cooldown was lost on restart) and #2896 (what cooled was not counted as used).
 #[test]
 fn amazon_vpc_cni_3887_2896_the_cooldown_outlives_a_restart_and_counts_as_used() {
