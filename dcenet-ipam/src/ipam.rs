@@ -321,6 +321,8 @@ impl Ipam {
                 }
                 match decode(key, entry)? {
                     SlotRecord::Bound { .. } | SlotRecord::Handover { .. } => usage.bound += 1,
+                    // It is still the claim's.
+                    SlotRecord::Quarantined { until: Some(end), claim: Some(_), .. } if now >= end => usage.kept += 1,
                     SlotRecord::Kept { until: Some(end), .. } | SlotRecord::Quarantined { until: Some(end), .. }
                         if now >= end =>
                     {

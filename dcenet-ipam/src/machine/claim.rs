@@ -110,7 +110,7 @@ impl Work<'_> {
                     let open = match self.record::<SlotRecord>(&keys[i])? {
                         None | Some((SlotRecord::Freed { .. }, _)) => true,
                         Some((slot @ SlotRecord::Kept { .. }, _)) if slot.claim() == Some(&claim.key) => true,
-                        Some((slot, _)) => self.has_ended(&slot),
+                        Some((slot, _)) => self.has_ended_for(&slot, Some(&claim.key)),
                     };
                     if open {
                         return Ok(Entitlement::new(pool, claim));
@@ -127,7 +127,7 @@ impl Work<'_> {
     pub(super) fn has_not_lost(&self, space: &AddressSpace, address: Addr, claim: &ClaimKey) -> Result<bool, Halt> {
         Ok(match self.record::<SlotRecord>(&slot_key(space, address))? {
             None | Some((SlotRecord::Freed { .. }, _)) => true,
-            Some((slot @ SlotRecord::Quarantined { .. }, _)) => self.has_ended(&slot),
+            Some((slot @ SlotRecord::Quarantined { .. }, _)) => self.has_ended_for(&slot, Some(claim)),
             Some((slot, _)) => slot.claim() == Some(claim) || self.has_ended(&slot),
         })
     }
@@ -140,6 +140,16 @@ impl Work<'_> {
             }
             SlotRecord::Bound { .. } | SlotRecord::Freed { .. } | SlotRecord::Handover { .. } => false,
         }
+    }
+
+    /// Whether somebody may take what was kept or in quarantine for a time that is over. What a claim had when its
+    /// quarantine began is still the claim's, perhaps in another cluster.
+    pub(super) fn has_ended_for(&self, slot: &SlotRecord, claim: Option<&ClaimKey>) -> bool {
+        let others = match slot {
+            SlotRecord::Quarantined { claim: Some(holder), .. } => Some(holder) != claim,
+            _ => false,
+        };
+        !others && self.has_ended(slot)
     }
 
     /// What becomes of an address once nothing is attached to it: kept for its claim, or `None`.
@@ -171,7 +181,7 @@ impl Work<'_> {
             self.need(&keys)?;
             for (address, key) in ended.into_iter().zip(&keys) {
                 // Of a handover only the permission ends.
-                if self.record::<SlotRecord>(key)?.is_some_and(|(slot, _)| self.has_ended(&slot))
+                if self.record::<SlotRecord>(key)?.is_some_and(|(slot, _)| self.has_ended_for(&slot, None))
                     && self.reserved_to(pool, address.bits >> pool.shift())?.is_none()
                 {
                     return Ok(Some(address));
@@ -301,6 +311,10 @@ impl Work<'_> {
                 Some((slot @ SlotRecord::Kept { .. }, _)) if slot.claim() == Some(claim) => {
                     unqueue(&mut draft, space, address, &slot);
                     self.free(&mut draft, space, address, &record.pool);
+                    draft.delete(key);
+                }
+                Some((SlotRecord::Quarantined { .. }, _)) => {
+                    self.give_up(&mut draft, space, address, claim, &record.pool)?;
                     draft.delete(key);
                 }
                 _ => draft.delete(key),

@@ -236,10 +236,18 @@ impl Work<'_> {
         if let Some(by) = slot.holder() {
             return Err(LeaseError::Held { address: address.ip(), holder: by.to_string() }.into());
         }
-        if matches!(slot, SlotRecord::Kept { .. }) {
-            draft.guard(&key, Some(version));
-            unqueue(draft, space, address, &slot);
-            self.free(draft, space, address, pool);
+        match slot {
+            SlotRecord::Kept { .. } => {
+                draft.guard(&key, Some(version));
+                unqueue(draft, space, address, &slot);
+                self.free(draft, space, address, pool);
+            }
+            // It goes on, and its end leaves the address to anybody.
+            SlotRecord::Quarantined { reason, at, until, mac, from, claim: Some(_) } => {
+                draft.guard(&key, Some(version));
+                draft.put(key, &SlotRecord::Quarantined { reason, at, until, mac, from, claim: None });
+            }
+            _ => {}
         }
         Ok(())
     }
@@ -269,7 +277,7 @@ impl Work<'_> {
             match &current {
                 SlotRecord::Freed { .. } => {}
                 SlotRecord::Kept { claim: holder, .. } if Some(holder) == claim => {}
-                ended if self.has_ended(ended) => {}
+                ended if self.has_ended_for(ended, claim) => {}
                 SlotRecord::Kept { claim: holder, .. } => return refuse(format!("claim {holder}")),
                 SlotRecord::Quarantined { reason, .. } => return refuse(format!("quarantine ({reason})")),
                 // Another call for the same attachment has come first since its record was looked for.
@@ -341,7 +349,7 @@ impl Work<'_> {
         match self.record::<SlotRecord>(&slot_key(&pool.space, address))? {
             None => Ok(Some(address)),
             Some((SlotRecord::Freed { at, .. }, _)) if !self.cooling(at) => Ok(Some(address)),
-            Some((ended, _)) if self.has_ended(&ended) => Ok(Some(address)),
+            Some((ended, _)) if self.has_ended_for(&ended, None) => Ok(Some(address)),
             Some(_) => Err(Halt::Stale),
         }
     }

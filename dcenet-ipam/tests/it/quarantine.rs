@@ -161,3 +161,62 @@ fn a_claim_goes_along_unless_its_address_is_fixed() {
         assert!(matches!(taken, LeaseError::Held { .. }), "{taken}");
     });
 }
+
+#[test]
+fn a_claims_address_is_the_claims_when_its_quarantine_ends() {
+    each_store(|store, _| {
+        let clock = Clock::new();
+        let ipam = clock.drive(ipam(JSON, &store));
+        let (cache, own) = (key("shop/cache"), ip("10.0.0.1"));
+        assert_eq!(lease(&ipam, "c0", Some("shop/cache")).unwrap(), ["10.0.0.1/29"]);
+        for i in 1..5 {
+            lease(&ipam, &format!("c{i}"), None).unwrap();
+        }
+        let refuses_others = |when: &str| {
+            clock.advance(1000);
+            let refused = lease(&ipam, "more", None).unwrap_err();
+            assert!(matches!(refused, LeaseError::Exhausted { .. }), "{when}: {refused}");
+            let mut asked = request("more", None);
+            asked.addresses = vec![own];
+            let refused = block_on(ipam.lease(&asked)).unwrap_err();
+            assert!(matches!(refused, LeaseError::Held { .. }), "{when}: {refused}");
+            let usage = block_on(ipam.usage()).unwrap().remove(0);
+            assert_eq!((usage.kept, usage.cooling, usage.quarantined), (2, 0, 0), "{when}");
+        };
+        release(&ipam, "c0");
+        block_on(ipam.quarantine(&space(), own, &why(Some(60)))).unwrap();
+        refuses_others("here");
+        assert_eq!(lease(&ipam, "c0", Some("shop/cache")).unwrap(), ["10.0.0.1/29"]);
+        release(&ipam, "c0");
+        // While another cluster has the claim it may be in use there.
+        block_on(ipam.hand_out(&space(), &cache, &"b".parse().unwrap())).unwrap().unwrap();
+        block_on(ipam.quarantine(&space(), own, &why(Some(60)))).unwrap();
+        refuses_others("away");
+        assert_eq!(block_on(ipam.expire()).unwrap(), 1);
+        refuses_others("away and swept");
+        block_on(ipam.take_back(&space(), &cache)).unwrap();
+        block_on(ipam.quarantine(&space(), own, &why(Some(60)))).unwrap();
+        refuses_others("home");
+        // Once there is no claim any more it is anybody's.
+        block_on(ipam.forget(&space(), &cache)).unwrap();
+        assert_eq!(lease(&ipam, "more", None).unwrap(), ["10.0.0.1/29"]);
+    });
+}
+
+#[test]
+fn what_a_claim_left_in_quarantine_is_anybodys_when_that_ends() {
+    each_store(|store, _| {
+        let clock = Clock::new();
+        let ipam = clock.drive(ipam(JSON, &store));
+        assert_eq!(lease(&ipam, "c0", Some("shop/cache")).unwrap(), ["10.0.0.1/29"]);
+        release(&ipam, "c0");
+        block_on(ipam.quarantine(&space(), ip("10.0.0.1"), &why(Some(60)))).unwrap();
+        assert_eq!(lease(&ipam, "c0", Some("shop/cache")).unwrap(), ["10.0.0.2/29"]);
+        for i in 1..4 {
+            lease(&ipam, &format!("c{i}"), None).unwrap();
+        }
+        assert!(lease(&ipam, "more", None).is_err());
+        clock.advance(66);
+        assert_eq!(lease(&ipam, "more", None).unwrap(), ["10.0.0.1/29"]);
+    });
+}
