@@ -4,7 +4,7 @@
 //! wants it: no further call of the store, no further flush. Times are those of the clock of whoever leased or released;
 //! the order is that of the commits, and no clock can change it.
 //!
-//! An event is forgotten when its address has newer ones than are to be kept, or when it is too old; one in 16 releases
+//! An event is forgotten when its address has newer ones than are to be kept, or when it is too old; one in four releases
 //! looks after the address that it releases, and [`Ipam::prune_history`] after all.
 
 use std::net::IpAddr;

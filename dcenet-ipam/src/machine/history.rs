@@ -5,10 +5,12 @@ use dcenet_core::model::{AttachmentKey, Workload};
 use super::{Draft, Halt, Work};
 use crate::model::{Addr, AddressSpace};
 use crate::record::{EventKind, EventRecord, event_key, event_of, history_prefix};
-use crate::store::{Key, numbered};
+use crate::store::{Key, Write, numbered};
 
 /// Of how many releases one looks for old events of its address.
-const PRUNE_ONE_IN: u32 = 16;
+const PRUNE_ONE_IN: u32 = 4;
+/// Events forgotten in one batch, of all its addresses: more than come between two looks, and few enough for any store.
+const PRUNE_AT_ONCE: usize = 16;
 
 impl Work<'_> {
     /// Drafts an event. It costs one more write of the batch, and nothing where no history is wanted. Who released is
@@ -37,10 +39,11 @@ impl Work<'_> {
             return Ok(());
         }
         let prefix = history_prefix(space, address.family);
-        // More come between two looks.
-        let events = self.scan(&numbered(&prefix, address.bits), None, history.count + 4 * PRUNE_ONE_IN as usize)?;
+        let forgotten = |write: &&Write| matches!(write, Write::Delete(key) if key.starts_with(b"h/"));
+        let room = PRUNE_AT_ONCE.saturating_sub(draft.batch.writes.iter().filter(forgotten).count());
+        let events = self.scan(&numbered(&prefix, address.bits), None, history.count + PRUNE_AT_ONCE)?;
         let limit = u64::try_from(history.keep.as_millis()).unwrap_or(u64::MAX);
-        for key in old_events(&prefix, events, self.now, limit, history.count) {
+        for key in old_events(&prefix, events, self.now, limit, history.count).into_iter().take(room) {
             draft.delete(key);
         }
         Ok(())

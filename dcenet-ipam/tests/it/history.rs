@@ -1,13 +1,15 @@
 //! Who held an address, and when.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use async_trait::async_trait;
 use dcenet_core::provider::AddressSource;
 use dcenet_ipam::Ipam;
-use dcenet_ipam::store::Store;
 use dcenet_ipam::store::log::LogStore;
 use dcenet_ipam::store::memory::MemoryStore;
+use dcenet_ipam::store::{Batch, Caps, Entry, Key, Outcome, Store, StoreError};
 use pollster::block_on;
 
 use crate::claims::{Clock, calls, space};
@@ -102,7 +104,7 @@ fn old_events_go_by_themselves_and_when_told() {
             release(&ours, &format!("c{i}"));
             most = most.max(events(&store));
         }
-        // One in 16 releases looks after its address: 8 are kept, and what comes between two looks.
+        // One in four releases looks after its address: 8 are kept, and what comes between two looks.
         assert!(most < 400, "{most}");
         assert!(events(&store) >= 8);
         let before = events(&store);
@@ -126,7 +128,7 @@ fn a_history_costs_a_write_of_the_batch_and_no_call_more() {
     let plain = calls(&wide(&without), None);
     let kept = calls(&wide(JSON), None);
     assert_eq!(kept.0, plain.0);
-    // One in 16 releases looks for old events.
+    // One in four releases looks for old events.
     assert!(kept.1 <= plain.1 + 1, "{kept:?} {plain:?}");
     // Without it in the configuration nothing is written.
     let store: Arc<dyn Store> = Arc::new(MemoryStore::new());
@@ -147,6 +149,56 @@ fn an_event_is_small() {
         block_on(store.scan(b"h/", None, 10)).unwrap().iter().map(|(key, entry)| key.len() + entry.value.len()).sum();
     assert_eq!(events(&store), 2);
     assert!(bytes <= 2 * 130, "{bytes} bytes for two events");
+}
+
+/// Passes everything on and remembers the largest batch.
+#[derive(Debug, Default)]
+struct Largest {
+    inner: MemoryStore,
+    operations: AtomicUsize,
+}
+
+#[async_trait]
+impl Store for Largest {
+    async fn read(&self, keys: &[Key]) -> Result<Vec<Option<Entry>>, StoreError> {
+        self.inner.read(keys).await
+    }
+
+    async fn scan(&self, prefix: &[u8], after: Option<&[u8]>, limit: usize) -> Result<Vec<(Key, Entry)>, StoreError> {
+        self.inner.scan(prefix, after, limit).await
+    }
+
+    async fn commit(&self, batch: &Batch) -> Result<Outcome, StoreError> {
+        self.operations.fetch_max(batch.guards.len() + batch.writes.len(), Ordering::Relaxed);
+        self.inner.commit(batch).await
+    }
+
+    fn caps(&self) -> Caps {
+        self.inner.caps()
+    }
+}
+
+#[test]
+fn old_events_go_a_few_in_a_batch() {
+    let largest = Arc::new(Largest::default());
+    let store: Arc<dyn Store> = largest.clone();
+    let clock = Clock::new();
+    let many = JSON.replace(r#""count": 8"#, r#""count": 1024"#);
+    let round = |ours: &Ipam, i: usize| {
+        lease(ours, &format!("c{i}"), None).unwrap();
+        release(ours, &format!("c{i}"));
+    };
+    let ours = clock.drive(ipam(&many, &store));
+    (0..400).for_each(|i| round(&ours, i));
+    let full = events(&store);
+    assert_eq!(full, 800);
+    // All of them are too old at once.
+    clock.advance(3601);
+    (400..800).for_each(|i| round(&ours, i));
+    let left = block_on(store.scan(b"h/", None, 10_000)).unwrap();
+    assert!(left.len() < full + 400, "{} events: fewer go than come", left.len());
+    let most = largest.operations.load(Ordering::Relaxed);
+    assert!(most <= 48, "{most} operations in one batch");
 }
 
 /// Figures for people: `cargo test -p dcenet-ipam --test it history::cost -- --ignored --nocapture`.
