@@ -207,13 +207,22 @@ impl Work<'_> {
         draft.guard(&key, Some(version));
         match &slot {
             SlotRecord::Handover { by, until, .. } if self.now >= *until => return self.abort_handover(by),
-            SlotRecord::Quarantined { .. } if self.has_ended(&slot) => return self.lift(space, address),
+            SlotRecord::Quarantined { .. } if self.has_ended(&slot) => {
+                // In no queue it would never be found again.
+                if self.pool_name(space, address, None)?.is_none() {
+                    return Ok(Step::Done(Reply::NotHeld));
+                }
+                return self.lift(space, address);
+            }
             SlotRecord::Kept { claim, .. } if self.has_ended(&slot) => {
                 let claim_key = claim_key(space, address.family, claim);
                 let recorded = self.record::<ClaimRecord>(&claim_key)?;
                 draft.guard(&claim_key, recorded.as_ref().map(|(_, version)| *version));
                 unqueue(&mut draft, space, address, &slot);
-                let pool = self.pool_name(space, address, recorded.as_ref().map(|(record, _)| record));
+                let record = recorded.as_ref().map(|(record, _)| record);
+                let Some(pool) = self.pool_name(space, address, record)? else {
+                    return Ok(Step::Done(Reply::NotHeld));
+                };
                 self.free(&mut draft, space, address, &pool);
                 if recorded.is_some_and(|(record, _)| Addr::from(record.address) == address) {
                     draft.delete(claim_key);
@@ -225,13 +234,21 @@ impl Work<'_> {
     }
 
     /// The pool in whose queue an address goes.
-    pub(super) fn pool_name(&self, space: &AddressSpace, address: Addr, record: Option<&ClaimRecord>) -> String {
-        let configured = self.layout.pools.iter().find(|p| p.space == *space && p.subnet.contains(&address.ip()));
-        match (configured, record) {
-            (Some(pool), _) => pool.name.clone(),
-            (None, Some(record)) => record.pool.clone(),
-            (None, None) => String::new(),
+    /// The pool may be one that only other configurations know; `None` if none does.
+    pub(super) fn pool_name(
+        &self,
+        space: &AddressSpace,
+        address: Addr,
+        record: Option<&ClaimRecord>,
+    ) -> Result<Option<String>, Halt> {
+        if let Some(pool) = self.pool_of(space, address) {
+            return Ok(Some(pool.name.clone()));
         }
+        if let Some(record) = record {
+            return Ok(Some(record.pool.clone()));
+        }
+        let pools = self.space(space)?.map(|(record, _)| record);
+        Ok(pools.and_then(|r| r.pools.iter().find(|p| p.subnet.contains(&address.ip())).map(|p| p.name.clone())))
     }
 
     /// The records of a claim in both families.

@@ -109,7 +109,12 @@ impl Work<'_> {
                 draft.put(key, &SlotRecord::Kept { claim: claim.clone(), until: None });
             }
             _ => {
-                let pool = self.pool_name(space, address, recorded.as_ref());
+                let Some(pool) = self.pool_name(space, address, recorded.as_ref())? else {
+                    return Err(invalid_request(
+                        address.ip(),
+                        &format!("in no pool of space {space} that is known here"),
+                    ));
+                };
                 self.free(&mut draft, space, address, &pool);
             }
         }

@@ -220,3 +220,23 @@ fn what_a_claim_left_in_quarantine_is_anybodys_when_that_ends() {
         assert_eq!(lease(&ipam, "more", None).unwrap(), ["10.0.0.1/29"]);
     });
 }
+
+#[test]
+fn a_configuration_without_the_pool_loses_no_address_when_a_quarantine_ends() {
+    each_store(|store, _| {
+        let clock = Clock::new();
+        let json = r#"{ "pools": [ { "name": "p", "subnet": "10.0.0.0/30" } ] }"#;
+        let other = json.replace("10.0.0.0", "10.1.0.0").replace(r#""p""#, r#""q""#);
+        let (ipam, other) = (clock.drive(ipam(json, &store)), clock.drive(ipam(&other, &store)));
+        block_on(ipam.quarantine(&space(), ip("10.0.0.1"), &why(Some(60)))).unwrap();
+        clock.advance(61);
+        // The store does not know the pool either.
+        assert_eq!(block_on(other.expire()).unwrap(), 0);
+        assert_eq!(block_on(ipam.quarantined()).unwrap().len(), 1);
+        assert_eq!(lease(&ipam, "a", None).unwrap(), ["10.0.0.2/30"]);
+        assert_eq!(block_on(other.expire()).unwrap(), 1);
+        assert_eq!(block_on(ipam.quarantined()).unwrap(), []);
+        clock.advance(6);
+        assert_eq!(lease(&ipam, "b", None).unwrap(), ["10.0.0.1/30"]);
+    });
+}
