@@ -12,8 +12,8 @@ use super::claim::{serves, unqueue};
 use super::{Aside, Draft, Halt, Reply, Step, Work};
 use crate::model::{Addr, AddressSpace, Claim, ClaimKey, Family, Intervals, KeepPolicy, MacWish, Pool};
 use crate::record::{
-    AttachmentRecord, ClaimRecord, EventKind, Held, SlotRecord, attachment_key, claim_key, delegated_prefix, freed_key,
-    freed_of, freed_prefix, slot_key, slot_prefix, space_key,
+    AttachmentRecord, ClaimRecord, EventKind, Held, RegisteredPool, SlotRecord, attachment_key, claim_key,
+    delegated_prefix, freed_key, freed_of, freed_prefix, slot_key, slot_prefix, space_key,
 };
 use crate::store::{Key, Write, numbered};
 
@@ -309,11 +309,30 @@ impl Work<'_> {
     }
 
     /// Drafts that a prefix whose slot is forgotten is found again by a search.
-    pub(super) fn forget_delegated(&self, draft: &mut Draft, space: &AddressSpace, address: Addr, pool: &str) {
-        if let Some(pool) = self.pool_of(space, address).filter(|p| p.name == pool && p.delegate.is_some()) {
-            let prefix = delegated_prefix(space, address.family, &pool.name);
-            draft.delete(numbered(&prefix, address.bits >> pool.shift()));
+    /// Returns whether the slot may be forgotten: a pool that nobody knows any more may have delegated.
+    pub(super) fn forget_delegated(
+        &self,
+        draft: &mut Draft,
+        space: &AddressSpace,
+        address: Addr,
+        pool: &str,
+    ) -> Result<bool, Halt> {
+        let length = match self.pool_of(space, address).filter(|p| p.name == pool) {
+            Some(pool) => pool.delegate,
+            // A pool that was resized is still known by its name.
+            None => {
+                let same = |r: &&RegisteredPool| r.name == pool && Family::of(&r.subnet) == address.family;
+                match self.space(space)?.and_then(|(record, _)| record.pools.iter().find(same).cloned()) {
+                    Some(registered) => registered.delegate,
+                    None => return Ok(false),
+                }
+            }
+        };
+        if let Some(length) = length {
+            let prefix = delegated_prefix(space, address.family, pool);
+            draft.delete(numbered(&prefix, address.bits >> (address.family.bits() - length)));
         }
+        Ok(true)
     }
 
     /// An address that anybody may get, from the first of the pools that has one.

@@ -117,15 +117,13 @@ impl Work<'_> {
             .collect();
         self.need(old.iter().map(|(_, _, _, slot)| slot))?;
         for (key, at, bits, slot) in old {
-            match self.record::<SlotRecord>(&slot)? {
-                Some((SlotRecord::Freed { at: freed, .. }, version)) if freed == at => {
-                    draft.guard(&slot, Some(version));
-                    draft.delete(slot);
-                    draft.delete(key.clone());
-                    self.forget_delegated(draft, space, Addr { family: address.family, bits }, pool);
-                }
-                // Taken since; who took it also took it from the queue.
-                _ => {}
+            // Taken since; who took it also took it from the queue.
+            let freed = self.record::<SlotRecord>(&slot)?;
+            let Some((SlotRecord::Freed { at: freed, .. }, version)) = freed else { continue };
+            if freed == at && self.forget_delegated(draft, space, Addr { family: address.family, bits }, pool)? {
+                draft.guard(&slot, Some(version));
+                draft.delete(slot);
+                draft.delete(key.clone());
             }
         }
         Ok(())

@@ -203,6 +203,29 @@ fn a_quarantine_is_of_a_whole_prefix() {
     });
 }
 
+#[test]
+fn releases_by_a_configuration_without_the_pool_lose_no_prefix() {
+    each_store(|store, _| {
+        let clock = Clock::new();
+        let json = r#"{ "cooldown": "0s", "pools": [ { "name": "p", "subnet": "fd00::/62", "delegate": 64 } ] }"#;
+        let other = r#"{ "cooldown": "0s", "pools": [ { "name": "q", "subnet": "fd01::/64" } ] }"#;
+        let (ours, other) = (clock.drive(ipam(json, &store)), clock.drive(ipam(other, &store)));
+        for round in 0..4 {
+            for i in 0..4 {
+                lease(&ours, &format!("c{round}-{i}"), None).unwrap();
+            }
+            assert!(matches!(lease(&ours, "more", None).unwrap_err(), LeaseError::Exhausted { .. }));
+            for i in 0..4 {
+                release(&other, &format!("c{round}-{i}"));
+                // Longer than releases are remembered.
+                clock.advance(4000);
+            }
+            // Nor are they remembered for ever.
+            assert!(block_on(store.scan(b"p/", None, 10)).unwrap().len() < 4);
+        }
+    });
+}
+
 /// A subnet, a length that it delegates, and how many there are, at most `2^limit`.
 fn delegation() -> impl Strategy<Value = (u128, u8, u8)> {
     (any::<u128>(), 1..=128_u8, 0..=3_u8).prop_map(|(bits, delegate, extra)| {
