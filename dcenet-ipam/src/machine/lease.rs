@@ -302,6 +302,11 @@ impl Work<'_> {
             draft.guard(&guard, version);
             draft.batch.writes.extend(puts.into_iter().map(|(key, value)| Write::Put(key, value)));
         }
+        self.note_delegated(draft, space, address);
+    }
+
+    /// Drafts that a prefix with a slot is passed over by a search for an unused one.
+    pub(super) fn note_delegated(&self, draft: &mut Draft, space: &AddressSpace, address: Addr) {
         if let Some(pool) = self.pool_of(space, address).filter(|p| p.delegate.is_some()) {
             let prefix = delegated_prefix(space, address.family, &pool.name);
             draft.put_empty(numbered(&prefix, address.bits >> pool.shift()));

@@ -55,6 +55,7 @@ impl Work<'_> {
         };
         draft.put(slot_key(space, address), &slot);
         draft.put_empty(quarantine_key(space, address));
+        self.note_delegated(draft, space, address);
         if let Some(until) = until {
             draft.put_empty(due_key(space, address, until));
         }

@@ -226,6 +226,18 @@ fn releases_by_a_configuration_without_the_pool_lose_no_prefix() {
     });
 }
 
+#[test]
+fn a_prefix_in_quarantine_that_was_never_used_does_not_stop_a_search() {
+    each_store(|store, _| {
+        let ours = ipam(FOUR, &store);
+        block_on(ours.quarantine(&space(), "fd00::1".parse().unwrap(), &why(None))).unwrap();
+        assert_eq!(lease(&ours, "a", None).unwrap(), ["fd00:0:0:1::1/64"]);
+        assert!(block_on(ours.lift(&space(), "fd00::1".parse().unwrap())).unwrap());
+        assert_eq!(lease(&ours, "b", None).unwrap(), ["fd00:0:0:2::1/64"]);
+        assert_eq!(lease(&ours, "c", None).unwrap(), ["fd00::1/64"]);
+    });
+}
+
 /// A subnet, a length that it delegates, and how many there are, at most `2^limit`.
 fn delegation() -> impl Strategy<Value = (u128, u8, u8)> {
     (any::<u128>(), 1..=128_u8, 0..=3_u8).prop_map(|(bits, delegate, extra)| {
