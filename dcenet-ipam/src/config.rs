@@ -714,9 +714,10 @@ impl PoolConfig {
         let mut reserved: Vec<Interval> = reserved.into_iter().map(|(interval, _)| interval).collect();
         let elsewhere = set_aside.iter().filter(|r| r.space == space && r.first.family == family);
         reserved.extend(elsewhere.map(|r| (r.first.bits, r.last.bits)));
-        if let Some(length) = delegate {
+        let host = delegate.and_then(|length| u128::MAX.checked_shr(u32::from(128 - family.bits() + length)));
+        let host = host.unwrap_or(0);
+        if delegate.is_some() {
             // Only whole prefixes are handed out, and none of which a part is not to be.
-            let host = u128::MAX.checked_shr(u32::from(128 - family.bits() + length)).unwrap_or(0);
             ranges = Intervals::new(ranges)
                 .iter()
                 .filter_map(|(low, high)| {
@@ -730,7 +731,9 @@ impl PoolConfig {
         let reserved = Intervals::new(reserved);
         let fixed = Intervals::new(fixed.into_iter().map(one).collect());
         let usable = Intervals::new(ranges.clone()).without(&reserved);
-        let free = usable.without(&fixed);
+        // Who has the first address of a prefix has all of it.
+        let taken = Intervals::new(fixed.iter().map(|(low, high)| (low & !host, high | host)).collect());
+        let free = usable.without(&taken);
         let allowed = Intervals::new(usable.iter().chain(fixed.iter()).collect());
         if allowed.size() == 0 {
             let (field, value) = match self.ranges.first() {

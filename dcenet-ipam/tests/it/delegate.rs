@@ -238,6 +238,19 @@ fn a_prefix_in_quarantine_that_was_never_used_does_not_stop_a_search() {
     });
 }
 
+#[test]
+fn a_prefix_that_a_claim_fixes_is_nobody_elses() {
+    each_store(|store, _| {
+        let ours = ipam(FOUR, &store);
+        for (i, address) in ["fd00::1/64", "fd00:0:0:1::1/64", "fd00:0:0:2::1/64"].into_iter().enumerate() {
+            assert_eq!(lease(&ours, &format!("c{i}"), None).unwrap(), [address]);
+        }
+        let full = lease(&ours, "more", None).unwrap_err();
+        assert!(matches!(full, LeaseError::Exhausted { .. }), "{full}");
+        assert_eq!(lease(&ours, "db", Some("shop/db")).unwrap(), ["fd00:0:0:3::1/64"]);
+    });
+}
+
 /// A subnet, a length that it delegates, and how many there are, at most `2^limit`.
 fn delegation() -> impl Strategy<Value = (u128, u8, u8)> {
     (any::<u128>(), 1..=128_u8, 0..=3_u8).prop_map(|(bits, delegate, extra)| {
