@@ -157,10 +157,34 @@ impl Work<'_> {
         let until = match record.keep {
             KeepPolicy::Ephemeral => return None,
             KeepPolicy::Workload if record.gone => return None,
-            KeepPolicy::Workload | KeepPolicy::Forever => None,
-            KeepPolicy::For(time) => Some(self.now.saturating_add(u64::try_from(time.as_millis()).unwrap_or(u64::MAX))),
+            keep => self.until(keep),
         };
         Some(SlotRecord::Kept { claim: claim.clone(), until })
+    }
+
+    /// When the keeping of an address ends that begins now; `None` for never.
+    pub(super) fn until(&self, keep: KeepPolicy) -> Option<u64> {
+        match keep {
+            KeepPolicy::For(time) => Some(self.now.saturating_add(u64::try_from(time.as_millis()).unwrap_or(u64::MAX))),
+            KeepPolicy::Ephemeral | KeepPolicy::Workload | KeepPolicy::Forever => None,
+        }
+    }
+
+    /// Drafts that an address is kept for a claim until a time; refused if it is another's.
+    pub(super) fn keep_for(
+        &self,
+        draft: &mut Draft,
+        space: &AddressSpace,
+        address: Addr,
+        claim: &ClaimKey,
+        until: Option<u64>,
+    ) -> Result<(), Halt> {
+        let slot = SlotRecord::Kept { claim: claim.clone(), until };
+        self.take(draft, space, address, &slot, Some(claim))?;
+        if let Some(until) = until {
+            draft.put_empty(due_key(space, address, until));
+        }
+        Ok(())
     }
 
     /// The address of the pool whose keeping or quarantine ended longest ago, and before the cooldown.

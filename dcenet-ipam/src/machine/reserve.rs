@@ -57,19 +57,27 @@ impl Work<'_> {
             return Err(LeaseError::Invalid { field: "keep".to_owned(), reason }.into());
         }
         let mut draft = Draft::default();
+        let claim_key = claim_key(&pool.space, pool.family(), &claim.key);
+        let before = self.record::<ClaimRecord>(&claim_key)?.map(|(record, _)| record.keep);
         let address = self.settle_claim(&mut draft, &Entitlement::new(pool, claim), None)?;
         let key = slot_key(&pool.space, address);
-        match self.record::<SlotRecord>(&key)? {
-            Some((slot, version))
-                if slot.claim() == Some(&claim.key) && !matches!(slot, SlotRecord::Quarantined { .. }) =>
+        let keep_anew = match self.record::<SlotRecord>(&key)? {
+            Some((slot, version)) if slot.claim() == Some(&claim.key) && slot.holder().is_some() => {
+                draft.guard(&key, Some(version));
+                return Ok(draft.commit(Reply::Done));
+            }
+            // Never used, or kept for longer than a time: nothing has begun that a repetition could begin anew.
+            Some((SlotRecord::Kept { claim: holder, until: None }, version))
+                if holder == claim.key && before == Some(claim.keep) =>
             {
                 draft.guard(&key, Some(version));
+                return Ok(draft.commit(Reply::Done));
             }
-            _ => {
-                let slot = SlotRecord::Kept { claim: claim.key.clone(), until: None };
-                self.take(&mut draft, &pool.space, address, &slot, Some(&claim.key))?;
-            }
-        }
+            Some((SlotRecord::Kept { claim: holder, .. }, _)) => holder == claim.key,
+            _ => false,
+        };
+        let until = self.until(claim.keep).filter(|_| keep_anew);
+        self.keep_for(&mut draft, &pool.space, address, &claim.key, until)?;
         Ok(draft.commit(Reply::Done))
     }
 

@@ -484,6 +484,34 @@ fn what_is_handed_in_is_a_whole_prefix_and_fixed_for_nobody_else() {
     });
 }
 
+#[test]
+fn a_claim_recorded_again_is_kept_as_long_as_is_said_now() {
+    each_store(|store, _| {
+        let clock = Clock::new();
+        let ipam = clock.drive(ipam(&two(r#""1h""#).replace("shop/db", "shop/none"), &store));
+        let (db, hour) = (key("shop/db"), KeepPolicy::For(std::time::Duration::from_secs(HOUR)));
+        let reserve = |keep| block_on(ipam.reserve("p", &db, Some("10.0.0.1".parse().unwrap()), keep)).unwrap();
+        reserve(hour);
+        assert_eq!(lease(&ipam, "c1", Some("shop/db")).unwrap(), ["10.0.0.1/24"]);
+        release(&ipam, "c1");
+        reserve(KeepPolicy::Forever);
+        clock.advance(2 * HOUR);
+        assert_eq!(block_on(ipam.expire()).unwrap(), 0);
+        assert_eq!(lease(&ipam, "a", None).unwrap(), ["10.0.0.2/24"]);
+        let refused = lease(&ipam, "b", None).unwrap_err();
+        assert!(matches!(refused, LeaseError::Exhausted { .. }), "{refused}");
+        // And back again.
+        reserve(hour);
+        clock.advance(HOUR - 1);
+        assert!(lease(&ipam, "b", None).is_err());
+        reserve(hour);
+        clock.advance(HOUR - 1);
+        assert!(lease(&ipam, "b", None).is_err());
+        clock.advance(7);
+        assert_eq!(lease(&ipam, "b", None).unwrap(), ["10.0.0.1/24"]);
+    });
+}
+
 /// amazon-vpc-cni-k8s#3887 (the cooldown was lost on restart) and #2896 (what cooled was not counted as used).
 #[test]
 fn amazon_vpc_cni_3887_2896_the_cooldown_outlives_a_restart_and_counts_as_used() {
