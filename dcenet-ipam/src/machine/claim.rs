@@ -106,14 +106,22 @@ impl Work<'_> {
                 // Rivals part ways.
                 let skip = if self.entropy == 0 { 0 } else { spread(self.entropy) as usize % keys.len().max(1) };
                 for i in (skip..keys.len()).chain(0..skip) {
-                    let claim = places[i].0;
+                    let (claim, address) = places[i];
                     let open = match self.record::<SlotRecord>(&keys[i])? {
                         None | Some((SlotRecord::Freed { .. }, _)) => true,
                         Some((slot @ SlotRecord::Kept { .. }, _)) if slot.claim() == Some(&claim.key) => true,
                         Some((slot, _)) => self.has_ended_for(&slot, Some(&claim.key)),
                     };
-                    if open {
-                        return Ok(Entitlement::new(pool, claim));
+                    if !open
+                        || self.layout.reservation(&pool.space, address).is_some()
+                        || self.reserved_to(pool, address.bits >> pool.shift())?.is_some()
+                    {
+                        continue;
+                    }
+                    // It is read next in any case.
+                    match self.record::<ClaimRecord>(&claim_key(&pool.space, pool.family(), &claim.key))? {
+                        Some((record, _)) if record.away.is_some() => {}
+                        _ => return Ok(Entitlement::new(pool, claim)),
                     }
                 }
                 let pool = format!("{} (claim set {set})", pool.name);

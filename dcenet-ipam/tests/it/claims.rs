@@ -512,6 +512,33 @@ fn a_claim_recorded_again_is_kept_as_long_as_is_said_now() {
     });
 }
 
+#[test]
+fn a_place_of_a_set_that_nobody_may_have_is_passed_over() {
+    each_store(|store, _| {
+        let replica = ["shop/web-7d9f8c6b5-x2x4z", "shop/web-7d9f8c6b5-bbbbb"];
+        let next = |ipam: &Ipam, when: &str| {
+            let got = lease(ipam, "w0", Some(replica[0])).unwrap_or_else(|refused| panic!("{when}: {refused}"));
+            assert_eq!(got, ["10.0.0.31/24"], "{when}");
+            let full = lease(ipam, "w1", Some(replica[1])).unwrap_err();
+            assert!(matches!(full, LeaseError::Exhausted { .. }), "{when}: {full}");
+            release(ipam, "w0");
+        };
+        let (away, place) = (ipam(SETS, &store), key("shop/web#0"));
+        block_on(away.ready()).unwrap();
+        block_on(away.hand_out(&space(), &place, &cluster("b"))).unwrap().unwrap();
+        next(&away, "away");
+        block_on(away.take_back(&space(), &place)).unwrap();
+        assert_eq!(lease(&away, "w2", Some(replica[1])).unwrap(), ["10.0.0.30/24"]);
+
+        let fresh = || -> Arc<dyn Store> { Arc::new(MemoryStore::new()) };
+        let reserved = SETS.replacen('{', r#"{ "reserved": [ { "addresses": ["10.0.0.30"], "holder": "x" } ],"#, 1);
+        next(&ipam(&reserved, &fresh()), "reserved by the configuration");
+        let recorded = ipam(&SETS.replace(r#""replica","#, r#""replica", "keep": "ephemeral","#), &fresh());
+        block_on(recorded.reserve_external(&space(), "10.0.0.30".parse().unwrap(), "x")).unwrap();
+        next(&recorded, "reserved in the store");
+    });
+}
+
 /// amazon-vpc-cni-k8s#3887 (the cooldown was lost on restart) and #2896 (what cooled was not counted as used).
 #[test]
 fn amazon_vpc_cni_3887_2896_the_cooldown_outlives_a_restart_and_counts_as_used() {
