@@ -62,6 +62,14 @@ pub(super) fn unqueue(draft: &mut Draft, space: &AddressSpace, address: Addr, sl
     }
 }
 
+/// Drafts that an address is kept, and when that ends.
+pub(super) fn put_kept(draft: &mut Draft, space: &AddressSpace, address: Addr, kept: &SlotRecord) {
+    if let SlotRecord::Kept { until: Some(until), .. } = kept {
+        draft.put_empty(due_key(space, address, *until));
+    }
+    draft.put(slot_key(space, address), kept);
+}
+
 impl Work<'_> {
     /// The claim of a member of a set: its own, or one of those that replicas share.
     pub(super) fn member<'a>(
@@ -163,6 +171,8 @@ impl Work<'_> {
     /// What becomes of an address once nothing is attached to it: kept for its claim, or `None`.
     pub(super) fn kept_after(&self, claim: &ClaimKey, record: &ClaimRecord) -> Option<SlotRecord> {
         let until = match record.keep {
+            // It may be in use there.
+            _ if record.away.is_some() => None,
             KeepPolicy::Ephemeral => return None,
             KeepPolicy::Workload if record.gone => return None,
             keep => self.until(keep),
@@ -392,23 +402,29 @@ impl Work<'_> {
             for (key, record) in found {
                 refuse_away(claim, &record)?;
                 let address = Addr::from(record.address);
-                self.keep_still(&mut draft, space, address, claim)?;
+                self.keep_still(&mut draft, space, address, claim, None)?;
                 draft.put(key, &ClaimRecord { moves, away: Some(to.clone()), gone: false, ..record });
             }
         }
         Ok(draft.commit(Reply::HandedOut(export)))
     }
 
-    /// Drafts that an address is kept for a claim without end; refused while something is attached.
-    fn keep_still(&self, draft: &mut Draft, space: &AddressSpace, address: Addr, claim: &ClaimKey) -> Result<(), Halt> {
+    /// Drafts that an address is kept for a claim until a time; refused while something is attached.
+    fn keep_still(
+        &self,
+        draft: &mut Draft,
+        space: &AddressSpace,
+        address: Addr,
+        claim: &ClaimKey,
+        until: Option<u64>,
+    ) -> Result<(), Halt> {
         if let Some((slot, _)) = self.record::<SlotRecord>(&slot_key(space, address))?
             && slot.claim() == Some(claim)
             && let Some(by) = slot.holder()
         {
             return Err(LeaseError::Held { address: address.ip(), holder: format!("attachment {by}") }.into());
         }
-        let slot = SlotRecord::Kept { claim: claim.clone(), until: None };
-        self.take(draft, space, address, &slot, Some(claim)).map(drop)
+        self.keep_for(draft, space, address, claim, until)
     }
 
     pub(super) fn hand_in(&self, export: &ClaimExport, here: &ClusterId) -> Result<Step, Halt> {
@@ -454,7 +470,7 @@ impl Work<'_> {
             if let Some(other) = pool.claims.iter().find(|c| c.address == Some(address) && c.key != *claim) {
                 return Err(LeaseError::Held { address: *ip, holder: format!("claim {}", other.key) }.into());
             }
-            self.keep_still(&mut draft, space, address, claim)?;
+            self.keep_still(&mut draft, space, address, claim, self.until(*keep))?;
             let (pool, address) = (pool.name.clone(), address.ip());
             let (keep, mac, moves) = (*keep, *mac, *moves);
             draft.put(key, &ClaimRecord { address, pool, keep, mac, gone: false, moves, away: None });
@@ -471,7 +487,18 @@ impl Work<'_> {
         for (key, record) in self.both(&mut draft, space, claim)? {
             if record.away.is_some() {
                 any = true;
-                draft.put(key, &ClaimRecord { moves: record.moves + 1, away: None, ..record });
+                let address = Addr::from(record.address);
+                let record = ClaimRecord { moves: record.moves + 1, away: None, ..record };
+                let slot = self.record::<SlotRecord>(&slot_key(space, address))?;
+                if let Some((slot @ SlotRecord::Kept { .. }, version)) = slot
+                    && slot.claim() == Some(claim)
+                    && let Some(kept) = self.kept_after(claim, &record)
+                {
+                    draft.guard(&slot_key(space, address), Some(version));
+                    unqueue(&mut draft, space, address, &slot);
+                    put_kept(&mut draft, space, address, &kept);
+                }
+                draft.put(key, &record);
             }
         }
         Ok(draft.commit(if any { Reply::Done } else { Reply::NotHeld }))

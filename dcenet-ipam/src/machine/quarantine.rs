@@ -6,7 +6,7 @@ use std::time::Duration;
 use dcenet_core::model::{AttachmentKey, MacAddr};
 use dcenet_core::provider::LeaseError;
 
-use super::claim::unqueue;
+use super::claim::{put_kept, unqueue};
 use super::lease::{exhausted, held, invalid_request};
 use super::{Draft, Halt, Reply, Step, Work};
 use crate::model::{Addr, AddressSpace, ClaimKey};
@@ -104,12 +104,10 @@ impl Work<'_> {
             }
             None => None,
         };
-        match (slot.claim(), &recorded) {
+        match slot.claim().zip(recorded.as_ref()).and_then(|(claim, record)| self.kept_after(claim, record)) {
             // It is still the claim's.
-            (Some(claim), Some(_)) => {
-                draft.put(key, &SlotRecord::Kept { claim: claim.clone(), until: None });
-            }
-            _ => {
+            Some(kept) => put_kept(&mut draft, space, address, &kept),
+            None => {
                 let Some(pool) = self.pool_name(space, address, recorded.as_ref())? else {
                     return Err(invalid_request(
                         address.ip(),
@@ -117,6 +115,9 @@ impl Work<'_> {
                     ));
                 };
                 self.free(&mut draft, space, address, &pool);
+                if let Some(claim) = slot.claim().filter(|_| recorded.is_some()) {
+                    draft.delete(claim_key(space, address.family, claim));
+                }
             }
         }
         Ok(draft.commit(Reply::Done))

@@ -2,13 +2,13 @@
 
 use dcenet_core::model::AttachmentKey;
 
-use super::claim::unqueue;
+use super::claim::{put_kept, unqueue};
 use super::handover::Place;
 use super::{Draft, Halt, REMEMBERED, Reply, Step, Work};
 use crate::model::{Addr, AddressSpace, NodeName};
 use crate::record::{
-    AttachmentRecord, ClaimRecord, EventKind, SlotRecord, attachment_key, claim_key, due_key, freed_of, freed_prefix,
-    node_key, slot_key,
+    AttachmentRecord, ClaimRecord, EventKind, SlotRecord, attachment_key, claim_key, freed_of, freed_prefix, node_key,
+    slot_key,
 };
 
 impl Work<'_> {
@@ -81,12 +81,7 @@ impl Work<'_> {
         draft.guard(&claim_key, recorded.as_ref().map(|(_, version)| *version));
         let own = recorded.map(|(record, _)| record).filter(|record| Addr::from(record.address) == address);
         match own.as_ref().map(|record| self.kept_after(claim, record)) {
-            Some(Some(kept)) => {
-                if let SlotRecord::Kept { until: Some(until), .. } = &kept {
-                    draft.put_empty(due_key(space, address, *until));
-                }
-                draft.put(slot_key(space, address), &kept);
-            }
+            Some(Some(kept)) => put_kept(draft, space, address, &kept),
             Some(None) => {
                 draft.delete(claim_key);
                 self.free(draft, space, address, pool);

@@ -539,6 +539,48 @@ fn a_place_of_a_set_that_nobody_may_have_is_passed_over() {
     });
 }
 
+#[test]
+fn what_comes_back_to_a_claim_is_kept_for_its_time_and_no_longer() {
+    each_store(|store, _| {
+        let clock = Clock::new();
+        let home = clock.drive(ipam(&two(r#""1h""#), &store));
+        let elsewhere: Arc<dyn Store> = Arc::new(MemoryStore::new());
+        let away = clock.drive(ipam(&two(r#""1h""#), &elsewhere));
+        let (db, b, own) = (key("shop/db"), cluster("b"), "10.0.0.1".parse().unwrap());
+        let begin = || {
+            assert_eq!(lease(&home, "db", Some("shop/db")).unwrap(), ["10.0.0.1/24"]);
+            release(&home, "db");
+        };
+        let is_kept_for_its_time = |ipam: &Ipam, when: &str| {
+            assert_eq!(lease(ipam, "a", None).unwrap(), ["10.0.0.2/24"], "{when}");
+            clock.advance(HOUR - 1);
+            assert!(lease(ipam, "b", None).is_err(), "{when}");
+            clock.advance(7);
+            let got = lease(ipam, "b", None).unwrap_or_else(|refused| panic!("{when}: {refused}"));
+            assert_eq!(got, ["10.0.0.1/24"], "{when}");
+            release(ipam, "b");
+            clock.advance(6);
+            release(ipam, "a");
+            clock.advance(6);
+        };
+        begin();
+        block_on(home.quarantine(&space(), own, &dcenet_ipam::Quarantine::default())).unwrap();
+        clock.advance(2 * HOUR);
+        assert!(block_on(home.lift(&space(), own)).unwrap());
+        is_kept_for_its_time(&home, "lifted");
+
+        begin();
+        let export = block_on(home.hand_out(&space(), &db, &b)).unwrap().unwrap();
+        block_on(away.hand_in(&export, &b)).unwrap();
+        is_kept_for_its_time(&away, "handed in");
+        // As long as it is away it is kept here.
+        clock.advance(10 * HOUR);
+        assert_eq!(block_on(home.expire()).unwrap(), 0);
+        assert!(block_on(home.take_back(&space(), &db)).unwrap());
+        is_kept_for_its_time(&home, "taken back");
+    });
+}
+
 /// amazon-vpc-cni-k8s#3887 (the cooldown was lost on restart) and #2896 (what cooled was not counted as used).
 #[test]
 fn amazon_vpc_cni_3887_2896_the_cooldown_outlives_a_restart_and_counts_as_used() {
