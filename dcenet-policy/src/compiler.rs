@@ -355,8 +355,9 @@ impl Compiler {
     ///
     /// # Errors
     ///
-    /// As [`Compiler::update`]; the error of `room` where not even an update without any peers fits, and of limits that
-    /// are too small for closing.
+    /// As [`Compiler::update`]; the error of `room` where an update without all those does not fit, and of limits that
+    /// are too small for closing. What was in force before takes its room until [`Compiler::release`]: the same call may
+    /// succeed after that.
     pub fn update_within(
         &mut self,
         cluster: &Cluster,

@@ -9,6 +9,7 @@
 //! | the same, with a rule that denies | nor do policies behind it in order: what it would have denied is not known |
 //! | policies of a pod that fit each, and not together | as if each were beyond the limit: nothing is allowed in the direction |
 //! | policies that the node has no room for together | those in force stay; of the others, the one that asks for the most peers is beyond the limit, then the next |
+//! | peers of those in force that the node has no room for | nothing changes anywhere until there is: the last verdicts stand, and the owner tries again each second |
 //! | the pod's own node | allowed: no policy could have denied it |
 //! | an address that several pods claim, as a peer | no pod: rules that allow pods by selector or named port do not match; rules that deny match where they do for one of the claimants; blocks and rules for anybody match as ever |
 //! | the pod whose own address others claim, too | judged by its own policies, for its device tells who it is |
@@ -165,8 +166,8 @@ impl Refusals {
         Ok(())
     }
 
-    /// Leaves out the policies that ask for the most peers; an error where none is left. What is in force stays, for what
-    /// it asks has its room still: policies that ask for something `known` to nobody go first.
+    /// Leaves out the policies that ask for the most peers `known` to nobody; an error where none is left. What is in force
+    /// stays: what it asks keeps its room until it is released, so that leaving it out makes none.
     pub(crate) fn blame_heaviest<'a>(
         &mut self,
         cluster: &Cluster,
@@ -174,7 +175,7 @@ impl Refusals {
         known: impl Fn(&Peer, Verdict) -> bool,
         error: CompileError,
     ) -> Result<(), CompileError> {
-        let mut weights: BTreeMap<(PolicyId, Direction), [usize; 2]> = BTreeMap::new();
+        let mut weights: BTreeMap<(PolicyId, Direction), usize> = BTreeMap::new();
         for key in keys {
             for id in key.policies.iter().filter(|id| !key.refused.contains(*id)) {
                 weights.entry((id.clone(), key.direction)).or_insert_with(|| {
@@ -184,18 +185,15 @@ impl Refusals {
                         Peers::OneOf(peers) => Some((peers, rule.action)),
                     });
                     let peers = rules.flat_map(|(peers, action)| peers.iter().map(move |peer| (peer, action)));
-                    let new = peers.clone().filter(|(peer, action)| !known(peer, *action)).count();
-                    [new, peers.count()]
+                    peers.filter(|(peer, action)| !known(peer, *action)).count()
                 });
             }
         }
-        let any_new = weights.values().any(|[new, _]| *new > 0);
-        let weight = |[new, all]: [usize; 2]| if any_new { new } else { all };
-        let mut heaviest: Vec<_> = weights.into_iter().filter(|(_, weights)| weight(*weights) > 0).collect();
+        let mut heaviest: Vec<_> = weights.into_iter().filter(|(_, weight)| *weight > 0).collect();
         if heaviest.is_empty() {
             return Err(error);
         }
-        heaviest.sort_by_key(|(_, weights)| std::cmp::Reverse(weight(*weights)));
+        heaviest.sort_by_key(|(_, weight)| std::cmp::Reverse(*weight));
         self.step = (2 * self.step).max(1);
         self.everywhere.extend(heaviest.into_iter().take(self.step).map(|(policy, _)| (policy, error.clone())));
         Ok(())

@@ -314,6 +314,63 @@ fn where_all_together_are_too_much_the_heaviest_policies_go_first() {
     assert!(Compiler::default().update_within(&cluster, limit(0)).is_err(), "not even without peers");
 }
 
+/// Pods with a label for each bit of their numbers, so that each is a class for who asks for the labels; in place of
+/// those before.
+fn label_by_number(cluster: &mut Cluster, numbers: std::ops::Range<u16>) {
+    cluster.pods.retain(|id, _| !id.name.starts_with("peer"));
+    for (at, number) in (0..).zip(numbers) {
+        let labels = (0..10).filter(|bit| number >> bit & 1 == 1).map(|bit| (format!("l{bit}"), "x".to_owned()));
+        let there = Pod { labels: labels.collect(), ..Pod::new([], [[10, 1, 0, at].into()]) };
+        cluster.pods.insert(pod(&format!("peer{at}")), there);
+    }
+}
+
+fn asks_for_ten_labels(name: &str) -> Policy {
+    let rule = |bit: u16| allow(vec![Peer::Pods(pods("n", has(&format!("l{bit}"), "x")))], vec![tcp(bit + 1, bit + 1)]);
+    ingress(name, has("app", "a"), (0..10).map(rule).collect())
+}
+
+/// As a table that is an array by class.
+fn below(limit: usize) -> impl Fn(&dcenet_policy::Update) -> Result<(), CompileError> {
+    move |update| match update.table.exact().values().map(|class| class.0 as usize + 1).max() {
+        Some(found) if found > limit => Err(CompileError::ImplLimitExceeded { what: "classes", found, limit }),
+        _ => Ok(()),
+    }
+}
+
+#[test]
+fn peers_beyond_the_room_change_nothing_until_numbers_are_released() {
+    let mut cluster = cluster();
+    cluster.insert_policy(asks_for_ten_labels("web"));
+    let mut compiler = Compiler::default();
+    label_by_number(&mut cluster, 1..21);
+    compiler.update_within(&cluster, below(50)).unwrap();
+    label_by_number(&mut cluster, 21..41);
+    let last = compiler.update_within(&cluster, below(50)).unwrap();
+    assert_eq!(last.faults, []);
+
+    // No policy is new, so that none is to blame, and leaving one out would make no room.
+    label_by_number(&mut cluster, 41..61);
+    let mut tries = 0;
+    let result = compiler.update_within(&cluster, |update| {
+        tries += 1;
+        below(50)(update)
+    });
+    assert!(matches!(result, Err(CompileError::ImplLimitExceeded { what: "classes", .. })), "{result:?}");
+    assert_eq!(tries, 1);
+
+    compiler.release(last.generation);
+    let healed = compiler.update_within(&cluster, below(50)).unwrap();
+    assert_eq!(healed.faults, []);
+    for (at, number) in (0..).zip(41..61_u16) {
+        for bit in 0..10 {
+            let tuple = Tuple::ingress([10, 1, 0, at].into(), Protocol::TCP, bit + 1);
+            let expected = if number >> bit & 1 == 1 { Verdict::Allow } else { Verdict::Deny };
+            assert_eq!(healed.decide(&pod("p1"), &tuple).unwrap().verdict, expected, "pod {number}, port {}", bit + 1);
+        }
+    }
+}
+
 #[test]
 fn an_address_of_two_pods_is_nobodys_until_one_of_them_goes() {
     let mut cluster = cluster();

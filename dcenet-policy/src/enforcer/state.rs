@@ -20,6 +20,7 @@ use super::node::{NodeMaps, pin_defaults};
 use super::protocol::{Reply, Request};
 use super::server::Answer;
 use super::{EndpointStatus, EnforcerConfig, EnforcerError, Phase, Report, Tools, open_pins};
+use crate::compiler::CompileError;
 use crate::isolation::Fault;
 use crate::model::{Cluster, Pod, PodId};
 
@@ -284,8 +285,8 @@ impl Shared {
                 for known in state.endpoints.values_mut() {
                     known.failure = Some(error.to_string());
                 }
-                // The same cluster would compile no better.
-                let hopeless = matches!(error, EnforcerError::Compile(_));
+                // Of everything else there may be room once numbers of what is no longer in force are free.
+                let hopeless = matches!(error, EnforcerError::Compile(CompileError::MisfiledPolicy { .. }));
                 state.retry_at = (!hopeless).then(|| Instant::now() + RETRY);
                 Some(error)
             }

@@ -1,7 +1,7 @@
 //! A policy or an address with which something is wrong, and everybody else.
 
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dcenet_core::provider::PolicySink;
 use dcenet_core::test_support::{Rung, require};
@@ -139,6 +139,58 @@ fn a_policy_beyond_a_limit_closes_its_pods_and_the_changes_of_others_arrive() {
         assert!(stream.during(Duration::from_millis(400)).0 > 50);
     }
     drop(stream);
+    owner.uninstall().unwrap();
+}
+
+#[test]
+fn peers_beyond_the_room_are_enforced_without_another_change_once_numbers_are_free() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let (world, owner) = four_pods();
+    let from = |label: &str| Rule {
+        action: Verdict::Allow,
+        peers: Peers::OneOf(vec![Peer::Pods(PodMatch {
+            namespaces: NamespaceMatch::Named("shop".to_owned()),
+            pods: LabelSelector {
+                requirements: vec![Requirement { key: label.to_owned(), operator: Operator::Exists }],
+            },
+        })]),
+        ports: Ports::OneOf(vec![PortMatch { protocol: Protocol::UDP, port: PortSpec::Any }]),
+    };
+    // `web` is a peer of the labelled class only, which tells by traffic which change is in force.
+    let rules = (0..10).map(|bit| from(&format!("l{bit}"))).chain([from("chosen")]);
+    assert!(owner.set_policies([for_db("labels", rules.collect())]).unwrap().is_complete());
+
+    // 100 classes, others in each round: two rounds have room together, three have not. A round that comes late finds
+    // numbers released already, and is no test.
+    let round = |round: u16| {
+        let pod = |n: u16| {
+            let number = 100 * (round % 10) + n + 1;
+            let labels = (0..10).filter(|bit| number >> bit & 1 == 1).map(|bit| (format!("l{bit}"), String::new()));
+            let pod = Pod { labels: labels.collect(), ..Pod::new([], [[10, 30, 0, n as u8].into()]) };
+            (PodId::new("shop", format!("peer{n}")), pod)
+        };
+        let label = if round % 2 == 1 { "chosen" } else { "left" };
+        let web = Pod { labels: [(label.to_owned(), String::new())].into(), ..Pod::default() };
+        owner.upsert_pods((0..100).map(pod).chain([(PodId::new("shop", "web"), web)]))
+    };
+    let (last, error) = (1..200).find_map(|n| Some((n, round(n).err()?))).expect("200 changes found room");
+    let full = |error: &EnforcerError| {
+        matches!(
+            error,
+            EnforcerError::Compile(CompileError::ImplLimitExceeded { what: "classes of peers of the node", .. })
+        )
+    };
+    assert!(full(&error), "{error}");
+    // To ask over the socket would make the owner try again.
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while let Some(reason) = status(&owner, "db").failure {
+        assert!(Instant::now() < deadline, "{reason}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(owner.faults(), []);
+    world.udp("web", "db", 5353, last % 2 == 1);
     owner.uninstall().unwrap();
 }
 
