@@ -564,9 +564,12 @@ impl Compiler {
         });
     }
 
-    /// Whether something is kept for programs that may still run, until [`Compiler::release`].
+    /// Whether something is kept for programs and tables that may still be in use, until [`Compiler::release`]: policy
+    /// sets, what they ask, and numbers of classes, rules and sets.
     pub fn is_unreleased(&self) -> bool {
-        !self.state.retired_atoms.is_empty() || !self.state.retired_sets.is_empty()
+        let State { retired_atoms, retired_sets, classes, rules, set_ids, .. } = &self.state;
+        let kept = !retired_atoms.is_empty() || !retired_sets.is_empty();
+        kept || classes.any_retired() || rules.any_retired() || set_ids.any_retired()
     }
 
     fn compile(&self, list: &RuleList, too_large: &mut TooLarge) -> Result<Program, CompileError> {

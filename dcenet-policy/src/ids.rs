@@ -75,6 +75,11 @@ impl<K: Clone + Eq + Hash> Ids<K> {
         }
     }
 
+    /// Whether a number waits for [`Ids::release`].
+    pub(crate) fn any_retired(&self) -> bool {
+        !self.retired.is_empty()
+    }
+
     /// Frees what was retired in `generation` or before.
     pub(crate) fn release(&mut self, generation: u64) {
         let due: Vec<u32> = self.retired.iter().filter(|(_, at)| **at <= generation).map(|(id, _)| *id).collect();

@@ -372,6 +372,30 @@ fn peers_beyond_the_room_change_nothing_until_numbers_are_released() {
 }
 
 #[test]
+fn a_policy_that_was_refused_for_numbers_of_peers_alone_has_them_after_release() {
+    let mut cluster = cluster();
+    cluster.insert_policy(asks_for_ten_labels("web"));
+    let mut compiler = Compiler::default();
+    label_by_number(&mut cluster, 1..31);
+    compiler.update_within(&cluster, below(51)).unwrap();
+    assert!(!compiler.is_unreleased());
+    label_by_number(&mut cluster, 41..61);
+    let peer = Peer::Pods(pods("n", LabelSelector::default()));
+    cluster.insert_policy(ingress("new", has("app", "b"), vec![allow(vec![peer], vec![tcp(80, 80)])]));
+    let update = compiler.update_within(&cluster, below(51)).unwrap();
+    assert_eq!(refused(&update)[0].0, ["n/new"]);
+    // Only peers have changed: all that was asked, and every policy set, is in use still.
+    assert!(update.retiring.is_empty());
+    assert!(compiler.is_unreleased());
+
+    compiler.release(update.generation);
+    assert!(!compiler.is_unreleased());
+    let update = compiler.update_within(&cluster, below(51)).unwrap();
+    assert_eq!(update.faults, []);
+    assert_eq!(verdict(&update, "p2", 1, 80).verdict, Verdict::Allow);
+}
+
+#[test]
 fn an_address_of_two_pods_is_nobodys_until_one_of_them_goes() {
     let mut cluster = cluster();
     let mut compiler = Compiler::default();

@@ -1,5 +1,6 @@
 //! A policy or an address with which something is wrong, and everybody else.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
@@ -64,6 +65,15 @@ fn four_pods() -> (World, Enforcer) {
     (world, owner)
 }
 
+/// What is refused, without the figures: they differ from one attempt to the next, as numbers are released.
+fn closed(faults: &[Fault]) -> Vec<(&BTreeSet<PolicyId>, Direction, &BTreeSet<PodId>)> {
+    let of = |fault| match fault {
+        &Fault::Refused { ref policies, direction, ref pods, .. } => (policies, direction, pods),
+        fault => panic!("{fault}"),
+    };
+    faults.iter().map(of).collect()
+}
+
 fn status(owner: &Enforcer, name: &str) -> dcenet_policy::enforcer::EndpointStatus {
     owner.endpoints().into_iter().find(|e| e.attachment == key(name)).unwrap()
 }
@@ -110,9 +120,9 @@ fn a_policy_beyond_a_limit_closes_its_pods_and_the_changes_of_others_arrive() {
         world.udp("db", "scan", 5355, true);
 
         // Operators are told; a pod that comes is enforced, and one that the policy selects waits.
-        assert_eq!(status(&owner, "db").faults, report.faults);
+        assert_eq!(closed(&status(&owner, "db").faults), closed(&report.faults));
         assert_eq!(status(&owner, "cache").faults, []);
-        assert_eq!(owner.faults(), report.faults);
+        assert_eq!(closed(&owner.faults()), closed(&report.faults));
         world.add_enforced("late", 6, &[("app", "web")]);
         world.udp("late", "db", 5353, true);
         world.udp("late", "cache", 5353, false);
