@@ -22,15 +22,13 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::classes::{self, AddressTable, Atom, AtomId, Claim, ClassId, ClassKey, TableChanges, selector_holds};
+use crate::classes::{self, AddressTable, Atom, AtomId, ClassId, ClassKey, TableChanges, selector_holds};
 use crate::diagram::Diagram;
 use crate::flatten::{self, ClassMembers, FlatSet, Flattener, SetKey, Signatures};
 use crate::ids::Ids;
 use crate::ir::{Leaf, RuleId, RuleList};
 use crate::isolation::{self, Ambiguous, Fault, Obstacle, Refusals};
-use crate::model::{
-    Cluster, Direction, NamespaceMatch, Peer, PodId, PodMatch, PodNetwork, Policy, PolicyId, RuleRef, Tuple,
-};
+use crate::model::{Cluster, Direction, NamespaceMatch, PodId, PodMatch, PodNetwork, Policy, PolicyId, RuleRef, Tuple};
 use crate::opt::{self, Shadowed};
 use crate::verify;
 
@@ -395,9 +393,9 @@ impl Compiler {
                     }
                 }
                 Obstacle::Together(error) => {
-                    let known =
-                        |peer: &Peer, action| self.state.atoms.contains_key(&Atom::of(peer, Claim::needed(action)));
-                    refusals.blame_heaviest(cluster, endpoints.values().flatten(), known, error)?;
+                    let named_ports = flatten::named_ports(cluster);
+                    let known = |atom: &Atom| self.state.atoms.contains_key(atom);
+                    refusals.blame_heaviest(cluster, endpoints.values().flatten(), &named_ports, known, error)?;
                 }
             }
         };

@@ -54,6 +54,17 @@ pub(crate) fn named_ports(cluster: &Cluster) -> NamedPorts {
     found
 }
 
+/// The numbers that a name in an egress rule stands for, and whom each asks for.
+pub(crate) fn ports_of_peers<'a>(
+    named_ports: &'a NamedPorts,
+    name: &'a str,
+    protocol: Protocol,
+    claim: Claim,
+) -> impl Iterator<Item = (u16, Atom)> + 'a {
+    let numbers = named_ports.get(&(name.to_owned(), protocol)).into_iter().flatten();
+    numbers.map(move |port| (*port, Atom::Port { name: name.to_owned(), protocol, port: *port, claim }))
+}
+
 /// The names that a policy set's rules use.
 pub(crate) fn names_used(
     cluster: &Cluster,
@@ -189,24 +200,20 @@ impl Flattener<'_> {
                 }
                 vec![(None, Service::Ports { protocol, first: *first, last: *last })]
             }
-            PortSpec::Named(name) => {
-                let key = (name.clone(), protocol);
-                match direction {
-                    Direction::Ingress => {
-                        own.get(&key).into_iter().flatten().map(|number| (None, single(*number))).collect()
-                    }
-                    Direction::Egress => {
-                        let numbers = self.named_ports.get(&key).cloned().unwrap_or_default();
-                        numbers
-                            .into_iter()
-                            .map(|port| {
-                                let atom = self.atom(Atom::Port { name: name.clone(), protocol, port, claim });
-                                (Some(atom), single(port))
-                            })
-                            .collect()
-                    }
+            PortSpec::Named(name) => match direction {
+                Direction::Ingress => own
+                    .get(&(name.clone(), protocol))
+                    .into_iter()
+                    .flatten()
+                    .map(|number| (None, single(*number)))
+                    .collect(),
+                Direction::Egress => {
+                    let named_ports = self.named_ports;
+                    ports_of_peers(named_ports, name, protocol, claim)
+                        .map(|(number, atom)| (Some(self.atom(atom)), single(number)))
+                        .collect()
                 }
-            }
+            },
         }
     }
 

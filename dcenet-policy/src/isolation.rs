@@ -8,7 +8,7 @@
 //! | a policy beyond a limit, in the direction in which it is | allows nothing; what other policies of the pod allow stays allowed |
 //! | the same, with a rule that denies | nor do policies behind it in order: what it would have denied is not known |
 //! | policies of a pod that fit each, and not together | as if each were beyond the limit: nothing is allowed in the direction |
-//! | policies that the node has no room for together | those in force stay; of the others, the one that asks for the most peers is beyond the limit, then the next |
+//! | policies that the node has no room for together | those in force stay; of the others, the one that asks for the most peers, or numbers that an egress rule's port names have on peers, is beyond the limit, then the next |
 //! | peers of those in force that the node has no room for | nothing changes anywhere until there is: the last verdicts stand, and the owner tries again each second |
 //! | the pod's own node | allowed: no policy could have denied it |
 //! | an address that several pods claim, as a peer | no pod: rules that allow pods by selector or named port do not match; rules that deny match where they do for one of the claimants; blocks and rules for anybody match as ever |
@@ -22,9 +22,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::net::IpAddr;
 
+use crate::classes::{Atom, Claim};
 use crate::compiler::CompileError;
-use crate::flatten::SetKey;
-use crate::model::{Cluster, Direction, Peer, Peers, PodId, PodNetwork, PolicyId, Verdict};
+use crate::flatten::{self, NamedPorts, SetKey};
+use crate::model::{Cluster, Direction, Peers, PodId, PodNetwork, PolicyId, PortSpec, Ports, Rule};
 
 /// Something that is closed instead of enforced as written.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -166,13 +167,14 @@ impl Refusals {
         Ok(())
     }
 
-    /// Leaves out the policies that ask for the most peers `known` to nobody; an error where none is left. What is in force
-    /// stays: what it asks keeps its room until it is released, so that leaving it out makes none.
+    /// Leaves out the policies that ask the most of peers that is not `known` yet; an error where none is left. What is in
+    /// force stays: what it asks keeps its room until it is released, so that leaving it out makes none.
     pub(crate) fn blame_heaviest<'a>(
         &mut self,
         cluster: &Cluster,
         keys: impl Iterator<Item = &'a SetKey>,
-        known: impl Fn(&Peer, Verdict) -> bool,
+        named_ports: &NamedPorts,
+        known: impl Fn(&Atom) -> bool,
         error: CompileError,
     ) -> Result<(), CompileError> {
         let mut weights: BTreeMap<(PolicyId, Direction), usize> = BTreeMap::new();
@@ -180,12 +182,9 @@ impl Refusals {
             for id in key.policies.iter().filter(|id| !key.refused.contains(*id)) {
                 weights.entry((id.clone(), key.direction)).or_insert_with(|| {
                     let policy = cluster.policies.get(id).and_then(|policy| policy.rules(key.direction));
-                    let rules = policy.unwrap_or_default().iter().filter_map(|rule| match &rule.peers {
-                        Peers::Any => None,
-                        Peers::OneOf(peers) => Some((peers, rule.action)),
-                    });
-                    let peers = rules.flat_map(|(peers, action)| peers.iter().map(move |peer| (peer, action)));
-                    peers.filter(|(peer, action)| !known(peer, *action)).count()
+                    let atoms =
+                        policy.unwrap_or_default().iter().flat_map(|rule| asked(rule, key.direction, named_ports));
+                    atoms.filter(|atom| !known(atom)).count()
                 });
             }
         }
@@ -223,6 +222,23 @@ impl Refusals {
         });
         faults.collect()
     }
+}
+
+/// What a rule asks about peers.
+fn asked(rule: &Rule, direction: Direction, named_ports: &NamedPorts) -> Vec<Atom> {
+    let claim = Claim::needed(rule.action);
+    let mut atoms = Vec::new();
+    if let Peers::OneOf(peers) = &rule.peers {
+        atoms.extend(peers.iter().map(|peer| Atom::of(peer, claim)));
+    }
+    if let (Direction::Egress, Ports::OneOf(ports)) = (direction, &rule.ports) {
+        for port in ports {
+            if let PortSpec::Named(name) = &port.port {
+                atoms.extend(flatten::ports_of_peers(named_ports, name, port.protocol, claim).map(|(_, atom)| atom));
+            }
+        }
+    }
+    atoms
 }
 
 /// Whom the policies close, and why.

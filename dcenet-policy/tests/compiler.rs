@@ -396,6 +396,38 @@ fn a_policy_that_was_refused_for_numbers_of_peers_alone_has_them_after_release()
 }
 
 #[test]
+fn a_policy_whose_port_names_are_too_much_is_left_out_though_it_asks_for_anybody() {
+    let mut cluster = cluster();
+    for number in 0..60_u16 {
+        let name = format!("port{}", number % 10);
+        let port = NamedPort { name, protocol: Protocol::TCP, port: 1000 + number };
+        let there = Pod { ports: [port].into(), ..Pod::new([], [[10, 1, 0, number as u8].into()]) };
+        cluster.pods.insert(pod(&format!("peer{number}")), there);
+    }
+    let mut compiler = Compiler::default();
+    compiler.update_within(&cluster, below(50)).unwrap();
+    let named = |n| PortMatch { protocol: Protocol::TCP, port: PortSpec::Named(format!("port{n}")) };
+    let rule = Rule { action: Verdict::Allow, peers: Peers::Any, ports: Ports::OneOf((0..10).map(named).collect()) };
+    let subject = pods("n", has("app", "a"));
+    let names = Policy { id: PolicyId::new("n", "names"), subject, ingress: None, egress: Some(vec![rule]) };
+    cluster.insert_policy(names);
+    let update = compiler.update_within(&cluster, below(50)).unwrap();
+    assert_eq!(refused(&update)[0].0, ["n/names"]);
+    let to = |number: u8, port| {
+        let tuple = Tuple::egress([10, 1, 0, number].into(), Protocol::TCP, port);
+        update.decide(&pod("p1"), &tuple).unwrap()
+    };
+    assert_eq!(to(7, 1007), CLOSED);
+    assert_eq!(verdict(&update, "p1", 2, 80).verdict, Verdict::Allow, "`web` is enforced still");
+
+    // The same with room for it.
+    let update = compiler.update_within(&cluster, below(200)).unwrap();
+    assert_eq!(update.faults, []);
+    let tuple = Tuple::egress([10, 1, 0, 7].into(), Protocol::TCP, 1007);
+    assert_eq!(update.decide(&pod("p1"), &tuple).unwrap().verdict, Verdict::Allow);
+}
+
+#[test]
 fn an_address_of_two_pods_is_nobodys_until_one_of_them_goes() {
     let mut cluster = cluster();
     let mut compiler = Compiler::default();
