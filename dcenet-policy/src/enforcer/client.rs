@@ -10,8 +10,10 @@ use dcenet_core::provider::{Endpoint, PolicyError, PolicySink};
 use dcenet_ebpf::attach::{AttachError, Attacher, ClsactAttacher, Direction, Hook, Owner};
 use dcenet_ebpf::pin::Pins;
 use dcenet_ebpf::program::Program;
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::netdevice::name_to_index;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::config::{DefaultVerdict, Limit, PolicyConfig};
 use super::node::default_pin;
@@ -65,6 +67,12 @@ pub enum ClientError {
     #[error("the policy owner refuses: {reason}")]
     Refused {
         /// Why.
+        reason: String,
+    },
+    /// The owner has too much to do to take the request now.
+    #[error("the policy owner is busy: {reason}")]
+    Busy {
+        /// With what.
         reason: String,
     },
     /// Another attachment's program is on the device.
@@ -138,15 +146,22 @@ impl<A: Attacher> PinnedDefault<A> {
 
     fn ask(&self, request: &Request, limit: Duration) -> Result<Reply, ClientError> {
         let no_owner = |source| ClientError::NoOwner { socket: self.socket.clone(), source };
-        let mut stream =
-            gated("connect to the policy owner", || UnixStream::connect(&self.socket)).map_err(no_owner)?;
-        // A timeout of zero would be none.
-        let limit = Some(limit.max(Duration::from_millis(1)));
-        stream.set_read_timeout(limit).and_then(|()| stream.set_write_timeout(limit)).map_err(no_owner)?;
+        let begun = Instant::now();
+        let connected = gated("connect to the policy owner", || connect(&self.socket, limit.max(SHORTEST)));
+        let mut stream = connected.map_err(|source| match source.kind() {
+            io::ErrorKind::WouldBlock => {
+                let text = format!("it takes no connections, waited {limit:?}");
+                ClientError::NoAnswer(io::Error::new(io::ErrorKind::TimedOut, text).into())
+            }
+            _ => no_owner(source),
+        })?;
+        let left = Some(limit.saturating_sub(begun.elapsed()).max(SHORTEST));
+        stream.set_read_timeout(left).and_then(|()| stream.set_write_timeout(left)).map_err(no_owner)?;
         gated("ask the policy owner", || protocol::send(&mut stream, request)).map_err(ClientError::NoAnswer)?;
         let answer = gated("hear the policy owner", || protocol::receive(&mut stream));
         match answer.map_err(ClientError::NoAnswer)? {
             Some(Reply::Refused { reason }) => Err(ClientError::Refused { reason }),
+            Some(Reply::Busy { reason }) => Err(ClientError::Busy { reason }),
             Some(reply) => Ok(reply),
             None => Err(ClientError::NoAnswer(io::Error::from(io::ErrorKind::UnexpectedEof).into())),
         }
@@ -203,7 +218,7 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
                 Ok(())
             }
             Ok(Reply::Waiting { reason }) => Err(refused(doing(), ClientError::Waiting { reason })),
-            Ok(Reply::Noted | Reply::Refused { .. }) => {
+            Ok(Reply::Noted | Reply::Refused { .. } | Reply::Busy { .. }) => {
                 Err(refused(doing(), ClientError::Refused { reason: "an answer to another question".to_owned() }))
             }
             Err(ClientError::NoAnswer(ProtocolError::Io(e)))
@@ -271,6 +286,18 @@ impl<A: Attacher> PinnedDefault<A> {
     }
 }
 
+/// Connects within a limit; [`io::ErrorKind::WouldBlock`] where the owner's queue of connections stays full that long.
+///
+/// `connect(2)` on a Unix socket waits for room in the queue for as long as `SO_SNDTIMEO` says, and for ever without it:
+/// net/unix/af_unix.c, `unix_stream_connect`.
+fn connect(path: &Path, limit: Duration) -> io::Result<UnixStream> {
+    let address = SocketAddrUnix::new(path)?;
+    let socket = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    set_socket_timeout(&socket, Timeout::Send, Some(limit))?;
+    retry_on_intr(|| net::connect(&socket, &address))?;
+    Ok(socket.into())
+}
+
 fn putting(endpoint: &Endpoint) -> String {
     format!("put the default policy on {}", endpoint.ifname)
 }
@@ -305,6 +332,8 @@ const BOTH: [Direction; 2] = [Direction::Ingress, Direction::Egress];
 /// For an answer that the owner gives without waiting for anything.
 const NOTE_LIMIT: Duration = Duration::from_secs(2);
 const ANSWER_MARGIN: Duration = Duration::from_millis(100);
+/// A timeout of zero would be none.
+const SHORTEST: Duration = Duration::from_millis(1);
 
 #[cfg(test)]
 mod tests {
@@ -354,6 +383,32 @@ mod tests {
         let error = tell_an_owner_that_hangs_up(2).unwrap_err();
         assert!(matches!(error, PolicyError::NotReady { .. }), "{error}");
         assert!(error.to_string().contains("did not answer"), "{error}");
+    }
+
+    #[test]
+    fn an_owner_that_takes_no_connections_is_waited_for_no_longer_than_the_limit() {
+        let directory = tempfile::tempdir().unwrap();
+        let config = PolicyConfig { pins: directory.path().join("bpf"), ..PolicyConfig::default() };
+        let sink = PinnedDefault::new(&config, directory.path());
+        let path = protocol::socket_path(directory.path());
+        let listener = UnixListener::bind(&path).unwrap();
+        net::listen(&listener, 0).unwrap();
+        // A queue of 0 takes one: it is full where it is longer.
+        let _queued = UnixStream::connect(&path).unwrap();
+        let gone = Request::Gone {
+            attachment: serde_json::from_str(r#"{"network": "shop", "container": "c1", "ifname": "eth0"}"#).unwrap(),
+        };
+        let (said, heard) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            scope.spawn(move || said.send(sink.ask(&gone, Duration::from_millis(50))));
+            let result = heard.recv_timeout(Duration::from_secs(60));
+            // Wakes a client that waits without a limit.
+            drop(listener);
+            let error = result.expect("waits without a limit").unwrap_err();
+            let silent =
+                matches!(&error, ClientError::NoAnswer(ProtocolError::Io(e)) if e.kind() == io::ErrorKind::TimedOut);
+            assert!(silent && error.is_retryable() && !error.is_absence(), "{error}");
+        });
     }
 
     #[test]

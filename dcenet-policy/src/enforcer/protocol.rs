@@ -14,7 +14,7 @@
 //! | `attached` | `"noted"`, before anything is compiled |
 //! | `gone` | `"noted"`, also for an endpoint that nobody knows |
 //! | `await` | `{"enforced": {"generation": 7}}` or `{"waiting": {"reason": ".."}}`, within the request's limit |
-//! | any | `{"refused": {"reason": ".."}}` |
+//! | any | `{"refused": {"reason": ".."}}`, or `{"busy": {"reason": ".."}}`: the same later may be taken |
 //!
 //! Whoever changes the meaning of a message changes [`VERSION`]; each side refuses another version than its own, with
 //! both numbers in the reason. Reading is pure and bounded: no input makes it panic or allocate more than
@@ -84,6 +84,11 @@ pub enum Reply {
     },
     /// The request was not understood or not allowed.
     Refused {
+        /// Why.
+        reason: String,
+    },
+    /// The request was not looked at; the same one may be taken later.
+    Busy {
         /// Why.
         reason: String,
     },

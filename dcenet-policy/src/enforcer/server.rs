@@ -77,6 +77,11 @@ pub(crate) struct Server {
 impl Server {
     /// Listens on the run directory's socket, in place of one that a dead owner has left.
     pub(crate) fn start(run_dir: &Path, service: Arc<dyn Answer>) -> Result<Self, EnforcerError> {
+        Self::start_for(run_dir, service, MAX_CONNECTIONS)
+    }
+
+    /// As [`Server::start`], for so many connections at a time.
+    fn start_for(run_dir: &Path, service: Arc<dyn Answer>, most: usize) -> Result<Self, EnforcerError> {
         let path = socket_path(run_dir);
         // Nobody finds the socket before it has its mode.
         let fresh = run_dir.join(format!("policy.sock,{}", std::process::id()));
@@ -94,7 +99,7 @@ impl Server {
         let stop = Arc::clone(&stopping);
         let thread = std::thread::Builder::new()
             .name("dcenet-policy-socket".into())
-            .spawn(move || listen(&listener, &service, &stop))
+            .spawn(move || listen(&listener, &service, most, &stop))
             .map_err(failed)?;
         Ok(Self { path, stopping, thread: Some(thread) })
     }
@@ -117,7 +122,7 @@ impl Drop for Server {
     }
 }
 
-fn listen(listener: &UnixListener, service: &Arc<dyn Answer>, stopping: &AtomicBool) {
+fn listen(listener: &UnixListener, service: &Arc<dyn Answer>, most: usize, stopping: &AtomicBool) {
     let connections = Arc::new(AtomicUsize::new(0));
     loop {
         let accepted = listener.accept();
@@ -132,9 +137,9 @@ fn listen(listener: &UnixListener, service: &Arc<dyn Answer>, stopping: &AtomicB
                 continue;
             }
         };
-        if connections.fetch_add(1, Ordering::AcqRel) >= MAX_CONNECTIONS {
+        if connections.fetch_add(1, Ordering::AcqRel) >= most {
             connections.fetch_sub(1, Ordering::AcqRel);
-            refuse(stream, &format!("{MAX_CONNECTIONS} connections are open already; try again"));
+            turn_away(stream, &Reply::Busy { reason: format!("{most} connections are open already; try again") });
             continue;
         }
         let (service, count) = (Arc::clone(service), Arc::clone(&connections));
@@ -165,7 +170,8 @@ fn serve(mut stream: UnixStream, service: &dyn Answer) -> Result<(), ProtocolErr
     stream.set_write_timeout(Some(SILENCE))?;
     let peer = socket_peercred(&stream).map_err(io::Error::from)?.uid;
     if !peer.is_root() && peer != geteuid() {
-        refuse(stream, "only root and the owner's own user may speak here");
+        let reason = "only root and the owner's own user may speak here".to_owned();
+        turn_away(stream, &Reply::Refused { reason });
         return Ok(());
     }
     loop {
@@ -176,7 +182,7 @@ fn serve(mut stream: UnixStream, service: &dyn Answer) -> Result<(), ProtocolErr
                 Reply::Refused { reason: error.to_string() }
             }
             Err(error @ ProtocolError::TooLong { .. }) => {
-                refuse(stream, &error.to_string());
+                turn_away(stream, &Reply::Refused { reason: error.to_string() });
                 return Err(error);
             }
             Err(error) => return Err(error),
@@ -187,13 +193,13 @@ fn serve(mut stream: UnixStream, service: &dyn Answer) -> Result<(), ProtocolErr
     }
 }
 
-fn refuse(mut stream: UnixStream, reason: &str) {
+fn turn_away(mut stream: UnixStream, reply: &Reply) {
     let sent = stream
         .set_write_timeout(Some(SILENCE))
         .map_err(ProtocolError::from)
-        .and_then(|()| protocol::send(&mut stream, &Reply::Refused { reason: reason.to_owned() }));
+        .and_then(|()| protocol::send(&mut stream, reply));
     if let Err(error) = sent {
-        tracing::debug!(%error, reason, "a refused client of the policy socket is gone");
+        tracing::debug!(%error, ?reply, "a refused client of the policy socket is gone");
     }
 }
 
@@ -202,3 +208,41 @@ const MAX_CONNECTIONS: usize = 1024;
 const STACK: usize = 512 * 1024;
 /// A client that says nothing for this long is forgotten.
 const SILENCE: Duration = Duration::from_secs(30);
+
+#[cfg(test)]
+mod tests {
+    use dcenet_core::model::AttachmentKey;
+    use dcenet_core::provider::{PolicyError, PolicySink};
+
+    use super::*;
+    use crate::enforcer::{PinnedDefault, PolicyConfig};
+
+    struct Notes;
+
+    impl Answer for Notes {
+        fn answer(&self, _: Request) -> Reply {
+            Reply::Noted
+        }
+
+        fn answered(&self) {}
+    }
+
+    #[test]
+    fn one_connection_too_many_is_told_to_try_again() {
+        let key = AttachmentKey {
+            network: "shop".parse().unwrap(),
+            container: "c1".parse().unwrap(),
+            ifname: "eth0".parse().unwrap(),
+        };
+        let told = |most| {
+            let directory = tempfile::tempdir().unwrap();
+            let config = PolicyConfig { pins: directory.path().join("bpf"), ..PolicyConfig::default() };
+            let _server = Server::start_for(directory.path(), Arc::new(Notes), most).unwrap();
+            PinnedDefault::new(&config, directory.path()).detach(&key)
+        };
+        told(1).unwrap();
+        let error = told(0).unwrap_err();
+        assert!(matches!(error, PolicyError::NotReady { .. }), "{error}");
+        assert!(error.to_string().contains("try again"), "{error}");
+    }
+}
