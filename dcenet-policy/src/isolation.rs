@@ -14,6 +14,10 @@
 //! | an address that several pods claim, as a peer | no pod: rules that allow pods by selector or named port do not match; rules that deny match where they do for one of the claimants; blocks and rules for anybody match as ever |
 //! | the pod whose own address others claim, too | judged by its own policies, for its device tells who it is |
 //!
+//! What is in force is known only to the [`Compiler`](crate::Compiler) that put it there. The first update of a new one,
+//! such as that of an owner that was started again, finds everything new: where the node has no room for all policies
+//! together, the one that asks for the most peers goes first, also where it was in force before and another was not.
+//!
 //! Why other policies stay in force: rules that allow add up, in `networking.k8s.io/v1` without exception, so that a pod
 //! with one policy less is allowed less, never more. Denying all instead would let anybody who may add a policy take
 //! away what others allow.
