@@ -7,8 +7,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::{
-    HostView, LinkDriver, LinkRequest, Need, PlanError, Policy, check_mtu, check_routes, gateway_of, host_mac,
-    is_link_local, link_local,
+    HostView, LinkDriver, LinkRequest, Need, PlanError, Policy, check_routes, device_mtu, gateway_of, host_mac,
+    is_link_local, link_local, refuse_vlan,
 };
 use crate::model::{AttachmentKey, IfName, MacAddr, Mtu};
 use crate::plan::{End, Operation, Plan, RouteSpec, Step, Target, Undo, mark, shared_mark};
@@ -21,8 +21,8 @@ use ipnet::IpNet;
 pub struct BridgeConfig {
     /// The bridge; made where it is missing.
     pub bridge: IfName,
-    /// MTU of the pod's device, in bytes; the kernel's default (1500) where absent. A bridge that is made gets the
-    /// same.
+    /// MTU of the pod's device, in bytes; a lower one of its addresses' pools goes before it. The kernel's default (1500)
+    /// where neither says anything. A bridge that is made gets the same.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<Mtu>,
     /// Whether the bridge carries the gateway addresses of the pods' subnets and forwards for them.
@@ -54,7 +54,13 @@ impl BridgeConfig {
         gateways
     }
 
-    fn plan_bridge(&self, request: &LinkRequest, host: &HostView, steps: &mut Vec<Step>) -> Result<(), PlanError> {
+    fn plan_bridge(
+        &self,
+        request: &LinkRequest,
+        mtu: Option<Mtu>,
+        host: &HostView,
+        steps: &mut Vec<Step>,
+    ) -> Result<(), PlanError> {
         let add_gateway = |address: IpNet| {
             Step::new(Target::Host, Operation::AddAddress { link: self.bridge.clone(), address })
                 .undone_by(Undo::DeleteIdleAddress { link: self.bridge.clone(), address })
@@ -65,8 +71,7 @@ impl BridgeConfig {
             let end = self.end(&request.key);
             let gateways = self.gateways(&request.addresses, end.mac);
             steps.push(
-                on_bridge(Operation::CreateBridge { bridge: end.clone(), mtu: self.mtu })
-                    .undone_by(Undo::DeleteIdleBridge(end)),
+                on_bridge(Operation::CreateBridge { bridge: end.clone(), mtu }).undone_by(Undo::DeleteIdleBridge(end)),
             );
             let alias = shared_mark(&self.bridge);
             steps.push(on_bridge(Operation::Mark { link: self.bridge.clone(), alias }));
@@ -113,11 +118,12 @@ impl LinkDriver for BridgeConfig {
 
     fn plan(&self, request: &LinkRequest, host: &HostView) -> Result<Plan, PlanError> {
         check_routes(&request.routes)?;
-        check_mtu(self.mtu, &request.addresses)?;
+        refuse_vlan(self.kind(), &request.addresses)?;
+        let mtu = device_mtu(self.mtu, &request.addresses)?;
         let key = &request.key;
         let pod = End { name: key.ifname.clone(), mac: request.mac };
         let end = End { name: key.id().host_ifname(), mac: host_mac(key, request.mac) };
-        let mut steps = create_pair(&pod, &end, self.mtu, key);
+        let mut steps = create_pair(&pod, &end, mtu, key);
         pod_addresses(&pod, &request.addresses, &mut steps);
         for route in &request.routes {
             let gateway = gateway_of(route, &request.addresses);
@@ -126,7 +132,7 @@ impl LinkDriver for BridgeConfig {
             steps.push(Step::new(Target::Pod, Operation::AddRoute { link: pod.name.clone(), route }));
         }
         host_end(&end, key, request.policy, &mut steps);
-        self.plan_bridge(request, host, &mut steps)?;
+        self.plan_bridge(request, mtu, host, &mut steps)?;
         let master = Some(self.bridge.clone());
         steps.push(Step::new(Target::Host, Operation::Up { link: end.name.clone(), master }));
         if self.hairpin_mode {

@@ -15,7 +15,7 @@ use serde_json::Value;
 
 pub use self::bridge::BridgeConfig;
 pub use self::veth::VethConfig;
-use crate::model::{AttachmentKey, IfName, MacAddr};
+use crate::model::{AttachmentKey, IfName, MacAddr, Mtu};
 use crate::netlink::{AddressView, LinkView};
 use crate::plan::Plan;
 use crate::provider::{LeasedAddress, LeasedRoute};
@@ -196,15 +196,45 @@ fn check_routes(routes: &[LeasedRoute]) -> Result<(), PlanError> {
 }
 
 /// Refuses a pod whose addresses do not fit the family's needs on this MTU.
-fn check_mtu(mtu: Option<crate::model::Mtu>, addresses: &[LeasedAddress]) -> Result<(), PlanError> {
+fn check_mtu(mtu: Option<Mtu>, addresses: &[LeasedAddress]) -> Result<(), PlanError> {
     let ipv6 = addresses.iter().any(|a| a.address.addr().is_ipv6());
     match mtu {
-        Some(mtu) if ipv6 && mtu.get() < crate::model::Mtu::IPV6_MIN => Err(PlanError::Invalid {
+        Some(mtu) if ipv6 && mtu.get() < Mtu::IPV6_MIN => Err(PlanError::Invalid {
             field: "link.mtu",
             value: mtu.to_string(),
-            reason: format!("IPv6 needs at least {} bytes (RFC 8200, section 5)", crate::model::Mtu::IPV6_MIN),
+            reason: format!("IPv6 needs at least {} bytes (RFC 8200, section 5)", Mtu::IPV6_MIN),
         }),
         _ => Ok(()),
+    }
+}
+
+/// The MTU of an attachment's device: the lower one of the link's configuration and the pools of its addresses.
+fn device_mtu(configured: Option<Mtu>, addresses: &[LeasedAddress]) -> Result<Option<Mtu>, PlanError> {
+    check_mtu(configured, addresses)?;
+    let leased = addresses.iter().filter_map(|a| a.mtu).min();
+    let mtu = configured.into_iter().chain(leased).min();
+    match check_mtu(mtu, addresses) {
+        Err(PlanError::Invalid { value, reason, .. }) => Err(PlanError::Invalid {
+            field: "ipam.pools[].mtu",
+            value,
+            reason: format!("{reason}, and the interface has an IPv6 address too; raise it, or use two attachments"),
+        }),
+        checked => checked.map(|()| mtu),
+    }
+}
+
+/// Refuses addresses of a VLAN, for a driver that puts no device into one.
+fn refuse_vlan(kind: &str, addresses: &[LeasedAddress]) -> Result<(), PlanError> {
+    match addresses.iter().find_map(|a| Some((a.vlan?, &a.pool))) {
+        None => Ok(()),
+        Some((vlan, pool)) => Err(PlanError::Invalid {
+            field: "ipam.pools[].vlan",
+            value: vlan.to_string(),
+            reason: format!(
+                "pool {pool} is in this VLAN, and link.kind {kind:?} puts no device into one; drop it from the pool where \
+                 the bridge or its uplink is in the VLAN, or use a link kind that tags"
+            ),
+        }),
     }
 }
 

@@ -193,3 +193,34 @@ fn the_ends_addresses_differ_and_are_the_same_each_time() {
     assert_ne!(host_mac(&request.key, insisted), insisted);
     assert_eq!(link_local("02:00:00:00:00:01".parse().unwrap()).to_string(), "fe80::ff:fe00:1/64");
 }
+
+#[test]
+fn a_device_gets_the_lowest_mtu_that_anybody_names() {
+    let of = |mtu| LeasedAddress { mtu: Some(Mtu::try_from(mtu).unwrap()), ..address("10.0.0.2/24", None) };
+    let six = LeasedAddress { mtu: Some(Mtu::try_from(1400).unwrap()), ..address("fd00::2/64", None) };
+    for kind in [r#""kind":"bridge","bridge":"dc0""#, r#""kind":"veth""#] {
+        let mtu_of = |link: &str, addresses: Vec<LeasedAddress>| {
+            let plan = plan(&format!("{{{kind}{link}}}"), &request(addresses, &[]), &HostView::default())?;
+            let made = plan.steps.iter().map(|s| match &s.operation {
+                Operation::CreateVeth { mtu, .. } | Operation::CreateBridge { mtu, .. } => Some(*mtu),
+                _ => None,
+            });
+            let made: Vec<_> = made.flatten().map(|mtu| mtu.map(Mtu::get)).collect();
+            assert!(made.iter().all(|mtu| *mtu == made[0]), "{made:?}");
+            Ok(made[0])
+        };
+        assert_eq!(mtu_of("", vec![address("10.0.0.2/24", None)]), Ok(None));
+        assert_eq!(mtu_of("", vec![of(9000), six.clone()]), Ok(Some(1400)));
+        assert_eq!(mtu_of(r#","mtu":1300"#, vec![of(9000), six.clone()]), Ok(Some(1300)));
+        assert_eq!(mtu_of(r#","mtu":9000"#, vec![of(1000)]), Ok(Some(1000)));
+        match mtu_of(r#","mtu":9000"#, vec![of(1000), six.clone()]) {
+            Err(PlanError::Invalid { field: "ipam.pools[].mtu", value, .. }) => assert_eq!(value, "1000"),
+            other => panic!("{other:?}"),
+        }
+        let tagged = LeasedAddress { vlan: Some(7.try_into().unwrap()), ..address("10.0.0.2/24", None) };
+        match mtu_of("", vec![six.clone(), tagged]) {
+            Err(PlanError::Invalid { field: "ipam.pools[].vlan", value, .. }) => assert_eq!(value, "7"),
+            other => panic!("{other:?}"),
+        }
+    }
+}

@@ -15,7 +15,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::bridge::{create_pair, host_end, pod_addresses, settle};
-use super::{HostView, LinkDriver, LinkRequest, Need, PlanError, check_mtu, check_routes, host_mac};
+use super::{HostView, LinkDriver, LinkRequest, Need, PlanError, check_routes, device_mtu, host_mac, refuse_vlan};
 use crate::model::Mtu;
 use crate::plan::{End, Operation, Plan, RouteSpec, Step, Target};
 use crate::provider::LeasedAddress;
@@ -24,7 +24,8 @@ use crate::provider::LeasedAddress;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct VethConfig {
-    /// MTU of the pod's device, in bytes; the kernel's default (1500) where absent.
+    /// MTU of the pod's device, in bytes; a lower one of its addresses' pools goes before it. The kernel's default (1500)
+    /// where neither says anything.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<Mtu>,
 }
@@ -40,14 +41,15 @@ impl LinkDriver for VethConfig {
 
     fn plan(&self, request: &LinkRequest, _: &HostView) -> Result<Plan, PlanError> {
         check_routes(&request.routes)?;
-        check_mtu(self.mtu, &request.addresses)?;
+        refuse_vlan(self.kind(), &request.addresses)?;
+        let mtu = device_mtu(self.mtu, &request.addresses)?;
         let key = &request.key;
         let pod = End { name: key.ifname.clone(), mac: request.mac };
         let end = End { name: key.id().host_ifname(), mac: host_mac(key, request.mac) };
         let alone = |a: &LeasedAddress| LeasedAddress { address: IpNet::from(a.address.addr()), ..a.clone() };
         let addresses: Vec<_> = request.addresses.iter().map(alone).collect();
 
-        let mut steps = create_pair(&pod, &end, self.mtu, key);
+        let mut steps = create_pair(&pod, &end, mtu, key);
         pod_addresses(&pod, &addresses, &mut steps);
         for family in [GATEWAY_V4, GATEWAY_V6] {
             if addresses.iter().any(|a| a.address.addr().is_ipv4() == family.is_ipv4()) {
