@@ -9,7 +9,8 @@
 //! back what was begun. Files are only appended to, never flushed to disk: they outlive processes; a reboot removes
 //! what they describe, and the boot id in them tells.
 //!
-//! Who works on an attachment holds a lock (flock) on its file.
+//! Who works on an attachment holds a lock (flock) on its file, from before its addresses are leased until they are
+//! recorded, and from before its devices go until its addresses are released: [`Hold`](crate::engine::Hold).
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
@@ -118,7 +119,7 @@ pub(crate) struct Entry {
 /// What [`Journal::enter`] found.
 pub(crate) enum Entered {
     New(Entry),
-    Old(Entry, Option<Box<Record>>),
+    Old(Entry),
 }
 
 // The lock is given up by name: a child that another thread is just forking has a copy of the descriptor, and closing
@@ -179,8 +180,8 @@ impl Journal {
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                    if let Some((entry, record)) = self.find(id)? {
-                        return Ok(Entered::Old(entry, record.map(Box::new)));
+                    if let Some(entry) = self.open_entry(id)? {
+                        return Ok(Entered::Old(entry));
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::NotFound => self.make_directory()?,
@@ -189,9 +190,16 @@ impl Journal {
         }
     }
 
-    /// Opens and locks an existing record. The record itself is `None` where its writer was killed before anything was
-    /// done.
+    /// Opens, locks and reads an existing record. The record itself is `None` where its writer was killed before anything
+    /// was done.
     pub(crate) fn find(&self, id: AttachmentId) -> Result<Option<(Entry, Option<Record>)>, JournalError> {
+        let Some(mut entry) = self.open_entry(id)? else { return Ok(None) };
+        let record = entry.read()?;
+        Ok(Some((entry, record)))
+    }
+
+    /// Opens and locks the file of an existing record.
+    pub(crate) fn open_entry(&self, id: AttachmentId) -> Result<Option<Entry>, JournalError> {
         let path = self.path(id);
         loop {
             let file = match OpenOptions::new().read(true).append(true).open(&path) {
@@ -199,9 +207,8 @@ impl Journal {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
                 Err(error) => return Err(JournalError::io(&path, error)),
             };
-            if let Some(mut entry) = Entry::lock(file, &path)? {
-                let record = entry.read()?;
-                return Ok(Some((entry, record)));
+            if let Some(entry) = Entry::lock(file, &path)? {
+                return Ok(Some(entry));
             }
         }
     }
@@ -220,15 +227,6 @@ impl Journal {
         }
         ids.sort();
         Ok(ids)
-    }
-
-    /// Puts a record that cannot be read out of the way, for people to look at.
-    pub(crate) fn set_aside(&self, id: AttachmentId) -> Result<(), JournalError> {
-        let path = self.path(id);
-        match std::fs::rename(&path, path.with_extension("unreadable")) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(JournalError::io(&path, error)),
-            _ => Ok(()),
-        }
     }
 
     /// Reads all finished and unfinished records of a network, without their locks.
@@ -263,7 +261,13 @@ impl Entry {
         Ok((metadata.nlink() > 0).then(|| Self { file, path: path.to_owned() }))
     }
 
-    fn read(&mut self) -> Result<Option<Record>, JournalError> {
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What it says. Called once, for reading goes on where it ended.
+    pub(crate) fn read(&mut self) -> Result<Option<Record>, JournalError> {
         let mut text = String::new();
         self.file.read_to_string(&mut text).map_err(|e| JournalError::io(&self.path, e))?;
         parse(&text, &self.path)
@@ -292,8 +296,16 @@ impl Entry {
         self.file.set_len(0).map_err(|e| JournalError::io(&self.path, e))
     }
 
-    /// Removes the record.
-    pub(crate) fn remove(self) -> Result<(), JournalError> {
+    /// Puts a record that cannot be read out of the way, for people to look at.
+    pub(crate) fn set_aside(&self) -> Result<(), JournalError> {
+        match std::fs::rename(&self.path, self.path.with_extension("unreadable")) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(JournalError::io(&self.path, error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes the record. Whoever waits for its lock finds that it is gone.
+    pub(crate) fn remove(&self) -> Result<(), JournalError> {
         let after = pass_gate("remove record", &self.path)?;
         match std::fs::remove_file(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(JournalError::io(&self.path, error)),

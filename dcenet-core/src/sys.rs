@@ -18,6 +18,13 @@ pub(crate) fn unshare_netns() -> io::Result<()> {
     check(unsafe { libc::unshare(libc::CLONE_NEWNET) })
 }
 
+/// Stops the process until it gets SIGCONT (raise(3), SIGSTOP).
+#[cfg(feature = "fault-injection")]
+pub(crate) fn stop_process() -> io::Result<()> {
+    // SAFETY: raise takes no pointers, and no handler can run for SIGSTOP.
+    check(unsafe { libc::raise(libc::SIGSTOP) })
+}
+
 /// Whether `fd` is a file of nsfs and stands for a network namespace (`NSFS_MAGIC`, and ioctl `NS_GET_NSTYPE`
 /// since Linux 4.11).
 pub(crate) fn is_netns(fd: BorrowedFd<'_>) -> io::Result<bool> {

@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 use super::error::causes;
 use super::serve::{Backends, PolicyChoice};
 use super::{CniError, CniResult, ErrorCode, Interface, Invocation, NetConf};
-use crate::engine::{AttachError, AttachRequest, Attached, DetachErrors, Engine, NamespaceEntry};
+use crate::engine::{AttachError, AttachRequest, Attached, DetachErrors, Engine, Hold, NamespaceEntry};
 use crate::journal::JournalError;
 use crate::link::{LinkConfig, PlanError, Policy};
 use crate::model::{AttachmentKey, ContainerId, IfName, MacAddr, NetworkName};
@@ -85,15 +85,16 @@ impl<'a> Call<'a> {
         if pod.id() == self.engine.host().0.id() && !self.invocation.netns_override {
             return Err(netns(AttachError::HostNamespace { path: path.to_owned() }));
         }
+        let mut hold = self.hold(&key)?;
         let lease = self.lease(&key).await?;
-        let attached = match self.attach(&key, link, Pod { netns: &pod, path }, &lease) {
+        let attached = match self.attach(&mut hold, link, Pod { netns: &pod, path }, &lease) {
             Ok(attached) => attached,
-            Err(error) => return Err(self.give_back(&key, lease.sequence(), error).await),
+            Err(error) => return Err(self.give_back(&hold, lease.sequence(), error).await),
         };
         if let Some(policy) = policy
             && let Some(endpoint) = self.endpoint(&attached)
         {
-            self.enforce(policy, &attached, &endpoint, &pod).await?;
+            self.enforce(policy, hold, &attached, &endpoint, &pod).await?;
         }
         Ok(result(&attached))
     }
@@ -102,6 +103,7 @@ impl<'a> Call<'a> {
     async fn enforce(
         &self,
         policy: &PolicyChoice,
+        mut hold: Hold<'_>,
         attached: &Attached,
         endpoint: &Endpoint,
         pod: &NetNs,
@@ -117,8 +119,8 @@ impl<'a> Call<'a> {
         if attached.repeated {
             return Err(error);
         }
-        match self.engine.detach(&attached.key, Some(pod)) {
-            Ok(()) => Err(self.give_back(&attached.key, attached.lease.sequence(), error).await),
+        match hold.detach(Some(pod)) {
+            Ok(()) => Err(self.give_back(&hold, attached.lease.sequence(), error).await),
             Err(left) => Err(error.with_details(format!("and not taken back: {left}"))),
         }
     }
@@ -220,6 +222,10 @@ impl<'a> Call<'a> {
         self.policy.as_ref().map(Option::as_ref).map_err(Clone::clone)
     }
 
+    fn hold(&self, key: &AttachmentKey) -> Result<Hold<'_>, CniError> {
+        self.engine.hold(key).map_err(|error| attach(error.into()))
+    }
+
     async fn lease(&self, key: &AttachmentKey) -> Result<Lease, CniError> {
         let args = &self.invocation.args;
         let wanted = &self.conf.runtime.addresses;
@@ -239,7 +245,7 @@ impl<'a> Call<'a> {
         Ok(addresses.lease(&request).await?)
     }
 
-    fn attach(&self, key: &AttachmentKey, link: LinkConfig, pod: Pod<'_>, lease: &Lease) -> Result<Attached, CniError> {
+    fn attach(&self, hold: &mut Hold<'_>, link: LinkConfig, pod: Pod<'_>, lease: &Lease) -> Result<Attached, CniError> {
         let wanted_mac = self.conf.runtime.mac.or(self.invocation.args.mac).or(lease.mac);
         let mac = match (wanted_mac, lease.addresses.first()) {
             (None, Some(first)) => Some(mac_of(&self.conf.name, first.address.addr())),
@@ -248,7 +254,7 @@ impl<'a> Call<'a> {
         let policy = if self.policy()?.is_some() { Policy::Wanted } else { Policy::None };
         let fingerprint = fingerprint(&link, policy);
         let request = AttachRequest {
-            key: key.clone(),
+            key: hold.key().clone(),
             pod,
             link,
             lease: lease.clone(),
@@ -258,15 +264,13 @@ impl<'a> Call<'a> {
             policy,
             fingerprint,
         };
-        self.engine.attach(&request).map_err(attach)
+        hold.attach(&request).map_err(attach)
     }
 
     /// Releases the lease after a failed ADD, unless devices that bear its addresses are still there, or stood before.
-    async fn give_back(&self, key: &AttachmentKey, sequence: u64, error: CniError) -> CniError {
-        // Not knowing is no licence to free an address.
-        let recorded = self.engine.is_recorded(key).unwrap_or(true);
+    async fn give_back(&self, hold: &Hold<'_>, sequence: u64, error: CniError) -> CniError {
         match self.addresses() {
-            Ok(Some(addresses)) if !recorded => match addresses.release(key, sequence).await {
+            Ok(Some(addresses)) if !hold.is_recorded() => match addresses.release(hold.key(), sequence).await {
                 Ok(()) => error,
                 Err(second) => {
                     let details = format!("{}; and the lease was not released: {second}", error.details);
@@ -277,20 +281,30 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// Removes devices first, then addresses: an address that a device still bears is never free.
+    /// Removes devices first, then addresses: an address that a device still bears is never free. Nobody attaches the
+    /// container again in between.
     async fn remove(&self, key: &AttachmentKey, pod: Option<&NetNs>) -> Result<(), CniError> {
-        // Looked up before: a call that stood still half way frees no lease that began after another DEL had ended this one.
-        let held = match self.addresses() {
-            Ok(Some(addresses)) => addresses.held(key).await.map_err(CniError::from),
-            Ok(None) => Ok(None),
-            Err(error) => Err(error),
+        let mut hold = match self.engine.hold_remains(key).map_err(detach)? {
+            Some(hold) => hold,
+            // An ADD that was killed before it began, or one that only leased.
+            None if self.held(key).await?.is_some() => self.hold(key)?,
+            None => return Ok(()),
         };
-        self.engine.detach(key, pod).map_err(detach)?;
+        let held = self.held(key).await;
+        hold.detach(pod).map_err(detach)?;
         let sequence = held?.map_or(0, |lease| lease.sequence());
         if let Some(addresses) = self.addresses()? {
             addresses.release(key, sequence).await?;
         }
-        Ok(())
+        hold.close().map_err(|error| detach(error.into()))
+    }
+
+    /// What the attachment holds; nothing where the configuration hands out no addresses.
+    async fn held(&self, key: &AttachmentKey) -> Result<Option<Lease>, CniError> {
+        match self.addresses()? {
+            Some(addresses) => Ok(addresses.held(key).await?),
+            None => Ok(None),
+        }
     }
 
     async fn retain(

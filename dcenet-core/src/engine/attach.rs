@@ -3,51 +3,35 @@
 use super::apply::{Session, look_up};
 use super::error::{AttachError, StepError};
 use super::{AttachRequest, Attached, Engine};
-use crate::journal::{Done, Entered, Entry, Interface, Record};
+use crate::journal::{Done, Entry, Interface, Record};
 use crate::link::{HostView, LinkRequest, Policy};
 use crate::netlink::{self, AddressView, Socket};
 use crate::plan::{Operation, Plan, Target, Undo, mark};
 
 impl Engine {
-    /// Makes an attachment, or returns the one that stands.
-    ///
-    /// Repeating it is allowed: with the same key, namespace and fingerprint it returns the same answer; what an earlier
-    /// call left unfinished when its process was killed is taken back first.
+    /// Makes an attachment, or returns the one that stands. Who leases addresses for it uses [`Engine::hold`] instead, and
+    /// [`Hold::attach`].
     ///
     /// # Errors
-    /// The host and the pod are as before, except for what the error lists in `rollback`.
-    ///
-    /// # Minimum kernel version
-    /// 4.11. Before 6.2 (no echo on link creation) two more requests are made.
+    /// As [`Hold::attach`].
     pub fn attach(&self, request: &AttachRequest<'_>) -> Result<Attached, AttachError> {
-        let span = tracing::debug_span!("attach", key = %request.key, kind = request.link.driver().kind());
-        let _entered = span.enter();
+        self.admit(request)?;
+        self.hold(&request.key)?.attach(request)
+    }
+
+    /// Refuses what could never be attached.
+    pub(super) fn admit(&self, request: &AttachRequest<'_>) -> Result<(), AttachError> {
         if request.pod.netns.id() == self.host.0.id() {
             return Err(AttachError::HostNamespace { path: request.pod.path.to_owned() });
         }
         if request.policy == Policy::Wanted && self.policy.is_none() {
             return Err(AttachError::NoPolicyBackend { key: request.key.clone() });
         }
-        let entry = match self.journal.enter(request.key.id())? {
-            Entered::New(entry) => entry,
-            Entered::Old(mut entry, record) => {
-                if let Some(record) = record {
-                    if let Some(attached) = self.resume(&record, request)? {
-                        return Ok(attached);
-                    }
-                    let errors = self.take_back_record(&record, Some(request.pod.netns));
-                    super::DetachErrors::or_ok(errors)
-                        .map_err(|source| AttachError::Leftover { key: request.key.clone(), source })?;
-                }
-                entry.clear()?;
-                entry
-            }
-        };
-        self.attach_new(request, entry)
+        Ok(())
     }
 
     /// Answers a repeated attach; `None` where what is recorded is unfinished or gone.
-    fn resume(&self, record: &Record, request: &AttachRequest<'_>) -> Result<Option<Attached>, AttachError> {
+    pub(super) fn resume(&self, record: &Record, request: &AttachRequest<'_>) -> Result<Option<Attached>, AttachError> {
         let key = &request.key;
         if record.key != *key {
             return Err(AttachError::IdCollision { key: key.clone(), other: Box::new(record.key.clone()) });
@@ -73,20 +57,13 @@ impl Engine {
         Err(AttachError::AlreadyAttached { key: key.clone(), difference })
     }
 
-    fn attach_new(&self, request: &AttachRequest<'_>, mut entry: Entry) -> Result<Attached, AttachError> {
-        match self.try_attach(request, &mut entry) {
-            Ok(attached) => Ok(attached),
-            Err(error) => {
-                let clean = !matches!(&error, AttachError::Step { rollback, .. } if !rollback.is_empty());
-                if clean && let Err(left) = entry.remove() {
-                    tracing::warn!(error = %left, "an empty record is left");
-                }
-                Err(error)
-            }
-        }
-    }
-
-    fn try_attach(&self, request: &AttachRequest<'_>, entry: &mut Entry) -> Result<Attached, AttachError> {
+    /// Attaches where nothing is recorded. `recorded` is what the record says afterwards, if that is anything.
+    pub(super) fn attach_new(
+        &self,
+        request: &AttachRequest<'_>,
+        entry: &mut Entry,
+        recorded: &mut Option<Box<Record>>,
+    ) -> Result<Attached, AttachError> {
         let mac = request.mac.or(request.lease.mac).unwrap_or_else(|| request.key.mac());
         let link_request = LinkRequest {
             key: request.key.clone(),
@@ -115,7 +92,7 @@ impl Engine {
             session.know(Target::Host, link);
         }
 
-        let mut record = Record {
+        let mut record = Box::new(Record {
             key: request.key.clone(),
             boot: self.journal.boot().to_owned(),
             netns_path: request.pod.path.to_owned(),
@@ -130,7 +107,7 @@ impl Engine {
             host_end: plan.host_end.clone(),
             undo: plan.steps.iter().filter_map(|s| s.undo.clone()).collect(),
             done: None,
-        };
+        });
         entry.begin(&record)?;
         let applied = session.apply(&plan, request);
         let mut undo = applied.undo;
@@ -143,10 +120,17 @@ impl Engine {
             }
         }
         let outcome = match failure {
-            None => Ok(Attached::from_record(&record, false).expect("the completion was just set")),
+            None => {
+                let attached = Attached::from_record(&record, false).expect("the completion was just set");
+                *recorded = Some(record);
+                Ok(attached)
+            }
             Some((step, cause)) => {
                 let named = self.explain(&mut session, &plan, step, &cause, request, &mut undo);
                 let rollback = self.take_back(&undo, &request.key, Some(request.pod.netns));
+                if !rollback.is_empty() {
+                    *recorded = Some(record);
+                }
                 Err(match named {
                     Some(named) if rollback.is_empty() => named,
                     _ => AttachError::Step { cause, rollback },

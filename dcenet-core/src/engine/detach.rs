@@ -5,54 +5,22 @@ use super::apply::{delete, look_up};
 use super::error::{DetachErrors, TeardownError};
 use crate::journal::{JournalError, Record};
 use crate::model::AttachmentKey;
+use crate::netlink::{LinkView, NetlinkError, Socket};
 use crate::netns::NetNs;
 use crate::plan::{Undo, mark};
 
 impl Engine {
-    /// Removes an attachment, from the journal alone: nothing is read from the pod, whose namespace may be gone, or
-    /// another pod's by now. `netns` helps where a device lives in the pod only.
+    /// Removes an attachment, as [`Hold::detach`] does. Who releases addresses of it uses [`Engine::hold_remains`]
+    /// instead, or another attach may get them before.
     ///
     /// Repeating it is allowed; an attachment that is not there is `Ok`.
     ///
     /// # Errors
-    /// All that went wrong. Whatever could be removed is; the record stays, and the next call tries again.
+    /// As [`Hold::detach`].
     pub fn detach(&self, key: &AttachmentKey, netns: Option<&NetNs>) -> Result<(), DetachErrors> {
-        let span = tracing::debug_span!("detach", %key);
-        let _entered = span.enter();
-        let (entry, record) = match self.journal.find(key.id()) {
-            Ok(Some((entry, Some(record)))) => {
-                if record.key != *key {
-                    let error = TeardownError::IdCollision { key: key.clone(), other: Box::new(record.key) };
-                    return Err(DetachErrors(vec![error]));
-                }
-                (Some(entry), Some(record))
-            }
-            Ok(Some((entry, None))) => (Some(entry), None),
-            Ok(None) => (None, None),
-            Err(error @ JournalError::Malformed { .. }) => {
-                // The marks on the devices still tell what is ours.
-                tracing::warn!(%key, %error, "record unreadable; going by the marks on devices");
-                let mut errors = self.detach_by_mark(key);
-                if errors.is_empty()
-                    && let Err(error) = self.journal.set_aside(key.id())
-                {
-                    errors.push(error.into());
-                }
-                return DetachErrors::or_ok(errors);
-            }
-            Err(error) => return Err(DetachErrors(vec![error.into()])),
-        };
-        let mut errors = match &record {
-            Some(record) => self.take_back_record(record, netns),
-            None => self.detach_by_mark(key),
-        };
-        if errors.is_empty()
-            && let Some(entry) = entry
-            && let Err(error) = entry.remove()
-        {
-            errors.push(error.into());
-        }
-        DetachErrors::or_ok(errors)
+        let Some(mut hold) = self.hold_remains(key)? else { return Ok(()) };
+        hold.detach(netns)?;
+        hold.close().map_err(|error| DetachErrors(vec![error.into()]))
     }
 
     /// Takes back what a record lists. Of a finished attachment what it shares with others stays.
@@ -73,30 +41,31 @@ impl Engine {
     }
 
     /// Removes what carries the attachment's mark, where no record says more.
-    fn detach_by_mark(&self, key: &AttachmentKey) -> Vec<TeardownError> {
-        let mut errors = Vec::new();
+    pub(super) fn detach_by_mark(&self, key: &AttachmentKey) -> Vec<TeardownError> {
+        // Where it fails the device may be up, and keeps its policy.
         if let Err(error) = self.delete_marked(key) {
-            // The device may be up, and keeps its policy.
-            errors.push(error);
-        } else if let Some(sink) = &self.policy {
-            match self.host.0.run_here_or_there(|| sink.detach(key)) {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => errors.push(error.into()),
-                Err(error) => errors.push(error.into()),
-            }
+            return vec![error];
         }
-        errors
+        let Some(sink) = &self.policy else { return Vec::new() };
+        let told = self.host.0.run_here_or_there(|| sink.detach(key));
+        match told {
+            Ok(Ok(())) => Vec::new(),
+            Ok(Err(error)) => vec![error.into()],
+            Err(error) => vec![error.into()],
+        }
     }
 
-    fn delete_marked(&self, key: &AttachmentKey) -> Result<(), TeardownError> {
+    fn delete_marked(&self, key: &AttachmentKey) -> Result<bool, TeardownError> {
         let mut socket = self.host_socket()?;
-        let Some(link) = look_up(&mut socket, &key.id().host_ifname())? else { return Ok(()) };
-        if link.alias.as_deref() == Some(&mark(key)) {
-            delete(&mut socket, &link)
-        } else {
-            tracing::warn!(%key, link = link.name, "a link of this name does not carry our mark; left alone");
-            Ok(())
+        match marked(&mut socket, key)? {
+            Some(link) => delete(&mut socket, &link).map(|()| true),
+            None => Ok(false),
         }
+    }
+
+    /// Whether a device carries the attachment's mark.
+    pub(super) fn has_marked(&self, key: &AttachmentKey) -> Result<bool, TeardownError> {
+        Ok(marked(&mut self.host_socket()?, key)?.is_some())
     }
 
     /// Takes back every attach that was begun and not finished because its process was killed. Attachments that
@@ -133,4 +102,14 @@ impl Engine {
         }
         DetachErrors::or_ok(errors).map(|()| recovered)
     }
+}
+
+/// The host's link of the attachment's name, if it carries the attachment's mark.
+fn marked(socket: &mut Socket, key: &AttachmentKey) -> Result<Option<LinkView>, NetlinkError> {
+    let Some(link) = look_up(socket, &key.id().host_ifname())? else { return Ok(None) };
+    if link.alias.as_deref() == Some(&mark(key)) {
+        return Ok(Some(link));
+    }
+    tracing::warn!(%key, link = link.name, "a link of this name does not carry our mark; left alone");
+    Ok(None)
 }

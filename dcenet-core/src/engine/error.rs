@@ -38,6 +38,14 @@ pub enum AttachError {
         /// The one that exists.
         other: Box<AttachmentKey>,
     },
+    /// A [`Hold`](super::Hold) is of one attachment.
+    #[error("attachment {key} is not held, {held} is; hold the one that is to be attached")]
+    NotHeld {
+        /// The attachment asked for.
+        key: AttachmentKey,
+        /// The one that is held.
+        held: Box<AttachmentKey>,
+    },
     /// The attachment stands, in another namespace or with another configuration.
     #[error("attachment {key} exists already, with {difference}; delete it first")]
     AlreadyAttached {
@@ -153,6 +161,12 @@ pub enum TeardownError {
 #[derive(Debug, thiserror::Error)]
 #[error("{}", Joined(.0))]
 pub struct DetachErrors(pub Vec<TeardownError>);
+
+impl From<JournalError> for DetachErrors {
+    fn from(error: JournalError) -> Self {
+        Self(vec![error.into()])
+    }
+}
 
 impl DetachErrors {
     /// `Ok` where nothing went wrong.

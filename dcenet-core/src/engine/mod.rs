@@ -8,6 +8,7 @@ mod attach;
 mod check;
 mod detach;
 mod error;
+mod hold;
 mod lock;
 
 use std::path::Path;
@@ -15,6 +16,7 @@ use std::sync::Arc;
 
 pub use self::check::Drift;
 pub use self::error::{AttachError, DetachErrors, StepError, TeardownError};
+pub use self::hold::Hold;
 use self::lock::SharedState;
 use crate::journal::{Interface, Journal, JournalError, Record};
 use crate::link::{LinkConfig, Policy};
@@ -143,18 +145,10 @@ impl Engine {
     /// The attachment as its record tells, if it was finished.
     ///
     /// # Errors
-    /// As [`Engine::is_recorded`].
+    /// Where the record cannot be read, or another process works on the attachment now.
     pub fn attached(&self, key: &AttachmentKey) -> Result<Option<Attached>, JournalError> {
         let record = self.journal.find(key.id())?.and_then(|(_, record)| record).filter(|r| r.key == *key);
         Ok(record.and_then(|r| Attached::from_record(&r, true)))
-    }
-
-    /// Whether anything of the attachment may be on the host: a record of it, finished or only begun.
-    ///
-    /// # Errors
-    /// Where the record cannot be read, or another process works on the attachment now.
-    pub fn is_recorded(&self, key: &AttachmentKey) -> Result<bool, JournalError> {
-        Ok(self.journal.find(key.id())?.is_some_and(|(_, record)| record.is_some()))
     }
 
     fn host_socket(&self) -> Result<Socket, NetNsError> {

@@ -47,6 +47,8 @@ mod armed {
         Abort,
         /// The process aborts after it took effect. For a message in a batch: after the whole batch.
         AbortAfter,
+        /// The process stops before it, as by SIGSTOP, and makes it when somebody has it continue.
+        Stop,
     }
 
     /// Which call fails, and how. Calls count from 1: netlink requests, journal writes and what other crates pass
@@ -60,7 +62,7 @@ mod armed {
     }
 
     impl Injection {
-        /// Reads `fail:7`, `lose:7`, `abort:7` or `abort-after:7`, the form of the environment variable
+        /// Reads `fail:7`, `lose:7`, `abort:7`, `abort-after:7` or `stop:7`, the form of the environment variable
         /// `DCENET_FAULT`, which applies to the whole process. `DCENET_FAULT_LOG` may name a file to which the call
         /// that met the fault is appended, as a line of its number and name: without one, it was never reached.
         pub fn parse(text: &str) -> Option<Self> {
@@ -70,6 +72,7 @@ mod armed {
                 "lose" => Fault::Lose,
                 "abort" => Fault::Abort,
                 "abort-after" => Fault::AbortAfter,
+                "stop" => Fault::Stop,
                 _ => return None,
             };
             Some(Self { call: call.parse().ok()?, fault })
@@ -85,6 +88,10 @@ mod armed {
                 Fault::Lose => Gate::Lose,
                 Fault::Abort => std::process::abort(),
                 Fault::AbortAfter => Gate::DieAfter,
+                Fault::Stop => {
+                    crate::sys::stop_process().unwrap_or_else(|e| panic!("cannot stop: {e}"));
+                    Gate::Pass
+                }
             }
         }
     }

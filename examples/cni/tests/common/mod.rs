@@ -125,6 +125,13 @@ impl Node {
         self.host.root().run(|| Running::start(command, &self.config.to_string()))
     }
 
+    /// Starts a verb that stops before its call of this number, if it makes so many.
+    pub fn start_to_stop(&self, verb: &str, pod: &Pod, call: usize) -> Running {
+        let mut command = self.command(verb, Some(pod), None);
+        command.env("DCENET_FAULT", format!("stop:{call}"));
+        self.host.root().run(|| Running::start(command, &self.config.to_string()))
+    }
+
     /// The store, opened as the plugin does.
     pub fn ipam(&self) -> Ipam {
         let config: IpamConfig = serde_json::from_value(self.config["ipam"].clone()).expect("the section is right");
@@ -151,6 +158,13 @@ impl Node {
         self.run(verb, Some(pod), None, stdin)
     }
 
+    /// With further pairs in `CNI_ARGS`.
+    pub fn add_asking(&self, pod: &Pod, config: &Value, args: &str) -> Result<Value, Value> {
+        let mut command = self.command("ADD", Some(pod), None);
+        command.env("CNI_ARGS", format!("{};{args}", pod.args()));
+        self.host.root().run(|| execute(command, &config.to_string()))
+    }
+
     /// With another path in the place of the pod's namespace.
     pub fn call_at(&self, verb: &str, pod: &Pod, netns: &Path) -> Result<Value, Value> {
         self.run(verb, Some(pod), Some(netns), &self.config.to_string())
@@ -169,7 +183,7 @@ impl Node {
                 .env("CNI_CONTAINERID", &pod.container)
                 .env("CNI_NETNS", netns.unwrap_or(pod.netns.path()))
                 .env("CNI_IFNAME", "eth0")
-                .env("CNI_ARGS", format!("K8S_POD_NAME={};IgnoreUnknown=1;X=y;K8S_POD_NAMESPACE=shop", pod.name));
+                .env("CNI_ARGS", pod.args());
         }
         command
     }
@@ -197,6 +211,26 @@ impl Running {
         Self(child)
     }
 
+    /// Its process.
+    pub fn id(&self) -> rustix::process::Pid {
+        rustix::process::Pid::from_child(&self.0)
+    }
+
+    /// Waits until it is stopped, or has ended. Returns whether it is stopped.
+    pub fn is_stopped(&mut self) -> bool {
+        let options = rustix::process::WaitIdOptions::STOPPED
+            | rustix::process::WaitIdOptions::EXITED
+            | rustix::process::WaitIdOptions::NOWAIT;
+        let status =
+            rustix::process::waitid(rustix::process::WaitId::Pid(self.id()), options).expect("the child is ours");
+        status.expect("it was waited for").stopped()
+    }
+
+    /// Has it continue.
+    pub fn resume(&self) {
+        rustix::process::kill_process(self.id(), rustix::process::Signal::CONT).expect("the child is ours");
+    }
+
     /// Kills it, unless it has ended.
     pub fn kill(&mut self) {
         self.0.kill().expect("the child is ours");
@@ -222,6 +256,11 @@ impl Running {
 }
 
 impl Pod {
+    /// `CNI_ARGS` as a Kubernetes runtime gives them.
+    fn args(&self) -> String {
+        format!("K8S_POD_NAME={};IgnoreUnknown=1;X=y;K8S_POD_NAMESPACE=shop", self.name)
+    }
+
     pub fn state(&self) -> HostState {
         HostState::capture(self.netns.netns())
     }

@@ -1,6 +1,10 @@
 //! The CNI binary as a runtime sees it: environment and stdin in, stdout and exit code out, in a host of its own.
 
+#[path = "../common/mod.rs"]
 mod common;
+
+mod link;
+mod races;
 
 use common::Node;
 use dcenet_core::test_support::{Rung, require};
