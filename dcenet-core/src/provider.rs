@@ -245,8 +245,22 @@ pub trait PolicySink: Send + Sync {
     /// Whether an `attach` could succeed now; cheap, for STATUS is polled.
     fn ready(&self) -> Result<(), PolicyError>;
 
+    /// Whether the owner of the policy state would answer now that an endpoint of this attachment appears. ADD asks before
+    /// it leases addresses, for those of an attach that fails over a silent owner, which then cannot be told of the undoing
+    /// either, would stay leased. `awaited` is whether [`await_enforced`](Self::await_enforced) will follow, which an owner
+    /// that is not there fails too. The default is for those who tell nobody.
+    fn answers(&self, _attachment: &AttachmentKey, _awaited: bool) -> Result<(), PolicyError> {
+        Ok(())
+    }
+
     /// Removes what `attach` made. It must succeed when the device, or all of it, is gone already.
     fn detach(&self, attachment: &AttachmentKey) -> Result<(), PolicyError>;
+
+    /// As [`detach`](Self::detach), for an attachment that has neither a record nor a device on this host: most likely there
+    /// never was one.
+    fn forget(&self, attachment: &AttachmentKey) -> Result<(), PolicyError> {
+        self.detach(attachment)
+    }
 }
 
 /// A device that policy decides for.

@@ -54,8 +54,17 @@ impl PolicySink for Unusable {
         self.refuse("asking whether policy is ready")
     }
 
+    fn answers(&self, _: &AttachmentKey, _: bool) -> Result<(), PolicyError> {
+        self.refuse("asking the policy owner")
+    }
+
     fn detach(&self, _: &AttachmentKey) -> Result<(), PolicyError> {
         self.refuse("removing policy")
+    }
+
+    /// What has neither record nor device was never under policy, or lost it with its device.
+    fn forget(&self, _: &AttachmentKey) -> Result<(), PolicyError> {
+        Ok(())
     }
 }
 
@@ -84,6 +93,9 @@ impl<'a> Call<'a> {
         let pod = NetNs::open(path).map_err(netns)?;
         if pod.id() == self.engine.host().0.id() && !self.invocation.netns_override {
             return Err(netns(AttachError::HostNamespace { path: path.to_owned() }));
+        }
+        if let Some(policy) = policy {
+            policy.sink.answers(&key, policy.await_enforced.is_some())?;
         }
         let mut hold = self.hold(&key)?;
         let lease = self.lease(&key).await?;

@@ -42,12 +42,13 @@ impl Engine {
 
     /// Removes what carries the attachment's mark, where no record says more.
     pub(super) fn detach_by_mark(&self, key: &AttachmentKey) -> Vec<TeardownError> {
-        // Where it fails the device may be up, and keeps its policy.
-        if let Err(error) = self.delete_marked(key) {
-            return vec![error];
-        }
+        let deleted = match self.delete_marked(key) {
+            Ok(deleted) => deleted,
+            // The device may be up, and keeps its policy.
+            Err(error) => return vec![error],
+        };
         let Some(sink) = &self.policy else { return Vec::new() };
-        let told = self.host.0.run_here_or_there(|| sink.detach(key));
+        let told = self.host.0.run_here_or_there(|| if deleted { sink.detach(key) } else { sink.forget(key) });
         match told {
             Ok(Ok(())) => Vec::new(),
             Ok(Err(error)) => vec![error.into()],

@@ -167,9 +167,9 @@ impl<A: Attacher> PinnedDefault<A> {
         }
     }
 
-    /// Tells the owner something that it finds out by itself when it starts: nobody listening is no error. An owner that
-    /// lives and is not told is one, for it would go on deciding by what is no longer true.
-    fn tell(&self, request: &Request) -> Result<(), ClientError> {
+    /// Tells the owner something that it finds out by itself when it starts: nobody listening is no error, unless the owner
+    /// is `needed`. An owner that lives and is not told is one, for it would go on deciding by what is no longer true.
+    fn tell(&self, request: &Request, needed: bool) -> Result<(), ClientError> {
         let told = match self.ask(request, NOTE_LIMIT) {
             // An owner that ended in the middle, or another by now.
             Err(error) if error.is_hang_up() => self.ask(request, NOTE_LIMIT),
@@ -177,7 +177,7 @@ impl<A: Attacher> PinnedDefault<A> {
         };
         match told {
             Ok(_) => Ok(()),
-            Err(error) if error.is_absence() => {
+            Err(error) if error.is_absence() && !needed => {
                 tracing::debug!(%error, "the policy owner was not told");
                 Ok(())
             }
@@ -202,7 +202,7 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
             }
         }
         let request = Request::Attached { endpoint: Box::new(endpoint.clone()), default: self.default };
-        self.tell(&request).map_err(|e| refused(format!("tell the policy owner of {}", endpoint.attachment), e))
+        self.tell(&request, false).map_err(|e| refused(format!("tell the policy owner of {}", endpoint.attachment), e))
     }
 
     fn await_enforced(&self, endpoint: &Endpoint, limit: Duration) -> Result<(), PolicyError> {
@@ -243,13 +243,27 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
         Ok(None)
     }
 
+    fn answers(&self, attachment: &AttachmentKey, awaited: bool) -> Result<(), PolicyError> {
+        // Whatever it answers, it answers.
+        let request = Request::Await { attachment: attachment.clone(), limit: Limit::saturating(Duration::ZERO) };
+        match self.tell(&request, awaited) {
+            Err(ClientError::Refused { .. }) => Ok(()),
+            // There may never have been one, which says more.
+            Err(error) if error.is_absence() => {
+                self.ready()?;
+                Err(refused(format!("ask the policy owner about {attachment}"), error))
+            }
+            told => told.map_err(|e| refused(format!("ask the policy owner about {attachment}"), e)),
+        }
+    }
+
     fn ready(&self) -> Result<(), PolicyError> {
         for direction in BOTH {
             let doing = || "look for the default policy".to_owned();
             let pin = default_pin(self.default, direction);
             if self.pins.get(pin).map_err(failed(doing()))?.is_none() {
                 let directory = self.pins.directory().to_owned();
-                return Err(failed(doing())(ClientError::NotPrepared { pin, directory }));
+                return Err(refused(doing(), ClientError::NotPrepared { pin, directory }));
             }
         }
         Ok(())
@@ -269,7 +283,7 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
             let hooks = BOTH.map(|direction| Hook { device, direction });
             self.remove(&hooks, attachment).map_err(failed(doing()))?;
         }
-        self.tell(&Request::Gone { attachment: attachment.clone() }).map_err(|e| refused(doing(), e))
+        self.tell(&Request::Gone { attachment: attachment.clone() }, false).map_err(|e| refused(doing(), e))
     }
 }
 
@@ -423,8 +437,8 @@ mod tests {
             attachment: serde_json::from_str(r#"{"network": "shop", "container": "c1", "ifname": "eth0"}"#).unwrap(),
             limit: Limit::MAX,
         };
-        sink.tell(&gone).unwrap();
+        sink.tell(&gone, false).unwrap();
         std::fs::remove_file(&path).unwrap();
-        sink.tell(&gone).unwrap();
+        sink.tell(&gone, false).unwrap();
     }
 }

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use dcenet_core::netns::Host;
 use dcenet_core::test_support::TestHost;
 use dcenet_ebpf::abi::Sizes;
 use dcenet_ebpf::attach::ClsactAttacher;
@@ -44,6 +45,11 @@ const PATIENCE: Duration = Duration::from_secs(30);
 impl Owner {
     /// So few endpoints have room that slots which are not given back are missed soon.
     pub fn open(host: &TestHost) -> Self {
+        Self::open_at(host.host(), host.directory(), host.run_dir())
+    }
+
+    /// For the host with these directories.
+    pub fn open_at(host: Host, directory: &Path, run_dir: PathBuf) -> Self {
         let sizes = Sizes {
             endpoints: 32,
             blocks_v4: 64,
@@ -56,11 +62,11 @@ impl Owner {
             event_bytes: 1 << 16,
             ..Sizes::default()
         };
-        let pins = host.directory().join("bpf");
+        let pins = Self::pins_below(directory);
         let config = EnforcerConfig {
             node: "host".to_owned(),
             node_addresses: ["10.20.0.1", "2001:db8:20::1"].map(|a| a.parse().expect("an address")).into(),
-            run_dir: host.run_dir(),
+            run_dir,
             pins: pins.clone(),
         };
         let tools = Tools {
@@ -68,10 +74,15 @@ impl Owner {
             attacher: Arc::new(ClsactAttacher),
             lowering: Arc::new(Tc::new(sizes)),
         };
-        let enforcer = Enforcer::open(host.host(), config, tools).expect("the owner opens");
+        let enforcer = Enforcer::open(host, config, tools).expect("the owner opens");
         enforcer.set_policies(from_yaml(POLICY).expect("the policy is right")).expect("the policy is noted");
         assert!(enforcer.start().expect("the owner starts").is_complete());
         Self { enforcer, pins }
+    }
+
+    /// Where its pins are.
+    pub fn pins_below(directory: &Path) -> PathBuf {
+        directory.join("bpf")
     }
 
     /// The `policy` section of its clients, who wait for their verdicts.

@@ -4,6 +4,7 @@
 mod common;
 
 mod link;
+mod owner;
 mod races;
 
 use common::Node;
@@ -260,6 +261,30 @@ fn del_removes_what_stands_whatever_became_of_the_policy_section() {
     node.del(&pod).unwrap();
     assert_eq!(before.diff(&node.host.state()), "");
     assert_eq!(node.host.records(), Vec::<String>::new());
+}
+
+#[test]
+fn del_of_what_was_never_added_succeeds_whatever_became_of_the_policy_section() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let mut node = Node::new();
+    let (before, pod) = (node.host.state(), node.pod("web"));
+    node.config["policy"] = json!({ "default": "perhaps" });
+    node.del(&pod).unwrap();
+    node.del_without_namespace(&pod).unwrap();
+    assert_eq!(before.diff(&node.host.state()), "");
+    assert_eq!(node.host.records(), Vec::<String>::new());
+
+    // A device that may be under policy is not forgotten: it goes, and the caller learns what could not be done.
+    node.config.as_object_mut().unwrap().remove("policy");
+    node.add(&pod).unwrap();
+    std::fs::remove_file(node.host.run_dir().join("attachments").join(&node.host.records()[0])).unwrap();
+    node.config["policy"] = json!({ "default": "perhaps" });
+    let error = node.del(&pod).unwrap_err();
+    assert!(error["msg"].as_str().unwrap().contains("policy.default"), "{error}");
+    node.del(&pod).unwrap();
+    assert!(node.store().iter().all(|line| line.starts_with("claim ")), "{:?}", node.store());
 }
 
 #[test]
