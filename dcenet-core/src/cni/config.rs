@@ -26,7 +26,7 @@ pub struct NetConf {
     pub state_dir: PathBuf,
     /// `runDir`: what must not.
     pub run_dir: PathBuf,
-    /// `runtimeConfig`, as far as it is understood.
+    /// `runtimeConfig` and `args.cni`, as far as they are understood.
     pub runtime: RuntimeConfig,
     /// `args.cni.labels`: the workload's labels.
     pub labels: LabelSet,
@@ -37,14 +37,39 @@ pub struct NetConf {
     sections: Map<String, Value>,
 }
 
-/// Capabilities that the runtime fills in (`runtimeConfig`). Each is read only as far as it is used: runtimes send
+/// What the runtime asks for in the configuration. Each capability is read only as far as it is used: runtimes send
 /// shapes that the conventions do not list.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RuntimeConfig {
-    /// `mac`.
+    /// The capability `mac`.
     pub mac: Option<MacAddr>,
-    /// `ips`: wanted addresses; a prefix length is ignored.
-    pub addresses: Vec<IpAddr>,
+    /// The capability `ips`, else `args.cni.ips`: wanted addresses; a prefix length is ignored.
+    pub addresses: Asked<IpAddr>,
+    /// The capability `pools`, else `args.cni.pools`: names of pools, or patterns with `*` and `?`. A key of ours:
+    /// [`LeaseRequest::pools`](crate::provider::LeaseRequest::pools) tells what it means.
+    pub pools: Asked<String>,
+}
+
+/// What is asked for, and by which field.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Asked<T> {
+    /// The field's path.
+    pub field: &'static str,
+    /// What it holds. Empty, it asks for nothing.
+    pub values: Vec<T>,
+}
+
+impl<T> Default for Asked<T> {
+    fn default() -> Self {
+        Self { field: "", values: Vec::new() }
+    }
+}
+
+impl<T> Asked<T> {
+    /// The first that asks for anything, else the last.
+    pub(super) fn or(self, other: Self) -> Self {
+        if self.values.is_empty() { other } else { self }
+    }
 }
 
 /// Where state goes when the configuration does not say.
@@ -107,6 +132,7 @@ impl NetConf {
             let args: Args = section::read("args", &value)?;
             if let Some(cni) = args.cni {
                 runtime.addresses = addresses("args.cni.ips", cni.ips)?;
+                runtime.pools = pools("args.cni.pools", cni.pools)?;
                 labels = cni.labels.into_iter().map(|l| (l.key, l.value)).collect();
             }
         }
@@ -118,9 +144,8 @@ impl NetConf {
                 .map(|m| MacAddr::for_device(&m))
                 .transpose()
                 .map_err(|e| field("runtimeConfig.mac", e))?;
-            if let Some(ips) = wire.ips {
-                runtime.addresses = addresses("runtimeConfig.ips", ips)?;
-            }
+            runtime.addresses = addresses("runtimeConfig.ips", wire.ips.unwrap_or_default())?.or(runtime.addresses);
+            runtime.pools = pools("runtimeConfig.pools", wire.pools.unwrap_or_default())?.or(runtime.pools);
         }
         let previous = match keys.remove("prevResult") {
             None | Some(Value::Null) => None,
@@ -177,6 +202,8 @@ struct ArgsCni {
     #[serde(default)]
     ips: Vec<String>,
     #[serde(default)]
+    pools: Vec<String>,
+    #[serde(default)]
     labels: Vec<Label>,
 }
 
@@ -190,6 +217,7 @@ struct Label {
 struct WireRuntime {
     mac: Option<String>,
     ips: Option<Vec<String>>,
+    pools: Option<Vec<String>>,
 }
 
 #[derive(Deserialize)]
@@ -253,14 +281,22 @@ fn directory(keys: &Map<String, Value>, name: &'static str, default: &str) -> Re
     }
 }
 
-fn addresses(path: &str, list: Vec<String>) -> Result<Vec<IpAddr>, CniError> {
-    list.iter()
-        .enumerate()
-        .map(|(i, text)| {
-            let bare = text.split_once('/').map_or(text.as_str(), |(address, _)| address);
-            bare.parse().map_err(|_| field(&format!("{path}[{i}]"), format!("{text:?} is no IP address")))
-        })
-        .collect()
+fn addresses(path: &'static str, list: Vec<String>) -> Result<Asked<IpAddr>, CniError> {
+    let values = list.iter().enumerate().map(|(i, text)| {
+        let bare = text.split_once('/').map_or(text.as_str(), |(address, _)| address);
+        bare.parse()
+            .map_err(|_| field(&format!("{path}[{i}]"), format!("{text:?} is no IP address; write one, as 10.0.0.7")))
+    });
+    Ok(Asked { field: path, values: values.collect::<Result<_, _>>()? })
+}
+
+fn pools(path: &'static str, values: Vec<String>) -> Result<Asked<String>, CniError> {
+    match values.iter().position(String::is_empty) {
+        Some(i) => {
+            Err(field(&format!("{path}[{i}]"), "\"\" names no pool; write a name or a pattern, or drop the entry"))
+        }
+        None => Ok(Asked { field: path, values }),
+    }
 }
 
 fn field(path: &str, reason: impl ToString) -> CniError {
@@ -326,9 +362,32 @@ mod tests {
         )
         .unwrap();
         assert_eq!(conf.runtime.mac.unwrap().to_string(), "02:00:00:00:00:07");
-        assert_eq!(conf.runtime.addresses.len(), 2);
+        assert_eq!((conf.runtime.addresses.values.len(), conf.runtime.addresses.field), (2, "runtimeConfig.ips"));
         let error = with("runtimeConfig", json!({"ips": ["10.0.0"]})).unwrap_err();
         assert!(error.message.starts_with("runtimeConfig.ips[0]"), "{error}");
+    }
+
+    #[test]
+    fn what_the_runtime_asks_for_goes_before_the_arguments() {
+        let conf = |runtime: Value, args: Value| {
+            parse(json!({
+                "cniVersion": "1.1.0", "name": "shop", "type": "dcenet", "runtimeConfig": runtime, "args": { "cni": args },
+            }))
+            .map(|conf| (conf.runtime.pools, conf.runtime.addresses.field))
+        };
+        let args = json!({ "pools": ["db"], "ips": ["10.0.0.7"] });
+        let asked = |field, pool: &str| Asked { field, values: vec![pool.to_owned()] };
+        let runtime = json!({ "pools": ["web*"], "ips": [] });
+        assert_eq!(conf(runtime, args.clone()).unwrap(), (asked("runtimeConfig.pools", "web*"), "args.cni.ips"));
+        assert_eq!(conf(json!({}), args.clone()).unwrap(), (asked("args.cni.pools", "db"), "args.cni.ips"));
+        for (runtime, args, path) in [
+            (json!({ "pools": [""] }), json!({}), "runtimeConfig.pools[0]"),
+            (json!({ "pools": "db" }), json!({}), "runtimeConfig.pools"),
+            (json!({}), json!({ "pools": ["a", 1] }), "args.cni.pools[1]"),
+        ] {
+            let error = conf(runtime, args).unwrap_err();
+            assert!(error.message.starts_with(path), "{error}");
+        }
     }
 
     #[test]

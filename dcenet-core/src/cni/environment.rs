@@ -127,6 +127,8 @@ pub struct CniArgs {
     pub mac: Option<MacAddr>,
     /// `IP`: wanted addresses, joined by `,`.
     pub addresses: Vec<IpAddr>,
+    /// `POOLS`: wanted pools, joined by `,`. A key of ours.
+    pub pools: Vec<String>,
 }
 
 impl CniArgs {
@@ -152,6 +154,7 @@ impl CniArgs {
                 "K8S_POD_INFRA_CONTAINER_ID" => {}
                 "MAC" => args.mac = Some(MacAddr::for_device(value).map_err(variable("CNI_ARGS MAC"))?),
                 "IP" => args.addresses = value.split(',').map(address).collect::<Result<_, _>>()?,
+                "POOLS" => args.pools = value.split(',').map(pool).collect::<Result<_, _>>()?,
                 other => unknown = unknown.or(Some(other)),
             }
         }
@@ -169,7 +172,16 @@ impl CniArgs {
 /// An address, where a prefix length is tolerated and ignored: runtimes differ.
 fn address(text: &str) -> Result<IpAddr, CniError> {
     let bare = text.split_once('/').map_or(text, |(a, _)| a);
-    bare.parse().map_err(|_| environment(format!("CNI_ARGS IP: {text:?} is no IP address")))
+    bare.parse().map_err(|_| environment(format!("CNI_ARGS IP: {text:?} is no IP address; write one, as 10.0.0.7")))
+}
+
+fn pool(text: &str) -> Result<String, CniError> {
+    if text.is_empty() {
+        return Err(environment(format!(
+            "CNI_ARGS POOLS: {text:?} names no pool; write a name or a pattern, or drop it"
+        )));
+    }
+    Ok(text.to_owned())
 }
 
 fn is_true(value: &str) -> bool {
@@ -247,6 +259,9 @@ mod tests {
         assert!(error.message.contains("FOO"), "{error}");
         assert!(CniArgs::parse("IgnoreUnknown=1;K8S_POD_NAME=c").unwrap().workload.is_none());
         CniArgs::parse("IP=10.0.0").unwrap_err();
+        assert_eq!(CniArgs::parse("POOLS=db,web*").unwrap().pools, ["db", "web*"]);
+        let error = CniArgs::parse("POOLS=db,").unwrap_err();
+        assert!(error.message.starts_with("CNI_ARGS POOLS: \"\""), "{error}");
         let error = CniArgs::parse("MAC=ff:ff:ff:ff:ff:ff").unwrap_err();
         assert!(error.message.contains("CNI_ARGS MAC") && error.message.contains("ff:ff"), "{error}");
         assert_eq!(CniArgs::parse("").unwrap(), CniArgs::default());

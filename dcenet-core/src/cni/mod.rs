@@ -17,7 +17,7 @@ mod serve;
 mod verbs;
 mod version;
 
-pub use config::{NetConf, RuntimeConfig};
+pub use config::{Asked, NetConf, RuntimeConfig};
 pub use environment::{CniArgs, Invocation, Verb};
 pub use error::{CniError, ErrorCode};
 pub use result::{CniResult, Interface, Ip, Route};

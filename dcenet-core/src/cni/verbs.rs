@@ -9,13 +9,13 @@ use sha2::{Digest, Sha256};
 
 use super::error::causes;
 use super::serve::{Backends, PolicyChoice};
-use super::{CniError, CniResult, ErrorCode, Interface, Invocation, NetConf};
+use super::{Asked, CniError, CniResult, ErrorCode, Interface, Invocation, NetConf};
 use crate::engine::{AttachError, AttachRequest, Attached, DetachErrors, Engine, Hold, NamespaceEntry};
 use crate::journal::JournalError;
 use crate::link::{LinkConfig, PlanError, Policy};
 use crate::model::{AttachmentKey, ContainerId, IfName, MacAddr, NetworkName};
 use crate::netns::{Host, NetNs, NetNsError, Pod};
-use crate::provider::{AddressSource, Dns, Endpoint, Lease, LeaseRequest, PolicyError, PolicySink};
+use crate::provider::{AddressSource, Dns, Endpoint, Lease, LeaseError, LeaseRequest, PolicyError, PolicySink};
 
 /// A call whose configuration is read and whose backends are there.
 pub(super) struct Call<'a> {
@@ -240,21 +240,40 @@ impl<'a> Call<'a> {
 
     async fn lease(&self, key: &AttachmentKey) -> Result<Lease, CniError> {
         let args = &self.invocation.args;
-        let wanted = &self.conf.runtime.addresses;
+        let (ips, pools) = (self.conf.runtime.addresses.clone(), self.conf.runtime.pools.clone());
+        let ips = ips.or(Asked { field: "CNI_ARGS IP", values: args.addresses.clone() });
+        let pools = pools.or(Asked { field: "CNI_ARGS POOLS", values: args.pools.clone() });
         let Some(addresses) = self.addresses()? else {
-            if wanted.is_empty() && args.addresses.is_empty() {
-                return Ok(Lease { addresses: Vec::new(), routes: Vec::new(), dns: Dns::default(), mac: None });
+            for (field, asked) in
+                [(ips.field, format!("{:?}", ips.values)), (pools.field, format!("{:?}", pools.values))]
+            {
+                if asked != "[]" {
+                    let message =
+                        format!("{field}: {asked} cannot be had without a section ipam; add one, or drop the request");
+                    return Err(CniError::new(ErrorCode::InvalidConfig, message));
+                }
             }
-            return Err(CniError::new(ErrorCode::InvalidConfig, "addresses are asked for, but ipam is missing"));
+            return Ok(Lease { addresses: Vec::new(), routes: Vec::new(), dns: Dns::default(), mac: None });
         };
+        let (ips_field, pools_field) = (ips.field, pools.field);
         let request = LeaseRequest {
             attachment: key.clone(),
             workload: args.workload.clone(),
             labels: self.conf.labels.clone(),
-            addresses: if wanted.is_empty() { args.addresses.clone() } else { wanted.clone() },
-            pools: Vec::new(),
+            addresses: ips.values,
+            pools: pools.values,
         };
-        Ok(addresses.lease(&request).await?)
+        let leased = addresses.lease(&request).await;
+        Ok(leased.map_err(|error| match error {
+            // The source knows the request, and not who wrote it where.
+            LeaseError::Invalid { field, reason } if field == "addresses" => {
+                LeaseError::Invalid { field: ips_field.to_owned(), reason }
+            }
+            LeaseError::Invalid { field, reason } if field.starts_with("pools[") => {
+                LeaseError::Invalid { field: field.replacen("pools", pools_field, 1), reason }
+            }
+            error => error,
+        })?)
     }
 
     fn attach(&self, hold: &mut Hold<'_>, link: LinkConfig, pod: Pod<'_>, lease: &Lease) -> Result<Attached, CniError> {

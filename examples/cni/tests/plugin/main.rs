@@ -5,6 +5,7 @@ mod common;
 
 mod link;
 mod owner;
+mod pools;
 mod races;
 
 use common::Node;
