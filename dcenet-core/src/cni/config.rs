@@ -26,6 +26,8 @@ pub struct NetConf {
     pub state_dir: PathBuf,
     /// `runDir`: what must not.
     pub run_dir: PathBuf,
+    /// What the binary is to be for this configuration.
+    pub role: Role,
     /// `runtimeConfig` and `args.cni`, as far as they are understood.
     pub runtime: RuntimeConfig,
     /// `args.cni.labels`: the workload's labels.
@@ -35,6 +37,16 @@ pub struct NetConf {
     /// `cni.dev/valid-attachments`, or its older name `cni.dev/attachments`: what GC must keep. Absent is not empty.
     pub valid_attachments: Option<Vec<(ContainerId, IfName)>>,
     sections: Map<String, Value>,
+}
+
+/// What the binary is to be for a configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// It makes the attachment.
+    Main,
+    /// It hands out addresses to another plugin, whose configuration this is (CNI 1.1.0, section 4, "Plugin Delegation"):
+    /// `ipam.type` names us, `type` names another, and there is no section `link`.
+    Ipam,
 }
 
 /// What the runtime asks for in the configuration. Each capability is read only as far as it is used: runtimes send
@@ -75,6 +87,9 @@ impl<T> Asked<T> {
 /// Where state goes when the configuration does not say.
 const STATE_DIR: &str = "/var/lib/dcenet";
 const RUN_DIR: &str = "/run/dcenet";
+
+/// The name by which configurations name this plugin.
+const PLUGIN: &str = "dcenet";
 
 /// The keys of ours at the top.
 const OWN_KEYS: [&str; 5] = ["link", "ipam", "policy", "stateDir", "runDir"];
@@ -124,7 +139,11 @@ impl NetConf {
             return Err(CniError::new(ErrorCode::Decode, "the network configuration is JSON, but not an object"));
         };
         let version = version(&keys)?;
-        check_keys(&keys)?;
+        let role = role(&keys);
+        if role == Role::Main {
+            // The other keys of another plugin's configuration are its own affair.
+            check_keys(&keys)?;
+        }
 
         let name = required::<NetworkName>(&keys, "name")?;
         let (mut runtime, mut labels) = (RuntimeConfig::default(), LabelSet::new());
@@ -162,12 +181,18 @@ impl NetConf {
             name,
             state_dir: directory(&keys, "stateDir", STATE_DIR)?,
             run_dir: directory(&keys, "runDir", RUN_DIR)?,
+            role,
             runtime,
             labels,
             previous,
             valid_attachments,
             sections: keys,
         })
+    }
+
+    /// A key at the top, as it is written.
+    pub(super) fn key(&self, name: &str) -> Option<&Value> {
+        self.sections.get(name)
     }
 
     /// Reads one of our sections: `link`, `ipam` or `policy`. `None` if the configuration has none.
@@ -180,6 +205,12 @@ impl NetConf {
             Some(value) => Ok(Some(section::read(name, value)?)),
         }
     }
+}
+
+fn role(keys: &Map<String, Value>) -> Role {
+    let delegated = keys.get("ipam").and_then(|ipam| ipam.get("type")).is_some_and(|plugin| plugin == PLUGIN);
+    let anothers = keys.get("type").is_some_and(|plugin| plugin.is_string() && plugin != PLUGIN);
+    if delegated && anothers && !keys.contains_key("link") { Role::Ipam } else { Role::Main }
 }
 
 /// Reads only the version, for the answer to VERSION and for errors before anything else is known.
@@ -387,6 +418,26 @@ mod tests {
         ] {
             let error = conf(runtime, args).unwrap_err();
             assert!(error.message.starts_with(path), "{error}");
+        }
+    }
+
+    #[test]
+    fn anothers_configuration_that_names_us_for_addresses_is_anothers() {
+        let conf = |mut more: Value| {
+            let keys = more.as_object_mut().unwrap();
+            keys.extend(json!({ "cniVersion": "1.0.0", "name": "shop" }).as_object().unwrap().clone());
+            parse(more)
+        };
+        let theirs = json!({ "type": "bridge", "bridge": "cni0", "ipMasq": true, "ipam": { "type": "dcenet" } });
+        assert_eq!(conf(theirs).unwrap().role, Role::Ipam);
+        for ours in [
+            json!({ "type": "dcenet", "ipam": { "type": "dcenet" } }),
+            json!({ "ipam": { "type": "dcenet" } }),
+            json!({ "type": "renamed", "link": {}, "ipam": { "type": "dcenet" } }),
+            json!({ "type": "bridge", "ipam": { "type": "host-local" } }),
+            json!({ "type": "bridge" }),
+        ] {
+            assert_eq!(conf(ours).unwrap().role, Role::Main);
         }
     }
 

@@ -12,12 +12,13 @@
 mod config;
 mod environment;
 mod error;
+mod ipam;
 mod result;
 mod serve;
 mod verbs;
 mod version;
 
-pub use config::{Asked, NetConf, RuntimeConfig};
+pub use config::{Asked, NetConf, Role, RuntimeConfig};
 pub use environment::{CniArgs, Invocation, Verb};
 pub use error::{CniError, ErrorCode};
 pub use result::{CniResult, Interface, Ip, Route};

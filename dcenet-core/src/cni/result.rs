@@ -13,8 +13,8 @@ use crate::provider::{Dns, Lease};
 /// The result of ADD.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CniResult {
-    /// What was made, on the host and in the container.
-    #[serde(default)]
+    /// What was made, on the host and in the container; nothing by an IPAM plugin.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub interfaces: Vec<Interface>,
     /// The container's addresses.
     #[serde(default)]
@@ -82,6 +82,15 @@ impl CniResult {
             routes: lease.routes.iter().map(|r| Route { dst: r.destination, gw: r.gateway }).collect(),
             dns: lease.dns.clone(),
         }
+    }
+
+    /// Describes a lease for the plugin that asked for it, which has the interfaces (CNI 1.1.0, section 4).
+    pub fn of_lease(lease: &Lease) -> Self {
+        let mut result = Self::new(Vec::new(), 0, lease);
+        for ip in &mut result.ips {
+            ip.interface = None;
+        }
+        result
     }
 
     /// The result object for stdout, in the form of `version`.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::config::version_of;
 use super::verbs::Call;
-use super::{CniError, ErrorCode, Invocation, NetConf, SpecVersion, Verb};
+use super::{CniError, ErrorCode, Invocation, NetConf, Role, SpecVersion, Verb};
 use crate::provider::{AddressSource, PolicySink};
 
 /// What a binary composes: who hands out addresses and who decides about traffic, by the configuration.
@@ -98,14 +98,22 @@ async fn answer(
         ));
     }
     let call = Call::new(&invocation, &conf, backends)?;
-    match invocation.verb {
-        Verb::Add => call.add().await.map(|result| Some(result.to_json(conf.version))),
-        Verb::Check => call.check().await.map(|()| None),
-        Verb::Del => call.del().await.map(|()| None),
-        Verb::Gc => call.gc().await.map(|()| None),
-        Verb::Status => call.status().await.map(|()| None),
-        Verb::Version => unreachable!("answered above"),
-    }
+    let done = match (invocation.verb, conf.role) {
+        (Verb::Add, Role::Main) => return call.add().await.map(|result| Some(result.to_json(conf.version))),
+        (Verb::Add, Role::Ipam) => {
+            return call.lease_for_another().await.map(|result| Some(result.to_json(conf.version)));
+        }
+        (Verb::Check, Role::Main) => call.check().await,
+        (Verb::Check, Role::Ipam) => call.check_for_another().await,
+        (Verb::Del, Role::Main) => call.del().await,
+        (Verb::Del, Role::Ipam) => call.release_for_another().await,
+        (Verb::Gc, Role::Main) => call.gc().await,
+        (Verb::Gc, Role::Ipam) => call.collect_for_another().await,
+        (Verb::Status, Role::Main) => call.status().await,
+        (Verb::Status, Role::Ipam) => call.status_for_another().await,
+        (Verb::Version, _) => unreachable!("answered above"),
+    };
+    done.map(|()| None)
 }
 
 /// The answer to VERSION, which needs neither configuration nor environment (CNI 1.1.0, section 5, "Version Success").

@@ -9,22 +9,24 @@ use sha2::{Digest, Sha256};
 
 use super::error::causes;
 use super::serve::{Backends, PolicyChoice};
-use super::{Asked, CniError, CniResult, ErrorCode, Interface, Invocation, NetConf};
+use super::{Asked, CniError, CniResult, ErrorCode, Interface, Invocation, NetConf, Role};
 use crate::engine::{AttachError, AttachRequest, Attached, DetachErrors, Engine, Hold, NamespaceEntry};
 use crate::journal::JournalError;
 use crate::link::{LinkConfig, PlanError, Policy};
 use crate::model::{AttachmentKey, ContainerId, IfName, MacAddr, NetworkName};
 use crate::netns::{Host, NetNs, NetNsError, Pod};
-use crate::provider::{AddressSource, Dns, Endpoint, Lease, LeaseError, LeaseRequest, PolicyError, PolicySink};
+use crate::provider::{
+    AddressSource, Dns, Endpoint, Lease, LeaseError, LeaseRequest, LeasedAddress, PolicyError, PolicySink,
+};
 
 /// A call whose configuration is read and whose backends are there.
 pub(super) struct Call<'a> {
-    invocation: &'a Invocation,
-    conf: &'a NetConf,
+    pub(super) invocation: &'a Invocation,
+    pub(super) conf: &'a NetConf,
     /// An error here and in `policy` is the verb's own where it needs them; DEL and GC remove devices first.
-    addresses: Result<Option<Box<dyn AddressSource>>, CniError>,
-    policy: Result<Option<PolicyChoice>, CniError>,
-    engine: Engine,
+    pub(super) addresses: Result<Option<Box<dyn AddressSource>>, CniError>,
+    pub(super) policy: Result<Option<PolicyChoice>, CniError>,
+    pub(super) engine: Engine,
 }
 
 /// Stands for policy whose configuration cannot be used: devices that were under it can still be removed, and the record
@@ -76,12 +78,14 @@ impl<'a> Call<'a> {
     ) -> Result<Self, CniError> {
         let addresses = backends.addresses(conf);
         let policy = backends.policy(conf);
+        if conf.role == Role::Ipam {
+            return Self::for_ipam(invocation, conf, addresses, policy);
+        }
         let sink: Option<Arc<dyn PolicySink>> = match &policy {
             Ok(choice) => choice.as_ref().map(|c| c.sink.clone()),
             Err(error) => Some(Arc::new(Unusable(error.clone()))),
         };
-        let host = Host(NetNs::of_this_thread().map_err(netns)?);
-        let engine = Engine::new(host, &conf.run_dir, sink).map_err(journal)?.entering(NamespaceEntry::InPlace);
+        let engine = engine(conf, sink)?;
         Ok(Self { invocation, conf, addresses, policy, engine })
     }
 
@@ -150,13 +154,7 @@ impl<'a> Call<'a> {
             for address in recorded.filter(|r| !held.contains(r)) {
                 drift.push(format!("address {} of the container is not leased to {key} any more", address.address));
             }
-            let missing = self.conf.previous.iter().flat_map(|p| &p.ips).map(|ip| ip.address);
-            for address in missing.filter(|a| held.iter().all(|h| h.address != *a)) {
-                // A later plugin of the chain may have added addresses: only those of our pools can be ours.
-                if held.iter().any(|h| h.address.trunc() == address.trunc()) || held.is_empty() {
-                    drift.push(format!("address {address} of the result is not held by {key}"));
-                }
-            }
+            drift.extend(self.not_held(&key, &held));
         }
         if let Some(policy) = self.policy()?
             && let Some(endpoint) = attached.as_ref().and_then(|a| self.endpoint(a))
@@ -164,6 +162,15 @@ impl<'a> Call<'a> {
             drift.extend(policy.sink.missing(&endpoint)?);
         }
         if drift.is_empty() { Ok(()) } else { Err(CniError::new(ErrorCode::Drift, drift.join("; "))) }
+    }
+
+    /// Addresses of the result that the attachment does not hold.
+    pub(super) fn not_held(&self, key: &AttachmentKey, held: &[LeasedAddress]) -> Vec<String> {
+        let results = self.conf.previous.iter().flat_map(|p| &p.ips).map(|ip| ip.address);
+        let missing = results.filter(|a| held.iter().all(|h| h.address != *a));
+        // A later plugin of the chain may have added addresses: only those of our pools can be ours.
+        let ours = missing.filter(|a| held.is_empty() || held.iter().any(|h| h.address.trunc() == a.trunc()));
+        ours.map(|a| format!("address {a} of the result is not held by {key}")).collect()
     }
 
     pub(super) async fn del(&self) -> Result<(), CniError> {
@@ -226,7 +233,7 @@ impl<'a> Call<'a> {
         Ok(LinkConfig::read(&section)?)
     }
 
-    fn addresses(&self) -> Result<Option<&dyn AddressSource>, CniError> {
+    pub(super) fn addresses(&self) -> Result<Option<&dyn AddressSource>, CniError> {
         self.addresses.as_ref().map(Option::as_deref).map_err(Clone::clone)
     }
 
@@ -234,11 +241,11 @@ impl<'a> Call<'a> {
         self.policy.as_ref().map(Option::as_ref).map_err(Clone::clone)
     }
 
-    fn hold(&self, key: &AttachmentKey) -> Result<Hold<'_>, CniError> {
+    pub(super) fn hold(&self, key: &AttachmentKey) -> Result<Hold<'_>, CniError> {
         self.engine.hold(key).map_err(|error| attach(error.into()))
     }
 
-    async fn lease(&self, key: &AttachmentKey) -> Result<Lease, CniError> {
+    pub(super) async fn lease(&self, key: &AttachmentKey) -> Result<Lease, CniError> {
         let args = &self.invocation.args;
         let (ips, pools) = (self.conf.runtime.addresses.clone(), self.conf.runtime.pools.clone());
         let ips = ips.or(Asked { field: "CNI_ARGS IP", values: args.addresses.clone() });
@@ -299,7 +306,7 @@ impl<'a> Call<'a> {
     }
 
     /// Releases the lease after a failed ADD, unless devices that bear its addresses are still there, or stood before.
-    async fn give_back(&self, hold: &Hold<'_>, sequence: u64, error: CniError) -> CniError {
+    pub(super) async fn give_back(&self, hold: &Hold<'_>, sequence: u64, error: CniError) -> CniError {
         match self.addresses() {
             Ok(Some(addresses)) if !hold.is_recorded() => match addresses.release(hold.key(), sequence).await {
                 Ok(()) => error,
@@ -331,14 +338,14 @@ impl<'a> Call<'a> {
     }
 
     /// What the attachment holds; nothing where the configuration hands out no addresses.
-    async fn held(&self, key: &AttachmentKey) -> Result<Option<Lease>, CniError> {
+    pub(super) async fn held(&self, key: &AttachmentKey) -> Result<Option<Lease>, CniError> {
         match self.addresses()? {
             Some(addresses) => Ok(addresses.held(key).await?),
             None => Ok(None),
         }
     }
 
-    async fn retain(
+    pub(super) async fn retain(
         &self,
         addresses: &dyn AddressSource,
         network: &NetworkName,
@@ -362,7 +369,7 @@ impl<'a> Call<'a> {
         })
     }
 
-    fn key(&self) -> Result<AttachmentKey, CniError> {
+    pub(super) fn key(&self) -> Result<AttachmentKey, CniError> {
         match (&self.invocation.container, &self.invocation.ifname) {
             (Some(container), Some(ifname)) => Ok(AttachmentKey {
                 network: self.conf.name.clone(),
@@ -395,6 +402,12 @@ impl<'a> Call<'a> {
     }
 }
 
+/// The engine of a call, which is a program of one thread in the host's namespace.
+pub(super) fn engine(conf: &NetConf, policy: Option<Arc<dyn PolicySink>>) -> Result<Engine, CniError> {
+    let host = Host(NetNs::of_this_thread().map_err(netns)?);
+    Ok(Engine::new(host, &conf.run_dir, policy).map_err(journal)?.entering(NamespaceEntry::InPlace))
+}
+
 fn result(attached: &Attached) -> CniResult {
     let interfaces = attached
         .interfaces
@@ -423,7 +436,7 @@ fn netns(error: impl std::error::Error) -> CniError {
     CniError::new(ErrorCode::InvalidNetns, format!("CNI_NETNS: {error}"))
 }
 
-fn journal(error: JournalError) -> CniError {
+pub(super) fn journal(error: JournalError) -> CniError {
     CniError::new(ErrorCode::Io, error.to_string()).with_details(causes(&error))
 }
 

@@ -1,5 +1,5 @@
 //! The CNI plugin `dcenet`: core's engine, with addresses from ipam's store on this machine, and devices under policy from
-//! their first packet on.
+//! their first packet on. It is also the IPAM plugin of others, whose configuration says `"ipam": { "type": "dcenet" }`.
 
 use std::io::{stdin, stdout};
 use std::process::ExitCode;

@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod ipam;
 mod link;
 mod owner;
 mod pools;
