@@ -150,12 +150,12 @@ impl<'a> Session<'a> {
     }
 
     /// Waits for the kernel to act on a carrier, where asking for the link did not make it.
-    fn await_carrier(&self, target: Target, link: &IfName) -> Result<(), StepError> {
-        let mut socket = match target {
+    fn await_carrier(&mut self, target: Target, link: &IfName) -> Result<(), StepError> {
+        let listener = match target {
             Target::Host => self.engine.host_socket()?,
             Target::Pod => self.engine.pod_socket(self.pod_netns)?,
         };
-        if !socket.await_operational(link, CARRIER_LIMIT)? {
+        if !self.socket(target)?.await_operational(listener, link, CARRIER_LIMIT)? {
             // All is done that can be: it transmits as soon as it has a carrier.
             tracing::warn!(%link, "no carrier yet");
         }

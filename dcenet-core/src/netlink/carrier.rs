@@ -17,13 +17,19 @@ pub(crate) fn is_operational(payload: &[u8]) -> bool {
 }
 
 impl Socket {
-    /// Waits until a link transmits, at most for `limit`, and returns whether it does. The socket hears of all links from
-    /// then on: use it for nothing else.
-    pub(crate) fn await_operational(&mut self, link: &IfName, limit: Duration) -> Result<bool, NetlinkError> {
+    /// Waits until a link transmits, at most for `limit`, and returns whether it does. `listener` is another socket of the
+    /// same namespace: before Linux 6.8 a change may carry the sequence of the request that brought it about
+    /// (`rtmsg_ifinfo` in `net/core/rtnetlink.c`), and on one socket it would be lost among the replies.
+    pub(crate) fn await_operational(
+        &mut self,
+        mut listener: Self,
+        link: &IfName,
+        limit: Duration,
+    ) -> Result<bool, NetlinkError> {
         let failed = |failure| NetlinkError::new(format!("wait for the carrier of {link}"), failure);
-        self.hear_of_links().map_err(failed)?;
+        listener.hear_of_links().map_err(failed)?;
         let deadline = Instant::now() + limit;
-        'ask: loop {
+        loop {
             // Asked after listening, so that nothing that happens in between is missed.
             let replies = self.request(&link_by_name(link))?;
             let Some(index) = replies.iter().find_map(|r| LinkView::parse(&r.payload)).map(|l| l.index) else {
@@ -32,12 +38,16 @@ impl Socket {
             if replies.iter().any(|r| is_operational(&r.payload)) {
                 return Ok(true);
             }
+            // Asking again bounds the harm of a change that was not told.
+            let again = deadline.min(Instant::now() + ASK_AGAIN);
             loop {
-                let left = deadline.saturating_duration_since(Instant::now());
-                if left.is_zero() || !sys::wait_readable(self.as_fd(), left).map_err(|e| failed(Failure::Socket(e)))? {
-                    return Ok(false);
+                let left = again.saturating_duration_since(Instant::now());
+                if left.is_zero()
+                    || !sys::wait_readable(listener.as_fd(), left).map_err(|e| failed(Failure::Socket(e)))?
+                {
+                    break;
                 }
-                match self.next_change() {
+                match listener.next_change() {
                     Ok(changes) => {
                         let mut ours = changes
                             .iter()
@@ -47,13 +57,18 @@ impl Socket {
                         }
                     }
                     // More happened than the socket holds.
-                    Err(Failure::Socket(e)) if e.raw_os_error() == Some(libc::ENOBUFS) => continue 'ask,
+                    Err(Failure::Socket(e)) if e.raw_os_error() == Some(libc::ENOBUFS) => break,
                     Err(failure) => return Err(failed(failure)),
                 }
+            }
+            if Instant::now() >= deadline {
+                return Ok(false);
             }
         }
     }
 }
 
+/// Between two questions.
+const ASK_AGAIN: Duration = Duration::from_millis(500);
 /// `IF_OPER_UP` of `include/uapi/linux/if.h`.
 const IF_OPER_UP: u8 = 6;
