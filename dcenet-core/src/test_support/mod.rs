@@ -14,6 +14,6 @@ pub use crate::netlink::read_hostile;
 pub use crate::netlink::{Fault, Injection, through_gate, with_fault};
 pub use host::{TestHost, TestNetNs};
 pub use rng::Rng;
-pub use rung::{Rung, kernel_is_before, require, require_with};
+pub use rung::{Rung, effort, kernel_is_before, require, require_with};
 pub use snapshot::HostState;
 pub use traffic::{ping, tcp_echo, udp_echo};

@@ -74,6 +74,18 @@ pub fn require_with(rung: Rung, reason: impl FnOnce() -> Option<String>) -> bool
     }
 }
 
+/// How much a test that repeats itself does: in a guest, whose processor is emulated and ten to twenty times slower; as a
+/// rule; and in `make soak` (`DCENET_SOAK=1`).
+pub fn effort<T>(guest: T, usual: T, soak: T) -> T {
+    if std::env::var_os("DCENET_SOAK").is_some_and(|v| v == "1") {
+        soak
+    } else if std::env::var_os("DCENET_VM").is_some() {
+        guest
+    } else {
+        usual
+    }
+}
+
 /// Whether the running kernel is older than `major.minor`, for tests that know what older kernels cannot do. Nothing else
 /// looks at versions.
 ///

@@ -7,7 +7,7 @@ mod common;
 
 use common::{Faulted, Node, Pod};
 use dcenet_core::provider::{AddressSource, LeaseError, LeaseRequest};
-use dcenet_core::test_support::{HostState, Rung, require};
+use dcenet_core::test_support::{HostState, Rung, effort, require};
 use dcenet_ebpf::attach::{Attacher, ClsactAttacher, Direction, Hook, Owner, Tag};
 use dcenet_ebpf::pin::Pins;
 use dcenet_ebpf::program::Program;
@@ -63,16 +63,14 @@ enum Outcome {
 
 /// Runs `verb` with its first call failing, then its second, until it makes fewer; `after` looks at what is left.
 ///
-/// Of the calls at which the process ends every second is taken: before call 3 is after call 2. All are with
-/// `DCENET_SOAK=1`.
+/// Of the calls at which the process ends every second is taken: after call 3 is before call 4. All are in the soak form,
+/// and fewer in guests.
 fn each_call(verb: &str, mut run: impl FnMut(&str) -> Faulted, mut after: impl FnMut(Outcome, &str)) {
     let mut calls = 0;
     for kind in ["fail", "lose", "abort", "abort-after"] {
         let (mut fatal, mut store, mut policy) = (0, 0, 0);
-        for call in 1.. {
-            if kind.starts_with("abort") && !soak() && call % 2 == 1 && (2..calls).contains(&call) {
-                continue;
-            }
+        let stride = if kind.starts_with("abort") { effort(8, 2, 1) } else { effort(4, 1, 1) };
+        for call in (1..).step_by(stride) {
             let Faulted { met, outcome } = run(&format!("{kind}:{call}"));
             let what = format!("{verb}, {kind} {}", met.as_deref().unwrap_or("nothing"));
             let came = match &outcome {
@@ -90,7 +88,7 @@ fn each_call(verb: &str, mut run: impl FnMut(&str) -> Faulted, mut after: impl F
             after(came, &what);
             let Some(met) = met else {
                 assert_eq!(came, Outcome::Survived, "{what}: {outcome:?}");
-                calls = call - 1;
+                calls = calls.max(call - 1);
                 assert!(calls > 0, "{verb} makes calls");
                 println!(
                     "{verb:<28} {kind:<12} {calls:>3} calls; {store:>2} of the store, {policy:>2} of policy, \
@@ -107,10 +105,6 @@ fn each_call(verb: &str, mut run: impl FnMut(&str) -> Faulted, mut after: impl F
 
 /// In the names of calls that are made for policy alone.
 const OF_POLICY: [&str; 6] = ["BPF_", "clsact", "filters", "program", "policy owner", "look up the device"];
-
-fn soak() -> bool {
-    std::env::var_os("DCENET_SOAK").is_some_and(|v| v == "1")
-}
 
 /// Whether pods are under policy, and wait for their verdicts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -15,7 +15,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use common::{Node, Pod};
-use dcenet_core::test_support::{Rung, TestNetNs, require};
+use dcenet_core::test_support::{Rung, TestNetNs, effort, require};
 use dcenet_ebpf::abi::Sizes;
 use dcenet_ebpf::attach::ClsactAttacher;
 use dcenet_ebpf::loader::AyaLoader;
@@ -281,13 +281,7 @@ fn nothing_arrives_before_policy() {
     if !require(Rung::Kernel) {
         return;
     }
-    let rounds = if std::env::var_os("DCENET_SOAK").is_some_and(|v| v == "1") {
-        1000
-    } else if std::env::var_os("DCENET_VM").is_some() {
-        10
-    } else {
-        50
-    };
+    let rounds = effort(10, 50, 1000);
     let world = World::new();
     let _owner = world.owner();
     let peer = world.node.pod("peer");

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use common::{Node, Pod, Running};
 use dcenet_core::model::AttachmentKey;
-use dcenet_core::test_support::{HostState, Rung, ping, require};
+use dcenet_core::test_support::{HostState, Rung, effort, ping, require};
 use serde_json::{Value, json};
 
 /// Pods that come and go at once.
@@ -217,7 +217,7 @@ fn killed_under_policy_nothing_is_left_and_no_address_is_doubled_or_lost() {
 }
 
 fn kill_at_random_moments(node: &Node) {
-    let wanted = if std::env::var_os("DCENET_SOAK").is_some_and(|v| v == "1") { 2000 } else { 100 };
+    let wanted = effort(15, 100, 2000);
     let (neighbour, partner) = (node.pod("neighbour"), node.pod("partner"));
     let told = Told::default();
     told.add(&neighbour, &node.add(&neighbour).unwrap());
