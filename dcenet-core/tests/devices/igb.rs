@@ -1,7 +1,5 @@
 //! Virtual functions of QEMU's igb: two ports, of which the first creates them.
 
-use std::fs;
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use dcenet_core::model::IfName;
@@ -9,43 +7,8 @@ use dcenet_core::netlink::LinkView;
 use dcenet_core::netns::NetNs;
 use dcenet_core::test_support::{HostState, Rung, TestHost, require};
 
+use super::functions::{Functions, address_of, device_of};
 use super::{seen, socket};
-
-/// The physical function of the first port, by its Ethernet address: probing has no fixed order.
-fn port() -> PathBuf {
-    let devices = fs::read_dir("/sys/class/net").unwrap().map(|entry| entry.unwrap().path());
-    let mut ports = devices.filter(|d| fs::read_to_string(d.join("address")).is_ok_and(|a| a.trim() == PORT));
-    ports.next().expect("the guest has igb ports").join("device").canonicalize().unwrap()
-}
-
-/// The network device of a PCI function, which its driver registers some time after it appears.
-fn device_of(function: &Path) -> IfName {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
-        let entry = fs::read_dir(function.join("net")).ok().and_then(|mut entries| entries.next());
-        if let Some(entry) = entry {
-            return entry.unwrap().file_name().to_str().unwrap().parse().unwrap();
-        }
-        assert!(Instant::now() < deadline, "{} has no network device", function.display());
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-/// Virtual functions, removed when dropped.
-struct Functions(PathBuf);
-
-impl Functions {
-    fn create(port: PathBuf, count: usize) -> Self {
-        fs::write(port.join("sriov_numvfs"), count.to_string()).unwrap();
-        Self(port)
-    }
-}
-
-impl Drop for Functions {
-    fn drop(&mut self) {
-        fs::write(self.0.join("sriov_numvfs"), "0").unwrap();
-    }
-}
 
 #[test]
 fn a_virtual_function_goes_to_a_pod_and_comes_back() {
@@ -54,12 +17,11 @@ fn a_virtual_function_goes_to_a_pod_and_comes_back() {
     }
     let home = NetNs::of_this_thread().unwrap();
     let mut at_home = socket(&home);
-    let port = port();
     let before = HostState::capture(&home);
     {
-        let functions = Functions::create(port, 2);
-        let own = device_of(&functions.0.join("virtfn0"));
-        let other = device_of(&functions.0.join("virtfn1"));
+        let functions = Functions::create(2);
+        let own = device_of(&functions.path(0));
+        let other = device_of(&functions.path(1));
         let link = at_home.link(&own).unwrap().unwrap();
         // A physical device has no kind, and nobody can delete it.
         assert_eq!(link.kind, None);
@@ -75,7 +37,7 @@ fn a_virtual_function_goes_to_a_pod_and_comes_back() {
         assert_eq!(at_home.link(&other).unwrap().unwrap().name, other.as_str());
         let said = seen(&pod, "net1").unwrap();
         assert_eq!(said["address"], link.mac.unwrap().to_string());
-        assert_eq!(said["parentdev"], function_address(&functions.0, 0));
+        assert_eq!(said["parentdev"], address_of(&functions.path(0)));
         let inside = moved(pod.netns(), &net1).unwrap();
         socket(pod.netns()).move_link(&inside, &home, Some(&own)).unwrap();
         assert_eq!(moved(pod.netns(), &net1), None);
@@ -95,16 +57,7 @@ fn a_virtual_function_goes_to_a_pod_and_comes_back() {
             std::thread::sleep(Duration::from_millis(20));
         };
         assert_eq!(back.mac, link.mac);
-        assert_eq!(device_of(&functions.0.join("virtfn0")), net1);
+        assert_eq!(device_of(&functions.path(0)), net1);
     }
     assert_eq!(before.diff(&HostState::capture(&home)), "");
 }
-
-/// The PCI address of a virtual function.
-fn function_address(port: &Path, number: usize) -> String {
-    let function = port.join(format!("virtfn{number}")).canonicalize().unwrap();
-    function.file_name().unwrap().to_str().unwrap().to_owned()
-}
-
-/// As .ci/vm/boot gives it to the first port.
-const PORT: &str = "52:54:00:00:00:01";

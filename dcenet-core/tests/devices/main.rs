@@ -1,8 +1,11 @@
 //! Devices that the kernel makes for us, and real ones that it hands over: created, moved and deleted by our netlink,
 //! and looked at with iproute2.
 
+mod functions;
 mod igb;
 mod kinds;
+mod netdevsim;
+mod vfio;
 
 use dcenet_core::netlink::{Family, Socket};
 use dcenet_core::netns::NetNs;

@@ -1,0 +1,65 @@
+//! The virtual functions of a guest's igb ports.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use dcenet_core::model::{IfName, MacAddr};
+
+/// Virtual functions of the first port, removed when dropped.
+pub struct Functions(PathBuf);
+
+impl Functions {
+    pub fn create(count: usize) -> Self {
+        let port = port();
+        fs::write(port.join("sriov_numvfs"), count.to_string()).unwrap();
+        Self(port)
+    }
+
+    /// The folder of a function in sysfs.
+    pub fn path(&self, number: usize) -> PathBuf {
+        self.0.join(format!("virtfn{number}")).canonicalize().unwrap()
+    }
+
+    /// Gives a function its Ethernet address, which its driver takes over when it is bound the next time.
+    pub fn set_mac(&self, number: usize, mac: MacAddr) {
+        let (port, number, mac) = (device_of(&self.0).to_string(), number.to_string(), mac.to_string());
+        let set = Command::new("ip").args(["link", "set", &port, "vf", &number, "mac", &mac]).status().unwrap();
+        assert!(set.success());
+    }
+}
+
+impl Drop for Functions {
+    fn drop(&mut self) {
+        fs::write(self.0.join("sriov_numvfs"), "0").unwrap();
+    }
+}
+
+/// The physical function of the first port, by its Ethernet address: probing has no fixed order.
+fn port() -> PathBuf {
+    let devices = fs::read_dir("/sys/class/net").unwrap().map(|entry| entry.unwrap().path());
+    let mut ports = devices.filter(|d| fs::read_to_string(d.join("address")).is_ok_and(|a| a.trim() == PORT));
+    ports.next().expect("the guest has igb ports").join("device").canonicalize().unwrap()
+}
+
+/// The network device of a PCI function, which its driver registers some time after it appears.
+pub fn device_of(function: &Path) -> IfName {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let entry = fs::read_dir(function.join("net")).ok().and_then(|mut entries| entries.next());
+        if let Some(entry) = entry {
+            return entry.unwrap().file_name().to_str().unwrap().parse().unwrap();
+        }
+        assert!(Instant::now() < deadline, "{} has no network device", function.display());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// The PCI address of a function.
+pub fn address_of(function: &Path) -> String {
+    function.file_name().unwrap().to_str().unwrap().to_owned()
+}
+
+/// As .ci/vm/boot gives it to the first port.
+const PORT: &str = "52:54:00:00:00:01";
