@@ -46,6 +46,7 @@
 
 mod claims;
 pub mod config;
+pub mod groups;
 pub mod history;
 mod ipam;
 pub mod machine;

@@ -14,6 +14,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 pub use self::address::{Addr, AddressSpace, Family, Intervals};
 pub(crate) use self::address::{Interval, name_fault};
+pub(crate) use self::claim::pod_owner;
 pub use self::claim::{Claim, ClaimKey, ClaimSet, KeepPolicy, MacWish, Members};
 pub use self::pool::{Blocks, Pool};
 

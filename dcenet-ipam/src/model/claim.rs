@@ -288,6 +288,18 @@ impl fmt::Display for ClaimSet {
     }
 }
 
+/// The name of what owns a pod, told by the pod's name in the forms of [`Members`]; the name itself where it has none of
+/// them. The last part of a name may be a hash as well as the end of the owner's: only one of at least 6 characters, as
+/// all but one of 40,000 are, is taken for a hash.
+pub(crate) fn pod_owner(name: &str) -> &str {
+    let Some((rest, last)) = name.rsplit_once('-') else { return name };
+    match rest.rsplit_once('-') {
+        Some((owner, hash)) if hash.len() >= 6 && is_replica_suffix(&name[owner.len() + 1..]) => owner,
+        _ if number(last).is_some() || is_replica_suffix(last) => rest,
+        _ => name,
+    }
+}
+
 /// Whether Kubernetes may have made it: `SafeEncodeString` and `String` of `k8s.io/apimachinery/pkg/util/rand`.
 fn is_replica_suffix(suffix: &str) -> bool {
     let drawn = |text: &str| text.bytes().all(|b| b"bcdfghjklmnpqrstvwxz2456789".contains(&b));
@@ -335,6 +347,23 @@ mod tests {
         // Another Deployment's name may begin alike.
         for stranger in ["shop/web-admin-7d9f8c6b5-x2x4z", "shop/web-0", "shop/web-abcde", "shop/web-admin-x2x4z"] {
             assert!(!has(Members::Replica, stranger), "{stranger}");
+        }
+    }
+
+    #[test]
+    fn the_owner_of_a_pod_is_told_by_its_name() {
+        for (pod, owner) in [
+            ("db-0", "db"),
+            ("db-12", "db"),
+            ("web-7d9f8c6b5-x2x4z", "web"),
+            ("web-x2x4z", "web"),
+            ("web-db-x2x4z", "web-db"),
+            ("web", "web"),
+            ("web-admin", "web-admin"),
+            ("web-01", "web-01"),
+            ("web-abcde", "web-abcde"),
+        ] {
+            assert_eq!(pod_owner(pod), owner, "{pod}");
         }
     }
 

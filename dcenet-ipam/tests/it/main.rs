@@ -12,6 +12,7 @@ mod etcd;
 mod external;
 mod faults;
 mod group;
+mod groups;
 mod handover;
 mod history;
 mod lease;
