@@ -208,6 +208,15 @@ pub enum LeaseError {
     /// Others change the same records all the time; the same call may succeed later.
     #[error("the store is busy: {0}")]
     Busy(String),
+    /// Who hands out the addresses outside, or must be told of them, refused or did not answer.
+    #[error("{source}")]
+    Outside {
+        /// Whether the same call may succeed later.
+        retryable: bool,
+        /// What was asked of whom, and what came of it.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// The store holds what cannot be true; people must look at it.
     #[error("store: {0}")]
     Damaged(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -221,6 +230,7 @@ impl LeaseError {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Exhausted { .. } | Self::Busy(_) | Self::Store(_) => true,
+            Self::Outside { retryable, .. } => *retryable,
             Self::Damaged(_) | Self::Invalid { .. } | Self::Held { .. } => false,
         }
     }
