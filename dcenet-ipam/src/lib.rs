@@ -44,6 +44,7 @@
 #![warn(unreachable_pub, clippy::print_stderr, clippy::print_stdout, clippy::unwrap_used)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+pub mod binder;
 mod claims;
 pub mod config;
 pub mod groups;

@@ -14,6 +14,7 @@
 //! | `b/SPACE/F/POOL/` + block (16 bytes) | [`BlockRecord`]: which node owns a block |
 //! | `o/SPACE/F/POOL/NODE/` + block (16 bytes) | empty: the blocks of a node |
 //! | `p/SPACE/F/POOL/` + prefix (16 bytes) | empty: a delegated prefix with a slot |
+//! | `y/NETWORK/CONTAINER/IFNAME` | what an attachment may have outside; see [`binder`](crate::binder) |
 //! | `x/SPACE/F/` + last and first address (16 bytes each) | [`ReservationRecord`]: who uses them outside |
 //!
 //! `F` is `4` or `6`; numbers in keys are big-endian. Values are JSON, so that a store can be read by people and fields
@@ -370,7 +371,7 @@ mod optional_attachment {
     }
 }
 
-mod attachment_text {
+pub(crate) mod attachment_text {
     use serde::de::Error as _;
 
     use super::*;
@@ -384,7 +385,7 @@ mod attachment_text {
         parse(&text).ok_or_else(|| D::Error::custom(format!("{text:?} is no network/container/interface")))
     }
 
-    pub(super) fn parse(text: &str) -> Option<AttachmentKey> {
+    pub(crate) fn parse(text: &str) -> Option<AttachmentKey> {
         let mut parts = text.splitn(3, '/');
         let network = parts.next()?.parse().ok()?;
         let container = parts.next()?.parse().ok()?;

@@ -1,0 +1,228 @@
+//! Addresses of our own that the outside is told of.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use dcenet_core::model::{AttachmentKey, ContainerId, IfName, NetworkName};
+use dcenet_core::provider::{AddressSource, Lease, LeaseError, LeaseRequest};
+
+use super::ledger::{Entry, Ledger, Page, Stage, overtaken};
+use super::{AddressBinder, BindError, BindRequest, BinderSource, Bound, Recovered};
+use crate::Ipam;
+use crate::store::Batch;
+
+/// Leases from an [`Ipam`], and tells a binder of each address before the lease is answered.
+///
+/// Its records are in the store of the `Ipam`. Release through it, not through the `Ipam`: what was released past it, by
+/// a [`Reclaimer`](crate::reclaim::Reclaimer) say, stays bound outside until [`BinderSource::recover`].
+#[derive(Debug)]
+pub struct BoundSource<B: ?Sized> {
+    ipam: Arc<Ipam>,
+    ledger: Ledger,
+    binder: Arc<B>,
+}
+
+impl<B: AddressBinder + ?Sized> BoundSource<B> {
+    /// Over an allocator and an outside.
+    pub fn new(ipam: Arc<Ipam>, binder: Arc<B>) -> Self {
+        let ledger = Ledger { store: ipam.store().clone() };
+        Self { ipam, ledger, binder }
+    }
+
+    /// Binds what an intent says, and records it. `false` if somebody else was faster: what was bound is released.
+    async fn confirm(&self, attachment: &AttachmentKey, entry: &Entry, bound: Bound) -> Result<bool, LeaseError> {
+        let page = Page { stage: Stage::Bound, bound: Some(bound.clone()), ..entry.page.clone() };
+        if self.ledger.write(attachment, Some(entry.version), Some(&page), Batch::default()).await?.is_some() {
+            return Ok(true);
+        }
+        let now = self.ledger.read(attachment).await?;
+        let same = |now: &Entry| now.page.stage == Stage::Bound && now.sequence() == entry.sequence();
+        if now.as_ref().is_some_and(same) {
+            return Ok(true);
+        }
+        self.binder.release(&entry.token(attachment), Some(&bound)).await?;
+        Ok(false)
+    }
+
+    fn request(&self, attachment: &AttachmentKey, entry: &Entry) -> BindRequest {
+        let Page { addresses, mac, .. } = &entry.page;
+        BindRequest { token: entry.token(attachment), addresses: addresses.clone(), mac: *mac, workload: None }
+    }
+
+    /// Binds; where somebody has the address whose lease has ended, after releasing that.
+    async fn bind(&self, request: &BindRequest) -> Result<Bound, LeaseError> {
+        let result = self.binder.bind(request).await;
+        let Err(BindError::Held { holder, .. }) = &result else { return Ok(result?) };
+        let holder = holder.clone();
+        match self.ledger.read(&holder.attachment).await? {
+            Some(entry) if entry.sequence() == holder.sequence => {
+                let held = self.ipam.held(&holder.attachment).await?;
+                if held.is_some_and(|lease| lease.sequence() == holder.sequence) {
+                    return Ok(result?);
+                }
+                // Released past us.
+                self.undo(&holder.attachment, entry).await?;
+            }
+            // A remnant that no record names.
+            _ => self.binder.release(&holder, None).await?,
+        }
+        Ok(self.binder.bind(request).await?)
+    }
+
+    async fn is_named(&self, token: &super::BindToken) -> Result<bool, LeaseError> {
+        let entry = self.ledger.read(&token.attachment).await?;
+        Ok(entry.is_some_and(|entry| entry.sequence() == token.sequence))
+    }
+
+    /// Lets go outside, then inside, then of the record. `false` if somebody else was faster.
+    async fn undo(&self, attachment: &AttachmentKey, mut entry: Entry) -> Result<bool, LeaseError> {
+        let sequence = entry.sequence();
+        if entry.page.stage != Stage::Releasing {
+            entry.page = Page { stage: Stage::Releasing, sequence: Some(sequence), ..entry.page };
+            match self.ledger.write(attachment, Some(entry.version), Some(&entry.page), Batch::default()).await? {
+                Some(version) => entry.version = version,
+                None => return Ok(false),
+            }
+        }
+        self.binder.release(&entry.token(attachment), entry.page.bound.as_ref()).await?;
+        self.ipam.release(attachment, sequence).await?;
+        Ok(self.ledger.write(attachment, Some(entry.version), None, Batch::default()).await?.is_some())
+    }
+
+    async fn settle(&self, attachment: &AttachmentKey, entry: Entry, done: &mut Recovered) -> Result<(), LeaseError> {
+        let held = self.ipam.held(attachment).await?;
+        let alive = held.is_some_and(|lease| lease.sequence() == entry.sequence());
+        match entry.page.stage {
+            Stage::Bound if alive => {}
+            Stage::Intent if alive => {
+                let bound = self.bind(&self.request(attachment, &entry)).await?;
+                done.bound += usize::from(self.confirm(attachment, &entry, bound).await?);
+            }
+            _ => done.released += usize::from(self.undo(attachment, entry).await?),
+        }
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl<B: AddressBinder + ?Sized> AddressSource for BoundSource<B> {
+    async fn lease(&self, request: &LeaseRequest) -> Result<Lease, LeaseError> {
+        let attachment = &request.attachment;
+        for _ in 0..TRIES {
+            let lease = self.ipam.lease(request).await?;
+            let sequence = lease.sequence();
+            let entry = match self.ledger.read(attachment).await? {
+                Some(entry) if entry.sequence() != sequence => {
+                    if entry.sequence() < sequence {
+                        // Of a lease that was released past us.
+                        self.undo(attachment, entry).await?;
+                    }
+                    continue;
+                }
+                Some(entry) if entry.page.stage == Stage::Bound => return Ok(lease),
+                Some(entry) if entry.page.stage == Stage::Releasing => {
+                    self.undo(attachment, entry).await?;
+                    continue;
+                }
+                Some(entry) => entry,
+                None => {
+                    let addresses = lease.addresses.iter().map(|a| a.prefix.unwrap_or(a.address)).collect();
+                    let mac = lease.mac.unwrap_or_else(|| attachment.mac());
+                    let page = Page { stage: Stage::Intent, sequence: Some(sequence), addresses, mac, bound: None };
+                    match self.ledger.write(attachment, None, Some(&page), Batch::default()).await? {
+                        Some(version) => Entry { page, version },
+                        None => continue,
+                    }
+                }
+            };
+            let asked = BindRequest { workload: request.workload.clone(), ..self.request(attachment, &entry) };
+            match self.bind(&asked).await {
+                Ok(bound) => {
+                    if self.confirm(attachment, &entry, bound).await? {
+                        return Ok(lease);
+                    }
+                }
+                Err(error) => {
+                    // Where this fails too, the record stays, and whoever comes next goes on from it.
+                    if let Err(second) = self.undo(attachment, entry).await {
+                        tracing::warn!(%attachment, %second, "a lease that could not be bound is still held");
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        Err(overtaken(attachment))
+    }
+
+    async fn held(&self, attachment: &AttachmentKey) -> Result<Option<Lease>, LeaseError> {
+        self.ipam.held(attachment).await
+    }
+
+    async fn release(&self, attachment: &AttachmentKey, sequence: u64) -> Result<(), LeaseError> {
+        for _ in 0..TRIES {
+            match self.ledger.read(attachment).await? {
+                Some(entry) if entry.sequence() == sequence => {
+                    if self.undo(attachment, entry).await? {
+                        return Ok(());
+                    }
+                }
+                _ => return self.ipam.release(attachment, sequence).await,
+            }
+        }
+        Err(overtaken(attachment))
+    }
+
+    async fn retain(
+        &self,
+        network: &NetworkName,
+        valid: &[(ContainerId, IfName)],
+    ) -> Result<Vec<AttachmentKey>, LeaseError> {
+        let alive = |a: &AttachmentKey| valid.iter().any(|(c, i)| *c == a.container && *i == a.ifname);
+        let leases = self.ipam.bindings(Some(network)).await?.into_iter().map(|b| (b.attachment, b.sequence));
+        let pages = self.ledger.all(Some(network)).await?.into_iter().map(|(a, entry)| (a, entry.sequence()));
+        let mut stale: Vec<_> = leases.chain(pages).filter(|(attachment, _)| !alive(attachment)).collect();
+        stale.sort();
+        stale.dedup();
+        let mut released = Vec::new();
+        for (attachment, sequence) in stale {
+            self.release(&attachment, sequence).await?;
+            released.push(attachment);
+        }
+        released.dedup();
+        Ok(released)
+    }
+
+    async fn ready(&self) -> Result<(), LeaseError> {
+        self.binder.ready().await?;
+        self.ipam.ready().await
+    }
+}
+
+#[async_trait]
+impl<B: AddressBinder + ?Sized> BinderSource for BoundSource<B> {
+    async fn recover(&self) -> Result<Recovered, LeaseError> {
+        let (mut done, mut failure) = (Recovered::default(), None);
+        for (attachment, entry) in self.ledger.all(None).await? {
+            if let Err(error) = self.settle(&attachment, entry, &mut done).await {
+                failure.get_or_insert(error);
+            }
+        }
+        // Listed first and looked for afterwards: an intent comes before its bind.
+        for token in self.binder.list().await?.unwrap_or_default() {
+            if !self.is_named(&token).await? {
+                match self.binder.release(&token, None).await {
+                    Ok(()) => done.remnants += 1,
+                    Err(error) => drop(failure.get_or_insert(error.into())),
+                }
+            }
+        }
+        failure.map_or(Ok(done), Err)
+    }
+
+    async fn renew_due(&self) -> Result<Vec<(AttachmentKey, u64)>, LeaseError> {
+        self.ledger.renew_due(&*self.binder, self.ipam.now()).await
+    }
+}
+
+/// Times that a call begins anew because others work on the same attachment.
+const TRIES: u32 = 8;
