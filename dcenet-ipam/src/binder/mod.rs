@@ -36,6 +36,8 @@
 mod bound;
 #[cfg(feature = "test-support")]
 pub mod conformance;
+#[cfg(feature = "dhcp")]
+pub mod dhcp;
 #[cfg(feature = "test-support")]
 pub mod flaky;
 mod ledger;

@@ -1,4 +1,7 @@
-//! Binders and the sources on them: interrupted everywhere, over a record in a file.
+//! Binders and the sources on them: interrupted everywhere, over a record in a file and over a real DHCP server.
+
+#[cfg(feature = "dhcp")]
+mod dhcp;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
