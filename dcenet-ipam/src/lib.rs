@@ -53,6 +53,7 @@ mod ipam;
 pub mod machine;
 pub mod model;
 pub mod plan;
+pub mod pool;
 pub mod reclaim;
 mod record;
 pub mod select;

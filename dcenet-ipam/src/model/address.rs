@@ -194,9 +194,23 @@ impl Intervals {
 
     /// What is in `self` and in the interval.
     pub(crate) fn within(&self, low: u128, high: u128) -> Self {
-        let first = self.0.partition_point(|part| part.1 < low);
-        let parts = self.0[first..].iter().take_while(|part| part.0 <= high);
-        Self(parts.map(|part| (part.0.max(low), part.1.min(high))).collect())
+        Self(self.parts_within(low, high).collect())
+    }
+
+    /// The same, one by one.
+    pub(crate) fn parts_within(&self, low: u128, high: u128) -> impl Iterator<Item = Interval> {
+        let parts = self.0[self.position(low)..].iter().take_while(move |part| part.0 <= high);
+        parts.map(move |part| (part.0.max(low), part.1.min(high)))
+    }
+
+    /// How many of the intervals end before the number.
+    pub(crate) fn position(&self, number: u128) -> usize {
+        self.0.partition_point(|part| part.1 < number)
+    }
+
+    /// The n-th interval.
+    pub(crate) fn nth(&self, n: usize) -> Option<Interval> {
+        self.0.get(n).copied()
     }
 
     /// Whether the number is in one of them.

@@ -28,6 +28,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
+pub(crate) use self::runs::Runs;
+
 /// A key: compared as bytes, at most [`MAX_KEY`] of them.
 pub type Key = Vec<u8>;
 

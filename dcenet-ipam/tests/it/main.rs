@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod binder;
+mod address_pool;
 mod blocks;
 mod claims;
 mod config;
