@@ -1,5 +1,6 @@
 //! The allocator over a store.
 
+mod index;
 mod pools;
 
 use std::collections::BTreeMap;
@@ -13,6 +14,7 @@ use dcenet_core::model::{AttachmentKey, ClusterId, ContainerId, IfName, LabelSet
 use dcenet_core::provider::{AddressSource, Lease, LeaseError, LeaseRequest};
 use parking_lot::Mutex;
 
+use self::index::{Index, Proposal};
 pub use self::pools::{OwnedBlock, Reservation};
 use crate::config::{ConfigError, IpamConfig, Layout};
 use crate::machine::{Command, Query, Reply, Step, View, step};
@@ -21,7 +23,7 @@ use crate::record::{
     AttachmentRecord, ClaimRecord, SlotRecord, attachment_key, attachment_of, claim_prefix, network_prefix, slot_prefix,
 };
 use crate::select::Node;
-use crate::store::{Batch, Entry, Key, Outcome, Sharing, Store, StoreError, number_of, numbered};
+use crate::store::{Batch, Entry, Key, Outcome, Sharing, Store, StoreError, Write, number_of, numbered};
 
 /// Hands out the addresses of one configuration from a store that others may share.
 pub struct Ipam {
@@ -29,15 +31,18 @@ pub struct Ipam {
     store: Arc<dyn Store>,
     clock: Source,
     entropy: Source,
-    /// What a store that is far away was seen to hold lately; `None` where reading costs no trip.
+    /// What the store was seen to hold lately; `None` where reading costs no trip and nobody lives long.
     lately: Option<Mutex<Lately>>,
+    index: Option<Index>,
 }
 
 /// What a lease may guess, for whatever it rests on is guarded: a wrong guess costs a second trip and nothing else.
 #[derive(Default)]
 struct Lately {
-    /// The records of the address spaces.
-    spaces: BTreeMap<Key, Entry>,
+    /// The records of the address spaces and, with an index, of blocks.
+    records: BTreeMap<Key, Entry>,
+    /// With an index, which blocks the node was seen to own.
+    owned: BTreeMap<Query, Vec<Key>>,
     /// Where the last search began that lost no race.
     entropy: u64,
 }
@@ -121,7 +126,22 @@ impl Ipam {
 
     fn over(layout: Layout, store: Arc<dyn Store>) -> Self {
         let lately = (store.caps().sharing == Sharing::Machines).then(Mutex::default);
-        Self { layout, store, clock: Arc::new(wall_clock), entropy: Arc::new(random), lately }
+        Self { layout, store, clock: Arc::new(wall_clock), entropy: Arc::new(random), lately, index: None }
+    }
+
+    /// Keeps an index of the pools in memory, for a process that lives long and has many callers: the node's daemon, an
+    /// embedder. A lease then reads little of the store or nothing, no two callers of this process try for the same
+    /// address, and what other processes do is learnt from the store's watch. The first lease reads all slots of the
+    /// configuration's spaces.
+    ///
+    /// Call it last: it takes the node, the pools and the store as they are. What is true stays what the store holds; see
+    /// [`AddressPool`](crate::pool::AddressPool). Together with [`GroupStore`](crate::store::group::GroupStore), many
+    /// callers share each flush of the log.
+    #[must_use]
+    pub fn with_index(mut self) -> Self {
+        self.index = Some(Index::new(&self.layout, self.store.clone()));
+        self.lately.get_or_insert_default();
+        self
     }
 
     /// Asks in the name of a node: pools that select by node compare it, and each lease records that its attachment is
@@ -373,7 +393,9 @@ impl Ipam {
                 }
                 let record = Command::Record { pool: pool.name.clone(), claim: claim.clone() };
                 match self.attempt(&record).await {
-                    Ok(_) => {}
+                    Ok(Some(_)) => {}
+                    // Another configuration has changed the pools meanwhile.
+                    Ok(None) => return Ok(()),
                     // Its own workload is refused when it asks; others are not to suffer for it.
                     Err(error @ (LeaseError::Held { .. } | LeaseError::Invalid { .. })) => {
                         tracing::warn!(claim = %claim.key, %error, "a claim of the configuration cannot be recorded");
@@ -389,20 +411,27 @@ impl Ipam {
     async fn attempt(&self, command: &Command) -> Result<Option<Reply>, LeaseError> {
         let (mut view, mut entropy, mut guessed) = self.guess(command);
         let (mut conflicts, mut unknown) = (0, 0);
+        let mut proposals = Vec::new();
+        if guessed {
+            self.look(false).await;
+        }
         loop {
             // Never older than what the view holds, or a process that stood still would take a fresh release for one of the
             // far future.
             let now = (self.clock)();
             let next = step(&self.layout, &view, command, now, entropy);
-            if guessed && !matches!(next, Ok(Step::Read(_) | Step::Commit(..))) {
-                // No guard would tell that this rests on a wrong guess.
+            if guessed && !may_be_guessed(&next) {
                 (view, guessed) = (View::default(), false);
+                proposals.clear();
                 continue;
             }
             match next? {
                 Step::Done(reply) => return Ok(Some(reply)),
                 Step::Unregistered => return Ok(None),
-                Step::Read(queries) => self.learn(&mut view, queries, guessed).await?,
+                Step::Read(queries) => {
+                    let proposals = guessed.then_some(&mut proposals);
+                    self.learn(&mut view, queries, proposals).await?;
+                }
                 Step::Stale => {
                     count_conflict(&mut conflicts)?;
                     view = View::default();
@@ -411,14 +440,22 @@ impl Ipam {
                 Step::Commit(mut batch, reply) => {
                     batch.request_id = self.request_id();
                     match self.store.commit(&batch).await.map_err(store_error)? {
-                        Outcome::Committed { revision } => return Ok(Some(reply.committed(revision))),
+                        Outcome::Committed { revision } => {
+                            self.notice_commit(&batch.writes, revision);
+                            return Ok(Some(reply.committed(revision)));
+                        }
                         Outcome::Conflict(current) => {
                             count_conflict(&mut conflicts)?;
                             for (guard, entry) in batch.guards.iter().zip(&current) {
                                 self.notice(&guard.key, entry.as_ref());
                             }
+                            let surprised = self.index.as_ref().is_some_and(|i| i.refused(&batch.guards, &current));
                             view.learn_conflict(&batch.guards, current);
+                            proposals.clear();
                             entropy = self.begin_elsewhere();
+                            if surprised && guessed {
+                                self.look(true).await;
+                            }
                         }
                         Outcome::Unknown { reason } => {
                             unknown += 1;
@@ -428,6 +465,7 @@ impl Ipam {
                             }
                             // What the command wanted is either there or not: it is decided anew from what is there.
                             (view, guessed) = (View::default(), false);
+                            proposals.clear();
                         }
                     }
                 }
@@ -440,55 +478,112 @@ impl Ipam {
         let mut view = View::default();
         let Some(lately) = &self.lately else { return (view, 0, false) };
         let mut lately = lately.lock();
-        if lately.entropy == 0 {
+        if lately.entropy == 0 && self.is_far() {
             // Rivals part ways from the first try on.
             lately.entropy = (self.entropy)().max(1);
         }
         let Command::Lease(request) = command else { return (view, lately.entropy, false) };
         view.learn_key(attachment_key(&request.attachment), None);
-        for (key, entry) in &lately.spaces {
+        for (key, entry) in &lately.records {
             view.learn_key(key.clone(), Some(entry.clone()));
         }
+        for (query, owned) in &lately.owned {
+            view.learn_scan(query.clone(), owned.clone());
+        }
         (view, lately.entropy, true)
+    }
+
+    /// Whether reading the store costs a trip.
+    fn is_far(&self) -> bool {
+        self.store.caps().sharing == Sharing::Machines
+    }
+
+    /// Lets the index learn what others did.
+    async fn look(&self, at_once: bool) {
+        if let Some(index) = &self.index
+            && let Err(error) = index.look(self.now(), at_once).await
+        {
+            tracing::debug!(%error, "the index of the pools is not up to date");
+        }
     }
 
     /// A place for the next search, after a lost race.
     fn begin_elsewhere(&self) -> u64 {
         let entropy = (self.entropy)().max(1);
-        if let Some(lately) = &self.lately {
+        if let Some(lately) = &self.lately
+            && self.is_far()
+        {
             lately.lock().entropy = entropy;
         }
         entropy
     }
 
+    /// Whether the record of the key may be guessed next time.
+    fn may_guess(&self, key: &[u8]) -> bool {
+        key.starts_with(b"e/") || self.index.is_some() && key.starts_with(b"b/")
+    }
+
     /// Remembers what may be guessed next time.
     fn notice(&self, key: &[u8], entry: Option<&Entry>) {
         if let Some(lately) = &self.lately
-            && key.starts_with(b"e/")
+            && self.may_guess(key)
         {
             let mut lately = lately.lock();
+            if key.starts_with(b"b/") && lately.records.get(key) != entry {
+                lately.owned.clear();
+            }
             match entry {
-                Some(entry) => drop(lately.spaces.insert(key.to_vec(), entry.clone())),
-                None => drop(lately.spaces.remove(key)),
+                Some(entry) => drop(lately.records.insert(key.to_vec(), entry.clone())),
+                None => drop(lately.records.remove(key)),
             }
         }
     }
 
-    async fn learn(&self, view: &mut View, queries: Vec<Query>, guess: bool) -> Result<(), LeaseError> {
+    /// The same of what was written.
+    fn notice_commit(&self, writes: &[Write], revision: u64) {
+        let Some(index) = &self.index else { return };
+        index.committed(writes, revision);
+        for write in writes.iter().filter(|write| self.may_guess(write.key())) {
+            let entry = match write {
+                Write::Delete(_) => None,
+                Write::Put(_, value) => Some(Entry { value: value.clone(), version: revision }),
+            };
+            self.notice(write.key(), entry.as_ref());
+        }
+    }
+
+    /// Reads what is asked for. With `proposals`, the index answers first.
+    async fn learn<'a>(
+        &'a self,
+        view: &mut View,
+        queries: Vec<Query>,
+        mut proposals: Option<&mut Vec<Proposal<'a>>>,
+    ) -> Result<(), LeaseError> {
         let mut keys = Vec::new();
         for query in queries {
+            if let Some(proposals) = &mut proposals
+                && self.propose(view, &query, proposals).await
+            {
+                continue;
+            }
             match &query {
                 Query::Key(key) => keys.push(key.clone()),
                 Query::Gap(prefix, low, high) => {
                     let gap = self.store.first_gap(prefix, *low..=*high).await.map_err(store_error)?;
-                    if let (Some(number), true) = (gap, guess) {
+                    if let (Some(number), true) = (gap, proposals.is_some()) {
                         view.learn_key(numbered(prefix, number), None);
                     }
                     view.learn_gap(query, gap);
                 }
                 Query::Scan(prefix, after, limit) => {
                     let found = self.store.scan(prefix, after.as_deref(), *limit).await.map_err(store_error)?;
-                    view.learn_scan(query, found.into_iter().map(|(key, _)| key).collect());
+                    let found: Vec<Key> = found.into_iter().map(|(key, _)| key).collect();
+                    if let Some(lately) = self.lately.as_ref().filter(|_| self.index.is_some())
+                        && prefix.starts_with(b"o/")
+                    {
+                        lately.lock().owned.insert(query.clone(), found.clone());
+                    }
+                    view.learn_scan(query, found);
                 }
             }
         }
@@ -500,6 +595,47 @@ impl Ipam {
             }
         }
         Ok(())
+    }
+
+    /// Lets the index answer a query. Returns whether it did.
+    async fn propose<'a>(&'a self, view: &mut View, query: &Query, proposals: &mut Vec<Proposal<'a>>) -> bool {
+        let Some(index) = &self.index else { return false };
+        match query {
+            Query::Gap(prefix, low, high) => {
+                let mut proposed = index.unused(prefix, *low, *high, self.now());
+                if let Some(None) = proposed {
+                    // Others may have released something since, and before what was released here.
+                    self.look(true).await;
+                    proposed = index.unused(prefix, *low, *high, self.now());
+                }
+                let Some(proposal) = proposed else { return false };
+                view.learn_gap(query.clone(), proposal.as_ref().map(|p| p.address));
+                if let Some(proposal) = proposal {
+                    view.learn_key(numbered(prefix, proposal.address), None);
+                    proposals.push(proposal);
+                }
+                true
+            }
+            Query::Scan(queue, None, _) => {
+                let Some(proposal) = index.released(queue, self.now()) else { return false };
+                let Some((key, slot, entry)) = proposal.in_queue() else { return false };
+                view.learn_scan(query.clone(), vec![key]);
+                view.learn_key(slot, Some(entry));
+                proposals.push(proposal);
+                true
+            }
+            Query::Key(_) | Query::Scan(..) => false,
+        }
+    }
+}
+
+/// Whether what was decided may rest on guesses: only a commit's guards would tell of a wrong one. That no block of the
+/// node has an address left is no guard's, so a block is claimed by who has looked.
+fn may_be_guessed(next: &Result<Step, LeaseError>) -> bool {
+    match next {
+        Ok(Step::Commit(batch, _)) => !batch.guards.iter().any(|g| g.version.is_none() && g.key.starts_with(b"b/")),
+        Ok(Step::Read(_)) => true,
+        _ => false,
     }
 }
 

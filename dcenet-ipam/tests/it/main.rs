@@ -17,6 +17,7 @@ mod group;
 mod groups;
 mod handover;
 mod history;
+mod index;
 mod lease;
 mod log;
 mod log_watch;
