@@ -2,7 +2,9 @@
 //!
 //! A commit that finds no other under way leads: it takes whatever waits and sends all of it by
 //! [`Store::commit_many`], once for the log, that is, one lock and one flush. Those that come meanwhile wait and make
-//! the next group. There is no timer and no thread: a commit that is alone goes straight through.
+//! the next group. There is no timer and no thread: a commit that is alone goes straight through. The answers of a group
+//! set its callers free all at once, so the first who is back with another commit waits a moment for the others, at most
+//! a part of the time that the last group took.
 //!
 //! The order in which commits came is the order in which they are applied, and each is answered as if it had been
 //! alone: guards of a later one see what an earlier one of its group wrote.
@@ -13,6 +15,7 @@ use std::future::poll_fn;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
@@ -22,6 +25,9 @@ use super::{Batch, Caps, Entry, Key, Outcome, Store, StoreError, Watch, Write, c
 /// Batches and bytes of one group.
 const GROUP: usize = 256;
 const GROUP_BYTES: usize = 1 << 20;
+/// The part of the time of the last group that a leader waits for others, and the most.
+const GATHER_SHARE: u32 = 4;
+const GATHER: Duration = Duration::from_millis(1);
 
 /// A store whose commits are sent in groups, for a daemon that many callers commit through at once.
 ///
@@ -37,6 +43,8 @@ struct Queue {
     waiting: VecDeque<(Batch, Arc<Ticket>)>,
     /// Somebody leads, or was told to.
     led: bool,
+    /// Commits of the last group, and how long it took.
+    last: (usize, Duration),
 }
 
 /// What one caller waits for.
@@ -77,6 +85,18 @@ impl GroupStore {
     /// Groups the commits to a store.
     pub fn new(inner: Arc<dyn Store>) -> Self {
         Self { inner, queue: Mutex::default() }
+    }
+
+    /// Lets the others who were in the last group come, while they do.
+    fn gather(&self) {
+        let (others, time) = self.queue.lock().last;
+        if others < 2 {
+            return;
+        }
+        let (begin, limit) = (Instant::now(), (time / GATHER_SHARE).min(GATHER));
+        while self.queue.lock().waiting.len() < others && begin.elapsed() < limit {
+            std::thread::yield_now();
+        }
     }
 
     /// What waits, as much as a group may have, in the order in which it came.
@@ -184,9 +204,12 @@ impl Store for GroupStore {
         if let Some(answer) = poll_fn(|context| ticket.poll(context)).await {
             return answer;
         }
+        self.gather();
         let (batches, tickets) = self.take();
         let mut lead = Lead { store: self, tickets };
+        let begin = Instant::now();
         let answers = self.inner.commit_many(&batches).await;
+        self.queue.lock().last = (batches.len(), begin.elapsed());
         let mut answers = answers.into_iter();
         let mut own = None;
         for other in lead.tickets.drain(..) {

@@ -221,7 +221,7 @@ impl Shared {
         // Who flushes reads this to know how much its flush covers. Without it the flush covers these frames only.
         let own = Hints::write_end(&self.disk, &self.lock, view.log.generation, view.end).is_ok();
         let written = Written { log: view.log.clone(), end: view.end, own };
-        if view.wants_merge() {
+        if view.wants_merge(batches.len()) {
             // The commits do not depend on it: the log only stays longer.
             if let Err(error) = view.merge(&self.disk) {
                 tracing::warn!(%error, "the log could not be merged into its snapshot");

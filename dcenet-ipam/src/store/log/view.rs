@@ -299,9 +299,12 @@ impl View {
         Ok(None)
     }
 
-    pub(super) fn wants_merge(&self) -> bool {
+    /// Whether it is time to merge for who has committed so many batches at once. Who commits in groups does so often,
+    /// and merges less often for it, or merging would take more time than committing; the next who comes alone merges.
+    pub(super) fn wants_merge(&self, batches: usize) -> bool {
         let records = self.snapshot.as_ref().map_or(0, |s| s.records);
-        self.operations >= self.merge_failed_at + TAIL_MIN.max(records / TAIL_SHARE)
+        let patience = (batches as u64).clamp(1, GROUP_PATIENCE);
+        self.operations >= self.merge_failed_at + patience * TAIL_MIN.max(records / TAIL_SHARE)
     }
 
     /// Writes everything to a new snapshot and begins a new log. The caller holds the lock.
@@ -338,3 +341,5 @@ const CHUNK: u64 = 64 << 10;
 /// A merge comes after this many operations, or this part of the snapshot's records, whichever is more.
 const TAIL_MIN: u64 = 512;
 const TAIL_SHARE: u64 = 128;
+/// How many times as many a group may leave for the next merge, and a process that opens the log must read.
+const GROUP_PATIENCE: u64 = 64;
