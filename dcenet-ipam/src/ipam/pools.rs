@@ -95,7 +95,8 @@ impl Ipam {
     /// # Errors
     /// [`LeaseError::Held`] with the holder if one of the addresses is in use, kept by a claim or reserved otherwise;
     /// [`LeaseError::Invalid`] if the range is none or the holder has no name. The store lacking, the reservation may be
-    /// recorded although it was not looked over: repeat the call.
+    /// recorded although it was not looked over: repeat the call. A reservation that stood before the call stands after
+    /// it, also if an address of it turns out to be in use: whoever wants that takes it back.
     pub async fn reserve_external(
         &self,
         space: &AddressSpace,
@@ -111,6 +112,9 @@ impl Ipam {
         let new = self.run(&hold).await? == Reply::Done;
         // Nothing is taken of it from here on; what was taken before is seen.
         if let Some((address, user)) = self.user_of(space, first, last).await? {
+            if !new {
+                return Err(LeaseError::Held { address: address.ip(), holder: user });
+            }
             let unhold = Command::Unhold { space: space.clone(), first, last, holder: holder.to_owned() };
             self.run(&unhold).await?;
             return Err(LeaseError::Held { address: address.ip(), holder: user });

@@ -11,7 +11,7 @@
 
 use super::lease::PAGE;
 use super::{Aside, Draft, Halt, Reply, Step, Work};
-use crate::model::{Addr, Blocks, Family, Intervals, Pool};
+use crate::model::{Addr, AddressSpace, Blocks, Family, Interval, Intervals, Pool};
 use crate::record::{
     BlockRecord, SlotRecord, block_prefix, block_queue, freed_prefix, owned_prefix, slot_key, slot_prefix,
 };
@@ -37,10 +37,28 @@ impl Work<'_> {
             }
             open.push((block, free));
         }
+        // What rests in one that is being given up must not stand before what rests in the others.
+        self.need(&open.iter().map(|(block, _)| block_key(pool, *block)).collect::<Vec<_>>())?;
+        let mut closing = Vec::new();
+        for (block, _) in &open {
+            if self.owned_as(pool, *block, node)?.is_none() {
+                closing.push(*block);
+            }
+        }
+        open.retain(|(block, _)| !closing.contains(block));
         if let Some((block, address)) = self.oldest_of(pool, &open)?
             && self.lean_on(pool, block, node)?
         {
             return Ok(Some(address));
+        }
+        // Where nobody borrows, nobody else finds what has ended in them.
+        if !blocks.borrow && !open.is_empty() {
+            let free = Intervals::new(open.iter().flat_map(|(_, free)| free.iter()).collect());
+            if let Some(address) = self.pick_ended(pool, &free)?
+                && self.lean_on(pool, address.bits >> shift_of(pool, blocks), node)?
+            {
+                return Ok(Some(address));
+            }
         }
         if let Some(address) = self.claim_block(pool, blocks, node)? {
             return Ok(Some(address));
@@ -63,14 +81,17 @@ impl Work<'_> {
 
     /// Rests the decision on the node's owning the block. Returns whether it does and may take from it.
     fn lean_on(&self, pool: &Pool, block: u128, node: &str) -> Result<bool, Halt> {
-        let key = numbered(&block_prefix(&pool.space, pool.family(), &pool.name), block);
-        match self.record::<BlockRecord>(&key)? {
-            Some((record, version)) if record.node == node && !record.closing => {
-                self.set_aside(Aside { guard: key, version: Some(version), puts: Vec::new() });
-                Ok(true)
-            }
-            _ => Ok(false),
+        let version = self.owned_as(pool, block, node)?;
+        if version.is_some() {
+            self.set_aside(Aside { guard: block_key(pool, block), version, puts: Vec::new() });
         }
+        Ok(version.is_some())
+    }
+
+    /// The version of the block's record if the node owns it and may take from it.
+    fn owned_as(&self, pool: &Pool, block: u128, node: &str) -> Result<Option<u64>, Halt> {
+        let record = self.record::<BlockRecord>(&block_key(pool, block))?;
+        Ok(record.filter(|(record, _)| record.node == node && !record.closing).map(|(_, version)| version))
     }
 
     /// Of what was released in the blocks, the oldest.
@@ -92,7 +113,7 @@ impl Work<'_> {
 
     /// Takes a block that nobody owns and that has an address left.
     fn claim_block(&self, pool: &Pool, blocks: Blocks, node: &str) -> Result<Option<Addr>, Halt> {
-        let shift = u32::from(pool.family().bits() - blocks.length);
+        let shift = shift_of(pool, blocks);
         let prefix = block_prefix(&pool.space, pool.family(), &pool.name);
         let mut numbers = Intervals::new(pool.free.iter().map(|(low, high)| (low >> shift, high >> shift)).collect());
         // Blocks that nobody owns can be full of what was borrowed. Where anybody may borrow, the search of the whole pool
@@ -102,10 +123,13 @@ impl Work<'_> {
             let Some(block) = self.first_free(&prefix, &numbers, |_| Ok(None))? else { break };
             let (low, high) = pool.block_range(blocks.length, block);
             let free = pool.free.within(low, high);
-            let found = match self.unused(pool, &free)? {
-                Some(address) => Some(address),
-                None => self.oldest_of(pool, &[(block, free)])?.map(|(_, address)| address),
-            };
+            let mut found = self.unused(pool, &free)?;
+            if found.is_none() {
+                found = self.oldest_of(pool, &[(block, free.clone())])?.map(|(_, address)| address);
+            }
+            if found.is_none() && !blocks.borrow {
+                found = self.pick_ended(pool, &free)?;
+            }
             if let Some(address) = found {
                 let record = BlockRecord { node: node.to_owned(), closing: false };
                 let value = serde_json::to_vec(&record).expect("a name and a flag serialise");
@@ -121,7 +145,7 @@ impl Work<'_> {
     }
 
     /// The queue that a release of the address goes to.
-    pub(super) fn queue_of(&self, space: &crate::model::AddressSpace, address: Addr, pool: &str) -> String {
+    pub(super) fn queue_of(&self, space: &AddressSpace, address: Addr, pool: &str) -> String {
         let owner = self.layout.pools.iter().find(|p| p.name == pool && p.space == *space);
         match owner.and_then(|p| p.block).filter(|_| owner.is_some_and(|p| p.family() == address.family)) {
             Some(blocks) => block_queue(pool, address.bits >> (address.family.bits() - blocks.length)),
@@ -154,7 +178,8 @@ impl Work<'_> {
         };
         let mut draft = Draft::default();
         draft.guard(&key, Some(version));
-        if self.in_use(pool, pool.block_range(blocks.length, block))? {
+        let range = pool.block_range(blocks.length, block);
+        if self.first_in_use(&pool.space, pool.family(), range)?.is_some() {
             draft.put(key, &BlockRecord { closing: false, ..record });
             return Ok(draft.commit(Reply::NotHeld));
         }
@@ -167,28 +192,47 @@ impl Work<'_> {
         self.layout.pools.iter().find(|p| p.name == pool).and_then(|p| Some((p, p.block?)))
     }
 
-    /// Whether an address of the interval is used or kept.
-    fn in_use(&self, pool: &Pool, (low, high): (u128, u128)) -> Result<bool, Halt> {
-        let (family, prefix) = (pool.family(), slot_prefix(&pool.space, pool.family()));
+    /// The first address of the interval that is used, kept or in quarantine.
+    pub(super) fn first_in_use(
+        &self,
+        space: &AddressSpace,
+        family: Family,
+        (low, high): Interval,
+    ) -> Result<Option<(Addr, SlotRecord)>, Halt> {
+        let prefix = slot_prefix(space, family);
         let mut after: Option<Key> = low.checked_sub(1).map(|below| numbered(&prefix, below));
         loop {
             let page = self.scan(&prefix, after, PAGE)?;
-            let inside: Vec<u128> =
-                page.iter().filter_map(|key| number_of(&prefix, key).ok()).take_while(|bits| *bits <= high).collect();
-            let keys: Vec<Key> =
-                inside.iter().map(|bits| slot_key(&pool.space, Addr { family, bits: *bits })).collect();
+            let inside: Vec<Addr> = page
+                .iter()
+                .filter_map(|key| number_of(&prefix, key).ok())
+                .take_while(|bits| *bits <= high)
+                .map(|bits| Addr { family, bits })
+                .collect();
+            let keys: Vec<Key> = inside.iter().map(|address| slot_key(space, *address)).collect();
             self.need(&keys)?;
-            for key in &keys {
-                if !matches!(self.record::<SlotRecord>(key)?, None | Some((SlotRecord::Freed { .. }, _))) {
-                    return Ok(true);
+            for (address, key) in inside.iter().zip(&keys) {
+                match self.record::<SlotRecord>(key)? {
+                    None | Some((SlotRecord::Freed { .. }, _)) => {}
+                    Some((slot, _)) => return Ok(Some((*address, slot))),
                 }
             }
             match page.last() {
                 Some(last) if page.len() == PAGE && inside.len() == PAGE => after = Some(last.clone()),
-                _ => return Ok(false),
+                _ => return Ok(None),
             }
         }
     }
+}
+
+/// The key of a block's record.
+fn block_key(pool: &Pool, block: u128) -> Key {
+    numbered(&block_prefix(&pool.space, pool.family(), &pool.name), block)
+}
+
+/// How far an address is shifted to become the number of its block.
+fn shift_of(pool: &Pool, blocks: Blocks) -> u32 {
+    u32::from(pool.family().bits() - blocks.length)
 }
 
 /// When and which address, of a key in the queue of any block of the pool.
@@ -199,7 +243,7 @@ pub(super) fn freed_in_block(prefix: &[u8], key: &[u8]) -> Option<(u64, u128)> {
 }
 
 /// Before the keys in the queues of all blocks of the pool.
-pub(super) fn freed_in_blocks_prefix(space: &crate::model::AddressSpace, family: Family, pool: &str) -> Key {
+pub(super) fn freed_in_blocks_prefix(space: &AddressSpace, family: Family, pool: &str) -> Key {
     let mut prefix = freed_prefix(space, family, pool);
     prefix.pop();
     prefix.push(b'@');

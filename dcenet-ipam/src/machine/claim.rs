@@ -8,7 +8,9 @@ use serde::{Deserialize, Serialize};
 
 use super::lease::{Entitlement, PAGE, spread};
 use super::{Draft, Halt, Reply, Step, Work};
-use crate::model::{Addr, AddressSpace, Claim, ClaimKey, ClaimSet, Family, KeepPolicy, MacWish, Members, Pool};
+use crate::model::{
+    Addr, AddressSpace, Claim, ClaimKey, ClaimSet, Family, Intervals, KeepPolicy, MacWish, Members, Pool,
+};
 use crate::record::{
     ClaimRecord, SlotRecord, claim_key, due_key, due_prefix, freed_key, freed_of, quarantine_key, slot_key,
 };
@@ -139,9 +141,17 @@ impl Work<'_> {
     }
 
     /// Whether a claim without a fixed address still has the one that it was recorded with: nobody took it since it was
-    /// no longer kept, and it is not in quarantine.
-    pub(super) fn has_not_lost(&self, space: &AddressSpace, address: Addr, claim: &ClaimKey) -> Result<bool, Halt> {
-        Ok(match self.record::<SlotRecord>(&slot_key(space, address))? {
+    /// no longer kept, and it is neither in quarantine nor, while nothing is attached, reserved.
+    pub(super) fn has_not_lost(&self, pool: &Pool, address: Addr, claim: &ClaimKey) -> Result<bool, Halt> {
+        let slot = self.record::<SlotRecord>(&slot_key(&pool.space, address))?;
+        let in_use = slot.as_ref().is_some_and(|(slot, _)| slot.claim() == Some(claim) && slot.holder().is_some());
+        if !in_use
+            && (self.layout.reservation(&pool.space, address).is_some()
+                || self.reserved_to(pool, address.bits >> pool.shift())?.is_some())
+        {
+            return Ok(false);
+        }
+        Ok(match slot {
             None | Some((SlotRecord::Freed { .. }, _)) => true,
             Some((slot @ SlotRecord::Quarantined { .. }, _)) => self.has_ended_for(&slot, Some(claim)),
             Some((slot, _)) => slot.claim() == Some(claim) || self.has_ended(&slot),
@@ -205,8 +215,8 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// The address of the pool whose keeping or quarantine ended longest ago, and before the cooldown.
-    pub(super) fn pick_ended(&self, pool: &Pool) -> Result<Option<Addr>, Halt> {
+    /// The address of the set whose keeping or quarantine ended longest ago, and before the cooldown.
+    pub(super) fn pick_ended(&self, pool: &Pool, among: &Intervals) -> Result<Option<Addr>, Halt> {
         let prefix = due_prefix(&pool.space, pool.family());
         let cooldown = u64::try_from(self.layout.cooldown.as_millis()).unwrap_or(u64::MAX);
         let mut after = None;
@@ -216,7 +226,7 @@ impl Work<'_> {
                 .iter()
                 .filter_map(|key| freed_of(&prefix, key))
                 .take_while(|(at, _)| at.saturating_add(cooldown) <= self.now)
-                .filter(|(_, bits)| pool.offers(&pool.free, *bits))
+                .filter(|(_, bits)| pool.offers(among, *bits))
                 .map(|(_, bits)| Addr { family: pool.family(), bits })
                 .collect();
             let keys: Vec<_> = ended.iter().map(|address| slot_key(&pool.space, *address)).collect();

@@ -193,7 +193,7 @@ impl Work<'_> {
                 self.allow(pool, fixed)?;
                 fixed
             }
-            (None, Some(kept)) if self.has_not_lost(&pool.space, kept, name)? => kept,
+            (None, Some(kept)) if self.has_not_lost(pool, kept, name)? => kept,
             (None, _) => match first.filter(|first| pool.free.contains(first.bits)) {
                 Some(first) => {
                     self.allow(pool, first)?;
@@ -365,7 +365,7 @@ impl Work<'_> {
         };
         // An ended address may lie in another node's block.
         let found = match found {
-            None if pool.block.is_none_or(|blocks| blocks.borrow) => self.pick_ended(pool)?,
+            None if pool.block.is_none_or(|blocks| blocks.borrow) => self.pick_ended(pool, &pool.free)?,
             found => found,
         };
         let Some(address) = found else { return Ok(None) };

@@ -281,3 +281,83 @@ fn giving_back_and_leasing_at_once_leave_no_address_in_a_block_of_nobody() {
     });
     assert!(TURNS.load(Ordering::Relaxed) > 0, "no block was ever given back");
 }
+
+/// A clock that the test moves.
+fn at(ipam: Ipam, now: &Arc<std::sync::atomic::AtomicU64>) -> Ipam {
+    let now = now.clone();
+    ipam.with_clock(move || now.load(std::sync::atomic::Ordering::Relaxed))
+}
+
+#[test]
+fn what_has_ended_in_a_block_that_nobody_borrows_from_is_found_by_a_lease() {
+    each_store(|store, _| {
+        let json = r#"{ "cooldown": "0s", "pools": [ { "name": "p", "subnet": "10.0.0.0/29", "ranges": ["10.0.0.1-10.0.0.3"],
+            "block": { "size": 4, "borrow": false } } ] }"#;
+        let now = Arc::new(std::sync::atomic::AtomicU64::new(1_000_000));
+        let a = at(node(json, &store, "a"), &now);
+        let keep = dcenet_ipam::model::KeepPolicy::For(std::time::Duration::from_secs(10));
+        let claim = "shop/db".parse().unwrap();
+        block_on(a.reserve("p", &claim, Some("10.0.0.2".parse().unwrap()), keep)).unwrap();
+        assert_eq!(lease(&a, "db", Some("shop/db")).unwrap(), ["10.0.0.2/29"]);
+        release(&a, "db");
+        assert_eq!(lease(&a, "one", None).unwrap(), ["10.0.0.1/29"]);
+        assert_eq!(lease(&a, "two", None).unwrap(), ["10.0.0.3/29"]);
+        assert!(matches!(lease(&a, "more", None), Err(LeaseError::Exhausted { .. })), "it is kept for ten seconds");
+        now.fetch_add(10_001, std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(lease(&a, "more", None).unwrap(), ["10.0.0.2/29"]);
+        assert!(matches!(lease(&a, "again", None), Err(LeaseError::Exhausted { .. })));
+    });
+}
+
+#[test]
+fn what_has_ended_in_a_block_of_nobody_is_found_with_the_block() {
+    each_store(|store, _| {
+        let json = r#"{ "cooldown": "0s", "pools": [ { "name": "p", "subnet": "10.0.0.0/29", "ranges": ["10.0.0.2"],
+            "block": { "size": 4, "borrow": false } } ] }"#;
+        let now = Arc::new(std::sync::atomic::AtomicU64::new(1_000_000));
+        // A tool that is on no node, so that no block is claimed.
+        let tool = at(ipam(json, &store), &now);
+        let keep = dcenet_ipam::model::KeepPolicy::For(std::time::Duration::from_secs(10));
+        block_on(tool.reserve("p", &"shop/db".parse().unwrap(), None, keep)).unwrap();
+        let a = at(node(json, &store, "a"), &now);
+        lease(&a, "db", Some("shop/db")).unwrap();
+        release(&a, "db");
+        assert_eq!(owned(&a), [""; 0]);
+        assert!(matches!(lease(&a, "one", None), Err(LeaseError::Exhausted { .. })));
+        now.fetch_add(10_001, std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(lease(&a, "one", None).unwrap(), ["10.0.0.2/29"]);
+        assert_eq!(owned(&a), ["10.0.0.0/30 a"]);
+    });
+}
+
+#[test]
+fn a_block_that_is_being_given_up_hides_no_address_of_the_others() {
+    each_store(|store, _| {
+        let json = r#"{ "cooldown": "0s", "pools": [ { "name": "p", "subnet": "10.0.0.0/29",
+            "block": { "size": 4, "borrow": false } } ] }"#;
+        let a = node(json, &store, "a");
+        for n in 1..=6 {
+            lease(&a, &format!("c{n}"), None).unwrap();
+        }
+        assert_eq!(owned(&a), ["10.0.0.0/30 a", "10.0.0.4/30 a"]);
+        // The oldest release is in the first block, and whoever gives that up stops in the middle.
+        release(&a, "c1");
+        later();
+        release(&a, "c5");
+        let key = block_on(store.scan(b"b/default/4/p/", None, 1)).unwrap().remove(0);
+        let text = String::from_utf8(key.1.value).unwrap();
+        let mut record: serde_json::Value = serde_json::from_str(&text).unwrap();
+        record["closing"] = true.into();
+        let close = dcenet_ipam::store::Batch {
+            writes: vec![dcenet_ipam::store::Write::Put(key.0, serde_json::to_vec(&record).unwrap())],
+            request_id: 77,
+            ..Default::default()
+        };
+        block_on(store.commit(&close)).unwrap();
+        assert_eq!(lease(&a, "next", None).unwrap(), ["10.0.0.5/29"]);
+        assert!(matches!(lease(&a, "none", None), Err(LeaseError::Exhausted { .. })));
+        // It was not empty, so it is opened again.
+        block_on(a.release_empty_blocks()).unwrap();
+        assert_eq!(lease(&a, "open", None).unwrap(), ["10.0.0.1/29"]);
+    });
+}

@@ -7,7 +7,7 @@ use dcenet_core::provider::{AddressSource, LeaseError};
 use dcenet_ipam::config::AddressRange;
 use dcenet_ipam::model::{AddressSpace, KeepPolicy};
 use dcenet_ipam::store::Store;
-use dcenet_ipam::store::flaky::UnguardedStore;
+use dcenet_ipam::store::flaky::{Failure, FlakyStore, UnguardedStore};
 use dcenet_ipam::store::memory::MemoryStore;
 use pollster::block_on;
 
@@ -214,4 +214,67 @@ fn without_the_spaces_guard_a_lease_decided_before_lands_on_a_reservation() {
         assert_eq!(given[0] == "10.0.0.1/24", shared, "{given:?}");
         assert_eq!(block_on(ipam(json, &store).held(&attachment("c1"))).unwrap().unwrap().addresses.len(), 1);
     }
+}
+
+#[test]
+fn a_claim_whose_address_was_reserved_meanwhile_gets_another() {
+    let store: Arc<dyn Store> = Arc::new(MemoryStore::new());
+    let ours = ipam(POOL, &store);
+    block_on(ours.reserve("p", &"shop/db".parse().unwrap(), None, KeepPolicy::Forever)).unwrap();
+    assert_eq!(lease(&ours, "a", Some("shop/db")).unwrap(), ["10.0.0.1/28"]);
+    release(&ours, "a");
+    // The reservation is recorded, and whoever made it could not look it over, nor take it back.
+    let space = AddressSpace::default();
+    for call in 1.. {
+        let lame: Arc<dyn Store> = Arc::new(FlakyStore::new(store.clone(), Failure::Before, call));
+        assert!(block_on(ipam(POOL, &lame).reserve_external(&space, range("10.0.0.1"), "router")).is_err());
+        if !block_on(ours.reservations(&space)).unwrap().is_empty() {
+            break;
+        }
+        assert!(call < 20, "no call left it recorded");
+    }
+    assert_eq!(lease(&ours, "b", Some("shop/db")).unwrap(), ["10.0.0.2/28"]);
+    assert_eq!(holder(ask(&ours, "c", "10.0.0.1")), "reservation router");
+}
+
+#[test]
+fn a_claim_moves_from_what_the_configuration_reserves() {
+    each_store(|store, _| {
+        let json = r#"{ "cooldown": "0s", "pools": [ { "name": "p", "subnet": "10.0.0.0/28", "claims": { "shop/db": {} } } ] }"#;
+        assert_eq!(lease(&ipam(json, &store), "a", Some("shop/db")).unwrap(), ["10.0.0.1/28"]);
+        let reserved = r#""reserved": [ { "addresses": ["10.0.0.1"], "holder": "router" } ], "pools""#;
+        let ours = ipam(&json.replace(r#""pools""#, reserved), &store);
+        // In use it stays.
+        assert!(matches!(lease(&ours, "b", Some("shop/db")), Err(LeaseError::Held { .. })));
+        release(&ours, "a");
+        assert_eq!(lease(&ours, "b", Some("shop/db")).unwrap(), ["10.0.0.2/28"]);
+        assert_eq!(block_on(ours.usage()).unwrap()[0].kept, 0);
+    });
+}
+
+#[test]
+fn a_repeated_reservation_is_not_taken_back_for_what_it_finds() {
+    each_store(|store, _| {
+        let ours = ipam(POOL, &store);
+        let space = AddressSpace::default();
+        assert!(block_on(ours.reserve_external(&space, range("10.0.0.3-10.0.0.6"), "router")).unwrap());
+        assert!(!block_on(ours.reserve_external(&space, range("10.0.0.3-10.0.0.6"), "router")).unwrap());
+        // As what an older release or a tool by hand would leave.
+        let mut key = b"s/default/4".to_vec();
+        key.extend(u128::from(u32::from(std::net::Ipv4Addr::new(10, 0, 0, 4))).to_be_bytes());
+        let value = br#"{"bound":{"by":"net/stray/eth0"}}"#.to_vec();
+        let stray = dcenet_ipam::store::Batch {
+            writes: vec![dcenet_ipam::store::Write::Put(key, value)],
+            request_id: 78,
+            ..Default::default()
+        };
+        block_on(store.commit(&stray)).unwrap();
+        let again = block_on(ours.reserve_external(&space, range("10.0.0.3-10.0.0.6"), "router"));
+        assert_eq!(holder(again), "attachment net/stray/eth0");
+        assert_eq!(block_on(ours.reservations(&space)).unwrap().len(), 1, "it stands");
+        assert_eq!(holder(ask(&ours, "x", "10.0.0.3")), "reservation router");
+        // One that is new goes again.
+        let new = block_on(ours.reserve_external(&AddressSpace::default(), range("10.0.0.7-10.0.0.9"), "other"));
+        assert!(new.unwrap());
+    });
 }
