@@ -257,6 +257,10 @@ pub(crate) struct RegisteredPool {
     /// The length of the prefixes that it delegates.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) delegate: Option<u8>,
+    /// Ground that a pool which delegates had before it was shrunk. Prefixes that are held may cover it, so another pool
+    /// takes it only once they are released.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) given_up: Vec<IpNet>,
 }
 
 pub(crate) fn space_key(space: &AddressSpace) -> Key {

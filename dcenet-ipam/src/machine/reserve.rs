@@ -1,6 +1,7 @@
 //! Registering pools, recording and forgetting claims.
 
 use dcenet_core::provider::LeaseError;
+use ipnet::IpNet;
 
 use super::claim::refuse_away;
 use super::lease::Entitlement;
@@ -13,14 +14,19 @@ use crate::record::{ClaimRecord, RegisteredPool, SlotRecord, SpaceRecord, claim_
 const CLAIM_SETS: usize = 16;
 
 impl Work<'_> {
-    /// Guards the records of all spaces, in which all pools must stand.
+    /// Guards the records of all spaces, in which all pools must stand with their claims.
     pub(super) fn guard_registration(&self, draft: &mut Draft) -> Result<(), Halt> {
+        self.guard_pools(draft, recorded)
+    }
+
+    /// Guards the records of all spaces, in which all pools must stand, and `more` be true of them.
+    fn guard_pools(&self, draft: &mut Draft, more: impl Fn(&Pool, &RegisteredPool) -> bool) -> Result<(), Halt> {
         for space in self.spaces() {
             let Some((record, version)) = self.space(space)? else { return Err(Halt::Unregistered) };
             draft.guard(&space_key(space), Some(version));
             let stands = |pool: &Pool| {
                 let same = |r: &&RegisteredPool| r.name == pool.name && r.subnet == pool.subnet && agrees(r, pool);
-                record.pools.iter().find(same).is_some_and(|r| recorded(pool, r))
+                record.pools.iter().find(same).is_some_and(|r| more(pool, r))
             };
             if !self.layout.pools.iter().filter(|p| p.space == *space).all(stands) {
                 return Err(Halt::Unregistered);
@@ -38,6 +44,7 @@ impl Work<'_> {
             let before = before.map(|(record, _)| record).unwrap_or_default();
             let mut after = before.clone();
             for (i, pool) in self.layout.pools.iter().enumerate().filter(|(_, p)| p.space == *space) {
+                self.leave_held_ground(&after, i, pool)?;
                 enter(&mut after, i, pool, note_claims)?;
             }
             if after != before {
@@ -45,6 +52,41 @@ impl Work<'_> {
             }
         }
         Ok(draft.commit(Reply::Done))
+    }
+
+    /// Refuses a pool on ground that another has given up and prefixes that are held still cover. Nothing new is leased
+    /// there meanwhile: who would do that must first change the space's record, which is guarded.
+    fn leave_held_ground(&self, record: &SpaceRecord, index: usize, pool: &Pool) -> Result<(), Halt> {
+        for other in record.pools.iter().filter(|r| r.name != pool.name) {
+            let Some(length) = other.delegate else { continue };
+            for ground in other.given_up.iter().filter(|g| overlap(g, &pool.subnet)) {
+                // Of two prefixes that overlap one is in the other.
+                let common = if ground.prefix_len() > pool.subnet.prefix_len() { ground } else { &pool.subnet };
+                let (family, first) = (Family::of(common), Addr::from(common.network()).bits);
+                let last = Addr::from(common.broadcast()).bits;
+                let shift = u32::from(family.bits() - length);
+                let range = (first >> shift << shift, last | ((1 << shift) - 1));
+                let Some((address, slot)) = self.first_in_use(&pool.space, family, range)? else { continue };
+                let holder = match (slot.holder(), slot.claim()) {
+                    (Some(by), _) => format!("attachment {by}"),
+                    (None, Some(claim)) => format!("claim {claim}"),
+                    (None, None) => "quarantine".to_owned(),
+                };
+                return Err(LeaseError::Invalid {
+                    field: format!("ipam.pools[{index}].subnet"),
+                    reason: format!(
+                        "{:?} of pool {} overlaps the prefix of {} (/{length}), which {holder} has from pool {} although \
+                         that was shrunk; choose a disjoint subnet, or wait until it is released",
+                        pool.subnet.to_string(),
+                        pool.name,
+                        address.ip(),
+                        other.name
+                    ),
+                }
+                .into());
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn record_claim(&self, pool: &str, claim: &Claim) -> Result<Step, Halt> {
@@ -57,6 +99,8 @@ impl Work<'_> {
             return Err(LeaseError::Invalid { field: "keep".to_owned(), reason }.into());
         }
         let mut draft = Draft::default();
+        // The claims are not, for recording them is a part of registering.
+        self.guard_pools(&mut draft, |_, _| true)?;
         let claim_key = claim_key(&pool.space, pool.family(), &claim.key);
         let before = self.record::<ClaimRecord>(&claim_key)?.map(|(record, _)| record.keep);
         let address = self.settle_claim(&mut draft, &Entitlement::new(pool, claim), None)?;
@@ -142,9 +186,18 @@ fn enter(record: &mut SpaceRecord, index: usize, pool: &Pool, note_claims: bool)
     }
     let same = |r: &RegisteredPool| r.name == pool.name && overlap(&r.subnet, &pool.subnet);
     let (mut claims, mut block) = (Vec::new(), pool.block.map(|blocks| blocks.length));
+    let mut given_up = Vec::new();
+    // What this pool takes was looked over.
+    for other in record.pools.iter_mut().filter(|r| r.name != pool.name) {
+        given_up_but(&mut other.given_up, &pool.subnet);
+    }
     for before in record.pools.extract_if(.., |r| same(r)) {
         agree(&before, index, pool)?;
         block = block.or(before.block);
+        given_up.extend(before.given_up);
+        if pool.delegate.is_some() {
+            given_up.push(before.subnet);
+        }
         if before.subnet == pool.subnet {
             claims = before.claims;
         }
@@ -159,9 +212,31 @@ fn enter(record: &mut SpaceRecord, index: usize, pool: &Pool, note_claims: bool)
         }
     }
     let (name, delegate) = (pool.name.clone(), pool.delegate);
-    record.pools.push(RegisteredPool { name, subnet: pool.subnet, claims, block, delegate });
+    given_up_but(&mut given_up, &pool.subnet);
+    record.pools.push(RegisteredPool { name, subnet: pool.subnet, claims, block, delegate, given_up });
     record.pools.sort_by(|a, b| (&a.name, &a.subnet).cmp(&(&b.name, &b.subnet)));
     Ok(())
+}
+
+/// Takes a subnet out of ground that was given up.
+fn given_up_but(ground: &mut Vec<IpNet>, taken: &IpNet) {
+    let mut left: Vec<IpNet> = Vec::with_capacity(ground.len());
+    for mut part in std::mem::take(ground) {
+        // The half without it stays, until what is left is in it, or was beside it.
+        while overlap(&part, taken) && part.prefix_len() < taken.prefix_len() {
+            let Ok(halves) = part.subnets(part.prefix_len() + 1) else { break };
+            let (with, without): (Vec<IpNet>, Vec<IpNet>) = halves.partition(|half| overlap(half, taken));
+            left.extend(without);
+            match with.first() {
+                Some(half) => part = *half,
+                None => break,
+            }
+        }
+        if !overlap(&part, taken) {
+            left.push(part);
+        }
+    }
+    *ground = IpNet::aggregate(&left);
 }
 
 /// Whether a configuration means the same pool. One without blocks may share a pool with those that give them; one that

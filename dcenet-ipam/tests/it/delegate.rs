@@ -288,3 +288,35 @@ proptest! {
         prop_assert!(refused);
     }
 }
+
+#[test]
+fn a_shrunk_pool_leaves_to_nobody_what_held_prefixes_cover() {
+    each_store(|store, _| {
+        let pool = |subnet: &str| {
+            format!(r#"{{ "cooldown": "0s", "pools": [ {{ "name": "p", "subnet": "{subnet}", "delegate": 64 }} ] }}"#)
+        };
+        let wide = ipam(&pool("2001:db8::/61"), &store);
+        for container in ["a", "b", "c", "d", "e", "f"] {
+            lease(&wide, container, None).unwrap();
+        }
+        // Where the fifth and sixth lie.
+        let shrunk = ipam(&pool("2001:db8::/62"), &store);
+        block_on(shrunk.ready()).unwrap_err();
+        assert_eq!(lease(&shrunk, "f", None).unwrap(), ["2001:db8:0:5::1/64"]);
+        for subnet in ["2001:db8:0:4::/62", "2001:db8:0:5::/64", "2001:db8:0:5:8000::/65"] {
+            let json = format!(r#"{{ "pools": [ {{ "name": "q", "subnet": "{subnet}" }} ] }}"#);
+            let refused = lease(&ipam(&json, &store), "q", None).unwrap_err();
+            assert!(refused.to_string().contains("attachment net/"), "{subnet}: {refused}");
+            assert!(refused.to_string().contains("pool p"), "{subnet}: {refused}");
+        }
+        // What nobody holds is free for others.
+        let json = r#"{ "pools": [ { "name": "r", "subnet": "2001:db8:0:7::/64" } ] }"#;
+        assert_eq!(lease(&ipam(json, &store), "r", None).unwrap(), ["2001:db8:0:7::1/64"]);
+        // It can grow again, but not over that.
+        let refused = lease(&wide, "g", None).unwrap_err();
+        assert!(refused.to_string().contains("pool r"), "{refused}");
+        let other = ipam(r#"{ "pools": [ { "name": "q", "subnet": "2001:db8:0:5::/64" } ] }"#, &store);
+        release(&shrunk, "f");
+        assert_eq!(lease(&other, "q", None).unwrap(), ["2001:db8:0:5::2/64"]);
+    });
+}

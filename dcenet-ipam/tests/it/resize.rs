@@ -92,3 +92,26 @@ fn a_renumbered_pool_gives_only_new_addresses_and_frees_the_old() {
         assert_eq!(back, ["10.0.0.3/24"]);
     });
 }
+
+#[test]
+fn a_claim_is_recorded_only_where_the_configuration_agrees_with_the_store() {
+    each_store(|store, _| {
+        let claim = "shop/db".parse().unwrap();
+        let keep = dcenet_ipam::model::KeepPolicy::Forever;
+        let prefixes = r#"{ "pools": [ { "name": "p", "subnet": "2001:db8::/60", "delegate": 64 } ] }"#;
+        lease(&ipam(prefixes, &store), "a", None).unwrap();
+        // The same pool as addresses: one of them would lie in somebody's prefix.
+        let addresses = ipam(r#"{ "pools": [ { "name": "p", "subnet": "2001:db8::/60" } ] }"#, &store);
+        let refused =
+            block_on(addresses.reserve("p", &claim, Some("2001:db8::77".parse().unwrap()), keep)).unwrap_err();
+        assert!(
+            matches!(&refused, LeaseError::Invalid { field, .. } if field == "ipam.pools[0].delegate"),
+            "{refused}"
+        );
+        // Another pool where this one is.
+        let other = ipam(r#"{ "pools": [ { "name": "q", "subnet": "2001:db8:0:1::/64" } ] }"#, &store);
+        let refused = block_on(other.reserve("q", &claim, None, keep)).unwrap_err();
+        assert!(refused.to_string().contains("overlaps pool p"), "{refused}");
+        assert_eq!(block_on(ipam(prefixes, &store).claims()).unwrap(), []);
+    });
+}
