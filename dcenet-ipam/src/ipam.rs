@@ -384,7 +384,7 @@ impl Ipam {
         Err(LeaseError::Busy("the pools of this configuration are registered and removed by turns".to_owned()))
     }
 
-    async fn register(&self) -> Result<(), LeaseError> {
+    pub(crate) async fn register(&self) -> Result<(), LeaseError> {
         self.attempt(&Command::Register { recorded: false }).await?;
         for pool in &self.layout.pools {
             for claim in pool.claims.iter().filter(|c| c.keep != KeepPolicy::Ephemeral) {

@@ -44,6 +44,9 @@
 #![warn(unreachable_pub, clippy::print_stderr, clippy::print_stdout, clippy::unwrap_used)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+#[cfg(feature = "adopt")]
+#[cfg_attr(docsrs, doc(cfg(feature = "adopt")))]
+pub mod adopt;
 pub mod binder;
 mod claims;
 pub mod config;

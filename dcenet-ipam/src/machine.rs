@@ -31,6 +31,7 @@
 //! Time only orders reuse. A released address counts as cooling while its time is within the cooldown of now, on either
 //! side: a clock that jumps delays or hastens reuse once, by no more than the cooldown, and can do nothing else.
 
+mod adopt;
 mod block;
 mod choose;
 mod claim;
@@ -53,6 +54,7 @@ use dcenet_core::provider::{Dns, Lease, LeaseError, LeaseRequest, LeasedAddress}
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+pub use self::adopt::{AdoptedAddress, AdoptedBy, Adoptee};
 pub use self::claim::ClaimExport;
 pub use self::handover::MAX_HANDOVER;
 pub use self::quarantine::Quarantine;
@@ -72,6 +74,8 @@ pub enum Command {
         /// Who was to hand over.
         from: AttachmentKey,
     },
+    /// Take over what an owner has under another allocator. What is so already is [`Step::Done`].
+    Adopt(Adoptee),
     /// Permit a second attachment of the claims that one holds, for live migration.
     BeginHandover {
         /// Who has the addresses.
@@ -360,6 +364,7 @@ pub fn step(layout: &Layout, view: &View, command: &Command, now: u64, entropy: 
     let work = Work { layout, view, now, entropy, missing, aside, spaces_read };
     let result = match command {
         Command::AbortHandover { from } => work.abort_handover(from),
+        Command::Adopt(adoptee) => work.take_over(adoptee),
         Command::BeginHandover { from, sequence, to, limit } => {
             work.begin_handover(from, *sequence, to.as_ref(), *limit)
         }

@@ -4,6 +4,7 @@
 
 mod binder;
 mod address_pool;
+mod adopt;
 mod blocks;
 mod claims;
 mod config;
