@@ -10,7 +10,7 @@ record! {
     /// given to an endpoint, as a filter without a class id and BPF_PROG_TEST_RUN show it.
     ///
     /// Generations of a slot only ever grow, also when another endpoint gets the slot: so an old entry of the conntrack
-    /// map is never believed.
+    /// map is never believed. Its tenure tells whose flow such an entry is.
     pub struct Endpoint, 64 bytes {
         /// [`Endpoint::ACTIVE`].
         flags: u32 = 0 @ FLAGS,
@@ -27,6 +27,9 @@ record! {
         /// Own Ethernet address, which the pod's frames, ARP packets and neighbour discovery must bear, and which unicast
         /// frames towards it must be for; zeros for any.
         mac: [u8; 6] = 48 @ MAC,
+        /// How many endpoints had the slot before, modulo 65,536. A flow of another tenure that is denied is forgotten at
+        /// once, as it was never the endpoint's.
+        tenure: u16 = 54 @ TENURE,
     }
 }
 

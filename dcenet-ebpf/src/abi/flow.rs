@@ -57,6 +57,10 @@ impl FlowState {
 record! {
     /// An admitted flow.
     ///
+    /// One that the policy of now denies keeps its entry and its old generation, so that each of its packets is judged
+    /// by the policy of the direction that admitted it, in whichever direction it goes: without the entry the answers
+    /// would pass for a new flow of the other direction. It is forgotten as others are, after its time without packets.
+    ///
     /// Programs write it without a lock: when two CPUs handle packets of one flow and direction at once, a count can be
     /// lost. Each direction has its own counters, so the two hooks do not disturb each other.
     pub struct Flow, 64 bytes {
@@ -72,6 +76,8 @@ record! {
         direction: u8 = 24 @ DIRECTION,
         /// Number of the [`FlowState`].
         state: u8 = 25 @ STATE,
+        /// [`Endpoint::tenure`](super::Endpoint::tenure) of the endpoint whose flow it is.
+        tenure: u16 = 26 @ TENURE,
         /// Packets that the pod sent.
         egress_packets: u64 = 32 @ EGRESS_PACKETS,
         /// Bytes that the pod sent.

@@ -73,8 +73,7 @@ pub enum FullTable {
     /// The flow that was used least recently goes (`BPF_MAP_TYPE_LRU_HASH`).
     #[default]
     Evict,
-    /// The new flow is dropped, with its reason (`BPF_MAP_TYPE_HASH`). Entries then leave only when a program finds them
-    /// denied, or by user space.
+    /// The new flow is dropped, with its reason (`BPF_MAP_TYPE_HASH`). Entries then leave by user space alone.
     Refuse,
 }
 

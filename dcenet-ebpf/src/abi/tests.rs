@@ -24,10 +24,11 @@ mod golden {
         );
         endpoint.generation_egress = 0x0102_0304;
         endpoint.generation_ingress = 7;
+        endpoint.tenure = 0x0809;
         assert_eq!(
             hex(&endpoint.encode()),
             "0100000004030201 070000000a010203 fd00000000000000 0000000000010002 \
-             fe80000000000000 0000000000000005 0000000000000000 0000000000000000"
+             fe80000000000000 0000000000000005 0000000000000908 0000000000000000"
         );
         assert_eq!(Endpoint::decode(&endpoint.encode()), Some(endpoint));
     }
@@ -55,6 +56,7 @@ mod golden {
             timeout: 4,
             direction: Direction::Ingress as u8,
             state: FlowState::Closing as u8,
+            tenure: 0x0809,
             egress_packets: 5,
             egress_bytes: 6,
             ingress_packets: 7,
@@ -62,7 +64,7 @@ mod golden {
         };
         assert_eq!(
             hex(&flow.encode()),
-            "0100000002000000 0300000000000000 0400000000000000 0102000000000000 \
+            "0100000002000000 0300000000000000 0400000000000000 0102090800000000 \
              0500000000000000 0600000000000000 0700000000000000 0800000000000000"
         );
         assert_eq!(Flow::decode(&flow.encode()), Some(flow));

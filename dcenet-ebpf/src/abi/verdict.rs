@@ -70,7 +70,7 @@ reasons! {
     Neighbour = 2 "neighbour",
     /// Dropped: a rule, or the default, denies it.
     Denied = 3 "denied",
-    /// Dropped: the flow was admitted once, and the policy of now denies it.
+    /// Dropped: the flow was admitted once, and the policy of now denies it. So are its answers.
     Revoked = 4 "revoked",
     /// Dropped: the endpoint's policy is not known yet.
     PolicyUnknown = 5 "policy-unknown",

@@ -33,8 +33,7 @@ impl Emitter<'_> {
         self.asm.load(Size::W, R2, R10, frame::FLAGS).jump_if(Cond::Set, R2, frame::RELATED, related);
         self.advance(timeouts);
 
-        self.asm.bind(stale);
-        self.asm.store(Size::W, R10, frame::GENERATION, R3).store(Size::W, R10, frame::JUDGE, R1).store(
+        self.asm.bind(stale).store(Size::W, R10, frame::GENERATION, R3).store(Size::W, R10, frame::JUDGE, R1).store(
             Size::Dw,
             R10,
             frame::NOW,
@@ -184,6 +183,8 @@ impl Emitter<'_> {
             .jump_if(Cond::Eq, R0, 0, new)
             .load(Size::W, R1, R10, frame::GENERATION)
             .store(Size::W, R0, Flow::GENERATION, R1)
+            .load(Size::H, R1, R9, Endpoint::TENURE)
+            .store(Size::H, R0, Flow::TENURE, R1)
             .store(Size::W, R0, Flow::RULE, R7)
             .mov(R7, R0)
             .call(Helper::KtimeGetCoarseNs)
@@ -213,21 +214,30 @@ impl Emitter<'_> {
 
     fn deny(&mut self) {
         let (denied, revoked) = (self.drop(Reason::Denied), self.drop(Reason::Revoked));
-        let new = self.asm.label();
+        let [stale, foreign] = self.labels();
         self.asm
             .store(Size::W, R10, frame::RULE, R0)
             .load(Size::W, R1, R10, frame::FLAGS)
-            .and(R1, frame::STALE)
-            .jump_if(Cond::Eq, R1, 0, new)
+            .jump_if(Cond::Set, R1, frame::STALE, stale)
+            .load(Size::W, R1, R10, frame::RULE);
+        self.count(abi::RULES, R1);
+        // The entry stays, for without it the answers would open the flow anew, and as long as packets come.
+        self.asm.jump(denied).bind(stale).jump_if(Cond::Set, R1, frame::RELATED, revoked);
+        self.lookup(abi::CONNTRACK, frame::KEY);
+        self.asm
+            .jump_if(Cond::Eq, R0, 0, revoked)
+            .load(Size::H, R1, R0, Flow::TENURE)
+            .load(Size::H, R2, R9, Endpoint::TENURE)
+            .jump_if(Cond::Ne, R1, R2, foreign)
+            .load(Size::Dw, R1, R10, frame::NOW)
+            .store(Size::Dw, R0, Flow::LAST_SEEN, R1)
+            .jump(revoked)
+            .bind(foreign)
             .load_map(R1, abi::CONNTRACK)
             .mov(R2, R10)
             .add(R2, i32::from(frame::KEY))
             .call(Helper::MapDeleteElem)
-            .jump(revoked)
-            .bind(new)
-            .load(Size::W, R1, R10, frame::RULE);
-        self.count(abi::RULES, R1);
-        self.asm.jump(denied);
+            .jump(revoked);
     }
 
     /// Puts a new flow's value on the stack.
@@ -246,6 +256,8 @@ impl Emitter<'_> {
             .load(Size::W, R1, R10, frame::JUDGE)
             .store(Size::Dw, R10, flow + Flow::DIRECTION, 0)
             .store(Size::B, R10, flow + Flow::DIRECTION, R1)
+            .load(Size::H, R1, R9, Endpoint::TENURE)
+            .store(Size::H, R10, flow + Flow::TENURE, R1)
             .load(Size::B, R2, R10, frame::PROTOCOL)
             .jump_if(Cond::Eq, R2, TCP, tcp)
             .jump_if(Cond::Eq, R2, UDP, udp)

@@ -11,7 +11,7 @@
 //!        conntrack -- hit, generation of now --> count, pass
 //!             |  \
 //!             |   hit, older generation --> classifier of the direction that admitted the flow
-//!            miss                             allowed: new generation, pass; denied: entry deleted, drop
+//!            miss                             allowed: new generation, pass; denied: drop, as old as before
 //!             |
 //!             v
 //!    peer -> class -> local id -> classifier of the packet's direction

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use dcenet_core::test_support::{Rung, effort, require};
-use dcenet_ebpf::abi::{Be16, Direction, Flow, FlowKey, FlowState, Reason};
+use dcenet_ebpf::abi::{Be16, Direction, Endpoint, Flow, FlowKey, FlowState, Reason};
 use dcenet_ebpf::datapath::{AllowAll, DenyAll, EmitClassifier};
 use dcenet_ebpf::maps::Put;
 use dcenet_ebpf::test_support::packet::*;
@@ -61,7 +61,7 @@ fn a_flow_is_recorded_as_it_is() {
     }
     for (direction, (from, to)) in both() {
         let pod = one_way(direction);
-        pod.set_endpoint(&dcenet_ebpf::abi::Endpoint { generation_egress: 5, generation_ingress: 6, ..endpoint() });
+        pod.set_endpoint(&Endpoint { generation_egress: 5, generation_ingress: 6, ..endpoint() });
         let there = eth().ip(from, to).udp(40000, 53).payload(10);
         let answer = eth().ip(to, from).udp(53, 40000).payload(20);
         let (there_bytes, answer_bytes) = (there.bytes().len() as u64, answer.bytes().len() as u64);
@@ -209,25 +209,134 @@ fn a_new_policy_keeps_what_it_allows_and_cuts_what_it_denies() {
                 }
                 for (at, forth) in &packets {
                     let packet = if *forth { &there } else { &push };
-                    let before = pod.flows().entries().unwrap().len();
-                    let why = match (still_allowed, before, at == &direction) {
-                        (true, ..) => None,
-                        (false, 1, _) => Some(Reason::Revoked),
-                        (false, _, true) => Some(Reason::Denied),
-                        // The entry is gone, so this opens a flow by the other direction's policy.
-                        (false, _, false) => Some(Reason::Allowed),
-                    };
-                    pod.expect(*at, packet, why);
+                    pod.expect(*at, packet, if still_allowed { None } else { Some(Reason::Revoked) });
                 }
                 if still_allowed {
                     let (_, flow) = pod.flow();
                     assert_eq!((flow.generation, flow.rule, flow.direction), (1, 7, direction as u8));
                     pod.expect(back, &push, None);
                 } else {
-                    assert_eq!(pod.flows().entries().unwrap().len(), 0);
+                    let (_, flow) = pod.flow();
+                    assert_eq!((flow.generation, flow.rule, flow.direction), (0, 1, direction as u8));
                 }
             }
         }
+    }
+}
+
+#[test]
+fn a_revoked_flow_is_not_reopened_by_its_answers() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    for (direction, (from, to)) in both() {
+        let back = direction.opposite();
+        let pairs = [
+            (eth().ip(from, to).udp(40000, 53), eth().ip(to, from).udp(53, 40000)),
+            (eth().ip(from, to).tcp(40000, 80, ACK), eth().ip(to, from).tcp(80, 40000, ACK | PSH)),
+            (eth().ip(from, to).sctp(40000, 80), eth().ip(to, from).sctp(80, 40000)),
+            (eth().ip(from, to).echo_request(7), eth().ip(to, from).echo_reply(7)),
+        ];
+        for (there, answer) in pairs {
+            // The usual policy: the direction that admits is closed, the other one is open.
+            let (deny, allow) = (&DENY as &dyn EmitClassifier, &ALLOW as &dyn EmitClassifier);
+            let mut pod = one_way(direction);
+            pod.expect(direction, &there, Some(Reason::Allowed));
+            pod.expect(back, &answer, None);
+            match direction {
+                Egress => pod.replace(deny, allow),
+                Ingress => pod.replace(allow, deny),
+            }
+            pod.bump(1, 1);
+            // As long as packets come it is remembered.
+            for _ in 0..3 {
+                pod.set_flow(|f| f.last_seen -= f.timeout / 4 * 3);
+                pod.expect(back, &answer, Some(Reason::Revoked));
+                pod.set_flow(|f| f.last_seen -= f.timeout / 4 * 3);
+                pod.expect(direction, &there, Some(Reason::Revoked));
+            }
+            // Allowed again, it goes on where it stopped.
+            match direction {
+                Egress => pod.replace(&ALLOW, &DENY),
+                Ingress => pod.replace(&DENY, &ALLOW),
+            }
+            pod.bump(1, 1);
+            pod.expect(back, &answer, None);
+            pod.expect(direction, &there, None);
+            assert_eq!((pod.flow().1.generation, pod.flow().1.direction), (2, direction as u8));
+        }
+    }
+}
+
+#[test]
+fn after_its_time_a_revoked_flow_is_nobodys() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    for (direction, (from, to)) in both() {
+        let mut pod = one_way(direction);
+        let (there, back) = (eth().ip(from, to).udp(500, 500), eth().ip(to, from).udp(500, 500));
+        pod.expect(direction, &there, Some(Reason::Allowed));
+        match direction {
+            Egress => pod.replace(&DENY, &ALLOW),
+            Ingress => pod.replace(&ALLOW, &DENY),
+        }
+        pod.bump(1, 1);
+        pod.expect(direction.opposite(), &back, Some(Reason::Revoked));
+        pod.set_flow(|f| f.last_seen -= f.timeout + 1_000_000_000);
+        pod.expect(direction, &there, Some(Reason::Denied));
+        pod.expect(direction.opposite(), &back, Some(Reason::Allowed));
+        assert_eq!(pod.flow().1.direction, direction.opposite() as u8);
+    }
+}
+
+#[test]
+fn a_connection_that_begins_anew_over_a_revoked_one_is_judged_by_its_own_direction() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    for (direction, (from, to)) in both() {
+        let mut pod = one_way(direction);
+        pod.expect(direction, &eth().ip(from, to).tcp(40000, 80, ACK), Some(Reason::Allowed));
+        match direction {
+            Egress => pod.replace(&DENY, &ALLOW),
+            Ingress => pod.replace(&ALLOW, &DENY),
+        }
+        pod.bump(1, 1);
+        pod.expect(direction.opposite(), &eth().ip(to, from).tcp(80, 40000, ACK), Some(Reason::Revoked));
+        pod.expect(direction.opposite(), &eth().ip(to, from).tcp(80, 40000, SYN), Some(Reason::Allowed));
+        pod.expect(direction, &eth().ip(from, to).tcp(40000, 80, SYN | ACK), None);
+    }
+}
+
+#[test]
+fn a_denied_flow_of_who_had_the_slot_before_does_not_stay() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    for (direction, (from, to)) in both() {
+        let (there, back) = (eth().ip(from, to).udp(500, 500), eth().ip(to, from).udp(500, 500));
+        for tenure in [0, 1, u16::MAX] {
+            let mut pod = one_way(direction);
+            pod.expect(direction, &there, Some(Reason::Allowed));
+            assert_eq!(pod.flow().1.tenure, 0);
+            match direction {
+                Egress => pod.replace(&DENY, &ALLOW),
+                Ingress => pod.replace(&ALLOW, &DENY),
+            }
+            pod.set_endpoint(&Endpoint { tenure, generation_egress: 1, generation_ingress: 1, ..endpoint() });
+            // The packet that finds it out is lost.
+            pod.expect(direction.opposite(), &back, Some(Reason::Revoked));
+            let why = if tenure == 0 { Reason::Revoked } else { Reason::Allowed };
+            pod.expect(direction.opposite(), &back, Some(why));
+            assert_eq!(pod.flow().1.tenure, tenure);
+        }
+        // One that is allowed becomes the endpoint's own.
+        let pod = one_way(direction);
+        pod.expect(direction, &there, Some(Reason::Allowed));
+        pod.set_endpoint(&Endpoint { tenure: 9, generation_egress: 1, generation_ingress: 1, ..endpoint() });
+        pod.expect(direction.opposite(), &back, None);
+        assert_eq!((pod.flow().1.tenure, pod.flow().1.generation), (9, 1));
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! An endpoint has one slot from when it is admitted until it is gone; the filters on both of its hooks carry it. Its
 //! generations only ever grow, over all endpoints that have the slot one after the other, so that a flow of an earlier
-//! one is never taken for its own.
+//! one is never believed; the tenure, which is another for each of them, tells it from the endpoint's own.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
@@ -55,12 +55,14 @@ impl Cells {
     /// is its own.
     pub(crate) fn settle(&mut self, endpoint: &Endpoint, fresh: bool) -> Result<(u16, abi::Endpoint), EnforcerError> {
         let full = || EnforcerError::Full { what: "endpoints", found: self.room + 1, room: self.room };
+        let held = self.slots.of(endpoint.attachment.id()).is_some();
         let slot = self.slots.take(endpoint.attachment.id()).ok_or_else(full)?;
         self.holders.insert(endpoint.attachment.clone());
         let mut cell = of_addresses(&endpoint.addresses, endpoint.mac);
         let old = self.load(slot)?;
         cell.generation_ingress = old.generation_ingress;
         cell.generation_egress = old.generation_egress;
+        cell.tenure = old.tenure.wrapping_add(u16::from(!held));
         if fresh {
             cell.generation_ingress = cell.generation_ingress.wrapping_add(1);
             cell.generation_egress = cell.generation_egress.wrapping_add(1);
