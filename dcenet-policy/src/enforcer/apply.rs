@@ -410,15 +410,15 @@ impl Applier {
 
         for switch in switches {
             let Some(done) = replaced.iter().find(|r| r.key == *switch.key) else { continue };
-            // A new endpoint has new generations already.
-            let before = self.endpoints.remove(switch.key);
             let in_force = InForce {
                 device: done.device,
                 slot: done.slot,
                 generation: done.generation,
                 programs: switch.programs,
                 addresses: switch.known.endpoint.addresses.clone(),
-                unbumped: before.map(|_| Direction::ALL.into()).unwrap_or_default(),
+                // Of a new endpoint, too: it may have had an earlier owner's programs until now, and what those let pass
+                // since its cell was written is of this cell's generations.
+                unbumped: Direction::ALL.into(),
             };
             self.endpoints.insert(switch.key.clone(), in_force);
         }

@@ -3,11 +3,15 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dcenet_core::engine::Engine;
+use dcenet_core::model::IfIndex;
 use dcenet_core::test_support::{Rung, require};
-use dcenet_policy::enforcer::{Enforcer, EnforcerError, Phase};
+use dcenet_ebpf::attach::{AttachError, Attached, Attacher, ClsactAttacher, Hook, Tag};
+use dcenet_ebpf::program::Program;
+use dcenet_policy::enforcer::{Enforcer, EnforcerError, Phase, Tools};
 
 use crate::streams::Stream;
 use crate::world::*;
@@ -175,5 +179,71 @@ fn there_is_one_owner_at_a_time_and_one_that_stops_leaves_its_verdicts() {
     world.await_enforced("db", ALLOWED).unwrap();
     assert!(owner.start().unwrap().is_complete());
     world.udp("web", "db", 5353, true);
+    owner.uninstall().unwrap();
+}
+
+/// Replaces a filter only when a stream has gone on over it for a while.
+struct Slow(Arc<Stream>);
+
+impl Attacher for Slow {
+    fn attach_tagged(&self, hook: Hook, program: &Program, tag: Tag<'_>) -> Result<Option<Attached>, AttachError> {
+        ClsactAttacher.attach_tagged(hook, program, tag)
+    }
+
+    fn replace_tagged(&self, hook: Hook, program: &Program, tag: Tag<'_>) -> Result<Attached, AttachError> {
+        let (enough, begun) = (self.0.received() + 20, Instant::now());
+        while self.0.received() < enough && begun.elapsed() < Duration::from_secs(2) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        ClsactAttacher.replace_tagged(hook, program, tag)
+    }
+
+    fn devices(&self) -> Result<Vec<IfIndex>, AttachError> {
+        ClsactAttacher.devices()
+    }
+
+    fn chain(&self, hook: Hook) -> Result<Vec<Attached>, AttachError> {
+        ClsactAttacher.chain(hook)
+    }
+
+    fn detach(&self, hook: Hook) -> Result<bool, AttachError> {
+        ClsactAttacher.detach(hook)
+    }
+}
+
+#[test]
+fn a_policy_that_changed_between_two_owners_reaches_running_flows() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let mut world = World::new();
+    let mut owner = world.started();
+    world.add_enforced("web", 2, &[("app", "web")]);
+    world.add_enforced("db", 3, &[("app", "db")]);
+    for ipv6 in [false, true] {
+        assert!(owner.set_policies(policies(DB)).unwrap().is_complete());
+        let to = SocketAddr::new(world.address("db", ipv6), 5353);
+        let stream = Arc::new(Stream::udp(world.pod("web"), world.pod("db"), to));
+        assert!(stream.during(Duration::from_millis(400)).0 > 50);
+        drop(owner);
+
+        let slow = Arc::new(Slow(Arc::clone(&stream)));
+        owner = world.open(Tools { attacher: slow, ..tools() });
+        owner.adopt(&world.engine.attachments(&"shop".parse().unwrap()).unwrap()).unwrap();
+        owner.set_policies(policies(&DB.replace("app: web", "app: nobody"))).unwrap();
+        assert!(stream.during(Duration::from_millis(400)).0 > 50, "until it starts, nothing changes");
+        assert!(owner.start().unwrap().is_complete());
+        // What had passed before may still lie in the receiver's buffer.
+        let mut received = 1;
+        for _ in 0..10 {
+            let sent;
+            (received, sent) = stream.during(Duration::from_millis(300));
+            assert!(sent > 0);
+            if received == 0 {
+                break;
+            }
+        }
+        assert_eq!(received, 0, "a flow that is denied by now goes on");
+    }
     owner.uninstall().unwrap();
 }
