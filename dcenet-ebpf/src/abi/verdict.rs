@@ -76,8 +76,9 @@ reasons! {
     PolicyUnknown = 5 "policy-unknown",
     /// Dropped: the source is not the pod's own address.
     Spoofed = 6 "spoofed",
-    /// Dropped: ARP or neighbour discovery that speaks for somebody else, a router advertisement or a redirect, sent by
-    /// the pod.
+    /// Dropped: ARP or neighbour discovery that speaks for somebody else or goes beyond the link, a router advertisement
+    /// or a redirect, sent by the pod; neighbour discovery that no receiver would take (RFC 4861, section 7.1), of either
+    /// direction.
     NeighbourRefused = 7 "neighbour-refused",
     /// Dropped: neither IPv4, IPv6 nor ARP, or more than two VLAN tags.
     OtherEtherType = 8 "other-ethertype",

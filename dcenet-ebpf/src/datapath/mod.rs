@@ -28,8 +28,10 @@
 //! | fragment without its head, more than 8 extension headers, other EtherType, headers cut off | drop |
 //! | source from the pod is not its own address | drop |
 //! | unicast frame to the pod that is for another Ethernet address | drop, without an event: its own receiver would ignore it (PACKET_OTHERHOST), but whoever listens in the pod would see it |
-//! | ARP, neighbour discovery from the pod | pass if its sender (advertisement: target) is the pod, or unspecified and the target the pod; router advertisement and redirect are dropped |
-//! | ARP, neighbour discovery to the pod | pass |
+//! | ARP from the pod | pass if its sender is the pod, or unspecified and the target the pod |
+//! | neighbour discovery from the pod | the same, of an advertisement by its target; to its link: a group of link scope, a link-local address, the target of a solicitation, anybody for an advertisement; router advertisement and redirect are dropped |
+//! | neighbour discovery with a hop limit below 255, a code, or behind an extension header; longer than one option makes it, from the pod | drop |
+//! | ARP, other neighbour discovery to the pod | pass |
 //! | TCP without an entry in mid-flow | judged as if new |
 //! | ICMP echo | a flow, by its identifier; a reply without a question is judged as a packet of its own |
 //! | ICMP error about a known flow | pass |

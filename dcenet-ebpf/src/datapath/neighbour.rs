@@ -1,6 +1,6 @@
 //! ARP and neighbour discovery: the pod may speak for itself alone, by its own Ethernet address.
 
-use super::emitter::{Emitter, be16};
+use super::emitter::{Emitter, ICMPV6, SKB_LEN, be16};
 use super::frame::{IP_END, L3, L4, OPTION};
 use crate::abi::{Direction, Endpoint, Reason};
 use crate::asm::Label;
@@ -49,23 +49,43 @@ impl Emitter<'_> {
             .jump(pass);
     }
 
-    /// Neighbour discovery (RFC 4861) at offset `R7`, its type in `R1` and the IPv6 header copied. Control ends here for
-    /// its types; others go on.
+    /// Neighbour discovery (RFC 4861) at offset `R7`, its type in `R1`, the IPv6 header and the first 8 bytes of the
+    /// message copied. Control ends here for its types; others go on.
+    ///
+    /// As it passes whatever the policy is, it must be what a receiver takes for a neighbour's word: hop limit 255, code
+    /// 0 (sections 6.1.1, 6.1.2, 7.1.1, 7.1.2, 8.1), and no extension header before it, for none has a use there and RFC
+    /// 6980 forbids that of fragments. What the pod sends is for its link, too: to a group of the link or to a
+    /// link-local address; a neighbour solicitation also to its target, an advertisement to whoever has asked.
     pub(super) fn neighbour_discovery(&mut self) {
         let other = self.asm.label();
         let pass = self.pass(Reason::Neighbour);
-        self.asm.jump_if(Cond::Lt, R1, ROUTER_SOLICITATION, other).jump_if(Cond::Gt, R1, REDIRECT, other);
+        let (refused, malformed) = (self.drop(Reason::NeighbourRefused), self.drop(Reason::Malformed));
+        self.asm
+            .jump_if(Cond::Lt, R1, ROUTER_SOLICITATION, other)
+            .jump_if(Cond::Gt, R1, REDIRECT, other)
+            .load(Size::B, R2, R10, L3 + 6)
+            .jump_if(Cond::Ne, R2, ICMPV6, refused)
+            .load(Size::B, R2, R10, L3 + 7)
+            .jump_if(Cond::Ne, R2, HOP_LIMIT, refused)
+            .load(Size::B, R2, R10, L4 + 1)
+            .jump_if(Cond::Ne, R2, 0, refused);
         if self.direction == Direction::Ingress {
             self.asm.jump(pass).bind(other);
             return;
         }
-        let (refused, malformed) = (self.drop(Reason::NeighbourRefused), self.drop(Reason::Malformed));
         let [solicitation, advertisement] = self.labels();
         self.asm
+            // Nothing hides behind the packet: no link pads frames that are as long as these.
+            .load(Size::W, R2, R6, SKB_LEN)
+            .load(Size::W, R3, R10, IP_END)
+            .jump_if(Cond::Gt, R2, R3, refused)
             .jump_if(Cond::Eq, R1, NEIGHBOUR_SOLICITATION, solicitation)
             .jump_if(Cond::Eq, R1, NEIGHBOUR_ADVERTISEMENT, advertisement)
             .jump_if(Cond::Ne, R1, ROUTER_SOLICITATION, refused);
         self.need(8, malformed);
+        let on_link = self.asm.label();
+        self.if_link_scope(on_link);
+        self.asm.jump(refused).bind(on_link);
         self.link_layer_option(8, refused, malformed);
         self.if_own_v6((R10, L3 + 8), pass);
         self.asm.jump(refused);
@@ -73,6 +93,17 @@ impl Emitter<'_> {
         self.asm.bind(solicitation);
         self.need(24, malformed);
         self.copy(R7, L4, 24, malformed);
+        let on_link = self.asm.label();
+        self.if_link_scope(on_link);
+        for half in [0, 8] {
+            self.asm.load(Size::Dw, R1, R10, L3 + 24 + half).load(Size::Dw, R2, R10, L4 + 8 + half).jump_if(
+                Cond::Ne,
+                R1,
+                R2,
+                refused,
+            );
+        }
+        self.asm.bind(on_link);
         self.link_layer_option(24, refused, malformed);
         self.if_own_v6((R10, L3 + 8), pass);
         // Detection of duplicates asks from the unspecified address (RFC 4862, section 5.4.2).
@@ -91,6 +122,16 @@ impl Emitter<'_> {
         self.link_layer_option(24, refused, malformed);
         self.if_own_v6((R10, L4 + 8), pass);
         self.asm.jump(refused).bind(other);
+    }
+
+    /// Jumps if the destination is a group of the link or a link-local address (RFC 4291, sections 2.5.6 and 2.7), which
+    /// no router forwards. Uses `R1`.
+    fn if_link_scope(&mut self, on_link: Label) {
+        self.asm
+            .load(Size::H, R1, R10, L3 + 24)
+            .jump_if(Cond::Eq, R1, be16(0xff02), on_link)
+            .and(R1, be16(0xffc0))
+            .jump_if(Cond::Eq, R1, be16(0xfe80), on_link);
     }
 
     /// What follows the `fixed` bytes of a message at `R7` may be one option of 8 bytes, as Linux sends it (net/ipv6/
@@ -119,6 +160,9 @@ const ROUTER_SOLICITATION: i32 = 133;
 const NEIGHBOUR_SOLICITATION: i32 = 135;
 const NEIGHBOUR_ADVERTISEMENT: i32 = 136;
 const REDIRECT: i32 = 137;
+
+/// What a packet has that no router has forwarded.
+const HOP_LIMIT: i32 = 255;
 
 /// Options of neighbour discovery: 1 is the source's link-layer address.
 const TARGET_LINK_LAYER_ADDRESS: i32 = 2;

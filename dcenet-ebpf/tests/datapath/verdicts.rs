@@ -240,7 +240,6 @@ fn the_pod_speaks_neighbour_discovery_for_itself_alone() {
         let multicast = "ff02::1".parse().unwrap();
         pod.expect(Egress, &eth().ipv6(source, multicast).neighbour(kind, target), why);
         pod.expect(Egress, &eth().vlan(2).ipv6(source, multicast).neighbour(kind, target), why);
-        pod.expect(Egress, &eth().ipv6(source, multicast).extension(HOP_BY_HOP, 0).neighbour(kind, target), why);
     }
     for kind in 133..=137 {
         pod.expect(Ingress, &eth().ipv6(PEER6, POD6).neighbour(kind, PEER6), pass);
@@ -250,6 +249,74 @@ fn the_pod_speaks_neighbour_discovery_for_itself_alone() {
         assert_eq!(pod.run_bytes(Egress, &frame[..length]), Some(Reason::Malformed), "{length} bytes");
     }
     assert_eq!(pod.flows().entries().unwrap(), []);
+}
+
+#[test]
+fn neighbour_discovery_is_no_way_past_the_policy() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let (pass, refuse) = (Some(Reason::Neighbour), Some(Reason::NeighbourRefused));
+    let group: Ipv6Addr = "ff02::1:ff00:2".parse().unwrap();
+    let router: Ipv6Addr = "fe80::99".parse().unwrap();
+    // Each message as its kernel would send it, and what it may not be.
+    let own = |kind: u8| match kind {
+        133 => (POD_LINK_LOCAL, group, POD_LINK_LOCAL),
+        135 => (POD6, group, PEER6),
+        _ => (POD6, PEER6, POD6),
+    };
+    for pod in [shut(), undecided()] {
+        for (direction, kinds) in [(Egress, &[133, 135, 136][..]), (Ingress, &[133, 134, 135, 136, 137])] {
+            for &kind in kinds {
+                let (source, destination, target) = if direction == Egress { own(kind) } else { (router, POD6, PEER6) };
+                let base = eth().ipv6(source, destination);
+                let message = base.clone().neighbour(kind, target);
+                pod.expect(direction, &message, pass);
+                let at = |byte: usize, value: u8| {
+                    let mut frame = message.bytes();
+                    frame[byte] = value;
+                    frame
+                };
+                for hop_limit in [0, 1, 64, 254] {
+                    assert_eq!(pod.run_bytes(direction, &at(21, hop_limit)), refuse, "{kind}: hop limit {hop_limit}");
+                }
+                for code in [1, 255] {
+                    assert_eq!(pod.run_bytes(direction, &at(55, code)), refuse, "{kind}: code {code}");
+                }
+                for extension in [HOP_BY_HOP, ROUTING, DESTINATION_OPTIONS, AUTHENTICATION] {
+                    for units in [0, 170] {
+                        let packet = base.clone().extension(extension, units).neighbour(kind, target);
+                        pod.expect(direction, &packet, refuse);
+                    }
+                }
+                // RFC 6946: a fragment that is all of its packet.
+                pod.expect(direction, &base.clone().fragment(7, 0, false).neighbour(kind, target), refuse);
+                if direction == Egress {
+                    let behind = [message.bytes(), vec![0x5a; 40]].concat();
+                    assert_eq!(pod.run_bytes(direction, &behind), refuse, "{kind}: bytes behind the packet");
+                }
+            }
+        }
+        // Beyond the link, from the pod.
+        let wide: Ipv6Addr = "ff05::2".parse().unwrap();
+        let table = [
+            (133, router, pass),
+            (133, "ff02::2".parse().unwrap(), pass),
+            (133, ROUTER6, refuse),
+            (133, wide, refuse),
+            (135, PEER6, pass),
+            (135, router, pass),
+            (135, ROUTER6, refuse),
+            (135, wide, refuse),
+            (136, PEER6, pass),
+            (136, router, pass),
+            (136, "ff02::1".parse().unwrap(), pass),
+        ];
+        for (kind, destination, why) in table {
+            let (source, _, target) = own(kind);
+            pod.expect(Egress, &eth().ipv6(source, destination).neighbour(kind, target), why);
+        }
+    }
 }
 
 #[test]
@@ -444,7 +511,8 @@ fn the_pod_speaks_by_its_own_ethernet_address() {
     const OTHER: [u8; 6] = [2, 0, 0, 0, 0, 9];
     let option = |kind: u8, mac: [u8; 6]| [[kind, 1].as_slice(), &mac].concat();
     let discovery = |kind: u8, options: &[Vec<u8>]| {
-        let body: Vec<u8> = POD6.octets().into_iter().chain(options.concat()).collect();
+        let target = if kind == 135 { PEER6 } else { POD6 };
+        let body: Vec<u8> = target.octets().into_iter().chain(options.concat()).collect();
         eth().ipv6(POD6, PEER6).icmp(kind, 0, [0; 4]).data(body)
     };
     let pod = open();
