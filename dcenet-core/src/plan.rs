@@ -8,7 +8,8 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::model::{AttachmentKey, IfName, MacAddr, Mtu};
+use crate::model::{AttachmentKey, IfName, MacAddr, Mtu, VlanId};
+use crate::netlink::{IpvlanFlag, IpvlanMode, MacvlanMode, NetkitMode, VlanProtocol};
 
 /// Steps in the order in which they are done.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,6 +77,84 @@ pub enum Operation {
         /// Its MTU.
         mtu: Option<Mtu>,
     },
+    /// Creates a virtual device, down. Its parent, where it has one, is in the target's namespace.
+    CreateLink {
+        /// Its name and address. Where the kind has no address of its own, its parent's, or zeros.
+        link: End,
+        /// The name under which it is made, until it is renamed: before Linux 6.14 a name is refused in one namespace
+        /// because the other, where the request is made, has a link called so (`rtnl_newlink` in
+        /// `net/core/rtnetlink.c`).
+        transit: Option<IfName>,
+        /// What it is.
+        device: Device,
+        /// Its MTU.
+        mtu: Option<Mtu>,
+        /// Where it lives.
+        home: Target,
+    },
+    /// Creates a TAP or TUN device that outlives the process which made it (tun(4): `TUNSETPERSIST`), down.
+    CreateTap {
+        /// Its name and, for TAP, its address.
+        link: End,
+        /// The name under which it is made: a request with the name of an existing device opens that one.
+        transit: IfName,
+        /// What it is.
+        tap: TapSpec,
+    },
+    /// Moves a link of the target's namespace to the other one under another name and marks it, in one request.
+    MoveLink {
+        /// Its name here.
+        link: IfName,
+        /// Its name there, and its address, which it keeps.
+        to: End,
+        /// The alias.
+        alias: String,
+    },
+    /// Renames a link that is down.
+    Rename {
+        /// Its name.
+        link: IfName,
+        /// Its new name.
+        to: IfName,
+    },
+    /// Writes a setting of the namespace below `/proc/sys/net`.
+    WriteSetting {
+        /// Its path from there, such as `ipv6/conf/eth0/accept_ra`.
+        name: String,
+        /// Its value.
+        value: &'static str,
+    },
+    /// Changes what a link has beside addresses.
+    Tune {
+        /// The link.
+        link: IfName,
+        /// What is changed.
+        tuning: Tuning,
+    },
+    /// Sets the MTU of a link that exists.
+    SetMtu {
+        /// The link.
+        link: IfName,
+        /// Its MTU.
+        mtu: Mtu,
+    },
+    /// Sets the Ethernet address of a link that exists.
+    SetMac {
+        /// The link.
+        link: IfName,
+        /// Its address.
+        mac: MacAddr,
+    },
+    /// Has the link answer no ARP request, for any address (`arp_ignore` 8 of `ip-sysctl.rst`).
+    NoArpReplies {
+        /// The link.
+        link: IfName,
+    },
+    /// Keeps a bridge port from exchanging frames with other such ports (`IFLA_BRPORT_ISOLATED`; Linux 4.18).
+    Isolate {
+        /// The port.
+        port: IfName,
+    },
     /// Marks a link as ours by its alias.
     Mark {
         /// The link.
@@ -108,6 +187,15 @@ pub enum Operation {
     SettleCarrier {
         /// The link.
         link: IfName,
+    },
+    /// Has what is sent to an IPv6 address of the link arrive. The kernel takes an address at once, but enters the local
+    /// route by which it recognises it in a work queue, though there is no duplicate detection to wait for
+    /// (`addrconf_dad_start` in `net/ipv6/addrconf.c`).
+    SettleAddress {
+        /// The link.
+        link: IfName,
+        /// The address.
+        address: IpAddr,
     },
     /// Lets a bridge port send frames back where they came from.
     Hairpin {
@@ -148,6 +236,108 @@ pub enum Operation {
     AttachPolicy,
 }
 
+/// A virtual device that is no veth and no bridge. A parent is a link of the namespace in which the request is made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Device {
+    /// An Ethernet address of its own on a parent.
+    Macvlan {
+        /// The parent.
+        parent: IfName,
+        /// Whom it reaches.
+        mode: MacvlanMode,
+        /// Whose frames it gets, in source mode.
+        sources: Vec<MacAddr>,
+    },
+    /// IP addresses of its own behind the parent's Ethernet address.
+    Ipvlan {
+        /// The parent.
+        parent: IfName,
+        /// How far up packets are handed over.
+        mode: IpvlanMode,
+        /// Whom it reaches.
+        flag: IpvlanFlag,
+    },
+    /// The frames of a parent that carry a tag.
+    Vlan {
+        /// The parent.
+        parent: IfName,
+        /// The tag's VLAN.
+        id: VlanId,
+        /// The tag's EtherType.
+        protocol: VlanProtocol,
+    },
+    /// Swallows what is sent to it.
+    Dummy,
+    /// A routing domain.
+    Vrf {
+        /// Its table.
+        table: u32,
+    },
+    /// A pair, whose other end is in the other namespace.
+    Netkit {
+        /// Whether it carries Ethernet frames.
+        mode: NetkitMode,
+        /// The other end.
+        peer: End,
+    },
+}
+
+impl Device {
+    /// The link on which it is made.
+    pub fn parent(&self) -> Option<&IfName> {
+        match self {
+            Self::Macvlan { parent, .. } | Self::Ipvlan { parent, .. } | Self::Vlan { parent, .. } => Some(parent),
+            Self::Dummy | Self::Vrf { .. } | Self::Netkit { .. } => None,
+        }
+    }
+
+    /// Whether it can be given an Ethernet address.
+    pub fn takes_mac(&self) -> bool {
+        match self {
+            // The parent's.
+            Self::Ipvlan { .. } | Self::Macvlan { mode: MacvlanMode::Passthru, .. } => false,
+            Self::Netkit { mode, .. } => *mode == NetkitMode::L2,
+            Self::Macvlan { .. } | Self::Vlan { .. } | Self::Dummy | Self::Vrf { .. } => true,
+        }
+    }
+}
+
+/// A TAP or TUN device (`Documentation/networking/tuntap.rst`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TapSpec {
+    /// Ethernet frames (TAP) or IP packets (TUN).
+    pub ethernet: bool,
+    /// Who may open it beside root; anybody with `CAP_NET_ADMIN` where neither is set.
+    pub owner: Option<u32>,
+    /// The group that may.
+    pub group: Option<u32>,
+    /// Whether it may be opened several times, a queue each.
+    pub multi_queue: bool,
+}
+
+/// What a link has beside addresses: `"tuning"` of a configuration.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Tuning {
+    /// Length of the transmit queue, in packets.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tx_queue_len: Option<u32>,
+    /// Whether it takes frames to any address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub promisc: Option<bool>,
+    /// Whether it takes frames to any group address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allmulti: Option<bool>,
+}
+
+impl Tuning {
+    /// Whether it changes nothing.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// A route over a known link.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -181,8 +371,36 @@ pub enum Undo {
         /// The link.
         end: End,
     },
+    /// Deletes the attachment's device in the pod's namespace: the link of this name, if it carries the attachment's mark,
+    /// or of the name that it had before it was marked. A namespace that is gone took it with it.
+    DeletePodLink {
+        /// Its name.
+        link: IfName,
+        /// Its name before, which is of this attachment alone.
+        transit: IfName,
+    },
+    /// Brings a device back that was moved to the pod, from there or from where the kernel put it when the pod's namespace
+    /// ended, and makes it what it was.
+    ReturnLink(Box<Lent>),
+    /// Deletes a route of ours over a link of the host that attachments share.
+    DeleteRoute {
+        /// The link.
+        link: IfName,
+        /// The route.
+        route: RouteSpec,
+    },
+    /// Deletes a neighbour of a link of the host that attachments share.
+    DeleteNeighbour {
+        /// The link.
+        link: IfName,
+        /// The neighbour's address.
+        address: IpAddr,
+    },
     /// Takes the attachment's device from under policy.
     DetachPolicy,
+    /// Deletes the link of this name, if it has this address and nobody uses it: no port is left, and no route of ours.
+    /// Not part of a normal detach.
+    DeleteIdleLink(End),
     /// Deletes the bridge of this name, if it has this address and no port. Not part of a normal detach.
     DeleteIdleBridge(End),
     /// Deletes the address, if the link has no port. Not part of a normal detach.
@@ -199,10 +417,59 @@ impl Undo {
     /// finished attachment goes.
     pub fn is_shared(&self) -> bool {
         match self {
-            Self::DeleteLink { .. } | Self::DetachPolicy => false,
-            Self::DeleteIdleBridge(_) | Self::DeleteIdleAddress { .. } => true,
+            Self::DeleteLink { .. }
+            | Self::DeletePodLink { .. }
+            | Self::ReturnLink(_)
+            | Self::DeleteRoute { .. }
+            | Self::DeleteNeighbour { .. }
+            | Self::DetachPolicy => false,
+            Self::DeleteIdleLink(_) | Self::DeleteIdleBridge(_) | Self::DeleteIdleAddress { .. } => true,
         }
     }
+
+    /// Whether it is done in the pod's namespace, so that this is needed where it still exists.
+    pub fn is_in_pod(&self) -> bool {
+        match self {
+            Self::DeletePodLink { .. } | Self::ReturnLink(_) | Self::DeleteLink { target: Target::Pod, .. } => true,
+            Self::DeleteLink { target: Target::Host, .. }
+            | Self::DeleteRoute { .. }
+            | Self::DeleteNeighbour { .. }
+            | Self::DetachPolicy
+            | Self::DeleteIdleLink(_)
+            | Self::DeleteIdleBridge(_)
+            | Self::DeleteIdleAddress { .. } => false,
+        }
+    }
+}
+
+/// What a device of the host was before a pod got it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Lent {
+    /// Its name on the host, and its Ethernet address.
+    pub end: End,
+    /// Its name in the pod.
+    pub pod_name: IfName,
+    /// The alias that it has while it is away.
+    pub mark: String,
+    /// Its alias.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alias: Option<String>,
+    /// Its MTU.
+    pub mtu: u32,
+    /// Length of its transmit queue, in packets.
+    pub tx_queue_len: u32,
+    /// Whether it was up.
+    pub up: bool,
+    /// Whether it was promiscuous by somebody's wish.
+    pub promisc: bool,
+    /// Whether it took all multicast by somebody's wish.
+    pub allmulti: bool,
+    /// Its addresses.
+    pub addresses: Vec<IpNet>,
+    /// Whether it comes back when the pod's namespace ends; virtual devices end with it (`default_device_exit_net` in
+    /// `net/core/dev.c`).
+    pub physical: bool,
 }
 
 impl Step {
@@ -238,6 +505,22 @@ impl Plan {
 pub fn mark(key: &AttachmentKey) -> String {
     let full = format!("{MARK}{key}");
     if full.len() < 256 { full } else { format!("{MARK}{}", key.id()) }
+}
+
+/// The alias that marks a link of the host called `name` while the attachment has it.
+pub fn lent_mark(key: &AttachmentKey, name: &IfName) -> String {
+    let full = format!("{MARK}lent/{name}/{key}");
+    if full.len() < 256 { full } else { format!("{MARK}lent/{name}/{}", key.id()) }
+}
+
+/// Whether the alias is a mark of the attachment.
+pub fn is_mark_of(key: &AttachmentKey, alias: &str) -> bool {
+    alias == mark(key) || lent_name(alias).is_some_and(|name| alias == lent_mark(key, &name))
+}
+
+/// The name on the host of the link that such an alias marks.
+pub fn lent_name(alias: &str) -> Option<IfName> {
+    alias.strip_prefix(MARK)?.strip_prefix("lent/")?.split_once('/')?.0.parse().ok()
 }
 
 /// The alias that marks a link which attachments share.

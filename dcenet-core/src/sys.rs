@@ -2,9 +2,13 @@
 
 #![expect(unsafe_code, reason = "system calls")]
 
+use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::{Duration, Instant};
+
+use crate::model::IfName;
+use crate::plan::TapSpec;
 
 /// Moves the calling thread into the network namespace behind `fd` (setns(2), `CLONE_NEWNET`).
 pub(crate) fn enter_netns(fd: BorrowedFd<'_>) -> io::Result<()> {
@@ -70,6 +74,46 @@ pub(crate) fn wait_readable(fd: BorrowedFd<'_>, limit: Duration) -> io::Result<b
         }
     }
 }
+
+/// Creates a TAP or TUN device in the calling thread's namespace, which stays when the descriptor is closed (tun(4),
+/// `Documentation/networking/tuntap.rst`).
+pub(crate) fn create_tap(name: &IfName, tap: &TapSpec) -> io::Result<()> {
+    let tun = OpenOptions::new().read(true).write(true).open("/dev/net/tun")?;
+    let TapSpec { ethernet, owner, group, multi_queue } = tap;
+    let mut flags = libc::IFF_NO_PI | libc::IFF_TUN_EXCL | if *ethernet { libc::IFF_TAP } else { libc::IFF_TUN };
+    if *multi_queue {
+        flags |= libc::IFF_MULTI_QUEUE;
+    }
+    // The flags fit the field's 16 bits, the highest of which is IFF_TUN_EXCL.
+    let mut request = IfReq { name: [0; libc::IFNAMSIZ], flags: flags as u16, rest: [0; 22] };
+    for (to, from) in request.name.iter_mut().zip(name.as_str().bytes().take(libc::IFNAMSIZ - 1)) {
+        *to = from;
+    }
+    // SAFETY: TUNSETIFF reads and writes a `struct ifreq` of 40 bytes, which `request` is, and which outlives the call;
+    // `tun` is open.
+    check(unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })?;
+    for (command, value) in [(libc::TUNSETOWNER, *owner), (libc::TUNSETGROUP, *group), (libc::TUNSETPERSIST, Some(1))] {
+        if let Some(value) = value {
+            set_tap(tun.as_fd(), command, value)?;
+        }
+    }
+    Ok(())
+}
+
+fn set_tap(tun: BorrowedFd<'_>, command: libc::Ioctl, value: u32) -> io::Result<()> {
+    // SAFETY: these commands take a number and no pointer; `tun` is borrowed and thus open.
+    check(unsafe { libc::ioctl(tun.as_raw_fd(), command, libc::c_ulong::from(value)) })
+}
+
+/// `struct ifreq` of `include/uapi/linux/if.h`, with its flags.
+#[repr(C)]
+struct IfReq {
+    name: [u8; libc::IFNAMSIZ],
+    flags: u16,
+    rest: [u8; 22],
+}
+
+const _: () = assert!(size_of::<IfReq>() == 40);
 
 /// Opens a socket that sends ICMP echo requests and receives their replies (icmp(7), "Ping sockets").
 #[cfg(any(test, feature = "test-support"))]

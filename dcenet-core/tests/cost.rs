@@ -29,7 +29,8 @@ fn an_attach_makes_few_calls() {
     } else {
         0
     };
-    for (config, most_attach, most_detach) in [(bridge(), 21 + spare, 3), (veth(), 26 + spare, 3)] {
+    // One of them is made only where the kernel has not entered the IPv6 address's local route yet.
+    for (config, most_attach, most_detach) in [(bridge(), 23 + spare, 3), (veth(), 28 + spare, 3)] {
         let kind = config.driver().kind();
         let host = TestHost::new();
         host.root().run(|| {

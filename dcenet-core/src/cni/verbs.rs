@@ -10,10 +10,11 @@ use sha2::{Digest, Sha256};
 use super::error::causes;
 use super::serve::{Backends, PolicyChoice};
 use super::{Asked, CniError, CniResult, ErrorCode, Interface, Invocation, NetConf, Role};
-use crate::engine::{AttachError, AttachRequest, Attached, DetachErrors, Engine, Hold, NamespaceEntry};
+use crate::engine::{AttachError, AttachRequest, Attached, DetachErrors, Engine, Hold, NamespaceEntry, StepError};
 use crate::journal::JournalError;
 use crate::link::{LinkConfig, PlanError, Policy};
 use crate::model::{AttachmentKey, ContainerId, IfName, MacAddr, NetworkName};
+use crate::netlink::CreateLinkError;
 use crate::netns::{Host, NetNs, NetNsError, Pod};
 use crate::provider::{
     AddressSource, Dns, Endpoint, Lease, LeaseError, LeaseRequest, LeasedAddress, PolicyError, PolicySink,
@@ -204,10 +205,9 @@ impl<'a> Call<'a> {
             Err(error) => errors.push(error.to_string()),
         }
         // Nothing of the network is left: what its attachments shared goes too, unless another network uses it.
-        if let (true, Ok(LinkConfig::Bridge(bridge))) = (valid.is_empty(), self.link())
-            && let Err(error) = self.engine.remove_idle(&bridge.bridge)
-        {
-            errors.push(error.to_string());
+        if let (true, Ok(link)) = (valid.is_empty(), self.link()) {
+            let removed = link.driver().shared().into_iter().map(|shared| self.engine.remove_idle(&shared));
+            errors.extend(removed.filter_map(Result::err).map(|error| error.to_string()));
         }
         if errors.is_empty() { Ok(()) } else { Err(CniError::new(ErrorCode::TryAgain, errors.join("; "))) }
     }
@@ -322,7 +322,7 @@ impl<'a> Call<'a> {
     /// Removes devices first, then addresses: an address that a device still bears is never free. Nobody attaches the
     /// container again in between.
     async fn remove(&self, key: &AttachmentKey, pod: Option<&NetNs>) -> Result<(), CniError> {
-        let mut hold = match self.engine.hold_remains(key).map_err(detach)? {
+        let mut hold = match self.engine.hold_remains(key, pod).map_err(detach)? {
             Some(hold) => hold,
             // An ADD that was killed before it began, or one that only leased.
             None if self.held(key).await?.is_some() => self.hold(key)?,
@@ -452,6 +452,9 @@ fn attach(error: AttachError) -> CniError {
         }
         AttachError::Journal(_) => ErrorCode::Io,
         AttachError::Step { rollback, .. } if !rollback.is_empty() => ErrorCode::RollbackIncomplete,
+        AttachError::Step { cause: StepError::Create(CreateLinkError::UnknownKind { .. }), .. } => {
+            ErrorCode::KernelFeature
+        }
         AttachError::Leftover { .. } => ErrorCode::RollbackIncomplete,
         _ => ErrorCode::Failed,
     };

@@ -1,14 +1,19 @@
 //! Carrying out a plan's steps and their undos.
 
 use std::collections::HashMap;
+use std::io;
+use std::path::Path;
 use std::time::Duration;
 
 use super::error::{StepError, TeardownError};
-use super::{AttachRequest, Engine};
+use super::{AttachRequest, Engine, NamespaceEntry};
 use crate::model::{AttachmentKey, IfIndex, IfName, Mtu};
-use crate::netlink::{self, Failure, LinkChange, LinkView, Message, NetlinkError, NewRoute, NewVeth, Socket};
-use crate::netns::NetNs;
-use crate::plan::{Operation, Plan, RouteSpec, Step, Target, Undo, mark};
+use crate::netlink::{
+    self, Failure, Gate, LinkChange, LinkKind, LinkView, Message, NetkitPolicy, NetlinkError, NewLink, NewRoute,
+    NewVeth, RouteView, Socket, gate,
+};
+use crate::netns::{NetNs, NetNsError, NetNsGuard};
+use crate::plan::{Device, Operation, Plan, RouteSpec, Step, Target, Undo, mark};
 use crate::provider::Endpoint;
 
 /// Sockets and indices of one attach.
@@ -18,6 +23,8 @@ pub(super) struct Session<'a> {
     host: Socket,
     pod: Option<Socket>,
     links: HashMap<(Target, IfName), (IfIndex, Option<u32>)>,
+    /// The names that links have before the plan renames them, by the later ones.
+    renamed: HashMap<(Target, IfName), IfName>,
 }
 
 /// What became of a plan.
@@ -30,12 +37,17 @@ pub(super) struct Applied {
 
 impl<'a> Session<'a> {
     pub(super) fn new(engine: &'a Engine, pod_netns: &'a NetNs, host: Socket) -> Self {
-        Self { engine, pod_netns, host, pod: None, links: HashMap::new() }
+        Self { engine, pod_netns, host, pod: None, links: HashMap::new(), renamed: HashMap::new() }
     }
 
     /// The host's socket.
     pub(super) fn host(&mut self) -> &mut Socket {
         &mut self.host
+    }
+
+    /// The pod's socket.
+    pub(super) fn pod(&mut self) -> Result<&mut Socket, StepError> {
+        self.socket(Target::Pod)
     }
 
     /// Remembers a link's index, so that it need not be asked for.
@@ -47,12 +59,17 @@ impl<'a> Session<'a> {
 
     /// A link's index, if it was learnt.
     pub(super) fn known(&self, target: Target, link: &IfName) -> Option<IfIndex> {
-        self.links.get(&(target, link.clone())).map(|(index, _)| *index)
+        self.entry(target, link).map(|(index, _)| index)
+    }
+
+    fn entry(&self, target: Target, link: &IfName) -> Option<(IfIndex, Option<u32>)> {
+        let by = |name: &IfName| self.links.get(&(target, name.clone())).copied();
+        by(link).or_else(|| by(self.renamed.get(&(target, link.clone()))?))
     }
 
     /// A link's MTU, if it was learnt.
     pub(super) fn known_mtu(&self, target: Target, link: &IfName) -> Option<Mtu> {
-        let (_, mtu) = self.links.get(&(target, link.clone()))?;
+        let (_, mtu) = self.entry(target, link)?;
         mtu.and_then(|mtu| Mtu::try_from(mtu).ok())
     }
 
@@ -69,6 +86,11 @@ impl<'a> Session<'a> {
     /// Does all steps, or those up to and around the first that fails: what shares its batch may be done too.
     pub(super) fn apply(&mut self, plan: &Plan, request: &AttachRequest<'_>) -> Applied {
         let mut applied = Applied { undo: Vec::new(), failure: None };
+        for step in &plan.steps {
+            if let Operation::Rename { link, to } = &step.operation {
+                self.renamed.insert((step.target, to.clone()), link.clone());
+            }
+        }
         let mut next = 0;
         while next < plan.steps.len() && applied.failure.is_none() {
             let end = self.batch_end(&plan.steps, next);
@@ -83,12 +105,12 @@ impl<'a> Session<'a> {
     /// The end of the longest run of steps that can be sent at once: one target, every index known.
     fn batch_end(&self, steps: &[Step], start: usize) -> usize {
         let first = &steps[start];
-        if first.operation == Operation::AttachPolicy {
+        if !is_message(&first.operation) {
             return start + 1;
         }
         let joins = |step: &&Step| {
             step.target == first.target
-                && step.operation != Operation::AttachPolicy
+                && is_message(&step.operation)
                 && indexed(&step.operation).iter().all(|link| self.known(step.target, link).is_some())
         };
         start + 1 + steps[start + 1..].iter().take_while(joins).count()
@@ -103,9 +125,9 @@ impl<'a> Session<'a> {
     ) -> Result<(), (usize, StepError)> {
         let start = range.start;
         let steps = &plan.steps[range];
-        if steps[0].operation == Operation::AttachPolicy {
+        if !is_message(&steps[0].operation) {
             undo.extend(steps[0].undo.clone());
-            return self.attach_policy(plan, request).map_err(|e| (start, e));
+            return self.do_locally(&steps[0], plan, request).map_err(|e| (start, e));
         }
         let target = steps[0].target;
         for link in indexed(&steps[0].operation) {
@@ -120,10 +142,13 @@ impl<'a> Session<'a> {
             match outcome {
                 Ok(replies) => {
                     undo.extend(step.undo.clone());
-                    if let Operation::SettleCarrier { link } = &step.operation
-                        && !replies.iter().any(|r| netlink::is_operational(&r.payload))
-                    {
-                        unsettled.push((start + offset, link));
+                    let settled = match &step.operation {
+                        Operation::SettleCarrier { .. } => replies.iter().any(|r| netlink::is_operational(&r.payload)),
+                        Operation::SettleAddress { .. } => replies.iter().any(|r| netlink::is_local_route(&r.payload)),
+                        _ => true,
+                    };
+                    if !settled {
+                        unsettled.push((start + offset, &step.operation));
                     }
                     let made = replies.iter().filter(|r| r.kind == libc::RTM_NEWLINK);
                     for link in made.filter_map(|r| LinkView::parse(&r.payload)) {
@@ -131,48 +156,105 @@ impl<'a> Session<'a> {
                     }
                 }
                 Err(error) if error.errno().is_some_and(|e| step.tolerate.contains(&e)) => {}
+                Err(error)
+                    if matches!(step.operation, Operation::SettleAddress { .. })
+                        && error.errno().is_some_and(|e| netlink::NO_ROUTE.contains(&e)) =>
+                {
+                    unsettled.push((start + offset, &step.operation));
+                }
                 Err(error) => {
-                    if error.may_have_happened() {
+                    // A link that was moved and could not be renamed stays where it was moved to.
+                    if error.may_have_happened() || matches!(step.operation, Operation::MoveLink { .. }) {
                         undo.extend(step.undo.clone());
                     }
                     // Later failures of the batch mostly follow from the first.
-                    failure.get_or_insert((start + offset, error.into()));
+                    if failure.is_none() {
+                        failure = Some((start + offset, self.refusal(step, error)));
+                    }
                 }
             }
         }
         if let Some(failure) = failure {
             return Err(failure);
         }
-        for (step, link) in unsettled {
-            self.await_carrier(target, link).map_err(|e| (step, e))?;
+        for (step, operation) in unsettled {
+            self.await_settled(target, operation).map_err(|e| (step, e))?;
         }
         Ok(())
     }
 
-    /// Waits for the kernel to act on a carrier, where asking for the link did not make it.
-    fn await_carrier(&mut self, target: Target, link: &IfName) -> Result<(), StepError> {
-        let listener = match target {
+    /// What a refused step is to the caller: a device of a kind that the kernel lacks has an error of its own.
+    fn refusal(&self, step: &Step, error: NetlinkError) -> StepError {
+        match &step.operation {
+            Operation::CreateLink { link, device, mtu, .. } => {
+                netlink::refused(&link.name, &self.kind(step.target, device, *mtu), error).into()
+            }
+            _ => error.into(),
+        }
+    }
+
+    /// Does what is no netlink message.
+    fn do_locally(&mut self, step: &Step, plan: &Plan, request: &AttachRequest<'_>) -> Result<(), StepError> {
+        match &step.operation {
+            Operation::AttachPolicy => self.attach_policy(plan, request),
+            Operation::WriteSetting { name, value } => {
+                let path = Path::new("/proc/sys/net").join(name);
+                let write = || self.engine.run_in(self.netns(step.target), || std::fs::write(&path, value));
+                match gated("write setting", write)? {
+                    Err(source) if source.raw_os_error().is_none_or(|e| !step.tolerate.contains(&e)) => {
+                        Err(StepError::Local { what: format!("write {value} to {}", path.display()), source })
+                    }
+                    _ => Ok(()),
+                }
+            }
+            Operation::CreateTap { link, transit, tap } => {
+                let what = || format!("create tap {}", link.name);
+                let make = || self.engine.run_in(self.netns(step.target), || crate::sys::create_tap(transit, tap));
+                gated("create tap", make)?.map_err(|source| StepError::Local { what: what(), source })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn netns(&self, target: Target) -> &'a NetNs {
+        match target {
+            Target::Host => &self.engine.host.0,
+            Target::Pod => self.pod_netns,
+        }
+    }
+
+    /// Waits for the kernel's workers, where asking did not do their part.
+    fn await_settled(&mut self, target: Target, operation: &Operation) -> Result<(), StepError> {
+        let mut listener = match target {
             Target::Host => self.engine.host_socket()?,
             Target::Pod => self.engine.pod_socket(self.pod_netns)?,
         };
-        if !self.socket(target)?.await_operational(listener, link, CARRIER_LIMIT)? {
-            // All is done that can be: it transmits as soon as it has a carrier.
-            tracing::warn!(%link, "no carrier yet");
+        let settled = match operation {
+            Operation::SettleCarrier { link } => {
+                self.socket(target)?.await_operational(listener, link, SETTLE_LIMIT)?
+            }
+            Operation::SettleAddress { address, .. } => listener.await_local(*address, SETTLE_LIMIT)?,
+            _ => true,
+        };
+        if !settled {
+            // All is done that can be: it works as soon as the kernel gets to it.
+            tracing::warn!(?operation, "not settled yet");
         }
         Ok(())
     }
 
     /// Takes indices from the echo of a creation.
     fn learn(&mut self, step: &Step, link: &LinkView) {
-        self.know(step.target, link);
-        if let Operation::CreateVeth { far, .. } = &step.operation
-            && let Some(peer) = link.peer
-        {
-            let other = match step.target {
-                Target::Host => Target::Pod,
-                Target::Pod => Target::Host,
-            };
-            self.links.insert((other, far.name.clone()), (peer, Some(link.mtu)));
+        let (home, far) = match &step.operation {
+            Operation::CreateVeth { far, .. } => (step.target, Some(&far.name)),
+            Operation::CreateLink { home, device: Device::Netkit { peer, .. }, .. } => (*home, Some(&peer.name)),
+            Operation::CreateLink { home, .. } => (*home, None),
+            Operation::MoveLink { .. } => return,
+            _ => (step.target, None),
+        };
+        self.know(home, link);
+        if let (Some(far), Some(peer)) = (far, link.peer) {
+            self.links.insert((other(home), far.clone()), (peer, Some(link.mtu)));
         }
     }
 
@@ -211,11 +293,38 @@ impl<'a> Session<'a> {
             self.known(step.target, link).expect("batch_end and apply_batch admit steps whose indices are known")
         };
         match &step.operation {
+            Operation::CreateLink { link, transit, device, mtu, home } => netlink::create_link(&NewLink {
+                name: transit.as_ref().unwrap_or(&link.name),
+                kind: self.kind(step.target, device, *mtu),
+                mac: device.takes_mac().then_some(link.mac),
+                mtu: *mtu,
+                netns: (*home != step.target).then(|| self.netns(*home)),
+            }),
+            Operation::MoveLink { link, to, alias } => {
+                let change = LinkChange { alias: Some(alias), ..Default::default() };
+                let there = self.netns(other(step.target));
+                netlink::move_link(link.as_str(), index(link), there, Some(&to.name), &change)
+            }
+            Operation::Rename { link, to } => {
+                netlink::set_link(link, index(link), &LinkChange { rename: Some(to), ..Default::default() })
+            }
+            Operation::Tune { link, tuning } => {
+                let crate::plan::Tuning { tx_queue_len, promisc, allmulti } = *tuning;
+                let change = LinkChange { tx_queue_len, promisc, allmulti, ..Default::default() };
+                netlink::set_link(link, index(link), &change)
+            }
+            Operation::SetMtu { link, mtu } => {
+                netlink::set_link(link, index(link), &LinkChange { mtu: Some(mtu.get()), ..Default::default() })
+            }
+            Operation::SetMac { link, mac } => {
+                netlink::set_link(link, index(link), &LinkChange { mac: Some(*mac), ..Default::default() })
+            }
+            Operation::NoArpReplies { link } => {
+                netlink::set_link(link, index(link), &LinkChange { no_arp_replies: true, ..Default::default() })
+            }
+            Operation::Isolate { port } => netlink::isolate(port, index(port)),
             Operation::CreateVeth { near, far, mtu } => {
-                let other = match step.target {
-                    Target::Host => self.pod_netns,
-                    Target::Pod => &self.engine.host.0,
-                };
+                let other = self.netns(other(step.target));
                 netlink::create_veth(&NewVeth {
                     name: &near.name,
                     mac: near.mac,
@@ -239,9 +348,10 @@ impl<'a> Session<'a> {
             }
             Operation::Up { link, master } => {
                 let master = master.as_ref().map(&index);
-                netlink::set_link(link, index(link), &LinkChange { up: true, master, ..Default::default() })
+                netlink::set_link(link, index(link), &LinkChange { up: Some(true), master, ..Default::default() })
             }
             Operation::SettleCarrier { link } => netlink::link_by_name(link),
+            Operation::SettleAddress { address, .. } => netlink::route_to(*address),
             Operation::Hairpin { port } => netlink::hairpin(port, index(port)),
             Operation::AddAddress { link, address } => netlink::add_address(link.as_str(), index(link), *address),
             Operation::AddRoute { link, route } => netlink::add_route(link.as_str(), &new_route(index(link), route)),
@@ -251,13 +361,83 @@ impl<'a> Session<'a> {
             Operation::ForgetNeighbour { link, address } => {
                 netlink::delete_neighbour(link.as_str(), index(link), *address)
             }
-            Operation::AttachPolicy => unreachable!("a policy step is a batch of its own"),
+            Operation::AttachPolicy | Operation::WriteSetting { .. } | Operation::CreateTap { .. } => {
+                unreachable!("these are no messages")
+            }
+        }
+    }
+
+    fn kind<'k>(&'k self, target: Target, device: &'k Device, mtu: Option<Mtu>) -> LinkKind<'k> {
+        let index = |link: &IfName| self.known(target, link).expect("as for the step of which this is the device");
+        match device {
+            Device::Macvlan { parent, mode, sources } => {
+                LinkKind::Macvlan { parent: index(parent), mode: *mode, sources }
+            }
+            Device::Ipvlan { parent, mode, flag } => {
+                LinkKind::Ipvlan { parent: index(parent), mode: *mode, flag: *flag }
+            }
+            Device::Vlan { parent, id, protocol } => {
+                LinkKind::Vlan { parent: index(parent), id: *id, protocol: *protocol }
+            }
+            Device::Dummy => LinkKind::Dummy,
+            Device::Vrf { table } => LinkKind::Vrf { table: *table },
+            Device::Netkit { mode, peer } => LinkKind::Netkit {
+                mode: *mode,
+                policy: NetkitPolicy::Forward,
+                peer_policy: NetkitPolicy::Forward,
+                peer_name: &peer.name,
+                peer_mac: device.takes_mac().then_some(peer.mac),
+                peer_mtu: mtu,
+                peer_netns: Some(self.netns(other(target))),
+            },
         }
     }
 }
 
-/// The kernel's worker comes after a second at most, but has to find a processor.
-const CARRIER_LIMIT: Duration = Duration::from_secs(10);
+impl Engine {
+    /// Runs `f` in a namespace, entered as this engine does.
+    fn run_in<R: Send>(&self, netns: &NetNs, f: impl FnOnce() -> R + Send) -> Result<R, NetNsError> {
+        match self.entry {
+            _ if netns.id() == self.host.0.id() => netns.run_here_or_there(f),
+            NamespaceEntry::Thread => netns.run(f),
+            NamespaceEntry::InPlace => {
+                let guard = NetNsGuard::enter(netns, &self.host.0)?;
+                let value = f();
+                drop(guard);
+                Ok(value)
+            }
+        }
+    }
+}
+
+/// A change that is no netlink message, through the gate by which faults come.
+fn gated(what: &str, call: impl FnOnce() -> Result<io::Result<()>, NetNsError>) -> Result<io::Result<()>, NetNsError> {
+    match gate(what) {
+        Gate::Pass => call(),
+        Gate::Fail(errno) => Ok(Err(io::Error::from_raw_os_error(errno))),
+        Gate::Lose => Ok(call()?.and_then(|()| Err(io::Error::other("injected: outcome unknown")))),
+        Gate::DieAfter => {
+            // Whatever came of it: the process ends before it could tell.
+            drop(call());
+            std::process::abort()
+        }
+    }
+}
+
+fn other(target: Target) -> Target {
+    match target {
+        Target::Host => Target::Pod,
+        Target::Pod => Target::Host,
+    }
+}
+
+/// Whether the step is a netlink message, and may share a batch.
+fn is_message(operation: &Operation) -> bool {
+    !matches!(operation, Operation::AttachPolicy | Operation::WriteSetting { .. } | Operation::CreateTap { .. })
+}
+
+/// The kernel's workers come after a second at most, but have to find a processor.
+const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 
 /// The links whose indices a step's message holds.
 fn indexed(operation: &Operation) -> Vec<&IfName> {
@@ -265,13 +445,24 @@ fn indexed(operation: &Operation) -> Vec<&IfName> {
         Operation::CreateVeth { .. }
         | Operation::CreateBridge { .. }
         | Operation::SettleCarrier { .. }
+        | Operation::SettleAddress { .. }
+        | Operation::WriteSetting { .. }
+        | Operation::CreateTap { .. }
         | Operation::AttachPolicy => Vec::new(),
+        Operation::CreateLink { device, .. } => device.parent().into_iter().collect(),
         Operation::Up { link, master: Some(master) } => vec![link, master],
         Operation::Mark { link, .. }
         | Operation::NoLinkLocal { link }
         | Operation::ForwardIpv4 { link }
         | Operation::Up { link, master: None }
         | Operation::Hairpin { port: link }
+        | Operation::Isolate { port: link }
+        | Operation::MoveLink { link, .. }
+        | Operation::Rename { link, .. }
+        | Operation::Tune { link, .. }
+        | Operation::SetMtu { link, .. }
+        | Operation::SetMac { link, .. }
+        | Operation::NoArpReplies { link }
         | Operation::AddAddress { link, .. }
         | Operation::AddRoute { link, .. }
         | Operation::AddNeighbour { link, .. }
@@ -324,17 +515,49 @@ impl Engine {
             };
             return Ok(self.host.0.run_here_or_there(|| sink.detach(key))??);
         }
+        if let Undo::ReturnLink(lent) = undo {
+            return self.return_link(lent, pod);
+        }
         let mut in_pod = None;
-        let socket = match (undo, pod) {
-            (Undo::DeleteLink { target: Target::Pod, .. }, None) => return Ok(()),
-            (Undo::DeleteLink { target: Target::Pod, .. }, Some(pod)) => in_pod.insert(self.pod_socket(pod)?),
+        let socket = match pod {
+            None if undo.is_in_pod() => return Ok(()),
+            Some(pod) if undo.is_in_pod() => in_pod.insert(self.pod_socket(pod)?),
             _ => match host {
                 Some(socket) => socket,
                 none => none.insert(self.host_socket()?),
             },
         };
         match undo {
-            Undo::DetachPolicy => Ok(()),
+            Undo::DetachPolicy | Undo::ReturnLink(_) => Ok(()),
+            Undo::DeletePodLink { link, transit } => {
+                for name in [link, transit] {
+                    let Some(found) = look_up(socket, name)? else { continue };
+                    // Nobody sets it up before it is marked.
+                    if found.alias.as_deref() == Some(&mark(key)) || name == transit && !found.is_up() {
+                        delete(socket, &found)?;
+                    } else {
+                        tracing::warn!(%key, link = %name, "a link of this name is not of this attachment; left alone");
+                    }
+                }
+                Ok(())
+            }
+            Undo::DeleteRoute { link: name, route } => {
+                let Some(link) = look_up(socket, name)? else { return Ok(()) };
+                let message = netlink::delete_route(name.as_str(), &new_route(link.index, route));
+                gone_is_fine(socket.request(&message).map(drop), &[libc::ESRCH, libc::ENODEV, libc::ENETUNREACH])
+            }
+            Undo::DeleteNeighbour { link: name, address } => {
+                let Some(link) = look_up(socket, name)? else { return Ok(()) };
+                let message = netlink::delete_neighbour(name.as_str(), link.index, *address);
+                gone_is_fine(socket.request(&message).map(drop), &[libc::ENOENT, libc::ENODEV])
+            }
+            Undo::DeleteIdleLink(end) => {
+                let Some(link) = look_up(socket, &end.name)? else { return Ok(()) };
+                if link.mac != Some(end.mac) || is_in_use(socket, link.index)? {
+                    return Ok(());
+                }
+                delete(socket, &link)
+            }
             Undo::DeleteLink { end, .. } => {
                 let Some(link) = look_up(socket, &end.name)? else { return Ok(()) };
                 if link.mac != Some(end.mac) && link.alias.as_deref() != Some(&mark(key)) {
@@ -374,7 +597,17 @@ pub(super) fn has_ports(socket: &mut Socket, bridge: IfIndex) -> Result<bool, Ne
     Ok(ports.iter().filter_map(|r| LinkView::parse(&r.payload)).any(|l| l.master == Some(bridge)))
 }
 
-fn gone_is_fine(result: Result<(), NetlinkError>, errnos: &[i32]) -> Result<(), TeardownError> {
+/// Whether anything goes over a link that attachments share: it has ports, or routes of ours lead over it.
+pub(super) fn is_in_use(socket: &mut Socket, link: IfIndex) -> Result<bool, NetlinkError> {
+    if has_ports(socket, link)? {
+        return Ok(true);
+    }
+    let routes = socket.dump(&netlink::route_dump(Some(link)))?;
+    let ours = |r: RouteView| r.link == Some(link) && r.protocol == netlink::PROTOCOL;
+    Ok(routes.iter().filter_map(|r| RouteView::parse(&r.payload)).any(ours))
+}
+
+pub(super) fn gone_is_fine(result: Result<(), NetlinkError>, errnos: &[i32]) -> Result<(), TeardownError> {
     match result {
         Err(error) if error.errno().is_some_and(|e| errnos.contains(&e)) => Ok(()),
         other => Ok(other?),

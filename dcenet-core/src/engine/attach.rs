@@ -4,9 +4,10 @@ use super::apply::{Session, look_up};
 use super::error::{AttachError, StepError};
 use super::{AttachRequest, Attached, Engine};
 use crate::journal::{Done, Entry, Interface, Record};
-use crate::link::{HostView, LinkRequest, Policy};
-use crate::netlink::{self, AddressView, Socket};
-use crate::plan::{Operation, Plan, Target, Undo, mark};
+use crate::link::{HostView, LinkRequest, PlanError, Policy};
+use crate::netlink::{self, AddressView, CreateLinkError, Socket};
+use crate::netns::NetNs;
+use crate::plan::{Device, Operation, Plan, Target, Undo, is_mark_of, mark};
 
 impl Engine {
     /// Makes an attachment, or returns the one that stands. Who leases addresses for it uses [`Engine::hold`] instead, and
@@ -46,6 +47,8 @@ impl Engine {
             if link.is_none_or(|l| Some(l.index) != attached.host_index || l.mac != Some(end.mac)) {
                 return Ok(None);
             }
+        } else if !self.stands_in_pod(record, request.pod.netns)? {
+            return Ok(None);
         }
         let difference = if record.netns != request.pod.netns.id() {
             "another network namespace"
@@ -55,6 +58,24 @@ impl Engine {
             return Ok(Some(attached));
         };
         Err(AttachError::AlreadyAttached { key: key.clone(), difference })
+    }
+
+    /// Whether a device that lives in the pod alone is still there.
+    fn stands_in_pod(&self, record: &Record, netns: &NetNs) -> Result<bool, AttachError> {
+        let opened;
+        let netns = if netns.id() == record.netns {
+            netns
+        } else {
+            match NetNs::open(&record.netns_path) {
+                Ok(found) if found.id() == record.netns => {
+                    opened = found;
+                    &opened
+                }
+                _ => return Ok(false),
+            }
+        };
+        let link = look_up(&mut self.pod_socket(netns)?, &record.key.ifname).map_err(AttachError::Look)?;
+        Ok(link.is_some_and(|l| l.alias.is_some_and(|alias| is_mark_of(&record.key, &alias))))
     }
 
     /// Attaches where nothing is recorded. `recorded` is what the record says afterwards, if that is anything.
@@ -141,7 +162,7 @@ impl Engine {
         outcome
     }
 
-    /// Says which of the two names was taken when the pair could not be made, for the kernel says only "exists".
+    /// Says what stands in the way of a device, for the kernel says only "exists" or "busy".
     fn explain(
         &self,
         session: &mut Session<'_>,
@@ -151,11 +172,43 @@ impl Engine {
         request: &AttachRequest<'_>,
         undo: &mut Vec<Undo>,
     ) -> Option<AttachError> {
-        let exists = matches!(cause, StepError::Netlink(error) if error.errno() == Some(libc::EEXIST));
-        let Operation::CreateVeth { .. } = plan.steps.get(step)?.operation else { return None };
-        if !exists {
-            return None;
+        let errno = match cause {
+            StepError::Netlink(error) | StepError::Create(CreateLinkError::Netlink(error)) => error.errno()?,
+            _ => return None,
+        };
+        let step = plan.steps.get(step)?;
+        match (&step.operation, errno) {
+            (
+                Operation::CreateVeth { .. } | Operation::CreateLink { device: Device::Netkit { .. }, .. },
+                libc::EEXIST,
+            ) => self.explain_pair(session, plan, request, undo),
+            (Operation::CreateLink { device, .. }, libc::EBUSY) => {
+                let reason = "serves another purpose: it is a port of a bridge or bond, or the parent of devices of \
+                              another kind; name another link, or free it";
+                Some(PlanError::Conflict { link: device.parent()?.clone(), reason: reason.to_owned() }.into())
+            }
+            (Operation::CreateLink { device: Device::Vlan { parent, id, .. }, .. }, libc::EEXIST) => {
+                let reason = format!(
+                    "its VLAN {id} has a device already, here or in another namespace; remove that, use another VLAN, \
+                     or a macvlan on that device"
+                );
+                Some(PlanError::Conflict { link: parent.clone(), reason }.into())
+            }
+            (Operation::CreateLink { .. } | Operation::Rename { .. } | Operation::MoveLink { .. }, libc::EEXIST) => {
+                self.explain_in_pod(session, plan, request, undo)
+            }
+            _ => None,
         }
+    }
+
+    /// One of the two names of a pair was taken.
+    fn explain_pair(
+        &self,
+        session: &mut Session<'_>,
+        plan: &Plan,
+        request: &AttachRequest<'_>,
+        undo: &mut Vec<Undo>,
+    ) -> Option<AttachError> {
         if let Some(end) = &plan.host_end
             && let Ok(Some(link)) = look_up(session.host(), &end.name)
         {
@@ -169,9 +222,30 @@ impl Engine {
         let (ifname, netns) = (plan.pod_end.name.clone(), request.pod.path.to_owned());
         Some(AttachError::InterfaceExists { ifname, netns })
     }
+
+    /// The name in the pod was taken.
+    fn explain_in_pod(
+        &self,
+        session: &mut Session<'_>,
+        plan: &Plan,
+        request: &AttachRequest<'_>,
+        undo: &mut Vec<Undo>,
+    ) -> Option<AttachError> {
+        let ifname = plan.pod_end.name.clone();
+        match look_up(session.pod().ok()?, &ifname) {
+            Ok(Some(link)) if link.alias.as_deref() != Some(&mark(&request.key)) => {
+                Some(AttachError::InterfaceExists { ifname, netns: request.pod.path.to_owned() })
+            }
+            // Ours, of an attach whose record was lost, as above.
+            _ => {
+                undo.push(Undo::DeletePodLink { link: ifname, transit: request.key.id().host_ifname() });
+                None
+            }
+        }
+    }
 }
 
-fn view(socket: &mut Socket, needs: &[crate::link::Need]) -> Result<HostView, crate::netlink::NetlinkError> {
+pub(super) fn view(socket: &mut Socket, needs: &[crate::link::Need]) -> Result<HostView, crate::netlink::NetlinkError> {
     let mut view = HostView::default();
     for need in needs {
         let Some(link) = look_up(socket, &need.link)? else { continue };

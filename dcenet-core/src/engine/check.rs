@@ -4,14 +4,15 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::apply::{has_ports, look_up};
+use super::apply::{is_in_use, look_up};
+use super::attach::view;
 use super::{AttachError, Engine};
 use crate::journal::Record;
-use crate::link::{HostView, LinkRequest, is_link_local};
-use crate::model::{AttachmentKey, IfName};
+use crate::link::{LinkRequest, is_link_local};
+use crate::model::{AttachmentKey, IfName, Mtu};
 use crate::netlink::{self, AddressView, LinkView, NeighbourView, NetlinkError, RouteView, Socket};
 use crate::netns::NetNs;
-use crate::plan::{Operation, Step, Target};
+use crate::plan::{Device, End, Operation, Step, Target, Tuning, Undo, mark};
 
 /// A difference between what was made and what is there.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -116,11 +117,22 @@ impl Engine {
             routes: record.lease.routes.clone(),
             policy: record.policy,
         };
-        // With nothing there, the plan names everything that there should be.
-        let plan = record.link.driver().plan(&request, &HostView::default())?;
-        let host = observe(&mut self.host_socket()?, &plan.steps, Target::Host).map_err(AttachError::Look)?;
-        let pod = observe(&mut self.pod_socket(netns)?, &plan.steps, Target::Pod).map_err(AttachError::Look)?;
+        let driver = record.link.driver();
+        let needs = driver.needs(&request);
+        let mut socket = self.host_socket()?;
+        let view = view(&mut socket, &needs).map_err(AttachError::Look)?;
         let mut drift = Vec::new();
+        let plan = match driver.expect(&request, &view) {
+            Ok(plan) => plan,
+            Err(error) => {
+                // It may fail for want of what is missing now.
+                let missing = needs.into_iter().map(|need| need.link).filter(|link| view.link(link).is_none());
+                drift.extend(missing.map(|link| Drift::LinkMissing { target: Target::Host, link }));
+                return if drift.is_empty() { Err(error.into()) } else { Ok(drift) };
+            }
+        };
+        let host = observe(&mut socket, &plan.steps, Target::Host).map_err(AttachError::Look)?;
+        let pod = observe(&mut self.pod_socket(netns)?, &plan.steps, Target::Pod).map_err(AttachError::Look)?;
         for step in &plan.steps {
             let (here, there) = match step.target {
                 Target::Host => (&host, &pod),
@@ -138,14 +150,14 @@ impl Engine {
         Ok(drift)
     }
 
-    /// Removes the bridge that attachments of this configuration shared, if it is ours and has no port. Returns whether
-    /// it did. Called when a network goes away for good.
-    pub fn remove_idle(&self, bridge: &IfName) -> Result<bool, super::TeardownError> {
+    /// Removes a link that attachments of a configuration [shared](crate::link::LinkDriver::shared), if it is ours and
+    /// nobody uses it. Returns whether it did. Called when a network goes away for good.
+    pub fn remove_idle(&self, name: &IfName) -> Result<bool, super::TeardownError> {
         let _lock = self.shared.changing(&self.host)?;
         let mut socket = self.host_socket()?;
-        let Some(link) = look_up(&mut socket, bridge)? else { return Ok(false) };
-        let ours = link.alias.as_deref() == Some(&crate::plan::shared_mark(bridge));
-        if !ours || has_ports(&mut socket, link.index)? {
+        let Some(link) = look_up(&mut socket, name)? else { return Ok(false) };
+        let ours = link.alias.as_deref() == Some(&crate::plan::shared_mark(name));
+        if !ours || is_in_use(&mut socket, link.index)? {
             return Ok(false);
         }
         super::apply::delete(&mut socket, &link)?;
@@ -161,6 +173,13 @@ fn observe(socket: &mut Socket, steps: &[Step], target: Target) -> Result<Observ
             Operation::CreateVeth { near, .. } if step.target == target => vec![&near.name],
             Operation::CreateVeth { far, .. } => vec![&far.name],
             Operation::CreateBridge { bridge, .. } if step.target == target => vec![&bridge.name],
+            Operation::CreateLink { link, device, home, .. } => match device {
+                _ if *home == target => vec![&link.name],
+                Device::Netkit { peer, .. } => vec![&peer.name],
+                _ => continue,
+            },
+            Operation::CreateTap { link, .. } if step.target == target => vec![&link.name],
+            Operation::MoveLink { to, .. } if step.target != target => vec![&to.name],
             Operation::AddNeighbour { .. } if step.target == target => {
                 neighbours = true;
                 continue;
@@ -188,19 +207,75 @@ fn compare(step: &Step, here: &Observed, there: &Observed, record: &Record, drif
     let other = if target == Target::Host { Target::Pod } else { Target::Host };
     let changed = |target, link: &IfName, what| Drift::LinkChanged { target, link: link.clone(), what };
     let find = |observed: &'_ Observed, name: &IfName| observed.links.iter().find(|l| l.name == name.as_str()).cloned();
+    let device = |place, end: &End, mtu: Option<Mtu>, drift: &mut Vec<Drift>| {
+        let observed = if place == target { here } else { there };
+        match find(observed, &end.name) {
+            None => drift.push(Drift::LinkMissing { target: place, link: end.name.clone() }),
+            Some(link) => {
+                if link.mac != Some(end.mac) {
+                    drift.push(changed(place, &end.name, "its Ethernet address was changed"));
+                }
+                if mtu.is_some_and(|m| m.get() != link.mtu) {
+                    drift.push(changed(place, &end.name, "its MTU was changed"));
+                }
+            }
+        }
+    };
     match &step.operation {
         Operation::CreateVeth { near, far, mtu } => {
-            for (target, observed, end) in [(target, here, near), (other, there, far)] {
-                match find(observed, &end.name) {
-                    None => drift.push(Drift::LinkMissing { target, link: end.name.clone() }),
-                    Some(link) => {
-                        if link.mac != Some(end.mac) {
-                            drift.push(changed(target, &end.name, "its Ethernet address was changed"));
-                        }
-                        if mtu.is_some_and(|m| m.get() != link.mtu) {
-                            drift.push(changed(target, &end.name, "its MTU was changed"));
-                        }
-                    }
+            device(target, near, *mtu, drift);
+            device(other, far, *mtu, drift);
+        }
+        Operation::CreateLink { link, device: Device::Netkit { peer, .. }, mtu, .. } => {
+            device(target, link, *mtu, drift);
+            device(other, peer, *mtu, drift);
+        }
+        Operation::CreateLink { link, home, .. } if step.undo.as_ref().is_some_and(Undo::is_shared) => {
+            // Whoever made it chose its address.
+            if find(if *home == target { here } else { there }, &link.name).is_none() {
+                drift.push(Drift::LinkMissing { target: *home, link: link.name.clone() });
+            }
+        }
+        Operation::CreateLink { link, mtu, home, .. } => device(*home, link, *mtu, drift),
+        Operation::CreateTap { link, .. } => {
+            if find(here, &link.name).is_none() {
+                drift.push(Drift::LinkMissing { target, link: link.name.clone() });
+            }
+        }
+        Operation::MoveLink { to, alias, .. } => {
+            let Some(found) = find(there, &to.name) else {
+                return drift.push(Drift::LinkMissing { target: other, link: to.name.clone() });
+            };
+            // Its address is its own, and known since it was moved.
+            let own = record.done.iter().flat_map(|done| &done.interfaces).find(|i| i.sandbox.is_some()).map(|i| i.mac);
+            if found.mac != own {
+                drift.push(changed(other, &to.name, "its Ethernet address was changed"));
+            }
+            if found.alias.as_deref() != Some(alias) {
+                drift.push(changed(other, &to.name, "its mark is gone"));
+            }
+        }
+        Operation::SetMac { link, mac } => {
+            if find(here, link).is_some_and(|l| l.mac != Some(*mac)) {
+                drift.push(changed(target, link, "its Ethernet address was changed"));
+            }
+        }
+        Operation::SetMtu { link, mtu } => {
+            if find(here, link).is_some_and(|l| l.mtu != mtu.get()) {
+                drift.push(changed(target, link, "its MTU was changed"));
+            }
+        }
+        Operation::Tune { link, tuning } => {
+            let Some(found) = find(here, link) else { return };
+            let Tuning { tx_queue_len, promisc, allmulti } = *tuning;
+            let flag = |bit: i32| found.flags & bit as u32 != 0;
+            for (differs, what) in [
+                (tx_queue_len.is_some_and(|len| len != found.tx_queue_len), "its transmit queue's length was changed"),
+                (promisc.is_some_and(|p| p != flag(libc::IFF_PROMISC)), "its promiscuous mode was changed"),
+                (allmulti.is_some_and(|a| a != flag(libc::IFF_ALLMULTI)), "its multicast mode was changed"),
+            ] {
+                if differs {
+                    drift.push(changed(target, link, what));
                 }
             }
         }
@@ -208,6 +283,12 @@ fn compare(step: &Step, here: &Observed, there: &Observed, record: &Record, drif
             // Whoever made it chose its address and MTU.
             if find(here, &bridge.name).is_none() {
                 drift.push(Drift::LinkMissing { target, link: bridge.name.clone() });
+            }
+        }
+        Operation::Rename { to, .. } => {
+            // It was marked before.
+            if find(here, to).is_some_and(|l| l.alias != Some(mark(&record.key))) {
+                drift.push(changed(target, to, "its mark is gone"));
             }
         }
         Operation::Mark { link, alias } => {
@@ -255,9 +336,13 @@ fn compare(step: &Step, here: &Observed, there: &Observed, record: &Record, drif
             }
         }
         Operation::NoLinkLocal { .. }
+        | Operation::WriteSetting { .. }
+        | Operation::NoArpReplies { .. }
+        | Operation::Isolate { .. }
         | Operation::ForwardIpv4 { .. }
         | Operation::Hairpin { .. }
         | Operation::SettleCarrier { .. }
+        | Operation::SettleAddress { .. }
         | Operation::ForgetNeighbour { .. }
         | Operation::AttachPolicy => {}
     }

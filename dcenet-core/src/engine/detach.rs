@@ -5,9 +5,9 @@ use super::apply::{delete, look_up};
 use super::error::{DetachErrors, TeardownError};
 use crate::journal::{JournalError, Record};
 use crate::model::AttachmentKey;
-use crate::netlink::{LinkView, NetlinkError, Socket};
+use crate::netlink::{self, LinkChange, LinkView, NetlinkError, Socket};
 use crate::netns::NetNs;
-use crate::plan::{Undo, mark};
+use crate::plan::{Undo, is_mark_of, lent_name, mark};
 
 impl Engine {
     /// Removes an attachment, as [`Hold::detach`] does. Who releases addresses of it uses [`Engine::hold_remains`]
@@ -18,7 +18,7 @@ impl Engine {
     /// # Errors
     /// As [`Hold::detach`].
     pub fn detach(&self, key: &AttachmentKey, netns: Option<&NetNs>) -> Result<(), DetachErrors> {
-        let Some(mut hold) = self.hold_remains(key)? else { return Ok(()) };
+        let Some(mut hold) = self.hold_remains(key, netns)? else { return Ok(()) };
         hold.detach(netns)?;
         hold.close().map_err(|error| DetachErrors(vec![error.into()]))
     }
@@ -26,9 +26,16 @@ impl Engine {
     /// Takes back what a record lists. Of a finished attachment what it shares with others stays.
     pub(super) fn take_back_record(&self, record: &Record, netns: Option<&NetNs>) -> Vec<TeardownError> {
         // A namespace of another identity is another pod's.
-        let netns = netns.filter(|n| n.id() == record.netns && record.boot == self.journal.boot());
+        let same = |n: &NetNs| n.id() == record.netns && record.boot == self.journal.boot();
         let finished = record.done.is_some();
         let undo: Vec<Undo> = record.undo.iter().filter(|u| !finished || !u.is_shared()).cloned().collect();
+        let mut netns = netns.filter(|n| same(n));
+        let opened;
+        if netns.is_none() && undo.iter().any(Undo::is_in_pod) {
+            // Whoever has no path any more may still mean a namespace that is there.
+            opened = NetNs::open(&record.netns_path).ok().filter(same);
+            netns = opened.as_ref();
+        }
         let lock = if undo.iter().any(Undo::is_shared) { Some(self.shared.changing(&self.host)) } else { None };
         match lock.transpose() {
             Ok(lock) => {
@@ -41,12 +48,19 @@ impl Engine {
     }
 
     /// Removes what carries the attachment's mark, where no record says more.
-    pub(super) fn detach_by_mark(&self, key: &AttachmentKey) -> Vec<TeardownError> {
-        let deleted = match self.delete_marked(key) {
-            Ok(deleted) => deleted,
+    pub(super) fn detach_by_mark(&self, key: &AttachmentKey, netns: Option<&NetNs>) -> Vec<TeardownError> {
+        let (mut deleted, mut errors) = (false, Vec::new());
+        let inside = netns.map_or(Ok(false), |netns| self.delete_marked_in(netns, key));
+        for outcome in [inside, self.delete_marked(key)] {
+            match outcome {
+                Ok(found) => deleted |= found,
+                Err(error) => errors.push(error),
+            }
+        }
+        if !errors.is_empty() {
             // The device may be up, and keeps its policy.
-            Err(error) => return vec![error],
-        };
+            return errors;
+        }
         let Some(sink) = &self.policy else { return Vec::new() };
         let told = self.host.0.run_here_or_there(|| if deleted { sink.detach(key) } else { sink.forget(key) });
         match told {
@@ -54,6 +68,21 @@ impl Engine {
             Ok(Err(error)) => vec![error.into()],
             Err(error) => vec![error.into()],
         }
+    }
+
+    /// Removes the attachment's device that lives in the pod's namespace alone, or gives it back to the host. Returns
+    /// whether there was one.
+    fn delete_marked_in(&self, netns: &NetNs, key: &AttachmentKey) -> Result<bool, TeardownError> {
+        let mut socket = self.pod_socket(netns)?;
+        let Some(link) = marked_in_pod(&mut socket, key)? else { return Ok(false) };
+        if let Some(name) = link.alias.as_deref().and_then(lent_name) {
+            let change = LinkChange { alias: Some(""), ..Default::default() };
+            let moved = netlink::move_link(&link.name, link.index, &self.host.0, Some(&name), &change);
+            socket.request(&moved)?;
+        } else {
+            delete(&mut socket, &link)?;
+        }
+        Ok(true)
     }
 
     fn delete_marked(&self, key: &AttachmentKey) -> Result<bool, TeardownError> {
@@ -65,7 +94,12 @@ impl Engine {
     }
 
     /// Whether a device carries the attachment's mark.
-    pub(super) fn has_marked(&self, key: &AttachmentKey) -> Result<bool, TeardownError> {
+    pub(super) fn has_marked(&self, key: &AttachmentKey, netns: Option<&NetNs>) -> Result<bool, TeardownError> {
+        if let Some(netns) = netns
+            && marked_in_pod(&mut self.pod_socket(netns)?, key)?.is_some()
+        {
+            return Ok(true);
+        }
         Ok(marked(&mut self.host_socket()?, key)?.is_some())
     }
 
@@ -113,4 +147,10 @@ fn marked(socket: &mut Socket, key: &AttachmentKey) -> Result<Option<LinkView>, 
     }
     tracing::warn!(%key, link = link.name, "a link of this name does not carry our mark; left alone");
     Ok(None)
+}
+
+/// The pod's link of the attachment's name, if it carries the attachment's mark.
+fn marked_in_pod(socket: &mut Socket, key: &AttachmentKey) -> Result<Option<LinkView>, NetlinkError> {
+    let link = look_up(socket, &key.ifname)?;
+    Ok(link.filter(|link| link.alias.as_deref().is_some_and(|alias| is_mark_of(key, alias))))
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use crate::journal::JournalError;
 use crate::link::PlanError;
 use crate::model::{AttachmentKey, IfName};
-use crate::netlink::NetlinkError;
+use crate::netlink::{CreateLinkError, NetlinkError};
 use crate::netns::NetNsError;
 use crate::provider::PolicyError;
 
@@ -103,7 +103,10 @@ impl AttachError {
         match self {
             Self::Journal(JournalError::Busy { .. }) => true,
             Self::Look(error) => error.is_retryable(),
-            Self::Step { cause: StepError::Netlink(error), .. } => error.is_retryable(),
+            Self::Step {
+                cause: StepError::Netlink(error) | StepError::Create(CreateLinkError::Netlink(error)),
+                ..
+            } => error.is_retryable(),
             Self::Step {
                 cause: StepError::Policy(PolicyError::TimedOut { .. } | PolicyError::NotReady { .. }),
                 ..
@@ -120,6 +123,18 @@ pub enum StepError {
     /// The kernel refused, or its answer was lost.
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
+    /// A device was refused, by a kernel that has no such kind or for another reason.
+    #[error(transparent)]
+    Create(#[from] CreateLinkError),
+    /// What is done by other means than netlink failed.
+    #[error("{what}: {source}")]
+    Local {
+        /// What was attempted.
+        what: String,
+        /// What the system answered.
+        #[source]
+        source: std::io::Error,
+    },
     /// A namespace could not be entered.
     #[error(transparent)]
     NetNs(#[from] NetNsError),

@@ -20,7 +20,7 @@ use crate::netns::NetNs;
 /// # use dcenet_core::provider::AddressSource;
 /// # async fn delete(engine: &Engine, source: &dyn AddressSource, key: &AttachmentKey)
 /// # -> Result<(), Box<dyn std::error::Error>> {
-/// if let Some(mut hold) = engine.hold_remains(key)? {
+/// if let Some(mut hold) = engine.hold_remains(key, None)? {
 ///     let lease = source.held(key).await?;
 ///     hold.detach(None)?;
 ///     source.release(key, lease.map_or(0, |lease| lease.sequence())).await?;
@@ -69,16 +69,16 @@ impl Engine {
     }
 
     /// Holds an attachment that something may be left of; `None` where nothing is: no record, no device with its mark, and
-    /// nobody who decides about policy and might know of it.
+    /// nobody who decides about policy and might know of it. `netns` helps where a device lives in the pod only.
     ///
     /// # Errors
     /// As [`Engine::hold`], and where the host's devices cannot be looked at.
-    pub fn hold_remains(&self, key: &AttachmentKey) -> Result<Option<Hold<'_>>, DetachErrors> {
+    pub fn hold_remains(&self, key: &AttachmentKey, netns: Option<&NetNs>) -> Result<Option<Hold<'_>>, DetachErrors> {
         let failed = |error: TeardownError| DetachErrors(vec![error]);
         if let Some(entry) = self.journal.open_entry(key.id()).map_err(|e| failed(e.into()))? {
             return self.hold_entry(key, entry).map(Some).map_err(|e| failed(e.into()));
         }
-        if self.policy.is_none() && !self.has_marked(key).map_err(failed)? {
+        if self.policy.is_none() && !self.has_marked(key, netns).map_err(failed)? {
             return Ok(None);
         }
         self.hold(key).map(Some).map_err(|e| failed(e.into()))
@@ -172,11 +172,11 @@ impl Hold<'_> {
                 Ok(())
             }
             Found::Detached => Ok(()),
-            Found::Nothing | Found::Closed => DetachErrors::or_ok(self.engine.detach_by_mark(&self.key)),
+            Found::Nothing | Found::Closed => DetachErrors::or_ok(self.engine.detach_by_mark(&self.key, netns)),
             Found::Malformed { line, reason, .. } => {
                 // The marks on the devices still tell what is ours.
                 tracing::warn!(key = %self.key, line, reason, "record unreadable; going by the marks on devices");
-                DetachErrors::or_ok(self.engine.detach_by_mark(&self.key))?;
+                DetachErrors::or_ok(self.engine.detach_by_mark(&self.key, netns))?;
                 self.found = Found::Malformed { line: *line, reason: reason.clone(), gone: true };
                 Ok(())
             }

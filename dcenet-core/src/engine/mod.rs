@@ -9,6 +9,7 @@ mod check;
 mod detach;
 mod error;
 mod hold;
+mod lend;
 mod lock;
 
 use std::path::Path;

@@ -6,12 +6,13 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::pod_end::{self, is_false, no_link_local, tune};
 use super::{
-    HostView, LinkDriver, LinkRequest, Need, PlanError, Policy, check_routes, device_mtu, gateway_of, host_mac,
-    is_link_local, link_local, refuse_vlan,
+    HostView, LinkDriver, LinkRequest, Need, PlanError, Policy, check_routes, device_mtu, host_mac, is_link_local,
+    link_local, refuse_vlan,
 };
 use crate::model::{AttachmentKey, IfName, MacAddr, Mtu};
-use crate::plan::{End, Operation, Plan, RouteSpec, Step, Target, Undo, mark, shared_mark};
+use crate::plan::{End, Operation, Plan, Step, Target, Tuning, Undo, mark, shared_mark};
 use crate::provider::LeasedAddress;
 use ipnet::IpNet;
 
@@ -32,6 +33,13 @@ pub struct BridgeConfig {
     /// by which they came.
     #[serde(default, skip_serializing_if = "is_false")]
     pub hairpin_mode: bool,
+    /// Whether the pod's port exchanges no frames with other isolated ports of the bridge, only with the host and with
+    /// ports that are not isolated (Linux 4.18).
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub isolated: bool,
+    /// What else the pod's device is to be.
+    #[serde(default, skip_serializing_if = "Tuning::is_default")]
+    pub tuning: Tuning,
 }
 
 impl BridgeConfig {
@@ -124,13 +132,8 @@ impl LinkDriver for BridgeConfig {
         let pod = End { name: key.ifname.clone(), mac: request.mac };
         let end = End { name: key.id().host_ifname(), mac: host_mac(key, request.mac) };
         let mut steps = create_pair(&pod, &end, mtu, key);
-        pod_addresses(&pod, &request.addresses, &mut steps);
-        for route in &request.routes {
-            let gateway = gateway_of(route, &request.addresses);
-            let on_link = gateway.is_some_and(|g| !request.addresses.iter().any(|a| a.address.contains(&g)));
-            let route = RouteSpec { destination: route.destination, gateway, on_link, metric: None, table: None };
-            steps.push(Step::new(Target::Pod, Operation::AddRoute { link: pod.name.clone(), route }));
-        }
+        set_up_pod(&pod, self.tuning, &request.addresses, &mut steps);
+        pod_end::routes(&pod.name, request, &mut steps);
         host_end(&end, key, request.policy, &mut steps);
         self.plan_bridge(request, mtu, host, &mut steps)?;
         let master = Some(self.bridge.clone());
@@ -138,28 +141,33 @@ impl LinkDriver for BridgeConfig {
         if self.hairpin_mode {
             steps.push(Step::new(Target::Host, Operation::Hairpin { port: end.name.clone() }));
         }
-        settle(&pod, &end, &mut steps);
+        if self.isolated {
+            steps.push(Step::new(Target::Host, Operation::Isolate { port: end.name.clone() }));
+        }
+        settle(&pod, &end, &request.addresses, &mut steps);
         Ok(Plan { steps, host_end: Some(end), pod_end: pod, bridge: Some(self.bridge.clone()) })
+    }
+
+    fn shared(&self) -> Vec<IfName> {
+        vec![self.bridge.clone()]
     }
 }
 
-/// The pair, its pod's end marked and up: the first batch of every veth.
+/// The pair, its pod's end marked.
 pub(super) fn create_pair(pod: &End, host: &End, mtu: Option<Mtu>, key: &AttachmentKey) -> Vec<Step> {
     let create = Operation::CreateVeth { near: pod.clone(), far: host.clone(), mtu };
     vec![
         Step::new(Target::Pod, create).undone_by(Undo::DeleteLink { target: Target::Host, end: host.clone() }),
         Step::new(Target::Pod, Operation::Mark { link: pod.name.clone(), alias: mark(key) }),
         no_link_local(Target::Pod, &pod.name),
-        Step::new(Target::Pod, Operation::Up { link: pod.name.clone(), master: None }),
     ]
 }
 
-/// The addresses of the pod's end, with a link-local one where there is IPv6.
-pub(super) fn pod_addresses(pod: &End, addresses: &[LeasedAddress], steps: &mut Vec<Step>) {
-    let local = addresses.iter().any(|a| a.address.addr().is_ipv6()).then(|| link_local(pod.mac));
-    for address in local.into_iter().chain(addresses.iter().map(|a| a.address)) {
-        steps.push(Step::new(Target::Pod, Operation::AddAddress { link: pod.name.clone(), address }));
-    }
+/// The pod's end up, with its addresses, and a link-local one where there is IPv6.
+pub(super) fn set_up_pod(pod: &End, tuning: Tuning, addresses: &[LeasedAddress], steps: &mut Vec<Step>) {
+    tune(&pod.name, tuning, steps);
+    steps.push(Step::new(Target::Pod, Operation::Up { link: pod.name.clone(), master: None }));
+    pod_end::addresses(&pod.name, Some(pod.mac), addresses, steps);
 }
 
 /// The host's end, still down: under policy, then marked.
@@ -171,20 +179,12 @@ pub(super) fn host_end(end: &End, key: &AttachmentKey, policy: Policy, steps: &m
     steps.push(no_link_local(Target::Host, &end.name));
 }
 
-/// The end of every veth: both ends carry packets when the attach returns.
-pub(super) fn settle(pod: &End, host: &End, steps: &mut Vec<Step>) {
+/// The end of every veth: both ends carry packets when the attach returns, and the pod takes those for its addresses.
+pub(super) fn settle(pod: &End, host: &End, addresses: &[LeasedAddress], steps: &mut Vec<Step>) {
     for (target, end) in [(Target::Host, host), (Target::Pod, pod)] {
         steps.push(Step::new(target, Operation::SettleCarrier { link: end.name.clone() }));
     }
-}
-
-fn no_link_local(target: Target, link: &IfName) -> Step {
-    // A kernel without IPv6 makes no link-local addresses.
-    Step::new(target, Operation::NoLinkLocal { link: link.clone() }).content_with(&[libc::EAFNOSUPPORT])
-}
-
-fn is_false(value: &bool) -> bool {
-    !value
+    pod_end::settle(&pod.name, addresses, steps);
 }
 
 /// There was no such neighbour, or no such family.

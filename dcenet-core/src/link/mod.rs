@@ -3,9 +3,18 @@
 //! A driver plans and recognises; it touches nothing. One file beside this one per kind of link.
 
 mod bridge;
+mod dummy;
+mod host_device;
+mod ipvlan;
+mod macvlan;
+mod netkit;
+mod pod_end;
+mod tap;
 #[cfg(test)]
 mod tests;
 mod veth;
+mod vlan;
+mod vrf;
 
 use std::net::IpAddr;
 
@@ -14,7 +23,15 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use self::bridge::BridgeConfig;
+pub use self::dummy::DummyConfig;
+pub use self::host_device::HostDeviceConfig;
+pub use self::ipvlan::IpvlanConfig;
+pub use self::macvlan::MacvlanConfig;
+pub use self::netkit::NetkitConfig;
+pub use self::tap::{TapConfig, TapMode};
 pub use self::veth::VethConfig;
+pub use self::vlan::VlanConfig;
+pub use self::vrf::VrfConfig;
 use crate::model::{AttachmentKey, IfName, MacAddr, Mtu};
 use crate::netlink::{AddressView, LinkView};
 use crate::plan::Plan;
@@ -37,6 +54,20 @@ pub trait LinkDriver: Send + Sync {
     /// # Errors
     /// Where the request, the configuration and the host contradict each other.
     fn plan(&self, request: &LinkRequest, host: &HostView) -> Result<Plan, PlanError>;
+
+    /// Everything that a finished attachment has, whoever made it: what a check compares with. By default the plan for a
+    /// host on which nothing is.
+    ///
+    /// # Errors
+    /// As [`plan`](Self::plan).
+    fn expect(&self, request: &LinkRequest, _: &HostView) -> Result<Plan, PlanError> {
+        self.plan(request, &HostView::default())
+    }
+
+    /// The links of the host that attachments share, and that go when the network does.
+    fn shared(&self) -> Vec<IfName> {
+        Vec::new()
+    }
 }
 
 /// What is to be attached.
@@ -99,15 +130,59 @@ impl HostView {
     }
 }
 
-/// The `link` section of a configuration.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "lowercase")]
-#[non_exhaustive]
-pub enum LinkConfig {
+/// Lists every kind once: its word in the configuration, its variant and its type.
+macro_rules! kinds {
+    ($($(#[$doc:meta])+ $word:literal => $variant:ident($config:ty)),+ $(,)?) => {
+        /// The `link` section of a configuration.
+        #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+        #[serde(tag = "kind")]
+        #[non_exhaustive]
+        pub enum LinkConfig {
+            $($(#[$doc])+ #[serde(rename = $word)] $variant($config),)+
+        }
+
+        impl LinkConfig {
+            /// The words that `link.kind` may be.
+            pub const KINDS: &[&'static str] = &[$($word),+];
+
+            fn of_kind(kind: &str, rest: &Value) -> Option<Result<Self, SectionError>> {
+                match kind {
+                    $($word => Some(section::read("link", rest).map(Self::$variant)),)+
+                    _ => None,
+                }
+            }
+
+            /// The driver for it.
+            pub fn driver(&self) -> &dyn LinkDriver {
+                match self {
+                    $(Self::$variant(config) => config,)+
+                }
+            }
+        }
+    };
+}
+
+kinds! {
     /// A veth whose host end is a port of a Linux bridge.
-    Bridge(BridgeConfig),
+    "bridge" => Bridge(BridgeConfig),
     /// A veth with routed addresses and no bridge.
-    Veth(VethConfig),
+    "veth" => Veth(VethConfig),
+    /// An Ethernet address of its own on a device of the host.
+    "macvlan" => Macvlan(MacvlanConfig),
+    /// IP addresses of its own behind the Ethernet address of a device of the host.
+    "ipvlan" => Ipvlan(IpvlanConfig),
+    /// A VLAN of a device of the host.
+    "vlan" => Vlan(VlanConfig),
+    /// A device of the host, which is the pod's for its life.
+    "host-device" => HostDevice(HostDeviceConfig),
+    /// A veth with routed addresses, in a routing domain of the host.
+    "vrf" => Vrf(VrfConfig),
+    /// A netkit pair with routed addresses.
+    "netkit" => Netkit(NetkitConfig),
+    /// A device that leads nowhere, to bear addresses.
+    "dummy" => Dummy(DummyConfig),
+    /// A TAP or TUN device for a program in the pod, such as a virtual machine's.
+    "tap" => Tap(TapConfig),
 }
 
 impl LinkConfig {
@@ -122,30 +197,17 @@ impl LinkConfig {
             return Err(at("link", format!("{value} is not an object; give {{ \"kind\": ..., ... }}")));
         };
         let mut keys = keys.clone();
-        const KINDS: [&str; 2] = ["bridge", "veth"];
+        let known = Self::KINDS.join(", ");
         let kind = match keys.remove("kind") {
             Some(Value::String(kind)) => kind,
             Some(other) => return Err(at("link.kind", format!("{other} is not a string"))),
-            None => return Err(at("link.kind", format!("missing; give one of {}", KINDS.join(", ")))),
+            None => return Err(at("link.kind", format!("missing; give one of {known}"))),
         };
-        let rest = Value::Object(keys);
-        match kind.as_str() {
-            "bridge" => Ok(Self::Bridge(section::read("link", &rest)?)),
-            "veth" => Ok(Self::Veth(section::read("link", &rest)?)),
-            other => {
-                let hint = section::suggestion(other, KINDS).map(|k| format!("; did you mean `{k}`?"));
-                let known = KINDS.join(", ");
-                Err(at("link.kind", format!("{other:?} is none of {known}{}", hint.unwrap_or_default())))
-            }
-        }
-    }
-
-    /// The driver for it.
-    pub fn driver(&self) -> &dyn LinkDriver {
-        match self {
-            Self::Bridge(config) => config,
-            Self::Veth(config) => config,
-        }
+        Self::of_kind(&kind, &Value::Object(keys)).unwrap_or_else(|| {
+            let hint = section::suggestion(&kind, Self::KINDS.iter().copied());
+            let hint = hint.map(|k| format!("; did you mean `{k}`?")).unwrap_or_default();
+            Err(at("link.kind", format!("{kind:?} is none of {known}{hint}")))
+        })
     }
 }
 
@@ -234,6 +296,53 @@ fn refuse_vlan(kind: &str, addresses: &[LeasedAddress]) -> Result<(), PlanError>
                 "pool {pool} is in this VLAN, and link.kind {kind:?} puts no device into one; drop it from the pool where \
                  the bridge or its uplink is in the VLAN, or use a link kind that tags"
             ),
+        }),
+    }
+}
+
+/// The device on which a pod's is made, which must be there, up, and wide enough.
+fn parent_of<'a>(host: &'a HostView, name: &IfName, mtu: Option<Mtu>) -> Result<&'a LinkView, PlanError> {
+    let conflict = |reason: String| PlanError::Conflict { link: name.clone(), reason };
+    let parent = host.link(name).ok_or_else(|| PlanError::Invalid {
+        field: "link.parent",
+        value: name.to_string(),
+        reason: "the host has no such link; name one that `ip link` shows".to_owned(),
+    })?;
+    if parent.flags & libc::IFF_LOOPBACK as u32 != 0 {
+        return Err(conflict("is the loopback device; name one that leads to a network in link.parent".to_owned()));
+    }
+    if !parent.is_up() {
+        return Err(conflict(format!("is down, and nothing on it can be up; run `ip link set {name} up`")));
+    }
+    match mtu {
+        Some(mtu) if mtu.get() > parent.mtu => Err(PlanError::Invalid {
+            field: "link.mtu",
+            value: mtu.to_string(),
+            reason: format!("more than the {} bytes of {name}, on which it is made; give at most that", parent.mtu),
+        }),
+        _ => Ok(parent),
+    }
+}
+
+/// The address of the parent, for devices that have no other.
+fn parent_mac(parent: &LinkView) -> Result<MacAddr, PlanError> {
+    parent.mac.ok_or_else(|| PlanError::Invalid {
+        field: "link.parent",
+        value: parent.name.clone(),
+        reason: "has no Ethernet address; name an Ethernet device".to_owned(),
+    })
+}
+
+/// Refuses policy for a device whose packets do not pass the host: nothing on the host could decide for it.
+fn refuse_policy(request: &LinkRequest, kind: &str) -> Result<(), PlanError> {
+    match request.policy {
+        Policy::None => Ok(()),
+        Policy::Wanted => Err(PlanError::Invalid {
+            field: "link.kind",
+            value: kind.to_owned(),
+            reason: "has no end on the host that policy could be attached to; drop the policy section, or use veth, \
+                     bridge, netkit or vrf"
+                .to_owned(),
         }),
     }
 }

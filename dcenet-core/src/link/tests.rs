@@ -44,6 +44,7 @@ fn bridge_link(kind: Option<&str>) -> LinkView {
         alias: None,
         master: None,
         peer: None,
+        tx_queue_len: 0,
     }
 }
 
@@ -223,4 +224,66 @@ fn a_device_gets_the_lowest_mtu_that_anybody_names() {
             other => panic!("{other:?}"),
         }
     }
+}
+
+#[test]
+fn every_kind_is_read_strictly_and_written_as_read() {
+    for (text, kind) in [
+        (r#"{"kind":"macvlan","parent":"eth1","mode":"source","sources":["02:00:00:00:00:0a"],"mtu":1400}"#, "macvlan"),
+        (r#"{"kind":"macvlan","parent":"eth1","mode":"bridge","hostAccess":true}"#, "macvlan"),
+        (r#"{"kind":"ipvlan","parent":"eth1","mode":"l3s","flag":"vepa"}"#, "ipvlan"),
+        (r#"{"kind":"vlan","parent":"eth1","id":100,"protocol":"802.1ad"}"#, "vlan"),
+        (r#"{"kind":"host-device","device":"eth1","tuning":{"txQueueLen":7,"promisc":true}}"#, "host-device"),
+        (r#"{"kind":"vrf","vrf":"red","table":77}"#, "vrf"),
+        (r#"{"kind":"netkit","mode":"l2"}"#, "netkit"),
+        (r#"{"kind":"dummy","mtu":1400}"#, "dummy"),
+        (r#"{"kind":"tap","mode":"tun","owner":1000,"group":100,"multiQueue":true}"#, "tap"),
+    ] {
+        let read = LinkConfig::read(&serde_json::from_str(text).unwrap()).unwrap();
+        assert_eq!(read.driver().kind(), kind);
+        assert_eq!(serde_json::to_string(&read).unwrap(), text);
+        assert_eq!(config(text), read);
+    }
+    for (bad, field, said) in [
+        (r#"{"kind":"macvlan"}"#, "link", "missing field `parent`"),
+        (r#"{"kind":"macvlna","parent":"eth1"}"#, "link.kind", "did you mean `macvlan`?"),
+        (r#"{"kind":"macvlan","parent":"eth1","mode":"brigde"}"#, "link.mode", "did you mean `bridge`?"),
+        (r#"{"kind":"macvlan","parent":"eth1","hostAcces":true}"#, "link.hostAcces", "did you mean `hostAccess`?"),
+        (r#"{"kind":"ipvlan","parent":"eth1","flag":"l2"}"#, "link.flag", "unknown variant `l2`"),
+        (r#"{"kind":"vlan","parent":"eth1","id":4095}"#, "link.id", "not between 1 and 4094"),
+        (r#"{"kind":"vlan","parent":"eth1","id":1,"protocol":"802.1x"}"#, "link.protocol", "unknown variant"),
+        (r#"{"kind":"tap","tuning":{"promiscuous":true}}"#, "link.tuning.promiscuous", "unknown field"),
+    ] {
+        let error = LinkConfig::read(&serde_json::from_str(bad).unwrap()).unwrap_err();
+        assert_eq!(error.field, field, "{bad}");
+        assert!(error.reason.contains(said), "{bad}: {error}");
+    }
+}
+
+#[test]
+fn a_device_on_a_parent_is_made_by_the_host_and_finished_in_one_batch_of_the_pod() {
+    let host = HostView { links: vec![LinkView { mtu: 1450, ..bridge_link(None) }], addresses: Vec::new() };
+    let request = LinkRequest {
+        policy: Policy::None,
+        ..request(vec![address("10.0.0.2/24", Some("10.0.0.1"))], &[("0.0.0.0/0", None)])
+    };
+    let plan = plan(r#"{"kind":"macvlan","parent":"dc0"}"#, &request, &host).unwrap();
+    let targets: Vec<Target> = plan.steps.iter().map(|s| s.target).collect();
+    assert_eq!(targets[0], Target::Host);
+    assert!(targets[1..].iter().all(|t| *t == Target::Pod));
+    // What is no message comes before, and is written while the device is down.
+    assert!(matches!(plan.steps[1].operation, Operation::WriteSetting { .. }));
+    let mark = place(&plan, |o| matches!(o, Operation::Mark { .. }));
+    let rename = place(&plan, |o| matches!(o, Operation::Rename { .. }));
+    let up = place(&plan, |o| matches!(o, Operation::Up { .. }));
+    assert!(mark < rename && rename < up);
+    assert!(plan.steps[0].undo.as_ref().is_some_and(Undo::is_in_pod));
+    assert!(!plan.makes_shared());
+
+    // Pools may know of a narrower link than the configuration.
+    let mut narrow = request;
+    narrow.addresses[0].mtu = Some(Mtu::try_from(1300).unwrap());
+    let plan = self::plan(r#"{"kind":"macvlan","parent":"dc0","mtu":1400}"#, &narrow, &host).unwrap();
+    let Operation::CreateLink { mtu, .. } = &plan.steps[0].operation else { panic!("{plan:?}") };
+    assert_eq!(mtu.unwrap().get(), 1300);
 }

@@ -5,6 +5,15 @@
 //!  default via 169.254.1.1 and fe80::1, both entered for good as the host end's Ethernet address
 //! ```
 //!
+//! ```
+//! # use dcenet_core::link::LinkConfig;
+//! # let value = serde_json::json!(
+//! { "kind": "veth", "mtu": 1500 }
+//! # );
+//! # LinkConfig::read(&value)?;
+//! # Ok::<(), dcenet_core::section::SectionError>(())
+//! ```
+//!
 //! The neighbours of both sides are entered for good, so that no ARP and no neighbour discovery is needed, or
 //! believed. The host must forward: its driver lets IPv4 in by the host's end; IPv6 forwarding is a setting of the whole
 //! host (`net.ipv6.conf.all.forwarding`), which is left to the operator.
@@ -14,10 +23,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::bridge::{create_pair, host_end, pod_addresses, settle};
+use super::bridge::{create_pair, host_end, set_up_pod, settle};
+use super::pod_end::{Neighbours, direct};
 use super::{HostView, LinkDriver, LinkRequest, Need, PlanError, check_routes, device_mtu, host_mac, refuse_vlan};
-use crate::model::Mtu;
-use crate::plan::{End, Operation, Plan, RouteSpec, Step, Target};
+use crate::model::{IfName, Mtu};
+use crate::plan::{End, Operation, Plan, RouteSpec, Step, Target, Tuning};
 use crate::provider::LeasedAddress;
 
 /// `"link": { "kind": "veth", ... }`.
@@ -28,6 +38,9 @@ pub struct VethConfig {
     /// where neither says anything.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<Mtu>,
+    /// What else the pod's device is to be.
+    #[serde(default, skip_serializing_if = "Tuning::is_default")]
+    pub tuning: Tuning,
 }
 
 impl LinkDriver for VethConfig {
@@ -40,19 +53,54 @@ impl LinkDriver for VethConfig {
     }
 
     fn plan(&self, request: &LinkRequest, _: &HostView) -> Result<Plan, PlanError> {
+        let pair = RoutedPair::new(self.kind(), request, self.mtu)?;
+        let steps = create_pair(&pair.pod, &pair.host, pair.mtu, &request.key);
+        Ok(pair.plan(steps, self.tuning, None, Vec::new()))
+    }
+}
+
+/// A pair of which the host routes to the pod's end, however it was made.
+pub(super) struct RoutedPair<'a> {
+    pub(super) request: &'a LinkRequest,
+    pub(super) pod: End,
+    pub(super) host: End,
+    pub(super) mtu: Option<Mtu>,
+    pub(super) neighbours: Neighbours,
+}
+
+/// A routing domain of the host.
+pub(super) struct Domain<'a> {
+    pub(super) master: &'a IfName,
+    pub(super) table: u32,
+}
+
+impl<'a> RoutedPair<'a> {
+    pub(super) fn new(kind: &str, request: &'a LinkRequest, mtu: Option<Mtu>) -> Result<Self, PlanError> {
         check_routes(&request.routes)?;
-        refuse_vlan(self.kind(), &request.addresses)?;
-        let mtu = device_mtu(self.mtu, &request.addresses)?;
+        refuse_vlan(kind, &request.addresses)?;
+        let mtu = device_mtu(mtu, &request.addresses)?;
         let key = &request.key;
         let pod = End { name: key.ifname.clone(), mac: request.mac };
-        let end = End { name: key.id().host_ifname(), mac: host_mac(key, request.mac) };
+        let host = End { name: key.id().host_ifname(), mac: host_mac(key, request.mac) };
+        let neighbours = Neighbours::Resolved(pod.mac);
+        Ok(Self { request, pod, host, mtu, neighbours })
+    }
+
+    /// The plan, after `steps` that make the pair, with `shared` before the host's end is set up.
+    pub(super) fn plan(
+        self,
+        mut steps: Vec<Step>,
+        tuning: Tuning,
+        domain: Option<Domain<'_>>,
+        shared: Vec<Step>,
+    ) -> Plan {
+        let Self { request, pod, host: end, mtu: _, neighbours } = self;
+        let resolved = neighbours != Neighbours::None;
         let alone = |a: &LeasedAddress| LeasedAddress { address: IpNet::from(a.address.addr()), ..a.clone() };
         let addresses: Vec<_> = request.addresses.iter().map(alone).collect();
-
-        let mut steps = create_pair(&pod, &end, mtu, key);
-        pod_addresses(&pod, &addresses, &mut steps);
+        set_up_pod(&pod, tuning, &addresses, &mut steps);
         for family in [GATEWAY_V4, GATEWAY_V6] {
-            if addresses.iter().any(|a| a.address.addr().is_ipv4() == family.is_ipv4()) {
+            if resolved && addresses.iter().any(|a| a.address.addr().is_ipv4() == family.is_ipv4()) {
                 let (link, mac) = (pod.name.clone(), end.mac);
                 steps.push(Step::new(Target::Pod, Operation::AddNeighbour { link, address: family, mac }));
             }
@@ -67,28 +115,35 @@ impl LinkDriver for VethConfig {
             }
         }
         for destination in destinations {
-            let gateway = Some(if destination.addr().is_ipv4() { GATEWAY_V4 } else { GATEWAY_V6 });
-            let route = RouteSpec { destination, gateway, on_link: true, metric: None, table: None };
+            let gateway = if destination.addr().is_ipv4() { GATEWAY_V4 } else { GATEWAY_V6 };
+            let route = if resolved {
+                RouteSpec { gateway: Some(gateway), on_link: true, ..direct(destination) }
+            } else {
+                direct(destination)
+            };
             steps.push(Step::new(Target::Pod, Operation::AddRoute { link: pod.name.clone(), route }));
         }
 
-        host_end(&end, key, request.policy, &mut steps);
+        host_end(&end, &request.key, request.policy, &mut steps);
+        steps.extend(shared);
         let on_host = |operation| Step::new(Target::Host, operation);
         if addresses.iter().any(|a| a.address.addr().is_ipv4()) {
             steps.push(on_host(Operation::ForwardIpv4 { link: end.name.clone() }));
         }
-        steps.push(on_host(Operation::Up { link: end.name.clone(), master: None }));
-        for address in &addresses {
-            let link = end.name.clone();
-            steps.push(on_host(Operation::AddNeighbour { link, address: address.address.addr(), mac: pod.mac }));
+        let master = domain.as_ref().map(|d| d.master.clone());
+        steps.push(on_host(Operation::Up { link: end.name.clone(), master }));
+        if resolved {
+            for address in &addresses {
+                let link = end.name.clone();
+                steps.push(on_host(Operation::AddNeighbour { link, address: address.address.addr(), mac: pod.mac }));
+            }
         }
         for address in &addresses {
-            let route =
-                RouteSpec { destination: address.address, gateway: None, on_link: false, metric: None, table: None };
+            let route = RouteSpec { table: domain.as_ref().map(|d| d.table), ..direct(address.address) };
             steps.push(on_host(Operation::AddRoute { link: end.name.clone(), route }));
         }
-        settle(&pod, &end, &mut steps);
-        Ok(Plan { steps, host_end: Some(end), pod_end: pod, bridge: None })
+        settle(&pod, &end, &addresses, &mut steps);
+        Plan { steps, host_end: Some(end), pod_end: pod, bridge: None }
     }
 }
 

@@ -1,11 +1,13 @@
-//! Whether the kernel has acted on a link's carrier (`net/core/link_watch.c`).
+//! Waiting for what the kernel does in its own time: acting on a link's carrier (`net/core/link_watch.c`), entering the
+//! local route of an IPv6 address (`net/ipv6/addrconf.c`), bringing back a device.
 
+use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use super::link::{HEADER, LinkView, link_by_name};
 use super::message::Attributes;
-use super::{Failure, NetlinkError, Reply, Socket};
+use super::{Failure, NetlinkError, Reply, RouteView, Socket, route_to};
 use crate::model::IfName;
 use crate::sys;
 
@@ -68,7 +70,75 @@ impl Socket {
     }
 }
 
+/// Whether a reply to [`route_to`] tells of an address of the namespace's own.
+pub(crate) fn is_local_route(payload: &[u8]) -> bool {
+    RouteView::parse(payload).is_some_and(|route| route.kind == libc::RTN_LOCAL)
+}
+
+impl Socket {
+    /// Waits until the namespace takes an IPv6 address for its own, at most for `limit`, and returns whether it does. The
+    /// socket hears of all routes from then on.
+    pub(crate) fn await_local(&mut self, address: IpAddr, limit: Duration) -> Result<bool, NetlinkError> {
+        let failed = |failure| NetlinkError::new(format!("wait for the local route of {address}"), failure);
+        self.hear_of_ipv6_routes().map_err(failed)?;
+        let deadline = Instant::now() + limit;
+        let ours = |change: &Reply| {
+            let route = RouteView::parse(&change.payload).filter(|_| change.kind == libc::RTM_NEWROUTE);
+            route.is_some_and(|r| r.kind == libc::RTN_LOCAL && r.destination == address.into())
+        };
+        'ask: loop {
+            // Asked after listening, so that nothing that happens in between is missed.
+            match self.request(&route_to(address)) {
+                Ok(replies) if replies.iter().any(|r| is_local_route(&r.payload)) => return Ok(true),
+                Err(error) if error.errno().is_none_or(|e| !NO_ROUTE.contains(&e)) => return Err(error),
+                _ => {}
+            }
+            loop {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() || !sys::wait_readable(self.as_fd(), left).map_err(|e| failed(Failure::Socket(e)))? {
+                    return Ok(false);
+                }
+                match self.next_change() {
+                    Ok(changes) if changes.iter().any(ours) => return Ok(true),
+                    Ok(_) => {}
+                    // More happened than the socket holds.
+                    Err(Failure::Socket(e)) if e.raw_os_error() == Some(libc::ENOBUFS) => continue 'ask,
+                    Err(failure) => return Err(failed(failure)),
+                }
+            }
+        }
+    }
+
+    /// Waits until a link of the namespace is as `wanted` says, until `deadline`, and returns it. The socket hears of all
+    /// links from then on.
+    pub(crate) fn await_link(
+        &mut self,
+        deadline: Instant,
+        wanted: impl Fn(&LinkView) -> bool,
+    ) -> Result<Option<LinkView>, NetlinkError> {
+        let failed = |failure| NetlinkError::new("wait for a link", failure);
+        if deadline > Instant::now() {
+            self.hear_of_links().map_err(failed)?;
+        }
+        loop {
+            if let Some(link) = self.links()?.into_iter().find(&wanted) {
+                return Ok(Some(link));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || !sys::wait_readable(self.as_fd(), left).map_err(|e| failed(Failure::Socket(e)))? {
+                return Ok(None);
+            }
+            match self.next_change() {
+                Err(Failure::Socket(e)) if e.raw_os_error() == Some(libc::ENOBUFS) => {}
+                other => drop(other.map_err(failed)?),
+            }
+        }
+    }
+}
+
 /// Between two questions.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
+/// What the kernel says where no route leads to an address.
+pub(crate) const NO_ROUTE: &[i32] = &[libc::ENETUNREACH, libc::EHOSTUNREACH, libc::EACCES];
 /// `IF_OPER_UP` of `include/uapi/linux/if.h`.
 const IF_OPER_UP: u8 = 6;

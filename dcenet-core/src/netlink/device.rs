@@ -7,7 +7,9 @@
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd};
 
-use super::link::{CREATE, LinkView, delete_link, header, link_by_name, new_link};
+use serde::{Deserialize, Serialize};
+
+use super::link::{CREATE, LinkChange, LinkView, delete_link, header, link_by_name, new_link};
 use super::message::Message;
 use super::{Failure, Family, NetlinkError, Socket};
 use crate::model::{IfIndex, IfName, MacAddr, Mtu, VlanId};
@@ -42,6 +44,8 @@ pub enum LinkKind<'a> {
         parent: IfIndex,
         /// Whom it reaches.
         mode: MacvlanMode,
+        /// Whose frames it gets, where the mode is [`Source`](MacvlanMode::Source); elsewhere it must be empty (`EINVAL`).
+        sources: &'a [MacAddr],
     },
     /// IP addresses of its own behind the parent's Ethernet address (`drivers/net/ipvlan`; since Linux 3.19).
     Ipvlan {
@@ -79,13 +83,18 @@ pub enum LinkKind<'a> {
         peer_policy: NetkitPolicy,
         /// The other end's name. It must be said: the kernel would give it this end's.
         peer_name: &'a IfName,
+        /// The other end's Ethernet address; chosen by the kernel where absent. Layer-3 pairs have none (`EOPNOTSUPP`).
+        peer_mac: Option<MacAddr>,
+        /// The other end's MTU.
+        peer_mtu: Option<Mtu>,
         /// Where the other end lives; beside this one where absent.
         peer_netns: Option<&'a NetNs>,
     },
 }
 
 /// Whom a macvlan device reaches (`enum macvlan_mode` of `include/uapi/linux/if_link.h`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum MacvlanMode {
     /// No other device of the parent, not even over a switch that sends back.
@@ -96,10 +105,13 @@ pub enum MacvlanMode {
     Bridge,
     /// It is the only one, and takes the parent over.
     Passthru,
+    /// It gets the frames of listed senders and no others (Linux 3.18).
+    Source,
 }
 
 /// How far up ipvlan hands packets over (`enum ipvlan_mode`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum IpvlanMode {
     /// Frames; broadcast and multicast too.
@@ -111,7 +123,8 @@ pub enum IpvlanMode {
 }
 
 /// Whom an ipvlan device reaches (`IPVLAN_F_PRIVATE`, `IPVLAN_F_VEPA`; Linux 4.15).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum IpvlanFlag {
     /// Others of the parent, directly.
@@ -124,18 +137,22 @@ pub enum IpvlanFlag {
 }
 
 /// The EtherType of a VLAN tag.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum VlanProtocol {
     /// Customer tags (0x8100, IEEE 802.1Q).
     #[default]
+    #[serde(rename = "802.1q")]
     Dot1Q,
     /// Service tags, around customer tags (0x88a8, IEEE 802.1ad).
+    #[serde(rename = "802.1ad")]
     Dot1Ad,
 }
 
 /// What a netkit pair carries (`enum netkit_mode`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum NetkitMode {
     /// Ethernet frames, with addresses and neighbours.
@@ -184,14 +201,23 @@ impl LinkKind<'_> {
     fn data(&self, data: &mut Message) {
         match *self {
             Self::Dummy | Self::Wireguard => {}
-            Self::Macvlan { mode, .. } => {
+            Self::Macvlan { mode, sources, .. } => {
                 let mode = match mode {
                     MacvlanMode::Private => 1,
                     MacvlanMode::Vepa => 2,
                     MacvlanMode::Bridge => 4,
                     MacvlanMode::Passthru => 8,
+                    MacvlanMode::Source => 16,
                 };
                 data.u32(IFLA_MACVLAN_MODE, mode);
+                if !sources.is_empty() {
+                    data.u32(IFLA_MACVLAN_MACADDR_MODE, MACVLAN_MACADDR_SET);
+                    data.nest(IFLA_MACVLAN_MACADDR_DATA, |list| {
+                        for source in sources {
+                            list.bytes(IFLA_MACVLAN_MACADDR, &source.bytes());
+                        }
+                    });
+                }
             }
             Self::Ipvlan { mode, flag, .. } => {
                 let mode: u16 = match mode {
@@ -218,7 +244,7 @@ impl LinkKind<'_> {
             Self::Vrf { table } => {
                 data.u32(IFLA_VRF_TABLE, table);
             }
-            Self::Netkit { mode, policy, peer_policy, peer_name, peer_netns } => {
+            Self::Netkit { mode, policy, peer_policy, peer_name, peer_mac, peer_mtu, peer_netns } => {
                 let word = |policy| match policy {
                     NetkitPolicy::Forward => 0,
                     NetkitPolicy::Blackhole => 2,
@@ -229,6 +255,12 @@ impl LinkKind<'_> {
                 data.nest(IFLA_NETKIT_PEER_INFO, |peer| {
                     peer.append(&header(0, 0, 0));
                     peer.text(libc::IFLA_IFNAME, peer_name.as_str());
+                    if let Some(mac) = peer_mac {
+                        peer.bytes(libc::IFLA_ADDRESS, &mac.bytes());
+                    }
+                    if let Some(mtu) = peer_mtu {
+                        peer.u32(libc::IFLA_MTU, mtu.get());
+                    }
                     if let Some(netns) = peer_netns {
                         peer.bytes(libc::IFLA_NET_NS_FD, &netns.as_fd().as_raw_fd().to_ne_bytes());
                     }
@@ -288,18 +320,7 @@ impl Socket {
     /// # Minimum kernel version
     /// That of the [kind](LinkKind). Before 6.2 (no echo on link creation) one more request is made.
     pub fn create_link(&mut self, link: &NewLink<'_>) -> Result<IfIndex, CreateLinkError> {
-        let replies = self.request(&create_link(link)).map_err(|source| {
-            // Drivers use the errno for purposes of their own, with other words.
-            match &source.failure {
-                Failure::Refused { errno: libc::EOPNOTSUPP, message, .. }
-                    if message.as_deref().is_none_or(|text| text == "Unknown device type") =>
-                {
-                    let About { name: kind, since, option } = link.kind.about();
-                    CreateLinkError::UnknownKind { name: link.name.clone(), kind, since, option, source: source.into() }
-                }
-                _ => source.into(),
-            }
-        })?;
+        let replies = self.request(&create_link(link)).map_err(|source| refused(link.name, &link.kind, source))?;
         let echo = replies.iter().filter(|r| r.kind == libc::RTM_NEWLINK).find_map(|r| LinkView::parse(&r.payload));
         if let Some(made) = echo {
             return Ok(made.index);
@@ -327,7 +348,7 @@ impl Socket {
     /// `EEXIST` where a name is taken there: where only the new one is, the link has moved and kept its old name
     /// (`do_setlink` in `net/core/rtnetlink.c` renames afterwards). `EINVAL` where the kind cannot move, as VRF.
     pub fn move_link(&mut self, link: &LinkView, to: &NetNs, name: Option<&IfName>) -> Result<(), NetlinkError> {
-        self.request(&move_link(link, to, name)).map(drop)
+        self.request(&move_link(&link.name, link.index, to, name, &LinkChange::default())).map(drop)
     }
 
     /// Deletes a link.
@@ -336,6 +357,20 @@ impl Socket {
     /// `ENODEV` where it is gone; `EOPNOTSUPP` where it is a physical device or a virtual function.
     pub fn delete_link(&mut self, link: &LinkView) -> Result<(), NetlinkError> {
         self.request(&delete_link(&link.name, link.index)).map(drop)
+    }
+}
+
+/// Names the kernel that is too old, where that is the reason.
+pub(crate) fn refused(name: &IfName, kind: &LinkKind<'_>, source: NetlinkError) -> CreateLinkError {
+    // Drivers use the errno for purposes of their own, with other words.
+    match &source.failure {
+        Failure::Refused { errno: libc::EOPNOTSUPP, message, .. }
+            if message.as_deref().is_none_or(|text| text == "Unknown device type") =>
+        {
+            let About { name: kind, since, option } = kind.about();
+            CreateLinkError::UnknownKind { name: name.clone(), kind, since, option, source: source.into() }
+        }
+        _ => source.into(),
     }
 }
 
@@ -365,12 +400,24 @@ pub(crate) fn create_link(link: &NewLink<'_>) -> Message {
     message
 }
 
-/// As [`Socket::move_link`], as a message for a batch.
-pub(crate) fn move_link(link: &LinkView, to: &NetNs, name: Option<&IfName>) -> Message {
-    let mut message = new_link(0, format!("move link {}", link.name), &header(link.index.get(), 0, 0));
+/// As [`Socket::move_link`], as a message for a batch, with changes that are made on the way.
+pub(crate) fn move_link(
+    link: &str,
+    index: IfIndex,
+    to: &NetNs,
+    name: Option<&IfName>,
+    change: &LinkChange<'_>,
+) -> Message {
+    let mut message = new_link(0, format!("move link {link}"), &header(index.get(), 0, 0));
     message.bytes(libc::IFLA_NET_NS_FD, &to.as_fd().as_raw_fd().to_ne_bytes());
     if let Some(name) = name {
         message.text(libc::IFLA_IFNAME, name.as_str());
+    }
+    if let Some(alias) = change.alias {
+        message.bytes(libc::IFLA_IFALIAS, alias.as_bytes());
+    }
+    if let Some(mtu) = change.mtu {
+        message.u32(libc::IFLA_MTU, mtu);
     }
     message
 }
@@ -382,6 +429,10 @@ impl fmt::Display for LinkKind<'_> {
 }
 
 const IFLA_MACVLAN_MODE: u16 = 1;
+const IFLA_MACVLAN_MACADDR_MODE: u16 = 3;
+const IFLA_MACVLAN_MACADDR: u16 = 4;
+const IFLA_MACVLAN_MACADDR_DATA: u16 = 5;
+const MACVLAN_MACADDR_SET: u32 = 3;
 const IFLA_IPVLAN_MODE: u16 = 1;
 const IFLA_IPVLAN_FLAGS: u16 = 2;
 const IFLA_VLAN_ID: u16 = 1;

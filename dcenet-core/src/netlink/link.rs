@@ -26,6 +26,8 @@ pub struct LinkView {
     pub master: Option<IfIndex>,
     /// The index of its other end or parent (`IFLA_LINK`), in the namespace where that lives.
     pub peer: Option<IfIndex>,
+    /// Length of its transmit queue, in packets.
+    pub tx_queue_len: u32,
 }
 
 impl LinkView {
@@ -46,6 +48,7 @@ impl LinkView {
             alias: attributes.find(libc::IFLA_IFALIAS).map(text),
             master: index(libc::IFLA_MASTER),
             peer: index(libc::IFLA_LINK),
+            tx_queue_len: attributes.find(libc::IFLA_TXQLEN).and_then(number).unwrap_or_default(),
         })
     }
 
@@ -111,43 +114,93 @@ pub(crate) fn create_bridge(name: &IfName, mac: MacAddr, mtu: Option<u32>) -> Me
 /// What [`set_link`] changes; `None` and `false` leave things as they are.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct LinkChange<'a> {
-    pub(crate) up: bool,
+    pub(crate) up: Option<bool>,
     pub(crate) alias: Option<&'a str>,
     pub(crate) master: Option<IfIndex>,
     pub(crate) no_ipv6_link_local: bool,
     pub(crate) ipv4_forwarding: bool,
+    pub(crate) no_arp_replies: bool,
+    pub(crate) rename: Option<&'a IfName>,
+    pub(crate) mac: Option<MacAddr>,
+    pub(crate) mtu: Option<u32>,
+    pub(crate) tx_queue_len: Option<u32>,
+    pub(crate) promisc: Option<bool>,
+    pub(crate) allmulti: Option<bool>,
 }
 
 /// Changes an existing link. By index and never by name: in a batch the creation before it may have failed because
 /// somebody else has the name.
 pub(crate) fn set_link(name: &IfName, index: IfIndex, change: &LinkChange<'_>) -> Message {
-    let LinkChange { up, alias, master, no_ipv6_link_local, ipv4_forwarding } = *change;
-    let flag = if up { libc::IFF_UP as u32 } else { 0 };
+    let LinkChange {
+        up,
+        alias,
+        master,
+        no_ipv6_link_local,
+        ipv4_forwarding,
+        no_arp_replies,
+        rename,
+        mac,
+        mtu,
+        tx_queue_len,
+        promisc,
+        allmulti,
+    } = *change;
     let mut what = format!("configure link {name}:");
     let said = [
-        (up, "up"),
+        (up == Some(true), "up"),
+        (up == Some(false), "down"),
         (alias.is_some(), "alias"),
         (master.is_some(), "master"),
         (no_ipv6_link_local, "addr_gen_mode none"),
         (ipv4_forwarding, "ipv4 forwarding"),
+        (no_arp_replies, "arp_ignore"),
+        (rename.is_some(), "name"),
+        (mac.is_some(), "address"),
+        (mtu.is_some(), "mtu"),
+        (tx_queue_len.is_some(), "txqueuelen"),
+        (promisc.is_some(), "promisc"),
+        (allmulti.is_some(), "allmulti"),
     ];
     for (_, word) in said.iter().filter(|(set, _)| *set) {
         what.push(' ');
         what.push_str(word);
     }
-    let mut message = new_link(0, what, &header(index.get(), flag, flag));
+    let (mut flags, mut changed) = (0, 0);
+    for (value, flag) in [(up, libc::IFF_UP), (promisc, libc::IFF_PROMISC), (allmulti, libc::IFF_ALLMULTI)] {
+        if let Some(set) = value {
+            changed |= flag as u32;
+            flags |= if set { flag as u32 } else { 0 };
+        }
+    }
+    let mut message = new_link(0, what, &header(index.get(), flags, changed));
+    if let Some(name) = rename {
+        message.text(libc::IFLA_IFNAME, name.as_str());
+    }
+    if let Some(mac) = mac {
+        message.bytes(libc::IFLA_ADDRESS, &mac.bytes());
+    }
+    for (attribute, number) in [(libc::IFLA_MTU, mtu), (libc::IFLA_TXQLEN, tx_queue_len)] {
+        if let Some(number) = number {
+            message.u32(attribute, number);
+        }
+    }
     if let Some(alias) = alias {
         message.bytes(libc::IFLA_IFALIAS, alias.as_bytes());
     }
     if let Some(master) = master {
         message.u32(libc::IFLA_MASTER, master.get());
     }
-    if no_ipv6_link_local || ipv4_forwarding {
+    if no_ipv6_link_local || ipv4_forwarding || no_arp_replies {
         message.nest(libc::IFLA_AF_SPEC | NESTED, |spec| {
-            if ipv4_forwarding {
+            if ipv4_forwarding || no_arp_replies {
                 spec.nest(libc::AF_INET as u16 | NESTED, |inet| {
                     inet.nest(IFLA_INET_CONF | NESTED, |conf| {
-                        conf.u32(IPV4_DEVCONF_FORWARDING, 1);
+                        if ipv4_forwarding {
+                            conf.u32(IPV4_DEVCONF_FORWARDING, 1);
+                        }
+                        if no_arp_replies {
+                            conf.u32(IPV4_DEVCONF_ARP_IGNORE, 8);
+                        }
                     });
                 });
             }
@@ -163,11 +216,20 @@ pub(crate) fn set_link(name: &IfName, index: IfIndex, change: &LinkChange<'_>) -
 
 /// Lets a bridge port send a frame back out of the port it came from.
 pub(crate) fn hairpin(port: &IfName, index: IfIndex) -> Message {
+    set_port(port, index, "hairpin", IFLA_BRPORT_MODE)
+}
+
+/// Keeps frames of a bridge port from other isolated ports.
+pub(crate) fn isolate(port: &IfName, index: IfIndex) -> Message {
+    set_port(port, index, "isolation", IFLA_BRPORT_ISOLATED)
+}
+
+fn set_port(port: &IfName, index: IfIndex, what: &str, attribute: u16) -> Message {
     let mut head = header(index.get(), 0, 0);
     head[0] = libc::AF_BRIDGE as u8;
-    let mut message = Message::new(libc::RTM_SETLINK, 0, format!("set hairpin on port {port}"), &head);
+    let mut message = Message::new(libc::RTM_SETLINK, 0, format!("set {what} on port {port}"), &head);
     message.nest(libc::IFLA_PROTINFO | NESTED, |port| {
-        port.u8(IFLA_BRPORT_MODE, 1);
+        port.u8(attribute, 1);
     });
     message
 }
@@ -216,8 +278,11 @@ const VETH_INFO_PEER: u16 = 1;
 const IFLA_INET_CONF: u16 = 1;
 /// `IPV4_DEVCONF_FORWARDING` of `include/uapi/linux/ip.h`, which counts from 1 as the attribute does.
 const IPV4_DEVCONF_FORWARDING: u16 = 1;
+/// `IPV4_DEVCONF_ARP_IGNORE`.
+const IPV4_DEVCONF_ARP_IGNORE: u16 = 19;
 const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
 const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 /// `IFLA_BRPORT_MODE`: hairpin.
 const IFLA_BRPORT_MODE: u16 = 4;
+const IFLA_BRPORT_ISOLATED: u16 = 33;
 const RTEXT_FILTER_SKIP_STATS: u32 = 8;

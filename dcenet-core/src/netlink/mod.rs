@@ -36,13 +36,14 @@ pub use socket::{Failure, Family, NetlinkError, Reply, Socket};
 pub use fault::{Fault, Injection, through_gate, with_fault};
 
 pub(crate) use address::{add_address, address_dump, delete_address};
-pub(crate) use carrier::is_operational;
+pub(crate) use carrier::{NO_ROUTE, is_local_route, is_operational};
+pub(crate) use device::{create_link, move_link, refused};
 pub(crate) use fault::{Gate, gate};
 pub(crate) use link::{
-    LinkChange, NewVeth, create_bridge, create_veth, delete_link, hairpin, link_by_name, link_dump, set_link,
+    LinkChange, NewVeth, create_bridge, create_veth, delete_link, hairpin, isolate, link_by_name, link_dump, set_link,
 };
 pub(crate) use neighbour::{add_neighbour, delete_neighbour, neighbour_dump};
-pub(crate) use route::{NewRoute, add_route, route_dump, rule_dump};
+pub(crate) use route::{NewRoute, add_route, delete_route, route_dump, route_to, rule_dump};
 
 /// Marks routes and rules of ours, in the field that tells who made them (`rtm_protocol`; 220 is free in iproute2's
 /// `rt_protos`).

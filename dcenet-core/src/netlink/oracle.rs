@@ -136,7 +136,7 @@ fn recorded() -> Vec<(&'static str, Message, &'static str)> {
         ),
         (
             "ip link set dc1 up",
-            set_link(&name("dc1"), index(3), &LinkChange { up: true, ..change }),
+            set_link(&name("dc1"), index(3), &LinkChange { up: Some(true), ..change }),
             "20000000100005009e52026b0000000000000000030000000100000001000000",
         ),
         (
@@ -186,7 +186,7 @@ fn recorded() -> Vec<(&'static str, Message, &'static str)> {
         ),
         (
             "ip link add m0 link p0 type macvlan mode bridge",
-            device("m0", LinkKind::Macvlan { parent: index(3), mode: MacvlanMode::Bridge }),
+            device("m0", LinkKind::Macvlan { parent: index(3), mode: MacvlanMode::Bridge, sources: &[] }),
             "4c00000010000506f679026b00000000000000000000000000000000000000000800050003000000070003006d3000001c0012000b0001006d6163766c616e000c0002000800010004000000",
         ),
         (
@@ -227,6 +227,8 @@ fn recorded() -> Vec<(&'static str, Message, &'static str)> {
                     policy: NetkitPolicy::Forward,
                     peer_policy: NetkitPolicy::Blackhole,
                     peer_name: &name("nk1"),
+                    peer_mac: None,
+                    peer_mtu: None,
                     peer_netns: None,
                 },
             ),

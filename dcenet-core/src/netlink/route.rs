@@ -75,6 +75,11 @@ pub(crate) fn add_route(link: &str, route: &NewRoute) -> Message {
     message(libc::RTM_NEWROUTE, (libc::NLM_F_CREATE | libc::NLM_F_EXCL) as u16, what, route)
 }
 
+/// Deletes a route of ours.
+pub(crate) fn delete_route(link: &str, route: &NewRoute) -> Message {
+    message(libc::RTM_DELROUTE, 0, format!("delete route {} on {link}", route.destination), route)
+}
+
 fn message(kind: u16, flags: u16, operation: String, route: &NewRoute) -> Message {
     let mut header = [0; HEADER];
     header[0] = family_of(route.destination.addr());
@@ -114,6 +119,17 @@ pub(crate) fn route_dump(link: Option<IfIndex>) -> Message {
     if let Some(index) = link {
         message.u32(libc::RTA_OIF, index.get());
     }
+    message
+}
+
+/// Asks by which route a packet of this namespace would go to the address.
+pub(crate) fn route_to(address: IpAddr) -> Message {
+    let mut header = [0; HEADER];
+    header[0] = family_of(address);
+    let bytes = octets(address);
+    header[1] = bytes.len() as u8 * 8;
+    let mut message = Message::new(libc::RTM_GETROUTE, 0, format!("look up route to {address}"), &header);
+    message.bytes(libc::RTA_DST, &bytes);
     message
 }
 

@@ -200,11 +200,16 @@ impl Socket {
         self.inner.add_membership(RTNLGRP_LINK).map_err(Failure::Socket)
     }
 
-    /// Waits for the next changes of links and returns them.
+    /// Has the kernel send every change of an IPv6 route too (`RTNLGRP_IPV6_ROUTE`).
+    pub(super) fn hear_of_ipv6_routes(&mut self) -> Result<(), Failure> {
+        self.inner.add_membership(RTNLGRP_IPV6_ROUTE).map_err(Failure::Socket)
+    }
+
+    /// Waits for the next changes and returns new and changed links and routes.
     pub(super) fn next_change(&mut self) -> Result<Vec<Reply>, Failure> {
         let mut changes = Vec::new();
         self.receive(|message| {
-            if message.kind == libc::RTM_NEWLINK {
+            if matches!(message.kind, libc::RTM_NEWLINK | libc::RTM_NEWROUTE) {
                 changes.push(Reply { kind: message.kind, payload: message.payload.to_vec() });
             }
         })?;
@@ -368,6 +373,8 @@ impl AsFd for Socket {
 
 /// `RTNLGRP_LINK` of `include/uapi/linux/rtnetlink.h`.
 const RTNLGRP_LINK: u32 = 1;
+/// `RTNLGRP_IPV6_ROUTE`.
+const RTNLGRP_IPV6_ROUTE: u32 = 11;
 const NOOP: u16 = 1;
 const ERROR: u16 = 2;
 const DONE: u16 = 3;

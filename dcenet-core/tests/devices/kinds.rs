@@ -72,7 +72,7 @@ fn macvlan_lives() {
     ] {
         let host = host_with_parent();
         let parent = host.root().link("up0").unwrap().index;
-        lives(&host, LinkKind::Macvlan { parent, mode }, json!({ "mode": text }));
+        lives(&host, LinkKind::Macvlan { parent, mode, sources: &[] }, json!({ "mode": text }));
     }
 }
 
@@ -152,6 +152,8 @@ fn netkit_joins_two_namespaces_or_the_kernel_is_named() {
             policy: NetkitPolicy::Forward,
             peer_policy: NetkitPolicy::Forward,
             peer_name: &far,
+            peer_mac: None,
+            peer_mtu: None,
             peer_netns: Some(pod.netns()),
         };
         let made = on_host.create_link(&new(&near, kind));
@@ -191,12 +193,13 @@ fn refusals_name_their_cause() {
     pod.sh("ip link add net1 type veth peer name other");
     let mut on_host = socket(host.root().netns());
     let before = (host.state(), state(&pod));
-    let kind = LinkKind::Macvlan { parent, mode: MacvlanMode::Bridge };
+    let kind = LinkKind::Macvlan { parent, mode: MacvlanMode::Bridge, sources: &[] };
     let net1 = name("net1");
 
     let taken = on_host.create_link(&NewLink { netns: Some(pod.netns()), ..new(&net1, kind) }).unwrap_err();
     assert!(matches!(&taken, CreateLinkError::Netlink(e) if e.errno() == Some(libc::EEXIST)), "{taken}");
-    let nowhere = LinkKind::Macvlan { parent: IfIndex::new(i32::MAX as u32).unwrap(), mode: MacvlanMode::Vepa };
+    let nowhere =
+        LinkKind::Macvlan { parent: IfIndex::new(i32::MAX as u32).unwrap(), mode: MacvlanMode::Vepa, sources: &[] };
     let absent = on_host.create_link(&new(&net1, nowhere)).unwrap_err();
     assert!(matches!(&absent, CreateLinkError::Netlink(e) if e.errno() == Some(libc::ENODEV)), "{absent}");
     assert_eq!((before.0.diff(&host.state()), before.1.diff(&state(&pod))), Default::default());

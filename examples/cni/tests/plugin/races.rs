@@ -117,7 +117,7 @@ fn without_the_hold_a_slow_del_gives_the_address_of_the_next_attachment_away() {
     node.del(&pod).unwrap();
 
     let first = node.add(&pod).unwrap();
-    let mut hold = engine.hold_remains(&key).unwrap().expect("it is recorded");
+    let mut hold = engine.hold_remains(&key, None).unwrap().expect("it is recorded");
     let lease = sequence();
     hold.detach(None).unwrap();
     assert_eq!(node.add(&pod).unwrap_err()["code"], 11);

@@ -1,0 +1,82 @@
+//! An ipvlan device: IP addresses of its own behind the Ethernet address of a device of the host.
+//!
+//! ```
+//! # use dcenet_core::link::LinkConfig;
+//! # let value = serde_json::json!(
+//! { "kind": "ipvlan", "parent": "eth1", "mode": "l2", "flag": "bridge" }
+//! # );
+//! # LinkConfig::read(&value)?;
+//! # Ok::<(), dcenet_core::section::SectionError>(())
+//! ```
+//!
+//! The pod has the parent's Ethernet address, whatever address was asked for. In the modes `l3` and `l3s` packets are
+//! routed in the host's namespace; there are no neighbours, and every route leads straight to the device.
+
+use serde::{Deserialize, Serialize};
+
+use super::pod_end::{Neighbours, PodDevice};
+use super::{
+    HostView, LinkDriver, LinkRequest, Need, PlanError, check_routes, device_mtu, parent_mac, parent_of, refuse_policy,
+    refuse_vlan,
+};
+use crate::model::{IfName, Mtu};
+use crate::netlink::{IpvlanFlag, IpvlanMode};
+use crate::plan::{Device, End, Plan, Tuning};
+
+/// `"link": { "kind": "ipvlan", ... }`.
+///
+/// # Minimum kernel version
+/// 4.15, for the flags.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct IpvlanConfig {
+    /// The device of the host on which it is made. It must be up. All ipvlan devices of a parent share mode and flag:
+    /// those of the latest.
+    pub parent: IfName,
+    /// How far up packets are handed over: `l2` (the default), `l3` or `l3s`.
+    #[serde(default = "l2")]
+    pub mode: IpvlanMode,
+    /// Whom the pod reaches: `bridge` (the default), `private` or `vepa`.
+    #[serde(default)]
+    pub flag: IpvlanFlag,
+    /// MTU of the pod's device, in bytes; the parent's where absent, and never more than that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<Mtu>,
+    /// What else the pod's device is to be.
+    #[serde(default, skip_serializing_if = "Tuning::is_default")]
+    pub tuning: Tuning,
+}
+
+impl LinkDriver for IpvlanConfig {
+    fn kind(&self) -> &'static str {
+        "ipvlan"
+    }
+
+    fn needs(&self, _: &LinkRequest) -> Vec<Need> {
+        vec![Need { link: self.parent.clone(), addresses: false }]
+    }
+
+    fn plan(&self, request: &LinkRequest, host: &HostView) -> Result<Plan, PlanError> {
+        refuse_policy(request, self.kind())?;
+        check_routes(&request.routes)?;
+        refuse_vlan(self.kind(), &request.addresses)?;
+        let mtu = device_mtu(self.mtu, &request.addresses)?;
+        let parent = parent_of(host, &self.parent, mtu)?;
+        let neighbours = match self.mode {
+            // All devices of the parent have one Ethernet address, and each needs a link-local address of its own.
+            IpvlanMode::L2 => Neighbours::Resolved(request.key.mac()),
+            IpvlanMode::L3 | IpvlanMode::L3s => Neighbours::None,
+        };
+        let end = End { name: request.key.ifname.clone(), mac: parent_mac(parent)? };
+        let device = PodDevice { request, end, mtu, tuning: self.tuning, neighbours };
+        Ok(device.plan(Device::Ipvlan { parent: self.parent.clone(), mode: self.mode, flag: self.flag }))
+    }
+
+    fn expect(&self, request: &LinkRequest, host: &HostView) -> Result<Plan, PlanError> {
+        self.plan(request, host)
+    }
+}
+
+fn l2() -> IpvlanMode {
+    IpvlanMode::L2
+}

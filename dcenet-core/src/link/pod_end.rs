@@ -1,0 +1,146 @@
+//! What the pod's end of every kind has: a mark, addresses, routes, and what tunes it.
+
+use super::{HostView, LinkRequest, gateway_of, link_local};
+use crate::model::{IfName, MacAddr, Mtu};
+use crate::plan::{Device, End, Operation, Plan, RouteSpec, Step, Target, Tuning, Undo, mark};
+use crate::provider::LeasedAddress;
+
+/// A device that lives in the pod alone, on a device of the host or on nothing.
+pub(super) struct PodDevice<'a> {
+    pub(super) request: &'a LinkRequest,
+    pub(super) end: End,
+    pub(super) mtu: Option<Mtu>,
+    pub(super) tuning: Tuning,
+    /// Whether packets are handed to neighbours: without, every route leads straight to the link.
+    pub(super) neighbours: Neighbours,
+}
+
+/// Whether a device's packets have an Ethernet address to go to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Neighbours {
+    /// By ARP and neighbour discovery, from the link-local address that belongs to this Ethernet address.
+    Resolved(MacAddr),
+    /// There are none.
+    None,
+}
+
+impl PodDevice<'_> {
+    /// The device made by the host under a name of its own, then named, given its addresses, and set up.
+    pub(super) fn plan(self, device: Device) -> Plan {
+        let transit = self.transit();
+        let target = if device.parent().is_some() { Target::Host } else { Target::Pod };
+        let create = Operation::CreateLink {
+            link: self.end.clone(),
+            transit: Some(transit),
+            device,
+            mtu: self.mtu,
+            home: Target::Pod,
+        };
+        let mut steps = vec![Step::new(target, create).undone_by(self.undo())];
+        self.finish(&mut steps);
+        Plan { steps, host_end: None, pod_end: self.end, bridge: None }
+    }
+
+    /// The name until it is marked.
+    pub(super) fn transit(&self) -> IfName {
+        self.request.key.id().host_ifname()
+    }
+
+    pub(super) fn undo(&self) -> Undo {
+        Undo::DeletePodLink { link: self.end.name.clone(), transit: self.transit() }
+    }
+
+    /// Everything after the device is there under its first name.
+    pub(super) fn finish(&self, steps: &mut Vec<Step>) {
+        let (transit, name) = (self.transit(), &self.end.name);
+        steps.push(no_router_advertisements(&transit));
+        let alias = mark(&self.request.key);
+        steps.push(Step::new(Target::Pod, Operation::Mark { link: transit.clone(), alias }));
+        steps.push(Step::new(Target::Pod, Operation::Rename { link: transit, to: name.clone() }));
+        self.set_up(steps);
+    }
+
+    /// Everything after the device has its name.
+    pub(super) fn set_up(&self, steps: &mut Vec<Step>) {
+        let name = &self.end.name;
+        steps.push(no_link_local(Target::Pod, name));
+        tune(name, self.tuning, steps);
+        steps.push(Step::new(Target::Pod, Operation::Up { link: name.clone(), master: None }));
+        match self.neighbours {
+            Neighbours::Resolved(mac) => {
+                addresses(name, Some(mac), &self.request.addresses, steps);
+                routes(name, self.request, steps);
+            }
+            Neighbours::None => {
+                addresses(name, None, &self.request.addresses, steps);
+                for route in &self.request.routes {
+                    let route = direct(route.destination);
+                    steps.push(Step::new(Target::Pod, Operation::AddRoute { link: name.clone(), route }));
+                }
+            }
+        }
+        settle(name, &self.request.addresses, steps);
+    }
+}
+
+/// The addresses of the pod's end, with the link-local one of an Ethernet address where there is IPv6.
+pub(super) fn addresses(link: &IfName, mac: Option<MacAddr>, addresses: &[LeasedAddress], steps: &mut Vec<Step>) {
+    let ipv6 = addresses.iter().any(|a| a.address.addr().is_ipv6());
+    let local = mac.filter(|_| ipv6).map(link_local);
+    for address in local.into_iter().chain(addresses.iter().map(|a| a.address)) {
+        steps.push(Step::new(Target::Pod, Operation::AddAddress { link: link.clone(), address }));
+    }
+}
+
+/// Has what is sent to the pod's IPv6 addresses arrive from now on.
+pub(super) fn settle(link: &IfName, addresses: &[LeasedAddress], steps: &mut Vec<Step>) {
+    for address in addresses.iter().map(|a| a.address.addr()).filter(|a| a.is_ipv6()) {
+        steps.push(Step::new(Target::Pod, Operation::SettleAddress { link: link.clone(), address }));
+    }
+}
+
+/// The routes of the pod's end, over the routers of its subnets.
+pub(super) fn routes(link: &IfName, request: &LinkRequest, steps: &mut Vec<Step>) {
+    for route in &request.routes {
+        let gateway = gateway_of(route, &request.addresses);
+        let on_link = gateway.is_some_and(|g| !request.addresses.iter().any(|a| a.address.contains(&g)));
+        let route = RouteSpec { destination: route.destination, gateway, on_link, metric: None, table: None };
+        steps.push(Step::new(Target::Pod, Operation::AddRoute { link: link.clone(), route }));
+    }
+}
+
+/// A route straight to a link.
+pub(super) fn direct(destination: ipnet::IpNet) -> RouteSpec {
+    RouteSpec { destination, gateway: None, on_link: false, metric: None, table: None }
+}
+
+/// What the configuration changes of the pod's end.
+pub(super) fn tune(link: &IfName, tuning: Tuning, steps: &mut Vec<Step>) {
+    if !tuning.is_default() {
+        steps.push(Step::new(Target::Pod, Operation::Tune { link: link.clone(), tuning }));
+    }
+}
+
+/// Keeps the kernel from making a link-local address.
+pub(super) fn no_link_local(target: Target, link: &IfName) -> Step {
+    // A kernel without IPv6 makes no link-local addresses.
+    Step::new(target, Operation::NoLinkLocal { link: link.clone() }).content_with(&[libc::EAFNOSUPPORT])
+}
+
+/// Has the pod's device take neither addresses nor routes from routers of the segment: it has what it was leased.
+pub(super) fn no_router_advertisements(link: &IfName) -> Step {
+    let operation = Operation::WriteSetting { name: format!("ipv6/conf/{link}/accept_ra"), value: "0" };
+    // Without IPv6 there is no such file.
+    Step::new(Target::Pod, operation).content_with(&[libc::ENOENT])
+}
+
+/// What a host looks like without a link.
+pub(super) fn without(host: &HostView, link: &IfName) -> HostView {
+    let mut host = host.clone();
+    host.links.retain(|l| l.name != link.as_str());
+    host
+}
+
+pub(super) fn is_false(value: &bool) -> bool {
+    !value
+}

@@ -1,0 +1,84 @@
+//! A VLAN device: the frames of a device of the host that carry a tag.
+//!
+//! ```
+//! # use dcenet_core::link::LinkConfig;
+//! # let value = serde_json::json!(
+//! { "kind": "vlan", "parent": "eth1", "id": 100, "protocol": "802.1q" }
+//! # );
+//! # LinkConfig::read(&value)?;
+//! # Ok::<(), dcenet_core::section::SectionError>(())
+//! ```
+//!
+//! A VLAN of a parent has one device, so that one pod of a host has it. Where several shall, give them macvlans on a VLAN
+//! device of the host.
+
+use serde::{Deserialize, Serialize};
+
+use super::pod_end::{Neighbours, PodDevice};
+use super::{HostView, LinkDriver, LinkRequest, Need, PlanError, check_routes, device_mtu, parent_of, refuse_policy};
+use crate::model::{IfName, Mtu, VlanId};
+use crate::netlink::VlanProtocol;
+use crate::plan::{Device, End, Plan, Tuning};
+
+/// `"link": { "kind": "vlan", ... }`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct VlanConfig {
+    /// The device of the host whose frames they are. It must be up.
+    pub parent: IfName,
+    /// The VLAN; that of the pool from which the addresses come where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<VlanId>,
+    /// The tag's kind: `802.1q` (the default) or `802.1ad`.
+    #[serde(default)]
+    pub protocol: VlanProtocol,
+    /// MTU of the pod's device, in bytes; the parent's where absent, and never more than that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<Mtu>,
+    /// What else the pod's device is to be.
+    #[serde(default, skip_serializing_if = "Tuning::is_default")]
+    pub tuning: Tuning,
+}
+
+impl VlanConfig {
+    fn vlan(&self, request: &LinkRequest) -> Result<VlanId, PlanError> {
+        let invalid = |value: String, reason: String| PlanError::Invalid { field: "link.id", value, reason };
+        let pool = request.addresses.iter().find_map(|a| Some((a.vlan?, &a.pool)));
+        match (self.id, pool) {
+            (Some(id), Some((other, pool))) if id != other => {
+                let reason = format!("the pool {pool} is of VLAN {other}; drop link.id, or take another pool");
+                Err(invalid(id.to_string(), reason))
+            }
+            (Some(id), _) | (None, Some((id, _))) => Ok(id),
+            (None, None) => {
+                Err(invalid(String::new(), "missing, and no pool says it; give a number from 1 to 4094".to_owned()))
+            }
+        }
+    }
+}
+
+impl LinkDriver for VlanConfig {
+    fn kind(&self) -> &'static str {
+        "vlan"
+    }
+
+    fn needs(&self, _: &LinkRequest) -> Vec<Need> {
+        vec![Need { link: self.parent.clone(), addresses: false }]
+    }
+
+    fn plan(&self, request: &LinkRequest, host: &HostView) -> Result<Plan, PlanError> {
+        let id = self.vlan(request)?;
+        refuse_policy(request, self.kind())?;
+        check_routes(&request.routes)?;
+        let mtu = device_mtu(self.mtu, &request.addresses)?;
+        parent_of(host, &self.parent, mtu)?;
+        let end = End { name: request.key.ifname.clone(), mac: request.mac };
+        let neighbours = Neighbours::Resolved(request.mac);
+        let device = PodDevice { request, end, mtu, tuning: self.tuning, neighbours };
+        Ok(device.plan(Device::Vlan { parent: self.parent.clone(), id, protocol: self.protocol }))
+    }
+
+    fn expect(&self, request: &LinkRequest, host: &HostView) -> Result<Plan, PlanError> {
+        self.plan(request, host)
+    }
+}
