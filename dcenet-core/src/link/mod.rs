@@ -3,6 +3,8 @@
 //! A driver plans and recognises; it touches nothing. One file beside this one per kind of link.
 
 mod bridge;
+#[cfg(feature = "test-support")]
+pub mod conformance;
 mod dummy;
 mod host_device;
 mod ipvlan;

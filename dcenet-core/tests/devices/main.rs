@@ -2,6 +2,7 @@
 //! and looked at with iproute2.
 
 mod functions;
+mod drivers;
 mod igb;
 mod kinds;
 mod netdevsim;
