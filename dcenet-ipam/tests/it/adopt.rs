@@ -596,7 +596,7 @@ fn reading_waits_for_host_locals_lock() {
     std::thread::sleep(std::time::Duration::from_millis(50));
     assert!(!reader.is_finished(), "it reads under an ADD");
     // The entry of a call that was under way.
-    write(&dir.path().to_owned(), "10.1.5.5", "late\r\neth0");
+    write(dir.path(), "10.1.5.5", "late\r\neth0");
     lock.unlock().unwrap();
     assert_eq!(reader.join().unwrap().entries.len(), 3);
 }

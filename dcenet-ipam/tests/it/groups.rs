@@ -283,7 +283,7 @@ fn follow(seed: u64, inner: Arc<dyn Store>, silent: bool, lost: &Arc<AtomicU64>)
     let clock = now.clone();
     let forgetful = ForgetfulStore {
         inner: inner.clone(),
-        chance: if seed % 3 == 0 { 0 } else { 15 },
+        chance: if seed.is_multiple_of(3) { 0 } else { 15 },
         silent,
         rng: Arc::new(Mutex::new(Rng::new(seed ^ 77))),
         lost: lost.clone(),

@@ -2,9 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-mod binder;
 mod address_pool;
 mod adopt;
+mod binder;
 mod blocks;
 mod claims;
 mod config;
