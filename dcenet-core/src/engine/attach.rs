@@ -11,10 +11,10 @@ use crate::plan::{Device, Operation, Plan, Target, Undo, is_mark_of, mark};
 
 impl Engine {
     /// Makes an attachment, or returns the one that stands. Who leases addresses for it uses [`Engine::hold`] instead, and
-    /// [`Hold::attach`].
+    /// [`Hold::attach`](super::Hold::attach).
     ///
     /// # Errors
-    /// As [`Hold::attach`].
+    /// As [`Hold::attach`](super::Hold::attach).
     pub fn attach(&self, request: &AttachRequest<'_>) -> Result<Attached, AttachError> {
         self.admit(request)?;
         self.hold(&request.key)?.attach(request)

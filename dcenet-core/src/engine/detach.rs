@@ -10,13 +10,13 @@ use crate::netns::NetNs;
 use crate::plan::{Undo, is_mark_of, lent_name, mark};
 
 impl Engine {
-    /// Removes an attachment, as [`Hold::detach`] does. Who releases addresses of it uses [`Engine::hold_remains`]
+    /// Removes an attachment, as [`Hold::detach`](super::Hold::detach) does. Who releases addresses of it uses [`Engine::hold_remains`]
     /// instead, or another attach may get them before.
     ///
     /// Repeating it is allowed; an attachment that is not there is `Ok`.
     ///
     /// # Errors
-    /// As [`Hold::detach`].
+    /// As [`Hold::detach`](super::Hold::detach).
     pub fn detach(&self, key: &AttachmentKey, netns: Option<&NetNs>) -> Result<(), DetachErrors> {
         let Some(mut hold) = self.hold_remains(key, netns)? else { return Ok(()) };
         hold.detach(netns)?;

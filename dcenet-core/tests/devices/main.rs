@@ -1,8 +1,8 @@
 //! Devices that the kernel makes for us, and real ones that it hands over: created, moved and deleted by our netlink,
 //! and looked at with iproute2.
 
-mod functions;
 mod drivers;
+mod functions;
 mod igb;
 mod kinds;
 mod netdevsim;
