@@ -143,3 +143,14 @@ fn tenures(
     }
     Ok(tenures)
 }
+
+/// Who holds an address as its events tell.
+pub(crate) fn open_tenures(
+    space: &AddressSpace,
+    address: Addr,
+    prefix: &[u8],
+    events: Vec<(Key, Entry)>,
+) -> Vec<AttachmentKey> {
+    let tenures = tenures(space, address, prefix, events).unwrap_or_default();
+    tenures.into_iter().filter(|tenure| tenure.to.is_none()).map(|tenure| tenure.attachment).collect()
+}

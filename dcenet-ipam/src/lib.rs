@@ -47,6 +47,7 @@
 #[cfg(feature = "adopt")]
 #[cfg_attr(docsrs, doc(cfg(feature = "adopt")))]
 pub mod adopt;
+pub mod audit;
 pub mod binder;
 mod claims;
 pub mod config;

@@ -104,3 +104,9 @@ pub use self::model::{
 };
 pub use self::planner::{Obeyed, Plan, Surrender};
 pub use self::table::{Row, Tree};
+
+/// The prefix and level that a key of a space's plan stands for.
+pub(crate) fn planned(space: &crate::model::AddressSpace, key: &[u8]) -> Option<(ipnet::IpNet, Level)> {
+    let node = self::record::node_of(&self::record::prefixes(space), key)?;
+    Some((node.block.cidr(), node.level))
+}
