@@ -16,7 +16,8 @@
 //! An address is 110 bits of chunk and 18 bits of place in it. Chunks exist on demand, in a tree by number, so that a
 //! set of 2^96 addresses costs what is in use of it. A chunk is three levels of 64: a node has a bit for each child that
 //! exists and one for each that is full, and holds the children that exist in order of their number, so a child is found
-//! by counting bits. A leaf has a bit for each of 64 addresses and the records of those that have one. The free address
+//! by counting bits. A leaf has a bit for each of 64 addresses and the records of those that have one, once there are
+//! many each at a place of its own. The free address
 //! at or above a given one is a count of trailing zeros on each level. Chunks that are full are known as runs of numbers,
 //! so that any number of them in a row is stepped over at once.
 //!
@@ -125,11 +126,12 @@ impl Record {
     }
 }
 
-/// In the queue of releases, in three words where an address as one number would take four.
+/// In the queue of releases. Of an address as two words, for as one number it would take more room.
 #[derive(Debug, Clone, Copy)]
 struct Released {
     address: [u64; 2],
     sequence: u64,
+    at: u64,
 }
 
 /// An address that was given.
@@ -253,6 +255,10 @@ impl AddressPool {
     pub fn forget_released(&mut self, remembered: Duration, now: u64) {
         let limit = u64::try_from(remembered.as_millis()).unwrap_or(u64::MAX).max(self.cooldown);
         for _ in 0..2 {
+            // Without a look at what is not old.
+            if self.released.front().is_none_or(|released| now.abs_diff(released.at) <= limit) {
+                return;
+            }
             match self.head() {
                 Some((address, record)) if now.abs_diff(record.at) > limit => self.forget(address),
                 _ => return,
@@ -310,7 +316,7 @@ impl AddressPool {
             return;
         }
         self.enter(address, Record { sequence, at, owner: Owners::NOBODY });
-        let released = Released { address: [(address >> 64) as u64, address as u64], sequence };
+        let released = Released { address: [(address >> 64) as u64, address as u64], sequence, at };
         if self.released.back().is_none_or(|last| last.sequence <= sequence) {
             self.released.push_back(released);
         } else {

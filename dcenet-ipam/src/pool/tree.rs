@@ -32,7 +32,8 @@ pub(super) trait Level: Default {
 pub(super) struct Leaf {
     /// Which have a record.
     present: u64,
-    /// In order of their places.
+    /// In order of their places while they are few; all 64, some of them meaningless, once they are many, so that one can
+    /// come and go without the others' moving.
     records: Vec<Record>,
 }
 
@@ -45,6 +46,12 @@ pub(super) struct Node<T> {
     children: Vec<T>,
 }
 
+/// Records of a leaf that holds a place for each address; with more than this many of them it does, a record then takes
+/// at most 48 bytes, and with fewer than this it does not any more.
+const WIDE: usize = 64;
+const MANY: usize = 32;
+const FEW: u32 = 16;
+
 /// How many of the lower bits are set: where the child of this bit is, or would be.
 fn rank(bits: u64, bit: u32) -> usize {
     (bits & ((1 << bit) - 1)).count_ones() as usize
@@ -56,20 +63,58 @@ fn first_zero(bits: u64, bit: u32) -> Option<u32> {
     (open != 0).then(|| open.trailing_zeros())
 }
 
+impl Leaf {
+    fn is_wide(&self) -> bool {
+        self.records.len() == WIDE
+    }
+
+    /// Where the record of a place is, or would be.
+    fn position(&self, place: u32) -> usize {
+        if self.is_wide() { place as usize } else { rank(self.present, place) }
+    }
+
+    fn widen(&mut self) {
+        let mut few = std::mem::take(&mut self.records).into_iter();
+        let meaningless = Record { sequence: 0, at: 0, owner: 0 };
+        self.records = Vec::with_capacity(WIDE);
+        self.records.extend((0..WIDE).map(|place| match self.present >> place & 1 {
+            1 => few.next().unwrap_or(meaningless),
+            _ => meaningless,
+        }));
+    }
+
+    fn narrow(&mut self) {
+        let present = self.present;
+        let mut place = 0;
+        self.records.retain(|_| {
+            place += 1;
+            present >> (place - 1) & 1 == 1
+        });
+        self.records.shrink_to_fit();
+    }
+}
+
 impl Level for Leaf {
     const BITS: u32 = 6;
 
     fn get(&self, place: u32) -> Option<&Record> {
-        (self.present >> place & 1 == 1).then(|| &self.records[rank(self.present, place)])
+        (self.present >> place & 1 == 1).then(|| &self.records[self.position(place)])
     }
 
     fn insert(&mut self, place: u32, record: Record) -> Option<Record> {
-        let at = rank(self.present, place);
+        let at = self.position(place);
         if self.present >> place & 1 == 1 {
             return Some(std::mem::replace(&mut self.records[at], record));
         }
-        self.records.insert(at, record);
+        if self.is_wide() {
+            self.records[at] = record;
+        } else {
+            self.records.insert(at, record);
+        }
         self.present |= 1 << place;
+        if self.records.len() > MANY && !self.is_wide() {
+            self.widen();
+        }
         None
     }
 
@@ -77,8 +122,15 @@ impl Level for Leaf {
         if self.present >> place & 1 == 0 {
             return None;
         }
-        let record = self.records.remove(rank(self.present, place));
+        let at = self.position(place);
         self.present &= !(1 << place);
+        if !self.is_wide() {
+            return Some(self.records.remove(at));
+        }
+        let record = self.records[at];
+        if self.present.count_ones() < FEW {
+            self.narrow();
+        }
         Some(record)
     }
 
