@@ -1,4 +1,5 @@
-//! `add-filled`: ADD with 10,000 addresses in use against ADD with none, both ours, by turns; theirs beside it.
+//! `add-filled`: ADD with 10,000 and with 65,000 addresses in use against ADD with none, both ours, by turns; theirs
+//! beside it. `DCENET_BENCH_IN_USE=n` takes another number.
 //!
 //! The peer of the ratio is ourselves with an empty pool: what is shown is that the cost does not grow.
 
@@ -12,17 +13,28 @@ use dcenet_ipam::Ipam;
 use serde_json::{Value, json};
 
 const ID: &str = "add-filled";
-const IN_USE: usize = 10_000;
 
 fn main() {
     let mut summary = Summary::default();
+    let program = build_ours();
+    let asked = std::env::var("DCENET_BENCH_IN_USE").ok().map(|text| text.parse().expect("a number of addresses"));
+    let counts = match asked {
+        Some(count) => vec![count],
+        None if rounds(1, 0) == 1 => vec![10_000, 65_000],
+        None => vec![1000],
+    };
+    for in_use in counts {
+        run(&mut summary, &program, in_use);
+    }
+    summary.write();
+}
+
+fn run(summary: &mut Summary, program: &Path, in_use: usize) {
     let directory =
         tempfile::Builder::new().prefix("dcenet-bench-").tempdir_in("/dev/shm").expect("a directory in memory");
-    let program = build_ours();
     let configs = ["filled", "empty"].map(|name| config(&directory.path().join(name)));
-    let in_use = rounds(IN_USE, IN_USE / 10);
     fill(&configs[0], in_use);
-    let sides = configs.map(|config| Plugin { program: program.clone(), config });
+    let sides = configs.map(|config| Plugin { program: program.to_owned(), config });
 
     let hosts = [TestHost::new(), TestHost::new()];
     let pods = hosts.each_ref().map(TestHost::new_pod);
@@ -57,7 +69,6 @@ fn main() {
         assert!(counts.opens <= MAX_OPENS, "{} files opened; the goal is {MAX_OPENS}", counts.opens);
     }
     their_cost(directory.path(), in_use);
-    summary.write();
 }
 
 /// Fills the peer's directory as it would be, one file an address, and measures it alone: it is slow by seconds.

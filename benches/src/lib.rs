@@ -8,7 +8,7 @@ pub mod owner;
 pub mod plugin;
 mod summary;
 
-pub use summary::{Row, Summary};
+pub use summary::{Row, Summary, target};
 
 /// The number of rounds to run: few under `DCENET_BENCH_QUICK`.
 pub fn rounds(full: usize, quick: usize) -> usize {

@@ -6,6 +6,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Sample, say};
 
+/// Where cargo builds, and what benchmarks write goes.
+pub fn target() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../target")), PathBuf::from)
+}
+
 /// One figure of one benchmark, beside its peer's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Row {
@@ -101,9 +107,7 @@ impl Summary {
     /// # Panics
     /// If it cannot be read, understood or written.
     pub fn write(self) {
-        let target = std::env::var_os("CARGO_TARGET_DIR")
-            .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../target")), PathBuf::from);
-        let path = target.join("bench/summary.json");
+        let path = target().join("bench/summary.json");
         std::fs::create_dir_all(path.parent().expect("the path has two parts")).expect("create target/bench");
         let mut rows: Vec<Row> = match std::fs::read(&path) {
             Ok(bytes) => serde_json::from_slice(&bytes).expect("target/bench/summary.json is ours"),
