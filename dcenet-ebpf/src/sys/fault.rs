@@ -19,6 +19,7 @@ mod armed {
     use std::cell::RefCell;
     use std::io;
     use std::marker::PhantomData;
+    use std::ops::RangeInclusive;
 
     use super::SysError;
 
@@ -44,7 +45,7 @@ mod armed {
     #[derive(Debug)]
     struct State {
         calls: u64,
-        spoil: Option<(u64, Fault)>,
+        spoil: Option<(RangeInclusive<u64>, Fault)>,
     }
 
     thread_local! {
@@ -59,10 +60,15 @@ mod armed {
 
         /// Spoils the call number `at`, counted from 0.
         pub fn at(at: u64, fault: Fault) -> Self {
-            Self::start(Some((at, fault)))
+            Self::start(Some((at..=at, fault)))
         }
 
-        fn start(spoil: Option<(u64, Fault)>) -> Self {
+        /// Spoils the call number `at`, counted from 0, and all behind it.
+        pub fn from(at: u64, fault: Fault) -> Self {
+            Self::start(Some((at..=u64::MAX, fault)))
+        }
+
+        fn start(spoil: Option<(RangeInclusive<u64>, Fault)>) -> Self {
             STATE.with_borrow_mut(|state| *state = Some(State { calls: 0, spoil }));
             Self { _thread: PhantomData }
         }
@@ -85,7 +91,7 @@ mod armed {
             let state = state.as_mut()?;
             let number = state.calls;
             state.calls += 1;
-            state.spoil.filter(|(at, _)| *at == number).map(|(_, fault)| fault)
+            state.spoil.as_ref().filter(|(at, _)| at.contains(&number)).map(|(_, fault)| *fault)
         });
         match fault {
             None => {}

@@ -49,10 +49,10 @@ pub(crate) struct Applier {
     sets: BTreeMap<SetId, SetInForce>,
     programs: HashMap<ProgramKey, Weak<Programs>>,
     endpoints: BTreeMap<AttachmentKey, InForce>,
-    /// The class tables as they were written last.
+    /// The class tables by which the flows of before the latest bump were judged.
     table: Arc<AddressTable>,
-    /// Whether they are just that, and nothing between it and an update that failed.
-    table_is_whole: bool,
+    /// Whether programs may have met other tables since, of an update that failed.
+    strayed: bool,
     /// The last update that is in force everywhere, and since when.
     settled: Option<(u64, Instant)>,
 }
@@ -129,7 +129,7 @@ impl Applier {
             programs: HashMap::new(),
             endpoints: BTreeMap::new(),
             table: Arc::default(),
-            table_is_whole: true,
+            strayed: false,
             settled: None,
         })
     }
@@ -152,8 +152,8 @@ impl Applier {
         {
             self.compiler.release(generation);
         }
-        let Self { compiler, tables, table, sizes, .. } = self;
-        let update = compiler.update_within(cluster, |update| has_room(update, sizes, tables, table))?;
+        let Self { compiler, tables, sizes, .. } = self;
+        let update = compiler.update_within(cluster, |update| has_room(update, sizes, tables))?;
         shared.names.write().learn(&update.rules, &shared.config.run_dir)?;
         let outcomes = self.carry_out(shared, &update, endpoints)?;
         // Numbers of what is no longer in force take room until they are released.
@@ -179,7 +179,13 @@ impl Applier {
             self.wait_all(endpoints, &error.to_string(), &mut outcomes);
             return Ok(outcomes);
         }
-        let replaced = shared.host.0.run_here_or_there(|| self.attach(shared, &switches, &mut outcomes))?;
+        // From here on the tables are those of the update, so whatever fails, they must be noted and flows judged by them.
+        let attached = shared.host.0.run_here_or_there(|| self.attach(shared, &switches, &mut outcomes));
+        let replaced = attached.unwrap_or_else(|error| {
+            let failed = |known: &Known| Outcome::Failed { reason: error.to_string(), phase: known.phase };
+            outcomes.extend(switches.iter().map(|switch| (switch.key.clone(), failed(switch.known))));
+            Vec::new()
+        });
         self.commit(update, switches, &replaced, &outcomes);
         self.bump(&mut outcomes);
         let current = |key: &AttachmentKey, endpoint: &InForce| {
@@ -375,21 +381,12 @@ impl Applier {
 
     /// Writes the class tables; puts them back where that fails.
     fn write_table(&mut self, update: &Update) -> Result<(), EnforcerError> {
-        let changes = self.table.changes_to(&update.table);
-        if changes.is_empty() && self.table_is_whole {
-            return Ok(());
-        }
-        self.table_is_whole = false;
-        let Err(error) = self.tables.write(&changes, &self.table, &update.table) else {
-            self.table_is_whole = true;
-            return Ok(());
-        };
+        let Err(error) = self.tables.write(&update.table) else { return Ok(()) };
         // A class that is written means the same to every program in force, so nothing is wrong where this fails, too.
-        let back = update.table.changes_to(&self.table);
-        match self.tables.write(&back, &update.table, &self.table) {
-            Ok(()) => self.table_is_whole = true,
-            Err(left) => tracing::warn!(error = %left, "class tables are between two updates until the next attempt"),
+        if let Err(left) = self.tables.write(&self.table) {
+            tracing::warn!(error = %left, "class tables are between two updates until the next attempt");
         }
+        self.strayed = true;
         Err(error)
     }
 
@@ -397,10 +394,12 @@ impl Applier {
     fn commit(&mut self, update: &Update, switches: Vec<Switch<'_>>, replaced: &[Replaced], outcomes: &Outcomes) {
         let changes = self.table.changes_to(&update.table);
         let mut touched: BTreeSet<SetId> = BTreeSet::new();
+        let strayed = std::mem::take(&mut self.strayed);
         let retiring = update.retiring.iter().map(|set| (set.id, set));
         for (id, set) in update.sets().into_iter().chain(retiring) {
             if let Some(known) = self.sets.get_mut(&id) {
-                if !Arc::ptr_eq(&known.set, set) || judges_otherwise(&known.set, set, &changes, &self.table) {
+                if strayed || !Arc::ptr_eq(&known.set, set) || judges_otherwise(&known.set, set, &changes, &self.table)
+                {
                     touched.insert(id);
                 }
                 known.set = Arc::clone(set);
@@ -469,18 +468,13 @@ impl Applier {
 }
 
 /// Whether a node's maps hold what an update needs.
-fn has_room(
-    update: &Update,
-    sizes: &Sizes,
-    tables: &mut ClassTables,
-    before: &AddressTable,
-) -> Result<(), CompileError> {
+fn has_room(update: &Update, sizes: &Sizes, tables: &mut ClassTables) -> Result<(), CompileError> {
     let classes = update.table.exact().values().chain(update.table.prefixes().values());
     let (found, limit) = (classes.max().map_or(0, |class| class.0 as usize + 1), sizes.classes as usize);
     if found > limit {
         return Err(CompileError::ImplLimitExceeded { what: "classes of peers of the node", found, limit });
     }
-    tables.check(&before.changes_to(&update.table), before, &update.table)
+    tables.check(&update.table)
 }
 
 /// Filters that were replaced, and what was there.

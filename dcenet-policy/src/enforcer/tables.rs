@@ -1,6 +1,7 @@
 //! Writing the class tables into their maps.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dcenet_ebpf::abi::{self, Sizes};
@@ -17,6 +18,8 @@ use crate::compiler::CompileError;
 pub(crate) struct ClassTables {
     classes: Classes,
     maps: [(&'static str, Map); 4],
+    /// What the maps hold once nothing is pending, whatever became of the change that this was for.
+    table: Arc<AddressTable>,
     /// What is to be stored still: everything before it was, and nothing behind it.
     pending: VecDeque<Write>,
     /// The last store.
@@ -28,21 +31,17 @@ impl ClassTables {
     pub(crate) fn new(maps: &NodeMaps, sizes: &Sizes) -> Result<Self, EnforcerError> {
         let open = |name| Ok::<_, EnforcerError>((name, maps.get(name)?));
         let maps = [open(abi::CLASS_V4)?, open(abi::MEMBERS_V6)?, open(abi::CLASS_V6)?, open(abi::NODES_V6)?];
-        Ok(Self { classes: Classes::new(sizes), maps, pending: VecDeque::new(), written: None })
+        let (classes, table, pending) = (Classes::new(sizes), Arc::default(), VecDeque::new());
+        Ok(Self { classes, maps, table, pending, written: None })
     }
 
-    /// Whether there is room for the changes from `before` to `after`. May wait until blocks of the changes before are
-    /// free.
+    /// Whether there is room for this table in the place of the one that was written last. May wait until blocks of the
+    /// changes before are free.
     ///
     /// # Errors
     /// What is full.
-    pub(crate) fn check(
-        &mut self,
-        changes: &TableChanges,
-        before: &AddressTable,
-        after: &AddressTable,
-    ) -> Result<(), CompileError> {
-        let changes = wanted(changes, before, after);
+    pub(crate) fn check(&mut self, after: &AddressTable) -> Result<(), CompileError> {
+        let changes = wanted(&self.table.changes_to(after), &self.table, after);
         let mut checked = self.classes.check(&changes);
         if matches!(checked, Err(ClassError::Full { .. })) && self.pending.is_empty() && self.written.is_some() {
             std::thread::sleep(GRACE);
@@ -66,19 +65,17 @@ impl ClassTables {
         })
     }
 
-    /// Writes the changes from `before` to `after`.
+    /// Writes what differs from the table that was written last.
     ///
     /// # Errors
     /// [`EnforcerError::Tables`] where there is no room, and nothing was changed; [`EnforcerError::Map`] where a store
     /// failed: the stores behind it are made first by the next call, whatever that is for.
-    pub(crate) fn write(
-        &mut self,
-        changes: &TableChanges,
-        before: &AddressTable,
-        after: &AddressTable,
-    ) -> Result<(), EnforcerError> {
+    pub(crate) fn write(&mut self, after: &Arc<AddressTable>) -> Result<(), EnforcerError> {
         self.flush()?;
-        let changes = wanted(changes, before, after);
+        let changes = wanted(&self.table.changes_to(after), &self.table, after);
+        if changes.is_empty() {
+            return Ok(());
+        }
         if self.written.is_some_and(|at| at.elapsed() > GRACE) {
             self.classes.settled();
         }
@@ -92,6 +89,7 @@ impl ClassTables {
             done => done,
         }?;
         self.pending.extend(writes);
+        self.table = Arc::clone(after);
         self.flush()
     }
 

@@ -1,6 +1,6 @@
 //! Loads, attachments and system calls that fail.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
@@ -13,6 +13,7 @@ use dcenet_ebpf::loader::{AyaLoader, LoadError, LoadRequest, Loaded, Loader};
 use dcenet_ebpf::program::Program;
 use dcenet_ebpf::test_support::{Fault, Faults};
 use dcenet_policy::enforcer::{Enforcer, Phase, Report, Tools};
+use dcenet_policy::model::{Pod, PodId};
 use dcenet_policy::target::Tc;
 
 use crate::world::*;
@@ -195,6 +196,57 @@ fn any_failing_call_to_bpf_leaves_the_old_verdicts() {
     }
     assert!(at > 5, "only {at} calls");
     println!("{at} calls of a change of policy failed once each");
+    flaky.owner.uninstall().unwrap();
+}
+
+#[test]
+fn an_address_that_only_a_failed_change_admitted_is_not_let_in() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let flaky = Flaky::new();
+    let root = flaky.world.host.root();
+    // An address of nobody, which a pod elsewhere may get, stands on the node.
+    root.sh("ip addr add 10.20.0.77/32 dev dc0");
+    let late = || Pod::new([("app", "web")], ["10.20.0.77".parse().unwrap()]);
+    let id = PodId::new("shop", "late");
+    let to = SocketAddr::new(flaky.world.address("db", false), 6000);
+    let server = flaky.world.pod("db").run(|| UdpSocket::bind(to)).unwrap();
+    server.set_read_timeout(Some(ALLOWED)).unwrap();
+    let client = root.run(|| UdpSocket::bind("10.20.0.77:0")).unwrap();
+    let witness = flaky.world.pod("web").run(|| UdpSocket::bind("0.0.0.0:0")).unwrap();
+    let arrives = || {
+        client.send_to(b"late", to).unwrap();
+        witness.send_to(b"last", to).unwrap();
+        let mut late = false;
+        let mut bytes = [0; 8];
+        while server.recv(&mut bytes).unwrap() > 0 && &bytes[..4] != b"last" {
+            late = true;
+        }
+        late
+    };
+    flaky.owner.upsert_pod(id.clone(), late()).unwrap();
+    assert!(arrives(), "the twin: the pod is known");
+    flaky.owner.remove_pod(&id).unwrap();
+    assert!(!arrives());
+
+    let mut at = 0;
+    loop {
+        let calls = root.run(|| {
+            let faults = Faults::from(at, Fault::Fail(EPERM));
+            // What comes of it does not matter.
+            let _ = flaky.owner.upsert_pod(id.clone(), late());
+            faults.calls()
+        });
+        // Nor whether the owner tries again in the meantime.
+        assert!(flaky.owner.remove_pod(&id).unwrap().is_complete());
+        assert!(!arrives(), "after call {at} and all behind it had failed");
+        if calls <= at {
+            break;
+        }
+        at += 1;
+    }
+    assert!(at > 1, "only {at} calls");
     flaky.owner.uninstall().unwrap();
 }
 
