@@ -95,6 +95,10 @@ reasons! {
     /// Dropped: towards the pod, a frame for another Ethernet address, such as a bridge floods while it does not know
     /// where that is.
     OtherHost = 14 "other-host",
+    /// Dropped: the sender says by which way the packet goes, so that its destination is not where it ends: a loose or
+    /// strict source route of IPv4 (RFC 791, section 3.1; RFC 7126, sections 4.3 and 4.4), or a routing header of IPv6
+    /// with segments left (RFC 8200, section 4.4; RFC 5095).
+    SourceRoute = 15 "source-route",
 }
 
 impl Reason {

@@ -38,6 +38,8 @@ pub(super) const EVENT: i16 = SCRATCH;
 pub(super) const NOW: i16 = -192;
 /// Key of an array map.
 pub(super) const INDEX: i16 = -196;
+/// Offset in the packet at which IPv4 options end; in the place of what only look-ups need.
+pub(super) const OPTIONS_END: i16 = INDEX;
 /// The generation that a verdict will be of.
 pub(super) const GENERATION: i16 = -200;
 pub(super) const FLAGS: i16 = -204;

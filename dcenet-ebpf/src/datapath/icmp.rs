@@ -106,7 +106,7 @@ impl Emitter<'_> {
                 self.asm.jump(single).bind(own);
             }
         }
-        self.extension_headers(single, single, FragmentHeaders::Skip(single));
+        self.extension_headers(single, single, single, FragmentHeaders::Skip(single));
         self.copy(R7, L4, 8, single);
         self.related(V6, single);
     }

@@ -305,6 +305,7 @@ impl Emitter<'_> {
             .store(Size::W, R10, IP_END, R2)
             .add(R7, R1);
         self.addresses_v4((R10, L3));
+        self.options_v4();
         self.asm
             .load(Size::B, R8, R10, L3 + 9)
             .load(Size::H, R1, R10, L3 + 6)
@@ -324,9 +325,54 @@ impl Emitter<'_> {
         self.later_fragment();
     }
 
+    /// Drops what has a source route among its options, which end at `R7`. Uses `R1` to `R5`, `R8`.
+    fn options_v4(&mut self) {
+        let (malformed, routed) = (self.drop(Reason::Malformed), self.drop(Reason::SourceRoute));
+        let [next, single, done] = self.labels();
+        self.asm
+            .load(Size::B, R1, R10, L3)
+            .jump_if(Cond::Eq, R1, 0x45, done)
+            .and(R1, 0xf)
+            .lsh(R1, 2)
+            .mov(R8, R7)
+            .add(R8, IPV4)
+            .sub(R8, R1)
+            .store(Size::W, R10, frame::OPTIONS_END, R7)
+            .store(Size::Dw, R10, frame::COUNT, 0)
+            .bind(next)
+            // By way of the stack, as of extension headers.
+            .store(Size::W, R10, frame::NEXT_HEADER, R8)
+            .load(Size::W, R8, R10, frame::NEXT_HEADER)
+            .load(Size::W, R1, R10, frame::OPTIONS_END)
+            .jump_if(Cond::Gt, R8, R1, malformed)
+            .jump_if(Cond::Eq, R8, R1, done)
+            .load(Size::Dw, R1, R10, frame::COUNT)
+            .add(R1, 1)
+            .jump_if(Cond::Gt, R1, IPV4_OPTIONS, malformed)
+            .store(Size::Dw, R10, frame::COUNT, R1);
+        self.copy(R8, L4, 1, malformed);
+        self.asm
+            .load(Size::B, R1, R10, L4)
+            .jump_if(Cond::Eq, R1, END_OF_OPTIONS, done)
+            .jump_if(Cond::Eq, R1, NO_OPERATION, single)
+            .jump_if(Cond::Eq, R1, LOOSE_SOURCE_ROUTE, routed)
+            .jump_if(Cond::Eq, R1, STRICT_SOURCE_ROUTE, routed)
+            .add(R8, 1);
+        self.copy(R8, L4, 1, malformed);
+        self.asm
+            .load(Size::B, R1, R10, L4)
+            .jump_if(Cond::Lt, R1, 2, malformed)
+            .sub(R1, 2)
+            .add(R8, R1)
+            .bind(single)
+            .add(R8, 1)
+            .jump(next)
+            .bind(done);
+    }
+
     fn slow_v6(&mut self, l4: Label) {
         let malformed = self.drop(Reason::Malformed);
-        let too_many = self.drop(Reason::TooManyExtensionHeaders);
+        let (too_many, routed) = (self.drop(Reason::TooManyExtensionHeaders), self.drop(Reason::SourceRoute));
         let [later, sized] = self.labels();
         self.copy(R7, L3, IPV6, malformed);
         self.asm
@@ -344,7 +390,7 @@ impl Emitter<'_> {
             .add(R1, R7)
             .store(Size::W, R10, IP_END, R1);
         self.peer_v6((R10, L3));
-        self.extension_headers(too_many, malformed, FragmentHeaders::Note(later));
+        self.extension_headers(too_many, malformed, routed, FragmentHeaders::Note(later));
 
         let icmp = self.asm.label();
         self.asm.jump_if(Cond::Eq, R8, ICMPV6, icmp);
@@ -361,9 +407,16 @@ impl Emitter<'_> {
         self.icmp_v6();
     }
 
-    /// Walks over extension headers: from protocol `R8` at offset `R7` to the first that is none.
-    pub(super) fn extension_headers(&mut self, too_many: Label, truncated: Label, fragments: FragmentHeaders) {
-        let [next, header, fragment, authentication, sized, done] = self.labels();
+    /// Walks over extension headers: from protocol `R8` at offset `R7` to the first that is none. A packet that has not
+    /// come to the end of its route goes to `routed`.
+    pub(super) fn extension_headers(
+        &mut self,
+        too_many: Label,
+        truncated: Label,
+        routed: Label,
+        fragments: FragmentHeaders,
+    ) {
+        let [next, header, fragment, authentication, sized, unrouted, done] = self.labels();
         self.asm
             .store(Size::Dw, R10, frame::COUNT, 0)
             .bind(next)
@@ -387,6 +440,10 @@ impl Emitter<'_> {
             .jump_if(Cond::Eq, R8, FRAGMENT, fragment)
             .load(Size::B, R1, R10, L4 + 1)
             .jump_if(Cond::Eq, R8, AUTHENTICATION, authentication)
+            .jump_if(Cond::Ne, R8, ROUTING, unrouted)
+            .load(Size::B, R2, R10, L4 + 3)
+            .jump_if(Cond::Ne, R2, 0, routed)
+            .bind(unrouted)
             .add(R1, 1)
             .lsh(R1, 3)
             .jump(sized)
@@ -502,6 +559,15 @@ const FRAGMENT_OFFSET_V6: i32 = 0xfff8;
 
 /// More than any packet's length, and small enough to add an offset.
 const NO_END: i32 = 0x3fff_ffff;
+
+/// As many as an IPv4 header has room for (RFC 791, section 3.1).
+const IPV4_OPTIONS: i32 = 40;
+
+// IPv4 options, of which the first two have no length.
+const END_OF_OPTIONS: i32 = 0;
+const NO_OPERATION: i32 = 1;
+const LOOSE_SOURCE_ROUTE: i32 = 131;
+const STRICT_SOURCE_ROUTE: i32 = 137;
 
 /// How many extension headers are passed over.
 const EXTENSION_HEADERS: i32 = 8;

@@ -375,6 +375,57 @@ fn options_and_up_to_eight_extension_headers_are_passed_over() {
 }
 
 #[test]
+fn a_packet_that_its_sender_routes_is_dropped() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let routed = Some(Reason::SourceRoute);
+    // What may stand before it: nothing, padding, a time stamp, a router alert, a route to be recorded, and an option
+    // whose content looks like a route.
+    let mut looks = vec![131; 30];
+    looks[..2].copy_from_slice(&[200, 30]);
+    let befores =
+        [vec![], vec![1], vec![1; 33], vec![68, 8, 5, 0, 0, 0, 0, 0], vec![148, 4, 0, 0], vec![7, 3, 4], looks];
+    for direction in [Egress, Ingress] {
+        let pod = open();
+        let (from, to) = way(direction, VERSIONS[0]);
+        let with = |options: &[u8]| eth().ip(from, to).options(options).udp(1000, 53);
+        pod.expect(direction, &with(&[]), Some(Reason::Allowed));
+        for before in &befores {
+            pod.expect(direction, &with(before), None);
+            for kind in [131, 137] {
+                let route = [kind, 7, 4, 192, 0, 2, 9];
+                pod.expect(direction, &with(&[before, &route[..]].concat()), routed);
+                // Nothing counts behind the end of the options.
+                if before.len() < 33 {
+                    pod.expect(direction, &with(&[before, &[0][..], &route].concat()), None);
+                }
+            }
+        }
+        // Lengths that lead nowhere, or out of the header.
+        for length in [0, 1, 5, 200] {
+            pod.expect(direction, &with(&[68, length, 5, 0]), Some(Reason::Malformed));
+        }
+
+        let (from, to) = way(direction, VERSIONS[1]);
+        for before in 0..3 {
+            for (kind, left, why) in
+                [(0, 1, routed), (2, 1, routed), (4, 2, routed), (4, 255, routed), (4, 0, Some(Reason::Allowed))]
+            {
+                let mut packet = eth().ip(from, to);
+                for _ in 0..before {
+                    packet = packet.extension(DESTINATION_OPTIONS, 0);
+                }
+                let mut frame = packet.extension(ROUTING, 2).udp(2000 + before, 53).bytes();
+                let header = 14 + 40 + 8 * usize::from(before);
+                (frame[header + 2], frame[header + 3]) = (kind, left);
+                assert_eq!(pod.run_bytes(direction, &frame), why, "type {kind}, {left} segments left");
+            }
+        }
+    }
+}
+
+#[test]
 fn headers_cut_off_at_any_byte_are_dropped() {
     if !require(Rung::Kernel) {
         return;
