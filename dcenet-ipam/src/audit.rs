@@ -323,19 +323,19 @@ impl Ipam {
     /// # Errors
     /// The store failed.
     pub async fn check(&self) -> Result<Audit, LeaseError> {
-        let first = self.look().await?;
+        let first = self.pass_over().await?;
         if first.1 == first.0.revision || first.0.findings.is_empty() {
             return Ok(first.0);
         }
         // The store was written to while it was read, and halves of a commit may look like damage. Such halves have
         // other versions at the next look.
-        let (mut second, _) = self.look().await?;
+        let (mut second, _) = self.pass_over().await?;
         second.findings.retain(|finding| first.0.findings.contains(finding));
         Ok(second)
     }
 
     /// The findings of one pass over the store, and the revision before it.
-    async fn look(&self) -> Result<(Audit, u64), LeaseError> {
+    async fn pass_over(&self) -> Result<(Audit, u64), LeaseError> {
         let before = self.revision().await?;
         let entries: Vec<(Key, Entry)> = self.scan_all(b"").await?;
         let revision = self.revision().await?;

@@ -84,6 +84,8 @@ impl Finder<'_> {
             claims: Vec::new(),
             block: pool.block.map(|blocks| blocks.length),
             delegate: pool.delegate,
+            // What they gave up stood in the record alone.
+            given_up: Vec::new(),
         });
         let record = SpaceRecord { pools: pools.collect(), reservations, changes: self.now };
         let write = put(key.clone(), &record);
