@@ -110,12 +110,15 @@ pub enum Operation {
         /// The alias.
         alias: String,
     },
-    /// Renames a link that is down.
+    /// Renames a link that is down, and marks it: in one request, so that it never has the name without the mark by
+    /// which it is recognised.
     Rename {
         /// Its name.
         link: IfName,
         /// Its new name.
         to: IfName,
+        /// The alias.
+        alias: String,
     },
     /// Writes a setting of the namespace below `/proc/sys/net`.
     WriteSetting {

@@ -87,12 +87,20 @@ impl<'a> Session<'a> {
     pub(super) fn apply(&mut self, plan: &Plan, request: &AttachRequest<'_>) -> Applied {
         let mut applied = Applied { undo: Vec::new(), failure: None };
         for step in &plan.steps {
-            if let Operation::Rename { link, to } = &step.operation {
+            if let Operation::Rename { link, to, .. } = &step.operation {
                 self.renamed.insert((step.target, to.clone()), link.clone());
             }
         }
         let mut next = 0;
         while next < plan.steps.len() && applied.failure.is_none() {
+            // Known before the batch is cut, so that what follows joins it.
+            let first = &plan.steps[next];
+            for link in indexed(&first.operation) {
+                if let Err(error) = self.find_index(first.target, link) {
+                    applied.failure = Some((next, error));
+                    return applied;
+                }
+            }
             let end = self.batch_end(&plan.steps, next);
             if let Err((step, error)) = self.apply_batch(plan, next..end, request, &mut applied.undo) {
                 applied.failure = Some((step, error));
@@ -105,12 +113,14 @@ impl<'a> Session<'a> {
     /// The end of the longest run of steps that can be sent at once: one target, every index known.
     fn batch_end(&self, steps: &[Step], start: usize) -> usize {
         let first = &steps[start];
-        if !is_message(&first.operation) {
+        // A device that could not be named and marked must not be set up by what follows.
+        if !is_message(&first.operation) || matches!(first.operation, Operation::Rename { .. }) {
             return start + 1;
         }
         let joins = |step: &&Step| {
             step.target == first.target
                 && is_message(&step.operation)
+                && !matches!(step.operation, Operation::Rename { .. })
                 && indexed(&step.operation).iter().all(|link| self.known(step.target, link).is_some())
         };
         start + 1 + steps[start + 1..].iter().take_while(joins).count()
@@ -130,9 +140,6 @@ impl<'a> Session<'a> {
             return self.do_locally(&steps[0], plan, request).map_err(|e| (start, e));
         }
         let target = steps[0].target;
-        for link in indexed(&steps[0].operation) {
-            self.find_index(target, link).map_err(|e| (start, e))?;
-        }
         let messages: Vec<Message> = steps.iter().map(|step| self.encode(step)).collect();
         let socket = self.socket(target).map_err(|e| (start, e))?;
         let outcomes = socket.batch(&messages);
@@ -305,8 +312,9 @@ impl<'a> Session<'a> {
                 let there = self.netns(other(step.target));
                 netlink::move_link(link.as_str(), index(link), there, Some(&to.name), &change)
             }
-            Operation::Rename { link, to } => {
-                netlink::set_link(link, index(link), &LinkChange { rename: Some(to), ..Default::default() })
+            Operation::Rename { link, to, alias } => {
+                let change = LinkChange { rename: Some(to), alias: Some(alias), ..Default::default() };
+                netlink::set_link(link, index(link), &change)
             }
             Operation::Tune { link, tuning } => {
                 let crate::plan::Tuning { tx_queue_len, promisc, allmulti } = *tuning;

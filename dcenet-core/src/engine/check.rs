@@ -12,7 +12,7 @@ use crate::link::{LinkRequest, is_link_local};
 use crate::model::{AttachmentKey, IfName, Mtu};
 use crate::netlink::{self, AddressView, LinkView, NeighbourView, NetlinkError, RouteView, Socket};
 use crate::netns::NetNs;
-use crate::plan::{Device, End, Operation, Step, Target, Tuning, Undo, mark};
+use crate::plan::{Device, End, Operation, Step, Target, Tuning, Undo};
 
 /// A difference between what was made and what is there.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -285,9 +285,8 @@ fn compare(step: &Step, here: &Observed, there: &Observed, record: &Record, drif
                 drift.push(Drift::LinkMissing { target, link: bridge.name.clone() });
             }
         }
-        Operation::Rename { to, .. } => {
-            // It was marked before.
-            if find(here, to).is_some_and(|l| l.alias != Some(mark(&record.key))) {
+        Operation::Rename { to, alias, .. } => {
+            if find(here, to).is_some_and(|l| l.alias.as_deref() != Some(alias)) {
                 drift.push(changed(target, to, "its mark is gone"));
             }
         }

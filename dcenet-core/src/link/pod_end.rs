@@ -55,8 +55,7 @@ impl PodDevice<'_> {
         let (transit, name) = (self.transit(), &self.end.name);
         steps.push(no_router_advertisements(&transit));
         let alias = mark(&self.request.key);
-        steps.push(Step::new(Target::Pod, Operation::Mark { link: transit.clone(), alias }));
-        steps.push(Step::new(Target::Pod, Operation::Rename { link: transit, to: name.clone() }));
+        steps.push(Step::new(Target::Pod, Operation::Rename { link: transit, to: name.clone(), alias }));
         self.set_up(steps);
     }
 

@@ -261,7 +261,7 @@ fn every_kind_is_read_strictly_and_written_as_read() {
 }
 
 #[test]
-fn a_device_on_a_parent_is_made_by_the_host_and_finished_in_one_batch_of_the_pod() {
+fn a_device_on_a_parent_is_made_by_the_host_and_finished_in_the_pod() {
     let host = HostView { links: vec![LinkView { mtu: 1450, ..bridge_link(None) }], addresses: Vec::new() };
     let request = LinkRequest {
         policy: Policy::None,
@@ -273,10 +273,9 @@ fn a_device_on_a_parent_is_made_by_the_host_and_finished_in_one_batch_of_the_pod
     assert!(targets[1..].iter().all(|t| *t == Target::Pod));
     // What is no message comes before, and is written while the device is down.
     assert!(matches!(plan.steps[1].operation, Operation::WriteSetting { .. }));
-    let mark = place(&plan, |o| matches!(o, Operation::Mark { .. }));
     let rename = place(&plan, |o| matches!(o, Operation::Rename { .. }));
     let up = place(&plan, |o| matches!(o, Operation::Up { .. }));
-    assert!(mark < rename && rename < up);
+    assert!(rename < up);
     assert!(plan.steps[0].undo.as_ref().is_some_and(Undo::is_in_pod));
     assert!(!plan.makes_shared());
 

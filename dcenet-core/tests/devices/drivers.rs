@@ -158,7 +158,7 @@ fn host_device() -> Subject {
 
 fn tap() -> Subject {
     Subject {
-        prepare: |_| {},
+        prepare: |_| tun_is_loaded(),
         link: |_| json!({ "kind": "tap", "owner": 1000, "group": 100, "multiQueue": true, "mtu": 1400 }),
         pods: Reach::Unknown,
         host: Reach::Unknown,
@@ -191,7 +191,10 @@ fn vlan() -> Subject {
 
 fn vrf() -> Subject {
     Subject {
-        prepare: the_host_is_the_router,
+        prepare: |host| {
+            the_host_is_the_router(host);
+            routing_domains_were_there(host);
+        },
         link: |_| json!({ "kind": "vrf", "vrf": "red", "table": 77, "mtu": 1400 }),
         pods: Reach::Both,
         host: Reach::None,
@@ -224,6 +227,20 @@ fn dummy() -> Subject {
 
 fn the_host_is_the_router(host: &TestHost) {
     host.root().sh("ip addr add 10.20.0.1/32 dev lo; ip addr add fd20::1/128 dev lo nodad");
+}
+
+/// The first routing domain of a namespace has the kernel make rules that stay (`vrf_add_fib_rules` in
+/// `drivers/net/vrf.c`). Nothing happens where the kernel has none.
+fn routing_domains_were_there(host: &TestHost) {
+    host.root().sh("if ip link add first type vrf table 5 2>/dev/null; then ip link del first; fi");
+}
+
+/// Where nothing makes the nodes of `/dev` that belong to modules, as in guests.
+fn tun_is_loaded() {
+    if std::env::var_os("DCENET_VM").is_some() {
+        let status = std::process::Command::new("modprobe").arg("tun").status();
+        assert!(status.unwrap().success());
+    }
 }
 
 /// A device `up0` with the host's addresses, to be a parent; its other end swallows what comes.
@@ -413,6 +430,7 @@ fn a_kind_that_the_kernel_lacks_is_named() {
     }
     let host = TestHost::new();
     a_segment(&host);
+    routing_domains_were_there(&host);
     let engine = host.engine(None);
     let pod = host.new_pod();
     let (before, inside) = (host.state(), HostState::capture(pod.netns()));
@@ -476,6 +494,7 @@ fn a_tap_is_its_owners_and_has_as_many_queues_as_asked_for() {
     if !require(Rung::Netns) {
         return;
     }
+    tun_is_loaded();
     let host = TestHost::new();
     let engine = host.engine(None);
     for (link, kind, queues) in [
