@@ -310,7 +310,9 @@ impl NetlinkError {
     pub fn is_retryable(&self) -> bool {
         match &self.failure {
             Failure::Refused { errno, .. } => {
-                matches!(*errno, libc::EBUSY | libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM | libc::EINTR)
+                // An Ethernet address is in use on a macvlan's parent until the last namespace that had it has ended.
+                let in_use = *errno == libc::EADDRINUSE;
+                in_use || matches!(*errno, libc::EBUSY | libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM | libc::EINTR)
             }
             Failure::Interrupted { .. } | Failure::Lost => true,
             Failure::Socket(_) | Failure::Malformed(_) => false,
