@@ -339,12 +339,12 @@ impl FlowReader {
         Ok(handed)
     }
 
-    /// Losses since the maps were made.
+    /// Losses since the maps were made, of all slots: what those have lost whose endpoint is gone counts as well, and a
+    /// sum over those that are there now would fall when one goes.
     fn losses(&self) -> Result<Losses, EnforcerError> {
         let mut losses = Losses { unreadable: self.unreadable, undelivered: self.undelivered, ..Losses::default() };
-        let slots: Vec<u16> = self.shared.statuses().into_iter().filter_map(|status| status.slot).collect();
-        for slot in slots {
-            let words = self.limits.load(slot.into()).map_err(|e| EnforcerError::map(abi::EVENT_LIMITS, e))?;
+        for slot in 0..self.limits.entries() {
+            let words = self.limits.load(slot).map_err(|e| EnforcerError::map(abi::EVENT_LIMITS, e))?;
             let word = |offset: i16| words[offset as usize / 8];
             losses.full += word(EventLimit::LOST);
             losses.limited += word(EventLimit::LIMITED);

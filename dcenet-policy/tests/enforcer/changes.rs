@@ -1,7 +1,7 @@
 //! Policy and pods that change under running traffic.
 
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dcenet_core::test_support::{Rung, require};
 use dcenet_policy::enforcer::Enforcer;
@@ -169,6 +169,43 @@ fn events_beyond_the_limit_are_counted() {
     let losses = kept.losses();
     assert!(losses.limited > 0 && losses.full == 0 && losses.unreadable == 0, "{losses:?}");
     assert!(denied > 0 && denied + losses.limited >= sent, "{denied} of {handed} told, {losses:?}, {sent} sent");
+    owner.uninstall().unwrap();
+}
+
+#[test]
+fn what_an_endpoint_has_lost_is_told_when_it_is_gone_and_hides_no_other_losses() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let (mut world, owner) = three_pods();
+    owner.set_policies(policies(DB)).unwrap();
+    let mut reader = owner.flows().unwrap();
+    let lose = |world: &World, name: &str, packets: u64| {
+        let to = SocketAddr::new(world.address(name, false), 5353);
+        let flood = Stream::udp(world.pod("scan"), world.pod(name), to);
+        let (begun, mut sent) = (Instant::now(), 0);
+        while sent < packets && begun.elapsed() < Duration::from_secs(20) {
+            sent += flood.during(Duration::from_millis(100)).1;
+        }
+        assert!(sent >= packets, "{sent}");
+    };
+    let mut told = || {
+        let kept = LastFlows::new(10_000);
+        reader.drain(&mut &kept).unwrap();
+        kept.losses().limited
+    };
+    lose(&world, "db", 3000);
+    let first = told();
+    assert!(first > 0);
+    lose(&world, "db", 1000);
+    world.delete("db");
+    assert!(owner.endpoints().iter().all(|e| e.attachment != key("db")));
+    let gone = told();
+    assert!(gone > 0, "what the endpoint lost before it went");
+    world.add_enforced("more", 5, &[("app", "db")]);
+    lose(&world, "more", 1000);
+    let other = told();
+    assert!(other > 0, "after {first} and {gone} of the one that went");
     owner.uninstall().unwrap();
 }
 
