@@ -77,6 +77,9 @@ pub(crate) struct Known {
     pub(crate) slot: Option<u16>,
     pub(crate) generation: u32,
     pub(crate) failure: Option<String>,
+    /// The revision as of which the endpoint is what it is; 0 for one that was adopted, as its verdicts are the last of
+    /// an earlier owner in any case.
+    noted: u64,
 }
 
 impl Known {
@@ -111,12 +114,14 @@ impl State {
         }
         // A device that was made anew carries the default; the same one keeps what it has.
         let same_device = before.filter(|known| known.endpoint.ifindex == endpoint.ifindex);
+        // Whoever notes a change counts it afterwards.
+        let noted = self.revision + 1;
         let known = match same_device {
-            Some(known) => Known { endpoint: endpoint.clone(), ..known.clone() },
+            Some(known) => Known { endpoint: endpoint.clone(), noted, ..known.clone() },
             None => {
                 let slot = self.adopted.remove(&endpoint.attachment.id());
-                let phase = if slot.is_some() { Phase::Enforced } else { Phase::Default };
-                Known { endpoint: endpoint.clone(), phase, slot, generation: 0, failure: None }
+                let (phase, noted) = if slot.is_some() { (Phase::Enforced, 0) } else { (Phase::Default, noted) };
+                Known { endpoint: endpoint.clone(), phase, slot, generation: 0, failure: None, noted }
             }
         };
         let (old, new) = (before.and_then(Known::pod), known.pod());
@@ -132,6 +137,8 @@ impl State {
     }
 
     fn forget(&mut self, attachment: &AttachmentKey) {
+        // One that is made anew with the same name has a new device, which nobody has put under verdicts.
+        self.adopted.remove(&attachment.id());
         let Some(known) = self.endpoints.remove(attachment) else { return };
         // Sources may have given its addresses to others already.
         let heirs =
@@ -388,7 +395,9 @@ impl Shared {
         loop {
             let waiting = match state.endpoints.get(attachment) {
                 None => "the endpoint is not known; attach it first".to_owned(),
-                Some(known @ Known { phase: Phase::Enforced, failure: None, generation, .. }) => {
+                Some(known @ Known { phase: Phase::Enforced, failure: None, generation, noted, .. })
+                    if *noted <= state.applied =>
+                {
                     let closed = known.pod().and_then(|pod| state.faults.iter().find(|fault| fault.closes(&pod)));
                     match closed {
                         Some(fault) => fault.to_string(),

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use dcenet_core::model::IfIndex;
+use dcenet_core::provider::{Endpoint, PolicySink};
 use dcenet_core::test_support::{Rung, require};
 use dcenet_ebpf::abi::Sizes;
 use dcenet_ebpf::attach::{AttachError, Attached, Attacher, ClsactAttacher, Hook, Tag};
@@ -248,6 +249,53 @@ fn an_address_that_only_a_failed_change_admitted_is_not_let_in() {
     }
     assert!(at > 1, "only {at} calls");
     flaky.owner.uninstall().unwrap();
+}
+
+/// Takes its time to replace a filter.
+struct Slow(FlakyAttacher, Duration);
+
+impl Attacher for Slow {
+    fn attach_tagged(&self, hook: Hook, program: &Program, tag: Tag<'_>) -> Result<Option<Attached>, AttachError> {
+        self.0.attach_tagged(hook, program, tag)
+    }
+
+    fn replace_tagged(&self, hook: Hook, program: &Program, tag: Tag<'_>) -> Result<Attached, AttachError> {
+        std::thread::sleep(self.1);
+        self.0.replace_tagged(hook, program, tag)
+    }
+
+    fn devices(&self) -> Result<Vec<IfIndex>, AttachError> {
+        self.0.devices()
+    }
+
+    fn chain(&self, hook: Hook) -> Result<Vec<Attached>, AttachError> {
+        self.0.chain(hook)
+    }
+
+    fn detach(&self, hook: Hook) -> Result<bool, AttachError> {
+        self.0.detach(hook)
+    }
+}
+
+#[test]
+fn who_awaits_an_endpoint_that_was_told_anew_is_not_answered_for_what_it_was() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let mut world = World::new();
+    let slow = Slow(FlakyAttacher(Countdown::default()), Duration::from_millis(200));
+    let owner = world.open(Tools { attacher: Arc::new(slow), ..tools() });
+    assert!(owner.set_policies(policies(DB)).unwrap().is_complete());
+    assert!(owner.start().unwrap().is_complete());
+    world.add_enforced("db", 3, &[]);
+    let programs = |world: &World| world.attached("db").map(|attached| attached.unwrap().program);
+    let open = programs(&world);
+    let endpoint = Endpoint { labels: [("app".to_owned(), "db".to_owned())].into(), ..world.endpoint("db") };
+    world.sink.attach(&endpoint).unwrap();
+    world.sink.await_enforced(&endpoint, ALLOWED).unwrap();
+    let isolated = programs(&world);
+    assert!(open[0] != isolated[0] && open[1] != isolated[1], "{open:?} {isolated:?}");
+    owner.uninstall().unwrap();
 }
 
 #[test]
