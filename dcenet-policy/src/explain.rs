@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use serde::Serialize;
 
-use crate::eval::{self, Decision, EvalError, Reason};
+use crate::eval::{self, Decision, EvalError, Reason, Refused};
 use crate::model::{Cluster, Direction, PodId, PodNetwork, PolicyId, Protocol, Tuple, Verdict};
 
 /// An answer with all that led to it. Serialises to JSON for other programs.
@@ -47,7 +47,22 @@ impl ConnectionExplanation {
 ///
 /// [`EvalError::UnknownPod`] if the cluster has no such pod.
 pub fn explain(cluster: &Cluster, subject: &PodId, tuple: &Tuple) -> Result<Explanation, EvalError> {
-    let decision = eval::evaluate(cluster, subject, tuple)?;
+    explain_without(cluster, &Refused::new(), subject, tuple)
+}
+
+/// As [`explain`], where some policies are not enforced: what is in force, and not what is written.
+/// [`refused`](crate::isolation::refused) tells which.
+///
+/// # Errors
+///
+/// [`EvalError::UnknownPod`] if the cluster has no such pod.
+pub fn explain_without(
+    cluster: &Cluster,
+    refused: &Refused,
+    subject: &PodId,
+    tuple: &Tuple,
+) -> Result<Explanation, EvalError> {
+    let decision = eval::evaluate_without(cluster, refused, subject, tuple)?;
     let peer_pods = cluster
         .pods
         .iter()

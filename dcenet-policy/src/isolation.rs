@@ -28,6 +28,7 @@ use std::net::IpAddr;
 
 use crate::classes::{Atom, Claim};
 use crate::compiler::CompileError;
+use crate::eval::Refused;
 use crate::flatten::{self, NamedPorts, SetKey};
 use crate::model::{Cluster, Direction, Peers, PodId, PodNetwork, PolicyId, PortSpec, Ports, Rule};
 
@@ -69,6 +70,19 @@ impl Fault {
         let (Self::AmbiguousAddress { pods, .. } | Self::Refused { pods, .. }) = self;
         pods.contains(pod)
     }
+}
+
+/// The policies that are not enforced, for [`explain_without`](crate::explain::explain_without).
+pub fn refused(faults: &[Fault]) -> Refused {
+    let mut refused = Refused::new();
+    for fault in faults {
+        if let Fault::Refused { policies, direction, pods, .. } = fault {
+            for pod in pods {
+                refused.extend(policies.iter().map(|policy| (pod.clone(), *direction, policy.clone())));
+            }
+        }
+    }
+    refused
 }
 
 /// The first few, and how many more there are.

@@ -116,8 +116,10 @@ pub use self::lowering::{LoweredObject, Lowering, LoweringError};
 use self::server::{OwnerLock, Server};
 use self::state::Shared;
 use crate::compiler::CompileError;
-use crate::isolation::Fault;
-use crate::model::{Labels, Pod, PodId, Policy};
+use crate::eval::EvalError;
+use crate::explain::{Explanation, explain_without};
+use crate::isolation::{Fault, refused};
+use crate::model::{Labels, Pod, PodId, Policy, Tuple};
 
 /// What an owner is told about its node.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -312,6 +314,20 @@ impl Enforcer {
     #[cfg(feature = "test-support")]
     pub fn plant_bug(&self, bug: crate::test_support::PlantedBug) {
         self.shared.plant_bug(bug);
+    }
+
+    /// Why a packet of a pod is allowed or denied by what the owner was told, with what the latest change has closed
+    /// taken into account. An endpoint for which that change is not in force ([`EndpointStatus::failure`]) is under
+    /// earlier verdicts.
+    ///
+    /// # Errors
+    /// [`EvalError::UnknownPod`] if the owner knows no such pod.
+    pub fn explain(&self, subject: &PodId, tuple: &Tuple) -> Result<Explanation, EvalError> {
+        let (cluster, faults) = {
+            let state = self.shared.state.lock();
+            (state.cluster(), state.faults.clone())
+        };
+        explain_without(&cluster, &refused(&faults), subject, tuple)
     }
 
     /// What the latest change has closed; also in each [`Report`].

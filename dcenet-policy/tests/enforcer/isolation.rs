@@ -8,6 +8,7 @@ use dcenet_core::provider::PolicySink;
 use dcenet_core::test_support::{Rung, require};
 use dcenet_policy::CompileError;
 use dcenet_policy::enforcer::{Enforcer, EnforcerError, Phase};
+use dcenet_policy::eval::Reason;
 use dcenet_policy::isolation::Fault;
 use dcenet_policy::model::*;
 use dcenet_policy::test_support::PlantedBug;
@@ -115,6 +116,10 @@ fn a_policy_beyond_a_limit_closes_its_pods_and_the_changes_of_others_arrive() {
         world.udp("scan", "db", 5353, false);
         world.udp("web", "db", 5355, false);
         assert_eq!(stream.during(Duration::from_millis(300)).0, 0, "{what}");
+        // Whoever asks is told of that, and not of what the policy would allow if it were enforced.
+        let question = Tuple::ingress(world.address("scan", false), Protocol::UDP, 5353);
+        let told = owner.explain(&PodId::new("shop", "db"), &question).unwrap().decision;
+        assert_eq!((told.verdict, told.reason), (Verdict::Deny, Reason::Refused(vec![policy.id.clone()])), "{what}");
         // The pod's own node, and the other direction.
         world.udp("node", "db", 5355, true);
         world.udp("db", "scan", 5355, true);
