@@ -29,6 +29,9 @@
 //!   intent comes before its bind, so whatever is listed without a record when the record is looked for afterwards is
 //!   nobody's.
 //!
+//! A caller who is killed between its lease inside and its intent leaves a lease that the outside does not know: the
+//! attachment's next lease or release goes on from it, as for any caller who died before it was answered.
+//!
 //! A caller who stands still between intent and bind until its lease was released, then binds, finds its record gone and
 //! releases again. If it is killed in that moment too, [`AddressBinder::list`] tells of the remnant. Where an outside
 //! cannot list (DHCP), the end of the time for which it leases does.

@@ -169,7 +169,8 @@ fn an_index_that_knows_nothing_of_others_gives_nothing_twice() {
     assert_eq!(block_on(other.bindings(None)).unwrap().len(), 1000);
     assert!(deaf.conflicts.load(Ordering::Relaxed) > 0, "the index was right by accident");
     // What it takes for free is not, and what it takes for used is.
-    assert!(matches!(lease(&wrong, "more", None), Err(LeaseError::Exhausted { .. })));
+    let refused = lease(&wrong, "more", None);
+    assert!(matches!(refused, Err(LeaseError::Exhausted { .. })), "{refused:?}");
     release(&other, "before-7");
     assert_eq!(lease(&wrong, "more", None).unwrap(), ["10.0.0.8/22"]);
 }
