@@ -453,7 +453,10 @@ impl Ipam {
                             view.learn_conflict(&batch.guards, current);
                             proposals.clear();
                             entropy = self.begin_elsewhere();
-                            if surprised && guessed {
+                            if guessed && conflicts >= DISTRUST {
+                                // What is guessed is far from what is there.
+                                (view, guessed) = (View::default(), false);
+                            } else if surprised && guessed {
                                 self.look(true).await;
                             }
                         }
@@ -714,6 +717,8 @@ pub(crate) fn random_id() -> u128 {
 const PAGE: usize = 512;
 /// Lost races after which a command gives up.
 const CONFLICTS: u32 = 128;
+/// Lost races after which a command does without the index.
+const DISTRUST: u32 = 16;
 /// Unknown outcomes after which a command gives up.
 const UNKNOWNS: u32 = 3;
 /// Times that the configuration is registered for one command.
