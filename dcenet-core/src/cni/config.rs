@@ -120,10 +120,10 @@ const MOVED_KEYS: [(&str, &str); 9] = [
     ("isDefaultGateway", "say link.isGateway, and a default route in ipam.pools[].routes"),
     ("isGateway", "say link.isGateway"),
     ("ipMasq", "masquerading is not offered"),
-    ("master", "no link kind with a master is offered"),
-    ("mode", "no link kind with a mode is offered"),
+    ("master", "say link.parent"),
+    ("mode", "say link.mode"),
     ("mtu", "say link.mtu"),
-    ("vlan", "VLANs are not offered"),
+    ("vlan", "say link.id of a link of kind vlan, or ipam.pools[].vlan"),
 ];
 
 impl NetConf {

@@ -186,12 +186,20 @@ impl<'a> Call<'a> {
         let mut errors = Vec::new();
         let records = self.engine.attachments(network).map_err(journal)?;
         let stale = |key: &AttachmentKey| !valid.iter().any(|(c, i)| *c == key.container && *i == key.ifname);
-        let mut kept = Vec::new();
+        // Held until their addresses are released: an ADD of the same container would get them meanwhile.
+        let (mut kept, mut holds) = (Vec::new(), Vec::new());
         for record in records.iter().filter(|r| stale(&r.key)) {
-            if let Err(error) = self.engine.detach(&record.key, None) {
-                // What is still there keeps its addresses.
-                kept.push((record.key.container.clone(), record.key.ifname.clone()));
-                errors.push(format!("{}: {error}", record.key));
+            let detached = self.engine.hold_remains(&record.key, None).and_then(|hold| match hold {
+                Some(mut hold) => hold.detach(None).map(|()| Some(hold)),
+                None => Ok(None),
+            });
+            match detached {
+                Ok(hold) => holds.extend(hold),
+                Err(error) => {
+                    // What is still there keeps its addresses.
+                    kept.push((record.key.container.clone(), record.key.ifname.clone()));
+                    errors.push(format!("{}: {error}", record.key));
+                }
             }
         }
         kept.extend(valid.iter().cloned());
@@ -204,6 +212,7 @@ impl<'a> Call<'a> {
             }
             Err(error) => errors.push(error.to_string()),
         }
+        errors.extend(holds.into_iter().filter_map(|hold| hold.close().err()).map(|error| error.to_string()));
         // Nothing of the network is left: what its attachments shared goes too, unless another network uses it.
         if let (true, Ok(link)) = (valid.is_empty(), self.link()) {
             let removed = link.driver().shared().into_iter().map(|shared| self.engine.remove_idle(&shared));

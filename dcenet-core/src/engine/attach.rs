@@ -71,7 +71,9 @@ impl Engine {
                     opened = found;
                     &opened
                 }
-                _ => return Ok(false),
+                Ok(_) => return Ok(false),
+                Err(error) if error.is_gone() => return Ok(false),
+                Err(error) => return Err(error.into()),
             }
         };
         let link = look_up(&mut self.pod_socket(netns)?, &record.key.ifname).map_err(AttachError::Look)?;

@@ -33,7 +33,11 @@ impl Engine {
         let opened;
         if netns.is_none() && undo.iter().any(Undo::is_in_pod) {
             // Whoever has no path any more may still mean a namespace that is there.
-            opened = NetNs::open(&record.netns_path).ok().filter(same);
+            opened = match NetNs::open(&record.netns_path) {
+                Ok(found) => Some(found).filter(same),
+                Err(error) if error.is_gone() => None,
+                Err(error) => return vec![error.into()],
+            };
             netns = opened.as_ref();
         }
         let lock = if undo.iter().any(Undo::is_shared) { Some(self.shared.changing(&self.host)) } else { None };
@@ -75,7 +79,9 @@ impl Engine {
     fn delete_marked_in(&self, netns: &NetNs, key: &AttachmentKey) -> Result<bool, TeardownError> {
         let mut socket = self.pod_socket(netns)?;
         let Some(link) = marked_in_pod(&mut socket, key)? else { return Ok(false) };
-        if let Some(name) = link.alias.as_deref().and_then(lent_name) {
+        // A network may be called "lent".
+        let lent = link.alias.as_deref().filter(|alias| *alias != mark(key)).and_then(lent_name);
+        if let Some(name) = lent {
             let change = LinkChange { alias: Some(""), ..Default::default() };
             let moved = netlink::move_link(&link.name, link.index, &self.host.0, Some(&name), &change);
             socket.request(&moved)?;
