@@ -229,12 +229,12 @@ impl Ipam {
         }
     }
 
-    /// Commits what it can. Returns the rest: what lost a race, and that of which it is not known.
+    /// Commits what it can. Returns the rest, each with whether it is known that it was not committed, for it lost a race.
     async fn commit_some<'p>(
         &self,
         mut open: Vec<(&'p Adoptee, Box<Drafted>)>,
         doing: &mut Doing,
-    ) -> Result<Vec<(&'p Adoptee, Box<Drafted>)>, LeaseError> {
+    ) -> Result<Vec<(&'p Adoptee, Box<Drafted>, bool)>, LeaseError> {
         let mut batches = Vec::with_capacity(open.len());
         for (_, draft) in &mut open {
             draft.batch.request_id = self.request_id();
@@ -246,7 +246,8 @@ impl Ipam {
         for ((adoptee, draft), outcome) in open.into_iter().zip(outcomes) {
             match outcome {
                 Ok(Outcome::Committed { revision }) => doing.note(adoptee, *draft, revision),
-                Ok(Outcome::Conflict(_) | Outcome::Unknown { .. }) => lost.push((adoptee, draft)),
+                Ok(Outcome::Conflict(_)) => lost.push((adoptee, draft, true)),
+                Ok(Outcome::Unknown { .. }) => lost.push((adoptee, draft, false)),
                 Err(error) => failed = Some(error),
             }
         }
@@ -259,16 +260,18 @@ impl Ipam {
     async fn decide_again<'p>(
         &self,
         plan: &Plan,
-        lost: Vec<(&'p Adoptee, Box<Drafted>)>,
+        lost: Vec<(&'p Adoptee, Box<Drafted>, bool)>,
         doing: &mut Doing,
     ) -> Result<(Vec<(&'p Adoptee, Box<Drafted>)>, Vec<Refusal>), LeaseError> {
-        let adoptees: Vec<Adoptee> = lost.iter().map(|(adoptee, _)| (*adoptee).clone()).collect();
+        let adoptees: Vec<Adoptee> = lost.iter().map(|(adoptee, ..)| (*adoptee).clone()).collect();
         let (mut open, mut refused) = (Vec::new(), Vec::new());
         let mut registered = false;
-        for ((adoptee, before), verdict) in lost.into_iter().zip(self.judge(&adoptees).await?) {
+        for ((adoptee, before, overtaken), verdict) in lost.into_iter().zip(self.judge(&adoptees).await?) {
             match verdict {
                 Verdict::Commit(draft) => open.push((adoptee, draft)),
-                // Our commit, whose outcome was not known, or another's who carries out the same plan.
+                // Another who carries out the same plan was faster: it is his to undo.
+                Verdict::Done if overtaken => doing.adopted.present += 1,
+                // Our commit, whose outcome was not known.
                 Verdict::Done => {
                     let key = own_key(adoptee);
                     let entries = self.store().read(std::slice::from_ref(&key)).await.map_err(store_error)?;

@@ -163,13 +163,18 @@ impl<'a> Finder<'a> {
             return;
         }
         let slot = self.slot(&space, address);
-        let claim = self.claim_of(&space, address, by, record);
+        let mut claim = self.claim_of(&space, address, by, record);
         let free = match slot {
             Some(SlotRecord::Bound { by: holder, .. }) if holder == by => return,
             Some(SlotRecord::Handover { by: holder, .. }) if holder == by => return,
             Some(SlotRecord::Handover { to: Some(holder), joined: true, .. }) if holder == by => return,
             None | Some(SlotRecord::Freed { .. }) => true,
-            Some(SlotRecord::Kept { claim: holder, .. }) => claim.as_ref() == Some(holder),
+            // Kept for a claim whose place nobody else has: a set's or a renamed one, which its name does not tell.
+            Some(SlotRecord::Kept { claim: holder, .. }) => {
+                let sole = self.holders_of(&space, address).len() == 1;
+                claim = claim.filter(|claim| claim == holder).or_else(|| sole.then(|| holder.clone()));
+                claim.is_some()
+            }
             Some(_) => false,
         };
         if free {
@@ -186,6 +191,8 @@ impl<'a> Finder<'a> {
         let damage = Damage::AttachmentLostAddress { attachment: by.clone(), space, address: address.ip(), holder };
         let mend =
             Mend::new("takes it out of the attachment's record; look whether its container uses it", vec![write]);
+        // Without a holder the container may be the only one who has it: nothing is to be taken from it unseen.
+        let mend = if slot.is_some_and(|slot| slot.holder().is_none()) { Mend::none() } else { mend };
         self.find(own, damage, mend.resting_on([key]));
     }
 

@@ -39,6 +39,9 @@ impl Finder<'_> {
             let mut slots = self.snapshot.slots.iter();
             let found = slots.find(|((space, address), (slot, _))| has(space, *address, slot));
             let Some(((space, address), _)) = found else {
+                if self.snapshot.any_unreadable(b"s/") {
+                    return None;
+                }
                 let write = vec![Write::Delete(key.clone())];
                 return Some(Mend::new("forgets the claim, for it has no address", write));
             };
@@ -94,6 +97,10 @@ impl Finder<'_> {
     }
 
     fn rebuild_attachment(&self, key: &Key, attachment: &AttachmentKey) -> Option<Mend> {
+        if self.snapshot.any_unreadable(b"s/") {
+            // A slot that cannot be read may name it.
+            return None;
+        }
         let (mut addresses, mut rests, mut workload) = (Vec::new(), Vec::new(), None);
         for ((space, address), (slot, _)) in &self.snapshot.slots {
             let joined = matches!(slot, SlotRecord::Handover { to: Some(to), joined: true, .. } if to == attachment);
@@ -131,6 +138,10 @@ impl Finder<'_> {
             );
         }
         if !holders.is_empty() {
+            return None;
+        }
+        if self.snapshot.any_unreadable(b"t/") {
+            // An attachment whose record cannot be read may have it.
             return None;
         }
         let claim = self

@@ -65,6 +65,11 @@ impl<'a> Snapshot<'a> {
         snapshot
     }
 
+    /// Whether a record of the kind cannot be read.
+    pub(super) fn any_unreadable(&self, kind: &[u8]) -> bool {
+        self.unreadable.keys().any(|key| key.starts_with(kind))
+    }
+
     fn enter(&mut self, key: &'a Key, entry: &'a Entry) -> Result<(), String> {
         let version = entry.version;
         let Some((kind, rest)) = key.iter().position(|b| *b == b'/').map(|slash| key.split_at(slash + 1)) else {

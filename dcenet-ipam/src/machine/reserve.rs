@@ -58,7 +58,9 @@ impl Work<'_> {
     /// there meanwhile: who would do that must first change the space's record, which is guarded.
     fn leave_held_ground(&self, record: &SpaceRecord, index: usize, pool: &Pool) -> Result<(), Halt> {
         for other in record.pools.iter().filter(|r| r.name != pool.name) {
-            let Some(length) = other.delegate else { continue };
+            // Who hands out addresses one by one, as the other did, is kept from a held one by its slot.
+            let whole = pool.delegate.map(|_| pool.family().bits());
+            let Some(length) = other.delegate.or(whole) else { continue };
             for ground in other.given_up.iter().filter(|g| overlap(g, &pool.subnet)) {
                 // Of two prefixes that overlap one is in the other.
                 let common = if ground.prefix_len() > pool.subnet.prefix_len() { ground } else { &pool.subnet };
@@ -195,9 +197,7 @@ fn enter(record: &mut SpaceRecord, index: usize, pool: &Pool, note_claims: bool)
         agree(&before, index, pool)?;
         block = block.or(before.block);
         given_up.extend(before.given_up);
-        if pool.delegate.is_some() {
-            given_up.push(before.subnet);
-        }
+        given_up.push(before.subnet);
         if before.subnet == pool.subnet {
             claims = before.claims;
         }

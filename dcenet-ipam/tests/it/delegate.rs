@@ -320,3 +320,24 @@ fn a_shrunk_pool_leaves_to_nobody_what_held_prefixes_cover() {
         assert_eq!(lease(&other, "q", None).unwrap(), ["2001:db8:0:5::2/64"]);
     });
 }
+
+#[test]
+fn ground_that_a_pool_of_addresses_gave_up_is_not_delegated_while_one_is_held() {
+    each_store(|store, _| {
+        let pool =
+            |subnet: &str| format!(r#"{{ "cooldown": "0s", "pools": [ {{ "name": "a", "subnet": "{subnet}" }} ] }}"#);
+        let wide = ipam(&pool("10.0.0.0/28"), &store);
+        for n in 1..=10 {
+            lease(&wide, &format!("c{n}"), None).unwrap();
+        }
+        let shrunk = ipam(&pool("10.0.0.0/29"), &store);
+        block_on(shrunk.ready()).unwrap_err();
+        let prefixes = r#"{ "pools": [ { "name": "q", "subnet": "10.0.0.8/29", "delegate": 30 } ] }"#;
+        let refused = lease(&ipam(prefixes, &store), "q", None).unwrap_err();
+        assert!(refused.to_string().contains("attachment net/c"), "{refused}");
+        for n in 8..=10 {
+            release(&shrunk, &format!("c{n}"));
+        }
+        lease(&ipam(prefixes, &store), "q", None).unwrap();
+    });
+}
