@@ -13,7 +13,9 @@
 //! # Ok::<(), dcenet_core::section::SectionError>(())
 //! ```
 //!
-//! What leads out of the domain is whatever else the operator puts into it.
+//! What leads out of the domain is whatever else the operator puts into it. Where its table has no route, the kernel goes
+//! on to the host's main table (Documentation/networking/vrf.rst): on a host that forwards, put an unreachable default
+//! route of a high metric into the table, for this driver does not.
 
 use serde::{Deserialize, Serialize};
 
