@@ -12,7 +12,7 @@ record! {
     /// Generations of a slot only ever grow, also when another endpoint gets the slot: so an old entry of the conntrack
     /// map is never believed. Its tenure tells whose flow such an entry is.
     pub struct Endpoint, 64 bytes {
-        /// [`Endpoint::ACTIVE`].
+        /// [`Endpoint::ACTIVE`] and [`Endpoint::TRUNK`].
         flags: u32 = 0 @ FLAGS,
         /// Generation of the egress policy. Flows that it admitted under another one are judged anew.
         generation_egress: u32 = 4 @ GENERATION_EGRESS,
@@ -36,6 +36,9 @@ record! {
 impl Endpoint {
     /// The slot holds an endpoint; without it every packet is dropped.
     pub const ACTIVE: u32 = 1;
+    /// VLAN-tagged frames are judged by what is in them, whatever their VLAN. Without it they are dropped, for an address
+    /// means another host in another VLAN.
+    pub const TRUNK: u32 = 2;
     /// Offset of 8 bytes that are zero.
     pub(crate) const ZERO: i16 = 56;
 
@@ -48,6 +51,12 @@ impl Endpoint {
             link_local: link_local.map_or([0; 16], |a| a.octets()),
             ..Self::default()
         }
+    }
+
+    /// The same, as [`Endpoint::TRUNK`].
+    #[must_use]
+    pub fn as_trunk(self) -> Self {
+        Self { flags: self.flags | Self::TRUNK, ..self }
     }
 
     /// The same, bound to an Ethernet address.

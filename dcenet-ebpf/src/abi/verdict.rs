@@ -99,6 +99,9 @@ reasons! {
     /// strict source route of IPv4 (RFC 791, section 3.1; RFC 7126, sections 4.3 and 4.4), or a routing header of IPv6
     /// with segments left (RFC 8200, section 4.4; RFC 5095).
     SourceRoute = 15 "source-route",
+    /// Dropped: a VLAN tag (IEEE 802.1Q), of a pod or for one that is no [trunk](super::Endpoint::TRUNK). A tag of VLAN 0,
+    /// which carries a priority alone, is one, too.
+    Tagged = 16 "tagged",
 }
 
 impl Reason {

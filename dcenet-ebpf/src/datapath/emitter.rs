@@ -155,6 +155,7 @@ pub(super) const fn be16(number: u16) -> i32 {
 
 // Offsets in struct __sk_buff (include/uapi/linux/bpf.h).
 pub(super) const SKB_LEN: i16 = 0;
+pub(super) const SKB_VLAN_PRESENT: i16 = 20;
 pub(super) const SKB_IFINDEX: i16 = 40;
 pub(super) const SKB_TC_CLASSID: i16 = 72;
 pub(super) const SKB_DATA: i16 = 76;

@@ -27,6 +27,7 @@
 //! | no room for the flow | drop |
 //! | fragment without its head, more than 8 extension headers, other EtherType, headers cut off | drop |
 //! | IPv4 source route, IPv6 routing header with segments left | drop: policy would judge a stop on the way |
+//! | VLAN tag, in the packet or beside it | drop, unless the endpoint is a [trunk](abi::Endpoint::TRUNK) |
 //! | source from the pod is not its own address | drop |
 //! | unicast frame to the pod that is for another Ethernet address | drop, without an event: its own receiver would ignore it (PACKET_OTHERHOST), but whoever listens in the pod would see it |
 //! | ARP from the pod | pass if its sender is the pod, or unspecified and the target the pod |

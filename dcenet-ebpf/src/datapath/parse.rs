@@ -5,7 +5,7 @@
 //! so needs no linear packet and no fixed offset: a copy costs about 20 ns.
 
 use super::emitter::{
-    Emitter, ICMP, ICMPV6, SCTP, SKB_DATA, SKB_DATA_END, SKB_GSO_SIZE, SKB_TC_CLASSID, TCP, UDP, be16,
+    Emitter, ICMP, ICMPV6, SCTP, SKB_DATA, SKB_DATA_END, SKB_GSO_SIZE, SKB_TC_CLASSID, SKB_VLAN_PRESENT, TCP, UDP, be16,
 };
 use super::frame;
 use super::frame::{IP_END, L3, L4};
@@ -63,6 +63,8 @@ impl Emitter<'_> {
         let slow = self.places.slow;
         let not_v4 = self.asm.label();
         self.asm
+            .load(Size::W, R1, R6, SKB_VLAN_PRESENT)
+            .jump_if(Cond::Ne, R1, 0, slow)
             .load(Size::W, R7, R6, SKB_DATA)
             .load(Size::W, R3, R6, SKB_DATA_END)
             .mov(R1, R7)
@@ -246,15 +248,19 @@ impl Emitter<'_> {
         self.asm.mov(R7, 12);
         self.copy(R7, L4, 2, malformed);
         self.asm.load(Size::H, R8, R10, L4);
-        for _ in 0..VLAN_TAGS {
-            let tag = self.asm.label();
-            self.asm
-                .jump_if(Cond::Eq, R8, be16(ETH_P_8021Q), tag)
-                .jump_if(Cond::Ne, R8, be16(ETH_P_8021AD), untagged)
-                .bind(tag)
-                .add(R7, 4);
-            self.copy(R7, L4, 2, malformed);
-            self.asm.load(Size::H, R8, R10, L4);
+        let (trunk, tagged) = (self.asm.label(), self.drop(Reason::Tagged));
+        // Towards a pod of which nothing is known there is no endpoint to ask.
+        if self.direction == Direction::Egress || self.enforces() {
+            self.asm.load(Size::W, R1, R9, Endpoint::FLAGS).jump_if(Cond::Set, R1, Endpoint::TRUNK as i32, trunk);
+        }
+        self.asm
+            .load(Size::W, R1, R6, SKB_VLAN_PRESENT)
+            .jump_if(Cond::Ne, R1, 0, tagged)
+            .jump_if(Cond::Eq, R8, be16(ETH_P_8021Q), tagged)
+            .jump_if(Cond::Eq, R8, be16(ETH_P_8021AD), tagged);
+        if self.direction == Direction::Egress || self.enforces() {
+            self.asm.jump(untagged).bind(trunk);
+            self.tags(untagged);
         }
         self.asm
             .bind(untagged)
@@ -278,6 +284,21 @@ impl Emitter<'_> {
         }
         self.asm.bind(arp);
         self.arp();
+    }
+
+    /// Passes over the tags at `R7`; `R8` is the EtherType.
+    fn tags(&mut self, untagged: Label) {
+        let malformed = self.drop(Reason::Malformed);
+        for _ in 0..VLAN_TAGS {
+            let tag = self.asm.label();
+            self.asm
+                .jump_if(Cond::Eq, R8, be16(ETH_P_8021Q), tag)
+                .jump_if(Cond::Ne, R8, be16(ETH_P_8021AD), untagged)
+                .bind(tag)
+                .add(R7, 4);
+            self.copy(R7, L4, 2, malformed);
+            self.asm.load(Size::H, R8, R10, L4);
+        }
     }
 
     fn slow_v4(&mut self, l4: Label) {

@@ -54,6 +54,8 @@ helpers! {
     TailCall = 12 "bpf_tail_call";
     /// `(skb, ifindex, flags)`: sends a clone out of another interface.
     CloneRedirect = 13 "bpf_clone_redirect";
+    /// `(skb, protocol, tci)`: adds a VLAN tag; the protocol is in network order.
+    SkbVlanPush = 18 "bpf_skb_vlan_push";
     /// `(ifindex, flags)`: redirects the packet when the program returns.
     Redirect = 23 "bpf_redirect";
     /// `(skb, offset, &to, len)`: copies out of the packet, also where it is not linear.

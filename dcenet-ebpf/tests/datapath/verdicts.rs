@@ -54,6 +54,40 @@ fn a_first_packet_is_allowed_and_the_next_one_is_known() {
 }
 
 #[test]
+fn a_tag_passes_trunks_alone() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    for direction in [Egress, Ingress] {
+        let pod = open();
+        let access = Endpoint::new(Some(POD4), Some(POD6), Some(POD_LINK_LOCAL));
+        for addresses in VERSIONS {
+            let (from, to) = way(direction, addresses);
+            for tag in [0x8100, 0x88a8] {
+                // VLAN 0 carries a priority alone (IEEE 802.1Q).
+                for id in [0, 5] {
+                    let packet = eth().tag(tag, id).ip(from, to).udp(40000, 53);
+                    pod.set_endpoint(&access);
+                    pod.expect(direction, &packet, Some(Reason::Tagged));
+                    assert_eq!(pod.flows().entries().unwrap(), []);
+                }
+            }
+            // As the kernel hands it over: the tag beside the packet. A test run cannot, so it is the VM alone.
+            let frame = eth().ip(from, to).udp(40000, 53).bytes();
+            assert_eq!(pod.run_beside(direction, &frame), TC_ACT_SHOT);
+            pod.set_endpoint(&access.as_trunk());
+            assert_eq!(pod.run_beside(direction, &frame), TC_ACT_UNSPEC);
+        }
+        pod.set_endpoint(&access);
+        pod.expect(direction, &eth().vlan(5).arp(1, POD4, PEER4), Some(Reason::Tagged));
+        let undecided = undecided();
+        undecided.set_endpoint(&access);
+        undecided.expect(direction, &eth().vlan(5).arp(1, POD4, PEER4), Some(Reason::Tagged));
+        undecided.expect(direction, &eth().arp(1, POD4, PEER4), Some(Reason::Neighbour));
+    }
+}
+
+#[test]
 fn nothing_passes_where_everything_is_denied() {
     if !require(Rung::Kernel) {
         return;
@@ -77,7 +111,10 @@ fn nothing_but_neighbours_passes_until_the_policy_is_known() {
     let pod = undecided();
     for direction in [Egress, Ingress] {
         for packet in flows(direction) {
-            pod.expect(direction, &packet, Some(Reason::PolicyUnknown));
+            // Whether the endpoint is a trunk, the default program towards it cannot know.
+            let tagged = matches!(packet.bytes()[12..14], [0x81, 0] | [0x88, 0xa8]);
+            let reason = if tagged && direction == Ingress { Reason::Tagged } else { Reason::PolicyUnknown };
+            pod.expect(direction, &packet, Some(reason));
         }
     }
     pod.expect(Egress, &eth().arp(1, POD4, PEER4), Some(Reason::Neighbour));

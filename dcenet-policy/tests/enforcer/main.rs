@@ -4,6 +4,7 @@
 
 mod changes;
 mod costs;
+mod escapes;
 mod faults;
 mod isolation;
 mod restart;
