@@ -16,7 +16,7 @@ use dcenet_ebpf::maps::{Array, Map, Put};
 use dcenet_ebpf::program::Program as Loaded;
 
 use super::cells::{Cells, bare_hooks};
-use super::flows::Names;
+use super::flows::{self, Names};
 use super::node::{NodeMaps, create, program_name};
 use super::state::{Known, Outcome, Shared};
 use super::tables::ClassTables;
@@ -154,7 +154,7 @@ impl Applier {
         }
         let Self { compiler, tables, sizes, .. } = self;
         let update = compiler.update_within(cluster, |update| has_room(update, sizes, tables))?;
-        shared.names.write().learn(&update.rules, &shared.config.run_dir)?;
+        shared.names.write().learn(&update.rules, &flows::counters(shared)?, &shared.config.run_dir)?;
         let outcomes = self.carry_out(shared, &update, endpoints)?;
         // Numbers of what is no longer in force take room until they are released.
         let refused = update.faults.iter().any(|fault| matches!(fault, Fault::Refused { .. }));
@@ -186,7 +186,7 @@ impl Applier {
             outcomes.extend(switches.iter().map(|switch| (switch.key.clone(), failed(switch.known))));
             Vec::new()
         });
-        self.commit(update, switches, &replaced, &outcomes);
+        self.commit(update, switches, &replaced);
         self.bump(&mut outcomes);
         let current = |key: &AttachmentKey, endpoint: &InForce| {
             let plan = endpoints.get(key).and_then(Known::pod).and_then(|pod| update.endpoints.get(&pod));
@@ -391,7 +391,7 @@ impl Applier {
     }
 
     /// Notes what is in force now.
-    fn commit(&mut self, update: &Update, switches: Vec<Switch<'_>>, replaced: &[Replaced], outcomes: &Outcomes) {
+    fn commit(&mut self, update: &Update, switches: Vec<Switch<'_>>, replaced: &[Replaced]) {
         let changes = self.table.changes_to(&update.table);
         let mut touched: BTreeSet<SetId> = BTreeSet::new();
         let strayed = std::mem::take(&mut self.strayed);
@@ -421,8 +421,8 @@ impl Applier {
             };
             self.endpoints.insert(switch.key.clone(), in_force);
         }
-        let failed: BTreeSet<&AttachmentKey> = outcomes.iter().map(|(key, _)| key).collect();
-        for (_, endpoint) in self.endpoints.iter_mut().filter(|(key, _)| !failed.contains(key)) {
+        // Also of those that keep the programs they had: these look into the new tables.
+        for endpoint in self.endpoints.values_mut() {
             for direction in Direction::ALL {
                 if touched.contains(&endpoint.programs.plan.set(direction).id) {
                     endpoint.unbumped.insert(direction);
@@ -436,12 +436,19 @@ impl Applier {
         self.programs.retain(|_, programs| programs.strong_count() > 0);
     }
 
-    /// Lets the endpoints' established flows be judged anew.
+    /// Lets the endpoints' established flows be judged anew. What came of an endpoint already is not told again.
     fn bump(&mut self, outcomes: &mut Outcomes) {
         let settled: BTreeSet<AttachmentKey> = outcomes.iter().map(|(key, _)| key.clone()).collect();
-        let keys: Vec<AttachmentKey> = self.endpoints.keys().filter(|key| !settled.contains(*key)).cloned().collect();
+        let keys: Vec<AttachmentKey> = self.endpoints.keys().cloned().collect();
         for key in keys {
-            let outcome = match self.bump_one(&key) {
+            let bumped = self.bump_one(&key);
+            if settled.contains(&key) {
+                if let Err(error) = bumped {
+                    tracing::warn!(%key, %error, "established flows are not judged anew yet");
+                }
+                continue;
+            }
+            let outcome = match bumped {
                 Ok((slot, generation)) => Outcome::Enforced { slot, generation },
                 Err(error) => Outcome::Failed {
                     reason: format!("established flows are not judged anew yet: {error}"),

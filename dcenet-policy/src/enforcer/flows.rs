@@ -236,22 +236,31 @@ impl Names {
         self.rules.iter().map(|(id, rule)| (*id, rule.clone()))
     }
 
-    /// Notes the names of an update, before any program uses the numbers.
-    pub(crate) fn learn(&mut self, table: &RuleTable, run_dir: &Path) -> Result<(), EnforcerError> {
-        let mut changed = false;
-        for (id, rule) in table.iter() {
-            if self.rules.get(&id) != Some(rule) {
-                self.rules.insert(id, rule.clone());
-                changed = true;
+    /// Notes the names of an update, before any program uses the numbers. A rule that gets the number of another begins to
+    /// count at zero.
+    pub(crate) fn learn(
+        &mut self,
+        table: &RuleTable,
+        counters: &PerCpuArray<[u64; 2]>,
+        run_dir: &Path,
+    ) -> Result<(), EnforcerError> {
+        let learnt: Vec<_> = table.iter().filter(|(id, rule)| self.rules.get(id) != Some(*rule)).collect();
+        if !learnt.is_empty() {
+            let mut rules = self.rules.clone();
+            for (id, rule) in learnt {
+                if id.0 < counters.entries() {
+                    counters.store(id.0, &[0; 2]).map_err(|e| EnforcerError::map(abi::RULES, e))?;
+                }
+                rules.insert(id, rule.clone());
             }
-        }
-        if changed {
             let path = Self::path(run_dir);
             let failed = |source| EnforcerError::File { path: path.clone(), source };
             let fresh = run_dir.join("policy.rules,new");
-            let text: Vec<(u32, &RuleRef)> = self.rules.iter().map(|(id, rule)| (id.0, rule)).collect();
+            let text: Vec<(u32, &RuleRef)> = rules.iter().map(|(id, rule)| (id.0, rule)).collect();
             let text = serde_json::to_vec(&text).map_err(|e| failed(e.into()))?;
             fs::write(&fresh, text).and_then(|()| fs::rename(&fresh, &path)).map_err(failed)?;
+            // Only now: what is not written down is learnt again by the next attempt.
+            self.rules = rules;
         }
         Ok(())
     }
@@ -299,24 +308,30 @@ impl FlowReader {
         self.ring.wait(limit).map_err(|e| EnforcerError::map(abi::EVENTS, e))
     }
 
-    /// Hands all waiting events to the sink, then what was lost, and returns how many there were.
+    /// Hands all events that wait now to the sink, then what was lost, and returns how many there were. What comes
+    /// meanwhile is for the next call, so that this one ends however fast events come.
     ///
     /// # Errors
     /// The sink's, and what the kernel refuses.
     pub fn drain(&mut self, sink: &mut dyn FlowSink) -> Result<usize, EnforcerError> {
         let Self { shared, ring, unreadable, undelivered, .. } = self;
         let mut handed = 0;
-        loop {
+        let mut waiting = ring.pending();
+        let mut resolver = None;
+        while waiting > 0 {
             let mut events = Vec::new();
-            let read = ring.drain(BATCH, |bytes| match Event::decode(bytes) {
-                Some(event) => events.push(event),
-                None => *unreadable += 1,
+            let read = ring.drain(BATCH, |bytes| {
+                waiting = waiting.saturating_sub((bytes.len() as u64).next_multiple_of(8) + 8);
+                match Event::decode(bytes) {
+                    Some(event) => events.push(event),
+                    None => *unreadable += 1,
+                }
             });
             let read = read.map_err(|e| EnforcerError::map(abi::EVENTS, e))?;
             if read == 0 {
                 break;
             }
-            let resolver = Resolver::new(shared);
+            let resolver = resolver.get_or_insert_with(|| Resolver::new(shared));
             for (index, event) in events.iter().enumerate() {
                 match resolver.flow(event) {
                     Some(flow) => {
@@ -442,9 +457,14 @@ pub struct RuleCounter {
     pub bytes: u64,
 }
 
+/// Packets and bytes by rule.
+pub(crate) fn counters(shared: &Shared) -> Result<PerCpuArray<[u64; 2]>, EnforcerError> {
+    PerCpuArray::new(shared.maps.get(abi::RULES)?).map_err(|e| EnforcerError::map(abi::RULES, e))
+}
+
 pub(crate) fn rule_counters(shared: &Shared) -> Result<Vec<RuleCounter>, EnforcerError> {
     let failed = |e| EnforcerError::map(abi::RULES, e);
-    let map: PerCpuArray<[u64; 2]> = PerCpuArray::new(shared.maps.get(abi::RULES)?).map_err(failed)?;
+    let map = counters(shared)?;
     let names = shared.names.read();
     let fixed = (0..RuleId::FIRST.0).map(RuleId);
     let mut counters = Vec::new();

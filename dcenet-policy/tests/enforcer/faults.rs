@@ -2,7 +2,7 @@
 
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::Duration;
 
 use dcenet_core::model::IfIndex;
@@ -17,6 +17,7 @@ use dcenet_policy::enforcer::{Enforcer, Phase, Report, Tools};
 use dcenet_policy::model::{Pod, PodId};
 use dcenet_policy::target::Tc;
 
+use crate::streams::Stream;
 use crate::world::*;
 
 /// Counts down, and fails at 0.
@@ -291,7 +292,7 @@ fn who_awaits_an_endpoint_that_was_told_anew_is_not_answered_for_what_it_was() {
     let programs = |world: &World| world.attached("db").map(|attached| attached.unwrap().program);
     let open = programs(&world);
     let endpoint = Endpoint { labels: [("app".to_owned(), "db".to_owned())].into(), ..world.endpoint("db") };
-    world.sink.attach(&endpoint).unwrap();
+    world.host.root().run(|| world.sink.attach(&endpoint)).unwrap();
     world.sink.await_enforced(&endpoint, ALLOWED).unwrap();
     let isolated = programs(&world);
     assert!(open[0] != isolated[0] && open[1] != isolated[1], "{open:?} {isolated:?}");
@@ -317,4 +318,51 @@ fn an_endpoint_whose_load_fails_keeps_the_default_and_the_owner_tries_again() {
     flaky.world.udp("web", "cache", 5353, true);
     flaky.world.udp("db", "cache", 5353, false);
     flaky.owner.uninstall().unwrap();
+}
+
+/// Refuses every load while it is told to.
+struct Refusing(Arc<AtomicBool>);
+
+impl Loader for Refusing {
+    fn load(&self, elf: &[u8], request: &LoadRequest<'_>) -> Result<Loaded, LoadError> {
+        if self.0.load(Ordering::SeqCst) {
+            return Err(LoadError::refused("injected", std::io::Error::from_raw_os_error(EPERM), ""));
+        }
+        AyaLoader.load(elf, request)
+    }
+}
+
+#[test]
+fn flows_are_judged_by_new_classes_also_where_new_programs_do_not_load() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let refuse = Arc::new(AtomicBool::new(false));
+    let mut world = World::new();
+    let owner = world.open(Tools { loader: Arc::new(Refusing(Arc::clone(&refuse))), ..tools() });
+    assert!(owner.start().unwrap().is_complete());
+    world.add_enforced("web", 2, &[("app", "web")]);
+    world.add_enforced("db", 3, &[("app", "db")]);
+    let another = DB.replace("name: db", "name: more").replace("app: db", "tier: x").replace("5432", "9");
+    assert!(owner.set_policies(policies(&format!("{DB}---\n{another}"))).unwrap().is_complete());
+    let to = SocketAddr::new(world.address("db", false), 5353);
+    let stream = Stream::udp(world.pod("web"), world.pod("db"), to);
+    assert!(stream.during(Duration::from_millis(400)).0 > 50, "the twin: while nothing changes");
+
+    // In one change `web` is nobody any more, and `db` wants another program.
+    refuse.store(true, Ordering::SeqCst);
+    let pods = [("web", vec![]), ("db", vec![("app", "db"), ("tier", "x")])];
+    let report =
+        owner.upsert_pods(pods.map(|(name, labels)| (PodId::new("shop", name), Pod::new(labels, [])))).unwrap();
+    assert_eq!(
+        report.failures.iter().map(|(attachment, _)| attachment).collect::<Vec<_>>(),
+        [&key("db")],
+        "{report:?}"
+    );
+    let (received, sent) = stream.during(Duration::from_millis(400));
+    assert!(received == 0 && sent > 50, "{received} of {sent}");
+    refuse.store(false, Ordering::SeqCst);
+    assert!(owner.retry().unwrap().is_complete());
+    assert_eq!(stream.during(Duration::from_millis(400)).0, 0);
+    owner.uninstall().unwrap();
 }
