@@ -13,6 +13,9 @@
 //! # Ok::<(), dcenet_core::section::SectionError>(())
 //! ```
 //!
+//! The host's own addresses are reached from every domain as long as the rule of its local table comes first, as the
+//! kernel makes it (priority 0); Documentation/networking/vrf.rst moves it behind that of the domains (1000).
+//!
 //! What leads out of the domain is whatever else the operator puts into it. Where its table has no route, the kernel goes
 //! on to the host's main table (Documentation/networking/vrf.rst): on a host that forwards, put an unreachable default
 //! route of a high metric into the table, for this driver does not.
