@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use common::{bridge, key, lease, request, veth};
 use dcenet_core::engine::NamespaceEntry;
-use dcenet_core::test_support::{Fault, Injection, Rung, TestHost, kernel_is_before, require, with_fault};
+use dcenet_core::test_support::{Fault, Injection, Rung, TestHost, effort, kernel_is_before, require, with_fault};
 
 const COUNT_ONLY: Injection = Injection { call: 0, fault: Fault::Fail };
 
@@ -39,7 +39,7 @@ fn an_attach_makes_few_calls() {
             let keeper = host.new_pod();
             engine.attach(&request("keeper", &keeper, &config, lease(200))).unwrap();
             let (mut attach, mut detach) = (Vec::new(), Vec::new());
-            for _ in 0..20 {
+            for _ in 0..effort(3, 20, 20) {
                 let pod = host.new_pod();
                 let request = request("c1", &pod, &config, lease(2));
                 let (_, calls) = with_fault(COUNT_ONLY, || {

@@ -1,4 +1,4 @@
-//! Every netlink request and journal write made to fail once: host and pod are as before.
+//! Every netlink request and journal write (in guests some of them) made to fail once: host and pod are as before.
 
 mod common;
 
@@ -7,7 +7,7 @@ use dcenet_core::engine::{AttachRequest, Engine};
 use dcenet_core::link::{LinkConfig, Policy};
 use dcenet_core::model::AttachmentKey;
 use dcenet_core::provider::{Endpoint, PolicyError, PolicySink};
-use dcenet_core::test_support::{Fault, HostState, Injection, Rung, TestHost, TestNetNs, require, with_fault};
+use dcenet_core::test_support::{Fault, HostState, Injection, Rung, TestHost, TestNetNs, effort, require, with_fault};
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -49,10 +49,10 @@ fn wanted<'a>(container: &str, pod: &'a TestNetNs, config: &LinkConfig) -> Attac
     AttachRequest { policy: Policy::Wanted, ..request(container, pod, config, lease(2)) }
 }
 
-fn each_call(what: &str, mut run: impl FnMut(Injection) -> (bool, u64)) {
+fn each_call(what: &str, stride: usize, mut run: impl FnMut(Injection) -> (bool, u64)) {
     for fault in [Fault::Fail, Fault::Lose] {
         let mut failed = 0;
-        for call in 1.. {
+        for call in (1..).step_by(stride) {
             let (ok, calls) = run(Injection { call, fault });
             failed += u64::from(!ok);
             if calls < call {
@@ -76,7 +76,8 @@ fn attach_is_all_or_nothing(config: &LinkConfig, neighbour: bool) {
     let records = host.records();
     let pod = host.new_pod();
     let (before, empty) = (host.state(), HostState::capture(pod.netns()));
-    each_call(&format!("attach {} neighbour {neighbour}", config.driver().kind()), |injection| {
+    let what = format!("attach {} neighbour {neighbour}", config.driver().kind());
+    each_call(&what, effort(4, 1, 1), |injection| {
         let (result, calls) = with_fault(injection, || engine.attach(&wanted("c1", &pod, config)));
         let ok = result.is_ok();
         if ok {
@@ -131,7 +132,7 @@ fn a_failed_detach_is_finished_by_the_next() {
     engine.attach(&request("other", &other, &bridge(), lease(9))).unwrap();
     let pod = host.new_pod();
     let (before, records) = (host.state(), host.records());
-    each_call("detach", |injection| {
+    each_call("detach", effort(2, 1, 1), |injection| {
         engine.attach(&wanted("c1", &pod, &bridge())).unwrap();
         let (result, calls) = with_fault(injection, || engine.detach(&key("c1"), None));
         if result.is_err() {

@@ -11,10 +11,13 @@ use dcenet_core::model::{IfName, MacAddr};
 pub struct Functions(PathBuf);
 
 impl Functions {
+    /// The port is up meanwhile: one that is down does not answer its functions' drivers, which then make an Ethernet
+    /// address up (`igbvf_probe` in drivers/net/ethernet/intel/igbvf/netdev.c).
     pub fn create(count: usize) -> Self {
-        let port = port();
-        fs::write(port.join("sriov_numvfs"), count.to_string()).unwrap();
-        Self(port)
+        let functions = Self(port());
+        functions.port_set(&["up"]);
+        fs::write(functions.0.join("sriov_numvfs"), count.to_string()).unwrap();
+        functions
     }
 
     /// The folder of a function in sysfs.
@@ -24,8 +27,12 @@ impl Functions {
 
     /// Gives a function its Ethernet address, which its driver takes over when it is bound the next time.
     pub fn set_mac(&self, number: usize, mac: MacAddr) {
-        let (port, number, mac) = (device_of(&self.0).to_string(), number.to_string(), mac.to_string());
-        let set = Command::new("ip").args(["link", "set", &port, "vf", &number, "mac", &mac]).status().unwrap();
+        self.port_set(&["vf", &number.to_string(), "mac", &mac.to_string()]);
+    }
+
+    fn port_set(&self, settings: &[&str]) {
+        let set =
+            Command::new("ip").args(["link", "set", device_of(&self.0).as_str()]).args(settings).status().unwrap();
         assert!(set.success());
     }
 }
@@ -33,6 +40,7 @@ impl Functions {
 impl Drop for Functions {
     fn drop(&mut self) {
         fs::write(self.0.join("sriov_numvfs"), "0").unwrap();
+        self.port_set(&["down"]);
     }
 }
 
