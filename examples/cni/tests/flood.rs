@@ -400,7 +400,7 @@ fn an_add_that_waits_returns_when_its_verdicts_are_in_force() {
         first.check(&adding.join().unwrap().unwrap(), &web, &scan);
     });
     world.del(&first.pod, &waiting);
-    for _ in 0..5 {
+    for _ in 0..effort(1, 5, 5) {
         let db = Db::new(&world);
         let config = world.config("30s", "db");
         let result = world.add(&db.pod, &config).unwrap();

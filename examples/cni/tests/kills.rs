@@ -217,7 +217,7 @@ fn killed_under_policy_nothing_is_left_and_no_address_is_doubled_or_lost() {
 }
 
 fn kill_at_random_moments(node: &Node) {
-    let wanted = effort(15, 100, 2000);
+    let wanted = effort(6, 100, 2000);
     let (neighbour, partner) = (node.pod("neighbour"), node.pod("partner"));
     let told = Told::default();
     told.add(&neighbour, &node.add(&neighbour).unwrap());
