@@ -101,6 +101,19 @@ impl Program {
     }
 }
 
+/// Waits until every program that runs on packets now has ended: afterwards none is left that a replaced filter still ran,
+/// or that has read a map before what was stored into it last. Takes some milliseconds.
+///
+/// # Errors
+/// `EINVAL` where the kernel runs with `nohz_full`, `ENOSYS` where it was built without membarrier(2); wait for a generous
+/// time then.
+///
+/// # Minimum kernel version
+/// 4.3 (membarrier(2), `MEMBARRIER_CMD_GLOBAL`, then called `MEMBARRIER_CMD_SHARED`).
+pub fn wait_for_running() -> Result<(), SysError> {
+    sys::grace_period()
+}
+
 impl AsFd for Program {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()

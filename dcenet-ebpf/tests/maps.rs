@@ -6,12 +6,12 @@ use std::time::Duration;
 use dcenet_core::test_support::{Rung, require};
 use dcenet_ebpf::asm::Asm;
 use dcenet_ebpf::insn::Reg::*;
-use dcenet_ebpf::insn::{Helper, Size};
+use dcenet_ebpf::insn::{Cond, Helper, Size};
 use dcenet_ebpf::loader::{AyaLoader, LoadRequest, Loader};
 use dcenet_ebpf::maps::{Array, HashTable, Map, MapError, PerCpuArray, Plain, Put, RingBuffer, cpus};
 use dcenet_ebpf::object::{MapSpec, Object, ProgramKind};
 use dcenet_ebpf::pin::Pins;
-use dcenet_ebpf::program::{Program, TestRun};
+use dcenet_ebpf::program::{Program, TestRun, wait_for_running};
 use dcenet_ebpf::test_support::{Fault, Faults};
 
 /// An address and a port, with a hole that must be zero.
@@ -378,4 +378,57 @@ fn a_pin_is_replaced_or_as_before_whatever_call_fails() {
     }
     assert!(at >= 3, "{at} calls");
     assert_eq!(id(), new.info().id);
+}
+
+#[test]
+fn programs_that_run_are_waited_for() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    // Writes 1, takes its time, and writes 2.
+    let mut asm = Asm::program("long", ProgramKind::Classifier);
+    let none = asm.label();
+    asm.store(Size::W, R10, -4, 0)
+        .load_map(R1, "stage")
+        .mov(R2, R10)
+        .add(R2, -4)
+        .call(Helper::MapLookupElem)
+        .jump_if(Cond::Eq, R0, 0, none)
+        .mov(R6, R0)
+        .store(Size::Dw, R6, 0, 1)
+        .mov(R1, 8_000_000)
+        .load_function(R2, "pass")
+        .mov(R3, 0)
+        .mov(R4, 0)
+        .call(Helper::Loop)
+        .store(Size::Dw, R6, 0, 2)
+        .bind(none)
+        .ret(0);
+    let mut pass = Asm::subprogram("pass");
+    pass.ret(0);
+    let mut object = Object::new();
+    object.add_map(MapSpec::array("stage", 8, 1)).unwrap();
+    object.add(asm.finish().unwrap()).unwrap();
+    object.add(pass.finish().unwrap()).unwrap();
+    let mut loaded = AyaLoader.load(&object.to_elf().unwrap(), &LoadRequest::default()).unwrap();
+    let stage = Array::<u64>::new(loaded.take_map("stage").unwrap()).unwrap();
+    let program = loaded.take_program("long").unwrap();
+
+    // The stage at which a program that has begun is found, at once or after waiting.
+    let found = |wait: bool| {
+        stage.store(0, &0).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| program.test_run(&TestRun { packet: &[0; 64], context: &[], repeat: 1 }).unwrap());
+            while stage.load(0).unwrap() == 0 {
+                std::hint::spin_loop();
+            }
+            if wait {
+                wait_for_running().unwrap();
+            }
+            stage.load(0).unwrap()
+        })
+    };
+    assert!((0..20).all(|_| found(true) == 2));
+    // The twin may be late itself, but not each time.
+    assert!((0..20).any(|_| found(false) == 1));
 }

@@ -21,7 +21,8 @@ pub(crate) use fs::{is_bpffs, mount_bpffs, unmount};
 pub use map::{Map, MapInfo, Put};
 pub use prog::ProgramInfo;
 pub(crate) use prog::{
-    LoadFailure, RawProgram, RawRun, load_program, next_program_id, program_by_id, program_info, tcx_known, test_run,
+    LoadFailure, RawProgram, RawRun, grace_period, load_program, next_program_id, program_by_id, program_info,
+    tcx_known, test_run,
 };
 pub(crate) use ring::{Ring, page_size};
 #[cfg(feature = "aya")]

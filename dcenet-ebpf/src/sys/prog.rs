@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
+use super::fault::gated;
 use super::{Attr, Command, SysError, array_at, length, object_info, text_at, u32_at, u64_at};
 
 /// A program as bpf(2) takes it, without an object file.
@@ -202,3 +203,16 @@ pub(crate) fn tcx_known(program: BorrowedFd<'_>) -> Result<bool, SysError> {
 const LICENSE: &[u8; 13] = b"Dual MIT/GPL\0";
 const LOG_BYTES: usize = 256 * 1024;
 const INFO_BYTES: usize = 232;
+
+/// Waits for an RCU grace period: `MEMBARRIER_CMD_GLOBAL` calls synchronize_rcu() (kernel/sched/membarrier.c).
+pub(crate) fn grace_period() -> Result<(), SysError> {
+    // include/uapi/linux/membarrier.h
+    const GLOBAL: libc::c_int = 1;
+    gated("MEMBARRIER_CMD_GLOBAL", || {
+        // SAFETY: the call takes three numbers and touches no memory of the caller.
+        match unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    })
+}

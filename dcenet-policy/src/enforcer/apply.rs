@@ -13,7 +13,7 @@ use dcenet_ebpf::abi::{self, Sizes, local_ids_element};
 use dcenet_ebpf::attach::{Attacher, Direction as HookDirection, Hook, Tag};
 use dcenet_ebpf::loader::LoadRequest;
 use dcenet_ebpf::maps::{Array, Map, Put};
-use dcenet_ebpf::program::Program as Loaded;
+use dcenet_ebpf::program::{Program as Loaded, wait_for_running};
 
 use super::cells::{Cells, bare_hooks};
 use super::flows::{self, Names};
@@ -186,6 +186,12 @@ impl Applier {
             outcomes.extend(switches.iter().map(|switch| (switch.key.clone(), failed(switch.known))));
             Vec::new()
         });
+        // A replaced program that still runs would give a flow that it admits the new generation, and so it would never be
+        // judged again. A default program admits none.
+        let had_others = |key: &AttachmentKey| self.endpoints.contains_key(key) || endpoints[key].is_adopted();
+        if replaced.iter().any(|r| had_others(&r.key)) {
+            wait_for_programs();
+        }
         self.commit(update, switches, &replaced);
         self.bump(&mut outcomes);
         let current = |key: &AttachmentKey, endpoint: &InForce| {
@@ -556,6 +562,14 @@ fn device_exists(endpoint: &Endpoint) -> bool {
     match rustix::net::netdevice::name_to_index(socket, endpoint.ifname.as_str()) {
         Ok(index) => index == endpoint.ifindex.get(),
         Err(error) => error != rustix::io::Errno::NODEV,
+    }
+}
+
+/// Returns when every program that runs now has ended.
+pub(crate) fn wait_for_programs() {
+    if let Err(error) = wait_for_running() {
+        tracing::debug!(%error, "waiting for a generous time instead");
+        std::thread::sleep(GRACE);
     }
 }
 

@@ -83,6 +83,11 @@ pub(crate) struct Known {
 }
 
 impl Known {
+    /// Whether an earlier owner's programs may be on its hooks.
+    pub(crate) fn is_adopted(&self) -> bool {
+        self.noted == 0
+    }
+
     pub(crate) fn pod(&self) -> Option<PodId> {
         self.endpoint.workload.as_ref().map(|w| PodId::new(w.namespace(), w.name()))
     }

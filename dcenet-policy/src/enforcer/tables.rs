@@ -2,7 +2,6 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use dcenet_ebpf::abi::{self, Sizes};
 use dcenet_ebpf::datapath::classes::{ClassError, Classes, Write};
@@ -10,6 +9,7 @@ use dcenet_ebpf::maps::{Map, Put};
 use ipnet::IpNet;
 
 use super::EnforcerError;
+use super::apply::wait_for_programs;
 use super::node::NodeMaps;
 use crate::classes::{AddressTable, ClassId, TableChanges};
 use crate::compiler::CompileError;
@@ -22,8 +22,8 @@ pub(crate) struct ClassTables {
     table: Arc<AddressTable>,
     /// What is to be stored still: everything before it was, and nothing behind it.
     pending: VecDeque<Write>,
-    /// The last store.
-    written: Option<Instant>,
+    /// Whether something was stored since programs were waited for.
+    written: bool,
 }
 
 impl ClassTables {
@@ -32,7 +32,7 @@ impl ClassTables {
         let open = |name| Ok::<_, EnforcerError>((name, maps.get(name)?));
         let maps = [open(abi::CLASS_V4)?, open(abi::MEMBERS_V6)?, open(abi::CLASS_V6)?, open(abi::NODES_V6)?];
         let (classes, table, pending) = (Classes::new(sizes), Arc::default(), VecDeque::new());
-        Ok(Self { classes, maps, table, pending, written: None })
+        Ok(Self { classes, maps, table, pending, written: false })
     }
 
     /// Whether there is room for this table in the place of the one that was written last. May wait until blocks of the
@@ -43,9 +43,8 @@ impl ClassTables {
     pub(crate) fn check(&mut self, after: &AddressTable) -> Result<(), CompileError> {
         let changes = wanted(&self.table.changes_to(after), &self.table, after);
         let mut checked = self.classes.check(&changes);
-        if matches!(checked, Err(ClassError::Full { .. })) && self.pending.is_empty() && self.written.is_some() {
-            std::thread::sleep(GRACE);
-            self.classes.settled();
+        if matches!(checked, Err(ClassError::Full { .. })) && self.pending.is_empty() && self.written {
+            self.settle();
             checked = self.classes.check(&changes);
         }
         checked.map_err(|error| match error {
@@ -76,14 +75,10 @@ impl ClassTables {
         if changes.is_empty() {
             return Ok(());
         }
-        if self.written.is_some_and(|at| at.elapsed() > GRACE) {
-            self.classes.settled();
-        }
         let writes = match self.classes.apply(&changes) {
-            Err(ClassError::Full { .. }) if self.written.is_some() => {
+            Err(ClassError::Full { .. }) if self.written => {
                 // Blocks of the changes before may be all that is missing.
-                std::thread::sleep(GRACE);
-                self.classes.settled();
+                self.settle();
                 self.classes.apply(&changes)
             }
             done => done,
@@ -91,6 +86,13 @@ impl ClassTables {
         self.pending.extend(writes);
         self.table = Arc::clone(after);
         self.flush()
+    }
+
+    /// Frees what programs may have looked at before the latest stores.
+    fn settle(&mut self) {
+        wait_for_programs();
+        self.classes.settled();
+        self.written = false;
     }
 
     fn flush(&mut self) -> Result<(), EnforcerError> {
@@ -105,7 +107,7 @@ impl ClassTables {
                     return Err(EnforcerError::Lowering(missing.into()));
                 }
             }
-            self.written = Some(Instant::now());
+            self.written = true;
         }
         Ok(())
     }
@@ -130,9 +132,6 @@ fn wanted(changes: &TableChanges, before: &AddressTable, after: &AddressTable) -
 }
 
 type ClassNumber = abi::ClassId;
-
-/// After this time every program that ran before a store has ended.
-const GRACE: Duration = Duration::from_millis(50);
 
 #[cfg(test)]
 mod tests {

@@ -168,7 +168,7 @@ impl Classes {
     /// Frees for reuse what earlier changes have left behind.
     ///
     /// To be called when all stores handed out so far are made, and every program that ran before the last one has ended:
-    /// after an RCU grace period, such as `membarrier(MEMBARRIER_CMD_GLOBAL)` waits for.
+    /// see [`wait_for_running`](crate::program::wait_for_running).
     pub fn settled(&mut self) {
         self.v4.settled();
         self.v6.settled();
