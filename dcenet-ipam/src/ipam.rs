@@ -411,7 +411,7 @@ impl Ipam {
     async fn attempt(&self, command: &Command) -> Result<Option<Reply>, LeaseError> {
         let (mut view, mut entropy, mut guessed) = self.guess(command);
         let (mut conflicts, mut unknown) = (0, 0);
-        let mut proposals = Vec::new();
+        let (mut proposals, mut passed_over) = (Vec::<Proposal<'_>>::new(), Vec::<Query>::new());
         if guessed {
             self.look(false).await;
         }
@@ -429,8 +429,8 @@ impl Ipam {
                 Step::Done(reply) => return Ok(Some(reply)),
                 Step::Unregistered => return Ok(None),
                 Step::Read(queries) => {
-                    let proposals = guessed.then_some(&mut proposals);
-                    self.learn(&mut view, queries, proposals).await?;
+                    let guesses = guessed.then_some((&mut proposals, &passed_over[..]));
+                    self.learn(&mut view, queries, guesses).await?;
                 }
                 Step::Stale => {
                     count_conflict(&mut conflicts)?;
@@ -438,6 +438,17 @@ impl Ipam {
                     entropy = self.begin_elsewhere();
                 }
                 Step::Commit(mut batch, reply) => {
+                    let refused: Vec<Query> =
+                        proposals.iter().filter_map(|p| p.passed_over(&batch.guards).cloned()).collect();
+                    if !refused.is_empty() {
+                        // Decided again with what the store has behind them.
+                        for query in &refused {
+                            view.forget_scan(query);
+                        }
+                        proposals.retain(|p| p.passed_over(&batch.guards).is_none());
+                        passed_over.extend(refused);
+                        continue;
+                    }
                     batch.request_id = self.request_id();
                     match self.store.commit(&batch).await.map_err(store_error)? {
                         Outcome::Committed { revision } => {
@@ -555,16 +566,18 @@ impl Ipam {
         }
     }
 
-    /// Reads what is asked for. With `proposals`, the index answers first.
+    /// Reads what is asked for. With `guesses`, the index answers first, but for the queries named there, and adds what it
+    /// proposes.
     async fn learn<'a>(
         &'a self,
         view: &mut View,
         queries: Vec<Query>,
-        mut proposals: Option<&mut Vec<Proposal<'a>>>,
+        mut guesses: Option<(&mut Vec<Proposal<'a>>, &[Query])>,
     ) -> Result<(), LeaseError> {
         let mut keys = Vec::new();
         for query in queries {
-            if let Some(proposals) = &mut proposals
+            if let Some((proposals, but)) = &mut guesses
+                && !but.contains(&query)
                 && self.propose(view, &query, proposals).await
             {
                 continue;
@@ -573,7 +586,7 @@ impl Ipam {
                 Query::Key(key) => keys.push(key.clone()),
                 Query::Gap(prefix, low, high) => {
                     let gap = self.store.first_gap(prefix, *low..=*high).await.map_err(store_error)?;
-                    if let (Some(number), true) = (gap, proposals.is_some()) {
+                    if let (Some(number), true) = (gap, guesses.is_some()) {
                         view.learn_key(numbered(prefix, number), None);
                     }
                     view.learn_gap(query, gap);
@@ -619,15 +632,15 @@ impl Ipam {
                 }
                 true
             }
-            Query::Scan(queue, None, _) => {
-                let Some(proposal) = index.released(queue, self.now()) else { return false };
+            Query::Scan(..) => {
+                let Some(proposal) = index.released(query, self.now()) else { return false };
                 let Some((key, slot, entry)) = proposal.in_queue() else { return false };
                 view.learn_scan(query.clone(), vec![key]);
                 view.learn_key(slot, Some(entry));
                 proposals.push(proposal);
                 true
             }
-            Query::Key(_) | Query::Scan(..) => false,
+            Query::Key(_) => false,
         }
     }
 }

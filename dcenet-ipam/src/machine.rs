@@ -300,6 +300,11 @@ impl View {
         self.scans.insert(query, found);
     }
 
+    /// Forgets the answer to a [`Query::Scan`].
+    pub(crate) fn forget_scan(&mut self, query: &Query) {
+        self.scans.remove(query);
+    }
+
     /// Enters what a refused batch's guards found, and forgets hints, one of which may have been wrong.
     pub fn learn_conflict(&mut self, guards: &[Guard], current: Vec<Option<Entry>>) {
         self.gaps.clear();

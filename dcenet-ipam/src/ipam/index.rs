@@ -16,6 +16,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use crate::config::Layout;
+use crate::machine::Query;
 use crate::model::{Addr, AddressSpace, Family, Intervals};
 use crate::pool::{AddressPool, Ranges, Use};
 use crate::record::{SlotRecord, freed_key, freed_prefix, slot_prefix};
@@ -66,6 +67,8 @@ pub(super) struct Proposal<'a> {
     pub(super) address: u128,
     /// Sequence and time of the release, of one that was released.
     released: Option<(u64, u64)>,
+    /// What it answers of the queue of releases.
+    answers: Option<Query>,
 }
 
 impl Drop for Proposal<'_> {
@@ -82,6 +85,13 @@ impl Drop for Proposal<'_> {
 }
 
 impl Proposal<'_> {
+    /// Of one that was released and that a batch does not take, what it answered: it stands at the head of its queue and
+    /// may not be had, for it is reserved since, and what is behind it only the store tells.
+    pub(super) fn passed_over(&self, guards: &[Guard]) -> Option<&Query> {
+        let slot = numbered(&self.tracked.slots, self.address);
+        self.answers.as_ref().filter(|_| guards.iter().all(|guard| guard.key != slot))
+    }
+
     /// The key of one that was released in the queue of releases, the key of its slot and what that holds.
     pub(super) fn in_queue(&self) -> Option<(Key, Key, Entry)> {
         let Tracked { space, family, name, slots, .. } = self.tracked;
@@ -257,7 +267,7 @@ impl Index {
         surprised
     }
 
-    /// An answer to [`Query::Gap`](crate::machine::Query::Gap) for slots: `None` if the index does not know them.
+    /// An answer to [`Query::Gap`] for slots: `None` if the index does not know them.
     pub(super) fn unused(&self, prefix: &[u8], low: u128, high: u128, now: u64) -> Option<Option<Proposal<'_>>> {
         let tracked = self.tracked.iter().find(|t| t.slots == prefix && t.ranges.contains(low))?;
         let mut pool = tracked.pool.lock();
@@ -265,17 +275,19 @@ impl Index {
         if let Some(address) = proposed {
             pool.note_bound(address, PROPOSED, 0, now);
         }
-        Some(proposed.map(|address| Proposal { tracked, address, released: None }))
+        Some(proposed.map(|address| Proposal { tracked, address, released: None, answers: None }))
     }
 
-    /// The address that was released longest ago into a queue and does not cool, if the index knows one.
-    pub(super) fn released(&self, queue: &[u8], now: u64) -> Option<Proposal<'_>> {
-        let tracked = self.tracked.iter().find(|t| t.queue == queue)?;
+    /// An answer to [`Query::Scan`] for a queue of releases: the address that was released longest ago and does not cool,
+    /// if the index knows one.
+    pub(super) fn released(&self, query: &Query, now: u64) -> Option<Proposal<'_>> {
+        let Query::Scan(queue, None, _) = query else { return None };
+        let tracked = self.tracked.iter().find(|t| t.queue == *queue)?;
         let mut pool = tracked.pool.lock();
         let (address, version, at) = pool.next_released(now)?;
         // With the version, so that a watch that tells the release again is old.
         pool.note_bound(address, PROPOSED, version, now);
-        Some(Proposal { tracked, address, released: Some((version, at)) })
+        Some(Proposal { tracked, address, released: Some((version, at)), answers: Some(query.clone()) })
     }
 }
 
