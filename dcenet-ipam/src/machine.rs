@@ -386,7 +386,7 @@ pub fn step(layout: &Layout, view: &View, command: &Command, now: u64, entropy: 
         Command::Lookup(attachment) => work.lookup(attachment),
         Command::Probe => work.probe(),
         Command::Quarantine { space, address, why } => work.quarantine(space, Addr::from(*address), why),
-        Command::Record { pool, claim } => work.record_claim(pool, claim),
+        Command::Record { pool, claim } => work.record_claim(pool, claim, false),
         Command::Register { recorded } => work.register(*recorded),
         Command::Release { attachment, sequence } => work.release(attachment, *sequence, None),
         Command::ReleaseOfNode { attachment, sequence, node, version } => {
@@ -396,7 +396,7 @@ pub fn step(layout: &Layout, view: &View, command: &Command, now: u64, entropy: 
         Command::Replace { attachment, sequence, bad, why } => work.replace(attachment, *sequence, *bad, why),
         Command::Reserve { pool, claim, address, keep } => {
             let (key, address, keep) = (claim.clone(), address.map(Addr::from), *keep);
-            work.record_claim(pool, &Claim { key, address, keep, mac: None })
+            work.record_claim(pool, &Claim { key, address, keep, mac: None }, false)
         }
         Command::SettleBlock { pool, block, node } => work.settle_block(pool, *block, node),
         Command::TakeBack { space, claim } => work.take_back(space, claim),

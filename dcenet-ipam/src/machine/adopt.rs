@@ -50,7 +50,7 @@ pub enum AdoptedBy {
     Claim {
         /// Its key.
         claim: ClaimKey,
-        /// What it keeps.
+        /// What it keeps; a time begins with the adoption, for nothing is attached here.
         keep: KeepPolicy,
     },
 }
@@ -176,7 +176,7 @@ impl Work<'_> {
         let own = written.filter(|c| c.keep != KeepPolicy::Ephemeral);
         let (keep, mac) = own.map_or((keep, None), |c| (c.keep, c.mac));
         let wish = Claim { key: claim.clone(), address: Some(address), keep, mac };
-        let step = self.record_claim(&pool.name, &wish)?;
+        let step = self.record_claim(&pool.name, &wish, true)?;
         // What is recorded guards the record of the space already, at the version that is looked at here.
         self.guard_registration(&mut Draft::default())?;
         Ok(step)

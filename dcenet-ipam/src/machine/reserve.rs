@@ -91,7 +91,8 @@ impl Work<'_> {
         Ok(())
     }
 
-    pub(super) fn record_claim(&self, pool: &str, claim: &Claim) -> Result<Step, Halt> {
+    /// `ended` says that the claim's use elsewhere counts as over: what it keeps for a time it keeps from now on.
+    pub(super) fn record_claim(&self, pool: &str, claim: &Claim, ended: bool) -> Result<Step, Halt> {
         let pool = self.layout.pools.iter().find(|p| p.name == pool).ok_or_else(|| LeaseError::Invalid {
             field: "pool".to_owned(),
             reason: format!("{pool:?} is no pool of this configuration"),
@@ -120,7 +121,7 @@ impl Work<'_> {
                 return Ok(draft.commit(Reply::Done));
             }
             Some((SlotRecord::Kept { claim: holder, .. }, _)) => holder == claim.key,
-            _ => false,
+            _ => ended,
         };
         let until = self.until(claim.keep).filter(|_| keep_anew);
         self.keep_for(&mut draft, &pool.space, address, &claim.key, until)?;

@@ -1,6 +1,9 @@
 //! Dumps of Kubernetes objects: whereabouts, Calico, Spiderpool.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use dcenet_core::model::Workload;
 use dcenet_core::provider::{AddressSource, LeaseRequest};
@@ -8,7 +11,7 @@ use dcenet_ipam::adopt::calico::Calico;
 use dcenet_ipam::adopt::spiderpool::Spiderpool;
 use dcenet_ipam::adopt::whereabouts::Whereabouts;
 use dcenet_ipam::adopt::{Adopted, AdoptedBy, Dump, DumpFormat, Options, Plan, Refusal, Source, SourceError, Why};
-use dcenet_ipam::model::NodeName;
+use dcenet_ipam::model::{KeepPolicy, NodeName};
 use dcenet_ipam::reclaim::{Alive, Policy, Reclaimer, Scope, Snapshot};
 use pollster::block_on;
 
@@ -242,6 +245,40 @@ fn pods_whose_containers_the_runtime_names_become_attachments() {
     block_on(ours.adopt(&plan, &accept_all(&plan))).unwrap();
     assert_eq!(block_on(ours.held(&attachment("cafe0000"))).unwrap().unwrap().addresses.len(), 2);
     assert!(delete(&ours, &attachment("cafe0000")), "DEL works from the first moment");
+}
+
+/// The time for which an adopted claim keeps its address begins with the adoption, and a repetition begins no other.
+#[test]
+fn what_is_adopted_for_a_time_ends() {
+    let now = Arc::new(AtomicU64::new(1_000_000_000));
+    let clock = now.clone();
+    let ours = ipam(JSON, &memory()).with_clock(move || clock.load(Ordering::Relaxed));
+    let pool = r#"{ "kind": "SpiderIPPool", "metadata": { "name": "v4" }, "spec": { "subnet": "10.1.5.0/24" }, "status":
+        { "allocatedIPs": "{\"10.1.5.3\":{\"pod\":\"shop/api\"},\"10.1.5.4\":{\"pod\":\"shop/used\"}}" } }"#;
+    let source = Spiderpool { dumps: vec![Dump::parse("pools.json", pool, DumpFormat::Json).unwrap()] };
+    let inventory = source.read().unwrap();
+    let mut options = options();
+    options.keep = KeepPolicy::For(Duration::from_secs(72 * 3600));
+    let adopt = || {
+        let plan = block_on(ours.plan_adoption(&inventory, &options)).unwrap();
+        assert_eq!(plan.refused, []);
+        block_on(ours.adopt(&plan, &accept_all(&plan))).unwrap();
+    };
+    adopt();
+    // With the one of the configuration.
+    assert_eq!(block_on(ours.claims()).unwrap().len(), 3);
+    // Used before its time is over: it is kept for as long again afterwards.
+    now.fetch_add(71 * 3_600_000, Ordering::Relaxed);
+    assert_eq!(lease(&ours, "used", Some("shop/used")).unwrap()[0], "10.1.5.4/16");
+    adopt();
+    assert_eq!(block_on(ours.expire()).unwrap(), 0);
+    now.fetch_add(3_600_000, Ordering::Relaxed);
+    assert_eq!(block_on(ours.expire()).unwrap(), 1, "72 h after the first adoption");
+    let kept: Vec<_> = block_on(ours.claims()).unwrap().into_iter().map(|c| c.claim.key.to_string()).collect();
+    assert!(kept.iter().any(|claim| claim.starts_with("shop/used")), "{kept:?}");
+    let asked = LeaseRequest { addresses: vec!["10.1.5.3".parse().unwrap()], ..request("other", None) };
+    now.fetch_add(2 * 3_600_000, Ordering::Relaxed);
+    assert_eq!(block_on(ours.lease(&asked)).unwrap().addresses[0].address.to_string(), "10.1.5.3/16");
 }
 
 #[test]
