@@ -303,8 +303,7 @@ impl View {
     /// and merges less often for it, or merging would take more time than committing; the next who comes alone merges.
     pub(super) fn wants_merge(&self, batches: usize) -> bool {
         let records = self.snapshot.as_ref().map_or(0, |s| s.records);
-        let patience = (batches as u64).clamp(1, GROUP_PATIENCE);
-        self.operations >= self.merge_failed_at + patience * TAIL_MIN.max(records / TAIL_SHARE)
+        self.operations >= self.merge_failed_at + patience(records, batches)
     }
 
     /// Writes everything to a new snapshot and begins a new log. The caller holds the lock.
@@ -326,6 +325,14 @@ impl View {
     }
 }
 
+/// Operations that may wait for a merge in the log over a snapshot with so many records.
+fn patience(records: u64, batches: usize) -> u64 {
+    let alone = TAIL_MIN.max(records / TAIL_SHARE);
+    // What a group leaves must be read by each process that opens the log, and merged by the next that commits alone.
+    let group = alone.saturating_mul((batches as u64).min(GROUP_PATIENCE));
+    group.min(GROUP_TAIL).max(alone)
+}
+
 fn create_log(disk: &Disk, generation: u64, revision: u64) -> Result<(), StoreError> {
     let file = disk.create(LOG_NEW)?;
     let mut bytes = frame::header(generation, revision);
@@ -341,5 +348,19 @@ const CHUNK: u64 = 64 << 10;
 /// A merge comes after this many operations, or this part of the snapshot's records, whichever is more.
 const TAIL_MIN: u64 = 512;
 const TAIL_SHARE: u64 = 128;
-/// How many times as many a group may leave for the next merge, and a process that opens the log must read.
+/// How many times as many a group may leave for the next merge, and how many at most where one that is alone would not
+/// leave more.
 const GROUP_PATIENCE: u64 = 64;
+const GROUP_TAIL: u64 = 8192;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_group_leaves_is_bounded() {
+        assert_eq!((patience(0, 1), patience(0, 2), patience(0, 8)), (512, 1024, 4096));
+        assert_eq!((patience(0, 256), patience(65_536, 256), patience(1_000_000, 256)), (8192, 8192, 8192));
+        assert_eq!((patience(1_000_000, 1), patience(2_000_000, 1), patience(2_000_000, 256)), (7812, 15_625, 15_625));
+    }
+}
