@@ -8,9 +8,10 @@ use dcenet_core::model::{AttachmentKey, ContainerId, IfName};
 use dcenet_core::provider::{LeaseError, LeaseRequest};
 use ipnet::IpNet;
 
-use super::flaky::{Cut, FlakyBinder, Fuse, FusedStore};
+use super::flaky::{Cut, FlakyBinder, Fuse};
 use super::{AddressBinder, BindRequest, BindToken, BinderSource};
 use crate::store::Store;
+use crate::store::flaky::{Faults, FlakyStore};
 
 /// What the outside itself shows to have been handed out, however it is asked.
 pub type Outside<'a> = &'a dyn Fn() -> BTreeSet<IpAddr>;
@@ -152,7 +153,7 @@ pub async fn check_source(
             let (store, binder) = world();
             let fuse = Fuse::new(cut, at);
             let flaky = || -> Box<dyn BinderSource> {
-                let store = Arc::new(FusedStore::new(store.clone(), fuse.clone()));
+                let store = Arc::new(FlakyStore::with_faults(store.clone(), fuse.clone()));
                 make(store, Arc::new(FlakyBinder::new(binder.clone(), fuse.clone())))
             };
             let mut source = flaky();

@@ -22,43 +22,55 @@ pub enum Failure {
     Lost,
 }
 
-/// A store whose n-th call fails, and only that. Calls of its watches count as the store's.
+/// Which calls fail. One may be shared by a store and by whatever else is to fail in its turn.
+pub trait Faults: std::fmt::Debug + Send + Sync {
+    /// Counts a call, and tells how it fails, if it does.
+    fn next(&self) -> Option<Failure>;
+
+    /// Calls so far.
+    fn calls(&self) -> u64;
+}
+
+/// A store that fails at some calls. Calls of its watches count as the store's.
 #[derive(Debug)]
 pub struct FlakyStore {
     inner: Arc<dyn Store>,
-    plan: Arc<Plan>,
+    plan: Arc<dyn Faults>,
 }
 
+/// The n-th call fails, and only that.
 #[derive(Debug)]
-struct Plan {
+struct Nth {
     failure: Failure,
     fail_at: u64,
     calls: AtomicU64,
 }
 
-impl Plan {
-    fn fails(&self) -> bool {
-        self.calls.fetch_add(1, Ordering::Relaxed) + 1 == self.fail_at
+impl Faults for Nth {
+    fn next(&self) -> Option<Failure> {
+        (self.calls.fetch_add(1, Ordering::Relaxed) + 1 == self.fail_at).then_some(self.failure)
+    }
+
+    fn calls(&self) -> u64 {
+        self.calls.load(Ordering::Relaxed)
     }
 }
 
 struct FlakyWatch {
     inner: Box<dyn Watch>,
-    plan: Arc<Plan>,
+    plan: Arc<dyn Faults>,
 }
 
 #[async_trait]
 impl Watch for FlakyWatch {
     async fn next(&mut self, limit: Duration) -> Result<Option<Change>, StoreError> {
-        if !self.plan.fails() {
-            return self.inner.next(limit).await;
-        }
-        match self.plan.failure {
-            Failure::After => {
+        match self.plan.next() {
+            None => self.inner.next(limit).await,
+            Some(Failure::After) => {
                 let lost = self.inner.next(limit).await?;
                 Ok(lost.map(|change| Change::Gap { revision: change.revision() }))
             }
-            Failure::Before | Failure::Lost => Err(made_to_fail()),
+            Some(Failure::Before | Failure::Lost) => Err(made_to_fail()),
         }
     }
 }
@@ -70,16 +82,21 @@ fn made_to_fail() -> StoreError {
 impl FlakyStore {
     /// Fails the call with the number `fail_at`, counted from 1; 0 for none.
     pub fn new(inner: Arc<dyn Store>, failure: Failure, fail_at: u64) -> Self {
-        Self { inner, plan: Arc::new(Plan { failure, fail_at, calls: AtomicU64::new(0) }) }
+        Self::with_faults(inner, Arc::new(Nth { failure, fail_at, calls: AtomicU64::new(0) }))
+    }
+
+    /// Fails the calls that the plan says.
+    pub fn with_faults(inner: Arc<dyn Store>, plan: Arc<dyn Faults>) -> Self {
+        Self { inner, plan }
     }
 
     /// Calls so far.
     pub fn calls(&self) -> u64 {
-        self.plan.calls.load(Ordering::Relaxed)
+        self.plan.calls()
     }
 
     fn answer(&self) -> Result<(), StoreError> {
-        if self.plan.fails() { Err(made_to_fail()) } else { Ok(()) }
+        self.plan.next().map_or(Ok(()), |_| Err(made_to_fail()))
     }
 }
 
@@ -96,14 +113,12 @@ impl Store for FlakyStore {
     }
 
     async fn commit(&self, batch: &Batch) -> Result<Outcome, StoreError> {
-        if !self.plan.fails() {
-            return self.inner.commit(batch).await;
-        }
         let unknown = Ok(Outcome::Unknown { reason: "made to fail".to_owned() });
-        match self.plan.failure {
-            Failure::Before => Err(made_to_fail()),
-            Failure::Lost => unknown,
-            Failure::After => match self.inner.commit(batch).await? {
+        match self.plan.next() {
+            None => self.inner.commit(batch).await,
+            Some(Failure::Before) => Err(made_to_fail()),
+            Some(Failure::Lost) => unknown,
+            Some(Failure::After) => match self.inner.commit(batch).await? {
                 Outcome::Committed { .. } => unknown,
                 other => Ok(other),
             },
