@@ -25,17 +25,21 @@
 mod message;
 mod socket;
 
+use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use dcenet_core::model::{IfName, MacAddr};
 use dcenet_core::netns::NetNs;
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use self::message::{Answer, Client, Kind, Memo};
-use self::socket::Link;
+use self::socket::{Exchange, Link};
+use super::off_thread::off_thread;
 use super::{AddressBinder, BindError, BindRequest, BindToken, Bound};
 
 /// How to reach the server.
@@ -90,10 +94,12 @@ mod first_text {
 }
 
 /// A DHCPv4 client for many attachments.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct DhcpBinder {
     config: DhcpConfig,
     netns: Option<Arc<NetNs>>,
+    /// Until when a token that has declined an address waits.
+    waiting: Arc<Mutex<HashMap<BindToken, Instant>>>,
 }
 
 impl DhcpBinder {
@@ -102,7 +108,7 @@ impl DhcpBinder {
     /// # Errors
     /// [`BindError::Refused`] for a configuration that cannot work.
     pub fn new(config: DhcpConfig) -> Result<Self, BindError> {
-        let this = Self { config, netns: None };
+        let this = Self { config, netns: None, waiting: Arc::default() };
         let DhcpConfig { first, tries, .. } = &this.config;
         if !(1..=8).contains(tries) {
             return Err(this.refused(format!("tries: {tries} is not 1 to 8")));
@@ -126,7 +132,7 @@ impl DhcpBinder {
     pub fn probe(&self) -> Result<Option<Ipv4Addr>, BindError> {
         let client = Client::stranger();
         let mut link = self.link(None)?;
-        let offer = self.ask(&mut link, &client, &Kind::Discover { wish: None }, Ipv4Addr::BROADCAST, 2)?;
+        let offer = self.ask(&mut link, &mut Exchange::new(), &client, &DISCOVER, Ipv4Addr::BROADCAST, 2)?;
         Ok(offer.map(|offer| offer.address))
     }
 
@@ -153,12 +159,13 @@ impl DhcpBinder {
     fn ask(
         &self,
         link: &mut Link,
+        exchange: &mut Exchange,
         client: &Client,
         kind: &Kind,
         to: Ipv4Addr,
         tries: u32,
     ) -> Result<Option<Answer>, BindError> {
-        let asked = link.ask(client, kind, to, self.config.first, tries.min(self.config.tries));
+        let asked = link.ask(exchange, client, kind, to, self.config.first, tries.min(self.config.tries));
         asked.map_err(self.failed("sending to the server"))
     }
 
@@ -180,9 +187,11 @@ impl DhcpBinder {
         };
         let client = Client::of(&request.token, request.mac);
         let mut link = self.link(None)?;
+        self.wait_after_decline(&request.token);
         for _ in 0..NAKS {
-            let discover = Kind::Discover { wish };
-            let offer = self.ask(&mut link, &client, &discover, Ipv4Addr::BROADCAST, self.config.tries)?;
+            let (discover, mut exchange) = (Kind::Discover { wish }, Exchange::new());
+            let all = (Ipv4Addr::BROADCAST, self.config.tries);
+            let offer = self.ask(&mut link, &mut exchange, &client, &discover, all.0, all.1)?;
             let Some(offer) = offer else {
                 return Err(self.no_answer(1, true, "no server is on the link, or it has no address left"));
             };
@@ -192,8 +201,15 @@ impl DhcpBinder {
             }
             let choose = Kind::Select { address, server };
             let sent = now();
-            match self.ask(&mut link, &client, &choose, Ipv4Addr::BROADCAST, self.config.tries)? {
+            match self.ask(&mut link, &mut exchange, &client, &choose, all.0, all.1)? {
                 Some(answer) if answer.is_nak => {}
+                Some(answer) if answer.address != address => {
+                    // It counts as ours there, and nobody asked for it.
+                    let release = Kind::Release { address: answer.address, server };
+                    link.tell(&client, &release, Some(server)).map_err(self.failed("sending a release"))?;
+                    let acknowledged = answer.address;
+                    return Err(self.refused(format!("{address} was asked for and {acknowledged} acknowledged")));
+                }
                 Some(answer) => {
                     return answer.bound(&request.token, request.mac, sent).map_err(|reason| self.refused(reason));
                 }
@@ -203,25 +219,60 @@ impl DhcpBinder {
         Err(self.refused(format!("the server took back what it had offered, {NAKS} times in a row")))
     }
 
+    /// RFC 2131, section 3.1, item 5: at least ten seconds go by between a DECLINE and the next DISCOVER.
+    fn wait_after_decline(&self, token: &BindToken) {
+        let mut waiting = self.waiting.lock();
+        waiting.retain(|_, until| *until > Instant::now());
+        let until = waiting.get(token).copied();
+        drop(waiting);
+        if let Some(until) = until {
+            thread::sleep(until.saturating_duration_since(Instant::now()));
+        }
+    }
+
+    fn turn_down(&self, bound: &Bound, address: IpAddr) -> Result<(), BindError> {
+        let (own, memo) = self.parts(bound)?;
+        if IpAddr::V4(own) != address {
+            return Err(self.refused(format!("{address} is not what {} has", bound.token)));
+        }
+        let client = Client::of(&bound.token, bound.mac);
+        let decline = Kind::Decline { address: own, server: memo.server };
+        self.link(None)?.tell(&client, &decline, None).map_err(self.failed("sending a decline"))?;
+        self.waiting.lock().insert(bound.token.clone(), Instant::now() + DECLINED);
+        Ok(())
+    }
+
+    /// Runs what waits for the server beside the caller's thread.
+    async fn beside<R: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Self) -> Result<R, BindError> + Send + 'static,
+    ) -> Result<R, BindError> {
+        let this = self.clone();
+        off_thread(move || work(&this)).await.map_err(self.failed("making a thread"))?
+    }
+
     fn extend(&self, bound: &Bound) -> Result<Bound, BindError> {
         let (address, memo) = self.parts(bound)?;
         let client = Client::of(&bound.token, bound.mac);
         let tries = self.config.tries;
-        let sent = now();
+        let (sent, all) = (now(), Ipv4Addr::BROADCAST);
         let mut answer = None;
         // Where the address is not in this namespace, nobody here would get what is sent to it.
         match self.link(Some(address)) {
             Ok(mut link) => {
                 if memo.rebind.is_none_or(|at| sent < at) {
-                    answer = self.ask(&mut link, &client, &Kind::Renew { address }, memo.server, tries)?;
+                    let renew = Kind::Renew { address, server: Some(memo.server) };
+                    answer = self.ask(&mut link, &mut Exchange::new(), &client, &renew, memo.server, tries)?;
                 }
                 if answer.is_none() {
-                    answer = self.ask(&mut link, &client, &Kind::Renew { address }, Ipv4Addr::BROADCAST, tries)?;
+                    let rebind = Kind::Renew { address, server: None };
+                    answer = self.ask(&mut link, &mut Exchange::new(), &client, &rebind, all, tries)?;
                 }
             }
             Err(_) => {
                 let mut link = self.link(None)?;
-                answer = self.ask(&mut link, &client, &Kind::Reboot { address }, Ipv4Addr::BROADCAST, tries)?;
+                let reboot = Kind::Reboot { address };
+                answer = self.ask(&mut link, &mut Exchange::new(), &client, &reboot, all, tries)?;
             }
         }
         let lost = || {
@@ -255,7 +306,7 @@ impl DhcpBinder {
                 (address, memo.server)
             }
             // Who has an address is offered it (RFC 2131, section 4.3.1). Who has none: a server ignores its release.
-            None => match self.ask(&mut link, &client, &Kind::Discover { wish: None }, Ipv4Addr::BROADCAST, 2)? {
+            None => match self.ask(&mut link, &mut Exchange::new(), &client, &DISCOVER, Ipv4Addr::BROADCAST, 2)? {
                 Some(offer) => (offer.address, offer.server),
                 None => return Ok(()),
             },
@@ -272,26 +323,25 @@ impl AddressBinder for DhcpBinder {
     }
 
     async fn bind(&self, request: &BindRequest) -> Result<Bound, BindError> {
-        self.select(request)
+        let request = request.clone();
+        self.beside(move |this| this.select(&request)).await
     }
 
     async fn renew(&self, bound: &Bound) -> Result<Bound, BindError> {
-        self.extend(bound)
+        let bound = bound.clone();
+        self.beside(move |this| this.extend(&bound)).await
     }
 
     async fn release(&self, token: &BindToken, bound: Option<&Bound>) -> Result<(), BindError> {
-        self.let_go(token, bound)
+        let (token, bound) = (token.clone(), bound.cloned());
+        self.beside(move |this| this.let_go(&token, bound.as_ref())).await
     }
 
-    /// By a DECLINE (RFC 2131, section 4.4.4), which has no answer. Servers keep the address back for a time of theirs.
+    /// By a DECLINE (RFC 2131, section 4.4.4), which has no answer. Servers keep the address back for a time of theirs. The
+    /// token's next [`AddressBinder::bind`] waits until ten seconds are over; others do not.
     async fn decline(&self, bound: &Bound, address: IpAddr) -> Result<(), BindError> {
-        let (own, memo) = self.parts(bound)?;
-        if IpAddr::V4(own) != address {
-            return Err(self.refused(format!("{address} is not what {} has", bound.token)));
-        }
-        let client = Client::of(&bound.token, bound.mac);
-        let decline = Kind::Decline { address: own, server: memo.server };
-        self.link(None)?.tell(&client, &decline, None).map_err(self.failed("sending a decline"))
+        let bound = bound.clone();
+        self.beside(move |this| this.turn_down(&bound, address)).await
     }
 
     /// Servers do not tell.
@@ -311,6 +361,9 @@ fn now() -> u64 {
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
+const DISCOVER: Kind = Kind::Discover { wish: None };
+/// Between a DECLINE and the next DISCOVER.
+const DECLINED: Duration = Duration::from_secs(10);
 /// Offers that the server may take back in a row.
 const NAKS: u32 = 2;
 

@@ -44,6 +44,8 @@ pub mod dhcp;
 #[cfg(feature = "test-support")]
 pub mod flaky;
 mod ledger;
+#[cfg(feature = "dhcp")]
+mod off_thread;
 mod outside;
 pub mod recording;
 

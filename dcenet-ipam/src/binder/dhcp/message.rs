@@ -49,9 +49,10 @@ pub(super) enum Kind {
     Reboot {
         address: Ipv4Addr,
     },
-    /// RENEWING and REBINDING.
+    /// RENEWING, with the server that is asked alone, and REBINDING.
     Renew {
         address: Ipv4Addr,
+        server: Option<Ipv4Addr>,
     },
     Release {
         address: Ipv4Addr,
@@ -84,7 +85,7 @@ impl Kind {
                 options.push(DhcpOption::RequestedIpAddress(*address));
                 MessageType::Request
             }
-            Self::Renew { address } => {
+            Self::Renew { address, .. } => {
                 message.set_ciaddr(*address);
                 MessageType::Request
             }
@@ -176,7 +177,7 @@ impl Answer {
         };
         let Some(DhcpOption::ServerIdentifier(server)) = options.get(OptionCode::ServerIdentifier) else { return None };
         let server = *server;
-        if let Kind::Select { server: chosen, .. } = kind
+        if let Kind::Select { server: chosen, .. } | Kind::Renew { server: Some(chosen), .. } = kind
             && server != *chosen
         {
             return None;

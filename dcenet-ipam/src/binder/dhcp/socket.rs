@@ -14,6 +14,29 @@ use crate::ipam::random_id;
 const SERVER: u16 = 67;
 const CLIENT: u16 = 68;
 
+/// DISCOVER, OFFER, REQUEST and ACK bear one `xid` (RFC 2131, section 4.4.1), and the REQUEST the `secs` of the DISCOVER
+/// that was answered (section 3.1, item 3).
+#[derive(Debug)]
+pub(super) struct Exchange {
+    xid: u32,
+    began: Instant,
+    secs: u16,
+}
+
+impl Exchange {
+    pub(super) fn new() -> Self {
+        Self { xid: random_id() as u32, began: Instant::now(), secs: 0 }
+    }
+
+    /// The `secs` of a message.
+    fn secs(&mut self, kind: &Kind) -> u16 {
+        if !matches!(kind, Kind::Select { .. }) {
+            self.secs = u16::try_from(self.began.elapsed().as_secs()).unwrap_or(u16::MAX);
+        }
+        self.secs
+    }
+}
+
 pub(super) struct Link {
     socket: UdpSocket,
 }
@@ -51,17 +74,17 @@ impl Link {
     /// more or less (RFC 2131, section 4.1).
     pub(super) fn ask(
         &mut self,
+        exchange: &mut Exchange,
         client: &Client,
         kind: &Kind,
         to: Ipv4Addr,
         first: Duration,
         tries: u32,
     ) -> io::Result<Option<Answer>> {
-        let (xid, began) = (random_id() as u32, Instant::now());
+        let xid = exchange.xid;
         let mut buffer = [0; 2048];
         for attempt in 0..tries {
-            let secs = u16::try_from(began.elapsed().as_secs()).unwrap_or(u16::MAX);
-            let bytes = kind.encode(client, xid, secs).map_err(io::Error::other)?;
+            let bytes = kind.encode(client, xid, exchange.secs(kind)).map_err(io::Error::other)?;
             self.socket.send_to(&bytes, SocketAddrV4::new(to, SERVER))?;
             let jitter = 90 + random_id() as u32 % 21;
             let deadline = Instant::now() + first * (1 << attempt) * jitter / 100;

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::net::IpAddr;
+use std::net::{IpAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -293,4 +293,83 @@ fn a_lease_that_the_server_gave_up_is_lost_and_what_is_in_use_is_declined() {
     assert!(error.to_string().contains("in use"), "{error}");
     assert_eq!(world.leases(), BTreeMap::new());
     assert!(world.log().matches("DHCPDECLINE").count() >= 5);
+}
+
+/// Only who declined waits, and as long as RFC 2131 says (section 3.1, item 5).
+#[test]
+fn who_declined_an_address_waits_and_nobody_else_does() {
+    if !can_run() {
+        return;
+    }
+    let world = World::new("10.9.0.10,10.9.0.60", "");
+    let binder = world.binder();
+    let bound = block_on(binder.bind(&wanted("c1", 1))).unwrap();
+    block_on(binder.decline(&bound, bound.addresses[0].address.addr())).unwrap();
+    let declined = Instant::now();
+    thread::scope(|scope| {
+        let same = scope.spawn(|| (block_on(binder.bind(&wanted("c1", 1))).unwrap(), declined.elapsed()));
+        let others: Vec<_> = (2..6).map(|i| block_on(binder.bind(&wanted(&format!("c{i}"), i))).unwrap()).collect();
+        assert!(!same.is_finished(), "the others came second");
+        assert_eq!(others.len(), 4);
+        let (again, after) = same.join().unwrap();
+        assert_ne!(again.addresses, bound.addresses);
+        assert!(after >= Duration::from_secs(10), "{after:?}");
+    });
+}
+
+/// What a server of ours saw of a message: its type, xid, secs and ciaddr.
+type Seen = (u8, [u8; 4], [u8; 2], [u8; 4]);
+
+/// Offers one address and acknowledges another, until it is told a RELEASE.
+fn false_server(place: &TestNetNs) -> thread::JoinHandle<Vec<Seen>> {
+    let ears = place.run(|| UdpSocket::bind("0.0.0.0:67")).unwrap();
+    let mouth = place.run(|| UdpSocket::bind("10.9.0.1:0")).unwrap();
+    mouth.set_broadcast(true).unwrap();
+    ears.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    thread::spawn(move || {
+        let (mut seen, mut buffer) = (Vec::new(), [0; 1500]);
+        loop {
+            let Ok(length) = ears.recv(&mut buffer) else { return seen };
+            let message = &buffer[..length];
+            let (mut at, mut kind) = (240, 0);
+            while let [code, size, ..] = message[at..]
+                && code != 255
+            {
+                kind = if code == 53 { message[at + 2] } else { kind };
+                at += 2 + usize::from(size);
+            }
+            let part = |from: usize| message[from..from + 4].try_into().unwrap();
+            seen.push((kind, part(4), [message[8], message[9]], part(12)));
+            let (answer, last) = match kind {
+                1 => (2, 20),
+                3 => (5, 21),
+                _ => return seen,
+            };
+            let mut reply = message[..240].to_vec();
+            reply[0] = 2;
+            reply[16..20].copy_from_slice(&[10, 9, 0, last]);
+            reply.extend([53, 1, answer, 54, 4, 10, 9, 0, 1, 51, 4, 0, 0, 1, 0, 255]);
+            mouth.send_to(&reply, "255.255.255.255:68").unwrap();
+        }
+    })
+}
+
+#[test]
+fn an_acknowledgement_of_another_address_than_was_asked_for_is_refused_and_released() {
+    if !can_run() {
+        return;
+    }
+    let mut world = World::new("10.9.0.10,10.9.0.60", "");
+    world.stop();
+    let server = false_server(&world.place);
+    let error = block_on(world.binder().bind(&wanted("c1", 1))).unwrap_err();
+    assert!(matches!(&error, BindError::Refused { .. }), "{error}");
+    assert!(error.to_string().contains("10.9.0.20 was asked for and 10.9.0.21"), "{error}");
+    let seen = server.join().unwrap();
+    let last = seen.last().unwrap();
+    assert_eq!((last.0, last.3), (7, [10, 9, 0, 21]), "{seen:?}");
+    // One exchange: xid and secs of REQUEST are those of DISCOVER (RFC 2131, sections 4.4.1 and 3.1, item 3).
+    let of = |kind: u8| seen.iter().filter(move |s| s.0 == kind).map(|s| (s.1, s.2)).collect::<BTreeSet<_>>();
+    assert!(of(3).is_subset(&of(1)) && of(3).len() == 1, "{seen:?}");
+    assert_ne!(last.1, of(3).first().unwrap().0, "a release is an exchange of its own");
 }
