@@ -6,15 +6,17 @@ use async_trait::async_trait;
 use dcenet_core::model::{AttachmentKey, ContainerId, IfName, NetworkName};
 use dcenet_core::provider::{AddressSource, Lease, LeaseError, LeaseRequest};
 
+use super::keeper::{self, Keeper, TRIES};
 use super::ledger::{Entry, Ledger, Page, Stage, overtaken};
-use super::{AddressBinder, BindError, BindRequest, BinderSource, Bound, Recovered};
+use super::{AddressBinder, BindError, BindRequest, BinderSource, Bound, Recovered, Renewals};
 use crate::Ipam;
-use crate::store::Batch;
+use crate::store::{Batch, Store};
 
 /// Leases from an [`Ipam`], and tells a binder of each address before the lease is answered.
 ///
 /// Its records are in the store of the `Ipam`. Release through it, not through the `Ipam`: what was released past it, by
-/// a [`Reclaimer`](crate::reclaim::Reclaimer) say, stays bound outside until [`BinderSource::recover`].
+/// a [`Reclaimer`](crate::reclaim::Reclaimer) say, stays bound outside until [`BinderSource::recover`], or until it is due
+/// to be renewed.
 #[derive(Debug)]
 pub struct BoundSource<B: ?Sized> {
     ipam: Arc<Ipam>,
@@ -44,11 +46,6 @@ impl<B: AddressBinder + ?Sized> BoundSource<B> {
         Ok(false)
     }
 
-    fn request(&self, attachment: &AttachmentKey, entry: &Entry) -> BindRequest {
-        let Page { addresses, mac, .. } = &entry.page;
-        BindRequest { token: entry.token(attachment), addresses: addresses.clone(), mac: *mac, workload: None }
-    }
-
     /// Binds; where somebody has the address whose lease has ended, after releasing that.
     async fn bind(&self, request: &BindRequest) -> Result<Bound, LeaseError> {
         let result = self.binder.bind(request).await;
@@ -68,13 +65,26 @@ impl<B: AddressBinder + ?Sized> BoundSource<B> {
         }
         Ok(self.binder.bind(request).await?)
     }
+}
 
-    async fn is_named(&self, token: &super::BindToken) -> Result<bool, LeaseError> {
-        let entry = self.ledger.read(&token.attachment).await?;
-        Ok(entry.is_some_and(|entry| entry.sequence() == token.sequence))
+#[async_trait]
+impl<B: AddressBinder + ?Sized> Keeper for BoundSource<B> {
+    type Binder = B;
+
+    fn ledger(&self) -> &Ledger {
+        &self.ledger
     }
 
-    /// Lets go outside, then inside, then of the record. `false` if somebody else was faster.
+    fn binder(&self) -> &B {
+        &self.binder
+    }
+
+    async fn is_leased(&self, attachment: &AttachmentKey, entry: &Entry) -> Result<bool, LeaseError> {
+        let held = self.ipam.held(attachment).await?;
+        Ok(held.is_some_and(|lease| lease.sequence() == entry.sequence()))
+    }
+
+    /// Outside, then inside, then of the record.
     async fn undo(&self, attachment: &AttachmentKey, mut entry: Entry) -> Result<bool, LeaseError> {
         let sequence = entry.sequence();
         if entry.page.stage != Stage::Releasing {
@@ -90,12 +100,11 @@ impl<B: AddressBinder + ?Sized> BoundSource<B> {
     }
 
     async fn settle(&self, attachment: &AttachmentKey, entry: Entry, done: &mut Recovered) -> Result<(), LeaseError> {
-        let held = self.ipam.held(attachment).await?;
-        let alive = held.is_some_and(|lease| lease.sequence() == entry.sequence());
+        let alive = self.is_leased(attachment, &entry).await?;
         match entry.page.stage {
             Stage::Bound if alive => {}
             Stage::Intent if alive => {
-                let bound = self.bind(&self.request(attachment, &entry)).await?;
+                let bound = self.bind(&entry.request(attachment)).await?;
                 done.bound += usize::from(self.confirm(attachment, &entry, bound).await?);
             }
             _ => done.released += usize::from(self.undo(attachment, entry).await?),
@@ -128,14 +137,15 @@ impl<B: AddressBinder + ?Sized> AddressSource for BoundSource<B> {
                 None => {
                     let addresses = lease.addresses.iter().map(|a| a.prefix.unwrap_or(a.address)).collect();
                     let mac = lease.mac.unwrap_or_else(|| attachment.mac());
-                    let page = Page { stage: Stage::Intent, sequence: Some(sequence), addresses, mac, bound: None };
+                    let (stage, sequence, workload) = (Stage::Intent, Some(sequence), request.workload.clone());
+                    let page = Page { stage, sequence, addresses, mac, workload, node: None, bound: None };
                     match self.ledger.write(attachment, None, Some(&page), Batch::default()).await? {
                         Some(version) => Entry { page, version },
                         None => continue,
                     }
                 }
             };
-            let asked = BindRequest { workload: request.workload.clone(), ..self.request(attachment, &entry) };
+            let asked = BindRequest { workload: request.workload.clone(), ..entry.request(attachment) };
             match self.bind(&asked).await {
                 Ok(bound) => {
                     if self.confirm(attachment, &entry, bound).await? {
@@ -159,17 +169,10 @@ impl<B: AddressBinder + ?Sized> AddressSource for BoundSource<B> {
     }
 
     async fn release(&self, attachment: &AttachmentKey, sequence: u64) -> Result<(), LeaseError> {
-        for _ in 0..TRIES {
-            match self.ledger.read(attachment).await? {
-                Some(entry) if entry.sequence() == sequence => {
-                    if self.undo(attachment, entry).await? {
-                        return Ok(());
-                    }
-                }
-                _ => return self.ipam.release(attachment, sequence).await,
-            }
+        if !keeper::release(self, attachment, sequence).await? {
+            self.ipam.release(attachment, sequence).await?;
         }
-        Err(overtaken(attachment))
+        Ok(())
     }
 
     async fn retain(
@@ -179,7 +182,8 @@ impl<B: AddressBinder + ?Sized> AddressSource for BoundSource<B> {
     ) -> Result<Vec<AttachmentKey>, LeaseError> {
         let alive = |a: &AttachmentKey| valid.iter().any(|(c, i)| *c == a.container && *i == a.ifname);
         let leases = self.ipam.bindings(Some(network)).await?.into_iter().map(|b| (b.attachment, b.sequence));
-        let pages = self.ledger.all(Some(network)).await?.into_iter().map(|(a, entry)| (a, entry.sequence()));
+        let all = self.ledger.all(Some(network)).await?;
+        let pages = all.pages.into_iter().map(|(a, entry)| (a, entry.sequence()));
         let mut stale: Vec<_> = leases.chain(pages).filter(|(attachment, _)| !alive(attachment)).collect();
         stale.sort();
         stale.dedup();
@@ -189,7 +193,7 @@ impl<B: AddressBinder + ?Sized> AddressSource for BoundSource<B> {
             released.push(attachment);
         }
         released.dedup();
-        Ok(released)
+        keeper::first_unreadable(all.unreadable).map_or(Ok(released), Err)
     }
 
     async fn ready(&self) -> Result<(), LeaseError> {
@@ -201,28 +205,14 @@ impl<B: AddressBinder + ?Sized> AddressSource for BoundSource<B> {
 #[async_trait]
 impl<B: AddressBinder + ?Sized> BinderSource for BoundSource<B> {
     async fn recover(&self) -> Result<Recovered, LeaseError> {
-        let (mut done, mut failure) = (Recovered::default(), None);
-        for (attachment, entry) in self.ledger.all(None).await? {
-            if let Err(error) = self.settle(&attachment, entry, &mut done).await {
-                failure.get_or_insert(error);
-            }
-        }
-        // Listed first and looked for afterwards: an intent comes before its bind.
-        for token in self.binder.list().await?.unwrap_or_default() {
-            if !self.is_named(&token).await? {
-                match self.binder.release(&token, None).await {
-                    Ok(()) => done.remnants += 1,
-                    Err(error) => drop(failure.get_or_insert(error.into())),
-                }
-            }
-        }
-        failure.map_or(Ok(done), Err)
+        keeper::recover(self).await
     }
 
-    async fn renew_due(&self) -> Result<Vec<(AttachmentKey, u64)>, LeaseError> {
-        self.ledger.renew_due(&*self.binder, self.ipam.now()).await
+    async fn renew_due(&self) -> Result<Renewals, LeaseError> {
+        keeper::renew_due(self, self.ipam.now()).await
+    }
+
+    fn records(&self) -> &Arc<dyn Store> {
+        &self.ledger.store
     }
 }
-
-/// Times that a call begins anew because others work on the same attachment.
-const TRIES: u32 = 8;

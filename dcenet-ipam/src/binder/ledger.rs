@@ -6,13 +6,14 @@
 
 use std::sync::Arc;
 
-use dcenet_core::model::{AttachmentKey, MacAddr, NetworkName};
+use dcenet_core::model::{AttachmentKey, MacAddr, NetworkName, Workload};
 use dcenet_core::provider::LeaseError;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::{AddressBinder, BindError, BindToken, Bound};
+use super::{BindRequest, BindToken, Bound, RecordFailure};
 use crate::ipam::{decode, random_id, store_error};
+use crate::model::NodeName;
 use crate::record::attachment_text;
 use crate::store::{Batch, Guard, Key, Outcome, Store, Write};
 
@@ -27,9 +28,27 @@ pub(super) struct Page {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) addresses: Vec<IpNet>,
     pub(super) mac: MacAddr,
+    /// The workload, where it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) workload: Option<Workload>,
+    /// The node that asked, where it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) node: Option<NodeName>,
     /// What is known to be bound.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) bound: Option<Bound>,
+}
+
+impl Page {
+    /// When it is to be renewed.
+    fn due(&self) -> Option<u64> {
+        self.bound.as_ref().filter(|_| self.stage == Stage::Bound)?.renew
+    }
+}
+
+/// When a record is to be renewed, by its value; at once where that cannot be read.
+pub(super) fn due_of(value: &[u8]) -> Option<u64> {
+    serde_json::from_slice::<Page>(value).map_or(Some(0), |page| page.due())
 }
 
 /// How far it is.
@@ -56,6 +75,29 @@ impl Entry {
     pub(super) fn token(&self, attachment: &AttachmentKey) -> BindToken {
         BindToken { attachment: attachment.clone(), sequence: self.sequence() }
     }
+
+    /// What is asked of the outside for it.
+    pub(super) fn request(&self, attachment: &AttachmentKey) -> BindRequest {
+        let Page { addresses, mac, workload, .. } = &self.page;
+        let (addresses, workload) = (addresses.clone(), workload.clone());
+        BindRequest { token: self.token(attachment), addresses, mac: *mac, workload }
+    }
+}
+
+/// All records, as far as they can be read.
+#[derive(Debug, Default)]
+pub(super) struct Pages {
+    pub(super) pages: Vec<(AttachmentKey, Entry)>,
+    pub(super) unreadable: Vec<RecordFailure>,
+}
+
+impl Pages {
+    /// The records that are due to be renewed at `now`, and when the first of the others is.
+    pub(super) fn due(self, now: u64) -> (Vec<(AttachmentKey, Entry)>, Option<u64>) {
+        let at = |entry: &Entry| entry.page.due();
+        let next = self.pages.iter().filter_map(|(_, entry)| at(entry)).filter(|at| *at > now).min();
+        (self.pages.into_iter().filter(|(_, entry)| at(entry).is_some_and(|at| at <= now)).collect(), next)
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -71,17 +113,18 @@ impl Ledger {
         entry.map(|entry| Ok(Entry { page: decode(&key, &entry)?, version: entry.version })).transpose()
     }
 
-    /// The attachments with a record, of one network or of all.
-    pub(super) async fn all(&self, network: Option<&NetworkName>) -> Result<Vec<(AttachmentKey, Entry)>, LeaseError> {
+    /// The attachments with a record, of one network or of all, and what was wrong with those that cannot be read.
+    pub(super) async fn all(&self, network: Option<&NetworkName>) -> Result<Pages, LeaseError> {
         let prefix = network.map_or_else(|| b"y/".to_vec(), |network| format!("y/{network}/").into_bytes());
-        let mut all = Vec::new();
+        let mut all = Pages::default();
         let mut after: Option<Key> = None;
         loop {
             let page = self.store.scan(&prefix, after.as_deref(), PAGE).await.map_err(store_error)?;
             for (key, entry) in &page {
-                let text = key.strip_prefix(b"y/").and_then(|text| std::str::from_utf8(text).ok());
-                if let Some(attachment) = text.and_then(attachment_text::parse) {
-                    all.push((attachment, Entry { page: decode(key, entry)?, version: entry.version }));
+                let read = attachment_of_page(key).map_err(|reason| LeaseError::Damaged(reason.into()));
+                match read.and_then(|attachment| Ok((attachment, decode(key, entry)?))) {
+                    Ok((attachment, page)) => all.pages.push((attachment, Entry { page, version: entry.version })),
+                    Err(error) => all.unreadable.push(RecordFailure { key: key.escape_ascii().to_string(), error }),
                 }
             }
             match page.last() {
@@ -91,36 +134,20 @@ impl Ledger {
         }
     }
 
-    /// Renews what is due; see [`BinderSource::renew_due`](super::BinderSource::renew_due).
-    pub(super) async fn renew_due<B: AddressBinder + ?Sized>(
+    /// Writes what a renewal has brought. `false` if who was faster has released or renewed it.
+    pub(super) async fn renewed(
         &self,
-        binder: &B,
-        now: u64,
-    ) -> Result<Vec<(AttachmentKey, u64)>, LeaseError> {
-        let (mut doomed, mut failure) = (Vec::new(), None);
-        for (attachment, entry) in self.all(None).await? {
-            let Some(bound) = entry.page.bound.as_ref().filter(|_| entry.page.stage == Stage::Bound) else { continue };
-            if bound.renew.is_none_or(|at| at > now) {
-                continue;
-            }
-            match binder.renew(bound).await {
-                Ok(bound) => {
-                    let page = Page { bound: Some(bound), sequence: Some(entry.sequence()), ..entry.page.clone() };
-                    // Who is faster than this has released it.
-                    if let Err(error) =
-                        self.write(&attachment, Some(entry.version), Some(&page), Batch::default()).await
-                    {
-                        failure.get_or_insert(error);
-                    }
-                }
-                Err(BindError::Lost { .. }) => doomed.push((attachment, now)),
-                Err(error) => {
-                    tracing::warn!(%attachment, %error, "what is bound outside could not be renewed");
-                    doomed.extend(bound.until.map(|until| (attachment, until)));
-                }
-            }
-        }
-        failure.map_or(Ok(doomed), Err)
+        attachment: &AttachmentKey,
+        entry: &Entry,
+        bound: Bound,
+    ) -> Result<bool, LeaseError> {
+        let page = Page { bound: Some(bound), sequence: Some(entry.sequence()), ..entry.page.clone() };
+        Ok(self.write(attachment, Some(entry.version), Some(&page), Batch::default()).await?.is_some())
+    }
+
+    /// The key of an attachment's record, for people.
+    pub(super) fn name_of(attachment: &AttachmentKey) -> String {
+        page_key(attachment).escape_ascii().to_string()
     }
 
     /// Writes a record in place of the one with the version (`None` for none), with whatever belongs to it. `None` if
@@ -151,6 +178,13 @@ impl Ledger {
     }
 }
 
+/// Whose record a key is of.
+fn attachment_of_page(key: &[u8]) -> Result<AttachmentKey, String> {
+    let text = key.strip_prefix(PREFIX).and_then(|text| std::str::from_utf8(text).ok());
+    let attachment = text.and_then(attachment_text::parse);
+    attachment.ok_or_else(|| format!("the key {} is no network, container and interface", key.escape_ascii()))
+}
+
 pub(super) fn page_key(attachment: &AttachmentKey) -> Key {
     format!("y/{attachment}").into_bytes()
 }
@@ -160,5 +194,7 @@ pub(super) fn overtaken(attachment: &AttachmentKey) -> LeaseError {
     LeaseError::Busy(format!("another call binds or releases {attachment} at the same time"))
 }
 
+/// Before the records.
+pub(super) const PREFIX: &[u8] = b"y/";
 const PAGE: usize = 512;
 const UNKNOWNS: u32 = 3;

@@ -37,19 +37,23 @@
 //! cannot list (DHCP), the end of the time for which it leases does.
 
 mod bound;
+mod concurrent;
 #[cfg(feature = "test-support")]
 pub mod conformance;
 #[cfg(feature = "dhcp")]
 pub mod dhcp;
 #[cfg(feature = "test-support")]
 pub mod flaky;
+mod keeper;
 mod ledger;
 #[cfg(feature = "dhcp")]
 mod off_thread;
 mod outside;
 pub mod recording;
+pub mod renewer;
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -60,6 +64,8 @@ use serde::{Deserialize, Serialize};
 
 pub use self::bound::BoundSource;
 pub use self::outside::OutsideSource;
+pub use self::renewer::Renewer;
+use crate::store::Store;
 
 /// Whom something is bound for: one lease of one attachment.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -179,13 +185,43 @@ pub trait BinderSource: AddressSource {
     /// The first failure, after everything else was tried.
     async fn recover(&self) -> Result<Recovered, LeaseError>;
 
-    /// Renews what is due. Returns the attachments whose addresses are lost, or about to be: they must not use them beyond
-    /// the time given, in milliseconds since 1970.
+    /// Renews what is due, some at a time, and releases outside what was released past the source. A record that cannot
+    /// be read or renewed stops no other.
     ///
     /// # Errors
-    /// The first failure of the store, after everything else was tried. That the outside does not answer is no failure
-    /// before the time of what it leased is over.
-    async fn renew_due(&self) -> Result<Vec<(AttachmentKey, u64)>, LeaseError>;
+    /// The store cannot be listed. All else is told by record.
+    async fn renew_due(&self) -> Result<Renewals, LeaseError>;
+
+    /// The store with the records, for who waits for changes of them.
+    fn records(&self) -> &Arc<dyn Store>;
+}
+
+/// What came of [`BinderSource::renew_due`].
+#[derive(Debug, Default)]
+#[non_exhaustive]
+pub struct Renewals {
+    /// How many last longer now.
+    pub renewed: usize,
+    /// How many were released outside, for their lease was released past the source.
+    pub released: usize,
+    /// Attachments whose addresses are lost, or about to be: they must not use them beyond the time given, in milliseconds
+    /// since 1970.
+    pub doomed: Vec<(AttachmentKey, u64)>,
+    /// Records that could not be read, renewed or written, and are tried again with the next call.
+    pub failures: Vec<RecordFailure>,
+    /// When the first of the others is due, in milliseconds since 1970; not of those that failed.
+    pub next: Option<u64>,
+}
+
+/// What is wrong with one record of a source.
+#[derive(Debug, thiserror::Error)]
+#[error("{key}: {error}")]
+pub struct RecordFailure {
+    /// The record's key, with bytes that are no letters escaped.
+    pub key: String,
+    /// What is wrong.
+    #[source]
+    pub error: LeaseError,
 }
 
 /// What [`BinderSource::recover`] found.

@@ -8,12 +8,13 @@ use async_trait::async_trait;
 use dcenet_core::model::{AttachmentKey, ContainerId, IfName, NetworkName};
 use dcenet_core::provider::{AddressSource, Lease, LeaseError, LeaseRequest, LeasedAddress};
 
+use super::keeper::{self, Keeper, TRIES};
 use super::ledger::{Entry, Ledger, Page, Stage, overtaken};
-use super::{AddressBinder, BindRequest, BinderSource, Bound, Recovered};
+use super::{AddressBinder, BindRequest, BinderSource, Bound, BoundAddress, Recovered, Renewals};
 use crate::config::ConfigError;
 use crate::ipam::{decode, store_error};
-use crate::model::{Addr, AddressSpace};
-use crate::record::{AttachmentRecord, Held, SlotRecord, attachment_key, slot_key};
+use crate::model::{Addr, AddressSpace, NodeName};
+use crate::record::{AttachmentRecord, Held, SlotRecord, attachment_key, freed_key, slot_key};
 use crate::store::{Batch, Entry as StoreEntry, Guard, Store, Write};
 
 /// Leases what a binder hands out, and remembers it in a store, so that a restart of this process changes no address.
@@ -22,6 +23,9 @@ use crate::store::{Batch, Entry as StoreEntry, Guard, Store, Write};
 /// the addresses, and what the outside hands out twice, or what a pool of the same space has in use, is declined and asked
 /// for anew. No pool should cover the outside's subnet.
 ///
+/// Release through it. What was released past it, by a [`Reclaimer`](crate::reclaim::Reclaimer) say, is let go outside by
+/// the attachment's next lease, by [`BinderSource::recover`], or when it is due to be renewed.
+///
 /// An attachment's sequence is the revision at which it was asked for. A workload's claims mean nothing here: which
 /// address it gets is the outside's choice.
 #[derive(Debug)]
@@ -29,6 +33,7 @@ pub struct OutsideSource<B: ?Sized> {
     ledger: Ledger,
     space: AddressSpace,
     pool: String,
+    node: Option<NodeName>,
     binder: Arc<B>,
 }
 
@@ -42,11 +47,27 @@ impl<B: AddressBinder + ?Sized> OutsideSource<B> {
             let fault = crate::config::ConfigFault::Malformed(reason.to_owned());
             return Err(ConfigError { field: "pool".to_owned(), value: pool.to_owned(), fault });
         }
-        Ok(Self { ledger: Ledger { store }, space, pool: pool.to_owned(), binder })
+        Ok(Self { ledger: Ledger { store }, space, pool: pool.to_owned(), node: None, binder })
+    }
+
+    /// Records with each lease that its attachment is on this node, so that evidence about the node can speak of it.
+    #[must_use]
+    pub fn on_node(self, node: NodeName) -> Self {
+        Self { node: Some(node), ..self }
+    }
+
+    /// The lease of a record, if it is bound and was not released past this source.
+    async fn leased(&self, attachment: &AttachmentKey, entry: &Entry) -> Result<Option<Lease>, LeaseError> {
+        match &entry.page {
+            Page { stage: Stage::Bound, bound: Some(bound), .. } => {
+                Ok(self.is_leased(attachment, entry).await?.then(|| self.lease_of(bound)))
+            }
+            _ => Ok(None),
+        }
     }
 
     fn lease_of(&self, bound: &Bound) -> Lease {
-        let address = |a: &super::BoundAddress| LeasedAddress {
+        let address = |a: &BoundAddress| LeasedAddress {
             gateway: a.gateway,
             ..LeasedAddress::new(a.address, &self.pool, bound.token.sequence)
         };
@@ -63,7 +84,7 @@ impl<B: AddressBinder + ?Sized> OutsideSource<B> {
         for _ in 0..DECLINES {
             let bound = self.binder.bind(request).await?;
             match self.confirm(entry, &bound).await? {
-                Confirmed::Yes => return Ok(Some(self.lease_of(&bound))),
+                Confirmed::Yes(bound) => return Ok(Some(self.lease_of(&bound))),
                 Confirmed::Overtaken => {
                     self.binder.release(&request.token, Some(&bound)).await?;
                     return Ok(None);
@@ -80,61 +101,119 @@ impl<B: AddressBinder + ?Sized> OutsideSource<B> {
 
     async fn confirm(&self, entry: &Entry, bound: &Bound) -> Result<Confirmed, LeaseError> {
         let attachment = &bound.token.attachment;
-        let mut batch = Batch::default();
-        let mut held = Vec::new();
-        for a in &bound.addresses {
-            let address = Addr::from(a.address.addr());
-            let key = slot_key(&self.space, address);
-            let slot = self.entry(&key).await?;
-            if let Some(entry) = &slot {
-                match decode::<SlotRecord>(&key, entry)? {
-                    SlotRecord::Bound { by, .. } if by == *attachment => {}
-                    SlotRecord::Freed { .. } => {}
-                    other => {
-                        let holder = other.holder().map(ToString::to_string);
-                        let holder = holder.or(other.claim().map(ToString::to_string));
-                        return Ok(Confirmed::InUse(address.ip(), holder.unwrap_or("a quarantine".to_owned())));
+        for _ in 0..TRIES {
+            let mut batch = Batch::default();
+            let mut held = Vec::new();
+            for a in &bound.addresses {
+                let address = Addr::from(a.address.addr());
+                let key = slot_key(&self.space, address);
+                let slot = self.entry(&key).await?;
+                if let Some(entry) = &slot {
+                    match decode::<SlotRecord>(&key, entry)? {
+                        SlotRecord::Bound { by, .. } if by == *attachment => {}
+                        // Released past a source, or by a pool that has given the address up.
+                        SlotRecord::Freed { at, pool } => {
+                            batch.writes.push(Write::Delete(freed_key(&self.space, address, &pool, at)));
+                        }
+                        other => {
+                            let holder = other.holder().map(ToString::to_string);
+                            let holder = holder.or(other.claim().map(ToString::to_string));
+                            return Ok(Confirmed::InUse(address.ip(), holder.unwrap_or("a quarantine".to_owned())));
+                        }
                     }
                 }
+                batch.guards.push(Guard { key: key.clone(), version: slot.map(|entry| entry.version) });
+                batch.writes.push(put(key, &SlotRecord::Bound { by: attachment.clone(), claim: None })?);
+                held.push(Held::new(&self.space, a.address, &self.pool));
             }
-            batch.guards.push(Guard { key: key.clone(), version: slot.map(|entry| entry.version) });
-            batch.writes.push(put(key, &SlotRecord::Bound { by: attachment.clone(), claim: None })?);
-            held.push(Held::new(&self.space, a.address, &self.pool));
+            let own = attachment_key(attachment);
+            let leased = self.entry(&own).await?.is_some();
+            if !leased {
+                batch.guards.push(Guard { key: own.clone(), version: None });
+                let record = AttachmentRecord {
+                    workload: entry.page.workload.clone(),
+                    addresses: held,
+                    mac: Some(bound.mac),
+                    node: entry.page.node.clone(),
+                    sequence: Some(bound.token.sequence),
+                };
+                batch.writes.push(put(own, &record)?);
+                let page = Page {
+                    stage: Stage::Bound,
+                    sequence: Some(entry.sequence()),
+                    bound: Some(bound.clone()),
+                    ..entry.page.clone()
+                };
+                if self.ledger.write(attachment, Some(entry.version), Some(&page), batch).await?.is_some() {
+                    return Ok(Confirmed::Yes(Box::new(bound.clone())));
+                }
+            }
+            match self.ledger.read(attachment).await? {
+                Some(now) if now.version == entry.version => {
+                    if leased {
+                        // It would be overwritten.
+                        let reason =
+                            format!("{attachment} has a lease of another source; use one source for a network");
+                        return Err(LeaseError::Invalid { field: "attachment".to_owned(), reason });
+                    }
+                    // A slot changed: looked at anew.
+                }
+                // Another call did the same, and what it was told counts.
+                Some(Entry { page: Page { stage: Stage::Bound, bound: Some(other), .. }, .. })
+                    if other.token == bound.token =>
+                {
+                    return Ok(Confirmed::Yes(Box::new(other)));
+                }
+                _ => return Ok(Confirmed::Overtaken),
+            }
         }
-        // A lease of another source for the same attachment would be overwritten.
-        let own = attachment_key(attachment);
-        if self.entry(&own).await?.is_some() {
-            let reason = format!("{attachment} has a lease of another source; use one source for a network");
-            return Err(LeaseError::Invalid { field: "attachment".to_owned(), reason });
-        }
-        batch.guards.push(Guard { key: own.clone(), version: None });
-        let record = AttachmentRecord {
-            workload: None,
-            addresses: held,
-            mac: Some(bound.mac),
-            node: None,
-            sequence: Some(bound.token.sequence),
-        };
-        batch.writes.push(put(own, &record)?);
-        let page = Page {
-            stage: Stage::Bound,
-            sequence: Some(entry.sequence()),
-            bound: Some(bound.clone()),
-            ..entry.page.clone()
-        };
-        if self.ledger.write(attachment, Some(entry.version), Some(&page), batch).await?.is_some() {
-            return Ok(Confirmed::Yes);
-        }
-        match self.ledger.read(attachment).await? {
-            // Another call did the same.
-            Some(now) if now.page.bound.as_ref().is_some_and(|b| b.token == bound.token) => Ok(Confirmed::Yes),
-            // A slot changed: looked at anew.
-            Some(now) if now.version == entry.version => Box::pin(self.confirm(entry, bound)).await,
-            _ => Ok(Confirmed::Overtaken),
-        }
+        Err(overtaken(attachment))
     }
 
-    /// Lets go outside, then of the records. `false` if somebody else was faster.
+    async fn entry(&self, key: &[u8]) -> Result<Option<StoreEntry>, LeaseError> {
+        let found = self.ledger.store.read(&[key.to_vec()]).await.map_err(store_error)?;
+        Ok(found.into_iter().next().flatten())
+    }
+}
+
+enum Confirmed {
+    /// With what is bound.
+    Yes(Box<Bound>),
+    /// The record is another's.
+    Overtaken,
+    /// Somebody has the address.
+    InUse(IpAddr, String),
+}
+
+fn put(key: Vec<u8>, value: &impl serde::Serialize) -> Result<Write, LeaseError> {
+    Ok(Write::Put(key, serde_json::to_vec(value).map_err(|e| LeaseError::Store(Box::new(e)))?))
+}
+
+#[async_trait]
+impl<B: AddressBinder + ?Sized> Keeper for OutsideSource<B> {
+    type Binder = B;
+
+    fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    fn binder(&self) -> &B {
+        &self.binder
+    }
+
+    async fn is_leased(&self, attachment: &AttachmentKey, entry: &Entry) -> Result<bool, LeaseError> {
+        let own = attachment_key(attachment);
+        let Some(record) = self.entry(&own).await? else { return Ok(false) };
+        let (version, record) = (record.version, decode::<AttachmentRecord>(&own, &record)?);
+        let has = |a: &BoundAddress| {
+            let place = Some((self.space.clone(), Addr::from(a.address.addr())));
+            record.addresses.iter().any(|held| held.slot() == place)
+        };
+        let bound = entry.page.bound.iter().flat_map(|bound| &bound.addresses);
+        Ok(record.sequence(version) == entry.sequence() && bound.into_iter().all(has))
+    }
+
+    /// Outside, then of the records.
     async fn undo(&self, attachment: &AttachmentKey, mut entry: Entry) -> Result<bool, LeaseError> {
         let sequence = entry.sequence();
         if entry.page.stage != Stage::Releasing {
@@ -146,46 +225,44 @@ impl<B: AddressBinder + ?Sized> OutsideSource<B> {
         }
         self.binder.release(&entry.token(attachment), entry.page.bound.as_ref()).await?;
         let mut batch = Batch::default();
-        for a in entry.page.bound.iter().flat_map(|bound| &bound.addresses) {
-            let key = slot_key(&self.space, Addr::from(a.address.addr()));
-            if let Some(slot) = self.entry(&key).await?
-                && decode::<SlotRecord>(&key, &slot)?.holder() == Some(attachment)
-            {
-                batch.guards.push(Guard { key: key.clone(), version: Some(slot.version) });
-                batch.writes.push(Write::Delete(key));
+        let own = attachment_key(attachment);
+        let mut is_ours = true;
+        if let Some(record) = self.entry(&own).await? {
+            is_ours = decode::<AttachmentRecord>(&own, &record)?.sequence(record.version) == sequence;
+            if is_ours {
+                batch.guards.push(Guard { key: own.clone(), version: Some(record.version) });
+                batch.writes.push(Write::Delete(own));
             }
         }
-        let own = attachment_key(attachment);
-        if let Some(record) = self.entry(&own).await?
-            && decode::<AttachmentRecord>(&own, &record)?.sequence(record.version) == sequence
-        {
-            batch.guards.push(Guard { key: own.clone(), version: Some(record.version) });
-            batch.writes.push(Write::Delete(own));
+        for a in entry.page.bound.iter().flat_map(|bound| &bound.addresses) {
+            let address = Addr::from(a.address.addr());
+            let key = slot_key(&self.space, address);
+            let Some(slot) = self.entry(&key).await? else { continue };
+            match decode::<SlotRecord>(&key, &slot)? {
+                SlotRecord::Bound { by, .. } if is_ours && by == *attachment => {}
+                // Released past this source into a queue that nobody takes from.
+                SlotRecord::Freed { at, pool } if pool == self.pool => {
+                    batch.writes.push(Write::Delete(freed_key(&self.space, address, &pool, at)));
+                }
+                _ => continue,
+            }
+            batch.guards.push(Guard { key: key.clone(), version: Some(slot.version) });
+            batch.writes.push(Write::Delete(key));
         }
         Ok(self.ledger.write(attachment, Some(entry.version), None, batch).await?.is_some())
     }
 
-    async fn entry(&self, key: &[u8]) -> Result<Option<StoreEntry>, LeaseError> {
-        let found = self.ledger.store.read(&[key.to_vec()]).await.map_err(store_error)?;
-        Ok(found.into_iter().next().flatten())
+    async fn settle(&self, attachment: &AttachmentKey, entry: Entry, done: &mut Recovered) -> Result<(), LeaseError> {
+        match entry.page.stage {
+            Stage::Bound if self.is_leased(attachment, &entry).await? => {}
+            Stage::Intent => {
+                let lease = self.complete(&entry.request(attachment), &entry).await?;
+                done.bound += usize::from(lease.is_some());
+            }
+            Stage::Bound | Stage::Releasing => done.released += usize::from(self.undo(attachment, entry).await?),
+        }
+        Ok(())
     }
-
-    fn request(&self, attachment: &AttachmentKey, entry: &Entry) -> BindRequest {
-        let (addresses, mac) = (entry.page.addresses.clone(), entry.page.mac);
-        BindRequest { token: entry.token(attachment), addresses, mac, workload: None }
-    }
-}
-
-enum Confirmed {
-    Yes,
-    /// The record is another's.
-    Overtaken,
-    /// Somebody has the address.
-    InUse(IpAddr, String),
-}
-
-fn put(key: Vec<u8>, value: &impl serde::Serialize) -> Result<Write, LeaseError> {
-    Ok(Write::Put(key, serde_json::to_vec(value).map_err(|e| LeaseError::Store(Box::new(e)))?))
 }
 
 #[async_trait]
@@ -202,24 +279,25 @@ impl<B: AddressBinder + ?Sized> AddressSource for OutsideSource<B> {
         }
         for _ in 0..TRIES {
             let entry = match self.ledger.read(attachment).await? {
-                Some(Entry { page: Page { stage: Stage::Bound, bound: Some(bound), .. }, .. }) => {
-                    return Ok(self.lease_of(&bound));
-                }
                 Some(entry) if entry.page.stage == Stage::Intent => entry,
                 Some(entry) => {
+                    if let Some(lease) = self.leased(attachment, &entry).await? {
+                        return Ok(lease);
+                    }
                     self.undo(attachment, entry).await?;
                     continue;
                 }
                 None => {
                     let (stage, mac) = (Stage::Intent, attachment.mac());
-                    let page = Page { stage, sequence: None, addresses: Vec::new(), mac, bound: None };
+                    let (workload, node) = (request.workload.clone(), self.node.clone());
+                    let page = Page { stage, sequence: None, addresses: Vec::new(), mac, workload, node, bound: None };
                     match self.ledger.write(attachment, None, Some(&page), Batch::default()).await? {
                         Some(version) => Entry { page, version },
                         None => continue,
                     }
                 }
             };
-            let asked = BindRequest { workload: request.workload.clone(), ..self.request(attachment, &entry) };
+            let asked = BindRequest { workload: request.workload.clone(), ..entry.request(attachment) };
             match self.complete(&asked, &entry).await {
                 Ok(Some(lease)) => return Ok(lease),
                 Ok(None) => {}
@@ -235,22 +313,18 @@ impl<B: AddressBinder + ?Sized> AddressSource for OutsideSource<B> {
     }
 
     async fn held(&self, attachment: &AttachmentKey) -> Result<Option<Lease>, LeaseError> {
-        let entry = self.ledger.read(attachment).await?;
-        Ok(entry.and_then(|entry| entry.page.bound.as_ref().map(|bound| self.lease_of(bound))))
+        match self.ledger.read(attachment).await? {
+            // Its release is to be finished by who knows the sequence.
+            Some(entry) if entry.page.stage == Stage::Releasing => {
+                Ok(entry.page.bound.as_ref().map(|bound| self.lease_of(bound)))
+            }
+            Some(entry) => self.leased(attachment, &entry).await,
+            None => Ok(None),
+        }
     }
 
     async fn release(&self, attachment: &AttachmentKey, sequence: u64) -> Result<(), LeaseError> {
-        for _ in 0..TRIES {
-            match self.ledger.read(attachment).await? {
-                Some(entry) if entry.sequence() == sequence => {
-                    if self.undo(attachment, entry).await? {
-                        return Ok(());
-                    }
-                }
-                _ => return Ok(()),
-            }
-        }
-        Err(overtaken(attachment))
+        keeper::release(self, attachment, sequence).await.map(drop)
     }
 
     async fn retain(
@@ -259,13 +333,14 @@ impl<B: AddressBinder + ?Sized> AddressSource for OutsideSource<B> {
         valid: &[(ContainerId, IfName)],
     ) -> Result<Vec<AttachmentKey>, LeaseError> {
         let mut released = Vec::new();
-        for (attachment, entry) in self.ledger.all(Some(network)).await? {
+        let all = self.ledger.all(Some(network)).await?;
+        for (attachment, entry) in all.pages {
             if !valid.iter().any(|(c, i)| *c == attachment.container && *i == attachment.ifname) {
                 self.release(&attachment, entry.sequence()).await?;
                 released.push(attachment);
             }
         }
-        Ok(released)
+        keeper::first_unreadable(all.unreadable).map_or(Ok(released), Err)
     }
 
     async fn ready(&self) -> Result<(), LeaseError> {
@@ -276,41 +351,18 @@ impl<B: AddressBinder + ?Sized> AddressSource for OutsideSource<B> {
 #[async_trait]
 impl<B: AddressBinder + ?Sized> BinderSource for OutsideSource<B> {
     async fn recover(&self) -> Result<Recovered, LeaseError> {
-        let (mut done, mut failure) = (Recovered::default(), None);
-        for (attachment, entry) in self.ledger.all(None).await? {
-            let result = match entry.page.stage {
-                Stage::Bound => Ok(()),
-                Stage::Intent => {
-                    let complete = self.complete(&self.request(&attachment, &entry), &entry).await;
-                    complete.map(|lease| done.bound += usize::from(lease.is_some()))
-                }
-                Stage::Releasing => {
-                    self.undo(&attachment, entry).await.map(|undone| done.released += usize::from(undone))
-                }
-            };
-            if let Err(error) = result {
-                failure.get_or_insert(error);
-            }
-        }
-        for token in self.binder.list().await?.unwrap_or_default() {
-            let entry = self.ledger.read(&token.attachment).await?;
-            if entry.is_none_or(|entry| entry.sequence() != token.sequence) {
-                match self.binder.release(&token, None).await {
-                    Ok(()) => done.remnants += 1,
-                    Err(error) => drop(failure.get_or_insert(error.into())),
-                }
-            }
-        }
-        failure.map_or(Ok(done), Err)
+        keeper::recover(self).await
     }
 
-    async fn renew_due(&self) -> Result<Vec<(AttachmentKey, u64)>, LeaseError> {
+    async fn renew_due(&self) -> Result<Renewals, LeaseError> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
-        self.ledger.renew_due(&*self.binder, u64::try_from(now).unwrap_or(u64::MAX)).await
+        keeper::renew_due(self, u64::try_from(now).unwrap_or(u64::MAX)).await
+    }
+
+    fn records(&self) -> &Arc<dyn Store> {
+        &self.ledger.store
     }
 }
 
-/// Times that a call begins anew because others work on the same attachment.
-const TRIES: u32 = 8;
 /// Addresses in use that the outside may hand out in a row.
 const DECLINES: u32 = 4;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use dcenet_core::netns::NetNs;
 use dcenet_core::provider::{AddressSource, LeaseError};
@@ -15,12 +15,13 @@ use dcenet_core::test_support::{Rung, TestHost, TestNetNs, require_with};
 use dcenet_ipam::Ipam;
 use dcenet_ipam::binder::conformance::{check_binder, check_source};
 use dcenet_ipam::binder::dhcp::{DhcpBinder, DhcpConfig};
-use dcenet_ipam::binder::{AddressBinder, BindError, BindRequest, BindToken, BinderSource, OutsideSource};
+use dcenet_ipam::binder::{AddressBinder, BindError, BindRequest, BindToken, BinderSource, OutsideSource, Renewer};
 use dcenet_ipam::groups::Grouping;
 use dcenet_ipam::model::AddressSpace;
 use dcenet_ipam::store::Store;
 use dcenet_ipam::store::log::LogStore;
 use dcenet_ipam::store::memory::MemoryStore;
+use ipnet::IpNet;
 use pollster::block_on;
 
 use super::outside_source;
@@ -151,7 +152,7 @@ fn a_lease_survives_a_restart_and_is_renewed_and_released() {
     let further = "dhcp-option=option:router,10.9.0.1\ndhcp-option=option:dns-server,10.9.0.53\ndomain=example.test";
     let world = World::new("10.9.0.10,10.9.0.60", further);
     let open = || -> Arc<dyn Store> { Arc::new(LogStore::open(&world.path("store")).unwrap()) };
-    let lease = block_on(world.source(open()).lease(&request("c1", None))).unwrap();
+    let lease = block_on(world.source(open()).lease(&request("c1", Some("shop/web")))).unwrap();
     let address = lease.addresses[0].address;
     assert_eq!((address.prefix_len(), lease.addresses[0].gateway), (24, Some("10.9.0.1".parse().unwrap())));
     assert_eq!(
@@ -167,7 +168,9 @@ fn a_lease_survives_a_restart_and_is_renewed_and_released() {
     let source = world.source(open());
     assert_eq!(block_on(source.lease(&request("c1", None))).unwrap(), lease);
     assert_eq!(requests(&world), asked);
-    assert_eq!(block_on(source.renew_due()).unwrap(), []);
+    let round = block_on(source.renew_due()).unwrap();
+    assert_eq!((round.renewed, round.failures.len(), round.doomed.len()), (0, 0, 0));
+    assert!(round.next.is_some());
     // The record has what a renewal needs.
     let stored = block_on(source_record(&open()));
     let bound = stored.expect("the record");
@@ -186,7 +189,8 @@ fn a_lease_survives_a_restart_and_is_renewed_and_released() {
     let ours = Ipam::new(&config(r#"{ "pools": [ { "name": "p", "subnet": "10.0.0.0/29" } ] }"#), open()).unwrap();
     assert_eq!(block_on(ours.bindings(None)).unwrap()[0].address, address);
     let groups = block_on(ours.groups(&Grouping::default())).unwrap();
-    assert_eq!(groups.groups.len(), 1);
+    let text = groups.text(&"shop/web".parse().unwrap(), Default::default());
+    assert_eq!((groups.groups.len(), text), (1, format!("{}/32\n", address.addr())));
     block_on(source.release(&attachment("c1"), lease.sequence() + 1)).unwrap();
     assert!(world.leases().contains_key(&address.addr()), "another lease's release");
     block_on(source.release(&attachment("c1"), lease.sequence())).unwrap();
@@ -372,4 +376,45 @@ fn an_acknowledgement_of_another_address_than_was_asked_for_is_refused_and_relea
     let of = |kind: u8| seen.iter().filter(move |s| s.0 == kind).map(|s| (s.1, s.2)).collect::<BTreeSet<_>>();
     assert!(of(3).is_subset(&of(1)) && of(3).len() == 1, "{seen:?}");
     assert_ne!(last.1, of(3).first().unwrap().0, "a release is an exchange of its own");
+}
+
+/// The server's shortest lease is of two minutes; it asks to be renewed every four seconds.
+#[test]
+fn a_renewer_keeps_a_lease_that_its_twin_loses() {
+    if !can_run() {
+        return;
+    }
+    let world = World::new("10.9.0.10,10.9.0.60", "dhcp-option=option:T1,4");
+    let stores: [Arc<dyn Store>; 2] = [Arc::new(MemoryStore::new()), Arc::new(MemoryStore::new())];
+    let [kept, lost] = [0, 1].map(|i| {
+        let lease = block_on(world.source(stores[i].clone()).lease(&request(&format!("c{i}"), None))).unwrap();
+        lease.addresses[0].address
+    });
+    // Its renewals are as those of a client that is up: to the server alone.
+    world.host.root().sh(&format!("ip address add {kept} dev c0"));
+    let source = Arc::new(world.source(stores[0].clone()));
+    let before = block_on(source_record(&stores[0])).unwrap().until;
+    let renewer = Renewer::new(source);
+    let stop = renewer.stopper();
+    let thread = thread::spawn(move || block_on(renewer.run()));
+    let asked = |address: IpNet| {
+        let (request, answer) =
+            (format!("DHCPREQUEST(s0) {} ", address.addr()), format!("DHCPACK(s0) {} ", address.addr()));
+        (world.log().matches(&request).count(), world.log().matches(&answer).count())
+    };
+    let end = UNIX_EPOCH + Duration::from_millis(block_on(source_record(&stores[1])).unwrap().until.unwrap());
+    thread::sleep(end.duration_since(SystemTime::now()).unwrap());
+    stop.stop();
+    thread.join().unwrap().unwrap();
+    // From here on nobody else makes the server write.
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while world.leases().contains_key(&lost.addr()) {
+        assert!(Instant::now() < deadline, "the twin still has its lease: {}", world.log());
+        thread::sleep(Duration::from_secs(1));
+    }
+    assert!(world.leases().contains_key(&kept.addr()), "{}", world.log());
+    let (requests, answers) = asked(kept);
+    assert!(requests >= 3 && answers >= 3, "{requests} requests and {answers} answers");
+    assert_eq!(asked(lost), (1, 1));
+    assert!(block_on(source_record(&stores[0])).unwrap().until > before);
 }
