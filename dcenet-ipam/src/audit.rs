@@ -23,6 +23,9 @@
 //! somebody's afterwards. Of two attachments that claim one address, that in the address's own record has it, as for the
 //! allocator. What only people can decide has no remedy.
 //!
+//! Where no configuration is at hand, [`Ipam::without_pools`] looks at a store too. The example `check` of this crate is a
+//! tool for operators.
+//!
 //! One call of repair mends a record once; where several findings rest on one record, check and repair again.
 
 mod find;
@@ -82,6 +85,11 @@ impl Finding {
     /// How bad it is.
     pub fn severity(&self) -> Severity {
         self.damage.severity()
+    }
+
+    /// Whether both rest on the same records, which have not changed in between. What would mend it is no part of that.
+    fn stands(&self, before: &Self) -> bool {
+        (&self.key, &self.damage, &self.guards) == (&before.key, &before.damage, &before.guards)
     }
 }
 
@@ -175,7 +183,8 @@ pub enum Damage {
         /// The claim.
         claim: ClaimKey,
     },
-    /// An address is in use that no pool of its space contains.
+    /// An address is in use that no pool of its space contains, and no record tells that an outside gave it: if one did,
+    /// nobody renews it there.
     #[error("{address} of space {space} is of {holder}, and in no pool")]
     InNoPool {
         /// The routing domain.
@@ -185,7 +194,7 @@ pub enum Damage {
         /// Whose it is.
         holder: String,
     },
-    /// An address is in use that its pool does not hand out, for it was shrunk, or the address is excluded since.
+    /// An address is in use that its pool does not hand out any more, for it was shrunk, or the address is excluded since.
     #[error("{address} of space {space} is of {holder}, and pool {pool} does not hand it out")]
     NotHandedOut {
         /// The routing domain.
@@ -255,6 +264,24 @@ pub enum Damage {
         /// Who is said to hold it.
         attachment: AttachmentKey,
     },
+    /// The lease was released past the source that bound it outside: it stays bound there until the source recovers or
+    /// renews ([`BinderSource`](crate::binder::BinderSource)), which repair cannot do in its place.
+    #[error("{attachment} has {addresses} outside, and no lease {sequence} of it")]
+    OutsideWithoutLease {
+        /// The attachment.
+        attachment: AttachmentKey,
+        /// The lease's sequence.
+        sequence: u64,
+        /// What is bound, for people.
+        addresses: String,
+    },
+    /// A bind or release outside was begun and not finished: it is under way, or its caller has died, and the source's
+    /// [`recover`](crate::binder::BinderSource::recover) finishes it.
+    #[error("{attachment} is being bound or released outside")]
+    OutsideUnfinished {
+        /// The attachment.
+        attachment: AttachmentKey,
+    },
     /// A pool is leased from that the fleet plan in the same store does not know.
     #[error("pool {pool} ({subnet}) of space {space} is in no pool of the fleet plan")]
     Unplanned {
@@ -285,12 +312,14 @@ impl Damage {
             | Self::Unreadable { .. } => Severity::Danger,
             Self::BlockUnlisted { .. }
             | Self::ClaimLostAddress { .. }
+            | Self::OutsideWithoutLease { .. }
             | Self::SlotWithoutAttachment { .. }
             | Self::SlotWithoutClaim { .. }
             | Self::Unlisted { .. } => Severity::Leak,
             Self::InNoPool { .. }
             | Self::NotHandedOut { .. }
             | Self::OpenTenure { .. }
+            | Self::OutsideUnfinished { .. }
             | Self::StrayRow { .. }
             | Self::TwoOfPool { .. }
             | Self::Unplanned { .. } => Severity::Hint,
@@ -323,25 +352,27 @@ impl Ipam {
     /// # Errors
     /// The store failed.
     pub async fn check(&self) -> Result<Audit, LeaseError> {
-        let first = self.pass_over().await?;
+        // Of both looks, for what would mend a finding may bear the time, and its key be guarded.
+        let now = self.now();
+        let first = self.pass_over(now).await?;
         if first.1 == first.0.revision || first.0.findings.is_empty() {
             return Ok(first.0);
         }
         // The store was written to while it was read, and halves of a commit may look like damage. Such halves have
         // other versions at the next look.
-        let (mut second, _) = self.pass_over().await?;
-        second.findings.retain(|finding| first.0.findings.contains(finding));
+        let (mut second, _) = self.pass_over(now).await?;
+        second.findings.retain(|finding| first.0.findings.iter().any(|before| finding.stands(before)));
         Ok(second)
     }
 
     /// The findings of one pass over the store, and the revision before it.
-    async fn pass_over(&self) -> Result<(Audit, u64), LeaseError> {
+    async fn pass_over(&self, now: u64) -> Result<(Audit, u64), LeaseError> {
         let before = self.revision().await?;
         let entries: Vec<(Key, Entry)> = self.scan_all(b"").await?;
         let revision = self.revision().await?;
         let records = entries.len();
         let snapshot = Snapshot::new(&entries);
-        let mut findings = Finder::new(self, &snapshot).findings();
+        let mut findings = Finder::new(self, &snapshot, now).findings();
         findings.sort_by(|a, b| a.key.cmp(&b.key));
         Ok((Audit { findings, records, revision }, before))
     }

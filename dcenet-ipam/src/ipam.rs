@@ -11,7 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use dcenet_core::model::{AttachmentKey, ClusterId, ContainerId, IfName, LabelSet, NetworkName};
-use dcenet_core::provider::{AddressSource, Lease, LeaseError, LeaseRequest};
+use dcenet_core::provider::{AddressSource, Dns, Lease, LeaseError, LeaseRequest};
 use parking_lot::Mutex;
 
 use self::index::{Index, Proposal};
@@ -122,6 +122,21 @@ impl Ipam {
     pub fn open(config: &IpamConfig, state_dir: &Path) -> Result<Self, OpenError> {
         let layout = config.layout()?;
         Ok(Self::over(layout, config.store.open(state_dir)?))
+    }
+
+    /// Without a configuration, for tools that look at what a store holds, as [`Ipam::check`]: there is no pool to lease
+    /// from, no history is looked at, and what is excluded or reserved by configurations is not known.
+    pub fn without_pools(store: Arc<dyn Store>) -> Self {
+        let layout = Layout {
+            pools: Vec::new(),
+            routes: Vec::new(),
+            dns: Dns::default(),
+            cooldown: Layout::COOLDOWN,
+            node: None,
+            history: None,
+            reserved: Vec::new(),
+        };
+        Self::over(layout, store)
     }
 
     fn over(layout: Layout, store: Arc<dyn Store>) -> Self {

@@ -1,6 +1,7 @@
 //! What does not fit together, and what would mend it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use dcenet_core::model::AttachmentKey;
 use ipnet::IpNet;
@@ -8,6 +9,7 @@ use serde::Serialize;
 
 use super::snapshot::{Place, Row, Snapshot};
 use super::{Damage, Finding};
+use crate::binder::ledger::page_key;
 use crate::history::open_tenures;
 use crate::ipam::Ipam;
 use crate::model::{Addr, AddressSpace, ClaimKey, Family, KeepPolicy};
@@ -55,8 +57,8 @@ pub(super) fn put(key: Key, record: &impl Serialize) -> Write {
 }
 
 impl<'a> Finder<'a> {
-    pub(super) fn new(ipam: &'a Ipam, snapshot: &'a Snapshot<'a>) -> Self {
-        Self { ipam, snapshot, now: ipam.now(), found: Vec::new() }
+    pub(super) fn new(ipam: &'a Ipam, snapshot: &'a Snapshot<'a>, now: u64) -> Self {
+        Self { ipam, snapshot, now, found: Vec::new() }
     }
 
     pub(super) fn findings(mut self) -> Vec<Finding> {
@@ -69,6 +71,7 @@ impl<'a> Finder<'a> {
         self.delegated();
         self.reservations();
         self.pools();
+        self.outside();
         if self.ipam.layout().history.is_some() {
             self.history();
         }
@@ -97,6 +100,15 @@ impl<'a> Finder<'a> {
     pub(super) fn registered(&self, space: &AddressSpace, address: Addr) -> Option<&'a RegisteredPool> {
         let (record, _) = self.snapshot.spaces.get(space)?;
         record.pools.iter().find(|pool| pool.subnet.contains(&address.ip()))
+    }
+
+    /// The pool that delegates or has delegated the address: of ground that a pool has given up, prefixes may be held.
+    fn delegating(&self, space: &AddressSpace, address: Addr) -> Option<(&'a RegisteredPool, u8)> {
+        let ip = address.ip();
+        let (record, _) = self.snapshot.spaces.get(space)?;
+        let given_up = || record.pools.iter().find(|pool| pool.given_up.iter().any(|ground| ground.contains(&ip)));
+        let pool = self.registered(space, address).or_else(given_up)?;
+        Some((pool, pool.delegate?))
     }
 
     /// What an attachment's record has of an address; `None` where no pool has it.
@@ -380,8 +392,8 @@ impl<'a> Finder<'a> {
 
     /// The row of the delegated prefix that an address stands for.
     fn delegated_row(&self, space: &AddressSpace, address: Addr) -> Option<Write> {
-        let pool = self.registered(space, address)?;
-        let shift = address.family.bits() - pool.delegate?;
+        let (pool, length) = self.delegating(space, address)?;
+        let shift = address.family.bits() - length;
         let prefix = delegated_prefix(space, address.family, &pool.name);
         Some(Write::Put(numbered(&prefix, address.bits.checked_shr(shift.into()).unwrap_or(0)), Vec::new()))
     }
@@ -402,6 +414,16 @@ impl<'a> Finder<'a> {
             }
             with_slot.insert(key);
         }
+        // By what is left of an address or a row without the zeros behind, for of a pool that nobody knows any more the
+        // length of its prefixes is not known.
+        let odd = |bits: u128| bits.checked_shr(bits.trailing_zeros()).unwrap_or(0);
+        let slots: BTreeSet<(&AddressSpace, Family, u128)> = self
+            .snapshot
+            .slots
+            .keys()
+            // The first address of a prefix is not that with all zeros.
+            .flat_map(|(space, address)| [0, 1].map(|low| (space, address.family, odd(address.bits & !low))))
+            .collect();
         for row in &self.snapshot.delegated {
             let registered = self.snapshot.spaces.get(&row.space).and_then(|(record, _)| {
                 record.pools.iter().find(|pool| pool.name == row.name && Family::of(&pool.subnet) == row.family)
@@ -411,7 +433,8 @@ impl<'a> Finder<'a> {
             let shift = length.map_or(0, |length| u32::from(row.family.bits() - length));
             let bits = row.number.checked_shl(shift).unwrap_or(0) | u128::from(shift > 1);
             let slot = slot_key(&row.space, Addr { family: row.family, bits });
-            let known = with_slot.contains(&row.key) || self.is_unreadable(&slot);
+            let given_up = registered.is_none() && slots.contains(&(&row.space, row.family, odd(row.number)));
+            let known = with_slot.contains(&row.key) || given_up || self.is_unreadable(&slot);
             if !known && !self.is_unreadable(&space_key(&row.space)) {
                 self.stray(row, "a delegated prefix in use", slot);
             }
@@ -454,7 +477,10 @@ impl<'a> Finder<'a> {
             if let Some(outsider) = recorded.or(written) {
                 self.find(key, Damage::InReserved { space, address: ip, holder, outsider }, Mend::none());
             } else if self.registered(&space, *address).is_none() {
-                if !self.is_unreadable(&space_key(&space)) {
+                if let Some((pool, _)) = self.delegating(&space, *address) {
+                    let pool = pool.name.clone();
+                    self.find(key, Damage::NotHandedOut { space, address: ip, holder, pool }, Mend::none());
+                } else if !self.is_unreadable(&space_key(&space)) && !self.is_from_outside(slot, ip) {
                     self.find(key, Damage::InNoPool { space, address: ip, holder }, Mend::none());
                 }
             } else if let Some(pool) = own.filter(|pool| !pool.has(*address)) {
@@ -463,6 +489,34 @@ impl<'a> Finder<'a> {
             }
         }
         self.unplanned();
+    }
+
+    /// Whether a record tells that an outside gave the address to who has it.
+    fn is_from_outside(&self, slot: &SlotRecord, ip: IpAddr) -> bool {
+        let page = slot.holder().and_then(|by| self.snapshot.outside.get(by));
+        page.is_some_and(|page| page.bound.contains(&ip))
+            || slot.holder().is_some_and(|by| self.is_unreadable(&page_key(by)))
+    }
+
+    /// What is bound outside, or is being bound or released there, against the leases.
+    fn outside(&mut self) {
+        for (attachment, page) in &self.snapshot.outside {
+            let own = attachment_key(attachment);
+            if self.is_unreadable(&own) {
+                continue;
+            }
+            let (key, attachment) = (page_key(attachment), attachment.clone());
+            let lease = self.snapshot.attachments.get(&attachment);
+            let leased = lease.is_some_and(|(record, version)| record.sequence(*version) == page.sequence);
+            if page.is_unfinished {
+                self.find(key, Damage::OutsideUnfinished { attachment }, Mend::none().resting_on([own]));
+            } else if !leased {
+                let addresses: Vec<String> = page.bound.iter().map(ToString::to_string).collect();
+                let (sequence, addresses) = (page.sequence, addresses.join(" and "));
+                let damage = Damage::OutsideWithoutLease { attachment, sequence, addresses };
+                self.find(key, damage, Mend::none().resting_on([own]));
+            }
+        }
     }
 
     /// Pools of which a fleet plan in the same store knows nothing, where it knows of any pools of their space.

@@ -78,6 +78,10 @@ impl Finder<'_> {
             return Some(Mend::new("keeps the reservation, for an unknown holder", vec![write]));
         }
         let space: AddressSpace = std::str::from_utf8(key.strip_prefix(b"e/")?).ok()?.parse().ok()?;
+        if self.ipam.layout().pools.is_empty() {
+            // Who has a configuration knows more.
+            return None;
+        }
         let counted = self.snapshot.reservations.iter().filter(|((of, _), _)| *of == space);
         let reservations = counted.map(|(_, all)| all.len() as u64).sum();
         let own = self.ipam.layout().pools.iter().filter(|pool| pool.space == space);

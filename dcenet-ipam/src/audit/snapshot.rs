@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use dcenet_core::model::AttachmentKey;
 use serde::de::DeserializeOwned;
 
+use crate::binder::ledger::{OutsidePage, attachment_of_page};
 use crate::model::{Addr, AddressSpace, ClaimKey, Family};
 use crate::record::{
     AttachmentRecord, BlockRecord, ClaimRecord, EventRecord, NodeRecord, ReservationRecord, SlotRecord, SpaceRecord,
@@ -49,6 +50,8 @@ pub(super) struct Snapshot<'a> {
     pub(super) blocks: BTreeMap<(AddressSpace, Family, String, u128), Versioned<BlockRecord>>,
     pub(super) reservations: BTreeMap<(AddressSpace, Family), Vec<Reserved>>,
     pub(super) events: BTreeMap<Place, Vec<(&'a Key, &'a Entry)>>,
+    /// What attachments have outside.
+    pub(super) outside: BTreeMap<AttachmentKey, OutsidePage>,
     pub(super) planned: Vec<&'a Key>,
     pub(super) unreadable: BTreeMap<&'a [u8], String>,
 }
@@ -153,6 +156,10 @@ impl<'a> Snapshot<'a> {
                 let record = value::<ReservationRecord>(entry);
                 all.push((first, last, record.as_ref().map_or_else(|_| String::new(), |r| r.holder.clone())));
                 record?;
+            }
+            b"y/" => {
+                let attachment = attachment_of_page(key)?;
+                self.outside.insert(attachment, OutsidePage::read(&entry.value, version)?);
             }
             b"plan/" if rest.starts_with(b"p/") => self.planned.push(key),
             // Of others who share the store.

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `y/NETWORK/CONTAINER/IFNAME` | [`Page`]: what an attachment may have outside |
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use dcenet_core::model::{AttachmentKey, MacAddr, NetworkName, Workload};
@@ -49,6 +50,24 @@ impl Page {
 /// When a record is to be renewed, by its value; at once where that cannot be read.
 pub(super) fn due_of(value: &[u8]) -> Option<u64> {
     serde_json::from_slice::<Page>(value).map_or(Some(0), |page| page.due())
+}
+
+/// A record as an audit looks at it.
+#[derive(Debug)]
+pub(crate) struct OutsidePage {
+    pub(crate) sequence: u64,
+    /// Being bound or released.
+    pub(crate) is_unfinished: bool,
+    pub(crate) bound: Vec<IpAddr>,
+}
+
+impl OutsidePage {
+    pub(crate) fn read(value: &[u8], version: u64) -> Result<Self, String> {
+        let page: Page = serde_json::from_slice(value).map_err(|error| error.to_string())?;
+        let bound = page.bound.iter().flat_map(|bound| &bound.addresses).map(|a| a.address.addr()).collect();
+        let (sequence, is_unfinished) = (page.sequence.unwrap_or(version), page.stage != Stage::Bound);
+        Ok(Self { sequence, is_unfinished, bound })
+    }
 }
 
 /// How far it is.
@@ -179,13 +198,13 @@ impl Ledger {
 }
 
 /// Whose record a key is of.
-fn attachment_of_page(key: &[u8]) -> Result<AttachmentKey, String> {
+pub(crate) fn attachment_of_page(key: &[u8]) -> Result<AttachmentKey, String> {
     let text = key.strip_prefix(PREFIX).and_then(|text| std::str::from_utf8(text).ok());
     let attachment = text.and_then(attachment_text::parse);
     attachment.ok_or_else(|| format!("the key {} is no network, container and interface", key.escape_ascii()))
 }
 
-pub(super) fn page_key(attachment: &AttachmentKey) -> Key {
+pub(crate) fn page_key(attachment: &AttachmentKey) -> Key {
     format!("y/{attachment}").into_bytes()
 }
 

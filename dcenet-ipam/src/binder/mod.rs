@@ -45,7 +45,7 @@ pub mod dhcp;
 #[cfg(feature = "test-support")]
 pub mod flaky;
 mod keeper;
-mod ledger;
+pub(crate) mod ledger;
 #[cfg(feature = "dhcp")]
 mod off_thread;
 mod outside;
