@@ -29,6 +29,8 @@
 //!   intent comes before its bind, so whatever is listed without a record when the record is looked for afterwards is
 //!   nobody's.
 //!
+//! What the outside leases for a time is renewed by a [`Renewer`], which also lets go of what was released past its source.
+//!
 //! A caller who is killed between its lease inside and its intent leaves a lease that the outside does not know: the
 //! attachment's next lease or release goes on from it, as for any caller who died before it was answered.
 //!

@@ -115,7 +115,10 @@ impl Renewer {
             let now = now();
             let again = failed.then(|| now.saturating_add(back_off(failures)));
             let due = next.map(|at| later(at, now)).into_iter().chain(again).min();
-            bell.ring(|state| (state.due, state.armed) = (state.due.into_iter().chain(due).min(), true));
+            bell.ring(|state| {
+                state.due = state.due.into_iter().chain(due).min();
+                (state.earliest, state.armed) = (Some(Instant::now() + PACE), true);
+            });
             bell.rings().await;
         }
         Ok(())
@@ -157,7 +160,15 @@ struct State {
     /// The renewer waits for `due`; `None` is never, until the store changes.
     armed: bool,
     due: Option<u64>,
+    /// Not before this, whatever an outside says.
+    earliest: Option<Instant>,
     waker: Option<Waker>,
+}
+
+impl State {
+    fn pause_left(&self) -> Duration {
+        self.earliest.map_or(Duration::ZERO, |earliest| earliest.saturating_duration_since(Instant::now()))
+    }
 }
 
 impl Bell {
@@ -207,7 +218,8 @@ impl Bell {
                 if state.stopped {
                     return;
                 }
-                state.due.map_or(Duration::MAX, |at| Duration::from_millis(at.saturating_sub(now())))
+                let due = state.due.map_or(Duration::MAX, |at| Duration::from_millis(at.saturating_sub(now())));
+                due.max(state.pause_left())
             };
             let changed = match &mut watch {
                 Some(watch) => match concurrent::block_on(watch.next(left.min(LINGER))) {
@@ -225,7 +237,7 @@ impl Bell {
             };
             let mut state = self.state.lock();
             state.due = state.due.into_iter().chain(changed).min();
-            if state.due.is_some_and(|at| at <= now()) {
+            if state.due.is_some_and(|at| at <= now()) && state.pause_left().is_zero() {
                 drop(state);
                 self.ring(|state| (state.due, state.armed) = (None, false));
             }
@@ -280,6 +292,8 @@ const UNWATCHED: Duration = Duration::from_secs(30);
 const RETRY: Duration = Duration::from_secs(1);
 /// The most, in milliseconds.
 const RETRY_MOST: u64 = 60_000;
+/// The least between two rounds.
+const PACE: Duration = Duration::from_millis(100);
 /// The part of a wait that it may be made longer by, and the most, in milliseconds.
 const JITTER_SHARE: u64 = 20;
 const JITTER: u64 = 10_000;

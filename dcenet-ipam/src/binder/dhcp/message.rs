@@ -229,10 +229,16 @@ impl Answer {
             Some(DhcpOption::AddressLeaseTime(seconds)) => *seconds,
             _ => return Err("the server does not say for how long the address is leased".to_owned()),
         };
+        if time == 0 {
+            return Err("the server leases the address for no time".to_owned());
+        }
         // RFC 2131, section 3.3: all ones are for ever.
         let lasts = (time != u32::MAX).then_some(u64::from(time) * 1000);
         let told = |option: Option<&DhcpOption>| match option {
-            Some(DhcpOption::Renewal(seconds) | DhcpOption::Rebinding(seconds)) => Some(u64::from(*seconds) * 1000),
+            // At once would be for ever.
+            Some(DhcpOption::Renewal(seconds) | DhcpOption::Rebinding(seconds)) if *seconds > 0 => {
+                Some(u64::from(*seconds) * 1000)
+            }
             _ => None,
         };
         // Section 4.4.5: half of the time, and seven eighths; T1 before T2 before the end.
@@ -333,6 +339,20 @@ mod tests {
         assert!(other.is_none());
         let error = decode(&reply(MessageType::Ack, vec![])).unwrap().bound(&token(), client().mac, 0).unwrap_err();
         assert!(error.contains("how long"), "{error}");
+        let timed = |options| decode(&reply(MessageType::Ack, options)).unwrap().bound(&token(), client().mac, 0);
+        let error = timed(vec![DhcpOption::AddressLeaseTime(0)]).unwrap_err();
+        assert!(error.contains("no time"), "{error}");
+        let at_once = timed(vec![DhcpOption::AddressLeaseTime(60), DhcpOption::Renewal(0)]).unwrap();
+        assert_eq!(at_once.renew, Some(30_000));
+        // Who is asked alone answers alone (section 4.4.5); whoever rebinds is answered by any server.
+        let renewed = |server| {
+            let kind = Kind::Renew { address: [10, 9, 0, 20].into(), server };
+            Answer::decode(&good, &kind, &client(), 5).is_some()
+        };
+        assert_eq!(
+            (renewed(None), renewed(Some([10, 9, 0, 1].into())), renewed(Some([10, 9, 0, 2].into()))),
+            (true, true, false)
+        );
         // No cut and no changed byte stops the reader, nor a hardware address that claims to be longer than there is room.
         for at in 0..good.len() {
             let _ = decode(&good[..at]);
