@@ -49,8 +49,10 @@
 pub mod adopt;
 pub mod audit;
 pub mod binder;
+pub mod capacity;
 mod claims;
 pub mod config;
+mod follow;
 pub mod groups;
 pub mod history;
 mod ipam;

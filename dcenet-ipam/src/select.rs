@@ -154,6 +154,12 @@ impl Selector {
             .or_else(|| none_of(networks, "network", Some(subject.network.as_str())))
     }
 
+    /// Whether the conditions on the node hold; the others are not looked at.
+    pub(crate) fn admits(&self, node: &Node) -> bool {
+        let named = self.nodes.is_empty() || self.nodes.iter().any(|pattern| glob(pattern, node.name.as_str()));
+        named && self.node_labels.mismatch(Some(&node.labels)).is_none()
+    }
+
     pub(crate) fn check(&self, field: &str) -> Result<(), ConfigError> {
         let Self { namespaces, workloads, labels, nodes, node_labels, networks } = self;
         let lists = [("namespaces", namespaces), ("workloads", workloads), ("nodes", nodes), ("networks", networks)];

@@ -8,8 +8,9 @@ use dcenet_core::provider::LeaseError;
 use super::fold::Fold;
 use super::{Grouping, Groups, Update};
 use crate::Ipam;
+use crate::follow::Follower;
 use crate::ipam::store_error;
-use crate::store::{Change, Watch};
+use crate::store::Change;
 
 impl Ipam {
     /// The address groups of all that share the store, at one revision. Reads every record of the space: a tool's call.
@@ -20,8 +21,8 @@ impl Ipam {
     /// forgets its changes faster than they can be read.
     pub async fn groups(&self, grouping: &Grouping) -> Result<Groups, LeaseError> {
         let mut feed = GroupFeed::new(self, grouping)?;
-        feed.scan().await?;
-        Ok(feed.fold.groups(feed.revision))
+        feed.follower.scan(self, &mut feed.fold).await?;
+        Ok(feed.fold.groups(feed.follower.revision))
     }
 }
 
@@ -56,9 +57,7 @@ impl Ipam {
 pub struct GroupFeed<I> {
     ipam: I,
     fold: Fold,
-    /// Up to which revision the fold knows everything.
-    revision: u64,
-    watch: Option<Box<dyn Watch>>,
+    follower: Follower,
     /// What the follower has once it was told what is ready.
     known: Groups,
     /// What is not yet known to be durable.
@@ -69,7 +68,7 @@ pub struct GroupFeed<I> {
 
 impl<I> std::fmt::Debug for GroupFeed<I> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("GroupFeed").field("revision", &self.revision).finish_non_exhaustive()
+        f.debug_struct("GroupFeed").field("revision", &self.follower.revision).finish_non_exhaustive()
     }
 }
 
@@ -93,13 +92,13 @@ impl<I: Deref<Target = Ipam>> GroupFeed<I> {
             return Err(LeaseError::Invalid { field: "space".to_owned(), reason });
         }
         let fold = Fold::new(ipam.layout().clone(), grouping.clone());
-        Ok(Self { ipam, fold, revision: 0, watch: None, known: from, ready: None, behind: true })
+        Ok(Self { ipam, fold, follower: Follower::default(), known: from, ready: None, behind: true })
     }
 
     /// Waits for the next update, at most `limit`; `None` when nothing changed. Zero looks without waiting.
     ///
-    /// May block the thread for as long as it waits, as [`Watch::next`] does. The future may be dropped, and an error
-    /// loses nothing: the next call goes on.
+    /// May block the thread for as long as it waits, as [`Watch::next`](crate::store::Watch::next) does. The future may be
+    /// dropped, and an error loses nothing: the next call goes on.
     ///
     /// # Errors
     /// What the store answers.
@@ -113,23 +112,23 @@ impl<I: Deref<Target = Ipam>> GroupFeed<I> {
                 return Ok(self.ready.take());
             }
             if self.behind {
-                self.scan().await?;
-                let now = self.fold.groups(self.revision);
+                self.follower.scan(&self.ipam, &mut self.fold).await?;
+                let now = self.fold.groups(self.follower.revision);
                 self.ready = self.known.changes_to(&now);
                 (self.known, self.behind) = (now, false);
                 continue;
             }
             let now = self.ipam.now();
-            let passed = self.fold.pass(self.revision, now);
+            let passed = self.fold.pass(self.follower.revision, now);
             self.tell(passed)?;
-            let Some(watch) = self.watch.as_mut().filter(|_| self.ready.is_none()) else { continue };
+            let Some(watch) = self.follower.watch.as_mut().filter(|_| self.ready.is_none()) else { continue };
             let left = deadline.map_or(FAR, |deadline| deadline.saturating_duration_since(Instant::now()));
             let end = self.fold.next_end().map_or(FAR, |at| Duration::from_millis(at.saturating_sub(now)));
             match watch.next(left.min(end)).await.map_err(store_error)? {
                 // Before the scan.
-                Some(Change::Writes { revision, .. }) if revision <= self.revision => {}
+                Some(Change::Writes { revision, .. }) if revision <= self.follower.revision => {}
                 Some(Change::Writes { revision, writes }) => {
-                    self.revision = revision;
+                    self.follower.revision = revision;
                     let learned = self.fold.learn(revision, writes, self.ipam.now());
                     self.tell(learned)?;
                 }
@@ -153,54 +152,7 @@ impl<I: Deref<Target = Ipam>> GroupFeed<I> {
         }
         Ok(())
     }
-
-    /// Fills the fold with the records of one moment.
-    async fn scan(&mut self) -> Result<(), LeaseError> {
-        for _ in 0..SCANS {
-            if self.scanned().await? {
-                return Ok(());
-            }
-        }
-        let reason = format!("the store forgot changes during {SCANS} scans in a row; follow it from nearer");
-        Err(LeaseError::Busy(reason))
-    }
-
-    /// Whether no change was missed between the pages of the scan.
-    async fn scanned(&mut self) -> Result<bool, LeaseError> {
-        let before = self.ipam.revision().await?;
-        if self.watch.is_none() {
-            self.watch = Some(self.ipam.store().watch(b"", before).await.map_err(store_error)?);
-        }
-        let mut found = Vec::new();
-        for prefix in self.fold.prefixes() {
-            found.extend(self.ipam.scan_all(prefix).await?);
-        }
-        // What was written meanwhile may be seen by half.
-        let after = self.ipam.revision().await?;
-        self.fold.reset(found, self.ipam.now())?;
-        self.revision = before;
-        let Some(watch) = &mut self.watch else { return Ok(false) };
-        while self.revision < after {
-            match watch.next(SETTLE).await.map_err(store_error)? {
-                // A watch that was opened earlier may have older ones to tell.
-                Some(Change::Writes { revision, .. }) if revision <= before => {}
-                Some(Change::Writes { revision, writes }) => {
-                    self.fold.learn(revision, writes, self.ipam.now())?;
-                    self.revision = revision;
-                }
-                Some(Change::Gap { .. }) => return Ok(false),
-                // The rest was not written under any key of ours.
-                None => break,
-            }
-        }
-        self.revision = self.revision.max(after);
-        Ok(true)
-    }
 }
 
-/// How long a change may be on its way from the store to its watch.
-const SETTLE: Duration = Duration::from_secs(2);
-/// Scans before giving up on a store that forgets faster.
-const SCANS: usize = 8;
 /// Waits that nothing limits.
 const FAR: Duration = Duration::from_secs(3600);

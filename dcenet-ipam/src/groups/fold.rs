@@ -8,6 +8,7 @@ use ipnet::IpNet;
 
 use super::{GroupChange, GroupName, Grouping, Groups, MemberState, Members, Update};
 use crate::config::Layout;
+use crate::follow::Replica;
 use crate::ipam::decode;
 use crate::model::{Addr, Claim, ClaimKey, Family};
 use crate::record::{
@@ -44,6 +45,29 @@ pub(super) struct Fold {
     places: BTreeMap<Addr, Place>,
 }
 
+impl Replica for Fold {
+    fn prefixes(&self) -> &[Key] {
+        &self.prefixes
+    }
+
+    fn reset(&mut self, found: Vec<(Key, Entry)>, now: u64) -> Result<(), LeaseError> {
+        (self.records, self.slots, self.due, self.ends, self.places) = Default::default();
+        for (key, entry) in found {
+            if let Some(slot) = self.slot_of(&key) {
+                self.slots.insert(slot, decode(&key, &entry)?);
+            }
+            self.records.insert(key, entry);
+        }
+        self.delegates = self.registered(self.records.get(&space_key(&self.grouping.space)))?;
+        let all = self.all();
+        all.into_iter().try_for_each(|address| self.place(address, now).map(drop))
+    }
+
+    fn take_in(&mut self, revision: u64, writes: Vec<(Key, Option<Entry>)>, now: u64) -> Result<(), LeaseError> {
+        self.learn(revision, writes, now).map(drop)
+    }
+}
+
 impl Fold {
     pub(super) fn new(layout: Layout, grouping: Grouping) -> Self {
         let pools = layout.pools.iter().filter(|pool| pool.space == grouping.space);
@@ -55,25 +79,6 @@ impl Fold {
         let prefixes = families.chain([network_prefix(None), space_key(space)]).collect();
         let (records, slots, due, ends, delegates, places) = Default::default();
         Self { layout, grouping, prefixes, fixed, records, slots, due, ends, delegates, places }
-    }
-
-    /// What to scan: prefixes of all keys that [`Fold::learn`] looks at.
-    pub(super) fn prefixes(&self) -> &[Key] {
-        &self.prefixes
-    }
-
-    /// Begins anew with what a scan found.
-    pub(super) fn reset(&mut self, found: Vec<(Key, Entry)>, now: u64) -> Result<(), LeaseError> {
-        (self.records, self.slots, self.due, self.ends, self.places) = Default::default();
-        for (key, entry) in found {
-            if let Some(slot) = self.slot_of(&key) {
-                self.slots.insert(slot, decode(&key, &entry)?);
-            }
-            self.records.insert(key, entry);
-        }
-        self.delegates = self.registered(self.records.get(&space_key(&self.grouping.space)))?;
-        let all = self.all();
-        all.into_iter().try_for_each(|address| self.place(address, now).map(drop))
     }
 
     /// Takes in what a revision wrote, ignoring what is older than what is known, and returns what it did to groups.

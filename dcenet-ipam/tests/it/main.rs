@@ -7,6 +7,7 @@ mod adopt;
 mod audit;
 mod binder;
 mod blocks;
+mod capacity;
 mod claims;
 mod config;
 mod crash;
