@@ -57,6 +57,9 @@ pub mod groups;
 pub mod history;
 mod ipam;
 pub mod machine;
+#[cfg(feature = "metrics")]
+#[cfg_attr(docsrs, doc(cfg(feature = "metrics")))]
+pub mod metrics;
 pub mod model;
 pub mod plan;
 pub mod pool;

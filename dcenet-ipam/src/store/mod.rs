@@ -14,6 +14,8 @@ pub mod flaky;
 pub mod group;
 mod history;
 pub mod log;
+#[cfg(feature = "metrics")]
+pub mod measured;
 pub mod memory;
 #[cfg(feature = "redb")]
 pub mod redb;

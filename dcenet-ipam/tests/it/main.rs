@@ -24,6 +24,8 @@ mod index;
 mod lease;
 mod log;
 mod log_watch;
+#[cfg(feature = "metrics")]
+mod metrics;
 mod model_check;
 mod plan;
 mod plan_fleet;
