@@ -53,6 +53,17 @@
 //! whoever owns the block. When no block is left, addresses of other nodes' blocks are borrowed, unless that is forbidden.
 //! A claim, or a request for one address, is served from any block.
 //!
+//! # Blocks of an application
+//! ```json
+//! { "pools": [ { "name": "dmz", "subnet": "10.64.0.0/16", "block": { "size": "/28", "owner": "application" } } ] }
+//! ```
+//! The first pod of an application makes it a block of its own, the next block is made when the first is full, and an empty
+//! one is given back ([`Ipam::release_empty_blocks`](crate::Ipam::release_empty_blocks)), so that a firewall names an
+//! application by few prefixes and nobody has to plan a pool for it. The application is told by the workload as address
+//! groups are ([`GroupBy::Application`](crate::groups::GroupBy::Application)). Every address of such a pool, also a claim's
+//! and one that is asked for, is of a block of its application: nobody else gets any, no request without a workload is
+//! served, and a configuration that does not say the same of the pool cannot share it.
+//!
 //! # A prefix for each workload
 //! ```json
 //! { "pools": [ { "name": "delegated", "subnet": "2001:db8:100::/40", "delegate": 64 } ] }
@@ -77,7 +88,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 pub use self::claims::{ClaimConfig, HistoryConfig};
-use crate::model::{Addr, AddressSpace, Blocks, Family, Interval, Intervals, Pool, name_fault};
+use crate::model::{Addr, AddressSpace, BlockOwner, Blocks, Family, Interval, Intervals, Pool, name_fault};
 use crate::select::{Node, Selector};
 use crate::store::etcd::EtcdConfig;
 use crate::store::log::LogStore;
@@ -143,15 +154,23 @@ pub struct Reserved {
     pub holder: String,
 }
 
-/// The blocks that nodes own in a pool, as written.
+/// The blocks that nodes or applications own in a pool, as written.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BlockConfig {
     /// How large a block is.
     pub size: BlockSize,
     /// Whether a node gets addresses of other nodes' blocks when its own are full and no block is left; yes unless told.
-    #[serde(default = "yes", skip_serializing_if = "is_yes")]
-    pub borrow: bool,
+    /// Applications never do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub borrow: Option<bool>,
+    /// Who owns blocks; nodes unless told.
+    #[serde(default, skip_serializing_if = "is_node")]
+    pub owner: BlockOwner,
+}
+
+fn is_node(owner: &BlockOwner) -> bool {
+    *owner == BlockOwner::Node
 }
 
 /// A number of addresses that is a power of two, as `64`, or a prefix length, as `"/26"`.
@@ -270,7 +289,8 @@ pub struct PoolConfig {
     /// The MTU of the link in bytes, passed on with the address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<Mtu>,
-    /// Gives each node blocks of its own; any address to any node unless told. Needs [`IpamConfig::node`].
+    /// Gives each node, or each application, blocks of its own; any address to anybody unless told. Blocks of nodes need
+    /// [`IpamConfig::node`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub block: Option<BlockConfig>,
     /// Hands out prefixes of this length instead of addresses.
@@ -641,8 +661,15 @@ impl PoolConfig {
         let shares = |length: u8| (subnet.prefix_len().max(1)..=family.bits()).contains(&length);
         let block = match &self.block {
             None => None,
-            Some(BlockConfig { size, borrow }) => match size.length(family).filter(|length| shares(*length)) {
-                Some(length) => Some(Blocks { length, borrow: *borrow }),
+            Some(BlockConfig { borrow: Some(true), owner: BlockOwner::Application, .. }) => {
+                let reason = "what is in an application's block is nobody else's; drop it, or let nodes own the blocks";
+                return Err(malformed("block.borrow", &true, reason));
+            }
+            Some(BlockConfig { size, borrow, owner }) => match size.length(family).filter(|length| shares(*length)) {
+                Some(length) => {
+                    let borrow = borrow.unwrap_or(*owner == BlockOwner::Node);
+                    Some(Blocks { length, borrow, owner: *owner })
+                }
                 None => {
                     let reason = format!(
                         "write a power of two of addresses, or / and a prefix length, from /{} to /{}",

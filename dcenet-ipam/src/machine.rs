@@ -366,7 +366,8 @@ impl Reply {
 /// The command is refused.
 pub fn step(layout: &Layout, view: &View, command: &Command, now: u64, entropy: u64) -> Result<Step, LeaseError> {
     let (missing, aside, spaces_read) = (RefCell::default(), RefCell::default(), RefCell::default());
-    let work = Work { layout, view, now, entropy, missing, aside, spaces_read };
+    let application = RefCell::default();
+    let work = Work { layout, view, now, entropy, missing, aside, spaces_read, application };
     let result = match command {
         Command::AbortHandover { from } => work.abort_handover(from),
         Command::Adopt(adoptee) => work.take_over(adoptee),
@@ -434,6 +435,8 @@ struct Work<'a> {
     /// What a choice of an address rests on and changes beside the slot, until the address is taken.
     aside: RefCell<Vec<Aside>>,
     spaces_read: RefCell<Vec<(AddressSpace, SpaceEntry)>>,
+    /// Whom an address is looked for, where a pool's blocks are of applications.
+    application: RefCell<Option<String>>,
 }
 
 /// A space's record with its version.

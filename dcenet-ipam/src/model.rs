@@ -16,7 +16,7 @@ pub use self::address::{Addr, AddressSpace, Family, Intervals};
 pub(crate) use self::address::{Interval, name_fault};
 pub(crate) use self::claim::pod_owner;
 pub use self::claim::{Claim, ClaimKey, ClaimSet, KeepPolicy, MacWish, Members};
-pub use self::pool::{Blocks, Pool};
+pub use self::pool::{BlockOwner, Blocks, Pool};
 
 /// A machine that attachments are on.
 ///

@@ -11,8 +11,8 @@
 //! | `h/SPACE/F` + address (16 bytes) + time (8 bytes) + tag (4 bytes) | [`EventRecord`]: what became of an address |
 //! | `n/NODE` | [`NodeRecord`]: a node's last sign of life |
 //! | `f/SPACE/F/POOL/` + time (8 bytes) + address (16 bytes) | empty: released addresses, oldest first; `POOL@BLOCK` for those of a block |
-//! | `b/SPACE/F/POOL/` + block (16 bytes) | [`BlockRecord`]: which node owns a block |
-//! | `o/SPACE/F/POOL/NODE/` + block (16 bytes) | empty: the blocks of a node |
+//! | `b/SPACE/F/POOL/` + block (16 bytes) | [`BlockRecord`]: which node or application owns a block |
+//! | `o/SPACE/F/POOL/OWNER/` + block (16 bytes) | empty: the blocks of a node, or of an application `NAMESPACE/NAME` |
 //! | `p/SPACE/F/POOL/` + prefix (16 bytes) | empty: a delegated prefix with a slot |
 //! | `y/NETWORK/CONTAINER/IFNAME` | what an attachment may have outside; see [`binder`](crate::binder) |
 //! | `x/SPACE/F/` + last and first address (16 bytes each) | [`ReservationRecord`]: who uses them outside |
@@ -251,9 +251,12 @@ pub(crate) struct RegisteredPool {
     /// Digests of the sets of claims that were recorded for this pool, the newest last.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) claims: Vec<u32>,
-    /// The prefix length of the blocks that nodes own in it.
+    /// The prefix length of the blocks that nodes or applications own in it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) block: Option<u8>,
+    /// The blocks are of applications, and every address is of one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) applications: bool,
     /// The length of the prefixes that it delegates.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) delegate: Option<u8>,

@@ -5,7 +5,7 @@ use dcenet_core::model::AttachmentKey;
 use super::Damage;
 use super::find::{Finder, Mend, is_row, put};
 use super::snapshot::Row;
-use crate::model::{Addr, AddressSpace, Family, KeepPolicy};
+use crate::model::{Addr, AddressSpace, BlockOwner, Family, KeepPolicy};
 use crate::record::{
     AttachmentRecord, BlockRecord, ClaimRecord, RegisteredPool, ReservationRecord, SlotRecord, SpaceRecord,
     attachment_key, attachment_of, block_prefix, claim_key, slot_key,
@@ -86,6 +86,7 @@ impl Finder<'_> {
         let reservations = counted.map(|(_, all)| all.len() as u64).sum();
         let own = self.ipam.layout().pools.iter().filter(|pool| pool.space == space);
         let pools = own.map(|pool| RegisteredPool {
+            applications: pool.block.is_some_and(|blocks| blocks.owner == BlockOwner::Application),
             name: pool.name.clone(),
             subnet: pool.subnet,
             claims: Vec::new(),

@@ -1,14 +1,14 @@
 //! From records to counts.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use dcenet_core::provider::LeaseError;
 
-use super::{Capacity, PoolCapacity, Shared};
+use super::{Capacity, PoolCapacity, Sharers};
 use crate::config::Layout;
 use crate::follow::Replica;
 use crate::ipam::decode;
-use crate::model::{Addr, Interval, Intervals, NodeName, Pool};
+use crate::model::{Addr, BlockOwner, Interval, Intervals, NodeName, Pool};
 use crate::record::{
     AttachmentRecord, BlockRecord, SlotRecord, block_prefix, network_prefix, reservation_of, reservation_prefix,
     slot_prefix,
@@ -136,13 +136,18 @@ impl Book {
         let fixed = pool.allowed.without(&pool.free).without(&held_outside);
         let (mut bound, mut kept, mut cooling, mut quarantined) = (0, units(pool, &fixed), 0, 0);
         let mut reserved = size - units(pool, &pool.allowed.without(&held_outside));
-        // What of the free is not to be had, by number.
-        let mut away = Vec::new();
+        // What of the free is not to be had, by number, and what somebody has or keeps.
+        let (mut away, mut used) = (Vec::new(), Vec::new());
         for (&(_, bits), (_, slot)) in self.slots.range((index, 0)..=(index, u128::MAX)) {
+            let state = self.state(pool, slot, now);
+            if matches!(state, State::Bound | State::Kept)
+                || matches!(state, State::Quarantined) && slot.claim().is_some()
+            {
+                used.push(bits);
+            }
             if !pool.offers(&pool.allowed, bits) {
                 continue;
             }
-            let state = self.state(pool, slot, now);
             let free = open.contains(bits);
             let due = match (end_of(slot).filter(|end| *end > now), &state) {
                 (None, State::Cooling(until)) => *until,
@@ -173,7 +178,7 @@ impl Book {
             units(pool, among) - taken.sum::<usize>() as u128
         };
         let available = available_in(&open);
-        let (mut available_to, mut unowned, mut sharing) = (BTreeMap::new(), None, Shared::ByAll);
+        let (mut available_to, mut unowned, mut sharing) = (BTreeMap::new(), None, Sharers::All);
         if let Some(blocks) = pool.block {
             let mut left = available;
             for (&(_, block), (_, record)) in self.blocks.range((index, 0)..=(index, u128::MAX)) {
@@ -184,10 +189,19 @@ impl Book {
                     *available_to.entry(record.node.clone()).or_insert(0) += inside;
                 }
             }
-            unowned = Some(left);
-            if !blocks.borrow {
-                sharing = Shared::ByNode;
+            if blocks.owner == BlockOwner::Application {
+                sharing = Sharers::Application;
+                let shift = u32::from(pool.family().bits() - blocks.length);
+                used.retain(|block| !self.blocks.contains_key(&(index, block >> shift)));
+                let blocks_of_others: BTreeSet<u128> = used.into_iter().map(|bits| bits >> shift).collect();
+                for block in blocks_of_others {
+                    let (low, high) = pool.block_range(blocks.length, block);
+                    left -= available_in(&open.within(low, high));
+                }
+            } else if !blocks.borrow {
+                sharing = Sharers::Node;
             }
+            unowned = Some(left);
         }
         let mut in_use_on = BTreeMap::new();
         for (_, node, pools) in self.attachments.values() {

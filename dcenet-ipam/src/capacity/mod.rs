@@ -66,22 +66,25 @@ pub struct PoolCapacity {
     /// nobody and is not counted.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub available_to: BTreeMap<String, u128>,
-    /// In a pool of blocks, the part of `available` that is in blocks which nobody owns yet and anybody may take.
+    /// In a pool of blocks, the part of `available` that is in blocks which nobody owns yet and anybody may take. Where
+    /// applications own blocks, only of those that are nobody's altogether.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub unowned: Option<u128>,
     #[serde(skip)]
-    sharing: Shared,
+    sharing: Sharers,
     #[serde(skip)]
     select: Option<Selector>,
 }
 
 /// Who may have what is available.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Shared {
+enum Sharers {
     /// Any node may have all.
-    ByAll,
+    All,
+    /// An application has what is in its own blocks and in those of nobody, on every node.
+    Application,
     /// A node has what is in its own blocks and in those of nobody.
-    ByNode,
+    Node,
 }
 
 /// What a node could still give of a pool.
@@ -90,7 +93,8 @@ enum Shared {
 pub struct NodeCapacity {
     /// The pool.
     pub pool: String,
-    /// How many more attachments without a claim get an address of it.
+    /// How many more attachments without a claim get an address of it. Where applications own blocks, those of one that has
+    /// none yet; [`PoolCapacity::for_application`] tells it of the others.
     pub available: u128,
     /// How many attachments on the node have one.
     pub in_use: u128,
@@ -106,13 +110,25 @@ impl Capacity {
 }
 
 impl PoolCapacity {
+    /// How many more pods of the application, as `NAMESPACE/OWNER`, get an address of the pool, whichever nodes they are on.
+    pub fn for_application(&self, application: &str) -> u128 {
+        match self.sharing {
+            Sharers::Application => self.reach_of(application),
+            Sharers::All | Sharers::Node => self.available,
+        }
+    }
+
+    /// What an owner has in his own blocks and in those of nobody.
+    fn reach_of(&self, owner: &str) -> u128 {
+        let own = self.available_to.get(owner).copied().unwrap_or(0);
+        own.saturating_add(self.unowned.unwrap_or(0))
+    }
+
     fn on_node(&self, node: &NodeName) -> NodeCapacity {
         let available = match self.sharing {
-            Shared::ByAll => self.available,
-            Shared::ByNode => {
-                let own = self.available_to.get(node.as_str()).copied().unwrap_or(0);
-                own.saturating_add(self.unowned.unwrap_or(0))
-            }
+            Sharers::All => self.available,
+            Sharers::Application => self.unowned.unwrap_or(0),
+            Sharers::Node => self.reach_of(node.as_str()),
         };
         let in_use = self.in_use_on.get(node).copied().unwrap_or(0);
         NodeCapacity { pool: self.pool.clone(), available, in_use }

@@ -10,20 +10,29 @@ use super::{GroupChange, GroupName, Grouping, Groups, MemberState, Members, Upda
 use crate::config::Layout;
 use crate::follow::Replica;
 use crate::ipam::decode;
-use crate::model::{Addr, Claim, ClaimKey, Family};
+use crate::model::{Addr, BlockOwner, Claim, ClaimKey, Family, Pool};
 use crate::record::{
-    AttachmentRecord, ClaimRecord, SlotRecord, SpaceRecord, attachment_key, claim_key, claim_prefix, network_prefix,
-    reservation_of, reservation_prefix, slot_prefix, space_key,
+    AttachmentRecord, BlockRecord, ClaimRecord, SlotRecord, SpaceRecord, attachment_key, block_prefix, claim_key,
+    claim_prefix, network_prefix, reservation_of, reservation_prefix, slot_prefix, space_key,
 };
 use crate::store::{Entry, Key, number_of};
 
 /// An address as a member of its group.
 type Place = (GroupName, IpNet, MemberState);
 
+/// What can be a member.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Spot {
+    Address(Addr),
+    /// A block, by the key of its record.
+    Block(Key),
+}
+
 /// What a change of a record is about.
 enum Touched {
     Nothing,
     Some(Vec<Addr>),
+    Block,
     All,
 }
 
@@ -42,7 +51,7 @@ pub(super) struct Fold {
     ends: BTreeMap<Addr, u64>,
     /// Registered subnets, with the length of the prefixes that they delegate.
     delegates: Vec<(IpNet, Option<u8>)>,
-    places: BTreeMap<Addr, Place>,
+    places: BTreeMap<Spot, Place>,
 }
 
 impl Replica for Fold {
@@ -60,7 +69,7 @@ impl Replica for Fold {
         }
         self.delegates = self.registered(self.records.get(&space_key(&self.grouping.space)))?;
         let all = self.all();
-        all.into_iter().try_for_each(|address| self.place(address, now).map(drop))
+        all.iter().try_for_each(|spot| self.place(spot, now).map(drop))
     }
 
     fn take_in(&mut self, revision: u64, writes: Vec<(Key, Option<Entry>)>, now: u64) -> Result<(), LeaseError> {
@@ -76,7 +85,9 @@ impl Fold {
         let space = &grouping.space;
         let of_family = |f| [slot_prefix(space, f), claim_prefix(space, f), reservation_prefix(space, f)];
         let families = [Family::V4, Family::V6].into_iter().flat_map(of_family);
-        let prefixes = families.chain([network_prefix(None), space_key(space)]).collect();
+        let whole = layout.pools.iter().filter(|pool| is_whole(pool, &grouping));
+        let blocks = whole.map(|pool| block_prefix(space, pool.family(), &pool.name));
+        let prefixes = families.chain([network_prefix(None), space_key(space)]).chain(blocks).collect();
         let (records, slots, due, ends, delegates, places) = Default::default();
         Self { layout, grouping, prefixes, fixed, records, slots, due, ends, delegates, places }
     }
@@ -88,7 +99,7 @@ impl Fold {
         writes: Vec<(Key, Option<Entry>)>,
         now: u64,
     ) -> Result<Option<Update>, LeaseError> {
-        let mut touched: BTreeSet<Addr> = BTreeSet::new();
+        let mut touched: BTreeSet<Spot> = BTreeSet::new();
         for (key, entry) in writes {
             if !self.prefixes.iter().any(|p| key.starts_with(p))
                 || self.records.get(&key).is_some_and(|known| known.version >= revision)
@@ -99,7 +110,8 @@ impl Fold {
             for entry in old.iter().chain(&entry) {
                 match self.touched(&key, entry)? {
                     Touched::Nothing => {}
-                    Touched::Some(addresses) => touched.extend(addresses),
+                    Touched::Some(addresses) => touched.extend(addresses.into_iter().map(Spot::Address)),
+                    Touched::Block => drop(touched.insert(Spot::Block(key.clone()))),
                     Touched::All => touched.extend(self.all()),
                 }
             }
@@ -122,7 +134,7 @@ impl Fold {
 
     /// Lets time pass, and returns what that did to groups.
     pub(super) fn pass(&mut self, revision: u64, now: u64) -> Result<Option<Update>, LeaseError> {
-        let over: BTreeSet<Addr> = self.due.iter().take_while(|(at, _)| *at <= now).map(|(_, a)| *a).collect();
+        let over = self.due.iter().take_while(|(at, _)| *at <= now).map(|(_, a)| Spot::Address(*a)).collect();
         self.settle(revision, over, now)
     }
 
@@ -139,11 +151,11 @@ impl Fold {
         groups
     }
 
-    fn settle(&mut self, revision: u64, touched: BTreeSet<Addr>, now: u64) -> Result<Option<Update>, LeaseError> {
+    fn settle(&mut self, revision: u64, touched: BTreeSet<Spot>, now: u64) -> Result<Option<Update>, LeaseError> {
         let (mut before, mut after) = (BTreeMap::<_, Members>::new(), BTreeMap::<_, Members>::new());
-        for address in touched {
-            let old = self.place(address, now)?;
-            for (place, side) in [(old.as_ref(), &mut before), (self.places.get(&address), &mut after)] {
+        for spot in touched {
+            let old = self.place(&spot, now)?;
+            for (place, side) in [(old.as_ref(), &mut before), (self.places.get(&spot), &mut after)] {
                 if let Some((group, prefix, state)) = place {
                     side.entry(group.clone()).or_default().insert(*prefix, *state);
                 }
@@ -158,9 +170,11 @@ impl Fold {
         Ok((!changes.is_empty()).then_some(Update { revision, changes }))
     }
 
-    /// Every address that can be a member.
-    fn all(&self) -> BTreeSet<Addr> {
-        self.slots.keys().chain(self.fixed.keys()).copied().collect()
+    /// Everything that can be a member.
+    fn all(&self) -> BTreeSet<Spot> {
+        let addresses = self.slots.keys().chain(self.fixed.keys()).copied().map(Spot::Address);
+        let blocks = self.records.keys().filter(|key| key.starts_with(b"b/")).cloned().map(Spot::Block);
+        addresses.chain(blocks).collect()
     }
 
     fn slot_of(&self, key: &[u8]) -> Option<Addr> {
@@ -175,6 +189,9 @@ impl Fold {
         let space = &self.grouping.space;
         if let Some(address) = self.slot_of(key) {
             return Ok(Touched::Some(vec![address]));
+        }
+        if key.starts_with(b"b/") {
+            return Ok(Touched::Block);
         }
         if key.starts_with(b"t/") {
             let record: AttachmentRecord = decode(key, entry)?;
@@ -194,8 +211,32 @@ impl Fold {
         Ok(Touched::Nothing)
     }
 
-    /// Works out what an address is now, and returns what it was.
-    fn place(&mut self, address: Addr, now: u64) -> Result<Option<Place>, LeaseError> {
+    /// Works out what an address or block is now, and returns what it was.
+    fn place(&mut self, spot: &Spot, now: u64) -> Result<Option<Place>, LeaseError> {
+        let place = match spot {
+            Spot::Address(address) => self.place_of(*address, now)?,
+            Spot::Block(key) => self.block(key)?,
+        };
+        Ok(match place {
+            Some(place) => self.places.insert(spot.clone(), place),
+            None => self.places.remove(spot),
+        })
+    }
+
+    /// The place of a block that somebody owns.
+    fn block(&self, key: &Key) -> Result<Option<Place>, LeaseError> {
+        let Some(entry) = self.records.get(key) else { return Ok(None) };
+        let record: BlockRecord = decode(key, entry)?;
+        let found = self.layout.pools.iter().filter(|pool| is_whole(pool, &self.grouping)).find_map(|pool| {
+            let block = number_of(&block_prefix(&pool.space, pool.family(), &pool.name), key).ok()?;
+            let (length, family) = (pool.block?.length, pool.family());
+            let (first, _) = pool.block_range(length, block);
+            IpNet::new(Addr { family, bits: first }.ip(), length).ok()
+        });
+        Ok(found.map(|prefix| (self.grouping.group_of_application(&record.node), prefix, MemberState::Bound)))
+    }
+
+    fn place_of(&mut self, address: Addr, now: u64) -> Result<Option<Place>, LeaseError> {
         if let Some(end) = self.ends.remove(&address) {
             self.due.remove(&(end, address));
         }
@@ -206,10 +247,12 @@ impl Fold {
             self.due.insert((*until, address));
             self.ends.insert(address, *until);
         }
-        Ok(match self.member(address, now)? {
-            Some(place) => self.places.insert(address, place),
-            None => self.places.remove(&address),
-        })
+        // The block that it is in stands for it.
+        let mut whole = self.layout.pools.iter().filter(|pool| is_whole(pool, &self.grouping));
+        match whole.any(|pool| pool.subnet.contains(&address.ip())) {
+            true => Ok(None),
+            false => self.member(address, now),
+        }
     }
 
     fn member(&self, address: Addr, now: u64) -> Result<Option<Place>, LeaseError> {
@@ -284,4 +327,10 @@ impl Fold {
             reservation_of(&prefix, key).is_some_and(|(first, last)| (first..=last).contains(&address.bits))
         })
     }
+}
+
+/// Whether the members of groups are the pool's blocks instead of its addresses.
+fn is_whole(pool: &Pool, grouping: &Grouping) -> bool {
+    let of_applications = pool.block.is_some_and(|blocks| blocks.owner == BlockOwner::Application);
+    grouping.blocks && pool.space == grouping.space && of_applications
 }

@@ -9,6 +9,7 @@
 //! - What a claim keeps while nothing is attached ([`MemberState::Kept`]): a database that restarts must not lose its
 //!   rules. Claims of the configuration with a fixed address count also before they were ever used.
 //! - Of a pool that delegates prefixes, the whole prefix.
+//! - With [`Grouping::blocks`], of a pool whose blocks applications own, the blocks instead of the addresses.
 //!
 //! Not in a group is
 //! - a released address of nobody's claim, from its release on, although it cools down for a while before somebody else

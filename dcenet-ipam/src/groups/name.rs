@@ -122,6 +122,10 @@ pub struct Grouping {
     /// Exceptions.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub rules: Vec<GroupRule>,
+    /// Names what is in pools whose blocks applications own by whole blocks instead of by addresses: a firewall has few
+    /// prefixes, and learns of a pod only when its application grows by a block.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub blocks: bool,
 }
 
 impl Grouping {
@@ -140,7 +144,7 @@ impl Grouping {
     }
 
     /// The group of what a workload or claim has.
-    pub(super) fn group(
+    pub(crate) fn group(
         &self,
         layout: &Layout,
         workload: Option<&Workload>,
@@ -162,6 +166,22 @@ impl Grouping {
                 },
             },
         };
+        self.of_cluster(name)
+    }
+
+    /// The group of what an application owns, whose name is as [`GroupBy::Application`] tells it.
+    pub(super) fn group_of_application(&self, application: &str) -> GroupName {
+        let name = match self.rules.iter().find(|rule| glob(&rule.workloads, application)) {
+            Some(rule) => rule.group.to_string(),
+            None => match (self.by, application.split_once('/')) {
+                (GroupBy::Namespace, Some((namespace, _))) => namespace.to_owned(),
+                _ => application.to_owned(),
+            },
+        };
+        self.of_cluster(name)
+    }
+
+    fn of_cluster(&self, name: String) -> GroupName {
         GroupName(match &self.cluster {
             Some(cluster) => format!("{cluster}/{name}"),
             None => name,

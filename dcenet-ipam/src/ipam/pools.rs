@@ -6,14 +6,15 @@ use ipnet::IpNet;
 use super::{Ipam, decode, store_error};
 use crate::config::{AddressRange, ConfigError};
 use crate::machine::{Command, Reply};
-use crate::model::{Addr, AddressSpace, Binding, Family};
+use crate::model::{Addr, AddressSpace, Binding, BlockOwner, Family, Pool};
 use crate::record::{
     BlockRecord, ReservationRecord, SlotRecord, SpaceRecord, block_prefix, reservation_of, reservation_prefix,
     slot_prefix, space_key,
 };
 use crate::store::{Key, number_of, numbered};
 
-/// A part of a pool that a node owns: a route for the prefix belongs to that node.
+/// A part of a pool that a node or an application owns: a route for the prefix belongs to that node, and a firewall's rule
+/// for it to that application.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OwnedBlock {
     /// The space.
@@ -22,8 +23,8 @@ pub struct OwnedBlock {
     pub pool: String,
     /// The block.
     pub prefix: IpNet,
-    /// Who owns it.
-    pub node: String,
+    /// Who owns it: the name of the node, or the application as `NAMESPACE/NAME`.
+    pub owner: String,
     /// Whether it is being given up: somebody stopped between closing and deciding, and the next call decides.
     pub closing: bool,
 }
@@ -47,38 +48,47 @@ impl Ipam {
             let Some(blocks) = pool.block else { continue };
             let prefix = block_prefix(&pool.space, pool.family(), &pool.name);
             for (key, entry) in self.scan_all(&prefix).await? {
-                let BlockRecord { node, closing } = decode(&key, &entry)?;
+                let BlockRecord { node: owner, closing } = decode(&key, &entry)?;
                 let (first, _) = pool.block_range(blocks.length, number_of(&prefix, &key).map_err(store_error)?);
                 let first = Addr { family: pool.family(), bits: first }.ip();
                 let block = IpNet::new(first, blocks.length).map_err(|e| LeaseError::Damaged(Box::new(e)))?;
                 let (space, pool) = (pool.space.clone(), pool.name.clone());
-                all.push(OwnedBlock { space, pool, prefix: block, node, closing });
+                all.push(OwnedBlock { space, pool, prefix: block, owner, closing });
             }
         }
         Ok(all)
     }
 
-    /// Gives back the blocks of this allocator's node of which no address is in use or kept, and returns them. While one
-    /// is looked over nothing new is taken from it.
+    /// Gives back the blocks of this allocator's node, and of all applications, of which no address is in use or kept, and
+    /// returns them. While one is looked over nothing new is taken from it.
     ///
     /// # Errors
-    /// [`LeaseError::Invalid`] where the node is not known.
+    /// [`LeaseError::Invalid`] where nodes own blocks and the node is not known.
     pub async fn release_empty_blocks(&self) -> Result<Vec<OwnedBlock>, LeaseError> {
-        let Some(node) = &self.layout.node else {
+        let node = self.layout.node.as_ref().map(|node| node.name.as_str());
+        let of_nodes = |pool: &Pool| pool.block.is_some_and(|blocks| blocks.owner == BlockOwner::Node);
+        if node.is_none()
+            && (self.layout.pools.iter().any(of_nodes) || self.layout.pools.iter().all(|p| p.block.is_none()))
+        {
             let reason = "the node whose blocks are meant is not known; name it".to_owned();
             return Err(LeaseError::Invalid { field: "ipam.node".to_owned(), reason });
-        };
-        self.reclaim_blocks(node.name.as_str()).await
+        }
+        // Which of them is on which node is of no matter: an application is wherever its pods are.
+        self.release_blocks(|block| Some(block.owner.as_str()) == node || block.owner.contains('/')).await
     }
 
-    /// The same for another node, which is dead or has left. Also right if it lives: it takes a block again when it needs
-    /// one.
-    pub async fn reclaim_blocks(&self, node: &str) -> Result<Vec<OwnedBlock>, LeaseError> {
+    /// The same for the blocks of another node, which is dead or has left, or for those of one application. Also right if it
+    /// lives: it takes a block again when it needs one.
+    pub async fn reclaim_blocks(&self, owner: &str) -> Result<Vec<OwnedBlock>, LeaseError> {
+        self.release_blocks(|block| block.owner == owner).await
+    }
+
+    async fn release_blocks(&self, which: impl Fn(&OwnedBlock) -> bool) -> Result<Vec<OwnedBlock>, LeaseError> {
         let mut released = Vec::new();
-        for block in self.blocks().await?.into_iter().filter(|b| b.node == node) {
+        for block in self.blocks().await?.into_iter().filter(|b| which(b)) {
             let shift = Family::of(&block.prefix).bits() - block.prefix.prefix_len();
             let number = Addr::from(block.prefix.network()).bits >> shift;
-            let (pool, node) = (block.pool.clone(), node.to_owned());
+            let (pool, node) = (block.pool.clone(), block.owner.clone());
             let close = Command::CloseBlock { pool: pool.clone(), block: number, node: node.clone() };
             let settle = Command::SettleBlock { pool, block: number, node };
             if self.run(&close).await? == Reply::Done && self.run(&settle).await? == Reply::Done {

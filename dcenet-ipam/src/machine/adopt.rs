@@ -130,6 +130,7 @@ impl Work<'_> {
             let claim = self.claim_over(pool, address, workload, attachment)?;
             let key = claim.as_ref().map(|claim| claim.key.clone());
             let slot = SlotRecord::Bound { by: attachment.clone(), claim: key.clone() };
+            self.ask_for(workload, key.as_ref());
             self.take(&mut draft, &pool.space, address, &slot, key.as_ref())?;
             if let Some(claim) = &claim
                 && self.settle_claim(&mut draft, claim, None)? != address

@@ -1,4 +1,5 @@
-//! Blocks: parts of a pool that a node owns, so that one route leads to many of its addresses.
+//! Blocks: parts of a pool that a node owns, so that one route leads to many of its addresses; or an application, so that
+//! one rule of a firewall does.
 //!
 //! Ownership is where a node looks first, and never what makes an address unique: that is the slot's guard. A block is
 //! claimed in the batch of the first lease from it, guarded by the absence of its record. A lease from an owned block
@@ -8,20 +9,32 @@
 //!   absent --lease--> owned --close--> closing --settle, nothing in use--> absent
 //!                       ^------------------------settle, in use-----'
 //! ```
+//!
+//! An application's block is more: whatever takes an address of such a pool, also a claim or who asks for that one, does
+//! so together with the block ([`Work::own_block`]), which nobody else can then have.
+
+use dcenet_core::model::Workload;
+use dcenet_core::provider::LeaseError;
 
 use super::lease::PAGE;
 use super::{Aside, Draft, Halt, Reply, Step, Work};
-use crate::model::{Addr, AddressSpace, Blocks, Family, Interval, Intervals, Pool};
+use crate::groups::Grouping;
+use crate::model::{Addr, AddressSpace, BlockOwner, Blocks, ClaimKey, Family, Interval, Intervals, Pool};
 use crate::record::{
     BlockRecord, SlotRecord, block_prefix, block_queue, freed_prefix, owned_prefix, slot_key, slot_prefix,
 };
-use crate::store::{Key, number_of, numbered};
+use crate::store::{Key, Write, number_of, numbered};
 
 impl Work<'_> {
-    /// An address for the node: from its blocks, else from a new one, else borrowed.
+    /// An address for the node or application: from its blocks, else from a new one, else borrowed.
     pub(super) fn search_blocks(&self, pool: &Pool, blocks: Blocks) -> Result<Option<Addr>, Halt> {
-        // A tool that records a claim is on no node.
-        let Some(node) = self.layout.node.as_ref().map(|n| n.name.as_str()) else { return self.search_all(pool) };
+        let application = self.application.borrow();
+        let owner = match blocks.owner {
+            BlockOwner::Application => application.as_deref(),
+            BlockOwner::Node => self.layout.node.as_ref().map(|n| n.name.as_str()),
+        };
+        // A tool that records a claim is on no node, and a probe is for nobody.
+        let Some(node) = owner else { return self.search_all(pool) };
         let own = self.owned_blocks(pool, node)?;
         let mut open = Vec::with_capacity(own.len());
         for block in own {
@@ -123,6 +136,10 @@ impl Work<'_> {
             let Some(block) = self.first_free(&prefix, &numbers, |_| Ok(None))? else { break };
             let (low, high) = pool.block_range(blocks.length, block);
             let free = pool.free.within(low, high);
+            numbers = numbers.without(&Intervals::new(vec![(block, block)]));
+            if blocks.owner == BlockOwner::Application && self.user_in(pool, (low, high))?.is_some() {
+                continue;
+            }
             let mut found = self.unused(pool, &free)?;
             if found.is_none() {
                 found = self.oldest_of(pool, &[(block, free.clone())])?.map(|(_, address)| address);
@@ -131,17 +148,70 @@ impl Work<'_> {
                 found = self.pick_ended(pool, &free)?;
             }
             if let Some(address) = found {
-                let record = BlockRecord { node: node.to_owned(), closing: false };
-                let value = serde_json::to_vec(&record).expect("a name and a flag serialise");
-                let owned = numbered(&owned_prefix(&pool.space, pool.family(), &pool.name, node), block);
-                let key = numbered(&prefix, block);
-                let puts = vec![(key.clone(), value), (owned, Vec::new())];
-                self.set_aside(Aside { guard: key, version: None, puts });
+                // An application's goes with the address, however that was found.
+                if blocks.owner == BlockOwner::Node {
+                    let puts = claim_writes(pool, block, node);
+                    self.set_aside(Aside { guard: numbered(&prefix, block), version: None, puts });
+                }
                 return Ok(Some(address));
             }
-            numbers = numbers.without(&Intervals::new(vec![(block, block)]));
         }
         Ok(None)
+    }
+
+    /// Says whom an address is looked for or taken.
+    pub(super) fn ask_for(&self, workload: Option<&Workload>, claim: Option<&ClaimKey>) {
+        let known = workload.is_some() || claim.is_some();
+        let name = known.then(|| Grouping::default().group(self.layout, workload, claim, None).to_string());
+        *self.application.borrow_mut() = name;
+    }
+
+    /// Rests the taking of an address on its block being the application's, where its pool's blocks are of applications,
+    /// and takes the block with it if it is nobody's.
+    pub(super) fn own_block(&self, draft: &mut Draft, space: &AddressSpace, address: Addr) -> Result<(), Halt> {
+        let Some(pool) = self.pool_of(space, address) else { return Ok(()) };
+        let Some(blocks) = pool.block.filter(|blocks| blocks.owner == BlockOwner::Application) else { return Ok(()) };
+        let application = self.application.borrow();
+        let Some(application) = application.as_deref() else { return Err(no_application(pool).into()) };
+        let refuse = |holder: String| Err(LeaseError::Held { address: address.ip(), holder }.into());
+        let block = address.bits >> shift_of(pool, blocks);
+        let key = block_key(pool, block);
+        match self.record::<BlockRecord>(&key)? {
+            Some((record, version)) if record.node == application => {
+                draft.guard(&key, Some(version));
+                // Whoever gives it up finds it changed.
+                if record.closing {
+                    draft.put(key, &BlockRecord { closing: false, ..record });
+                }
+                Ok(())
+            }
+            Some((record, _)) => refuse(format!("application {}, whose block it is in", record.node)),
+            None => {
+                if let Some(user) = self.user_in(pool, pool.block_range(blocks.length, block))? {
+                    return refuse(format!("nobody, but {user} has an address of its block from before"));
+                }
+                draft.guard(&key, None);
+                draft
+                    .batch
+                    .writes
+                    .extend(claim_writes(pool, block, application).into_iter().map(|(k, v)| Write::Put(k, v)));
+                Ok(())
+            }
+        }
+    }
+
+    /// Who uses or keeps an address of a block that nobody owns, as from before the pool had blocks of applications.
+    fn user_in(&self, pool: &Pool, range: Interval) -> Result<Option<String>, Halt> {
+        let in_use = |slot: &SlotRecord| match slot {
+            SlotRecord::Freed { .. } | SlotRecord::Quarantined { claim: None, .. } => false,
+            slot => !self.has_ended_for(slot, None),
+        };
+        let found = self.first_slot(&pool.space, pool.family(), range, in_use)?;
+        Ok(found.map(|(_, slot)| match (slot.holder(), slot.claim()) {
+            (Some(by), _) => format!("attachment {by}"),
+            (None, Some(claim)) => format!("claim {claim}"),
+            (None, None) => "quarantine".to_owned(),
+        }))
     }
 
     /// The queue that a release of the address goes to.
@@ -197,7 +267,18 @@ impl Work<'_> {
         &self,
         space: &AddressSpace,
         family: Family,
+        range: Interval,
+    ) -> Result<Option<(Addr, SlotRecord)>, Halt> {
+        self.first_slot(space, family, range, |slot| !matches!(slot, SlotRecord::Freed { .. }))
+    }
+
+    /// The first address of the interval whose slot is such.
+    fn first_slot(
+        &self,
+        space: &AddressSpace,
+        family: Family,
         (low, high): Interval,
+        such: impl Fn(&SlotRecord) -> bool,
     ) -> Result<Option<(Addr, SlotRecord)>, Halt> {
         let prefix = slot_prefix(space, family);
         let mut after: Option<Key> = low.checked_sub(1).map(|below| numbered(&prefix, below));
@@ -212,9 +293,8 @@ impl Work<'_> {
             let keys: Vec<Key> = inside.iter().map(|address| slot_key(space, *address)).collect();
             self.need(&keys)?;
             for (address, key) in inside.iter().zip(&keys) {
-                match self.record::<SlotRecord>(key)? {
-                    None | Some((SlotRecord::Freed { .. }, _)) => {}
-                    Some((slot, _)) => return Ok(Some((*address, slot))),
+                if let Some((slot, _)) = self.record::<SlotRecord>(key)?.filter(|(slot, _)| such(slot)) {
+                    return Ok(Some((*address, slot)));
                 }
             }
             match page.last() {
@@ -228,6 +308,23 @@ impl Work<'_> {
 /// The key of a block's record.
 fn block_key(pool: &Pool, block: u128) -> Key {
     numbered(&block_prefix(&pool.space, pool.family(), &pool.name), block)
+}
+
+/// What makes a block somebody's.
+fn claim_writes(pool: &Pool, block: u128, owner: &str) -> Vec<(Key, Vec<u8>)> {
+    let record = BlockRecord { node: owner.to_owned(), closing: false };
+    let value = serde_json::to_vec(&record).expect("a name and a flag serialise");
+    let row = numbered(&owned_prefix(&pool.space, pool.family(), &pool.name, owner), block);
+    vec![(block_key(pool, block), value), (row, Vec::new())]
+}
+
+fn no_application(pool: &Pool) -> LeaseError {
+    let reason = format!(
+        "pool {} gives each application blocks of its own, and the request names no workload; name it, as shop/db-0, or \
+         give it another pool",
+        pool.name
+    );
+    LeaseError::Invalid { field: "workload".to_owned(), reason }
 }
 
 /// How far an address is shifted to become the number of its block.

@@ -4,7 +4,7 @@ use dcenet_core::provider::{LeaseError, LeaseRequest};
 
 use super::Work;
 use super::lease::Entitlement;
-use crate::model::{Addr, Family, Pool};
+use crate::model::{Addr, BlockOwner, Family, Pool};
 use crate::select::{Subject, glob, is_pattern};
 
 /// One address that a lease is to have.
@@ -33,7 +33,8 @@ impl Work<'_> {
             self.assign(&subject, &mut wants, address)?;
         }
         let blocks = wants.iter().filter(|w| w.claim.is_none() && w.asked.is_none()).flat_map(|w| &w.pools);
-        if let Some(pool) = blocks.into_iter().find(|p| p.block.is_some()).filter(|_| self.layout.node.is_none()) {
+        let of_nodes = blocks.into_iter().find(|p| p.block.is_some_and(|blocks| blocks.owner == BlockOwner::Node));
+        if let Some(pool) = of_nodes.filter(|_| self.layout.node.is_none()) {
             let reason = format!(
                 "pool {} gives each node blocks of its own, and the node is not known; name it, as {{ \"name\": \"n1\" }}",
                 pool.name

@@ -208,6 +208,7 @@ impl Work<'_> {
         until: Option<u64>,
     ) -> Result<(), Halt> {
         let slot = SlotRecord::Kept { claim: claim.clone(), until };
+        self.ask_for(None, Some(claim));
         self.take(draft, space, address, &slot, Some(claim))?;
         if let Some(until) = until {
             draft.put_empty(due_key(space, address, until));

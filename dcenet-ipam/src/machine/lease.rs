@@ -94,6 +94,7 @@ impl Work<'_> {
         request: &LeaseRequest,
         want: &Want<'a>,
     ) -> Result<(&'a Pool, Held), Halt> {
+        self.ask_for(request.workload.as_ref(), want.claim.as_ref().map(|claim| &claim.key));
         if let Some(claim) = &want.claim {
             return Ok((claim.pool, self.lease_claimed(draft, request, claim, want.asked)?));
         }
@@ -177,6 +178,7 @@ impl Work<'_> {
         first: Option<Addr>,
     ) -> Result<Addr, Halt> {
         let &Entitlement { pool, key: ref name, fixed, keep, mac } = claim;
+        self.ask_for(None, Some(name));
         let key = claim_key(&pool.space, pool.family(), name);
         let recorded = self.record::<ClaimRecord>(&key)?;
         draft.guard(&key, recorded.as_ref().map(|(_, version)| *version));
@@ -292,6 +294,7 @@ impl Work<'_> {
         }
         draft.put(key, slot);
         self.refuse_reserved(draft, space, address)?;
+        self.own_block(draft, space, address)?;
         self.adopt(draft, space, address);
         Ok(false)
     }

@@ -171,6 +171,7 @@ impl Work<'_> {
             let reason = format!("the configuration fixes it for the claim {}; change it there", claim.key);
             return Err(invalid_request(bad.ip(), &reason));
         }
+        self.ask_for(record.workload.as_ref(), claim.as_ref());
         let next = self.pick_from(pool)?.ok_or_else(|| exhausted(pool))?;
         if let Some(claim) = &claim {
             let key = claim_key(&space, bad.family, claim);

@@ -7,7 +7,7 @@ use super::claim::refuse_away;
 use super::lease::Entitlement;
 use super::{Draft, Halt, Reply, Step, Work};
 use crate::config::overlap;
-use crate::model::{Addr, AddressSpace, Claim, ClaimKey, Family, KeepPolicy, Pool};
+use crate::model::{Addr, AddressSpace, BlockOwner, Claim, ClaimKey, Family, KeepPolicy, Pool};
 use crate::record::{ClaimRecord, RegisteredPool, SlotRecord, SpaceRecord, claim_key, slot_key, space_key};
 
 /// Sets of claims that a pool remembers as recorded: as many configurations can share it without recording again.
@@ -212,9 +212,9 @@ fn enter(record: &mut SpaceRecord, index: usize, pool: &Pool, note_claims: bool)
             claims.remove(0);
         }
     }
-    let (name, delegate) = (pool.name.clone(), pool.delegate);
+    let (name, delegate, applications) = (pool.name.clone(), pool.delegate, of_applications(pool));
     given_up_but(&mut given_up, &pool.subnet);
-    record.pools.push(RegisteredPool { name, subnet: pool.subnet, claims, block, delegate, given_up });
+    record.pools.push(RegisteredPool { name, subnet: pool.subnet, claims, block, applications, delegate, given_up });
     record.pools.sort_by(|a, b| (&a.name, &a.subnet).cmp(&(&b.name, &b.subnet)));
     Ok(())
 }
@@ -241,10 +241,17 @@ fn given_up_but(ground: &mut Vec<IpNet>, taken: &IpNet) {
 }
 
 /// Whether a configuration means the same pool. One without blocks may share a pool with those that give them; one that
-/// begins to give them says so.
+/// begins to give them says so. Where applications own them all must.
 fn agrees(registered: &RegisteredPool, pool: &Pool) -> bool {
     let block = pool.block.map(|blocks| blocks.length);
-    registered.delegate == pool.delegate && (block.is_none() || block == registered.block)
+    registered.delegate == pool.delegate
+        && registered.applications == of_applications(pool)
+        && (block.is_none() || block == registered.block)
+}
+
+/// Whether applications own its blocks.
+fn of_applications(pool: &Pool) -> bool {
+    pool.block.is_some_and(|blocks| blocks.owner == BlockOwner::Application)
 }
 
 /// Blocks of two sizes would overlap, and so would addresses and prefixes.
@@ -261,6 +268,19 @@ fn agree(registered: &RegisteredPool, index: usize, pool: &Pool) -> Result<(), L
     };
     if registered.delegate != pool.delegate {
         return Err(refuse("delegate", pool.delegate, registered.delegate));
+    }
+    let own = of_applications(pool);
+    if registered.applications != own && registered.block.is_some() {
+        let whose = |applications: bool| if applications { "applications" } else { "nodes" };
+        return Err(LeaseError::Invalid {
+            field: format!("ipam.pools[{index}].block.owner"),
+            reason: format!(
+                "the blocks of pool {} are of {} here, and in the store of {}; write that, or give another subnet another name",
+                pool.name,
+                if pool.block.is_some() { whose(own) } else { "nobody" },
+                whose(registered.applications)
+            ),
+        });
     }
     match (pool.block.map(|blocks| blocks.length), registered.block) {
         (Some(own), Some(other)) if own != other => Err(refuse("block.size", Some(own), Some(other))),

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use dcenet_core::model::{Mtu, VlanId};
 use dcenet_core::provider::{Dns, LeasedRoute};
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
 use super::{Addr, AddressSpace, Claim, ClaimSet, Family, Interval, Intervals};
 use crate::select::{Selector, Subject};
@@ -47,19 +48,35 @@ pub struct Pool {
     pub vlan: Option<VlanId>,
     /// The MTU of the link.
     pub mtu: Option<Mtu>,
-    /// The blocks that nodes own in it.
+    /// The blocks that nodes or applications own in it.
     pub block: Option<Blocks>,
     /// The length of the prefixes that it hands out instead of addresses.
     pub delegate: Option<u8>,
 }
 
-/// How nodes own parts of a pool.
+/// How nodes or applications own parts of a pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Blocks {
     /// The prefix length of a block.
     pub length: u8,
     /// Whether a node gets addresses of other nodes' blocks when its own are full and no block is left.
     pub borrow: bool,
+    /// Who owns blocks.
+    pub owner: BlockOwner,
+}
+
+/// Who owns the blocks of a pool.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BlockOwner {
+    /// Applications: all pods of one owner, `NAMESPACE/OWNER`, told as in [`GroupBy::Application`]. Whoever has an address
+    /// of the pool has it from a block of his application.
+    ///
+    /// [`GroupBy::Application`]: crate::groups::GroupBy::Application
+    Application,
+    /// Nodes. A block is where a node looks first; claims and requests for one address are served from any.
+    #[default]
+    Node,
 }
 
 impl Pool {

@@ -6,9 +6,10 @@ use super::digit;
 use crate::model::{AddressSpace, Family};
 use crate::store::Key;
 
-/// Which node owns a block.
+/// Who owns a block.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct BlockRecord {
+    /// The node, or the application as `NAMESPACE/NAME`, which no node is named like.
     pub(crate) node: String,
     /// Nothing new is taken from it until it is decided whether it is empty.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -26,9 +27,9 @@ pub(crate) fn block_prefix(space: &AddressSpace, family: Family, pool: &str) -> 
     format!("b/{space}/{}/{pool}/", digit(family)).into_bytes()
 }
 
-/// Before the numbers of the blocks of one node.
-pub(crate) fn owned_prefix(space: &AddressSpace, family: Family, pool: &str, node: &str) -> Key {
-    format!("o/{space}/{}/{pool}/{node}/", digit(family)).into_bytes()
+/// Before the numbers of the blocks of one owner.
+pub(crate) fn owned_prefix(space: &AddressSpace, family: Family, pool: &str, owner: &str) -> Key {
+    format!("o/{space}/{}/{pool}/{owner}/", digit(family)).into_bytes()
 }
 
 /// Before the number of a delegated prefix: its first address divided by its size, so that neighbours are neighbours.

@@ -402,7 +402,7 @@ fn records_that_cannot_be_read_are_made_anew_from_the_others() {
         unreadable,
         Severity::Danger,
         |ours| {
-            assert!(block_on(ours.blocks()).unwrap().iter().all(|block| block.node == "n1"));
+            assert!(block_on(ours.blocks()).unwrap().iter().all(|block| block.owner == "n1"));
         },
     );
     planted(

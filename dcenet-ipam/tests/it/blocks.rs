@@ -29,7 +29,7 @@ fn small(options: &str) -> String {
 }
 
 fn owned(ipam: &Ipam) -> Vec<String> {
-    block_on(ipam.blocks()).unwrap().iter().map(|b| format!("{} {}", b.prefix, b.node)).collect()
+    block_on(ipam.blocks()).unwrap().iter().map(|b| format!("{} {}", b.prefix, b.owner)).collect()
 }
 
 #[test]
@@ -245,12 +245,12 @@ fn many_nodes_at_once_get_blocks_and_addresses_of_their_own() {
             for address in addresses {
                 assert_eq!(all.insert(*address, name), None, "{address} twice");
                 let owner = blocks.iter().find(|b| b.prefix.contains(address)).unwrap();
-                assert_eq!(&owner.node, name, "{address}");
+                assert_eq!(&owner.owner, name, "{address}");
             }
         }
         assert_eq!(all.len(), 6 * 24);
         for name in given.iter().map(|(name, _)| name) {
-            assert_eq!(blocks.iter().filter(|b| b.node == *name).count(), 2, "{blocks:?}");
+            assert_eq!(blocks.iter().filter(|b| b.owner == *name).count(), 2, "{blocks:?}");
         }
     });
 }
@@ -274,7 +274,7 @@ fn giving_back_and_leasing_at_once_leave_no_address_in_a_block_of_nobody() {
             let blocks = block_on(ours.blocks()).unwrap();
             for binding in block_on(ours.bindings(None)).unwrap() {
                 let owner = blocks.iter().find(|b| b.prefix.contains(&binding.address.addr()));
-                assert_eq!(owner.map(|b| b.node.as_str()), Some("a"), "{binding:?} {blocks:?}");
+                assert_eq!(owner.map(|b| b.owner.as_str()), Some("a"), "{binding:?} {blocks:?}");
             }
             release(&ours, &container);
         }

@@ -122,10 +122,10 @@ fn a_node_has_what_is_in_its_blocks_and_in_those_of_nobody() {
 }
 
 /// Numbers that are always the same.
-struct Dice(u64);
+pub(crate) struct Dice(pub(crate) u64);
 
 impl Dice {
-    fn below(&mut self, n: u64) -> u64 {
+    pub(crate) fn below(&mut self, n: u64) -> u64 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % n
     }
@@ -162,7 +162,7 @@ fn whatever_was_done_the_number_is_how_many_more_leases_succeed() {
                         release(ours, &held.swap_remove(dice.below(held.len() as u64) as usize))
                     }
                     12 => {
-                        let keep = KeepPolicy::For(Duration::from_secs(dice.below(9)));
+                        let keep = KeepPolicy::For(Duration::from_secs(1 + dice.below(9)));
                         let claim = format!("shop/c{step}").parse().unwrap();
                         let recorded = block_on(ours.reserve("p", &claim, None, keep));
                         if recorded.is_ok() && lease(ours, &format!("k{step}"), Some(&claim.to_string())).is_ok() {

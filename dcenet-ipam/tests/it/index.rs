@@ -212,7 +212,7 @@ fn a_node_takes_from_its_blocks_without_reading() {
         lease(&indexed, &format!("c{n}"), None).unwrap();
     }
     let owners: Vec<String> =
-        block_on(other.blocks()).unwrap().into_iter().map(|b| format!("{} {}", b.prefix, b.node)).collect();
+        block_on(other.blocks()).unwrap().into_iter().map(|b| format!("{} {}", b.prefix, b.owner)).collect();
     assert_eq!(owners, ["10.0.0.0/28 n1", "10.0.0.16/28 n2", "10.0.0.32/28 n1"]);
     // Given back by another while this one believes that it owns it: it is asked again, and given anew.
     for container in std::iter::once("a".to_owned()).chain(["b".to_owned()]).chain((0..20).map(|n| format!("c{n}"))) {
@@ -221,7 +221,7 @@ fn a_node_takes_from_its_blocks_without_reading() {
     assert_eq!(block_on(other.reclaim_blocks("n1")).unwrap().len(), 2);
     let again = lease(&indexed, "again", None).unwrap();
     assert_ne!(again, first, "it cools");
-    assert_eq!(block_on(other.blocks()).unwrap().iter().filter(|b| b.node == "n1").count(), 1);
+    assert_eq!(block_on(other.blocks()).unwrap().iter().filter(|b| b.owner == "n1").count(), 1);
 }
 
 /// The head of the queue of releases is reserved since: the next that is free there is taken, as without an index, and no

@@ -4,6 +4,7 @@
 
 mod address_pool;
 mod adopt;
+mod applications;
 mod audit;
 mod binder;
 mod blocks;
