@@ -101,6 +101,11 @@ impl Work<'_> {
             let reason = "an ephemeral claim keeps nothing that could be recorded; use forever".to_owned();
             return Err(LeaseError::Invalid { field: "keep".to_owned(), reason }.into());
         }
+        // Nobody could read the record: it is a time in milliseconds, and none is no time.
+        if matches!(claim.keep, KeepPolicy::For(time) if time.as_millis() == 0) {
+            let reason = "a claim that is kept for less than a millisecond keeps nothing; use a longer time".to_owned();
+            return Err(LeaseError::Invalid { field: "keep".to_owned(), reason }.into());
+        }
         let mut draft = Draft::default();
         // The claims are not, for recording them is a part of registering.
         self.guard_pools(&mut draft, |_, _| true)?;

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use dcenet_core::model::ClusterId;
 use dcenet_core::model::LabelSet;
@@ -638,4 +639,16 @@ fn what_is_not_configured_costs_no_call_of_the_store() {
     assert_eq!(calls(SETS, None), (4, 4));
     assert_eq!(calls(SETS, Some("shop/web-7d9f8-bbbbb")), (4, 5));
     assert_eq!(calls(SETS, Some("shop/pg-0")), (4, 5));
+}
+
+#[test]
+fn a_claim_is_not_kept_for_no_time() {
+    each_store(|store, _| {
+        let ours = ipam(r#"{ "pools": [ { "name": "p", "subnet": "10.0.0.0/24" } ] }"#, &store);
+        for time in [Duration::ZERO, Duration::from_micros(900)] {
+            let refused = block_on(ours.reserve("p", &"shop/db".parse().unwrap(), None, KeepPolicy::For(time)));
+            assert!(matches!(&refused, Err(LeaseError::Invalid { field, .. }) if field == "keep"), "{refused:?}");
+        }
+        assert_eq!(block_on(ours.claims()).unwrap(), []);
+    });
 }
