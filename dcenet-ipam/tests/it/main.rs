@@ -17,6 +17,7 @@ mod delegate;
 mod etcd;
 mod external;
 mod faults;
+mod fill;
 mod group;
 mod groups;
 mod handover;
