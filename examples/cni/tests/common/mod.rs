@@ -165,6 +165,13 @@ impl Node {
         self.host.root().run(|| execute(command, &config.to_string()))
     }
 
+    /// For another interface of the pod than its first.
+    pub fn call_for(&self, verb: &str, pod: &Pod, ifname: &str, config: &Value) -> Result<Value, Value> {
+        let mut command = self.command(verb, Some(pod), None);
+        command.env("CNI_IFNAME", ifname);
+        self.host.root().run(|| execute(command, &config.to_string()))
+    }
+
     /// With another path in the place of the pod's namespace.
     pub fn call_at(&self, verb: &str, pod: &Pod, netns: &Path) -> Result<Value, Value> {
         self.run(verb, Some(pod), Some(netns), &self.config.to_string())

@@ -208,6 +208,71 @@ fn groups_of_pools_give_an_address_each_or_none() {
 }
 
 #[test]
+fn a_pod_with_two_interfaces_has_an_address_of_each_networks_pool_and_keeps_one_when_the_other_goes() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let pool = |name: &str, n: u8, networks: &str| {
+        json!({ "name": name, "subnet": format!("10.{n}.0.0/24"), "gateway": format!("10.{n}.0.1"),
+                "select": { "networks": [networks] } })
+    };
+    // One section for both networks, as they share the store. The claim is of one interface, in the pool of its network.
+    let mut fast = pool("fast", 2, "backup");
+    fast["claims"] = json!({ "shop/db-0/net1": { "address": "10.2.0.50", "keep": "forever" } });
+    let node = node_with(json!([pool("lan", 1, "shop"), fast]));
+    let mut backup = node.config.clone();
+    backup["name"] = json!("backup");
+    backup["link"]["bridge"] = json!("dc1");
+    let (pod, other) = (node.pod("db-0"), node.pod("web"));
+    let on_net1 = |verb, pod: &Pod| node.call_for(verb, pod, "net1", &backup);
+
+    let first = node.add(&pod).unwrap();
+    assert_eq!(addresses(&first), ["10.1.0.2/24"]);
+    let second = on_net1("ADD", &pod).unwrap();
+    assert_eq!(addresses(&second), ["10.2.0.50/24"]);
+    assert_eq!(addresses(&on_net1("ADD", &other).unwrap()), ["10.2.0.2/24"]);
+    for gateway in ["10.1.0.1", "10.2.0.1"] {
+        pod.ping(gateway);
+    }
+    let bound = |node: &Node| node.store().into_iter().filter(|line| line.contains(" has ")).collect::<Vec<_>>();
+    let has = |network: &str, pod: &Pod, ifname: &str, address: &str| {
+        format!("{network}/{}/{ifname} has {address}/24", pod.container)
+    };
+    let [lan, fast, web] = [
+        has("shop", &pod, "eth0", "10.1.0.2"),
+        has("backup", &pod, "net1", "10.2.0.50"),
+        has("backup", &other, "net1", "10.2.0.2"),
+    ];
+    let sorted = |mut lines: Vec<String>| {
+        lines.sort();
+        lines
+    };
+    assert_eq!(bound(&node), sorted(vec![lan.clone(), fast.clone(), web.clone()]));
+
+    // DEL of one network leaves the other, and again says nothing new.
+    for _ in 0..2 {
+        on_net1("DEL", &pod).unwrap();
+        assert_eq!(bound(&node), sorted(vec![lan.clone(), web.clone()]));
+    }
+    assert!(pod.netns.link("net1").is_none() && pod.netns.link("eth0").is_some());
+    pod.ping("10.1.0.1");
+    node.check(&pod, &first).unwrap();
+    // The other way round.
+    on_net1("ADD", &pod).unwrap();
+    node.del(&pod).unwrap();
+    assert_eq!(bound(&node), sorted(vec![fast, web]));
+    assert!(pod.netns.link("eth0").is_none() && pod.netns.link("net1").is_some());
+    pod.ping("10.2.0.1");
+    // GC of one network is not told of the attachments of the other, and leaves them.
+    node.gc(Some(&[])).unwrap();
+    assert_eq!(bound(&node).len(), 2);
+    for pod in [&pod, &other] {
+        on_net1("DEL", pod).unwrap();
+    }
+    assert_eq!((bound(&node), node.host.records()), (Vec::new(), Vec::new()));
+}
+
+#[test]
 fn addresses_are_asked_for_by_capability_arguments_or_environment() {
     if !require(Rung::Netns) {
         return;
