@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::{AddressRange, ConfigError, ConfigFault, PoolConfig, raw};
+use super::pool::raw;
+use super::{AddressRange, ConfigError, ConfigFault, PoolConfig};
 use crate::model::{Addr, Claim, ClaimKey, ClaimSet, Family, Interval, KeepPolicy, MacWish, Members};
 
 /// A claim, or the claims of all pods of one owner, as written.
