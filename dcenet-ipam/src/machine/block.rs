@@ -161,7 +161,9 @@ impl Work<'_> {
 
     /// Says whom an address is looked for or taken.
     pub(super) fn ask_for(&self, workload: Option<&Workload>, claim: Option<&ClaimKey>) {
-        let known = workload.is_some() || claim.is_some();
+        // Nobody pays for the name where no pool asks for it.
+        let asked = |pool: &Pool| pool.block.is_some_and(|blocks| blocks.owner == BlockOwner::Application);
+        let known = (workload.is_some() || claim.is_some()) && self.layout.pools.iter().any(asked);
         let name = known.then(|| Grouping::default().group(self.layout, workload, claim, None).to_string());
         *self.application.borrow_mut() = name;
     }
