@@ -14,6 +14,7 @@ pub mod model;
 pub mod netlink;
 pub mod netns;
 pub mod plan;
+pub mod probe;
 pub mod provider;
 pub mod section;
 mod sys;

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::{AttachmentKey, IfName, MacAddr, Mtu, VlanId};
 use crate::netlink::{IpvlanFlag, IpvlanMode, MacvlanMode, NetkitMode, VlanProtocol};
+use crate::probe::{GatewayProbe, Timing};
 
 /// Steps in the order in which they are done.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -237,6 +238,42 @@ pub enum Operation {
     },
     /// Puts the host's end, which is still down, under policy.
     AttachPolicy,
+    /// Asks whether somebody else on the link's segment has one of the addresses, which are to be entered next, and fails
+    /// if so.
+    ProbeConflicts {
+        /// The link, which is up.
+        link: IfName,
+        /// The Ethernet address that the addresses are to have.
+        mac: MacAddr,
+        /// The addresses.
+        addresses: Vec<IpAddr>,
+        /// How often, and for how long.
+        timing: Timing,
+    },
+    /// Tells the segment who has these addresses now.
+    Announce {
+        /// The link that has them.
+        link: IfName,
+        /// Its Ethernet address.
+        mac: MacAddr,
+        /// The addresses.
+        addresses: Vec<IpAddr>,
+        /// How often.
+        times: u8,
+    },
+    /// Asks whether gateways answer.
+    ProbeGateways {
+        /// The link that leads to them.
+        link: IfName,
+        /// Its Ethernet address.
+        mac: MacAddr,
+        /// An address of the link, and the gateway that is asked from it.
+        gateways: Vec<(IpAddr, IpAddr)>,
+        /// How often, and for how long.
+        timing: Timing,
+        /// What it means if one does not.
+        otherwise: GatewayProbe,
+    },
 }
 
 /// A virtual device that is no veth and no bridge. A parent is a link of the namespace in which the request is made.

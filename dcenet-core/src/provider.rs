@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::model::{
     AttachmentKey, ContainerId, IfIndex, IfName, LabelSet, MacAddr, Mtu, NetworkName, VlanId, Workload,
 };
+use crate::probe::Conflict;
 
 /// Hands out addresses and takes them back.
 ///
@@ -39,6 +40,20 @@ pub trait AddressSource: Send + Sync {
         network: &NetworkName,
         valid: &[(ContainerId, IfName)],
     ) -> Result<Vec<AttachmentKey>, LeaseError>;
+
+    /// Gives the attachment another address in place of one that somebody else on its link has, and hands that out to
+    /// nobody for a while, both or nothing. `sequence` is of the lease that the attachment has. Returns the new lease, which
+    /// has another sequence; `None` where the address is fixed, and no other may stand for it: nothing changes then.
+    ///
+    /// The default is for sources that cannot: `None`.
+    async fn replace(
+        &self,
+        _attachment: &AttachmentKey,
+        _sequence: u64,
+        _conflict: &Conflict,
+    ) -> Result<Option<Lease>, LeaseError> {
+        Ok(None)
+    }
 
     /// Whether a lease could be given now; cheap, for STATUS is polled. An exhausted pool is an error.
     async fn ready(&self) -> Result<(), LeaseError>;

@@ -33,8 +33,10 @@ pub enum ErrorCode {
     Unavailable,
     /// 100: the kernel or a backend failed; the message says which and how.
     Failed,
-    /// 110: the address that was asked for belongs to somebody else.
+    /// 110: the address that was asked for belongs to somebody else, or every one that was tried does.
     AddressHeld,
+    /// 111: a gateway does not answer, and the configuration wants it to.
+    GatewaySilent,
     /// 113: an interface of that name, not of this attachment, is in the container.
     LinkExists,
     /// 114: the kernel lacks a feature that the configuration asks for.
@@ -60,6 +62,7 @@ impl ErrorCode {
             Self::Unavailable => 50,
             Self::Failed => 100,
             Self::AddressHeld => 110,
+            Self::GatewaySilent => 111,
             Self::LinkExists => 113,
             Self::KernelFeature => 114,
             Self::RollbackIncomplete => 115,

@@ -10,12 +10,15 @@ use sha2::{Digest, Sha256};
 use super::error::causes;
 use super::serve::{Backends, PolicyChoice};
 use super::{Asked, CniError, CniResult, ErrorCode, Interface, Invocation, NetConf, Role};
-use crate::engine::{AttachError, AttachRequest, Attached, DetachErrors, Engine, Hold, NamespaceEntry, StepError};
+use crate::engine::{
+    AttachError, AttachRequest, Attached, DetachErrors, Engine, Hold, InUse, NamespaceEntry, StepError,
+};
 use crate::journal::JournalError;
 use crate::link::{LinkConfig, PlanError, Policy};
 use crate::model::{AttachmentKey, ContainerId, IfName, MacAddr, NetworkName};
 use crate::netlink::CreateLinkError;
 use crate::netns::{Host, NetNs, NetNsError, Pod};
+use crate::probe::Conflict;
 use crate::provider::{
     AddressSource, Dns, Endpoint, Lease, LeaseError, LeaseRequest, LeasedAddress, PolicyError, PolicySink,
 };
@@ -104,10 +107,7 @@ impl<'a> Call<'a> {
         }
         let mut hold = self.hold(&key)?;
         let lease = self.lease(&key).await?;
-        let attached = match self.attach(&mut hold, link, Pod { netns: &pod, path }, &lease) {
-            Ok(attached) => attached,
-            Err(error) => return Err(self.give_back(&hold, lease.sequence(), error).await),
-        };
+        let attached = self.attach_unused(&mut hold, &link, Pod { netns: &pod, path }, lease).await?;
         if let Some(policy) = policy
             && let Some(endpoint) = self.endpoint(&attached)
         {
@@ -256,9 +256,8 @@ impl<'a> Call<'a> {
 
     pub(super) async fn lease(&self, key: &AttachmentKey) -> Result<Lease, CniError> {
         let args = &self.invocation.args;
-        let (ips, pools) = (self.conf.runtime.addresses.clone(), self.conf.runtime.pools.clone());
-        let ips = ips.or(Asked { field: "CNI_ARGS IP", values: args.addresses.clone() });
-        let pools = pools.or(Asked { field: "CNI_ARGS POOLS", values: args.pools.clone() });
+        let ips = self.asked_addresses();
+        let pools = self.conf.runtime.pools.clone().or(Asked { field: "CNI_ARGS POOLS", values: args.pools.clone() });
         let Some(addresses) = self.addresses()? else {
             for (field, asked) in
                 [(ips.field, format!("{:?}", ips.values)), (pools.field, format!("{:?}", pools.values))]
@@ -292,13 +291,80 @@ impl<'a> Call<'a> {
         })?)
     }
 
-    fn attach(&self, hold: &mut Hold<'_>, link: LinkConfig, pod: Pod<'_>, lease: &Lease) -> Result<Attached, CniError> {
+    /// Attaches, with other addresses in the place of those that somebody else on the segment turns out to have.
+    async fn attach_unused(
+        &self,
+        hold: &mut Hold<'_>,
+        link: &LinkConfig,
+        pod: Pod<'_>,
+        mut lease: Lease,
+    ) -> Result<Attached, CniError> {
+        let limit = link.underlay().map_or(0, |underlay| underlay.replacements.get());
+        let mut met: Vec<Conflict> = Vec::new();
+        loop {
+            let error = match self.attach(hold, link.clone(), pod, &lease) {
+                Ok(attached) => return Ok(attached),
+                Err(error) => error,
+            };
+            let Some(conflicts) = error.conflicts() else {
+                return Err(self.give_back(hold, lease.sequence(), attach(error)).await);
+            };
+            for conflict in conflicts {
+                tracing::info!(key = %hold.key(), %conflict, "an address is in use");
+                met.push(*conflict);
+                let replaced = self.replace(hold.key(), &mut lease, conflict).await;
+                let failed = match replaced {
+                    // What was found in use is kept from others all the same.
+                    Ok(true) if met.len() > limit.into() => {
+                        let tried = format!("{limit} were replaced (link.underlay.replacements)");
+                        CniError::new(ErrorCode::AddressHeld, format!("{}; {tried}", InUse(&met)))
+                    }
+                    Ok(true) => continue,
+                    Ok(false) => {
+                        let fixed = format!("{} is fixed, and not replaced", conflict.address);
+                        CniError::new(ErrorCode::AddressHeld, format!("{}; {fixed}", InUse(&met)))
+                    }
+                    Err(error) => {
+                        let error = CniError::from(error);
+                        CniError { message: format!("{}; {}", InUse(&met), error.message), ..error }
+                    }
+                };
+                return Err(self.give_back(hold, lease.sequence(), failed).await);
+            }
+        }
+    }
+
+    /// Replaces an address of the lease, unless somebody insists on it. Returns whether it did.
+    async fn replace(&self, key: &AttachmentKey, lease: &mut Lease, conflict: &Conflict) -> Result<bool, LeaseError> {
+        let Ok(Some(addresses)) = self.addresses() else { return Ok(false) };
+        let asked = self.asked_addresses();
+        if asked.values.contains(&conflict.address) {
+            return Ok(false);
+        }
+        let replaced = addresses.replace(key, lease.sequence(), conflict).await?;
+        Ok(replaced.map(|other| *lease = other).is_some())
+    }
+
+    /// The addresses that the runtime insists on.
+    fn asked_addresses(&self) -> Asked<IpAddr> {
+        let args = Asked { field: "CNI_ARGS IP", values: self.invocation.args.addresses.clone() };
+        self.conf.runtime.addresses.clone().or(args)
+    }
+
+    fn attach(
+        &self,
+        hold: &mut Hold<'_>,
+        link: LinkConfig,
+        pod: Pod<'_>,
+        lease: &Lease,
+    ) -> Result<Attached, AttachError> {
         let wanted_mac = self.conf.runtime.mac.or(self.invocation.args.mac).or(lease.mac);
         let mac = match (wanted_mac, lease.addresses.first()) {
             (None, Some(first)) => Some(mac_of(&self.conf.name, first.address.addr())),
             (mac, _) => mac,
         };
-        let policy = if self.policy()?.is_some() { Policy::Wanted } else { Policy::None };
+        // One that cannot be used has ended the call before.
+        let policy = if matches!(self.policy, Ok(None)) { Policy::None } else { Policy::Wanted };
         let fingerprint = fingerprint(&link, policy);
         let request = AttachRequest {
             key: hold.key().clone(),
@@ -311,7 +377,7 @@ impl<'a> Call<'a> {
             policy,
             fingerprint,
         };
-        hold.attach(&request).map_err(attach)
+        hold.attach(&request)
     }
 
     /// Releases the lease after a failed ADD, unless devices that bear its addresses are still there, or stood before.
@@ -465,6 +531,8 @@ fn attach(error: AttachError) -> CniError {
             ErrorCode::KernelFeature
         }
         AttachError::Leftover { .. } => ErrorCode::RollbackIncomplete,
+        AttachError::Step { cause: StepError::InUse(_), .. } => ErrorCode::AddressHeld,
+        AttachError::Step { cause: StepError::GatewaySilent { .. }, .. } => ErrorCode::GatewaySilent,
         _ => ErrorCode::Failed,
     };
     CniError::new(code, error.to_string()).with_details(causes(&error))

@@ -18,7 +18,7 @@ use crate::provider::Endpoint;
 
 /// Sockets and indices of one attach.
 pub(super) struct Session<'a> {
-    engine: &'a Engine,
+    pub(super) engine: &'a Engine,
     pod_netns: &'a NetNs,
     host: Socket,
     pod: Option<Socket>,
@@ -219,11 +219,14 @@ impl<'a> Session<'a> {
                 let make = || self.engine.run_in(self.netns(step.target), || crate::sys::create_tap(transit, tap));
                 gated("create tap", make)?.map_err(|source| StepError::Local { what: what(), source })
             }
+            Operation::ProbeConflicts { .. } | Operation::Announce { .. } | Operation::ProbeGateways { .. } => {
+                self.talk(step)
+            }
             _ => Ok(()),
         }
     }
 
-    fn netns(&self, target: Target) -> &'a NetNs {
+    pub(super) fn netns(&self, target: Target) -> &'a NetNs {
         match target {
             Target::Host => &self.engine.host.0,
             Target::Pod => self.pod_netns,
@@ -265,7 +268,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn find_index(&mut self, target: Target, link: &IfName) -> Result<IfIndex, StepError> {
+    pub(super) fn find_index(&mut self, target: Target, link: &IfName) -> Result<IfIndex, StepError> {
         if let Some(index) = self.known(target, link) {
             return Ok(index);
         }
@@ -369,9 +372,12 @@ impl<'a> Session<'a> {
             Operation::ForgetNeighbour { link, address } => {
                 netlink::delete_neighbour(link.as_str(), index(link), *address)
             }
-            Operation::AttachPolicy | Operation::WriteSetting { .. } | Operation::CreateTap { .. } => {
-                unreachable!("these are no messages")
-            }
+            Operation::AttachPolicy
+            | Operation::WriteSetting { .. }
+            | Operation::CreateTap { .. }
+            | Operation::ProbeConflicts { .. }
+            | Operation::Announce { .. }
+            | Operation::ProbeGateways { .. } => unreachable!("these are no messages"),
         }
     }
 
@@ -404,7 +410,7 @@ impl<'a> Session<'a> {
 
 impl Engine {
     /// Runs `f` in a namespace, entered as this engine does.
-    fn run_in<R: Send>(&self, netns: &NetNs, f: impl FnOnce() -> R + Send) -> Result<R, NetNsError> {
+    pub(super) fn run_in<R: Send>(&self, netns: &NetNs, f: impl FnOnce() -> R + Send) -> Result<R, NetNsError> {
         match self.entry {
             _ if netns.id() == self.host.0.id() => netns.run_here_or_there(f),
             NamespaceEntry::Thread => netns.run(f),
@@ -419,7 +425,10 @@ impl Engine {
 }
 
 /// A change that is no netlink message, through the gate by which faults come.
-fn gated(what: &str, call: impl FnOnce() -> Result<io::Result<()>, NetNsError>) -> Result<io::Result<()>, NetNsError> {
+pub(super) fn gated(
+    what: &str,
+    call: impl FnOnce() -> Result<io::Result<()>, NetNsError>,
+) -> Result<io::Result<()>, NetNsError> {
     match gate(what) {
         Gate::Pass => call(),
         Gate::Fail(errno) => Ok(Err(io::Error::from_raw_os_error(errno))),
@@ -441,7 +450,15 @@ fn other(target: Target) -> Target {
 
 /// Whether the step is a netlink message, and may share a batch.
 fn is_message(operation: &Operation) -> bool {
-    !matches!(operation, Operation::AttachPolicy | Operation::WriteSetting { .. } | Operation::CreateTap { .. })
+    !matches!(
+        operation,
+        Operation::AttachPolicy
+            | Operation::WriteSetting { .. }
+            | Operation::CreateTap { .. }
+            | Operation::ProbeConflicts { .. }
+            | Operation::Announce { .. }
+            | Operation::ProbeGateways { .. }
+    )
 }
 
 /// The kernel's workers come after a second at most, but have to find a processor.
@@ -474,7 +491,10 @@ fn indexed(operation: &Operation) -> Vec<&IfName> {
         | Operation::AddAddress { link, .. }
         | Operation::AddRoute { link, .. }
         | Operation::AddNeighbour { link, .. }
-        | Operation::ForgetNeighbour { link, .. } => vec![link],
+        | Operation::ForgetNeighbour { link, .. }
+        | Operation::ProbeConflicts { link, .. }
+        | Operation::Announce { link, .. }
+        | Operation::ProbeGateways { link, .. } => vec![link],
     }
 }
 

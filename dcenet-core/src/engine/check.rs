@@ -343,6 +343,9 @@ fn compare(step: &Step, here: &Observed, there: &Observed, record: &Record, drif
         | Operation::SettleCarrier { .. }
         | Operation::SettleAddress { .. }
         | Operation::ForgetNeighbour { .. }
+        | Operation::ProbeConflicts { .. }
+        | Operation::Announce { .. }
+        | Operation::ProbeGateways { .. }
         | Operation::AttachPolicy => {}
     }
 }

@@ -1,5 +1,6 @@
 //! Why attaching or detaching failed.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use crate::journal::JournalError;
@@ -7,6 +8,7 @@ use crate::link::PlanError;
 use crate::model::{AttachmentKey, IfName};
 use crate::netlink::{CreateLinkError, NetlinkError};
 use crate::netns::NetNsError;
+use crate::probe::Conflict;
 use crate::provider::PolicyError;
 
 /// Why an attachment was not made. What had been done has been taken back, except for what `rollback` lists.
@@ -114,6 +116,15 @@ impl AttachError {
             _ => false,
         }
     }
+
+    /// The conflicts over which an attach failed that left nothing behind: with other addresses in the place of these it may
+    /// succeed.
+    pub fn conflicts(&self) -> Option<&[Conflict]> {
+        match self {
+            Self::Step { cause: StepError::InUse(conflicts), rollback } if rollback.is_empty() => Some(conflicts),
+            _ => None,
+        }
+    }
 }
 
 /// Why a step failed.
@@ -144,6 +155,21 @@ pub enum StepError {
     /// The completion could not be recorded.
     #[error(transparent)]
     Journal(#[from] JournalError),
+    /// Somebody else on the segment has addresses that the attachment was to get.
+    #[error("{}", InUse(.0))]
+    InUse(Vec<Conflict>),
+    /// Gateways did not answer, and the configuration wants them to.
+    #[error(
+        "{} does not answer on {link}: is this the right segment, and is it up? link.underlay.gatewayProbe \"warn\" goes \
+         on without it",
+        Listed(gateways)
+    )]
+    GatewaySilent {
+        /// The gateways.
+        gateways: Vec<IpAddr>,
+        /// The link that should lead to them.
+        link: IfName,
+    },
 }
 
 /// Something that could not be removed.
@@ -206,6 +232,27 @@ impl std::fmt::Display for Joined<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         for (i, error) in self.0.iter().enumerate() {
             write!(f, "{}{error}", if i > 0 { "; " } else { "" })?;
+        }
+        Ok(())
+    }
+}
+
+/// Says who has which address.
+pub(crate) struct InUse<'a>(pub(crate) &'a [Conflict]);
+
+impl std::fmt::Display for InUse<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("in conflict with others on the segment: ")?;
+        Listed(self.0).fmt(f)
+    }
+}
+
+struct Listed<'a, T>(&'a [T]);
+
+impl<T: std::fmt::Display> std::fmt::Display for Listed<'_, T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (i, item) in self.0.iter().enumerate() {
+            write!(f, "{}{item}", if i > 0 { ", " } else { "" })?;
         }
         Ok(())
     }

@@ -11,11 +11,13 @@ mod error;
 mod hold;
 mod lend;
 mod lock;
+mod underlay;
 
 use std::path::Path;
 use std::sync::Arc;
 
 pub use self::check::Drift;
+pub(crate) use self::error::InUse;
 pub use self::error::{AttachError, DetachErrors, StepError, TeardownError};
 pub use self::hold::Hold;
 use self::lock::SharedState;

@@ -13,6 +13,7 @@ use super::{
 };
 use crate::model::{AttachmentKey, IfName, MacAddr, Mtu};
 use crate::plan::{End, Operation, Plan, Step, Target, Tuning, Undo, mark, shared_mark};
+use crate::probe::Underlay;
 use crate::provider::LeasedAddress;
 use ipnet::IpNet;
 
@@ -40,6 +41,9 @@ pub struct BridgeConfig {
     /// What else the pod's device is to be.
     #[serde(default, skip_serializing_if = "Tuning::is_default")]
     pub tuning: Tuning,
+    /// What care is taken of the pod's addresses on the segment; none where the key is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub underlay: Option<Underlay>,
 }
 
 impl BridgeConfig {
@@ -107,10 +111,7 @@ impl BridgeConfig {
         let has_link_local = host.has_link_local(bridge);
         let there = |a: &IpNet| host.has_address(bridge, *a) || is_link_local(a) && has_link_local;
         steps.extend(gateways.into_iter().filter(|a| !there(a)).map(add_gateway));
-        for address in &request.addresses {
-            let operation = Operation::ForgetNeighbour { link: self.bridge.clone(), address: address.address.addr() };
-            steps.push(on_bridge(operation).content_with(NOT_KNOWN));
-        }
+        pod_end::forget(&self.bridge, &request.addresses, steps);
         Ok(())
     }
 }
@@ -132,8 +133,13 @@ impl LinkDriver for BridgeConfig {
         let pod = End { name: key.ifname.clone(), mac: request.mac };
         let end = End { name: key.id().host_ifname(), mac: host_mac(key, request.mac) };
         let mut steps = create_pair(&pod, &end, mtu, key);
-        set_up_pod(&pod, self.tuning, &request.addresses, &mut steps);
-        pod_end::routes(&pod.name, request, &mut steps);
+        let mut enter = Vec::new();
+        pod_end::addresses(&pod.name, Some(pod.mac), &request.addresses, &mut enter);
+        pod_end::routes(&pod.name, request, &mut enter);
+        pod_up(&pod, self.tuning, &mut steps);
+        if self.underlay.is_none() {
+            steps.append(&mut enter);
+        }
         host_end(&end, key, request.policy, &mut steps);
         self.plan_bridge(request, mtu, host, &mut steps)?;
         let master = Some(self.bridge.clone());
@@ -144,7 +150,17 @@ impl LinkDriver for BridgeConfig {
         if self.isolated {
             steps.push(Step::new(Target::Host, Operation::Isolate { port: end.name.clone() }));
         }
-        settle(&pod, &end, &request.addresses, &mut steps);
+        settle_carrier(&pod, &end, &mut steps);
+        if let Some(underlay) = &self.underlay {
+            // Asked by way of the bridge, under the policy that stands.
+            let probe = pod_end::probe_conflicts(underlay, Target::Pod, &pod.name, pod.mac, &request.addresses);
+            steps.extend(probe);
+            steps.append(&mut enter);
+        }
+        pod_end::settle(&pod.name, &request.addresses, &mut steps);
+        if let Some(underlay) = &self.underlay {
+            pod_end::introduce(underlay, &pod, &request.addresses, &mut steps);
+        }
         Ok(Plan { steps, host_end: Some(end), pod_end: pod, bridge: Some(self.bridge.clone()) })
     }
 
@@ -165,9 +181,13 @@ pub(super) fn create_pair(pod: &End, host: &End, mtu: Option<Mtu>, key: &Attachm
 
 /// The pod's end up, with its addresses, and a link-local one where there is IPv6.
 pub(super) fn set_up_pod(pod: &End, tuning: Tuning, addresses: &[LeasedAddress], steps: &mut Vec<Step>) {
+    pod_up(pod, tuning, steps);
+    pod_end::addresses(&pod.name, Some(pod.mac), addresses, steps);
+}
+
+fn pod_up(pod: &End, tuning: Tuning, steps: &mut Vec<Step>) {
     tune(&pod.name, tuning, steps);
     steps.push(Step::new(Target::Pod, Operation::Up { link: pod.name.clone(), master: None }));
-    pod_end::addresses(&pod.name, Some(pod.mac), addresses, steps);
 }
 
 /// The host's end, still down: under policy, then marked.
@@ -181,11 +201,12 @@ pub(super) fn host_end(end: &End, key: &AttachmentKey, policy: Policy, steps: &m
 
 /// The end of every veth: both ends carry packets when the attach returns, and the pod takes those for its addresses.
 pub(super) fn settle(pod: &End, host: &End, addresses: &[LeasedAddress], steps: &mut Vec<Step>) {
-    for (target, end) in [(Target::Host, host), (Target::Pod, pod)] {
-        steps.push(Step::new(target, Operation::SettleCarrier { link: end.name.clone() }));
-    }
+    settle_carrier(pod, host, steps);
     pod_end::settle(&pod.name, addresses, steps);
 }
 
-/// There was no such neighbour, or no such family.
-const NOT_KNOWN: &[i32] = &[libc::ENOENT, libc::EAFNOSUPPORT];
+fn settle_carrier(pod: &End, host: &End, steps: &mut Vec<Step>) {
+    for (target, end) in [(Target::Host, host), (Target::Pod, pod)] {
+        steps.push(Step::new(target, Operation::SettleCarrier { link: end.name.clone() }));
+    }
+}

@@ -44,6 +44,7 @@ impl LinkDriver for DummyConfig {
         let mtu = device_mtu(self.mtu, &request.addresses)?;
         let end = End { name: request.key.ifname.clone(), mac: request.mac };
         let neighbours = Neighbours::Resolved(request.mac);
-        Ok(PodDevice { request, end, mtu, tuning: self.tuning, neighbours }.plan(Device::Dummy))
+        Ok(PodDevice { request, end, mtu, tuning: self.tuning, neighbours, underlay: None, parent: None }
+            .plan(Device::Dummy))
     }
 }

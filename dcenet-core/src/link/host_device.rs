@@ -24,6 +24,7 @@ use super::{
 use crate::model::{IfName, Mtu};
 use crate::netlink::LinkView;
 use crate::plan::{End, Lent, MARK, Operation, Plan, Step, Target, Tuning, Undo, lent_mark};
+use crate::probe::Underlay;
 
 /// `"link": { "kind": "host-device", ... }`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,6 +38,9 @@ pub struct HostDeviceConfig {
     /// What else it is to be in the pod.
     #[serde(default, skip_serializing_if = "Tuning::is_default")]
     pub tuning: Tuning,
+    /// What care is taken of the pod's addresses on the segment; the default where the key is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub underlay: Option<Underlay>,
 }
 
 impl HostDeviceConfig {
@@ -51,7 +55,8 @@ impl HostDeviceConfig {
         }
         // Of an address that is known without the device too.
         let neighbours = Neighbours::Resolved(request.key.mac());
-        let device = PodDevice { request, end, mtu, tuning: self.tuning, neighbours };
+        let underlay = Some(self.underlay.unwrap_or_default());
+        let device = PodDevice { request, end, mtu, tuning: self.tuning, neighbours, underlay, parent: None };
         device.set_up(&mut steps);
         Plan { steps, host_end: None, pod_end: device.end, bridge: None }
     }

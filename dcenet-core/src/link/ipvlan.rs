@@ -9,12 +9,13 @@
 //! # Ok::<(), dcenet_core::section::SectionError>(())
 //! ```
 //!
-//! The pod has the parent's Ethernet address, whatever address was asked for. In the modes `l3` and `l3s` packets are
+//! The pod has the parent's Ethernet address, whatever address was asked for. So have all pods of the parent: whether one
+//! of them, or the host, has an address already is not found by asking the segment. In the modes `l3` and `l3s` packets are
 //! routed in the host's namespace; there are no neighbours, and every route leads straight to the device.
 
 use serde::{Deserialize, Serialize};
 
-use super::pod_end::{Neighbours, PodDevice};
+use super::pod_end::{Neighbours, Parent, PodDevice};
 use super::{
     HostView, LinkDriver, LinkRequest, Need, PlanError, check_routes, device_mtu, parent_mac, parent_of, refuse_policy,
     refuse_vlan,
@@ -22,6 +23,7 @@ use super::{
 use crate::model::{IfName, Mtu};
 use crate::netlink::{IpvlanFlag, IpvlanMode};
 use crate::plan::{Device, End, Plan, Tuning};
+use crate::probe::Underlay;
 
 /// `"link": { "kind": "ipvlan", ... }`.
 ///
@@ -45,6 +47,9 @@ pub struct IpvlanConfig {
     /// What else the pod's device is to be.
     #[serde(default, skip_serializing_if = "Tuning::is_default")]
     pub tuning: Tuning,
+    /// What care is taken of the pod's addresses on the segment; the default where the key is absent, in the mode `l2`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub underlay: Option<Underlay>,
 }
 
 impl LinkDriver for IpvlanConfig {
@@ -67,8 +72,28 @@ impl LinkDriver for IpvlanConfig {
             IpvlanMode::L2 => Neighbours::Resolved(request.key.mac()),
             IpvlanMode::L3 | IpvlanMode::L3s => Neighbours::None,
         };
-        let end = End { name: request.key.ifname.clone(), mac: parent_mac(parent)? };
-        let device = PodDevice { request, end, mtu, tuning: self.tuning, neighbours };
+        let mac = parent_mac(parent)?;
+        let underlay = match (self.mode, self.underlay) {
+            (IpvlanMode::L2, underlay) => Some(underlay.unwrap_or_default()),
+            (_, None) => None,
+            (mode, Some(_)) => {
+                return Err(PlanError::Invalid {
+                    field: "link.underlay",
+                    value: format!("with mode {mode:?}").to_lowercase(),
+                    reason: "its packets are routed and it has no neighbours to ask; drop it, or use the mode l2"
+                        .to_owned(),
+                });
+            }
+        };
+        let device = PodDevice {
+            request,
+            end: End { name: request.key.ifname.clone(), mac },
+            mtu,
+            tuning: self.tuning,
+            neighbours,
+            underlay,
+            parent: Some(Parent { link: self.parent.clone(), shared_mac: Some(mac) }),
+        };
         Ok(device.plan(Device::Ipvlan { parent: self.parent.clone(), mode: self.mode, flag: self.flag }))
     }
 

@@ -23,7 +23,7 @@
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::pod_end::{self, Neighbours, PodDevice, direct, is_false};
+use super::pod_end::{self, Neighbours, Parent, PodDevice, direct, is_false};
 use super::{
     HostView, LinkDriver, LinkRequest, Need, PlanError, check_routes, device_mtu, is_link_local, parent_mac, parent_of,
     refuse_policy, refuse_vlan,
@@ -31,6 +31,7 @@ use super::{
 use crate::model::{IfName, MacAddr, Mtu};
 use crate::netlink::{LinkView, MacvlanMode};
 use crate::plan::{Device, End, Operation, Plan, Step, Target, Tuning, Undo, shared_mark};
+use crate::probe::Underlay;
 use ipnet::IpNet;
 
 /// `"link": { "kind": "macvlan", ... }`.
@@ -55,6 +56,9 @@ pub struct MacvlanConfig {
     /// What else the pod's device is to be.
     #[serde(default, skip_serializing_if = "Tuning::is_default")]
     pub tuning: Tuning,
+    /// What care is taken of the pod's addresses on the segment; the default where the key is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub underlay: Option<Underlay>,
 }
 
 impl MacvlanConfig {
@@ -186,6 +190,8 @@ impl LinkDriver for MacvlanConfig {
             tuning: self.tuning,
             // Not of the parent's own address, whose link-local address the parent may have.
             neighbours: Neighbours::Resolved(if mac == request.mac { mac } else { request.key.mac() }),
+            underlay: Some(self.underlay.unwrap_or_default()),
+            parent: Some(Parent { link: self.parent.clone(), shared_mac: None }),
         };
         let mut plan = device.plan(Device::Macvlan {
             parent: self.parent.clone(),

@@ -35,8 +35,9 @@ pub use self::veth::VethConfig;
 pub use self::vlan::VlanConfig;
 pub use self::vrf::VrfConfig;
 use crate::model::{AttachmentKey, IfName, MacAddr, Mtu};
-use crate::netlink::{AddressView, LinkView};
+use crate::netlink::{AddressView, IpvlanMode, LinkView};
 use crate::plan::Plan;
+use crate::probe::Underlay;
 use crate::provider::{LeasedAddress, LeasedRoute};
 use crate::section::{self, SectionError};
 
@@ -188,6 +189,18 @@ kinds! {
 }
 
 impl LinkConfig {
+    /// What care is taken of addresses on the segment; `None` for a kind, or a configuration of it, that takes none.
+    pub fn underlay(&self) -> Option<Underlay> {
+        match self {
+            Self::Bridge(config) => config.underlay,
+            Self::Macvlan(config) => Some(config.underlay.unwrap_or_default()),
+            Self::Ipvlan(config) => (config.mode == IpvlanMode::L2).then(|| config.underlay.unwrap_or_default()),
+            Self::Vlan(config) => Some(config.underlay.unwrap_or_default()),
+            Self::HostDevice(config) => Some(config.underlay.unwrap_or_default()),
+            Self::Veth(_) | Self::Vrf(_) | Self::Netkit(_) | Self::Dummy(_) | Self::Tap(_) => None,
+        }
+    }
+
     /// Reads the section `link`.
     ///
     /// # Errors

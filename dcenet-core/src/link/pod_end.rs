@@ -3,6 +3,7 @@
 use super::{HostView, LinkRequest, gateway_of, link_local};
 use crate::model::{IfName, MacAddr, Mtu};
 use crate::plan::{Device, End, Operation, Plan, RouteSpec, Step, Target, Tuning, Undo, mark};
+use crate::probe::Underlay;
 use crate::provider::LeasedAddress;
 
 /// A device that lives in the pod alone, on a device of the host or on nothing.
@@ -13,6 +14,18 @@ pub(super) struct PodDevice<'a> {
     pub(super) tuning: Tuning,
     /// Whether packets are handed to neighbours: without, every route leads straight to the link.
     pub(super) neighbours: Neighbours,
+    /// What care is taken of its addresses, where others are on its segment.
+    pub(super) underlay: Option<Underlay>,
+    /// The device of the host on which it is made, which may remember who had its addresses before.
+    pub(super) parent: Option<Parent>,
+}
+
+/// A device of the host on which a pod's is made.
+pub(super) struct Parent {
+    pub(super) link: IfName,
+    /// Its Ethernet address, where the pod's device has that too: answers to who has no address yet come to it alone (the
+    /// kernel's `ipvlan_handle_mode_l2` finds devices by address).
+    pub(super) shared_mac: Option<MacAddr>,
 }
 
 /// Whether a device's packets have an Ethernet address to go to.
@@ -65,6 +78,13 @@ impl PodDevice<'_> {
         steps.push(no_link_local(Target::Pod, name));
         tune(name, self.tuning, steps);
         steps.push(Step::new(Target::Pod, Operation::Up { link: name.clone(), master: None }));
+        if let Some(underlay) = &self.underlay {
+            let (target, link) = match &self.parent {
+                Some(Parent { link, shared_mac: Some(_) }) => (Target::Host, link),
+                _ => (Target::Pod, name),
+            };
+            steps.extend(probe_conflicts(underlay, target, link, self.end.mac, &self.request.addresses));
+        }
         match self.neighbours {
             Neighbours::Resolved(mac) => {
                 addresses(name, Some(mac), &self.request.addresses, steps);
@@ -79,6 +99,49 @@ impl PodDevice<'_> {
             }
         }
         settle(name, &self.request.addresses, steps);
+        if let Some(underlay) = &self.underlay {
+            if let Some(parent) = &self.parent {
+                forget(&parent.link, &self.request.addresses, steps);
+            }
+            introduce(underlay, &self.end, &self.request.addresses, steps);
+        }
+    }
+}
+
+/// Asks who has the addresses, before they are entered.
+pub(super) fn probe_conflicts(
+    underlay: &Underlay,
+    target: Target,
+    link: &IfName,
+    mac: MacAddr,
+    addresses: &[LeasedAddress],
+) -> Option<Step> {
+    let timing = underlay.conflict_probe().filter(|_| !addresses.is_empty())?;
+    let addresses = addresses.iter().map(|a| a.address.addr()).collect();
+    Some(Step::new(target, Operation::ProbeConflicts { link: link.clone(), mac, addresses, timing }))
+}
+
+/// Has a link of the host forget who had the addresses before.
+pub(super) fn forget(link: &IfName, addresses: &[LeasedAddress], steps: &mut Vec<Step>) {
+    for address in addresses {
+        let operation = Operation::ForgetNeighbour { link: link.clone(), address: address.address.addr() };
+        steps.push(Step::new(Target::Host, operation).content_with(NOT_KNOWN));
+    }
+}
+
+/// Tells the segment of the addresses, and asks for the gateways.
+pub(super) fn introduce(underlay: &Underlay, end: &End, addresses: &[LeasedAddress], steps: &mut Vec<Step>) {
+    let (link, mac, times) = (end.name.clone(), end.mac, underlay.announcements.get());
+    if times > 0 && !addresses.is_empty() {
+        let addresses = addresses.iter().map(|a| a.address.addr()).collect();
+        steps.push(Step::new(Target::Pod, Operation::Announce { link: link.clone(), mac, addresses, times }));
+    }
+    let gateways: Vec<_> = addresses.iter().filter_map(|a| Some((a.address.addr(), a.gateway?))).collect();
+    if let Some(otherwise) = underlay.gateway_probe
+        && !gateways.is_empty()
+    {
+        let timing = underlay.gateway_timing();
+        steps.push(Step::new(Target::Pod, Operation::ProbeGateways { link, mac, gateways, timing, otherwise }));
     }
 }
 
@@ -143,3 +206,6 @@ pub(super) fn without(host: &HostView, link: &IfName) -> HostView {
 pub(super) fn is_false(value: &bool) -> bool {
     !value
 }
+
+/// There was no such neighbour, or no such family.
+const NOT_KNOWN: &[i32] = &[libc::ENOENT, libc::EAFNOSUPPORT];

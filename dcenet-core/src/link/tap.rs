@@ -71,7 +71,7 @@ impl LinkDriver for TapConfig {
         let ethernet = self.mode == TapMode::Tap;
         let end = End { name: request.key.ifname.clone(), mac: request.mac };
         let neighbours = if ethernet { Neighbours::Resolved(request.mac) } else { Neighbours::None };
-        let device = PodDevice { request, end, mtu, tuning: self.tuning, neighbours };
+        let device = PodDevice { request, end, mtu, tuning: self.tuning, neighbours, underlay: None, parent: None };
         let transit = device.transit();
         let tap = TapSpec { ethernet, owner: self.owner, group: self.group, multi_queue: self.multi_queue };
         let create = Operation::CreateTap { link: device.end.clone(), transit: transit.clone(), tap };

@@ -268,9 +268,10 @@ fn a_device_on_a_parent_is_made_by_the_host_and_finished_in_the_pod() {
         ..request(vec![address("10.0.0.2/24", Some("10.0.0.1"))], &[("0.0.0.0/0", None)])
     };
     let plan = plan(r#"{"kind":"macvlan","parent":"dc0"}"#, &request, &host).unwrap();
-    let targets: Vec<Target> = plan.steps.iter().map(|s| s.target).collect();
-    assert_eq!(targets[0], Target::Host);
-    assert!(targets[1..].iter().all(|t| *t == Target::Pod));
+    let on_host: Vec<&Operation> =
+        plan.steps.iter().filter(|s| s.target == Target::Host).map(|s| &s.operation).collect();
+    assert!(matches!(on_host[..], [Operation::CreateLink { .. }, Operation::ForgetNeighbour { .. }]), "{on_host:?}");
+    assert_eq!(plan.steps[0].target, Target::Host);
     // What is no message comes before, and is written while the device is down.
     assert!(matches!(plan.steps[1].operation, Operation::WriteSetting { .. }));
     let rename = place(&plan, |o| matches!(o, Operation::Rename { .. }));
@@ -285,4 +286,60 @@ fn a_device_on_a_parent_is_made_by_the_host_and_finished_in_the_pod() {
     let plan = self::plan(r#"{"kind":"macvlan","parent":"dc0","mtu":1400}"#, &narrow, &host).unwrap();
     let Operation::CreateLink { mtu, .. } = &plan.steps[0].operation else { panic!("{plan:?}") };
     assert_eq!(mtu.unwrap().get(), 1300);
+}
+
+#[test]
+fn addresses_are_probed_for_before_they_are_entered_and_announced_after() {
+    let host =
+        HostView { links: vec![LinkView { kind: Some("bridge".into()), ..bridge_link(None) }], ..Default::default() };
+    let addresses = vec![address("10.0.0.2/24", Some("10.0.0.1")), address("fd00::2/64", Some("fd00::1"))];
+    let of = |json: &str, policy| {
+        let request = LinkRequest { policy, ..request(addresses.clone(), &[("0.0.0.0/0", None)]) };
+        plan(json, &request, &host).unwrap()
+    };
+    let probed = |o: &Operation| matches!(o, Operation::ProbeConflicts { addresses, .. } if addresses.len() == 2);
+    let announced = |o: &Operation| matches!(o, Operation::Announce { addresses, .. } if addresses.len() == 2);
+    let asked = |o: &Operation| matches!(o, Operation::ProbeGateways { gateways, .. } if gateways.len() == 2);
+    for (json, policy) in [
+        (r#"{"kind":"macvlan","parent":"dc0","underlay":{"gatewayProbe":"warn"}}"#, Policy::None),
+        (r#"{"kind":"vlan","parent":"dc0","id":7,"underlay":{"gatewayProbe":"fail"}}"#, Policy::None),
+        (r#"{"kind":"bridge","bridge":"dc0","underlay":{"gatewayProbe":"fail"}}"#, Policy::Wanted),
+    ] {
+        let plan = of(json, policy);
+        let up = place(&plan, |o| matches!(o, Operation::Up { link, .. } if link.as_str() == "eth0"));
+        let entered = place(&plan, |o| matches!(o, Operation::AddAddress { link, .. } if link.as_str() == "eth0"));
+        let settled = plan.steps.iter().rposition(|s| matches!(s.operation, Operation::SettleAddress { .. })).unwrap();
+        let order = [up, place(&plan, probed), entered, settled, place(&plan, announced), place(&plan, asked)];
+        assert!(order.is_sorted(), "{json}: {order:?}");
+        if policy == Policy::Wanted {
+            // The way to the segment is open, and policy stands before it is.
+            let policy = place(&plan, |o| *o == Operation::AttachPolicy);
+            let port = place(&plan, |o| matches!(o, Operation::Up { master: Some(_), .. }));
+            assert!(policy < port && port < order[1], "{json}");
+        }
+    }
+    // Asked from the parent, whose Ethernet address the pod has.
+    let mut with_mac = host.clone();
+    with_mac.links[0].mac = Some("02:00:00:00:00:aa".parse().unwrap());
+    let request = LinkRequest { policy: Policy::None, ..request(addresses.clone(), &[]) };
+    let ipvlan = plan(r#"{"kind":"ipvlan","parent":"dc0"}"#, &request, &with_mac).unwrap();
+    let step = &ipvlan.steps[place(&ipvlan, probed)];
+    assert!(matches!(&step.operation, Operation::ProbeConflicts { link, .. } if link.as_str() == "dc0"));
+    assert_eq!(step.target, Target::Host);
+    for json in [
+        r#"{"kind":"macvlan","parent":"dc0","underlay":{"probes":0,"announcements":0}}"#,
+        r#"{"kind":"bridge","bridge":"dc0"}"#,
+        r#"{"kind":"veth"}"#,
+        r#"{"kind":"ipvlan","parent":"dc0","mode":"l3"}"#,
+    ] {
+        let plan = plan(json, &request, &with_mac).unwrap();
+        assert!(
+            !plan.steps.iter().any(|s| probed(&s.operation) || announced(&s.operation) || asked(&s.operation)),
+            "{json}"
+        );
+    }
+    let refused = plan(r#"{"kind":"ipvlan","parent":"dc0","mode":"l3","underlay":{}}"#, &request, &with_mac);
+    assert!(matches!(refused, Err(PlanError::Invalid { field: "link.underlay", .. })), "{refused:?}");
+    let wrong = LinkConfig::read(&serde_json::json!({ "kind": "veth", "underlay": {} })).unwrap_err();
+    assert_eq!(wrong.field, "link.underlay");
 }

@@ -19,6 +19,7 @@ use super::{HostView, LinkDriver, LinkRequest, Need, PlanError, check_routes, de
 use crate::model::{IfName, Mtu, VlanId};
 use crate::netlink::VlanProtocol;
 use crate::plan::{Device, End, Plan, Tuning};
+use crate::probe::Underlay;
 
 /// `"link": { "kind": "vlan", ... }`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,6 +39,9 @@ pub struct VlanConfig {
     /// What else the pod's device is to be.
     #[serde(default, skip_serializing_if = "Tuning::is_default")]
     pub tuning: Tuning,
+    /// What care is taken of the pod's addresses on the segment; the default where the key is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub underlay: Option<Underlay>,
 }
 
 impl VlanConfig {
@@ -74,7 +78,8 @@ impl LinkDriver for VlanConfig {
         parent_of(host, &self.parent, mtu)?;
         let end = End { name: request.key.ifname.clone(), mac: request.mac };
         let neighbours = Neighbours::Resolved(request.mac);
-        let device = PodDevice { request, end, mtu, tuning: self.tuning, neighbours };
+        let underlay = Some(self.underlay.unwrap_or_default());
+        let device = PodDevice { request, end, mtu, tuning: self.tuning, neighbours, underlay, parent: None };
         Ok(device.plan(Device::Vlan { parent: self.parent.clone(), id, protocol: self.protocol }))
     }
 

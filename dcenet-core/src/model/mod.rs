@@ -67,4 +67,5 @@ macro_rules! serde_by_text {
     )+};
 }
 
-use {serde_by_text, text_value};
+pub(crate) use serde_by_text;
+use text_value;

@@ -6,6 +6,7 @@ mod functions;
 mod igb;
 mod kinds;
 mod netdevsim;
+mod underlay;
 mod vfio;
 
 use dcenet_core::netlink::{Family, Socket};

@@ -1,0 +1,204 @@
+//! An Ethernet device and the sockets for it.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
+use std::time::{Duration, Instant};
+
+use super::frame::{self, Nonce, Said};
+use super::judge::Judge;
+use super::{Conflict, Timing, sys};
+use crate::model::{IfIndex, MacAddr};
+
+/// An Ethernet device of a network namespace, with a packet socket for each family of addresses that is needed. The
+/// sockets stay in their namespace, whichever thread uses them.
+#[derive(Debug)]
+pub struct Segment {
+    mac: MacAddr,
+    nonce: Nonce,
+    arp: Option<File>,
+    ipv6: Option<File>,
+    /// Member of the groups of the IPv6 addresses: what others ask about them is received, and a switch that looks into
+    /// group reports lets it through (RFC 4862, section 5.4.2).
+    _groups: Option<UdpSocket>,
+}
+
+/// A frame for one of the sockets.
+#[derive(Debug)]
+enum Frame {
+    Arp(Vec<u8>),
+    Ipv6(Vec<u8>),
+}
+
+impl Segment {
+    /// Opens sockets in the calling thread's namespace, for a device that is up and these addresses. `mac` is the Ethernet
+    /// address that the addresses are to have, as a rule the device's.
+    ///
+    /// # Errors
+    /// Those of socket(2), bind(2) and setsockopt(2): without `CAP_NET_RAW`, without such a device, for IPv6 without
+    /// IPv6.
+    pub fn open(device: IfIndex, mac: MacAddr, addresses: &[IpAddr]) -> io::Result<Self> {
+        let (mut arp, mut ipv6, mut groups) = (None, None, None);
+        if addresses.iter().any(IpAddr::is_ipv4) {
+            arp = Some(sys::open(frame::ARP, device, &[])?.into());
+        }
+        if addresses.iter().any(IpAddr::is_ipv6) {
+            let udp = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0))?;
+            let of = |a: &IpAddr| if let IpAddr::V6(a) = a { Some(frame::solicited_node(*a)) } else { None };
+            for group in addresses.iter().filter_map(of).collect::<BTreeSet<_>>() {
+                udp.join_multicast_v6(&group, device.get())?;
+            }
+            groups = Some(udp);
+            ipv6 = Some(sys::open(frame::IPV6, device, &sys::NEIGHBOUR_DISCOVERY)?.into());
+        }
+        Ok(Self { mac, nonce: nonce(), arp, ipv6, _groups: groups })
+    }
+
+    /// Asks whether somebody else has one of the addresses or is about to take it, and returns who; none where all are
+    /// free. No device of the namespace may have them yet: the kernel would answer for itself.
+    ///
+    /// It takes the time of `timing` where nobody answers, and where somebody does no longer than until the next probe
+    /// would be sent.
+    ///
+    /// # Errors
+    /// Those of the sockets: what could not be sent proves nothing.
+    pub fn conflicts(&self, addresses: &[IpAddr], timing: Timing) -> io::Result<Vec<Conflict>> {
+        let judge = Judge { mac: self.mac, addresses, nonce: self.nonce };
+        let probe = |address: &IpAddr| match *address {
+            IpAddr::V4(a) => Frame::Arp(frame::arp_request(self.mac, Ipv4Addr::UNSPECIFIED, a)),
+            IpAddr::V6(a) => Frame::Ipv6(frame::duplicate_detection(self.mac, a, self.nonce)),
+        };
+        let frames: Vec<Frame> = addresses.iter().map(probe).collect();
+        let mut found: Vec<Conflict> = Vec::new();
+        self.ask(&frames, timing, |frame| {
+            let new = judge.judge(frame).filter(|new| found.iter().all(|old| old.address != new.address));
+            found.extend(new);
+            match found.len() {
+                0 => Progress::Open,
+                n if n < addresses.len() => Progress::Partial,
+                _ => Progress::Done,
+            }
+        })?;
+        Ok(found)
+    }
+
+    /// Tells the segment who has these addresses now, so that nobody goes on sending to whoever had them before: an ARP
+    /// announcement (RFC 5227, section 2.3), an unsolicited neighbour advertisement (RFC 4861, section 7.2.6).
+    ///
+    /// # Errors
+    /// Those of the sockets.
+    pub fn announce(&self, addresses: &[IpAddr], times: u8) -> io::Result<()> {
+        let announcement = |address: &IpAddr| match *address {
+            IpAddr::V4(a) => Frame::Arp(frame::arp_request(self.mac, a, a)),
+            IpAddr::V6(a) => Frame::Ipv6(frame::advertisement(self.mac, a)),
+        };
+        let frames: Vec<Frame> = addresses.iter().map(announcement).collect();
+        (0..times).try_for_each(|_| self.send(&frames))
+    }
+
+    /// Asks the gateways for their Ethernet addresses, each from an address of its family that the device has, and returns
+    /// those gateways that do not answer. Pairs are of an own address and a gateway.
+    ///
+    /// # Errors
+    /// Those of the sockets.
+    pub fn unreachable(&self, pairs: &[(IpAddr, IpAddr)], timing: Timing) -> io::Result<Vec<IpAddr>> {
+        let question = |pair: &(IpAddr, IpAddr)| match *pair {
+            (IpAddr::V4(own), IpAddr::V4(gateway)) => Some(Frame::Arp(frame::arp_request(self.mac, own, gateway))),
+            (IpAddr::V6(own), IpAddr::V6(gateway)) => Some(Frame::Ipv6(frame::solicitation(self.mac, own, gateway))),
+            // No such address can be asked for by that family.
+            _ => None,
+        };
+        let frames: Vec<Frame> = pairs.iter().filter_map(question).collect();
+        let mut silent: BTreeSet<IpAddr> = pairs.iter().map(|(_, gateway)| *gateway).collect();
+        self.ask(&frames, timing, |frame| {
+            if let Some(Said::Is { address, .. }) = frame::parse(frame) {
+                silent.remove(&address);
+            }
+            if silent.is_empty() { Progress::Done } else { Progress::Open }
+        })?;
+        Ok(silent.into_iter().collect())
+    }
+
+    /// Sends all frames once for each probe, and hands over what comes, until the time is over or enough is known.
+    fn ask(&self, frames: &[Frame], timing: Timing, mut see: impl FnMut(&[u8]) -> Progress) -> io::Result<()> {
+        if frames.is_empty() {
+            return Ok(());
+        }
+        let probes = timing.probes.max(1);
+        let part = timing.within / u32::from(probes);
+        let mut progress = Progress::Open;
+        for _ in 0..probes {
+            self.send(frames)?;
+            // From now on, and not by a plan of all: however late this thread gets to it, an answer has this long.
+            let deadline = Instant::now() + part;
+            while self.wait(deadline)? {
+                for socket in [&self.arp, &self.ipv6].into_iter().flatten() {
+                    receive_all(socket, |frame| progress = progress.max(see(frame)))?;
+                }
+                if progress == Progress::Done {
+                    return Ok(());
+                }
+            }
+            if progress == Progress::Partial {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    fn send(&self, frames: &[Frame]) -> io::Result<()> {
+        for frame in frames {
+            let (socket, bytes) = match frame {
+                Frame::Arp(bytes) => (&self.arp, bytes),
+                Frame::Ipv6(bytes) => (&self.ipv6, bytes),
+            };
+            let mut socket = socket.as_ref().ok_or_else(|| {
+                let reason = "no address of this family was named when the segment was opened";
+                io::Error::new(io::ErrorKind::InvalidInput, reason)
+            })?;
+            // It goes as one frame or not at all, and again after a signal.
+            socket.write_all(bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Whether there is something to receive before the deadline.
+    fn wait(&self, deadline: Instant) -> io::Result<bool> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        sys::wait_readable(self.arp.as_ref(), self.ipv6.as_ref(), left.max(Duration::ZERO))
+    }
+}
+
+/// How much is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Progress {
+    /// Too little: go on to the end.
+    Open,
+    /// Enough, and more may come until the next probe is due.
+    Partial,
+    /// All.
+    Done,
+}
+
+fn receive_all(mut socket: &File, mut see: impl FnMut(&[u8])) -> io::Result<()> {
+    let mut buffer = [0; FRAME];
+    loop {
+        match socket.read(&mut buffer) {
+            Ok(length) => see(&buffer[..length]),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// 48 bits that nobody guesses.
+fn nonce() -> Nonce {
+    let [a, b, c, d, e, f, ..] = RandomState::new().build_hasher().finish().to_ne_bytes();
+    [a, b, c, d, e, f]
+}
+
+/// Longer frames are cut off here; what is looked for is shorter.
+const FRAME: usize = 1514;

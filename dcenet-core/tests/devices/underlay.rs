@@ -1,0 +1,404 @@
+//! Addresses on a segment with others, whose kernels answer as those of any host do.
+
+use std::net::IpAddr;
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use dcenet_core::engine::{AttachError, AttachRequest, StepError};
+use dcenet_core::link::LinkConfig;
+use dcenet_core::model::{AttachmentKey, MacAddr};
+use dcenet_core::probe::{Conflict, Evidence, Segment, Timing};
+use dcenet_core::provider::{Dns, Lease, LeasedAddress};
+use dcenet_core::test_support::{HostState, Rung, TestHost, TestNetNs, effort, ping, require};
+use serde_json::json;
+
+use super::host_with_parent;
+
+/// Longer than any machine takes to answer: an answer ends it.
+const LONG: Timing = Timing { probes: 3, within: Duration::from_secs(6) };
+/// For addresses that nobody has.
+const SHORT: Timing = Timing { probes: 3, within: Duration::from_millis(75) };
+
+/// A hub, which gives each frame to everybody, and hosts on it.
+struct Hub {
+    host: TestHost,
+}
+
+/// A host, with `eth0`.
+struct Station {
+    netns: TestNetNs,
+    mac: MacAddr,
+}
+
+impl Hub {
+    fn new() -> Self {
+        let host = TestHost::new();
+        host.root().sh("ip link add sw0 type bridge; ip link set sw0 addrgenmode none; ip link set sw0 up");
+        Self { host }
+    }
+
+    /// A host with the addresses `192.0.2.N` and `2001:db8::N`, and this Ethernet address.
+    fn station(&self, n: u8, mac: u8) -> Station {
+        let netns = self.host.new_pod();
+        let mac = MacAddr::new([2, 0, 0, 0, 0, mac]);
+        self.host.root().sh(&format!(
+            "ip link add p{n} type veth peer name eth0 address {mac} netns {0}; ip link set p{n} addrgenmode none; \
+             ip link set p{n} master sw0; ip link set p{n} type bridge_slave learning off flood on; ip link set p{n} up",
+            netns.path().display(),
+        ));
+        netns.sh(&format!(
+            "ip link set eth0 addrgenmode none; ip link set eth0 up; ip addr add 192.0.2.{n}/24 dev eth0; \
+             ip addr add 2001:db8::{n:x}/64 dev eth0 nodad"
+        ));
+        let station = Station { netns, mac };
+        // Its port forwards when the kernel has noticed the carrier.
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while n != 1 && ping(&station.netns, ip("192.0.2.1"), Duration::from_millis(200)).is_err() {
+            assert!(Instant::now() < deadline, "station {n} reaches nobody");
+        }
+        station
+    }
+}
+
+impl Station {
+    /// As who has this Ethernet address.
+    fn segment_as(&self, mac: MacAddr, addresses: &[IpAddr]) -> Segment {
+        let index = self.netns.link("eth0").unwrap().index;
+        self.netns.run(|| Segment::open(index, mac, addresses)).unwrap()
+    }
+
+    fn segment(&self, addresses: &[IpAddr]) -> Segment {
+        self.segment_as(self.mac, addresses)
+    }
+
+    fn take(&self, addresses: &[IpAddr]) {
+        for address in addresses {
+            let length = if address.is_ipv4() { "24" } else { "64 nodad" };
+            self.netns.sh(&format!("ip addr add dev eth0 {address}/{length}"));
+        }
+    }
+
+    fn used(&self, address: IpAddr) -> Conflict {
+        Conflict { address, holder: self.mac, evidence: Evidence::Used }
+    }
+}
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+fn pair(n: u8) -> [IpAddr; 2] {
+    [IpAddr::from([192, 0, 2, n]), ip(&format!("2001:db8::{n:x}"))]
+}
+
+fn sorted(mut conflicts: Vec<Conflict>) -> Vec<Conflict> {
+    conflicts.sort_by_key(|c| c.address);
+    conflicts
+}
+
+#[test]
+fn a_holder_is_seen_with_its_ethernet_address_and_a_free_address_is_free() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let hub = Hub::new();
+    let (holder, prober) = (hub.station(1, 1), hub.station(2, 2));
+    let (held, free) = (pair(77), pair(78));
+    holder.take(&held);
+    let all = [held[0], held[1], free[0], free[1]];
+    let segment = prober.segment(&all);
+    assert_eq!(segment.conflicts(&free, SHORT).unwrap(), []);
+    let began = Instant::now();
+    assert_eq!(sorted(segment.conflicts(&held, LONG).unwrap()), held.map(|a| holder.used(a)));
+    // Beside free ones, until the next probe would be due.
+    assert_eq!(sorted(segment.conflicts(&all, LONG).unwrap()), held.map(|a| holder.used(a)));
+    assert!(began.elapsed() < LONG.within, "an answer ends the waiting");
+    // Without the holder nobody answers for it.
+    holder.netns.sh("ip link set eth0 down");
+    assert_eq!(segment.conflicts(&held, SHORT).unwrap(), []);
+}
+
+#[test]
+fn what_has_the_same_ethernet_address_is_the_same_workload() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let hub = Hub::new();
+    let (holder, prober) = (hub.station(1, 1), hub.station(2, 2));
+    let wanted = pair(77);
+    holder.take(&wanted);
+    // It answers, and announces itself all the time, as it does before it is moved here.
+    let told = AtomicU64::new(0);
+    let announcer = holder.segment(&wanted);
+    let probe_as = |mac, timing| {
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    announcer.announce(&wanted, 1).unwrap();
+                    told.fetch_add(1, Ordering::Relaxed);
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+            });
+            let found = prober.segment_as(mac, &wanted).conflicts(&wanted, timing).unwrap();
+            over.store(true, Ordering::Relaxed);
+            found
+        })
+    };
+    let timing = Timing { probes: 3, within: Duration::from_millis(300) };
+    assert_eq!(probe_as(holder.mac, timing), []);
+    assert!(told.load(Ordering::Relaxed) > 1);
+    // The same frames, to somebody else.
+    assert_eq!(sorted(probe_as(prober.mac, LONG)), wanted.map(|a| holder.used(a)));
+}
+
+#[test]
+fn a_probe_that_comes_back_is_our_own() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let hub = Hub::new();
+    let (mirror, prober) = (hub.station(1, 1), hub.station(2, 2));
+    let other = hub.station(3, 3);
+    mirror.netns.sh("tc qdisc add dev eth0 clsact; \
+         tc filter add dev eth0 ingress protocol all u32 match u32 0 0 action mirred egress redirect dev eth0");
+    let sent = || -> u64 {
+        let shown = mirror.netns.sh("cat /proc/thread-self/net/dev");
+        let line = shown.lines().find(|l| l.trim_start().starts_with("eth0:")).unwrap();
+        line.split_whitespace().nth(10).unwrap().parse().unwrap()
+    };
+    let (wanted, before) = (pair(77), sent());
+    assert_eq!(prober.segment(&wanted).conflicts(&wanted, SHORT).unwrap(), []);
+    assert!(sent() >= before + 6, "all probes came back");
+    // For another host these are probes of somebody else.
+    let listener = other.segment(&wanted);
+    assert_eq!(prober.segment(&wanted).conflicts(&wanted, SHORT).unwrap(), []);
+    let theirs = wanted.map(|address| Conflict { address, holder: prober.mac, evidence: Evidence::Probed });
+    assert_eq!(sorted(listener.conflicts(&wanted, SHORT).unwrap()), theirs);
+}
+
+#[test]
+fn two_who_probe_for_the_same_address_see_each_other() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let hub = Hub::new();
+    let (a, b) = (hub.station(1, 1), hub.station(2, 2));
+    let wanted = pair(77);
+    let barrier = Barrier::new(2);
+    let probe = |station: &Station| {
+        let segment = station.segment(&wanted);
+        barrier.wait();
+        sorted(segment.conflicts(&wanted, LONG).unwrap())
+    };
+    let (of_a, of_b) = std::thread::scope(|scope| {
+        let other = scope.spawn(|| probe(&a));
+        let own = probe(&b);
+        (other.join().unwrap(), own)
+    });
+    let by = |mac| move |address| Conflict { address, holder: mac, evidence: Evidence::Probed };
+    assert_eq!(of_a, wanted.map(by(b.mac)));
+    assert_eq!(of_b, wanted.map(by(a.mac)));
+}
+
+#[test]
+fn a_gateway_that_is_gone_is_named() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let hub = Hub::new();
+    let (gateway, pod) = (hub.station(1, 1), hub.station(2, 2));
+    let (own, there, gone) = (pair(2), pair(1), pair(99));
+    let segment = pod.segment(&own);
+    let to = |gateways: [IpAddr; 2]| [(own[0], gateways[0]), (own[1], gateways[1])];
+    assert_eq!(segment.unreachable(&to(there), LONG).unwrap(), Vec::<IpAddr>::new());
+    assert_eq!(segment.unreachable(&to([there[0], gone[1]]), SHORT).unwrap(), [gone[1]]);
+    gateway.netns.sh("ip link set eth0 down");
+    assert_eq!(segment.unreachable(&to(there), SHORT).unwrap(), there);
+}
+
+#[test]
+fn an_announcement_moves_traffic_to_the_new_holder_at_once() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let hub = Hub::new();
+    let (neighbour, old, new) = (hub.station(1, 1), hub.station(2, 2), hub.station(3, 3));
+    let moved = pair(77);
+    old.take(&moved);
+    for address in moved {
+        ping(&neighbour.netns, address, Duration::from_secs(20)).unwrap();
+    }
+    old.netns.sh("ip link set eth0 down");
+    new.take(&moved);
+    let soon = Duration::from_millis(400);
+    for address in moved {
+        ping(&neighbour.netns, address, soon).expect_err("the neighbour sends to whoever had it");
+    }
+    new.segment(&moved).announce(&moved, 2).unwrap();
+    for address in moved {
+        ping(&neighbour.netns, address, Duration::from_secs(20)).unwrap();
+        let known = neighbour.netns.sh(&format!("ip neigh show {address}"));
+        assert!(known.contains(&new.mac.to_string()), "{known}");
+    }
+}
+
+/// Thousands of probes for free addresses while others announce, probe, resolve and move theirs, and somebody looks for the
+/// very addresses that are probed for: no alarm. Now and then one is taken: an alarm each time.
+#[test]
+fn noise_is_no_conflict() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let hub = Hub::new();
+    let (noisy, curious, prober) = (hub.station(1, 1), hub.station(2, 2), hub.station(3, 3));
+    let candidates: Vec<IpAddr> = (100..110).flat_map(pair).collect();
+    let others: Vec<IpAddr> = (50..60).flat_map(pair).collect();
+    let own = pair(2);
+    let (over, frames) = (AtomicBool::new(false), AtomicU64::new(0));
+    let brief = Timing { probes: 1, within: Duration::from_millis(5) };
+    let (mut alarms, mut found) = (0, 0);
+    std::thread::scope(|scope| {
+        let make = |turn: &(dyn Fn() + Sync)| {
+            while !over.load(Ordering::Relaxed) {
+                turn();
+                frames.fetch_add(1, Ordering::Relaxed);
+            }
+        };
+        let (announcer, asker) = (noisy.segment(&others), curious.segment(&own));
+        let migrating = noisy.segment_as(prober.mac, &candidates);
+        let looked_for: Vec<_> = candidates.iter().map(|c| (if c.is_ipv4() { own[0] } else { own[1] }, *c)).collect();
+        let others = &others;
+        scope.spawn(move || {
+            make(&|| {
+                announcer.announce(others, 1).unwrap();
+                announcer.conflicts(others, brief).unwrap();
+            });
+        });
+        let candidates = &candidates;
+        scope.spawn(move || {
+            make(&|| {
+                asker.unreachable(&looked_for, brief).unwrap();
+                migrating.announce(candidates, 1).unwrap();
+            });
+        });
+        let segment = prober.segment(candidates);
+        for _ in 0..effort(100, 1000, 10_000) / candidates.len() {
+            for pair in candidates.chunks(2) {
+                alarms += segment.conflicts(pair, brief).unwrap().len();
+                alarms += segment.conflicts(&pair[..1], brief).unwrap().len();
+            }
+        }
+        noisy.take(&candidates[..2]);
+        for _ in 0..10 {
+            found += segment.conflicts(&candidates[..2], LONG).unwrap().len();
+        }
+        over.store(true, Ordering::Relaxed);
+    });
+    assert!(frames.load(Ordering::Relaxed) > 10);
+    assert_eq!((alarms, found), (0, 20));
+}
+
+fn key() -> AttachmentKey {
+    serde_json::from_str(r#"{ "network": "shop", "container": "c1", "ifname": "eth0" }"#).unwrap()
+}
+
+/// `10.20.0.2` and `fd20::2`, with gateways.
+fn lease() -> Lease {
+    let address = |address: &str, gateway| LeasedAddress {
+        gateway: Some(ip(gateway)),
+        ..LeasedAddress::new(address.parse().unwrap(), "pods", 1)
+    };
+    let addresses = vec![address("10.20.0.2/24", "10.20.0.1"), address("fd20::2/64", "fd20::1")];
+    Lease { addresses, routes: Vec::new(), dns: Dns::default(), mac: None }
+}
+
+fn link(value: serde_json::Value) -> LinkConfig {
+    LinkConfig::read(&value).unwrap()
+}
+
+#[test]
+fn a_conflict_is_the_engines_answer_and_nothing_is_left() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let host = TestHost::new();
+    let holder = host.new_pod();
+    host.root().sh("ip link add dc0 type bridge; ip link set dc0 addrgenmode none; ip link set dc0 up");
+    for n in [0, 1] {
+        host.root().sh(&format!("ip link add up{n} type veth peer name far{n} netns {}", holder.path().display()));
+        for (netns, end) in [(&holder, "far"), (host.root(), "up")] {
+            netns.sh(&format!("ip link set {end}{n} addrgenmode none; ip link set {end}{n} up"));
+        }
+    }
+    host.root().sh("ip link set up1 master dc0");
+    for (config, far) in [
+        (link(json!({ "kind": "macvlan", "parent": "up0", "underlay": { "within": "3s" } })), "far0"),
+        (link(json!({ "kind": "bridge", "bridge": "dc0", "underlay": { "within": "3s" } })), "far1"),
+    ] {
+        let (engine, pod) = (host.engine(None), host.new_pod());
+        holder.sh(&format!("ip addr add 10.20.0.2/24 dev {far}; ip addr add fd20::2/64 dev {far} nodad"));
+        let (before, empty) = (host.state(), HostState::capture(pod.netns()));
+        let request = || AttachRequest::new(key(), pod.pod(), config.clone(), lease());
+        let error = engine.attach(&request()).unwrap_err();
+        let mac = holder.link(far).unwrap().mac.unwrap();
+        let expected =
+            ["10.20.0.2", "fd20::2"].map(|a| Conflict { address: ip(a), holder: mac, evidence: Evidence::Used });
+        assert_eq!(error.conflicts().map(|c| sorted(c.to_vec())), Some(expected.to_vec()), "{error}");
+        assert!(error.to_string().contains(&format!("10.20.0.2 is used by {mac}")), "{error}");
+        assert_eq!(before.diff(&host.state()), "");
+        assert_eq!(empty.diff(&HostState::capture(pod.netns())), "");
+        assert_eq!(host.records(), Vec::<String>::new());
+        // Once they are free they are given.
+        holder.sh(&format!("ip addr flush dev {far}"));
+        let quick = link(serde_json::from_str(&serde_json::to_string(&config).unwrap().replace("3s", "75ms")).unwrap());
+        engine.attach(&AttachRequest { link: quick, ..request() }).unwrap();
+        engine.detach(&key(), Some(pod.netns())).unwrap();
+    }
+}
+
+#[test]
+fn what_the_parent_remembers_of_an_address_is_forgotten() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let host = host_with_parent();
+    for underlay in [json!({ "probes": 0, "announcements": 0 }), json!({})] {
+        let (engine, pod) = (host.engine(None), host.new_pod());
+        host.root().sh("ip neigh replace 10.20.0.2 lladdr 02:00:00:00:00:99 dev up0 nud stale; \
+            ip neigh replace fd20::2 lladdr 02:00:00:00:00:99 dev up0 nud stale");
+        let remembered = || host.root().sh("ip neigh show dev up0").lines().count();
+        assert_eq!(remembered(), 2);
+        let config = link(json!({ "kind": "macvlan", "parent": "up0", "underlay": underlay }));
+        engine.attach(&AttachRequest::new(key(), pod.pod(), config, lease())).unwrap();
+        assert_eq!(remembered(), 0);
+        engine.detach(&key(), Some(pod.netns())).unwrap();
+    }
+}
+
+#[test]
+fn a_silent_gateway_fails_the_attach_where_it_is_to_and_nothing_is_left() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let host = host_with_parent();
+    let (engine, pod) = (host.engine(None), host.new_pod());
+    let attach = |probe: &str| {
+        let config = link(json!({ "kind": "macvlan", "parent": "up0", "underlay": { "gatewayProbe": probe } }));
+        engine.attach(&AttachRequest::new(key(), pod.pod(), config, lease()))
+    };
+    let (before, empty) = (host.state(), HostState::capture(pod.netns()));
+    let error = attach("fail").unwrap_err();
+    let AttachError::Step { cause: StepError::GatewaySilent { gateways, .. }, rollback } = &error else {
+        panic!("{error}");
+    };
+    assert_eq!((gateways.as_slice(), rollback.len()), (&[ip("10.20.0.1"), ip("fd20::1")][..], 0));
+    assert_eq!(error.conflicts(), None);
+    assert_eq!(before.diff(&host.state()), "");
+    assert_eq!(empty.diff(&HostState::capture(pod.netns())), "");
+    attach("warn").unwrap();
+    engine.detach(&key(), Some(pod.netns())).unwrap();
+    host.root().sh("ip addr add 10.20.0.1/24 dev far0; ip addr add fd20::1/64 dev far0 nodad");
+    attach("fail").unwrap();
+}
