@@ -5,19 +5,21 @@ mod pools;
 
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
+use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use dcenet_core::model::{AttachmentKey, ClusterId, ContainerId, IfName, LabelSet, NetworkName};
+use dcenet_core::probe::Conflict;
 use dcenet_core::provider::{AddressSource, Dns, Lease, LeaseError, LeaseRequest};
 use parking_lot::Mutex;
 
 use self::index::{Index, Proposal};
 pub use self::pools::{OwnedBlock, Reservation};
 use crate::config::{ConfigError, IpamConfig, Layout};
-use crate::machine::{Command, Query, Reply, Step, View, step};
+use crate::machine::{Command, Quarantine, Query, Reply, Step, View, step};
 use crate::model::{Addr, AddressSpace, Binding, Claim, ClaimKey, Family, KeepPolicy, NodeName, Pool};
 use crate::record::{
     AttachmentRecord, ClaimRecord, SlotRecord, attachment_key, attachment_of, claim_prefix, network_prefix, slot_prefix,
@@ -670,6 +672,14 @@ fn may_be_guessed(next: &Result<Step, LeaseError>) -> bool {
     }
 }
 
+impl Ipam {
+    /// Whether the configuration fixes the address for a claim.
+    pub(crate) fn is_fixed(&self, address: IpAddr) -> bool {
+        let address = Some(Addr::from(address));
+        self.layout.pools.iter().flat_map(|pool| &pool.claims).any(|claim| claim.address == address)
+    }
+}
+
 #[async_trait]
 impl AddressSource for Ipam {
     async fn lease(&self, request: &LeaseRequest) -> Result<Lease, LeaseError> {
@@ -697,6 +707,31 @@ impl AddressSource for Ipam {
         valid: &[(ContainerId, IfName)],
     ) -> Result<Vec<AttachmentKey>, LeaseError> {
         self.retain_since(network, valid, u64::MAX).await
+    }
+
+    /// The other address is of the same pool; the one in conflict goes into quarantine for an hour. `None` for one that the
+    /// configuration fixes for a claim.
+    ///
+    /// # Errors
+    /// As [`Ipam::replace`]; [`LeaseError::Busy`] where the lease is not held any more.
+    async fn replace(
+        &self,
+        attachment: &AttachmentKey,
+        sequence: u64,
+        conflict: &Conflict,
+    ) -> Result<Option<Lease>, LeaseError> {
+        if self.is_fixed(conflict.address) {
+            return Ok(None);
+        }
+        let why = Quarantine {
+            reason: format!("{conflict}, found by {attachment}"),
+            time: Some(CONFLICT_QUARANTINE),
+            seen: Some(conflict.holder),
+        };
+        match Ipam::replace(self, attachment, sequence, conflict.address, &why).await? {
+            Some(lease) => Ok(Some(lease)),
+            None => Err(LeaseError::Busy(format!("{attachment} does not hold the lease {sequence} any more"))),
+        }
     }
 
     async fn ready(&self) -> Result<(), LeaseError> {
@@ -741,6 +776,10 @@ pub(crate) fn random_id() -> u128 {
     u128::from(random()) << 64 | u128::from(random())
 }
 
+/// For how long nobody gets an address that somebody else was seen to have. Whoever it is comes and goes, and the next
+/// probe tells; a server that is told of such an address keeps it back for as long or longer (RFC 2131, section 4.3.3,
+/// leaves it to the server).
+const CONFLICT_QUARANTINE: Duration = Duration::from_secs(3600);
 /// Entries read at a time by listings.
 const PAGE: usize = 512;
 /// Lost races after which a command gives up.

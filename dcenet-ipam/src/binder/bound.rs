@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use dcenet_core::model::{AttachmentKey, ContainerId, IfName, NetworkName};
+use dcenet_core::probe::Conflict;
 use dcenet_core::provider::{AddressSource, Lease, LeaseError, LeaseRequest};
 
 use super::keeper::{self, Keeper, TRIES};
@@ -194,6 +195,39 @@ impl<B: AddressBinder + ?Sized> AddressSource for BoundSource<B> {
         }
         released.dedup();
         keeper::first_unreadable(all.unreadable).map_or(Ok(released), Err)
+    }
+
+    /// What the outside has been told of is let go there first, so that a kill in between leaves a lease that the next call
+    /// lets go too; the other address is told as that of any lease.
+    async fn replace(
+        &self,
+        attachment: &AttachmentKey,
+        sequence: u64,
+        conflict: &Conflict,
+    ) -> Result<Option<Lease>, LeaseError> {
+        let Some(mut entry) = self.ledger.read(attachment).await?.filter(|entry| entry.sequence() == sequence) else {
+            return AddressSource::replace(&*self.ipam, attachment, sequence, conflict).await;
+        };
+        if self.ipam.is_fixed(conflict.address) {
+            return Ok(None);
+        }
+        if entry.page.stage != Stage::Releasing {
+            entry.page = Page { stage: Stage::Releasing, sequence: Some(sequence), ..entry.page };
+            match self.ledger.write(attachment, Some(entry.version), Some(&entry.page), Batch::default()).await? {
+                Some(version) => entry.version = version,
+                None => return Err(overtaken(attachment)),
+            }
+        }
+        self.binder.release(&entry.token(attachment), entry.page.bound.as_ref()).await?;
+        let replaced = AddressSource::replace(&*self.ipam, attachment, sequence, conflict).await?;
+        if replaced.is_none() {
+            return Ok(None);
+        }
+        if self.ledger.write(attachment, Some(entry.version), None, Batch::default()).await?.is_none() {
+            return Err(overtaken(attachment));
+        }
+        // The lease stands, and is bound as one whose bind was interrupted.
+        self.lease(&LeaseRequest::new(attachment.clone())).await.map(Some)
     }
 
     async fn ready(&self) -> Result<(), LeaseError> {

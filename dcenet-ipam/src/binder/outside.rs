@@ -6,6 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use dcenet_core::model::{AttachmentKey, ContainerId, IfName, NetworkName};
+use dcenet_core::probe::Conflict;
 use dcenet_core::provider::{AddressSource, Lease, LeaseError, LeaseRequest, LeasedAddress};
 
 use super::keeper::{self, Keeper, TRIES};
@@ -341,6 +342,24 @@ impl<B: AddressBinder + ?Sized> AddressSource for OutsideSource<B> {
             }
         }
         keeper::first_unreadable(all.unreadable).map_or(Ok(released), Err)
+    }
+
+    /// Declined outside, which keeps the address back for a time of its own; then asked for anew.
+    async fn replace(
+        &self,
+        attachment: &AttachmentKey,
+        sequence: u64,
+        conflict: &Conflict,
+    ) -> Result<Option<Lease>, LeaseError> {
+        let entry = self.ledger.read(attachment).await?.filter(|entry| entry.sequence() == sequence);
+        let Some((entry, bound)) = entry.and_then(|entry| Some((entry.clone(), entry.page.bound?))) else {
+            return Err(overtaken(attachment));
+        };
+        self.binder.decline(&bound, conflict.address).await?;
+        if !self.undo(attachment, entry).await? {
+            return Err(overtaken(attachment));
+        }
+        self.lease(&LeaseRequest::new(attachment.clone())).await.map(Some)
     }
 
     async fn ready(&self) -> Result<(), LeaseError> {

@@ -13,6 +13,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use dcenet_core::probe::{Conflict, Evidence};
 use dcenet_core::provider::{AddressSource, LeaseError, LeaseRequest};
 use dcenet_ipam::Ipam;
 use dcenet_ipam::audit::Damage;
@@ -485,4 +486,34 @@ fn a_renewer_renews_what_this_and_other_processes_lease_until_it_is_stopped() {
         assert!(after >= 3);
         assert_eq!(shown(&path).len(), 0);
     });
+}
+
+/// The outside learns of both: what is let go, and what comes in its place.
+#[test]
+fn an_address_in_conflict_is_replaced_inside_and_outside() {
+    for outside_chooses in [false, true] {
+        let (_dir, path) = record();
+        let store: Arc<dyn Store> = Arc::new(MemoryStore::new());
+        let recording = RecordingBinder::new(&path);
+        let source = if outside_chooses {
+            outside_source(store, Arc::new(recording.with_subnet("10.9.0.0/29".parse().unwrap())))
+        } else {
+            bound_source(store, Arc::new(recording))
+        };
+        let old = block_on(source.lease(&request("c1", None))).unwrap();
+        let address = old.addresses[0].address.addr();
+        let conflict = Conflict { address, holder: "02:00:00:00:00:99".parse().unwrap(), evidence: Evidence::Used };
+        let own = crate::attachment("c1");
+        let new = block_on(source.replace(&own, old.sequence(), &conflict)).unwrap().unwrap();
+        let other = new.addresses[0].address.addr();
+        assert_ne!(other, address);
+        assert_ne!(new.sequence(), old.sequence());
+        assert_eq!(shown(&path), BTreeSet::from([other]));
+        assert_eq!(block_on(source.held(&own)).unwrap(), Some(new.clone()));
+        // The next one is not given it either.
+        let next = block_on(source.lease(&request("c2", None))).unwrap();
+        assert!(![address, other].contains(&next.addresses[0].address.addr()), "{next:?}");
+        block_on(source.release(&own, new.sequence())).unwrap();
+        assert_eq!(shown(&path), BTreeSet::from([next.addresses[0].address.addr()]));
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use dcenet_core::probe::{Conflict, Evidence};
 use dcenet_core::provider::{AddressSource, LeaseError};
 use dcenet_ipam::Quarantine;
 use dcenet_ipam::model::KeepPolicy;
@@ -238,5 +239,37 @@ fn a_configuration_without_the_pool_loses_no_address_when_a_quarantine_ends() {
         assert_eq!(block_on(ipam.quarantined()).unwrap(), []);
         clock.advance(6);
         assert_eq!(lease(&ipam, "b", None).unwrap(), ["10.0.0.1/30"]);
+    });
+}
+
+/// As who attaches asks for it, who knows the trait alone.
+#[test]
+fn whoever_found_a_conflict_gets_another_address_and_the_first_is_nobodys_for_an_hour() {
+    each_store(|store, _| {
+        let clock = Clock::new();
+        let ipam = clock.drive(ipam(JSON, &store));
+        let source: &dyn AddressSource = &ipam;
+        let holder = "02:00:00:00:00:99".parse().unwrap();
+        let conflict = |address| Conflict { address: ip(address), holder, evidence: Evidence::Used };
+        let (own, old) = (attachment("c1"), block_on(source.lease(&request("c1", None))).unwrap());
+        let new = block_on(source.replace(&own, old.sequence(), &conflict("10.0.0.1"))).unwrap().unwrap();
+        assert_eq!(texts(&new), ["10.0.0.2/29"]);
+        // The reply was lost.
+        let again = block_on(source.replace(&own, old.sequence(), &conflict("10.0.0.1"))).unwrap();
+        assert_eq!(again, Some(new.clone()));
+        let listed = block_on(ipam.quarantined()).unwrap();
+        assert_eq!(listed.len(), 1);
+        assert_eq!((listed[0].address, listed[0].seen), (ip("10.0.0.1"), Some(holder)));
+        assert_eq!(listed[0].until, Some(clock.now() + 3_600_000));
+        assert!(listed[0].reason.contains("10.0.0.1 is used by 02:00:00:00:00:99"), "{}", listed[0].reason);
+        // Of a lease that is over.
+        let late = block_on(source.replace(&own, old.sequence(), &conflict("10.0.0.2"))).unwrap_err();
+        assert!(late.is_retryable(), "{late}");
+        // One that the configuration fixes is nobody else's.
+        let fixed = block_on(source.lease(&request("c2", Some("shop/db")))).unwrap();
+        let refused = block_on(source.replace(&attachment("c2"), fixed.sequence(), &conflict("10.0.0.5"))).unwrap();
+        assert_eq!(refused, None);
+        assert_eq!(block_on(source.held(&attachment("c2"))).unwrap(), Some(fixed));
+        assert_eq!(block_on(ipam.quarantined()).unwrap().len(), 1);
     });
 }
