@@ -8,6 +8,7 @@ mod link;
 mod owner;
 mod pools;
 mod races;
+mod underlay;
 
 use common::Node;
 use dcenet_core::test_support::{Rung, require};
