@@ -307,6 +307,55 @@ fn add_by_a_claim_is_all_or_nothing() {
     add_is_all_or_nothing(Policy::None, "ADD by claim", "db");
 }
 
+/// The first address is somebody else's: found, replaced, and attached anew.
+#[test]
+fn add_past_a_conflict_is_all_or_nothing() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let mut node = Policy::None.node();
+    let foreign = node.host.new_pod();
+    let path = foreign.path().display().to_string();
+    node.host.root().sh(&format!("ip link add up0 type veth peer name far0 netns {path}"));
+    for (netns, end) in [(&foreign, "far0"), (node.host.root(), "up0")] {
+        netns.sh(&format!("ip link set {end} addrgenmode none; ip link set {end} up"));
+    }
+    foreign.sh("ip addr add 10.20.0.2/28 dev far0");
+    node.config["link"] = json!({ "kind": "macvlan", "parent": "up0" });
+    let pod = node.pod("web");
+    let before = Everything::of(&node, &[&pod]);
+    let (mut odd, mut replaced) = (false, 0);
+    each_call(
+        "ADD past a conflict",
+        |fault| {
+            forget_all(&node);
+            node.faulted("ADD", Some(&pod), &node.config, fault)
+        },
+        |outcome, what| {
+            odd = !odd;
+            if outcome != Outcome::Failed {
+                if outcome == Outcome::Survived || odd {
+                    heal(&node, &pod, what);
+                }
+                node.del(&pod).unwrap();
+            } else if !node.host.records().is_empty() {
+                assert_eq!(before.host.diff(&node.host.state()), "", "{what}");
+                node.del(&pod).unwrap();
+            }
+            for (part, difference) in before.diff(&Everything::of(&node, &[&pod])) {
+                let may_stay = part == "store" && difference.lines().all(|l| l.starts_with("+ claim"));
+                assert!(may_stay, "{what}: {part}: {difference}");
+            }
+            // What was found stays out of use, and nothing else does.
+            let found = pollster::block_on(node.ipam().quarantined()).unwrap();
+            assert!(found.iter().all(|q| q.address.to_string() == "10.20.0.2"), "{what}: {found:?}");
+            assert_eq!(lease_all(&node), DYNAMIC - found.len(), "{what}");
+            replaced += found.len();
+        },
+    );
+    assert!(replaced > 0);
+}
+
 /// Verbs that have nothing to change leave the attachment whole, however they end.
 fn changes_nothing(policy: Policy, name: &str, verb: &str, config: impl Fn(&Node, &Value) -> Value) {
     if !require(policy.rung()) {
