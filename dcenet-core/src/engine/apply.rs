@@ -73,7 +73,7 @@ impl<'a> Session<'a> {
         mtu.and_then(|mtu| Mtu::try_from(mtu).ok())
     }
 
-    fn socket(&mut self, target: Target) -> Result<&mut Socket, StepError> {
+    pub(super) fn socket(&mut self, target: Target) -> Result<&mut Socket, StepError> {
         Ok(match target {
             Target::Host => &mut self.host,
             Target::Pod => match &mut self.pod {
@@ -234,7 +234,7 @@ impl<'a> Session<'a> {
     }
 
     /// Waits for the kernel's workers, where asking did not do their part.
-    fn await_settled(&mut self, target: Target, operation: &Operation) -> Result<(), StepError> {
+    pub(super) fn await_settled(&mut self, target: Target, operation: &Operation) -> Result<(), StepError> {
         let mut listener = match target {
             Target::Host => self.engine.host_socket()?,
             Target::Pod => self.engine.pod_socket(self.pod_netns)?,

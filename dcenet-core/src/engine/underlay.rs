@@ -3,9 +3,10 @@
 use std::io;
 use std::net::IpAddr;
 
-use super::apply::{Session, gated};
+use super::apply::{Session, gated, look_up};
 use super::error::StepError;
 use crate::model::{IfName, MacAddr};
+use crate::netlink::LinkView;
 use crate::plan::{Operation, Step};
 use crate::probe::{GatewayProbe, Segment};
 
@@ -15,6 +16,7 @@ impl Session<'_> {
         match &step.operation {
             Operation::ProbeConflicts { link, mac, addresses, timing } => {
                 let what = "probe for conflicts";
+                self.await_carrier(step, link)?;
                 let probe = |segment: Segment| segment.conflicts(addresses, *timing);
                 let found = self.on_segment(step, what, link, *mac, addresses, probe)?;
                 if found.is_empty() { Ok(()) } else { Err(StepError::InUse(found)) }
@@ -38,6 +40,18 @@ impl Session<'_> {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Waits for the carrier of a link that has none yet, as a network card's that was just set up and agrees with its peer
+    /// on a speed: what is sent before is lost, and silence would prove nothing. After the limit for settling there is
+    /// nobody to be in conflict with.
+    fn await_carrier(&mut self, step: &Step, link: &IfName) -> Result<(), StepError> {
+        // Devices that do not know have it: their operational state is never "up".
+        let has_carrier = |found: LinkView| found.flags & libc::IFF_LOWER_UP as u32 != 0;
+        if look_up(self.socket(step.target)?, link)?.is_none_or(has_carrier) {
+            return Ok(());
+        }
+        self.await_settled(step.target, &Operation::SettleCarrier { link: link.clone() })
     }
 
     fn on_segment<R: Send>(

@@ -15,7 +15,8 @@
 //! # Ok::<(), dcenet_core::section::SectionError>(())
 //! ```
 //!
-//! The kernel never lets a parent talk to the devices on it. With `hostAccess` the host has a device of its own on the
+//! The kernel never lets a parent talk to the devices on it, so that the host's own addresses there are not found when the
+//! segment is asked for those of the pod: keep them out of the pools. With `hostAccess` the host has a device of its own on the
 //! same parent, which all pods share; routes lead over it to each pod and back to the addresses that the parent has when
 //! the pod is attached. All neighbours of that device are entered for good and it answers no ARP, so that the segment
 //! never learns of it.

@@ -402,3 +402,28 @@ fn a_silent_gateway_fails_the_attach_where_it_is_to_and_nothing_is_left() {
     host.root().sh("ip addr add 10.20.0.1/24 dev far0; ip addr add fd20::1/64 dev far0 nodad");
     attach("fail").unwrap();
 }
+
+/// A network card has no carrier for seconds after it was set up.
+#[test]
+fn a_device_without_carrier_is_waited_for_before_it_asks() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let host = host_with_parent();
+    host.root().sh("ip link set far0 down; ip addr add 10.20.0.2/24 dev far0");
+    let (engine, pod) = (host.engine(None), host.new_pod());
+    let config = link(json!({ "kind": "host-device", "device": "up0", "underlay": { "within": "2s" } }));
+    let plugged = AtomicBool::new(false);
+    let error = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // Longer than the probes go on.
+            std::thread::sleep(Duration::from_secs(3));
+            plugged.store(true, Ordering::Relaxed);
+            host.root().sh("ip link set far0 up");
+        });
+        let error = engine.attach(&AttachRequest::new(key(), pod.pod(), config, lease())).unwrap_err();
+        assert!(plugged.load(Ordering::Relaxed), "it did not wait: {error}");
+        error
+    });
+    assert_eq!(error.conflicts().map(|c| c[0].address), Some(ip("10.20.0.2")), "{error}");
+}
