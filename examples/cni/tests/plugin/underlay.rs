@@ -166,3 +166,36 @@ fn a_gateway_is_asked_after_the_addresses_and_its_silence_has_a_code() {
     hold(&neighbour, &["10.20.0.1/24", "2001:db8:20::1/64"]);
     node.add(&pod).unwrap();
 }
+
+/// A bridge with a port to the outside, and pods that may not speak before somebody knows their policy: what they ask the
+/// segment before they have an address passes all the same, and so does what comes back.
+#[test]
+fn the_default_that_denies_lets_probes_and_announcements_pass() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let mut node = Node::under_policy();
+    let neighbour = node.host.new_pod();
+    node.host.root().sh(&format!(
+        "ip link add dc0 type bridge; ip link set dc0 addrgenmode none; ip link set dc0 up; \
+         ip link add up0 type veth peer name far0 netns {}; ip link set up0 addrgenmode none; \
+         ip link set up0 master dc0; ip link set up0 up",
+        neighbour.path().display()
+    ));
+    neighbour.sh("ip link set far0 addrgenmode none; ip link set far0 up");
+    hold(&neighbour, &["10.20.0.2/24", "10.20.0.9/24", "2001:db8:20::2/64", "2001:db8:20::9/64"]);
+    // Whom the neighbour believes to have the address that the pod will get.
+    neighbour.sh("ip neigh replace 10.20.0.3 lladdr 02:00:00:00:00:99 dev far0 nud stale; \
+         ip neigh replace 2001:db8:20::3 lladdr 02:00:00:00:00:99 dev far0 nud stale");
+    node.config["link"] = json!({ "kind": "bridge", "bridge": "dc0", "underlay": { "within": "1s" } });
+    let pod = node.pod("web");
+    let result = node.add(&pod).unwrap();
+    assert_eq!(addresses(&result), ["10.20.0.3/24", "2001:db8:20::3/64"]);
+    assert_eq!(quarantined(&node).len(), 2);
+    let own = pod.netns.link("eth0").unwrap().mac.unwrap().to_string();
+    for address in ["10.20.0.3", "2001:db8:20::3"] {
+        let known = neighbour.sh(&format!("ip neigh show {address} dev far0"));
+        assert!(known.contains(&own), "{known}");
+    }
+    node.del(&pod).unwrap();
+}
