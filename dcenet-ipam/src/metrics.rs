@@ -56,6 +56,7 @@ use std::time::Instant;
 
 use async_trait::async_trait;
 use dcenet_core::model::{AttachmentKey, ContainerId, IfName, NetworkName};
+use dcenet_core::probe::Conflict;
 use dcenet_core::provider::{AddressSource, Lease, LeaseError, LeaseRequest};
 use parking_lot::Mutex;
 use prometheus_client::collector::Collector;
@@ -352,6 +353,18 @@ impl<S: AddressSource> AddressSource for MeasuredSource<S> {
         let begun = Instant::now();
         let result = self.inner.held(attachment).await;
         self.metrics.count("held", begun, &result);
+        result
+    }
+
+    async fn replace(
+        &self,
+        attachment: &AttachmentKey,
+        sequence: u64,
+        conflict: &Conflict,
+    ) -> Result<Option<Lease>, LeaseError> {
+        let begun = Instant::now();
+        let result = self.inner.replace(attachment, sequence, conflict).await;
+        self.metrics.count("replace", begun, &result);
         result
     }
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use dcenet_core::probe::{Conflict, Evidence};
 use dcenet_core::provider::{AddressSource, LeaseError};
 use dcenet_ipam::Ipam;
 use dcenet_ipam::metrics::{Cause, MeasuredSource, Metrics};
@@ -195,4 +196,20 @@ fn a_lost_race_is_counted_and_without_a_rival_none_is() {
     };
     assert_eq!(run(1), (1.0, 0.0));
     assert_eq!(run(2), (2.0, 1.0));
+}
+
+#[test]
+fn a_replacement_reaches_the_source_and_is_counted() {
+    each_store(|store, _| {
+        let (scraped, _, ipam) = measured(store);
+        let lease = block_on(ipam.lease(&request("a", None))).unwrap();
+        let address = lease.addresses[0].address.addr();
+        let conflict = Conflict { address, holder: "02:00:00:00:00:99".parse().unwrap(), evidence: Evidence::Used };
+        let other = block_on(ipam.replace(&attachment("a"), lease.sequence(), &conflict)).unwrap().unwrap();
+        assert_ne!(other.addresses[0].address.addr(), address);
+        assert_eq!(
+            scraped.all("requests_total"),
+            [r#"operation="lease",outcome="ok"} 1"#, r#"operation="replace",outcome="ok"} 1"#]
+        );
+    });
 }
