@@ -104,6 +104,9 @@ impl Program {
 /// Waits until every program that runs on packets now has ended: afterwards none is left that a replaced filter still ran,
 /// or that has read a map before what was stored into it last. Takes some milliseconds.
 ///
+/// With one processor online there is nothing to wait for but programs that can be preempted: those of test runs, and those
+/// of a kernel built with PREEMPT_RT. These are not waited for (kernel/sched/membarrier.c).
+///
 /// # Errors
 /// `EINVAL` where the kernel runs with `nohz_full`, `ENOSYS` where it was built without membarrier(2); wait for a generous
 /// time then.

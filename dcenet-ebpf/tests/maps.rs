@@ -418,8 +418,9 @@ fn programs_that_run_are_waited_for() {
     let found = |wait: bool| {
         stage.store(0, &0).unwrap();
         std::thread::scope(|scope| {
-            scope.spawn(|| program.test_run(&TestRun { packet: &[0; 64], context: &[], repeat: 1 }).unwrap());
+            let run = scope.spawn(|| program.test_run(&TestRun { packet: &[0; 64], context: &[], repeat: 1 }).unwrap());
             while stage.load(0).unwrap() == 0 {
+                assert!(!run.is_finished() || stage.load(0).unwrap() > 0, "it ended before it began");
                 std::hint::spin_loop();
             }
             if wait {

@@ -37,7 +37,7 @@ impl Endpoint {
     /// The slot holds an endpoint; without it every packet is dropped.
     pub const ACTIVE: u32 = 1;
     /// VLAN-tagged frames are judged by what is in them, whatever their VLAN. Without it they are dropped, for an address
-    /// means another host in another VLAN.
+    /// means another host in another VLAN. The owner of dcenet-policy makes no endpoint one.
     pub const TRUNK: u32 = 2;
     /// Offset of 8 bytes that are zero.
     pub(crate) const ZERO: i16 = 56;

@@ -233,19 +233,17 @@ impl Pod {
     /// `convert___skb_to_skb`).
     pub fn run_beside(&self, direction: Direction, frame: &[u8]) -> i32 {
         let vlan = Some(Vlan { tci: 5, proto: 0x8100 });
-        self.run_skb(direction, &mut Skb { vlan, ..Skb::new(frame) }).unwrap().0
+        self.run_skb(direction, &mut Skb { vlan, ..Skb::new(frame) }).0
     }
 
     fn run_twin(&self, direction: Direction, frame: &[u8]) -> Option<(i32, Entries)> {
-        self.run_skb(direction, &mut Skb::new(frame))
+        let on = self.twin.borrow().on;
+        on.then(|| self.run_skb(direction, &mut Skb::new(frame)))
     }
 
     /// Runs the frame in the VM on copies of the maps: the verdict and the flows afterwards.
-    fn run_skb(&self, direction: Direction, skb: &mut Skb) -> Option<(i32, Entries)> {
+    fn run_skb(&self, direction: Direction, skb: &mut Skb) -> (i32, Entries) {
         let mut twin = self.twin.borrow_mut();
-        if !twin.on {
-            return None;
-        }
         let Twin { from_pod, to_pod, maps, .. } = &mut *twin;
         let endpoint = self.array::<Endpoint>(abi::ENDPOINTS).load(0).unwrap().encode();
         maps.get_mut(abi::ENDPOINTS).unwrap().update(&0_u32.to_ne_bytes(), &endpoint, Update::Any).unwrap();
@@ -263,7 +261,7 @@ impl Pod {
         let vm = if direction == Egress { from_pod } else { to_pod };
         let run = vm.run(skb, maps, &mut env).unwrap_or_else(|trap| panic!("{trap}"));
         let flows = maps.get(abi::CONNTRACK).map(|m| m.entries().map(|(k, v)| (k.to_vec(), v.to_vec())).collect());
-        Some((run.value.cast_signed(), flows.unwrap_or_default()))
+        (run.value.cast_signed(), flows.unwrap_or_default())
     }
 
     /// A map's entries in bytes.

@@ -208,7 +208,7 @@ impl Names {
     }
 
     /// The names that an earlier owner has left. A file that cannot be read is as good as none: names are then given anew,
-    /// and counters may have old counts of other rules.
+    /// and counters begin at zero.
     pub(crate) fn resume(run_dir: &Path) -> Self {
         let path = Self::path(run_dir);
         let text = match fs::read(&path) {
