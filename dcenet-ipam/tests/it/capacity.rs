@@ -201,7 +201,7 @@ fn whatever_was_done_the_number_is_how_many_more_leases_succeed() {
 #[test]
 fn a_feed_wakes_for_changes_and_for_time() {
     each_store(|store, _| {
-        let json = r#"{ "cooldown": "300ms", "pools": [ { "name": "p", "subnet": "10.0.0.0/29" } ] }"#;
+        let json = r#"{ "cooldown": "4s", "pools": [ { "name": "p", "subnet": "10.0.0.0/29" } ] }"#;
         let ours = ipam(json, &store);
         let mut feed = CapacityFeed::new(&ours);
         let next = |feed: &mut CapacityFeed<_>| block_on(feed.next(Duration::from_secs(60))).unwrap().unwrap();
