@@ -28,7 +28,7 @@ use super::{LinkConfig, Policy};
 use crate::engine::{AttachError, AttachRequest, Drift, Engine};
 use crate::model::{AttachmentKey, MacAddr};
 use crate::provider::{Lease, LeasedAddress, LeasedRoute};
-use crate::test_support::{HostState, TestHost, TestNetNs, ping};
+use crate::test_support::{HostState, TestHost, TestNetNs, effort, ping};
 
 /// A driver, and what it promises.
 #[derive(Debug, Clone, Copy)]
@@ -195,7 +195,8 @@ fn every_drift_is_seen(scene: &Scene<'_>) {
         ("ip link set eth0 down; ip link set eth0 name eth9", "link eth0 is missing"),
     ];
     let on_host = scene.subject.drift.iter().map(|(command, words)| (scene.host.root(), *command, *words));
-    for (place, command, words) in in_pod.iter().map(|(command, words)| (&pod, *command, *words)).chain(on_host) {
+    let in_pod = in_pod.iter().map(|(command, words)| (&pod, *command, *words)).step_by(effort(2, 1, 1));
+    for (place, command, words) in in_pod.chain(on_host) {
         scene.engine.attach(&scene.request(2, &pod)).unwrap();
         assert_eq!(scene.check(2, &pod), []);
         // Additions of others are no drift.
