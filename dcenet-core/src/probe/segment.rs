@@ -159,7 +159,11 @@ impl Segment {
                 io::Error::new(io::ErrorKind::InvalidInput, reason)
             })?;
             // It goes as one frame or not at all, and again after a signal.
-            socket.write_all(bytes)?;
+            match socket.write_all(bytes) {
+                // A queue on the way is full: the frame is lost, as it may be anywhere else.
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
+                sent => sent?,
+            }
         }
         Ok(())
     }

@@ -46,11 +46,23 @@ pub struct Pod {
 
 /// The same programs in the VM, which must come to the same verdicts and flows.
 struct Twin {
+    object: Object,
+    machine: Option<Machine>,
+    /// Off where a test has put something into maps that are not copied before each packet.
+    on: bool,
+}
+
+struct Machine {
     from_pod: Vm,
     to_pod: Vm,
     maps: Maps,
-    /// Off where a test has put something into maps that are not copied before each packet.
-    on: bool,
+}
+
+impl Machine {
+    fn new(object: &Object) -> Self {
+        let vm = |name| Vm::new(&object.link(name).unwrap()).unwrap();
+        Self { from_pod: vm(datapath::FROM_POD), to_pod: vm(datapath::TO_POD), maps: Maps::new(object.maps()) }
+    }
 }
 
 pub fn small() -> Sizes {
@@ -92,14 +104,8 @@ impl Pod {
         };
         let from_pod = loaded.take_program(datapath::FROM_POD).unwrap();
         let to_pod = loaded.take_program(datapath::TO_POD).unwrap();
-        let vm = |name| Vm::new(&object.link(name).unwrap()).unwrap();
-        let twin = Twin {
-            from_pod: vm(datapath::FROM_POD),
-            to_pod: vm(datapath::TO_POD),
-            maps: Maps::new(object.maps()),
-            // The VM is the same on every kernel, and slow where the processor is emulated.
-            on: effort(false, true, true),
-        };
+        // The VM is the same on every kernel, and slow where the processor is emulated.
+        let twin = Twin { object: object.clone(), machine: None, on: effort(false, true, true) };
         let pod = Self { from_pod, to_pod, loaded, twin: RefCell::new(twin) };
         if shared.is_empty() {
             pod.set_endpoint(&endpoint());
@@ -244,7 +250,8 @@ impl Pod {
     /// Runs the frame in the VM on copies of the maps: the verdict and the flows afterwards.
     fn run_skb(&self, direction: Direction, skb: &mut Skb) -> (i32, Entries) {
         let mut twin = self.twin.borrow_mut();
-        let Twin { from_pod, to_pod, maps, .. } = &mut *twin;
+        let Twin { object, machine, .. } = &mut *twin;
+        let Machine { from_pod, to_pod, maps } = machine.get_or_insert_with(|| Machine::new(object));
         let endpoint = self.array::<Endpoint>(abi::ENDPOINTS).load(0).unwrap().encode();
         maps.get_mut(abi::ENDPOINTS).unwrap().update(&0_u32.to_ne_bytes(), &endpoint, Update::Any).unwrap();
         for name in [abi::CONNTRACK, abi::FRAGMENTS] {
