@@ -186,8 +186,9 @@ impl DhcpBinder {
             _ => return Err(self.refused("a client has one address; ask for one".to_owned())),
         };
         let client = Client::of(&request.token, request.mac);
-        let mut link = self.link(None)?;
         self.wait_after_decline(&request.token);
+        // Opened afterwards, or the broadcasts of ten seconds would fill its queue.
+        let mut link = self.link(None)?;
         for _ in 0..NAKS {
             let (discover, mut exchange) = (Kind::Discover { wish }, Exchange::new());
             let all = (Ipv4Addr::BROADCAST, self.config.tries);
@@ -227,6 +228,8 @@ impl DhcpBinder {
         drop(waiting);
         if let Some(until) = until {
             thread::sleep(until.saturating_duration_since(Instant::now()));
+            // From here on it may have something again.
+            self.waiting.lock().remove(token);
         }
     }
 
@@ -299,6 +302,11 @@ impl DhcpBinder {
     fn let_go(&self, token: &BindToken, bound: Option<&Bound>) -> Result<(), BindError> {
         let mac = bound.map_or_else(|| token.attachment.mac(), |bound| bound.mac);
         let client = Client::of(token, mac);
+        let declined = |until: &Instant| *until > Instant::now();
+        if bound.is_none() && self.waiting.lock().get(token).is_some_and(declined) {
+            // It has nothing since, and a DISCOVER would come too soon.
+            return Ok(());
+        }
         let mut link = self.link(None)?;
         let (address, server) = match bound {
             Some(bound) => {
