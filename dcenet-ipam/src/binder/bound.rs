@@ -1,5 +1,6 @@
 //! Addresses of our own that the outside is told of.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -7,8 +8,8 @@ use dcenet_core::model::{AttachmentKey, ContainerId, IfName, NetworkName};
 use dcenet_core::probe::Conflict;
 use dcenet_core::provider::{AddressSource, Lease, LeaseError, LeaseRequest};
 
-use super::keeper::{self, Keeper, TRIES};
-use super::ledger::{Entry, Ledger, Page, Stage, overtaken};
+use super::keeper::{self, Keeper, TRIES, Whose};
+use super::ledger::{Entry, Ledger, Owner, Page, Stage, overtaken};
 use super::{AddressBinder, BindError, BindRequest, BinderSource, Bound, Recovered, Renewals};
 use crate::Ipam;
 use crate::store::{Batch, Store};
@@ -17,7 +18,10 @@ use crate::store::{Batch, Store};
 ///
 /// Its records are in the store of the `Ipam`. Release through it, not through the `Ipam`: what was released past it, by
 /// a [`Reclaimer`](crate::reclaim::Reclaimer) say, stays bound outside until [`BinderSource::recover`], or until it is due
-/// to be renewed.
+/// to be renewed. What its outside binds without an end is never due: call `recover` now and then.
+///
+/// Several sources may share a store. Each keeps the records of its binder's name alone, and refuses to work on an
+/// attachment that another has leased for.
 #[derive(Debug)]
 pub struct BoundSource<B: ?Sized> {
     ipam: Arc<Ipam>,
@@ -28,7 +32,7 @@ pub struct BoundSource<B: ?Sized> {
 impl<B: AddressBinder + ?Sized> BoundSource<B> {
     /// Over an allocator and an outside.
     pub fn new(ipam: Arc<Ipam>, binder: Arc<B>) -> Self {
-        let ledger = Ledger { store: ipam.store().clone() };
+        let ledger = Ledger::new(ipam.store().clone(), Owner::Bound { outside: binder.name() });
         Self { ipam, ledger, binder }
     }
 
@@ -54,6 +58,9 @@ impl<B: AddressBinder + ?Sized> BoundSource<B> {
         let holder = holder.clone();
         match self.ledger.read(&holder.attachment).await? {
             Some(entry) if entry.sequence() == holder.sequence => {
+                if keeper::whose(self, &holder.attachment, &entry).await? == Whose::Others {
+                    return Ok(result?);
+                }
                 let held = self.ipam.held(&holder.attachment).await?;
                 if held.is_some_and(|lease| lease.sequence() == holder.sequence) {
                     return Ok(result?);
@@ -83,6 +90,14 @@ impl<B: AddressBinder + ?Sized> Keeper for BoundSource<B> {
     async fn is_leased(&self, attachment: &AttachmentKey, entry: &Entry) -> Result<bool, LeaseError> {
         let held = self.ipam.held(attachment).await?;
         Ok(held.is_some_and(|lease| lease.sequence() == entry.sequence()))
+    }
+
+    async fn whose_unnamed(&self, attachment: &AttachmentKey, entry: &Entry) -> Result<Whose, LeaseError> {
+        if entry.page.addresses.is_empty() {
+            // The outside chose the address.
+            return Ok(Whose::Others);
+        }
+        Ok(if self.is_leased(attachment, entry).await? { Whose::Ours } else { Whose::Nobodys })
     }
 
     /// Outside, then inside, then of the record.
@@ -119,9 +134,11 @@ impl<B: AddressBinder + ?Sized> AddressSource for BoundSource<B> {
     async fn lease(&self, request: &LeaseRequest) -> Result<Lease, LeaseError> {
         let attachment = &request.attachment;
         for _ in 0..TRIES {
+            // Before there is a lease inside that would have to be undone.
+            keeper::read(self, attachment).await?;
             let lease = self.ipam.lease(request).await?;
             let sequence = lease.sequence();
-            let entry = match self.ledger.read(attachment).await? {
+            let entry = match keeper::read(self, attachment).await? {
                 Some(entry) if entry.sequence() != sequence => {
                     if entry.sequence() < sequence {
                         // Of a lease that was released past us.
@@ -139,7 +156,8 @@ impl<B: AddressBinder + ?Sized> AddressSource for BoundSource<B> {
                     let addresses = lease.addresses.iter().map(|a| a.prefix.unwrap_or(a.address)).collect();
                     let mac = lease.mac.unwrap_or_else(|| attachment.mac());
                     let (stage, sequence, workload) = (Stage::Intent, Some(sequence), request.workload.clone());
-                    let page = Page { stage, sequence, addresses, mac, workload, node: None, bound: None };
+                    let (owner, node, bound) = (None, None, None);
+                    let page = Page { stage, owner, sequence, addresses, mac, workload, node, bound };
                     match self.ledger.write(attachment, None, Some(&page), Batch::default()).await? {
                         Some(version) => Entry { page, version },
                         None => continue,
@@ -184,8 +202,14 @@ impl<B: AddressBinder + ?Sized> AddressSource for BoundSource<B> {
         let alive = |a: &AttachmentKey| valid.iter().any(|(c, i)| *c == a.container && *i == a.ifname);
         let leases = self.ipam.bindings(Some(network)).await?.into_iter().map(|b| (b.attachment, b.sequence));
         let all = self.ledger.all(Some(network)).await?;
-        let pages = all.pages.into_iter().map(|(a, entry)| (a, entry.sequence()));
-        let mut stale: Vec<_> = leases.chain(pages).filter(|(attachment, _)| !alive(attachment)).collect();
+        let (mut pages, mut others) = (Vec::new(), BTreeSet::new());
+        for (attachment, entry) in all.pages {
+            match keeper::whose(self, &attachment, &entry).await? {
+                Whose::Others => _ = others.insert(attachment),
+                Whose::Ours | Whose::Nobodys => pages.push((attachment, entry.sequence())),
+            }
+        }
+        let mut stale: Vec<_> = leases.chain(pages).filter(|(a, _)| !alive(a) && !others.contains(a)).collect();
         stale.sort();
         stale.dedup();
         let mut released = Vec::new();
@@ -205,7 +229,7 @@ impl<B: AddressBinder + ?Sized> AddressSource for BoundSource<B> {
         sequence: u64,
         conflict: &Conflict,
     ) -> Result<Option<Lease>, LeaseError> {
-        let Some(mut entry) = self.ledger.read(attachment).await?.filter(|entry| entry.sequence() == sequence) else {
+        let Some(mut entry) = keeper::read(self, attachment).await?.filter(|entry| entry.sequence() == sequence) else {
             return AddressSource::replace(&*self.ipam, attachment, sequence, conflict).await;
         };
         if self.ipam.is_fixed(conflict.address) {

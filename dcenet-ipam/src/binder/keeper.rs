@@ -7,8 +7,8 @@ use async_trait::async_trait;
 use dcenet_core::model::AttachmentKey;
 use dcenet_core::provider::LeaseError;
 
-use super::ledger::{Entry, Ledger, overtaken};
-use super::{AddressBinder, BindError, RecordFailure, Recovered, Renewals, concurrent};
+use super::ledger::{Entry, Ledger, Owner, Page, Pages, Stage, overtaken};
+use super::{AddressBinder, BindError, Bound, RecordFailure, Recovered, Renewals, concurrent};
 
 /// A source as its records are seen.
 #[async_trait]
@@ -22,11 +22,57 @@ pub(super) trait Keeper: Send + Sync {
     /// Whether the attachment still has the lease that a record is of.
     async fn is_leased(&self, attachment: &AttachmentKey, entry: &Entry) -> Result<bool, LeaseError>;
 
+    /// Whose a record is that names no source.
+    async fn whose_unnamed(&self, attachment: &AttachmentKey, entry: &Entry) -> Result<Whose, LeaseError>;
+
     /// Lets go outside, then inside. `false` if somebody else was faster.
     async fn undo(&self, attachment: &AttachmentKey, entry: Entry) -> Result<bool, LeaseError>;
 
     /// Finishes what a crash left of one record.
     async fn settle(&self, attachment: &AttachmentKey, entry: Entry, done: &mut Recovered) -> Result<(), LeaseError>;
+}
+
+/// Whose a record is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Whose {
+    /// This source keeps it.
+    Ours,
+    /// Another source does, which has the lease as well.
+    Others,
+    /// It names no source, and its attachment has no lease by which to tell. Who works on the attachment takes it over;
+    /// who works on all attachments leaves it alone.
+    Nobodys,
+}
+
+pub(super) async fn whose(
+    keeper: &impl Keeper,
+    attachment: &AttachmentKey,
+    entry: &Entry,
+) -> Result<Whose, LeaseError> {
+    match &entry.page.owner {
+        Some(owner) if *owner == keeper.ledger().owner => Ok(Whose::Ours),
+        Some(_) => Ok(Whose::Others),
+        None => keeper.whose_unnamed(attachment, entry).await,
+    }
+}
+
+/// The record of an attachment.
+///
+/// # Errors
+/// [`LeaseError::Invalid`] for another source's.
+pub(super) async fn read(keeper: &impl Keeper, attachment: &AttachmentKey) -> Result<Option<Entry>, LeaseError> {
+    let Some(entry) = keeper.ledger().read(attachment).await? else { return Ok(None) };
+    match whose(keeper, attachment, &entry).await? {
+        Whose::Ours | Whose::Nobodys => Ok(Some(entry)),
+        Whose::Others => Err(of_another(attachment, entry.page.owner.as_ref())),
+    }
+}
+
+/// The answer where an attachment has a lease of another source.
+pub(super) fn of_another(attachment: &AttachmentKey, owner: Option<&Owner>) -> LeaseError {
+    let named = owner.map(|owner| format!(" ({owner})")).unwrap_or_default();
+    let reason = format!("{attachment} has a lease of another source{named}; use one source for a network");
+    LeaseError::Invalid { field: "attachment".to_owned(), reason }
 }
 
 /// Releases the lease with the sequence. `false` if no record is of it.
@@ -38,6 +84,9 @@ pub(super) async fn release(
     for _ in 0..TRIES {
         match keeper.ledger().read(attachment).await? {
             Some(entry) if entry.sequence() == sequence => {
+                if whose(keeper, attachment, &entry).await? == Whose::Others {
+                    return Err(of_another(attachment, entry.page.owner.as_ref()));
+                }
                 if keeper.undo(attachment, entry).await? {
                     return Ok(true);
                 }
@@ -50,10 +99,11 @@ pub(super) async fn release(
 
 /// See [`BinderSource::recover`](super::BinderSource::recover).
 pub(super) async fn recover(keeper: &impl Keeper) -> Result<Recovered, LeaseError> {
-    let all = keeper.ledger().all(None).await?;
-    let mut failure = first_unreadable(all.unreadable);
+    let mut all = keeper.ledger().all(None).await?;
     let mut done = Recovered::default();
-    for (attachment, entry) in all.pages {
+    let ours = ours(keeper, &mut all).await;
+    let mut failure = first_unreadable(all.unreadable);
+    for (attachment, entry) in ours {
         if let Err(error) = keeper.settle(&attachment, entry, &mut done).await {
             failure.get_or_insert(error);
         }
@@ -74,6 +124,19 @@ pub(super) async fn recover(keeper: &impl Keeper) -> Result<Recovered, LeaseErro
     failure.map_or(Ok(done), Err)
 }
 
+/// Takes out the records that are this source's for certain. Those of which nobody can tell are added to the unreadable.
+async fn ours(keeper: &impl Keeper, all: &mut Pages) -> Vec<(AttachmentKey, Entry)> {
+    let mut ours = Vec::new();
+    for (attachment, entry) in std::mem::take(&mut all.pages) {
+        match whose(keeper, &attachment, &entry).await {
+            Ok(Whose::Ours) => ours.push((attachment, entry)),
+            Ok(Whose::Others | Whose::Nobodys) => {}
+            Err(error) => all.unreadable.push(RecordFailure { key: Ledger::name_of(&attachment), error }),
+        }
+    }
+    ours
+}
+
 /// The first failure, where some records cannot be read.
 pub(super) fn first_unreadable(unreadable: Vec<RecordFailure>) -> Option<LeaseError> {
     unreadable.into_iter().next().map(|failure| LeaseError::Damaged(Box::new(failure)))
@@ -82,25 +145,42 @@ pub(super) fn first_unreadable(unreadable: Vec<RecordFailure>) -> Option<LeaseEr
 /// See [`BinderSource::renew_due`](super::BinderSource::renew_due).
 pub(super) async fn renew_due(keeper: &impl Keeper, now: u64) -> Result<Renewals, LeaseError> {
     let mut all = keeper.ledger().all(None).await?;
+    all.pages = ours(keeper, &mut all).await;
     let mut done = Renewals { failures: std::mem::take(&mut all.unreadable), ..Renewals::default() };
-    let (due, next) = all.due(now);
+    let (mut due, next) = all.due(now);
     done.next = next;
-    let one = |(attachment, entry): (AttachmentKey, Entry)| -> Pin<Box<dyn Future<Output = Renewals> + Send + '_>> {
+    let number = keeper.ledger().sort(&mut due);
+    let rest = due.split_off(due.len().min(WIDTH));
+    let one = |(attachment, entry): (AttachmentKey, Entry)| -> Pin<Box<dyn Future<Output = _> + Send + '_>> {
         Box::pin(async move {
             let mut one = Renewals::default();
             if let Err(error) = renew(keeper, &attachment, entry, now, &mut one).await {
                 one.failures.push(RecordFailure { key: Ledger::name_of(&attachment), error });
             }
-            one
+            (attachment, one)
         })
     };
-    for one in concurrent::each(due.into_iter().map(one), WIDTH).await {
+    let mut progress = false;
+    for (attachment, one) in concurrent::each(due.into_iter().map(one), WIDTH).await {
+        let mut failed = keeper.ledger().failed.lock();
+        if one.failures.is_empty() && one.doomed.is_empty() {
+            failed.remove(&attachment);
+            progress = true;
+        } else {
+            failed.insert(attachment, number);
+        }
         done.renewed += one.renewed;
         done.released += one.released;
         done.doomed.extend(one.doomed);
         done.failures.extend(one.failures);
         done.next = done.next.into_iter().chain(one.next).min();
     }
+    let failed = keeper.ledger().failed.lock();
+    // While all fail, what has failed before comes again with the caller's next call and not at once.
+    if rest.iter().any(|(attachment, _)| progress || !failed.contains_key(attachment)) {
+        done.next = Some(now);
+    }
+    drop(failed);
     done.doomed.sort();
     Ok(done)
 }
@@ -119,23 +199,52 @@ async fn renew(
         return Ok(());
     }
     match keeper.binder().renew(bound).await {
-        Ok(bound) => {
-            let next = bound.renew;
-            if keeper.ledger().renewed(attachment, &entry, bound).await? {
+        Ok(bound) => match keeper.ledger().renewed(attachment, &entry, bound.clone()).await? {
+            Some(entry) => {
                 done.renewed += 1;
-                done.next = next;
+                done.next = entry.due(attachment);
             }
-        }
-        Err(BindError::Lost { .. }) => done.doomed.push((attachment.clone(), now)),
+            None => done.released += usize::from(let_go_again(keeper, attachment, &entry, &bound).await?),
+        },
         Err(error) => {
-            done.doomed.extend(bound.until.map(|until| (attachment.clone(), until)));
-            return Err(error.into());
+            // Whoever has released it meanwhile needs no warning; an answer that was lost may have bound it again.
+            match let_go_again(keeper, attachment, &entry, bound).await {
+                Ok(true) => done.released += 1,
+                other => {
+                    let until = if matches!(error, BindError::Lost { .. }) { Some(now) } else { bound.until };
+                    done.doomed.extend(until.map(|until| (attachment.clone(), until)));
+                    if !matches!(error, BindError::Lost { .. }) {
+                        return Err(error.into());
+                    }
+                    other?;
+                }
+            }
         }
     }
     Ok(())
 }
 
+/// Lets go of what a renewal has bound that came after a release, for who released let go too early. `false` if the
+/// record still is of that lease.
+async fn let_go_again(
+    keeper: &impl Keeper,
+    attachment: &AttachmentKey,
+    entry: &Entry,
+    bound: &Bound,
+) -> Result<bool, LeaseError> {
+    let token = entry.token(attachment);
+    match keeper.ledger().read(attachment).await? {
+        Some(now) if now.sequence() == token.sequence && now.page.stage == Stage::Releasing => {
+            let page = Page { bound: Some(bound.clone()), ..now.page };
+            keeper.undo(attachment, Entry { page, ..now }).await?;
+        }
+        Some(now) if now.sequence() == token.sequence => return Ok(false),
+        _ => keeper.binder().release(&token, Some(bound)).await?,
+    }
+    Ok(true)
+}
+
 /// Times that a call begins anew because others work on the same attachment.
 pub(super) const TRIES: u32 = 8;
-/// Renewals under way at once.
+/// Renewals under way at once, and the most that one call takes: nobody waits for longer than one renewal takes.
 const WIDTH: usize = 16;

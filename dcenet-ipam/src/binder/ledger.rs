@@ -4,24 +4,29 @@
 //! |---|---|
 //! | `y/NETWORK/CONTAINER/IFNAME` | [`Page`]: what an attachment may have outside |
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use dcenet_core::model::{AttachmentKey, MacAddr, NetworkName, Workload};
 use dcenet_core::provider::LeaseError;
 use ipnet::IpNet;
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::{BindRequest, BindToken, Bound, RecordFailure};
 use crate::ipam::{decode, random_id, store_error};
-use crate::model::NodeName;
+use crate::model::{AddressSpace, NodeName};
 use crate::record::attachment_text;
-use crate::store::{Batch, Guard, Key, Outcome, Store, Write};
+use crate::store::{Batch, Entry as StoreEntry, Guard, Key, Outcome, Store, Write};
 
 /// What an attachment may have outside.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Page {
     pub(super) stage: Stage,
+    /// The source that keeps it, which [`Ledger::write`] names; absent where the one that wrote it named none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) owner: Option<Owner>,
     /// The lease; absent where it is the version of this record.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) sequence: Option<u64>,
@@ -41,15 +46,41 @@ pub(super) struct Page {
 }
 
 impl Page {
-    /// When it is to be renewed.
-    fn due(&self) -> Option<u64> {
-        self.bound.as_ref().filter(|_| self.stage == Stage::Bound)?.renew
+    /// When it is to be renewed: when its outside says, or later by up to a twentieth of what is left then and at most
+    /// [`JITTER`], so that what was bound together is not renewed together. The same for all who look at this version.
+    fn due(&self, key: &[u8], version: u64) -> Option<u64> {
+        let bound = self.bound.as_ref().filter(|_| self.stage == Stage::Bound)?;
+        let at = bound.renew?;
+        let most = bound.until.map_or(JITTER, |until| (until.saturating_sub(at) / JITTER_SHARE).min(JITTER));
+        let mut hasher = crc32fast::Hasher::new();
+        hasher.update(key);
+        hasher.update(&version.to_be_bytes());
+        Some(at.saturating_add(u64::from(hasher.finalize()) % (most + 1)))
     }
 }
 
-/// When a record is to be renewed, by its value; at once where that cannot be read.
-pub(super) fn due_of(value: &[u8]) -> Option<u64> {
-    serde_json::from_slice::<Page>(value).map_or(Some(0), |page| page.due())
+/// When a record is to be renewed; at once where it cannot be read.
+pub(super) fn due_of(key: &[u8], entry: &StoreEntry) -> Option<u64> {
+    serde_json::from_slice::<Page>(&entry.value).map_or(Some(0), |page| page.due(key, entry.version))
+}
+
+/// Which source a record is of. Several may share a store, each with an outside of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub(super) enum Owner {
+    /// A [`BoundSource`](super::BoundSource), with the binder's name.
+    Bound { outside: String },
+    /// An [`OutsideSource`](super::OutsideSource), with the binder's name.
+    Outside { space: AddressSpace, pool: String, outside: String },
+}
+
+impl std::fmt::Display for Owner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Bound { outside } => write!(f, "one that tells {outside}"),
+            Self::Outside { space, pool, outside } => write!(f, "{pool} in the space {space}, from {outside}"),
+        }
+    }
 }
 
 /// A record as an audit looks at it.
@@ -95,6 +126,11 @@ impl Entry {
         BindToken { attachment: attachment.clone(), sequence: self.sequence() }
     }
 
+    /// When it is to be renewed.
+    pub(super) fn due(&self, attachment: &AttachmentKey) -> Option<u64> {
+        self.page.due(&page_key(attachment), self.version)
+    }
+
     /// What is asked of the outside for it.
     pub(super) fn request(&self, attachment: &AttachmentKey) -> BindRequest {
         let Page { addresses, mac, workload, .. } = &self.page;
@@ -113,18 +149,27 @@ pub(super) struct Pages {
 impl Pages {
     /// The records that are due to be renewed at `now`, and when the first of the others is.
     pub(super) fn due(self, now: u64) -> (Vec<(AttachmentKey, Entry)>, Option<u64>) {
-        let at = |entry: &Entry| entry.page.due();
-        let next = self.pages.iter().filter_map(|(_, entry)| at(entry)).filter(|at| *at > now).min();
-        (self.pages.into_iter().filter(|(_, entry)| at(entry).is_some_and(|at| at <= now)).collect(), next)
+        let next = self.pages.iter().filter_map(|(attachment, entry)| entry.due(attachment)).filter(|at| *at > now);
+        let next = next.min();
+        let is_due = |(attachment, entry): &(AttachmentKey, Entry)| entry.due(attachment).is_some_and(|at| at <= now);
+        (self.pages.into_iter().filter(is_due).collect(), next)
     }
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Ledger {
     pub(super) store: Arc<dyn Store>,
+    /// Whose records it writes.
+    pub(super) owner: Owner,
+    /// The attachments whose renewal has failed and was not made good yet, each with the number of its last try.
+    pub(super) failed: Mutex<BTreeMap<AttachmentKey, u64>>,
 }
 
 impl Ledger {
+    pub(super) fn new(store: Arc<dyn Store>, owner: Owner) -> Self {
+        Self { store, owner, failed: Mutex::default() }
+    }
+
     pub(super) async fn read(&self, attachment: &AttachmentKey) -> Result<Option<Entry>, LeaseError> {
         let key = page_key(attachment);
         let found = self.store.read(std::slice::from_ref(&key)).await.map_err(store_error)?;
@@ -153,15 +198,28 @@ impl Ledger {
         }
     }
 
-    /// Writes what a renewal has brought. `false` if who was faster has released or renewed it.
+    /// Writes what a renewal has brought. `None` if who was faster has released or renewed it.
     pub(super) async fn renewed(
         &self,
         attachment: &AttachmentKey,
         entry: &Entry,
         bound: Bound,
-    ) -> Result<bool, LeaseError> {
+    ) -> Result<Option<Entry>, LeaseError> {
         let page = Page { bound: Some(bound), sequence: Some(entry.sequence()), ..entry.page.clone() };
-        Ok(self.write(attachment, Some(entry.version), Some(&page), Batch::default()).await?.is_some())
+        let written = self.write(attachment, Some(entry.version), Some(&page), Batch::default()).await?;
+        Ok(written.map(|version| Entry { page, version }))
+    }
+
+    /// Puts what is due in the order in which it is to be renewed: what has not failed before what has, the one tried
+    /// longest ago first, then by the end of its time. The answer is the number of this try.
+    pub(super) fn sort(&self, due: &mut [(AttachmentKey, Entry)]) -> u64 {
+        let mut failed = self.failed.lock();
+        let number = failed.values().max().copied().unwrap_or(0) + 1;
+        let end = |entry: &Entry| entry.page.bound.as_ref().and_then(|bound| bound.until).unwrap_or(u64::MAX);
+        due.sort_by_cached_key(|(attachment, entry)| (failed.get(attachment).copied(), end(entry), attachment.clone()));
+        let listed: BTreeSet<&AttachmentKey> = due.iter().map(|(attachment, _)| attachment).collect();
+        failed.retain(|attachment, _| listed.contains(attachment));
+        number
     }
 
     /// The key of an attachment's record, for people.
@@ -169,8 +227,8 @@ impl Ledger {
         page_key(attachment).escape_ascii().to_string()
     }
 
-    /// Writes a record in place of the one with the version (`None` for none), with whatever belongs to it. `None` if
-    /// somebody else was faster.
+    /// Writes a record in place of the one with the version (`None` for none), with whatever belongs to it, and names its
+    /// source in it. `None` if somebody else was faster.
     pub(super) async fn write(
         &self,
         attachment: &AttachmentKey,
@@ -181,7 +239,10 @@ impl Ledger {
         let key = page_key(attachment);
         beside.guards.push(Guard { key: key.clone(), version: before });
         beside.writes.push(match page {
-            Some(page) => Write::Put(key, serde_json::to_vec(page).map_err(|e| LeaseError::Store(Box::new(e)))?),
+            Some(page) => {
+                let page = Page { owner: Some(self.owner.clone()), ..page.clone() };
+                Write::Put(key, serde_json::to_vec(&page).map_err(|e| LeaseError::Store(Box::new(e)))?)
+            }
             None => Write::Delete(key),
         });
         beside.request_id = random_id();
@@ -217,3 +278,6 @@ pub(super) fn overtaken(attachment: &AttachmentKey) -> LeaseError {
 pub(super) const PREFIX: &[u8] = b"y/";
 const PAGE: usize = 512;
 const UNKNOWNS: u32 = 3;
+/// The part of what is left of a lease by which its renewal may come later, and the most, in milliseconds.
+const JITTER_SHARE: u64 = 20;
+const JITTER: u64 = 10_000;

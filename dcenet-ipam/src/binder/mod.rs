@@ -181,14 +181,16 @@ pub trait AddressBinder: Send + Sync {
 #[async_trait]
 pub trait BinderSource: AddressSource {
     /// Finishes what a crash left; see the [module](self). Called at the start of a daemon, and whenever. Goes on after a
-    /// failure.
+    /// failure. Other sources' records in the same store are left alone, and so are those that name no source where no
+    /// lease tells whose they are: the attachment's next lease or release finishes them.
     ///
     /// # Errors
     /// The first failure, after everything else was tried.
     async fn recover(&self) -> Result<Recovered, LeaseError>;
 
-    /// Renews what is due, some at a time, and releases outside what was released past the source. A record that cannot
-    /// be read or renewed stops no other.
+    /// Renews what is due of this source's, 16 at most, and releases outside what was released past the source. A record
+    /// that cannot be read or renewed stops no other, and comes after the others in the next call. Where more is due,
+    /// [`Renewals::next`] is in the past.
     ///
     /// # Errors
     /// The store cannot be listed. All else is told by record.

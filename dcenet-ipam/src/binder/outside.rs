@@ -9,8 +9,8 @@ use dcenet_core::model::{AttachmentKey, ContainerId, IfName, NetworkName};
 use dcenet_core::probe::Conflict;
 use dcenet_core::provider::{AddressSource, Lease, LeaseError, LeaseRequest, LeasedAddress};
 
-use super::keeper::{self, Keeper, TRIES};
-use super::ledger::{Entry, Ledger, Page, Stage, overtaken};
+use super::keeper::{self, Keeper, TRIES, Whose};
+use super::ledger::{Entry, Ledger, Owner, Page, Stage, overtaken};
 use super::{AddressBinder, BindRequest, BinderSource, Bound, BoundAddress, Recovered, Renewals};
 use crate::config::ConfigError;
 use crate::ipam::{decode, store_error};
@@ -25,7 +25,10 @@ use crate::store::{Batch, Entry as StoreEntry, Guard, Store, Write};
 /// for anew. No pool should cover the outside's subnet.
 ///
 /// Release through it. What was released past it, by a [`Reclaimer`](crate::reclaim::Reclaimer) say, is let go outside by
-/// the attachment's next lease, by [`BinderSource::recover`], or when it is due to be renewed.
+/// the attachment's next lease or release, by [`BinderSource::recover`], or when it is due to be renewed.
+///
+/// Several sources may share a store. Each keeps the records of its space, pool and binder's name alone, and refuses to
+/// work on an attachment that another has leased for: give sources that lead to different outsides different names.
 ///
 /// An attachment's sequence is the revision at which it was asked for. A workload's claims mean nothing here: which
 /// address it gets is the outside's choice.
@@ -48,7 +51,8 @@ impl<B: AddressBinder + ?Sized> OutsideSource<B> {
             let fault = crate::config::ConfigFault::Malformed(reason.to_owned());
             return Err(ConfigError { field: "pool".to_owned(), value: pool.to_owned(), fault });
         }
-        Ok(Self { ledger: Ledger { store }, space, pool: pool.to_owned(), node: None, binder })
+        let owner = Owner::Outside { space: space.clone(), pool: pool.to_owned(), outside: binder.name() };
+        Ok(Self { ledger: Ledger::new(store, owner), space, pool: pool.to_owned(), node: None, binder })
     }
 
     /// Records with each lease that its attachment is on this node, so that evidence about the node can speak of it.
@@ -153,9 +157,7 @@ impl<B: AddressBinder + ?Sized> OutsideSource<B> {
                 Some(now) if now.version == entry.version => {
                     if leased {
                         // It would be overwritten.
-                        let reason =
-                            format!("{attachment} has a lease of another source; use one source for a network");
-                        return Err(LeaseError::Invalid { field: "attachment".to_owned(), reason });
+                        return Err(keeper::of_another(attachment, None));
                     }
                     // A slot changed: looked at anew.
                 }
@@ -212,6 +214,21 @@ impl<B: AddressBinder + ?Sized> Keeper for OutsideSource<B> {
         };
         let bound = entry.page.bound.iter().flat_map(|bound| &bound.addresses);
         Ok(record.sequence(version) == entry.sequence() && bound.into_iter().all(has))
+    }
+
+    async fn whose_unnamed(&self, attachment: &AttachmentKey, entry: &Entry) -> Result<Whose, LeaseError> {
+        if !entry.page.addresses.is_empty() {
+            // Its source chose the address.
+            return Ok(Whose::Others);
+        }
+        let own = attachment_key(attachment);
+        let Some(record) = self.entry(&own).await? else { return Ok(Whose::Nobodys) };
+        let (version, record) = (record.version, decode::<AttachmentRecord>(&own, &record)?);
+        if record.sequence(version) != entry.sequence() {
+            return Ok(Whose::Nobodys);
+        }
+        let ours = record.addresses.iter().all(|held| held.pool == self.pool);
+        Ok(if ours && self.is_leased(attachment, entry).await? { Whose::Ours } else { Whose::Others })
     }
 
     /// Outside, then of the records.
@@ -279,7 +296,7 @@ impl<B: AddressBinder + ?Sized> AddressSource for OutsideSource<B> {
             }
         }
         for _ in 0..TRIES {
-            let entry = match self.ledger.read(attachment).await? {
+            let entry = match keeper::read(self, attachment).await? {
                 Some(entry) if entry.page.stage == Stage::Intent => entry,
                 Some(entry) => {
                     if let Some(lease) = self.leased(attachment, &entry).await? {
@@ -291,7 +308,8 @@ impl<B: AddressBinder + ?Sized> AddressSource for OutsideSource<B> {
                 None => {
                     let (stage, mac) = (Stage::Intent, attachment.mac());
                     let (workload, node) = (request.workload.clone(), self.node.clone());
-                    let page = Page { stage, sequence: None, addresses: Vec::new(), mac, workload, node, bound: None };
+                    let (owner, sequence, addresses, bound) = (None, None, Vec::new(), None);
+                    let page = Page { stage, owner, sequence, addresses, mac, workload, node, bound };
                     match self.ledger.write(attachment, None, Some(&page), Batch::default()).await? {
                         Some(version) => Entry { page, version },
                         None => continue,
@@ -314,14 +332,9 @@ impl<B: AddressBinder + ?Sized> AddressSource for OutsideSource<B> {
     }
 
     async fn held(&self, attachment: &AttachmentKey) -> Result<Option<Lease>, LeaseError> {
-        match self.ledger.read(attachment).await? {
-            // Its release is to be finished by who knows the sequence.
-            Some(entry) if entry.page.stage == Stage::Releasing => {
-                Ok(entry.page.bound.as_ref().map(|bound| self.lease_of(bound)))
-            }
-            Some(entry) => self.leased(attachment, &entry).await,
-            None => Ok(None),
-        }
+        // Also of what is being released, or was released past this source: who knows the sequence lets go outside.
+        let entry = keeper::read(self, attachment).await?;
+        Ok(entry.and_then(|entry| entry.page.bound).map(|bound| self.lease_of(&bound)))
     }
 
     async fn release(&self, attachment: &AttachmentKey, sequence: u64) -> Result<(), LeaseError> {
@@ -336,6 +349,9 @@ impl<B: AddressBinder + ?Sized> AddressSource for OutsideSource<B> {
         let mut released = Vec::new();
         let all = self.ledger.all(Some(network)).await?;
         for (attachment, entry) in all.pages {
+            if keeper::whose(self, &attachment, &entry).await? == Whose::Others {
+                continue;
+            }
             if !valid.iter().any(|(c, i)| *c == attachment.container && *i == attachment.ifname) {
                 self.release(&attachment, entry.sequence()).await?;
                 released.push(attachment);
@@ -351,7 +367,7 @@ impl<B: AddressBinder + ?Sized> AddressSource for OutsideSource<B> {
         sequence: u64,
         conflict: &Conflict,
     ) -> Result<Option<Lease>, LeaseError> {
-        let entry = self.ledger.read(attachment).await?.filter(|entry| entry.sequence() == sequence);
+        let entry = keeper::read(self, attachment).await?.filter(|entry| entry.sequence() == sequence);
         let Some((entry, bound)) = entry.and_then(|entry| Some((entry.clone(), entry.page.bound?))) else {
             return Err(overtaken(attachment));
         };

@@ -23,8 +23,11 @@ use crate::store::{Batch, Change, Outcome, Store, StoreError, Watch};
 ///
 /// - A round that fails in part comes again after 1 s, then after twice as long each time up to 60 s; what is due
 ///   meanwhile is not kept waiting.
-/// - Each wait is made longer by up to a twentieth of it and at most 10 s, so that the nodes of a cluster do not ask all at
-///   once.
+/// - Each lease is renewed later than its outside says by up to a twentieth of what is left of it then and at most 10 s,
+///   so that what was bound together is not renewed together.
+/// - A round takes 16 leases at most, those first whose time ends first, and tells of them before the next one begins.
+/// - What has no time at which it is to be renewed is not looked at: where it may be released past the source, call
+///   [`BinderSource::recover`] now and then.
 /// - Where the store cannot be watched, its records are looked at every 30 s.
 ///
 /// ```no_run
@@ -111,10 +114,15 @@ impl Renewer {
                 Err(_) => (true, None),
             };
             tell(&round);
-            failures = if failed { failures + 1 } else { 0 };
             let now = now();
+            failures = match failed {
+                false => 0,
+                // The next round takes others.
+                true if next.is_some_and(|at| at <= now) => failures.max(1),
+                true => failures + 1,
+            };
             let again = failed.then(|| now.saturating_add(back_off(failures)));
-            let due = next.map(|at| later(at, now)).into_iter().chain(again).min();
+            let due = next.into_iter().chain(again).min();
             bell.ring(|state| {
                 state.due = state.due.into_iter().chain(due).min();
                 (state.earliest, state.armed) = (Some(Instant::now() + PACE), true);
@@ -264,14 +272,8 @@ async fn open(records: &dyn Store) -> Result<Box<dyn Watch>, StoreError> {
 fn due_by(change: &Change) -> Option<u64> {
     match change {
         Change::Gap { .. } => Some(0),
-        Change::Writes { writes, .. } => writes.iter().filter_map(|(_, entry)| due_of(&entry.as_ref()?.value)).min(),
+        Change::Writes { writes, .. } => writes.iter().filter_map(|(key, entry)| due_of(key, entry.as_ref()?)).min(),
     }
-}
-
-/// A moment that is at `at` or a little later.
-fn later(at: u64, now: u64) -> u64 {
-    let most = (at.saturating_sub(now) / JITTER_SHARE).min(JITTER);
-    at.saturating_add(random_id() as u64 % (most + 1))
 }
 
 /// Milliseconds after so many failed rounds.
@@ -294,6 +296,3 @@ const RETRY: Duration = Duration::from_secs(1);
 const RETRY_MOST: u64 = 60_000;
 /// The least between two rounds.
 const PACE: Duration = Duration::from_millis(100);
-/// The part of a wait that it may be made longer by, and the most, in milliseconds.
-const JITTER_SHARE: u64 = 20;
-const JITTER: u64 = 10_000;
