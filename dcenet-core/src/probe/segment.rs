@@ -34,7 +34,8 @@ enum Frame {
 
 impl Segment {
     /// Opens sockets in the calling thread's namespace, for a device that is up and these addresses. `mac` is the Ethernet
-    /// address that the addresses are to have, as a rule the device's.
+    /// address that the addresses are to have, and the device's: answers are sent to it. What is not about one of the
+    /// addresses the kernel does not hand over, nor frames of virtual LANs on the same cable, which are another segment.
     ///
     /// # Errors
     /// Those of socket(2), bind(2) and setsockopt(2): without `CAP_NET_RAW`, without such a device, for IPv6 without
@@ -42,7 +43,7 @@ impl Segment {
     pub fn open(device: IfIndex, mac: MacAddr, addresses: &[IpAddr]) -> io::Result<Self> {
         let (mut arp, mut ipv6, mut groups) = (None, None, None);
         if addresses.iter().any(IpAddr::is_ipv4) {
-            arp = Some(sys::open(frame::ARP, device, &[])?.into());
+            arp = Some(sys::open(frame::ARP, device, &sys::arp(device, addresses))?.into());
         }
         if addresses.iter().any(IpAddr::is_ipv6) {
             let udp = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0))?;
@@ -51,7 +52,7 @@ impl Segment {
                 udp.join_multicast_v6(&group, device.get())?;
             }
             groups = Some(udp);
-            ipv6 = Some(sys::open(frame::IPV6, device, &sys::NEIGHBOUR_DISCOVERY)?.into());
+            ipv6 = Some(sys::open(frame::IPV6, device, &sys::neighbour_discovery(device, addresses))?.into());
         }
         Ok(Self { mac, nonce: nonce(), arp, ipv6, _groups: groups })
     }
@@ -60,7 +61,7 @@ impl Segment {
     /// free. No device of the namespace may have them yet: the kernel would answer for itself.
     ///
     /// It takes the time of `timing` where nobody answers, and where somebody does no longer than until the next probe
-    /// would be sent.
+    /// would be sent; also where a neighbour sends faster than can be read.
     ///
     /// # Errors
     /// Those of the sockets: what could not be sent proves nothing.
@@ -135,10 +136,14 @@ impl Segment {
             let deadline = Instant::now() + part;
             while self.wait(deadline)? {
                 for socket in [&self.arp, &self.ipv6].into_iter().flatten() {
-                    receive_all(socket, |frame| progress = progress.max(see(frame)))?;
+                    progress = progress.max(receive(socket, &mut see)?);
+                    if progress == Progress::Done {
+                        return Ok(());
+                    }
                 }
-                if progress == Progress::Done {
-                    return Ok(());
+                // Others may keep the sockets readable for as long as they like.
+                if Instant::now() >= deadline {
+                    break;
                 }
             }
             if progress == Progress::Partial {
@@ -186,16 +191,22 @@ enum Progress {
     Done,
 }
 
-fn receive_all(mut socket: &File, mut see: impl FnMut(&[u8])) -> io::Result<()> {
+/// Hands over what was received, up to what a full socket holds: more may come all the time.
+fn receive(mut socket: &File, mut see: impl FnMut(&[u8]) -> Progress) -> io::Result<Progress> {
     let mut buffer = [0; FRAME];
-    loop {
+    let mut progress = Progress::Open;
+    for _ in 0..BATCH {
         match socket.read(&mut buffer) {
-            Ok(length) => see(&buffer[..length]),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Ok(length) => progress = progress.max(see(&buffer[..length])),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
+        if progress == Progress::Done {
+            break;
+        }
     }
+    Ok(progress)
 }
 
 /// 48 bits that nobody guesses.
@@ -206,3 +217,73 @@ fn nonce() -> Nonce {
 
 /// Longer frames are cut off here; what is looked for is shorter.
 const FRAME: usize = 1514;
+/// More frames than a socket holds: 212,992 bytes by default (`net.core.rmem_default`), of which the shortest takes 512 and
+/// more.
+const BATCH: usize = 512;
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixDatagram;
+
+    use super::*;
+
+    /// A segment whose other end the test has in hand.
+    fn segment() -> (Segment, UnixDatagram) {
+        let (own, other) = UnixDatagram::pair().unwrap();
+        own.set_nonblocking(true).unwrap();
+        other.set_nonblocking(true).unwrap();
+        let arp = Some(File::from(OwnedFd::from(own)));
+        (Segment { mac: MacAddr::new([2, 0, 0, 0, 0, 7]), nonce: nonce(), arp, ipv6: None, _groups: None }, other)
+    }
+
+    /// Each frame that is read is followed by another, so that there is always one to read.
+    #[test]
+    fn who_sends_without_end_is_heard_to_the_limit_only() {
+        let (segment, other) = segment();
+        let timing = Timing { probes: 2, within: Duration::from_millis(40) };
+        let (mut seen, mut drained) = (0u64, [0; FRAME]);
+        other.send(b"noise").unwrap();
+        segment
+            .ask(&[Frame::Arp(vec![1])], timing, |_| {
+                seen += 1;
+                other.send(b"noise").unwrap();
+                Progress::Open
+            })
+            .unwrap();
+        assert!(seen >= 2, "{seen}");
+        assert_eq!((0..3).filter(|_| other.recv(&mut drained).is_ok()).count(), 2, "both probes were sent");
+        // One call reads so many, and would read without end else: the guard removed.
+        let socket = segment.arp.as_ref().unwrap();
+        let feed = |count: &mut u64| {
+            *count += 1;
+            other.send(b"noise").unwrap();
+            Progress::Open
+        };
+        let (mut bounded, mut unbounded, mut buffer) = (0, 0, [0; FRAME]);
+        receive(socket, |_| feed(&mut bounded)).unwrap();
+        assert_eq!(bounded, BATCH as u64);
+        let mut reader = socket;
+        while unbounded < 100 * BATCH as u64 && reader.read(&mut buffer).is_ok() {
+            feed(&mut unbounded);
+        }
+        assert_eq!(unbounded, 100 * BATCH as u64);
+    }
+
+    #[test]
+    fn who_knows_all_reads_no_more() {
+        let (segment, other) = segment();
+        for _ in 0..3 {
+            other.send(b"answer").unwrap();
+        }
+        let mut seen = 0;
+        let timing = Timing { probes: 1, within: Duration::from_secs(60) };
+        segment
+            .ask(&[Frame::Arp(vec![1])], timing, |_| {
+                seen += 1;
+                Progress::Done
+            })
+            .unwrap();
+        assert_eq!(seen, 1);
+    }
+}

@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -75,25 +76,83 @@ fn check(result: libc::c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Lets neighbour solicitations and advertisements through that follow the IPv6 header straight: others are not valid (RFC
-/// 6980).
-pub(super) const NEIGHBOUR_DISCOVERY: [libc::sock_filter; 7] = [
-    instruction(LOAD_BYTE, 0, 0, 14 + 6),
-    instruction(IF_EQUAL, 0, 4, frame::ICMPV6 as u32),
-    instruction(LOAD_BYTE, 0, 0, 14 + 40),
-    instruction(IF_EQUAL, 1, 0, frame::SOLICITATION as u32),
-    instruction(IF_EQUAL, 0, 1, frame::ADVERTISEMENT as u32),
-    instruction(RETURN, 0, 0, u32::MAX),
-    instruction(RETURN, 0, 0, 0),
-];
+/// Lets ARP through that may be about one of the addresses: it is the sender's, or the target's. Gateways answer to them.
+pub(super) fn arp(device: IfIndex, addresses: &[IpAddr]) -> Vec<libc::sock_filter> {
+    let words: Vec<u32> =
+        addresses.iter().filter_map(|a| if let IpAddr::V4(a) = a { Some((*a).into()) } else { None }).collect();
+    let mut program = of_the_segment(device);
+    about(&words, [ETHERNET + 14, ETHERNET + 24], &mut program);
+    program
+}
+
+/// Lets neighbour solicitations and advertisements through that follow the IPv6 header straight, for others are not valid
+/// (RFC 6980), and that may be about one of the addresses: the last word of the target is its, or that of the destination.
+pub(super) fn neighbour_discovery(device: IfIndex, addresses: &[IpAddr]) -> Vec<libc::sock_filter> {
+    let last = |a: &IpAddr| if let IpAddr::V6(a) = a { Some(u128::from(*a) as u32) } else { None };
+    let words: Vec<u32> = addresses.iter().filter_map(last).collect();
+    let mut program = of_the_segment(device);
+    program.extend([
+        instruction(LOAD_BYTE, 0, 0, ETHERNET + 6),
+        instruction(IF_EQUAL, 1, 0, frame::ICMPV6.into()),
+        instruction(RETURN, 0, 0, 0),
+        instruction(LOAD_BYTE, 0, 0, ETHERNET + IPV6),
+        instruction(IF_EQUAL, 2, 0, frame::SOLICITATION.into()),
+        instruction(IF_EQUAL, 1, 0, frame::ADVERTISEMENT.into()),
+        instruction(RETURN, 0, 0, 0),
+    ]);
+    about(&words, [ETHERNET + IPV6 + 8 + 12, ETHERNET + 24 + 12], &mut program);
+    program
+}
+
+/// Drops what is of a virtual LAN on the same cable, whose tag the kernel took off: the frame is another device's where
+/// there is one for the tag, and counts as for another host where there is none (`__netif_receive_skb_core` of
+/// `net/core/dev.c`). Tag 0 is a priority, and no network (IEEE 802.1Q, section 9.6).
+fn of_the_segment(device: IfIndex) -> Vec<libc::sock_filter> {
+    let beside = |what: libc::c_int| instruction(LOAD_WORD, 0, 0, (libc::SKF_AD_OFF + what) as u32);
+    vec![
+        beside(libc::SKF_AD_PKTTYPE),
+        instruction(IF_EQUAL, 0, 1, libc::PACKET_OTHERHOST.into()),
+        instruction(RETURN, 0, 0, 0),
+        beside(libc::SKF_AD_IFINDEX),
+        instruction(IF_EQUAL, 1, 0, device.get()),
+        instruction(RETURN, 0, 0, 0),
+        beside(libc::SKF_AD_VLAN_TAG_PRESENT),
+        instruction(IF_EQUAL, 4, 0, 0),
+        beside(libc::SKF_AD_VLAN_TAG),
+        instruction(AND, 0, 0, 0xfff),
+        instruction(IF_EQUAL, 1, 0, 0),
+        instruction(RETURN, 0, 0, 0),
+    ]
+}
+
+/// Ends a program: what has one of the words at one of the places is let through. All is where they are too many.
+fn about(words: &[u32], places: [u32; 2], program: &mut Vec<libc::sock_filter>) {
+    if words.len() > MOST_WORDS {
+        return program.push(instruction(RETURN, 0, 0, u32::MAX));
+    }
+    for place in places {
+        program.push(instruction(LOAD_WORD, 0, 0, place));
+        for word in words {
+            program.extend([instruction(IF_EQUAL, 0, 1, *word), instruction(RETURN, 0, 0, u32::MAX)]);
+        }
+    }
+    program.push(instruction(RETURN, 0, 0, 0));
+}
 
 const fn instruction(code: u32, jt: u8, jf: u8, k: u32) -> libc::sock_filter {
     libc::sock_filter { code: code as u16, jt, jf, k }
 }
 
 const LOAD_BYTE: u32 = libc::BPF_LD | libc::BPF_B | libc::BPF_ABS;
+const LOAD_WORD: u32 = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
+const AND: u32 = libc::BPF_ALU | libc::BPF_AND | libc::BPF_K;
 const IF_EQUAL: u32 = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
 const RETURN: u32 = libc::BPF_RET | libc::BPF_K;
+/// Lengths of headers.
+const ETHERNET: u32 = 14;
+const IPV6: u32 = 40;
+/// A program has 4096 instructions at most (`BPF_MAXINSNS`), of which each word takes four.
+const MOST_WORDS: usize = 1000;
 
 #[cfg(test)]
 mod tests {

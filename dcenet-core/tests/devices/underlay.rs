@@ -163,6 +163,43 @@ fn what_has_the_same_ethernet_address_is_the_same_workload() {
     assert_eq!(sorted(probe_as(prober.mac, LONG)), wanted.map(|a| holder.used(a)));
 }
 
+/// From a neighbour that sends about the very addresses, as what is of the workload itself, until it is told to end.
+#[test]
+fn a_flood_ends_no_later_than_the_probes() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let hub = Hub::new();
+    let (noisy, prober) = (hub.station(1, 1), hub.station(2, 2));
+    let wanted = pair(77);
+    let (over, frames, longest) = (AtomicBool::new(false), AtomicU64::new(0), Duration::from_secs(120));
+    let floods = [noisy.segment_as(prober.mac, &wanted), noisy.segment_as(prober.mac, &wanted)];
+    std::thread::scope(|scope| {
+        let _ends = Ends(&over);
+        for flood in &floods {
+            scope.spawn(|| {
+                let began = Instant::now();
+                while !over.load(Ordering::Relaxed) && began.elapsed() < longest {
+                    // A frame may find no room.
+                    if flood.announce(&wanted, 5).is_ok() {
+                        frames.fetch_add(10, Ordering::Relaxed);
+                    }
+                }
+            });
+        }
+        while frames.load(Ordering::Relaxed) < 1000 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let (began, before) = (Instant::now(), frames.load(Ordering::Relaxed));
+        assert_eq!(prober.segment(&wanted).conflicts(&wanted, SHORT).unwrap(), []);
+        assert!(frames.load(Ordering::Relaxed) > before, "it went on meanwhile");
+        assert!(began.elapsed() < longest / 2, "it went on for as long as the flood: {:?}", began.elapsed());
+    });
+    // Others are seen in it.
+    noisy.take(&wanted);
+    assert_eq!(sorted(prober.segment(&wanted).conflicts(&wanted, LONG).unwrap()), wanted.map(|a| noisy.used(a)));
+}
+
 #[test]
 fn a_probe_that_comes_back_is_our_own() {
     if !require(Rung::Netns) {
