@@ -15,25 +15,41 @@ impl Session<'_> {
     pub(super) fn talk(&mut self, step: &Step) -> Result<(), StepError> {
         match &step.operation {
             Operation::ProbeConflicts { link, mac, addresses, timing } => {
+                if !self.await_carrier(step, link)? {
+                    tracing::warn!(%link, ?addresses, "no carrier: they are entered without being asked for");
+                    return Ok(());
+                }
                 let what = "probe for conflicts";
-                self.await_carrier(step, link)?;
-                let probe = |segment: Segment| segment.conflicts(addresses, *timing);
-                let found = self.on_segment(step, what, link, *mac, addresses, probe)?;
+                let probe = |segment: &Segment| segment.conflicts(addresses, *timing);
+                let (what, found) = self.on_segment(step, what, link, *mac, addresses, probe)?;
+                let found = found.map_err(|source| StepError::Local { what, source })?;
                 if found.is_empty() { Ok(()) } else { Err(StepError::InUse(found)) }
             }
             Operation::Announce { link, mac, addresses, times } => {
-                let announce = |segment: Segment| segment.announce(addresses, *times);
-                self.on_segment(step, "announce addresses", link, *mac, addresses, announce)
+                let announce = |segment: &Segment| segment.announce(addresses, *times);
+                let (_, told) = self.on_segment(step, "announce addresses", link, *mac, addresses, announce)?;
+                if let Err(error) = told {
+                    // They work without; whoever remembers another holder finds out later.
+                    tracing::warn!(%error, %link, ?addresses, "not announced");
+                }
+                Ok(())
             }
             Operation::ProbeGateways { link, mac, gateways, timing, otherwise } => {
                 let own: Vec<IpAddr> = gateways.iter().map(|(own, _)| *own).collect();
-                let probe = |segment: Segment| segment.unreachable(gateways, *timing);
-                let silent = self.on_segment(step, "probe the gateway", link, *mac, &own, probe)?;
-                match otherwise {
-                    _ if silent.is_empty() => Ok(()),
-                    GatewayProbe::Fail => Err(StepError::GatewaySilent { gateways: silent, link: link.clone() }),
-                    GatewayProbe::Warn => {
-                        tracing::warn!(gateways = ?silent, %link, "no answer; is it the right segment?");
+                let probe = |segment: &Segment| segment.unreachable(gateways, *timing);
+                let (what, silent) = self.on_segment(step, "probe the gateway", link, *mac, &own, probe)?;
+                match (silent, otherwise) {
+                    (Ok(silent), _) if silent.is_empty() => Ok(()),
+                    (Ok(gateways), GatewayProbe::Fail) => {
+                        Err(StepError::GatewaySilent { gateways, link: link.clone() })
+                    }
+                    (Err(source), GatewayProbe::Fail) => Err(StepError::Local { what, source }),
+                    (Ok(gateways), GatewayProbe::Warn) => {
+                        tracing::warn!(?gateways, %link, "no answer; is it the right segment?");
+                        Ok(())
+                    }
+                    (Err(error), GatewayProbe::Warn) => {
+                        tracing::warn!(%error, %link, "the gateways could not be asked");
                         Ok(())
                     }
                 }
@@ -43,17 +59,20 @@ impl Session<'_> {
     }
 
     /// Waits for the carrier of a link that has none yet, as a network card's that was just set up and agrees with its peer
-    /// on a speed: what is sent before is lost, and silence would prove nothing. After the limit for settling there is
-    /// nobody to be in conflict with.
-    fn await_carrier(&mut self, step: &Step, link: &IfName) -> Result<(), StepError> {
+    /// on a speed: what is sent before is lost, and silence would prove nothing. Returns whether it came within the limit
+    /// for settling.
+    fn await_carrier(&mut self, step: &Step, link: &IfName) -> Result<bool, StepError> {
         // Devices that do not know have it: their operational state is never "up".
         let has_carrier = |found: LinkView| found.flags & libc::IFF_LOWER_UP as u32 != 0;
         if look_up(self.socket(step.target)?, link)?.is_none_or(has_carrier) {
-            return Ok(());
+            return Ok(true);
         }
-        self.await_settled(step.target, &Operation::SettleCarrier { link: link.clone() })
+        self.await_settled(step.target, &Operation::SettleCarrier { link: link.clone() })?;
+        Ok(look_up(self.socket(step.target)?, link)?.is_none_or(has_carrier))
     }
 
+    /// Talks on a link's segment. The outer error is that of getting at it, the inner one of the talk; with what it is to
+    /// be called.
     fn on_segment<R: Send>(
         &mut self,
         step: &Step,
@@ -61,18 +80,20 @@ impl Session<'_> {
         link: &IfName,
         mac: MacAddr,
         addresses: &[IpAddr],
-        f: impl FnOnce(Segment) -> io::Result<R> + Send,
-    ) -> Result<R, StepError> {
+        f: impl FnOnce(&Segment) -> io::Result<R> + Send,
+    ) -> Result<(String, io::Result<R>), StepError> {
         let device = self.find_index(step.target, link)?;
         let netns = self.netns(step.target);
         let mut value = None;
         // The namespace is left as soon as the sockets are there.
         let talk = || {
             let opened = self.engine.run_in(netns, || Segment::open(device, mac, addresses))?;
-            Ok(opened.and_then(f).map(|v| value = Some(v)))
+            Ok(opened.map(|segment| value = Some(f(&segment))))
         };
-        let failed = |source| StepError::Local { what: format!("{what} on {link}"), source };
-        gated(what, talk)?.map_err(failed)?;
-        value.ok_or_else(|| failed(io::Error::other("nothing came of it")))
+        let called = format!("{what} on {link}");
+        match gated(what, talk)? {
+            Ok(()) => Ok((called, value.unwrap_or_else(|| Err(io::Error::other("nothing came of it"))))),
+            Err(source) => Err(StepError::Local { what: called, source }),
+        }
     }
 }

@@ -27,7 +27,7 @@ use crate::model::{ParseError, serde_by_text};
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct Underlay {
     /// How often each address is asked for before it is entered, at most 10; 0: it is not. 3 by default (`PROBE_NUM` of
-    /// RFC 5227, section 1.1).
+    /// RFC 5227, section 1.1). A link that has no carrier within ten seconds asks nobody, with a line in the log.
     pub probes: Count<10>,
     /// For how long answers are waited for in all, from `5ms` to `10s`; the probes are spread over it evenly. `75ms` by
     /// default.
@@ -37,7 +37,8 @@ pub struct Underlay {
     /// wait for seconds. Hosts answer within a millisecond; three probes leave room for two frames that are lost. Raise it
     /// where hosts sleep or the segment is slow.
     pub within: Span,
-    /// How many addresses may be replaced for one attachment whose addresses are in use, at most 32. 8 by default.
+    /// How many addresses may be replaced for one attachment whose addresses are in use, at most 32; 0: none is, and the
+    /// first conflict fails it. 8 by default.
     pub replacements: Count<32>,
     /// How often entered addresses are announced, at most 5; 0: they are not. 2 by default (`ANNOUNCE_NUM` of RFC 5227),
     /// without the pause between them, for the first is enough where no frame is lost.

@@ -17,6 +17,11 @@
 //! | any of them from our own Ethernet address | no | RFC 5227, section 2.1.1 |
 //! | a solicitation with our own nonce | no, the segment loops | RFC 7527, section 4.2 |
 //! | other solicitations and requests for ours | no, somebody looks for it | the same sections |
+//! | any of them with the tag of a virtual LAN, unless the device is for that | no, it is of another segment | IEEE 802.1Q |
+//!
+//! A frame that finds no room in a queue of this host counts as one that was lost on the way; if no probe for an address
+//! found room, nothing is known of it, and that is an error. Who floods the segment cannot make a probe longer, but hide
+//! what others answer.
 //!
 //! An Ethernet address that goes with the address, as a claim's does, is "our own" on every host: a workload that is moved
 //! from one to another, and what the first one still sends, is no conflict with itself. Neither is, by the same rule, a
@@ -44,16 +49,31 @@ mod sys;
 mod tests;
 
 use std::fmt;
+#[cfg(feature = "test-support")]
+use std::fs::File;
+#[cfg(feature = "test-support")]
+use std::io::{self, Write};
 use std::net::IpAddr;
 
 pub use self::config::{GatewayProbe, Span, Timing, Underlay};
 pub use self::segment::Segment;
+#[cfg(feature = "test-support")]
+use crate::model::IfIndex;
 use crate::model::MacAddr;
 
 /// Reads a frame as every reader of this module would, whatever is in it. For fuzzing: it must not panic.
 #[cfg(feature = "test-support")]
 pub fn read_hostile(frame: &[u8]) {
     std::hint::black_box(frame::parse(frame));
+}
+
+/// Sends a frame by a device of the calling thread's namespace as it is, whatever its EtherType and tags. For tests.
+///
+/// # Errors
+/// Those of socket(2), bind(2) and write(2).
+#[cfg(feature = "test-support")]
+pub fn transmit(device: IfIndex, frame: &[u8]) -> io::Result<()> {
+    File::from(sys::open(frame::ARP, device, &[])?).write_all(frame)
 }
 
 /// An address that somebody else on the segment has, or is about to take.

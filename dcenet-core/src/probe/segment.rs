@@ -64,7 +64,8 @@ impl Segment {
     /// would be sent; also where a neighbour sends faster than can be read.
     ///
     /// # Errors
-    /// Those of the sockets: what could not be sent proves nothing.
+    /// Those of the sockets, `ENOBUFS` and `EAGAIN` only where no probe for an address could be sent: its silence proves
+    /// nothing.
     pub fn conflicts(&self, addresses: &[IpAddr], timing: Timing) -> io::Result<Vec<Conflict>> {
         let judge = Judge { mac: self.mac, addresses, nonce: self.nonce };
         let probe = |address: &IpAddr| match *address {
@@ -89,21 +90,23 @@ impl Segment {
     /// announcement (RFC 5227, section 2.3), an unsolicited neighbour advertisement (RFC 4861, section 7.2.6).
     ///
     /// # Errors
-    /// Those of the sockets.
+    /// Those of the sockets, `ENOBUFS` and `EAGAIN` only where no frame about an address could be sent.
     pub fn announce(&self, addresses: &[IpAddr], times: u8) -> io::Result<()> {
         let announcement = |address: &IpAddr| match *address {
             IpAddr::V4(a) => Frame::Arp(frame::arp_request(self.mac, a, a)),
             IpAddr::V6(a) => Frame::Ipv6(frame::advertisement(self.mac, a)),
         };
         let frames: Vec<Frame> = addresses.iter().map(announcement).collect();
-        (0..times).try_for_each(|_| self.send(&frames))
+        let mut unsent = Unsent::of(&frames);
+        (0..times).try_for_each(|_| self.send(&frames, &mut unsent))?;
+        unsent.all_went()
     }
 
     /// Asks the gateways for their Ethernet addresses, each from an address of its family that the device has, and returns
     /// those gateways that do not answer. Pairs are of an own address and a gateway.
     ///
     /// # Errors
-    /// Those of the sockets.
+    /// Those of the sockets, `ENOBUFS` and `EAGAIN` only where no frame about an address could be sent.
     pub fn unreachable(&self, pairs: &[(IpAddr, IpAddr)], timing: Timing) -> io::Result<Vec<IpAddr>> {
         let question = |pair: &(IpAddr, IpAddr)| match *pair {
             (IpAddr::V4(own), IpAddr::V4(gateway)) => Some(Frame::Arp(frame::arp_request(self.mac, own, gateway))),
@@ -130,8 +133,9 @@ impl Segment {
         let probes = timing.probes.max(1);
         let part = timing.within / u32::from(probes);
         let mut progress = Progress::Open;
+        let mut unsent = Unsent::of(frames);
         for _ in 0..probes {
-            self.send(frames)?;
+            self.send(frames, &mut unsent)?;
             // From now on, and not by a plan of all: however late this thread gets to it, an answer has this long.
             let deadline = Instant::now() + part;
             while self.wait(deadline)? {
@@ -150,11 +154,11 @@ impl Segment {
                 return Ok(());
             }
         }
-        Ok(())
+        unsent.all_went()
     }
 
-    fn send(&self, frames: &[Frame]) -> io::Result<()> {
-        for frame in frames {
+    fn send(&self, frames: &[Frame], unsent: &mut Unsent) -> io::Result<()> {
+        for (at, frame) in frames.iter().enumerate() {
             let (socket, bytes) = match frame {
                 Frame::Arp(bytes) => (&self.arp, bytes),
                 Frame::Ipv6(bytes) => (&self.ipv6, bytes),
@@ -165,9 +169,11 @@ impl Segment {
             })?;
             // It goes as one frame or not at all, and again after a signal.
             match socket.write_all(bytes) {
-                // A queue on the way is full: the frame is lost, as it may be anywhere else.
-                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
-                sent => sent?,
+                Err(error) if finds_no_room(&error) => unsent.last = Some(error),
+                result => {
+                    result?;
+                    unsent.never[at] = false;
+                }
             }
         }
         Ok(())
@@ -178,6 +184,31 @@ impl Segment {
         let left = deadline.saturating_duration_since(Instant::now());
         sys::wait_readable(self.arp.as_ref(), self.ipv6.as_ref(), left.max(Duration::ZERO))
     }
+}
+
+/// What was not sent, for a queue on the way was full each time.
+struct Unsent {
+    /// Whether each frame never was.
+    never: Vec<bool>,
+    last: Option<io::Error>,
+}
+
+impl Unsent {
+    fn of(frames: &[Frame]) -> Self {
+        Self { never: vec![true; frames.len()], last: None }
+    }
+
+    fn all_went(self) -> io::Result<()> {
+        match self.last {
+            Some(error) if self.never.contains(&true) => Err(error),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Of the device's queue or of the socket's: `packet_snd` of `net/packet/af_packet.c`.
+fn finds_no_room(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::WouldBlock || error.raw_os_error() == Some(libc::ENOBUFS)
 }
 
 /// How much is known.
@@ -285,5 +316,42 @@ mod tests {
             })
             .unwrap();
         assert_eq!(seen, 1);
+    }
+
+    /// Sends until there is no room any more.
+    fn fill(segment: &Segment) -> usize {
+        let mut socket = segment.arp.as_ref().unwrap();
+        std::iter::from_fn(|| socket.write(b"old").ok()).count()
+    }
+
+    fn received(other: &UnixDatagram) -> Vec<Vec<u8>> {
+        let mut buffer = [0; FRAME];
+        std::iter::from_fn(|| other.recv(&mut buffer).ok().map(|n| buffer[..n].to_vec())).collect()
+    }
+
+    #[test]
+    fn a_probe_that_finds_no_room_is_a_lost_one() {
+        let (segment, other) = segment();
+        let (probe, timing) = ([Frame::Arp(vec![1])], Timing { probes: 2, within: Duration::from_millis(100) });
+        let before = fill(&segment);
+        assert!(before > 0);
+        // The other end makes room after the first.
+        other.send(b"noise").unwrap();
+        let mut old = 0;
+        segment
+            .ask(&probe, timing, |_| {
+                old += received(&other).len();
+                Progress::Open
+            })
+            .unwrap();
+        assert_eq!((old, received(&other)), (before, vec![vec![1]]));
+        // Nobody does: neither probes nor announcements went.
+        fill(&segment);
+        let error = segment.ask(&probe, timing, |_| Progress::Open).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        assert!(segment.announce(&[Ipv4Addr::new(192, 0, 2, 7).into()], 2).is_err());
+        // What others say counts all the same.
+        other.send(b"answer").unwrap();
+        segment.ask(&probe, timing, |_| Progress::Partial).unwrap();
     }
 }

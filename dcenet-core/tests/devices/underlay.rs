@@ -1,14 +1,15 @@
 //! Addresses on a segment with others, whose kernels answer as those of any host do.
 
+use std::fmt::Write;
 use std::net::IpAddr;
-use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Barrier, Mutex};
 use std::time::{Duration, Instant};
 
 use dcenet_core::engine::{AttachError, AttachRequest, StepError};
 use dcenet_core::link::LinkConfig;
 use dcenet_core::model::{AttachmentKey, MacAddr};
-use dcenet_core::probe::{Conflict, Evidence, Segment, Timing};
+use dcenet_core::probe::{Conflict, Evidence, Segment, Timing, transmit};
 use dcenet_core::provider::{Dns, Lease, LeasedAddress};
 use dcenet_core::test_support::{HostState, Rung, TestHost, TestNetNs, effort, ping, require};
 use serde_json::json;
@@ -198,6 +199,90 @@ fn a_flood_ends_no_later_than_the_probes() {
     // Others are seen in it.
     noisy.take(&wanted);
     assert_eq!(sorted(prober.segment(&wanted).conflicts(&wanted, LONG).unwrap()), wanted.map(|a| noisy.used(a)));
+}
+
+/// That `192.0.2.77` and `2001:db8::4d` are at `02:00:00:00:00:01`, with this tag (IEEE 802.1Q).
+fn announced(tag: Option<u16>) -> [Vec<u8>; 2] {
+    let mac = [2, 0, 0, 0, 0, 1];
+    let frame = |to: [u8; 6], kind: [u8; 2], payload: &[&[u8]]| {
+        let tag = tag.map_or(Vec::new(), |tag| [[0x81, 0], tag.to_be_bytes()].concat());
+        [&to[..], &mac[..], &tag, &kind, &payload.concat()].concat()
+    };
+    let address = [192, 0, 2, 77];
+    let arp = frame([0xff; 6], [8, 6], &[&[0, 1, 8, 0, 6, 4, 0, 1], &mac, &address, &[0; 6], &address]);
+    let address = "2001:db8::4d".parse::<std::net::Ipv6Addr>().unwrap().octets();
+    let nodes = "ff02::1".parse::<std::net::Ipv6Addr>().unwrap().octets();
+    let (header, message) = ([0x60, 0, 0, 0, 0, 32, 58, 255], [136, 0, 0xf8, 0x92, 0x20, 0, 0, 0]);
+    let payload: [&[u8]; 7] = [&header, &address, &nodes, &message, &address, &[2, 1], &mac];
+    [arp, frame([0x33, 0x33, 0, 0, 0, 1], [0x86, 0xdd], &payload)]
+}
+
+/// What the prober finds while the talker announces what it does not have.
+fn found_among(talker: &Station, prober: &Station, tag: Option<u16>, timing: Timing) -> Vec<Conflict> {
+    let (wanted, frames) = (pair(77), announced(tag));
+    let heard = || -> u64 {
+        let shown = prober.netns.sh("cat /proc/thread-self/net/dev");
+        let line = shown.lines().find(|l| l.trim_start().starts_with("eth0:")).unwrap();
+        line.split_whitespace().nth(2).unwrap().parse().unwrap()
+    };
+    let index = talker.netns.link("eth0").unwrap().index;
+    let (over, told, before) = (AtomicBool::new(false), AtomicU64::new(0), heard());
+    let segment = prober.segment(&wanted);
+    let found = std::thread::scope(|scope| {
+        let _ends = Ends(&over);
+        scope.spawn(|| {
+            talker.netns.run(|| {
+                while !over.load(Ordering::Relaxed) {
+                    frames.iter().for_each(|frame| transmit(index, frame).unwrap());
+                    told.fetch_add(2, Ordering::Relaxed);
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+            });
+        });
+        let deadline = Instant::now() + LONG.within;
+        while told.load(Ordering::Relaxed) < 4 {
+            assert!(Instant::now() < deadline, "nobody announces");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        sorted(segment.conflicts(&wanted, timing).unwrap())
+    });
+    assert!(heard() >= before + 4, "{tag:?}: the frames came");
+    found
+}
+
+/// The kernel takes the tag off a frame, and hands it to who listens on the cable.
+#[test]
+fn frames_of_virtual_networks_on_the_cable_are_of_another_segment() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let hub = Hub::new();
+    let (talker, prober) = (hub.station(1, 1), hub.station(2, 2));
+    let timing = Timing { probes: 3, within: Duration::from_millis(300) };
+    assert_eq!(found_among(&talker, &prober, Some(5), timing), []);
+    // Without a tag, and with one that is a priority and no network.
+    for same in [None, Some(7 << 13)] {
+        assert_eq!(found_among(&talker, &prober, same, LONG), pair(77).map(|a| talker.used(a)), "{same:?}");
+    }
+}
+
+/// As before, where a device takes them.
+#[test]
+fn frames_of_a_virtual_network_that_has_a_device_are_that_ones() {
+    if !require(Rung::Vm) {
+        return;
+    }
+    let hub = Hub::new();
+    let (talker, prober) = (hub.station(1, 1), hub.station(2, 2));
+    prober.netns.sh("ip link add link eth0 name eth0.5 type vlan id 5; ip link set eth0.5 up");
+    let timing = Timing { probes: 3, within: Duration::from_millis(300) };
+    assert_eq!(found_among(&talker, &prober, Some(5), timing), []);
+    let index = prober.netns.link("eth0.5").unwrap().index;
+    let own = Station { netns: prober.netns, mac: prober.mac };
+    let on_vlan = own.netns.run(|| Segment::open(index, own.mac, &pair(77))).unwrap();
+    let talker_index = talker.netns.link("eth0").unwrap().index;
+    talker.netns.run(|| announced(Some(5)).iter().for_each(|frame| transmit(talker_index, frame).unwrap()));
+    assert_eq!(sorted(on_vlan.conflicts(&pair(77), LONG).unwrap()), pair(77).map(|a| talker.used(a)));
 }
 
 #[test]
@@ -478,4 +563,92 @@ fn a_device_without_carrier_is_waited_for_before_it_asks() {
         error
     });
     assert_eq!(error.conflicts().map(|c| c[0].address), Some(ip("10.20.0.2")), "{error}");
+}
+
+/// A parent whose queue has no room for any frame: nothing is known of the addresses, and nobody is told of them.
+#[test]
+fn a_full_queue_fails_probes_of_which_none_went_and_nothing_else() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let host = host_with_parent();
+    host.root().sh("tc qdisc add dev up0 root pfifo limit 0");
+    let (engine, pod, lines) = (host.engine(None), host.new_pod(), Lines::default());
+    let attach = |underlay: serde_json::Value| {
+        let config = link(json!({ "kind": "macvlan", "parent": "up0", "underlay": underlay }));
+        let request = AttachRequest::new(key(), pod.pod(), config, lease());
+        tracing::subscriber::with_default(lines.clone(), || engine.attach(&request))
+    };
+    let (before, empty) = (host.state(), HostState::capture(pod.netns()));
+    for (underlay, what) in
+        [(json!({}), "probe for conflicts"), (json!({ "probes": 0, "gatewayProbe": "fail" }), "probe the gateway")]
+    {
+        let error = attach(underlay).unwrap_err();
+        let AttachError::Step { cause: StepError::Local { what: failed, source }, .. } = &error else {
+            panic!("{error}");
+        };
+        assert!(failed.starts_with(what), "{error}");
+        assert_eq!(source.raw_os_error(), Some(105), "{error}: ENOBUFS");
+        assert_eq!(before.diff(&host.state()), "");
+        assert_eq!(empty.diff(&HostState::capture(pod.netns())), "");
+    }
+    lines.0.lock().unwrap().clear();
+    attach(json!({ "probes": 0, "gatewayProbe": "warn" })).unwrap();
+    let lines = lines.0.lock().unwrap();
+    for said in ["not announced", "the gateways could not be asked"] {
+        assert_eq!(lines.iter().filter(|line| line.contains(said)).count(), 1, "{said}: {lines:?}");
+    }
+}
+
+/// The lines that this thread would log.
+#[derive(Clone, Default)]
+struct Lines(Arc<Mutex<Vec<String>>>);
+
+impl tracing::Subscriber for Lines {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        *metadata.level() <= tracing::Level::WARN
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+
+    fn event(&self, event: &tracing::Event<'_>) {
+        let mut line = String::new();
+        event.record(&mut |field: &tracing::field::Field, value: &dyn std::fmt::Debug| {
+            write!(line, "{field}={value:?} ").unwrap();
+        });
+        self.0.lock().unwrap().push(line);
+    }
+
+    fn enter(&self, _: &tracing::span::Id) {}
+
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
+/// Nobody is at the other end of the cable, or will be.
+#[test]
+fn a_device_that_never_has_a_carrier_asks_nobody_and_says_so() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let host = host_with_parent();
+    host.root().sh("ip link set far0 down");
+    let attach = |plugged: bool| {
+        let (engine, pod, lines) = (host.engine(None), host.new_pod(), Lines::default());
+        if plugged {
+            host.root().sh("ip link set far0 up");
+        }
+        let config = link(json!({ "kind": "host-device", "device": "up0", "underlay": {} }));
+        let request = AttachRequest::new(key(), pod.pod(), config, lease());
+        tracing::subscriber::with_default(lines.clone(), || engine.attach(&request)).unwrap();
+        engine.detach(&key(), Some(pod.netns())).unwrap();
+        let lines = lines.0.lock().unwrap();
+        lines.iter().filter(|line| line.contains("entered without being asked for")).count()
+    };
+    assert_eq!((attach(false), attach(true)), (1, 0));
 }
