@@ -55,6 +55,12 @@ pub trait AddressSource: Send + Sync {
         Ok(None)
     }
 
+    /// Whether [`replace`](Self::replace) is known to answer `None` for the address, so that whoever has several to replace
+    /// need not replace any before it learns that. False by default, and where it is not known.
+    fn is_fixed(&self, _address: IpAddr) -> bool {
+        false
+    }
+
     /// Whether a lease could be given now; cheap, for STATUS is polled. An exhausted pool is an error.
     async fn ready(&self) -> Result<(), LeaseError>;
 }
@@ -220,6 +226,19 @@ pub enum LeaseError {
         /// The claim or attachment that holds it, for people.
         holder: String,
     },
+    /// So many addresses of the pool are in quarantine over conflicts that no more are put there.
+    #[error(
+        "pool {pool}: {live} of its addresses are in quarantine, for others on the segment have them, and no more are put \
+         there at a time; they are with {holders}: find out who that is"
+    )]
+    Contested {
+        /// The pool.
+        pool: String,
+        /// How many of its addresses are in quarantine over conflicts.
+        live: usize,
+        /// The Ethernet addresses that were seen to have them, for people.
+        holders: String,
+    },
     /// Others change the same records all the time; the same call may succeed later.
     #[error("the store is busy: {0}")]
     Busy(String),
@@ -244,7 +263,7 @@ impl LeaseError {
     /// Whether the same call may succeed later without anybody changing the configuration.
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Exhausted { .. } | Self::Busy(_) | Self::Store(_) => true,
+            Self::Exhausted { .. } | Self::Contested { .. } | Self::Busy(_) | Self::Store(_) => true,
             Self::Outside { retryable, .. } => *retryable,
             Self::Damaged(_) | Self::Invalid { .. } | Self::Held { .. } => false,
         }

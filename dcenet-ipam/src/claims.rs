@@ -1,10 +1,12 @@
 //! What is done with claims beside leasing through them.
 
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
 use dcenet_core::model::{AttachmentKey, ClusterId, MacAddr, Workload};
-use dcenet_core::provider::{Lease, LeaseError};
+use dcenet_core::provider::{AddressSource, Lease, LeaseError};
 
 use crate::ipam::{Ipam, decode, store_error};
 use crate::machine::{ClaimExport, Command, Quarantine, Reply};
@@ -247,6 +249,48 @@ impl Ipam {
         }
     }
 
+    /// Refuses where so many addresses of the pool from which the attachment has this one are in quarantine over conflicts
+    /// that no more may be.
+    pub(crate) async fn bound_conflicts(&self, attachment: &AttachmentKey, bad: IpAddr) -> Result<(), LeaseError> {
+        let lease = AddressSource::held(self, attachment).await?;
+        let held = lease.iter().flat_map(|lease| &lease.addresses).find(|held| held.address.addr() == bad);
+        // What it does not hold, or not from here, is not replaced either.
+        let Some(pool) = held.and_then(|held| self.layout().pools.iter().find(|pool| pool.name == held.pool)) else {
+            return Ok(());
+        };
+        let (family, now) = (Addr::from(bad).family, self.now());
+        let prefix = quarantine_prefix(&pool.space, family);
+        let mut slots = Vec::new();
+        for (key, _) in self.scan_all(&prefix).await? {
+            let address = Addr { family, bits: number_of(&prefix, &key).map_err(store_error)? };
+            if pool.subnet.contains(&address.ip()) {
+                slots.push(slot_key(&pool.space, address));
+            }
+        }
+        let mut holders: BTreeMap<MacAddr, usize> = BTreeMap::new();
+        for keys in slots.chunks(SLOTS) {
+            let entries = self.store().read(keys).await.map_err(store_error)?;
+            for (key, entry) in keys.iter().zip(entries).filter_map(|(key, entry)| Some((key, entry?))) {
+                if let SlotRecord::Quarantined { until, mac: Some(mac), from: Some(_), .. } = decode(key, &entry)?
+                    && until.is_none_or(|until| until > now)
+                {
+                    *holders.entry(mac).or_default() += 1;
+                }
+            }
+        }
+        let live = holders.values().sum();
+        let limit = usize::try_from(pool.size() / 8).unwrap_or(usize::MAX).clamp(FEWEST_CONFLICTS, MOST_CONFLICTS);
+        if live < limit {
+            return Ok(());
+        }
+        let mut holders: Vec<(MacAddr, usize)> = holders.into_iter().collect();
+        holders.sort_by_key(|(_, count)| Reverse(*count));
+        let named: Vec<String> = holders.iter().take(NAMED).map(|(mac, count)| format!("{mac} ({count})")).collect();
+        let more = holders.len().saturating_sub(NAMED);
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        Err(LeaseError::Contested { pool: pool.name.clone(), live, holders: format!("{}{more}", named.join(", ")) })
+    }
+
     /// Turns what has ended into what it counts as: addresses kept or in quarantine for a time become released ones, and
     /// handovers are aborted. Nothing else depends on it; a daemon calls it now and then, so that listings are short and
     /// reuse is in order. Returns how many addresses changed.
@@ -288,3 +332,11 @@ impl Ipam {
         Ok(self.run(command).await? == Reply::Done)
     }
 }
+
+/// How many addresses of a pool may be in quarantine over conflicts at a time: an eighth, within these bounds.
+const FEWEST_CONFLICTS: usize = 16;
+const MOST_CONFLICTS: usize = 1024;
+/// Holders that an error names.
+const NAMED: usize = 4;
+/// Slots read at a time.
+const SLOTS: usize = 64;

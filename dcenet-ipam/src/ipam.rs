@@ -712,8 +712,13 @@ impl AddressSource for Ipam {
     /// The other address is of the same pool; the one in conflict goes into quarantine for an hour. `None` for one that the
     /// configuration fixes for a claim.
     ///
+    /// Whoever answers every probe, by mistake or on purpose, must not use up a pool (RFC 5227, section 2.1.1, wants a limit
+    /// to the rate for the same reason): no more than an eighth of a pool's addresses are in quarantine over conflicts at a
+    /// time, but 16 of a small pool and 1024 of a large one. Callers that race exceed that by one each.
+    ///
     /// # Errors
-    /// As [`Ipam::replace`]; [`LeaseError::Busy`] where the lease is not held any more.
+    /// As [`Ipam::replace`]; [`LeaseError::Contested`] above that limit, and [`LeaseError::Busy`] where the lease is not
+    /// held any more: then nothing changes.
     async fn replace(
         &self,
         attachment: &AttachmentKey,
@@ -728,10 +733,15 @@ impl AddressSource for Ipam {
             time: Some(CONFLICT_QUARANTINE),
             seen: Some(conflict.holder),
         };
+        self.bound_conflicts(attachment, conflict.address).await?;
         match Ipam::replace(self, attachment, sequence, conflict.address, &why).await? {
             Some(lease) => Ok(Some(lease)),
             None => Err(LeaseError::Busy(format!("{attachment} does not hold the lease {sequence} any more"))),
         }
+    }
+
+    fn is_fixed(&self, address: IpAddr) -> bool {
+        Ipam::is_fixed(self, address)
     }
 
     async fn ready(&self) -> Result<(), LeaseError> {

@@ -50,6 +50,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::net::IpAddr;
 use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Instant;
@@ -192,6 +193,7 @@ impl Metrics {
         let outcome = match result {
             Ok(_) => "ok",
             Err(LeaseError::Busy(_)) => "busy",
+            Err(LeaseError::Contested { .. }) => "contested",
             Err(LeaseError::Damaged(_)) => "damaged",
             Err(LeaseError::Exhausted { .. }) => "exhausted",
             Err(LeaseError::Held { .. }) => "held",
@@ -366,6 +368,10 @@ impl<S: AddressSource> AddressSource for MeasuredSource<S> {
         let result = self.inner.replace(attachment, sequence, conflict).await;
         self.metrics.count("replace", begun, &result);
         result
+    }
+
+    fn is_fixed(&self, address: IpAddr) -> bool {
+        self.inner.is_fixed(address)
     }
 
     async fn release(&self, attachment: &AttachmentKey, sequence: u64) -> Result<(), LeaseError> {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use dcenet_core::model::MacAddr;
 use dcenet_core::probe::{Conflict, Evidence};
 use dcenet_core::provider::{AddressSource, LeaseError};
 use dcenet_ipam::Quarantine;
@@ -271,5 +272,69 @@ fn whoever_found_a_conflict_gets_another_address_and_the_first_is_nobodys_for_an
         assert_eq!(refused, None);
         assert_eq!(block_on(source.held(&attachment("c2"))).unwrap(), Some(fixed));
         assert_eq!(block_on(ipam.quarantined()).unwrap().len(), 1);
+    });
+}
+
+/// A neighbour that answers every probe, and a runtime that tries again at once.
+#[test]
+fn whoever_answers_for_every_address_does_not_use_up_the_pool() {
+    each_store(|store, _| {
+        for (n, (family, length, limit)) in [(4, 24, 31), (4, 26, 16), (6, 64, 1024)].into_iter().enumerate() {
+            let subnet = match family {
+                4 => format!("10.77.{n}.0/{length}"),
+                _ => format!("2001:db8:77:{n}::/{length}"),
+            };
+            let clock = Clock::new();
+            let json = r#"{ "cooldown": "5s", "pools": [ { "name": "p", "subnet": "SUBNET" } ] }"#;
+            let ipam = clock.drive(ipam(&json.replace("SUBNET", &subnet), &store));
+            let source: &dyn AddressSource = &ipam;
+            let conflict = |address, last: u8| Conflict {
+                address,
+                holder: MacAddr::new([2, 0, 0, 0, 0, last]),
+                evidence: Evidence::Used,
+            };
+            let own = attachment("c1");
+            // As an ADD: some replacements, then it gives up.
+            let add = |replacements: usize| -> Result<(), LeaseError> {
+                let mut lease = block_on(source.lease(&request("c1", None)))?;
+                let mut result = Ok(());
+                for i in 0..replacements {
+                    let bad = lease.addresses[0].address.addr();
+                    match block_on(source.replace(&own, lease.sequence(), &conflict(bad, 1 + (i % 6) as u8))) {
+                        Ok(other) => lease = other.unwrap(),
+                        Err(error) => {
+                            // Nothing changed.
+                            assert_eq!(block_on(source.held(&own)).unwrap().unwrap(), lease);
+                            result = Err(error);
+                            break;
+                        }
+                    }
+                }
+                block_on(source.release(&own, lease.sequence())).unwrap();
+                result
+            };
+            let quarantined = || block_on(ipam.usage()).unwrap()[0].quarantined;
+            let adds = limit / 8 + 20;
+            let failed: Vec<LeaseError> = (0..adds).filter_map(|_| add(8).err()).collect();
+            assert_eq!(quarantined(), limit as u128, "{subnet}");
+            assert_eq!(failed.len(), adds - limit / 8, "{subnet}");
+            for error in &failed {
+                assert!(matches!(error, LeaseError::Contested { live, .. } if *live == limit), "{error}");
+                assert!(error.is_retryable());
+            }
+            let told = failed[0].to_string();
+            assert!(told.contains("02:00:00:00:00:01 (") && told.contains(" and 2 more"), "{told}");
+            // Who is in conflict with nobody has an address all the same.
+            add(0).unwrap();
+            // By hand, the guard removed: more.
+            let lease = block_on(source.lease(&request("c1", None))).unwrap();
+            let bad = lease.addresses[0].address.addr();
+            block_on(ipam.replace(&own, lease.sequence(), bad, &why(Some(3600)))).unwrap().unwrap();
+            assert_eq!(quarantined(), limit as u128 + 1);
+            release(&ipam, "c1");
+            // Once they end, the next may.
+            clock.advance(3601);
+            add(1).unwrap();
+        }
     });
 }
