@@ -1,6 +1,7 @@
 //! Addresses of our own that the outside is told of.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -219,6 +220,10 @@ impl<B: AddressBinder + ?Sized> AddressSource for BoundSource<B> {
         }
         released.dedup();
         keeper::first_unreadable(all.unreadable).map_or(Ok(released), Err)
+    }
+
+    fn is_fixed(&self, address: IpAddr) -> bool {
+        self.ipam.is_fixed(address)
     }
 
     /// What the outside has been told of is let go there first, so that a kill in between leaves a lease that the next call
