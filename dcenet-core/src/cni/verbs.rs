@@ -299,8 +299,9 @@ impl<'a> Call<'a> {
         pod: Pod<'_>,
         mut lease: Lease,
     ) -> Result<Attached, CniError> {
-        let limit = link.underlay().map_or(0, |underlay| underlay.replacements.get());
+        let limit = usize::from(link.underlay().map_or(0, |underlay| underlay.replacements.get()));
         let mut met: Vec<Conflict> = Vec::new();
+        let mut replaced = 0;
         loop {
             let error = match self.attach(hold, link.clone(), pod, &lease) {
                 Ok(attached) => return Ok(attached),
@@ -311,38 +312,56 @@ impl<'a> Call<'a> {
             };
             for conflict in conflicts {
                 tracing::info!(key = %hold.key(), %conflict, "an address is in use");
-                met.push(*conflict);
-                let replaced = self.replace(hold.key(), &mut lease, conflict).await;
-                let failed = match replaced {
-                    // What was found in use is kept from others all the same.
-                    Ok(true) if met.len() > limit.into() => {
-                        let tried = format!("{limit} were replaced (link.underlay.replacements)");
-                        CniError::new(ErrorCode::AddressHeld, format!("{}; {tried}", InUse(&met)))
-                    }
-                    Ok(true) => continue,
-                    Ok(false) => {
-                        let fixed = format!("{} is fixed, and not replaced", conflict.address);
-                        CniError::new(ErrorCode::AddressHeld, format!("{}; {fixed}", InUse(&met)))
-                    }
-                    Err(error) => {
-                        let error = CniError::from(error);
-                        CniError { message: format!("{}; {}", InUse(&met), error.message), ..error }
-                    }
-                };
-                return Err(self.give_back(hold, lease.sequence(), failed).await);
+            }
+            met.extend(conflicts);
+            let done = self.replace(hold.key(), &mut lease, conflicts, limit - replaced).await;
+            match done {
+                Ok(count) => replaced += count,
+                Err(why) => {
+                    let failed = CniError { message: format!("{}; {}", InUse(&met), why.message), ..why };
+                    return Err(self.give_back(hold, lease.sequence(), failed).await);
+                }
             }
         }
     }
 
-    /// Replaces an address of the lease, unless somebody insists on it. Returns whether it did.
-    async fn replace(&self, key: &AttachmentKey, lease: &mut Lease, conflict: &Conflict) -> Result<bool, LeaseError> {
-        let Ok(Some(addresses)) = self.addresses() else { return Ok(false) };
+    /// Replaces addresses of the lease, at most `left`, and none if somebody insists on one of them. Returns how many.
+    async fn replace(
+        &self,
+        key: &AttachmentKey,
+        lease: &mut Lease,
+        conflicts: &[Conflict],
+        left: usize,
+    ) -> Result<usize, CniError> {
+        let held = |why: String| CniError::new(ErrorCode::AddressHeld, why);
+        let fixed = |conflict: &Conflict| held(format!("{} is fixed, and not replaced", conflict.address));
+        let Ok(Some(addresses)) = self.addresses() else {
+            return Err(held("addresses that nobody handed out are not replaced".to_owned()));
+        };
         let asked = self.asked_addresses();
-        if asked.values.contains(&conflict.address) {
-            return Ok(false);
+        let insisted = |c: &&Conflict| asked.values.contains(&c.address) || addresses.is_fixed(c.address);
+        if let Some(conflict) = conflicts.iter().find(insisted) {
+            return Err(fixed(conflict));
         }
-        let replaced = addresses.replace(key, lease.sequence(), conflict).await?;
-        Ok(replaced.map(|other| *lease = other).is_some())
+        if conflicts.len() > left {
+            return Err(held("no more are replaced (link.underlay.replacements)".to_owned()));
+        }
+        let mut count = 0;
+        for conflict in conflicts {
+            // Another may have been given for it together with that for one before.
+            if lease.addresses.iter().all(|of_lease| of_lease.address.addr() != conflict.address) {
+                continue;
+            }
+            match addresses.replace(key, lease.sequence(), conflict).await? {
+                Some(other) => *lease = other,
+                None => return Err(fixed(conflict)),
+            }
+            count += 1;
+        }
+        if count == 0 {
+            return Err(held("none of them is of the lease".to_owned()));
+        }
+        Ok(count)
     }
 
     /// The addresses that the runtime insists on.

@@ -130,8 +130,9 @@ fn a_segment_full_of_foreign_addresses_ends_in_an_error_that_names_them() {
     for address in &held {
         hold(&neighbour, &[&format!("{address}/24")]);
     }
-    // By the number of replacements, and by a pool that has no more.
-    for (replacements, subnet, code, named) in [(1, "10.20.0.0/24", 110, 2), (8, "10.20.0.0/29", 11, 3)] {
+    // By the number of replacements, which are kept from others, and by a pool that has no more.
+    let cases = [(0, "10.20.0.0/24", 110, 1, 0), (1, "10.20.0.0/24", 110, 2, 1), (8, "10.20.0.0/29", 11, 4, 4)];
+    for (replacements, subnet, code, named, kept) in cases {
         node.config["link"]["underlay"]["replacements"] = json!(replacements);
         node.config["ipam"]["pools"][0]["subnet"] = json!(subnet);
         node.config["ipam"]["pools"][0]["claims"] = json!({});
@@ -141,11 +142,32 @@ fn a_segment_full_of_foreign_addresses_ends_in_an_error_that_names_them() {
         assert_eq!(error["code"], code, "{error}");
         let message = error["msg"].as_str().unwrap();
         let told = held.iter().filter(|a| message.contains(&format!("{a} is used by {}", mac(&neighbour)))).count();
-        assert_eq!(told, named, "{error}");
+        assert_eq!((told, quarantined(&node).len()), (named, kept), "{error}");
+        assert_eq!(message.contains("link.underlay.replacements"), code == 110, "{error}");
         assert_eq!(inside.diff(&pod.state()), "");
         nothing_is_left(&node, &before);
         node.del(&pod).unwrap();
     }
+}
+
+/// One address of two is fixed: that ends it, and the other is not replaced for nothing. Both are told of.
+#[test]
+fn with_a_fixed_address_in_conflict_no_other_is_replaced() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let (node, neighbour) = node();
+    // Of `db`, its fixed one, and the first of the other pool.
+    hold(&neighbour, &["10.20.0.77/24", "2001:db8:20::2/64"]);
+    let (before, pod) = (node.host.state(), node.pod("db"));
+    let error = node.add(&pod).unwrap_err();
+    assert_eq!(error["code"], 110, "{error}");
+    let message = error["msg"].as_str().unwrap();
+    for part in ["10.20.0.77 is used by", "2001:db8:20::2 is used by", "10.20.0.77 is fixed, and not replaced"] {
+        assert!(message.contains(part), "{error}");
+    }
+    assert_eq!(quarantined(&node), []);
+    nothing_is_left(&node, &before);
 }
 
 #[test]
