@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::net::sockopt::socket_peercred;
 use rustix::process::geteuid;
@@ -24,6 +24,9 @@ pub(crate) trait Answer: Send + Sync + 'static {
     /// Called after the reply has been sent.
     fn answered(&self);
 }
+
+/// How long a child may take from fork to exec on a loaded machine.
+const INHERITED: Duration = Duration::from_secs(1);
 
 /// Makes sure of being the only owner of a run directory, for as long as it lives.
 #[derive(Debug)]
@@ -41,10 +44,8 @@ impl OwnerLock {
         loop {
             let file = File::options().create(true).truncate(false).write(true).open(&path);
             let file = file.map_err(|e| failed(&path, e))?;
-            match file.try_lock() {
-                Ok(()) => {}
-                Err(TryLockError::WouldBlock) => return Err(EnforcerError::AnotherOwner { path }),
-                Err(TryLockError::Error(e)) => return Err(failed(&path, e)),
+            if !exclusive(&file).map_err(|e| failed(&path, e))? {
+                return Err(EnforcerError::AnotherOwner { path });
             }
             // An owner that was uninstalled may have removed it in between.
             if file.metadata().map_err(|e| failed(&path, e))?.nlink() > 0 {
@@ -56,6 +57,23 @@ impl OwnerLock {
     /// Removes the file, when nothing of the owner's is left.
     pub(crate) fn remove(self) -> Result<(), EnforcerError> {
         remove(&self.path)
+    }
+}
+
+/// Locks it, or returns false where somebody else keeps it locked.
+///
+/// A lock of flock(2) belongs to the open file, of which every child of its process has a copy from fork to exec: an
+/// owner that is gone may seem to hold it while a neighbouring thread starts a program. So a lock that is held is asked
+/// for again for a while.
+fn exclusive(file: &File) -> io::Result<bool> {
+    let until = Instant::now() + INHERITED;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(true),
+            Err(TryLockError::WouldBlock) if Instant::now() < until => std::thread::sleep(Duration::from_millis(5)),
+            Err(TryLockError::WouldBlock) => return Ok(false),
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
     }
 }
 
@@ -244,5 +262,23 @@ mod tests {
         let error = told(0).unwrap_err();
         assert!(matches!(error, PolicyError::NotReady { .. }), "{error}");
         assert!(error.to_string().contains("try again"), "{error}");
+    }
+
+    #[test]
+    fn a_lock_that_only_a_starting_child_still_holds_is_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let lock = OwnerLock::take(directory.path()).unwrap();
+        // A descriptor that shares the open file, as the copy of a child does.
+        let copy = lock._file.try_clone().unwrap();
+        drop(lock);
+        let refused = OwnerLock::take(directory.path());
+        assert!(matches!(refused, Err(EnforcerError::AnotherOwner { .. })), "{refused:?}");
+
+        let exec = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            drop(copy);
+        });
+        OwnerLock::take(directory.path()).unwrap();
+        exec.join().unwrap();
     }
 }
