@@ -1,6 +1,7 @@
 //! Addresses that somebody on the underlay has already.
 
 use std::net::IpAddr;
+use std::time::{Duration, Instant};
 
 use dcenet_core::test_support::{HostState, Rung, TestNetNs, require};
 use dcenet_ipam::QuarantinedAddress;
@@ -216,7 +217,15 @@ fn the_default_that_denies_lets_probes_and_announcements_pass() {
     assert_eq!(quarantined(&node).len(), 2);
     let own = pod.netns.link("eth0").unwrap().mac.unwrap().to_string();
     for address in ["10.20.0.3", "2001:db8:20::3"] {
-        let known = neighbour.sh(&format!("ip neigh show {address} dev far0"));
+        // Told before ADD ended, and taken note of when the neighbour's kernel gets to it.
+        let until = Instant::now() + Duration::from_secs(5);
+        let known = loop {
+            let known = neighbour.sh(&format!("ip neigh show {address} dev far0"));
+            if known.contains(&own) || Instant::now() > until {
+                break known;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
         assert!(known.contains(&own), "{known}");
     }
     node.del(&pod).unwrap();
