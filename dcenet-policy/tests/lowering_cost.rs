@@ -155,8 +155,15 @@ fn whole_programs_load_up_to_the_limits() {
     if !require(Rung::Kernel) {
         return;
     }
-    let sizes =
-        Sizes { conntrack: 1024, members_v6: 64, blocks_v4: 64, blocks_v6: 64, endpoints: 8, ..Sizes::default() };
+    let sizes = Sizes {
+        conntrack: 1024,
+        conntrack_new: 1024,
+        members_v6: 64,
+        blocks_v4: 64,
+        blocks_v6: 64,
+        endpoints: 8,
+        ..Sizes::default()
+    };
     for isa in [IsaLevel::V3, IsaLevel::V4] {
         for (rules, peers) in [(1, 1), (100, 16), (1_000, 64), (5_000, 64), (10_000, 64), (20_000, 64)] {
             let (ingress, egress) = (policy("ingress", rules, peers), policy("egress", rules, peers));

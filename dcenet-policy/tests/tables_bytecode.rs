@@ -32,6 +32,7 @@ fn sizes() -> Sizes {
         blocks_v6: 1,
         classes: 256,
         conntrack: 256,
+        conntrack_new: 256,
         fragments: 16,
         rules: 512,
         event_bytes: 1 << 16,

@@ -78,6 +78,9 @@ record! {
         state: u8 = 25 @ STATE,
         /// [`Endpoint::tenure`](super::Endpoint::tenure) of the endpoint whose flow it is.
         tenure: u16 = 26 @ TENURE,
+        /// TCP that began with SYN and SYN-ACK: the acknowledgement number that the opening side must bear out to be
+        /// believed, which is the answer's sequence number and 1 (RFC 9293, section 3.4). 0 while it is not known.
+        expected: u32 = 28 @ EXPECTED,
         /// Packets that the pod sent.
         egress_packets: u64 = 32 @ EGRESS_PACKETS,
         /// Bytes that the pod sent.

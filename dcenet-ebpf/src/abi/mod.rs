@@ -14,6 +14,7 @@
 //! | [`NODES_V6`] | array | block number | [`NodeV6`] |
 //! | [`LOCAL_IDS_EGRESS`], [`LOCAL_IDS_INGRESS`] | array, one map per policy set | class / 4 | four local ids |
 //! | [`CONNTRACK`] | LRU hash (or hash) | [`FlowKey`] | [`Flow`] |
+//! | [`CONNTRACK_NEW`] | LRU hash (or hash) | [`FlowKey`] | [`Flow`] |
 //! | [`FRAGMENTS`] | LRU hash | [`FragmentKey`] | [`Fragment`] |
 //! | [`RULES`] | per-CPU array | rule id | [`Traffic`] |
 //! | [`REASONS`] | per-CPU array | [`reason_index`] | [`Traffic`] |
@@ -54,8 +55,11 @@ pub const NODES_V6: &str = "nodes_v6";
 pub const LOCAL_IDS_EGRESS: &str = "local_ids_out";
 /// Class to local id, for a policy set of ingress.
 pub const LOCAL_IDS_INGRESS: &str = "local_ids_in";
-/// Flows that were admitted.
+/// Flows that were admitted, and whose opening side went on after an answer.
 pub const CONNTRACK: &str = "conntrack";
+/// Flows that were admitted and have not come that far: what a flood of opening packets fills, for it costs its sender
+/// nothing. Flows in [`CONNTRACK`] do not feel it.
+pub const CONNTRACK_NEW: &str = "conntrack_new";
 /// Ports of fragmented packets whose head has passed.
 pub const FRAGMENTS: &str = "fragments";
 /// New-flow verdicts by rule.
@@ -67,13 +71,15 @@ pub const EVENT_LIMITS: &str = "event_limits";
 /// Events for user space.
 pub const EVENTS: &str = "events";
 
-/// What happens to a new flow when [`CONNTRACK`] is full.
+/// What happens when there is no room for a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum FullTable {
-    /// The flow that was used least recently goes (`BPF_MAP_TYPE_LRU_HASH`).
+    /// The flow of its map that was used least recently goes (`BPF_MAP_TYPE_LRU_HASH`), about: each CPU keeps a few free
+    /// places for itself (kernel/bpf/bpf_lru_list.c).
     #[default]
     Evict,
-    /// The new flow is dropped, with its reason (`BPF_MAP_TYPE_HASH`). Entries then leave by user space alone.
+    /// A new flow is dropped, with its reason, where [`CONNTRACK_NEW`] is full; it stays there where [`CONNTRACK`] is
+    /// (`BPF_MAP_TYPE_HASH`). Entries then leave by user space alone ([`sweep`](crate::datapath::sweep)).
     Refuse,
 }
 
@@ -90,9 +96,12 @@ pub struct Sizes {
     pub blocks_v6: u32,
     /// Classes that the local ids of each policy set have room for. 2 bytes each: 32 KiB at 16,384.
     pub classes: u32,
-    /// Flows. 88 bytes and about 60 of the kernel's each: 19 MiB at 131,072.
+    /// Flows whose opening side went on after an answer. 88 bytes and about 60 of the kernel's each: 19 MiB at 131,072.
     pub conntrack: u32,
-    /// What happens to a new flow when there is no room.
+    /// Flows that have not come that far, such as a question with its one answer, or what goes one way. Each as above:
+    /// 4.7 MiB at 32,768.
+    pub conntrack_new: u32,
+    /// What happens to a flow when there is no room.
     pub full_table: FullTable,
     /// Fragmented packets under way. 48 bytes and about 60 of the kernel's each: 860 KiB at 8,192.
     pub fragments: u32,
@@ -111,6 +120,7 @@ impl Default for Sizes {
             blocks_v6: 1024,
             classes: 16_384,
             conntrack: 131_072,
+            conntrack_new: 32_768,
             full_table: FullTable::Evict,
             fragments: 8192,
             rules: 65_536,
@@ -130,6 +140,7 @@ impl Sizes {
             blocks_v6: 64,
             classes: 256,
             conntrack: 4096,
+            conntrack_new: 4096,
             full_table: FullTable::Evict,
             fragments: 64,
             rules: 1024,
@@ -140,9 +151,12 @@ impl Sizes {
     /// The maps that all endpoints of a node share.
     pub fn shared_maps(&self) -> Vec<MapSpec> {
         let pair = 8;
-        let conntrack = match self.full_table {
-            FullTable::Evict => MapKind::LruHash,
-            FullTable::Refuse => MapKind::Hash,
+        let flows = |name, entries| MapSpec {
+            kind: match self.full_table {
+                FullTable::Evict => MapKind::LruHash,
+                FullTable::Refuse => MapKind::Hash,
+            },
+            ..MapSpec::hash(name, FlowKey::BYTES as u32, Flow::BYTES as u32, entries)
         };
         vec![
             MapSpec::array(ENDPOINTS, Endpoint::BYTES as u32, self.endpoints),
@@ -151,10 +165,8 @@ impl Sizes {
             MapSpec::array(MEMBERS_V6, MemberV6::BYTES as u32, self.members_v6),
             MapSpec::array(CLASS_V6, pair, self.blocks_v6 * BLOCK_ENTRIES / 2).with_flags(MapFlags::MMAPABLE),
             MapSpec::array(NODES_V6, NodeV6::BYTES as u32, self.blocks_v6),
-            MapSpec {
-                kind: conntrack,
-                ..MapSpec::hash(CONNTRACK, FlowKey::BYTES as u32, Flow::BYTES as u32, self.conntrack)
-            },
+            flows(CONNTRACK, self.conntrack),
+            flows(CONNTRACK_NEW, self.conntrack_new),
             MapSpec::lru_hash(FRAGMENTS, FragmentKey::BYTES as u32, Fragment::BYTES as u32, self.fragments),
             MapSpec::percpu_array(RULES, Traffic::BYTES as u32, self.rules),
             MapSpec::percpu_array(REASONS, Traffic::BYTES as u32, REASON_CELLS),

@@ -57,6 +57,7 @@ mod golden {
             direction: Direction::Ingress as u8,
             state: FlowState::Closing as u8,
             tenure: 0x0809,
+            expected: 0x0a0b_0c0d,
             egress_packets: 5,
             egress_bytes: 6,
             ingress_packets: 7,
@@ -64,7 +65,7 @@ mod golden {
         };
         assert_eq!(
             hex(&flow.encode()),
-            "0100000002000000 0300000000000000 0400000000000000 0102090800000000 \
+            "0100000002000000 0300000000000000 0400000000000000 010209080d0c0b0a \
              0500000000000000 0600000000000000 0700000000000000 0800000000000000"
         );
         assert_eq!(Flow::decode(&flow.encode()), Some(flow));
@@ -171,5 +172,5 @@ fn every_map_can_be_made() {
     for direction in Direction::ALL {
         object.add_map(sizes.local_ids(direction)).unwrap();
     }
-    assert_eq!(object.maps().len(), 13);
+    assert_eq!(object.maps().len(), 14);
 }

@@ -5,18 +5,19 @@ use super::frame;
 use super::{Judgement, Timeouts};
 use crate::abi::{self, Direction, Endpoint, Event, EventKind, Flow, FlowState, Reason};
 use crate::asm::Label;
-use crate::insn::{Cond, Helper, Reg, Reg::*, Size};
+use crate::insn::{Cond, Helper, Reg, Reg::*, Size, SwapWidth};
 
 impl Emitter<'_> {
     /// Finds the flow of the key and passes its packet; all else goes to the judge.
     ///
     /// `R7` is the flow, `R8` the time, `R1` the direction that admitted the flow.
     pub(super) fn flow(&mut self, timeouts: &Timeouts) {
-        let [miss, stale, hit] = self.labels();
+        let [begun, found, over, miss, stale, hit, special, advance] = self.labels();
         self.asm.bind(self.places.lookup);
         self.lookup(abi::CONNTRACK, frame::KEY);
         self.asm
-            .jump_if(Cond::Eq, R0, 0, miss)
+            .jump_if(Cond::Eq, R0, 0, begun)
+            .bind(found)
             .mov(R7, R0)
             .call(Helper::KtimeGetCoarseNs)
             .mov(R8, R0)
@@ -24,14 +25,28 @@ impl Emitter<'_> {
             .sub(R0, R1)
             .load(Size::Dw, R1, R7, Flow::TIMEOUT)
             // Signed: another CPU may have seen a later tick.
-            .jump_if(Cond::Sgt, R0, R1, miss)
+            .jump_if(Cond::Sgt, R0, R1, over)
             .load(Size::B, R1, R7, Flow::DIRECTION);
-        self.opens_anew(miss);
+        self.opens_anew(over);
         self.generation(R1, R3);
-        self.asm.load(Size::W, R2, R7, Flow::GENERATION).jump_if(Cond::Ne, R2, R3, stale).bind(hit);
-        let related = self.pass(Reason::Related);
-        self.asm.load(Size::W, R2, R10, frame::FLAGS).jump_if(Cond::Set, R2, frame::RELATED, related);
+        self.asm
+            .load(Size::W, R2, R7, Flow::GENERATION)
+            .jump_if(Cond::Ne, R2, R3, stale)
+            .bind(hit)
+            .load(Size::W, R2, R10, frame::FLAGS)
+            .jump_if(Cond::Set, R2, frame::RELATED | frame::BEGUN, special)
+            .bind(advance);
         self.advance(timeouts);
+
+        let related = self.pass(Reason::Related);
+        self.asm.bind(special).jump_if(Cond::Set, R2, frame::RELATED, related);
+        self.settle(advance);
+
+        self.asm.bind(begun);
+        self.lookup(abi::CONNTRACK_NEW, frame::KEY);
+        self.asm.jump_if(Cond::Eq, R0, 0, miss);
+        self.set_flags(frame::BEGUN);
+        self.asm.jump(found);
 
         self.asm.bind(stale).store(Size::W, R10, frame::GENERATION, R3).store(Size::W, R10, frame::JUDGE, R1).store(
             Size::Dw,
@@ -43,6 +58,8 @@ impl Emitter<'_> {
         let classify = self.asm.label();
         self.asm.jump(classify);
 
+        self.asm.bind(over);
+        self.set_flags(frame::REPLACES);
         self.asm.bind(miss);
         let not_related = self.asm.label();
         self.asm.load(Size::W, R1, R10, frame::FLAGS).and(R1, frame::RELATED).jump_if(Cond::Eq, R1, 0, not_related);
@@ -55,6 +72,63 @@ impl Emitter<'_> {
             .store(Size::W, R10, frame::JUDGE, self.direction as i32)
             .bind(classify);
         self.judge(timeouts, hit);
+    }
+
+    /// Moves a flow of [`abi::CONNTRACK_NEW`] to [`abi::CONNTRACK`] once its opening side goes on after an answer, and for
+    /// TCP by what it acknowledges proves that it saw the answer: who sends under false addresses has seen none. Other
+    /// protocols have no proof; some answers must have been given.
+    ///
+    /// `R7` is the flow, `R1` the direction that admitted it; so they are at `then`, the flow moved or not.
+    fn settle(&mut self, then: Label) {
+        let [tcp, proven, as_it_was] = self.labels();
+        let (answers, _) = counters(self.direction.opposite());
+        self.asm
+            .jump_if(Cond::Ne, R1, self.direction as i32, then)
+            .load(Size::B, R2, R7, Flow::STATE)
+            .jump_if(Cond::Ne, R2, FlowState::Established as i32, then)
+            .load(Size::Dw, R2, R7, answers)
+            .load(Size::B, R3, R10, frame::PROTOCOL)
+            .jump_if(Cond::Eq, R3, TCP, tcp)
+            .jump_if(Cond::Lt, R2, ANSWERS_WITHOUT_PROOF, then)
+            .jump(proven)
+            .bind(tcp)
+            .jump_if(Cond::Eq, R2, 0, then)
+            .load(Size::W, R3, R10, frame::TCP_FLAGS)
+            .jump_if(Cond::Set, R3, SYN, then)
+            .load(Size::W, R2, R7, Flow::EXPECTED)
+            // Met in mid-flow. One that does not exist is answered by a RST, which ends it.
+            .jump_if(Cond::Eq, R2, 0, proven)
+            .load(Size::W, R3, R10, frame::ACKNOWLEDGED)
+            .be(SwapWidth::W32, R3)
+            .sub(R3, R2)
+            .lsh(R3, 32)
+            .rsh(R3, 32)
+            .jump_if(Cond::Ge, R3, FIRST_WINDOW, then)
+            .bind(proven);
+        for word in (0..Flow::BYTES as i16).step_by(8) {
+            self.asm.load(Size::Dw, R2, R7, word).store(Size::Dw, R10, frame::FLOW + word, R2);
+        }
+        self.update(abi::CONNTRACK, frame::KEY, frame::FLOW);
+        self.asm.jump_if(Cond::Ne, R0, 0, as_it_was);
+        self.lookup(abi::CONNTRACK, frame::KEY);
+        self.asm.jump_if(Cond::Eq, R0, 0, as_it_was).mov(R7, R0);
+        self.forget(abi::CONNTRACK_NEW);
+        self.asm.bind(as_it_was).load(Size::B, R1, R7, Flow::DIRECTION).jump(then);
+    }
+
+    /// Removes the key's entry, if there is one.
+    fn forget(&mut self, map: &str) {
+        self.asm.load_map(R1, map).mov(R2, R10).add(R2, i32::from(frame::KEY)).call(Helper::MapDeleteElem);
+    }
+
+    /// `R0 =` the key's flow, or null, where it is known that there was one.
+    fn flow_again(&mut self) {
+        let [begun, found] = self.labels();
+        self.if_flags(frame::BEGUN, begun);
+        self.lookup(abi::CONNTRACK, frame::KEY);
+        self.asm.jump(found).bind(begun);
+        self.lookup(abi::CONNTRACK_NEW, frame::KEY);
+        self.asm.bind(found);
     }
 
     /// `to =` the endpoint's generation of the direction whose number is in `direction`.
@@ -99,6 +173,12 @@ impl Emitter<'_> {
             .jump_if(Cond::Eq, R1, own, refresh);
         self.state(FlowState::Established, timeouts.tcp_established_ns());
         self.asm
+            .and(R3, SYN | ACK)
+            .jump_if(Cond::Ne, R3, SYN | ACK, refresh)
+            .load(Size::W, R2, R10, frame::SEQUENCE)
+            .be(SwapWidth::W32, R2)
+            .add(R2, 1)
+            .store(Size::W, R7, Flow::EXPECTED, R2)
             .jump(refresh)
             .bind(not_tcp)
             .jump_if(Cond::Ne, R5, FlowState::New as i32, refresh)
@@ -178,7 +258,7 @@ impl Emitter<'_> {
             .jump_if(Cond::Eq, R1, 0, new)
             .load(Size::W, R7, R10, frame::RULE);
         // Found again: a pointer kept on the stack would have to be proven valid here, and this is rare.
-        self.lookup(abi::CONNTRACK, frame::KEY);
+        self.flow_again();
         self.asm
             .jump_if(Cond::Eq, R0, 0, new)
             .load(Size::W, R1, R10, frame::GENERATION)
@@ -198,8 +278,16 @@ impl Emitter<'_> {
         self.if_flags(frame::STATELESS, stateless);
         let full = self.drop(Reason::ConntrackFull);
         self.new_flow(timeouts);
-        self.update(abi::CONNTRACK, frame::KEY, frame::FLOW);
-        self.asm.jump_if(Cond::Ne, R0, 0, full);
+        self.update(abi::CONNTRACK_NEW, frame::KEY, frame::FLOW);
+        let only = self.asm.label();
+        self.asm.jump_if(Cond::Ne, R0, 0, full).load(Size::W, R1, R10, frame::FLAGS).and(R1, frame::REPLACES).jump_if(
+            Cond::Eq,
+            R1,
+            0,
+            only,
+        );
+        self.forget(abi::CONNTRACK);
+        self.asm.bind(only);
         self.count_reason(Reason::Allowed);
         self.note_head();
         self.asm.store(Size::W, R10, frame::REASON, Reason::Allowed as i32);
@@ -223,7 +311,7 @@ impl Emitter<'_> {
         self.count(abi::RULES, R1);
         // The entry stays, for without it the answers would open the flow anew, and as long as packets come.
         self.asm.jump(denied).bind(stale).jump_if(Cond::Set, R1, frame::RELATED, revoked);
-        self.lookup(abi::CONNTRACK, frame::KEY);
+        self.flow_again();
         self.asm
             .jump_if(Cond::Eq, R0, 0, revoked)
             .load(Size::H, R1, R0, Flow::TENURE)
@@ -232,12 +320,10 @@ impl Emitter<'_> {
             .load(Size::Dw, R1, R10, frame::NOW)
             .store(Size::Dw, R0, Flow::LAST_SEEN, R1)
             .jump(revoked)
-            .bind(foreign)
-            .load_map(R1, abi::CONNTRACK)
-            .mov(R2, R10)
-            .add(R2, i32::from(frame::KEY))
-            .call(Helper::MapDeleteElem)
-            .jump(revoked);
+            .bind(foreign);
+        self.forget(abi::CONNTRACK);
+        self.forget(abi::CONNTRACK_NEW);
+        self.asm.jump(revoked);
     }
 
     /// Puts a new flow's value on the stack.
@@ -306,6 +392,12 @@ const fn generation_offset(direction: Direction) -> i16 {
         Direction::Ingress => Endpoint::GENERATION_INGRESS,
     }
 }
+
+/// How many answers a flow without proof needs: a flood of false addresses is then as many times dearer.
+const ANSWERS_WITHOUT_PROOF: i32 = 3;
+
+/// More than a server sends before the first acknowledgement comes: ten segments (RFC 6928), of jumbo frames too.
+const FIRST_WINDOW: i32 = 1 << 17;
 
 // Flags of the TCP header (RFC 9293, section 3.1).
 const FIN: i32 = 0x01;

@@ -54,6 +54,9 @@ pub(super) const JUDGE: i16 = -228;
 pub(super) const COUNT: i16 = -240;
 /// Number of an entry of a trie.
 pub(super) const ENTRY: i16 = -244;
+/// Acknowledgement number of TCP, network order, in the place of what comes before and after; and the sequence number.
+pub(super) const ACKNOWLEDGED: i16 = ENTRY;
+pub(super) const SEQUENCE: i16 = -248;
 /// Offset in the packet of the next extension header.
 pub(super) const NEXT_HEADER: i16 = ENTRY;
 /// Offset in the packet at which the IP packet ends.
@@ -74,3 +77,7 @@ pub(super) const NO_LOOKUP: i32 = 4;
 pub(super) const RELATED: i32 = 8;
 /// The flow is judged anew.
 pub(super) const STALE: i32 = 16;
+/// The flow's entry was found among the new ones.
+pub(super) const BEGUN: i32 = 32;
+/// The key has an entry that is over; the one that is made takes its place.
+pub(super) const REPLACES: i32 = 64;

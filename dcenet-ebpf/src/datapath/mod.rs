@@ -8,7 +8,7 @@
 //! packet -> parse -> ARP, neighbour discovery, spoofed source, malformed ...: verdict
 //!             |
 //!             v
-//!        conntrack -- hit, generation of now --> count, pass
+//!        conntrack -- hit, generation of now --> count, pass; an answered flow moves from the new to the settled
 //!             |  \
 //!             |   hit, older generation --> classifier of the direction that admitted the flow
 //!            miss                             allowed: new generation, pass; denied: drop, as old as before
@@ -24,7 +24,7 @@
 //! |---|---|
 //! | policy not known yet | drop, but for ARP and neighbour discovery |
 //! | peer that no rule names | class 0, local id 0: the classifier decides |
-//! | no room for the flow | drop |
+//! | no room for the flow among those that are new | as [`FullTable`](abi::FullTable) says |
 //! | fragment without its head, more than 8 extension headers, other EtherType, headers cut off | drop |
 //! | IPv4 source route, IPv6 routing header with segments left | drop: policy would judge a stop on the way |
 //! | VLAN tag, in the packet or beside it | drop, unless the endpoint is a [trunk](abi::Endpoint::TRUNK) |
@@ -53,10 +53,12 @@ mod icmp;
 mod judge;
 mod neighbour;
 mod parse;
+mod sweep;
 
 use std::time::Duration;
 
 pub use classifier::{AllowAll, DenyAll, EmitClassifier, Exits};
+pub use sweep::{Over, sweep};
 
 use crate::abi::{self, Direction, Reason, Sizes};
 use crate::asm::{AsmError, Function};

@@ -125,6 +125,10 @@ impl Emitter<'_> {
             .jump_if(Cond::Lt, R1, 0x50, slow)
             .load(Size::B, R1, R7, at + 13)
             .store(Size::W, R10, frame::TCP_FLAGS, R1)
+            .load(Size::W, R1, R7, at + 4)
+            .store(Size::W, R10, frame::SEQUENCE, R1)
+            .load(Size::W, R1, R7, at + 8)
+            .store(Size::W, R10, frame::ACKNOWLEDGED, R1)
             .load(Size::W, R1, R7, at);
         self.ports(self.direction);
         self.asm.jump(lookup).bind(udp).jump_if(Cond::Slt, R5, 8, slow).load(Size::W, R1, R7, at);
@@ -535,6 +539,10 @@ impl Emitter<'_> {
             .jump_if(Cond::Lt, R1, 0x50, malformed)
             .load(Size::B, R1, R10, L4 + 13)
             .store(Size::W, R10, frame::TCP_FLAGS, R1)
+            .load(Size::W, R1, R10, L4 + 4)
+            .store(Size::W, R10, frame::SEQUENCE, R1)
+            .load(Size::W, R1, R10, L4 + 8)
+            .store(Size::W, R10, frame::ACKNOWLEDGED, R1)
             .load(Size::W, R1, R10, L4);
         self.ports(self.direction);
         self.asm.jump(lookup);

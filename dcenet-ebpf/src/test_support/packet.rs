@@ -158,6 +158,14 @@ impl Packet {
         self
     }
 
+    /// Sets the sequence and acknowledgement numbers of the TCP header.
+    #[must_use]
+    pub fn numbers(mut self, sequence: u32, acknowledged: u32) -> Self {
+        self.transport[4..8].copy_from_slice(&sequence.to_be_bytes());
+        self.transport[8..12].copy_from_slice(&acknowledged.to_be_bytes());
+        self
+    }
+
     /// Adds a UDP header.
     #[must_use]
     pub fn udp(mut self, source: u16, destination: u16) -> Self {

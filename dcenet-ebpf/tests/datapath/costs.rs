@@ -47,7 +47,14 @@ fn the_costs_are_within_bounds() {
         for (version, addresses) in ["IPv4", "IPv6"].into_iter().zip(VERSIONS) {
             let between = way(direction, addresses);
             let known = |d: Direction| open.program(d);
-            row(format!("{direction:?} {version} known flow"), cost(known(direction), &syn(between)), 400);
+            row(format!("{direction:?} {version} flow that is new"), cost(known(direction), &syn(between)), 400);
+            let (from, to) = between;
+            let (there, answer) = (eth().ip(from, to).udp(40000, 53), eth().ip(to, from).udp(53, 40000));
+            for _ in 0..4 {
+                open.run(direction, &there);
+                open.run(direction.opposite(), &answer);
+            }
+            row(format!("{direction:?} {version} settled flow"), cost(known(direction), &there), 400);
             let full = cost(known(direction), &anew(between));
             row(format!("{direction:?} {version} new flow, event"), full, 2000);
             row(

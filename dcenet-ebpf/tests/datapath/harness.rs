@@ -14,7 +14,7 @@ use dcenet_ebpf::asm::Asm;
 use dcenet_ebpf::datapath::{self, EmitClassifier, Exits, Spec};
 use dcenet_ebpf::insn::Cond;
 use dcenet_ebpf::loader::{AyaLoader, LoadRequest, Loaded, Loader};
-use dcenet_ebpf::maps::{Array, HashTable, Map, PerCpuArray, Plain, RingBuffer};
+use dcenet_ebpf::maps::{Array, HashTable, Map, PerCpuArray, Plain, Put, RingBuffer};
 use dcenet_ebpf::object::Object;
 use dcenet_ebpf::program::{Program, TestRun};
 use dcenet_ebpf::test_support::packet::Packet;
@@ -73,6 +73,7 @@ pub fn small() -> Sizes {
         blocks_v6: 64,
         classes: 256,
         conntrack: 1024,
+        conntrack_new: 1024,
         full_table: FullTable::Evict,
         fragments: 64,
         rules: 64,
@@ -150,13 +151,17 @@ impl Pod {
         endpoints.store(0, &endpoint).unwrap();
     }
 
-    pub fn flows(&self) -> HashTable<FlowKey, Flow> {
-        HashTable::new(self.map(abi::CONNTRACK)).unwrap()
+    pub fn flows(&self) -> Flows {
+        Flows { settled: self.table(abi::CONNTRACK), begun: self.table(abi::CONNTRACK_NEW) }
+    }
+
+    fn table(&self, name: &str) -> HashTable<FlowKey, Flow> {
+        HashTable::new(self.map(name)).unwrap()
     }
 
     /// The only flow that there is.
     pub fn flow(&self) -> (FlowKey, Flow) {
-        let mut flows = self.flows().entries().unwrap();
+        let mut flows = self.flows().entries();
         assert_eq!(flows.len(), 1, "{flows:?}");
         flows.remove(0)
     }
@@ -164,7 +169,7 @@ impl Pod {
     pub fn set_flow(&self, change: impl FnOnce(&mut Flow)) {
         let (key, mut flow) = self.flow();
         change(&mut flow);
-        self.flows().store(&key, &flow, dcenet_ebpf::maps::Put::Any).unwrap();
+        self.flows().replace(&key, &flow);
     }
 
     pub fn limit(&self) -> EventLimit {
@@ -215,7 +220,9 @@ impl Pod {
         let verdict = self.program(direction).test_run(&run).unwrap().retval.cast_signed();
         if let Some((expected, flows)) = twin {
             assert_eq!(verdict, expected, "the VM differs from the kernel");
-            assert_eq!(timeless(self.raw(abi::CONNTRACK)), timeless(flows), "the VM differs from the kernel");
+            for (name, flows) in FLOWS.into_iter().zip(flows) {
+                assert_eq!(timeless(self.raw(name)), timeless(flows), "{name}: the VM differs from the kernel");
+            }
         }
         let after = self.reasons();
         let moved: Vec<usize> = (0..before.len()).filter(|&i| before[i] != after[i]).collect();
@@ -242,19 +249,19 @@ impl Pod {
         self.run_skb(direction, &mut Skb { vlan, ..Skb::new(frame) }).0
     }
 
-    fn run_twin(&self, direction: Direction, frame: &[u8]) -> Option<(i32, Entries)> {
+    fn run_twin(&self, direction: Direction, frame: &[u8]) -> Option<(i32, [Entries; 2])> {
         let on = self.twin.borrow().on;
         on.then(|| self.run_skb(direction, &mut Skb::new(frame)))
     }
 
     /// Runs the frame in the VM on copies of the maps: the verdict and the flows afterwards.
-    fn run_skb(&self, direction: Direction, skb: &mut Skb) -> (i32, Entries) {
+    fn run_skb(&self, direction: Direction, skb: &mut Skb) -> (i32, [Entries; 2]) {
         let mut twin = self.twin.borrow_mut();
         let Twin { object, machine, .. } = &mut *twin;
         let Machine { from_pod, to_pod, maps } = machine.get_or_insert_with(|| Machine::new(object));
         let endpoint = self.array::<Endpoint>(abi::ENDPOINTS).load(0).unwrap().encode();
         maps.get_mut(abi::ENDPOINTS).unwrap().update(&0_u32.to_ne_bytes(), &endpoint, Update::Any).unwrap();
-        for name in [abi::CONNTRACK, abi::FRAGMENTS] {
+        for name in [abi::CONNTRACK, abi::CONNTRACK_NEW, abi::FRAGMENTS] {
             let Some(map) = maps.get_mut(name) else { continue };
             let old: Vec<Vec<u8>> = map.entries().map(|(key, _)| key.to_vec()).collect();
             old.iter().for_each(|key| map.delete(key).unwrap());
@@ -262,13 +269,14 @@ impl Pod {
                 map.update(&key, &value, Update::Any).unwrap();
             }
         }
-        let uptime = std::fs::read_to_string("/proc/uptime").unwrap();
-        let seconds: f64 = uptime.split_whitespace().next().unwrap().parse().unwrap();
-        let mut env = Environment { coarse_ns: (seconds * 1e9) as u64, ..Environment::default() };
+        let mut env = Environment { coarse_ns: uptime_ns(), ..Environment::default() };
         let vm = if direction == Egress { from_pod } else { to_pod };
         let run = vm.run(skb, maps, &mut env).unwrap_or_else(|trap| panic!("{trap}"));
-        let flows = maps.get(abi::CONNTRACK).map(|m| m.entries().map(|(k, v)| (k.to_vec(), v.to_vec())).collect());
-        (run.value.cast_signed(), flows.unwrap_or_default())
+        let flows = FLOWS.map(|name| {
+            let entries = maps.get(name).into_iter().flat_map(|m| m.entries());
+            entries.map(|(k, v)| (k.to_vec(), v.to_vec())).collect()
+        });
+        (run.value.cast_signed(), flows)
     }
 
     /// A map's entries in bytes.
@@ -277,8 +285,8 @@ impl Pod {
             return Entries::new();
         }
         match name {
-            abi::CONNTRACK => {
-                let entries = self.flows().entries().unwrap();
+            abi::CONNTRACK | abi::CONNTRACK_NEW => {
+                let entries = self.table(name).entries().unwrap();
                 entries.iter().map(|(k, v)| (k.encode().to_vec(), v.encode().to_vec())).collect()
             }
             _ => {
@@ -297,6 +305,38 @@ impl Pod {
     #[track_caller]
     pub fn expect(&self, direction: Direction, packet: &Packet, why: Why) {
         assert_eq!(self.run(direction, packet), why, "{direction:?} {packet:?}");
+    }
+}
+
+/// The clock of the programs, to a hundredth of a second.
+pub fn uptime_ns() -> u64 {
+    let uptime = std::fs::read_to_string("/proc/uptime").unwrap();
+    let seconds: f64 = uptime.split_whitespace().next().unwrap().parse().unwrap();
+    (seconds * 1e9) as u64
+}
+
+const FLOWS: [&str; 2] = [abi::CONNTRACK, abi::CONNTRACK_NEW];
+
+/// The flows of both maps.
+pub struct Flows {
+    pub settled: HashTable<FlowKey, Flow>,
+    pub begun: HashTable<FlowKey, Flow>,
+}
+
+impl Flows {
+    pub fn entries(&self) -> Vec<(FlowKey, Flow)> {
+        [&self.settled, &self.begun].into_iter().flat_map(|table| table.entries().unwrap()).collect()
+    }
+
+    pub fn load(&self, key: &FlowKey) -> Option<Flow> {
+        self.settled.load(key).unwrap().or_else(|| self.begun.load(key).unwrap())
+    }
+
+    /// Where it is.
+    fn replace(&self, key: &FlowKey, flow: &Flow) {
+        let settled = self.settled.load(key).unwrap().is_some();
+        let table = if settled { &self.settled } else { &self.begun };
+        table.store(key, flow, Put::Any).unwrap();
     }
 }
 

@@ -10,5 +10,6 @@ mod events;
 mod fragments;
 mod harness;
 mod loads;
+mod pressure;
 mod related;
 mod verdicts;

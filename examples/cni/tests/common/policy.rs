@@ -57,6 +57,7 @@ impl Owner {
             blocks_v6: 64,
             classes: 256,
             conntrack: 4096,
+            conntrack_new: 4096,
             fragments: 64,
             rules: 1024,
             event_bytes: 1 << 16,
