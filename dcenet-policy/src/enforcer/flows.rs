@@ -16,6 +16,7 @@ use serde::Serialize;
 
 use super::EnforcerError;
 use super::state::Shared;
+use super::sweep::Ended;
 use crate::compiler::RuleTable;
 use crate::ir::RuleId;
 use crate::isolation;
@@ -73,6 +74,9 @@ pub enum FlowKind {
     Denied,
     /// A TCP flow ends.
     Closed,
+    /// A flow is over by silence: no packet came for its time. Told up to ten seconds later, with the time of its last
+    /// packet, all its counts and the direction that admitted it. A flow that had to make room for others is not told of.
+    Ended,
 }
 
 /// One end of a flow.
@@ -110,7 +114,7 @@ pub trait FlowSink {
 /// Events that nobody will see.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Losses {
-    /// The ring buffer was full.
+    /// The ring buffer, or the list of flows that ended by silence, was full.
     pub full: u64,
     /// Beyond the limit of events about dropped packets.
     pub limited: u64,
@@ -282,9 +286,12 @@ impl Names {
 pub struct FlowReader {
     shared: Arc<Shared>,
     ring: RingBuffer,
+    ended: Arc<Ended>,
     limits: Array<[u64; 4]>,
     unreadable: u64,
     undelivered: u64,
+    /// Ended flows that found no room.
+    full: u64,
     told: Losses,
 }
 
@@ -293,8 +300,16 @@ impl FlowReader {
         let failed = |name: &'static str| move |e| EnforcerError::map(name, e);
         let ring = RingBuffer::new(shared.maps.get(abi::EVENTS)?).map_err(failed(abi::EVENTS))?;
         let limits = Array::new(shared.maps.get(abi::EVENT_LIMITS)?).map_err(failed(abi::EVENT_LIMITS))?;
-        let mut reader =
-            Self { shared: Arc::clone(shared), ring, limits, unreadable: 0, undelivered: 0, told: Losses::default() };
+        let mut reader = Self {
+            shared: Arc::clone(shared),
+            ring,
+            ended: shared.listener.subscribe(),
+            limits,
+            unreadable: 0,
+            undelivered: 0,
+            full: 0,
+            told: Losses::default(),
+        };
         // Losses before this reader are not its own.
         reader.told = reader.losses()?;
         Ok(reader)
@@ -314,7 +329,7 @@ impl FlowReader {
     /// # Errors
     /// The sink's, and what the kernel refuses.
     pub fn drain(&mut self, sink: &mut dyn FlowSink) -> Result<usize, EnforcerError> {
-        let Self { shared, ring, unreadable, undelivered, .. } = self;
+        let Self { shared, ring, ended, unreadable, undelivered, full, .. } = self;
         let mut handed = 0;
         let mut waiting = ring.pending();
         let mut resolver = None;
@@ -345,6 +360,19 @@ impl FlowReader {
                 }
             }
         }
+        let (mut silent, lost) = ended.take();
+        *full += lost;
+        while let Some(event) = silent.front() {
+            let resolver = resolver.get_or_insert_with(|| Resolver::new(shared));
+            if let Some(flow) = resolver.flow(event) {
+                if let Err(error) = sink.flow(&Flow { kind: FlowKind::Ended, ..flow }) {
+                    *undelivered += silent.len() as u64;
+                    return Err(sink_failed(error));
+                }
+                handed += 1;
+            }
+            silent.pop_front();
+        }
         let losses = self.losses()?;
         let new = losses.since(self.told);
         if new != Losses::default() {
@@ -357,7 +385,8 @@ impl FlowReader {
     /// Losses since the maps were made, of all slots: what those have lost whose endpoint is gone counts as well, and a
     /// sum over those that are there now would fall when one goes.
     fn losses(&self) -> Result<Losses, EnforcerError> {
-        let mut losses = Losses { unreadable: self.unreadable, undelivered: self.undelivered, ..Losses::default() };
+        let Self { unreadable, undelivered, full, .. } = *self;
+        let mut losses = Losses { unreadable, undelivered, full, ..Losses::default() };
         for slot in 0..self.limits.entries() {
             let words = self.limits.load(slot).map_err(|e| EnforcerError::map(abi::EVENT_LIMITS, e))?;
             let word = |offset: i16| words[offset as usize / 8];

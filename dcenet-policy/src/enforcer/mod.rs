@@ -92,6 +92,7 @@ pub mod protocol;
 mod server;
 mod slots;
 mod state;
+mod sweep;
 mod tables;
 
 use std::collections::BTreeSet;
@@ -115,6 +116,7 @@ pub use self::config::{DefaultVerdict, Limit, LimitError, PolicyConfig};
 pub use self::lowering::{LoweredObject, Lowering, LoweringError};
 use self::server::{OwnerLock, Server};
 use self::state::Shared;
+pub use self::sweep::Sweep;
 use crate::compiler::CompileError;
 use crate::eval::EvalError;
 use crate::explain::{Explanation, explain_without};
@@ -210,7 +212,7 @@ pub struct Enforcer {
     /// Held until the end.
     lock: Option<OwnerLock>,
     server: Option<Server>,
-    retry: Option<std::thread::JoinHandle<()>>,
+    worker: Option<std::thread::JoinHandle<()>>,
 }
 
 impl Enforcer {
@@ -227,7 +229,7 @@ impl Enforcer {
         let lock = OwnerLock::take(&config.run_dir)?;
         let run_dir = config.run_dir.clone();
         let shared = Arc::new(Shared::open(host, config, tools)?);
-        let retry = Shared::retry_in_background(&shared)?;
+        let worker = Shared::work_in_background(&shared)?;
         let server = match Server::start(&run_dir, Arc::clone(&shared) as _) {
             Ok(server) => server,
             Err(error) => {
@@ -235,7 +237,7 @@ impl Enforcer {
                 return Err(error);
             }
         };
-        Ok(Self { shared, lock: Some(lock), server: Some(server), retry: Some(retry) })
+        Ok(Self { shared, lock: Some(lock), server: Some(server), worker: Some(worker) })
     }
 
     /// Says that the sources have told what they know: from now on every change is carried out. Until then policies,
@@ -305,6 +307,15 @@ impl Enforcer {
         self.shared.apply()
     }
 
+    /// Removes the flows that are over, which the owner does by itself every ten seconds. Programs pass over them, but they
+    /// take room; those that ended without a FIN or RST are told of ([`flows::FlowKind::Ended`]).
+    ///
+    /// # Errors
+    /// What the kernel refuses.
+    pub fn sweep(&self) -> Result<Sweep, EnforcerError> {
+        sweep::sweep(&self.shared)
+    }
+
     /// All endpoints of this node.
     pub fn endpoints(&self) -> Vec<EndpointStatus> {
         self.shared.statuses()
@@ -364,10 +375,10 @@ impl Enforcer {
     fn halt(&mut self) {
         self.shared.stop();
         self.server.take();
-        if let Some(thread) = self.retry.take()
+        if let Some(thread) = self.worker.take()
             && thread.join().is_err()
         {
-            tracing::error!("the policy owner's retrying thread panicked");
+            tracing::error!("the policy owner's thread panicked");
         }
     }
 }

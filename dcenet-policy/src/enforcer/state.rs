@@ -19,6 +19,7 @@ use super::flows::Names;
 use super::node::{NodeMaps, pin_defaults};
 use super::protocol::{Reply, Request};
 use super::server::Answer;
+use super::sweep::{self, Listener};
 use super::{EndpointStatus, EnforcerConfig, EnforcerError, Phase, Report, Tools, open_pins};
 use crate::compiler::CompileError;
 use crate::isolation::Fault;
@@ -38,6 +39,7 @@ pub(crate) struct Shared {
     /// Held while a change is carried out; taken before `state`.
     applier: Mutex<Applier>,
     pub(crate) names: Arc<RwLock<Names>>,
+    pub(crate) listener: Listener,
 }
 
 impl fmt::Debug for Shared {
@@ -253,6 +255,7 @@ impl Shared {
             changed: Condvar::new(),
             applier: Mutex::new(applier),
             names: Arc::new(RwLock::new(names)),
+            listener: Listener::default(),
         })
     }
 
@@ -331,26 +334,35 @@ impl Shared {
         self.applier.lock().plant_bug(bug);
     }
 
-    pub(crate) fn retry_in_background(shared: &Arc<Self>) -> Result<std::thread::JoinHandle<()>, EnforcerError> {
+    /// Tries again what failed, and sweeps flows that are over.
+    pub(crate) fn work_in_background(shared: &Arc<Self>) -> Result<std::thread::JoinHandle<()>, EnforcerError> {
         let own = Arc::clone(shared);
-        let thread = std::thread::Builder::new().name("dcenet-policy-retry".into()).spawn(move || own.keep_retrying());
+        let thread = std::thread::Builder::new().name("dcenet-policy".into()).spawn(move || own.keep_working());
         thread.map_err(|source| EnforcerError::File { path: shared.config.run_dir.clone(), source })
     }
 
-    fn keep_retrying(&self) {
+    fn keep_working(&self) {
+        let mut sweep_at = Instant::now() + sweep::INTERVAL;
         let mut state = self.state.lock();
         while !state.stopping {
-            match state.retry_at {
-                None => self.changed.wait(&mut state),
-                Some(at) if at > Instant::now() => drop(self.changed.wait_until(&mut state, at)),
-                Some(_) => {
-                    drop(state);
-                    if let Err(error) = self.apply() {
-                        tracing::warn!(%error, "the latest policy is not in force; the last verdicts stand");
-                    }
-                    state = self.state.lock();
+            let now = Instant::now();
+            if state.retry_at.is_some_and(|at| at <= now) {
+                drop(state);
+                if let Err(error) = self.apply() {
+                    tracing::warn!(%error, "the latest policy is not in force; the last verdicts stand");
                 }
+            } else if sweep_at <= now {
+                drop(state);
+                if let Err(error) = sweep::sweep(self) {
+                    tracing::warn!(%error, "flows that are over could not be removed");
+                }
+                sweep_at = Instant::now() + sweep::INTERVAL;
+            } else {
+                let until = state.retry_at.map_or(sweep_at, |at| at.min(sweep_at));
+                self.changed.wait_until(&mut state, until);
+                continue;
             }
+            state = self.state.lock();
         }
     }
 

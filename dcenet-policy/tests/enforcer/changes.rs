@@ -1,13 +1,16 @@
 //! Policy and pods that change under running traffic.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dcenet_core::test_support::{Rung, effort, require};
-use dcenet_policy::enforcer::Enforcer;
+use dcenet_ebpf::abi::Sizes;
 use dcenet_policy::enforcer::flows::{Flow, FlowKind, FlowSink, JsonLines, LastFlows, Losses};
+use dcenet_policy::enforcer::{Enforcer, Sweep, Tools};
 use dcenet_policy::isolation::Fault;
-use dcenet_policy::model::{Pod, PodId, PolicyId, Verdict};
+use dcenet_policy::model::{Direction, Pod, PodId, PolicyId, Verdict};
+use dcenet_policy::target::Tc;
 
 use crate::streams::Stream;
 use crate::world::*;
@@ -165,6 +168,48 @@ fn flows_and_counters_have_names() {
 }
 
 /// Whether the object has all of the other's members, with their values.
+/// UDP says nothing when it ends; the owner notices by the silence, and the entries of a pod that is gone go as well.
+#[test]
+fn a_flow_that_ends_by_silence_is_told_and_the_flows_of_a_pod_that_is_gone_are_removed() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let mut world = World::new();
+    let mut lowering = Tc::new(Sizes::small());
+    lowering.timeouts.udp_new = Duration::from_millis(50);
+    lowering.timeouts.udp_established = lowering.timeouts.udp_new;
+    let owner = world.open(Tools { lowering: Arc::new(lowering), ..tools() });
+    owner.start().unwrap();
+    world.add_enforced("web", 2, &[("app", "web")]);
+    world.add_enforced("db", 3, &[("app", "db")]);
+    let mut reader = owner.flows().unwrap();
+    owner.set_policies(policies(DB)).unwrap();
+    world.udp("web", "db", 5353, true);
+    world.tcp("web", "db", 5432, true);
+    std::thread::sleep(Duration::from_millis(100));
+    // Each pod has its own entry of a flow between them, of either family.
+    let swept = owner.sweep().unwrap();
+    assert!(swept.ended >= 4 && swept.live >= 4 && swept.orphans == 0, "{swept:?}");
+    assert_eq!(owner.sweep().unwrap(), Sweep { live: swept.live, ..Sweep::default() });
+
+    let kept = LastFlows::new(100);
+    reader.drain(&mut &kept).unwrap();
+    let ended: Vec<Flow> = kept.flows().into_iter().filter(|f| f.kind == FlowKind::Ended).collect();
+    assert_eq!(ended.len(), swept.ended, "{ended:#?}");
+    for ipv6 in [false, true] {
+        let of_db = ended.iter().find(|f| f.pod.address == Some(world.address("db", ipv6))).unwrap();
+        assert_eq!((of_db.attachment.clone(), of_db.direction), (Some(key("db")), Direction::Ingress));
+        assert_eq!(of_db.pod.port, 5353);
+        assert_eq!(of_db.peer.workload, Some(PodId::new("shop", "web")));
+        assert_eq!(of_db.rule.as_deref(), Some("shop/db ingress[0] from[0] ports[1]"));
+        assert!(of_db.time > 0 && of_db.ingress_packets > 0 && of_db.ingress_bytes > 28, "{of_db:#?}");
+    }
+    world.delete("db");
+    let gone = owner.sweep().unwrap();
+    assert!(gone.orphans >= 2 && gone.live >= 2 && gone.live + gone.orphans == swept.live, "{gone:?} of {swept:?}");
+    owner.uninstall().unwrap();
+}
+
 fn includes(object: &serde_json::Value, part: &serde_json::Value) -> bool {
     match part.as_object() {
         Some(members) => members.iter().all(|(name, value)| includes(&object[name], value)),
