@@ -1,0 +1,209 @@
+//! `conntrack`: what the deployed datapath takes for a packet of a flow that it knows and for one that it does not, by
+//! BPF_PROG_TEST_RUN in bursts, over a program that does nothing. Beside it, in the same rounds, what the kernel takes for
+//! the one map operation that each cannot do without: a look-up in an LRU hash table of the same keys and values, an
+//! update of one, a record into a ring buffer.
+//!
+//! A flow that is known is settled; one that is new is admitted by an allowing policy, takes the place of the same flow
+//! that has ended, and is told of by an event. Needs root.
+
+use dcenet_benches::{Row, Sample, Summary, rounds, say};
+use dcenet_ebpf::abi::{self, Direction, Endpoint, Event, Flow, FlowKey, Sizes};
+use dcenet_ebpf::asm::Asm;
+use dcenet_ebpf::datapath::{self, AllowAll, Spec};
+use dcenet_ebpf::insn::{Helper, Reg::*, Size};
+use dcenet_ebpf::loader::{AyaLoader, LoadRequest, Loaded, Loader};
+use dcenet_ebpf::maps::{Array, RingBuffer};
+use dcenet_ebpf::object::{MapSpec, Object, ProgramKind};
+use dcenet_ebpf::program::{Program, TestRun};
+use dcenet_ebpf::test_support::packet::{FIN, Packet, SYN, eth};
+
+const ID: &str = "conntrack";
+/// Runs of a burst: as many events as the ring has room for.
+const BURST: u32 = 4000;
+const TC_ACT_UNSPEC: i32 = -1;
+const EVENT_BYTES: u32 = 1 << 20;
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+fn main() -> Result<(), Failure> {
+    let floors = Floors::load()?;
+    let pod = Pod::load()?;
+    let [v4, v6] = [("10.0.0.1", "10.0.0.2"), ("fd00::1", "fd00::2")];
+    let mut cases = Vec::new();
+    for (version, (own, peer)) in [("IPv4", v4), ("IPv6", v6)] {
+        let (own, peer) = (own.parse()?, peer.parse()?);
+        for (direction, from, to) in [(Direction::Egress, own, peer), (Direction::Ingress, peer, own)] {
+            let known = eth().ip(from, to).udp(40_000, 53);
+            pod.settle(direction, &known, &eth().ip(to, from).udp(53, 40_000))?;
+            let name = match direction {
+                Direction::Egress => "sent",
+                Direction::Ingress => "received",
+            };
+            cases.push((format!("known, {version}, {name}"), direction, known, Floor::Lookup, 40.0));
+            // A SYN that also closes its flow begins it anew each time.
+            let anew = eth().ip(from, to).tcp(40_001, 80, SYN | FIN);
+            cases.push((format!("new with event, {version}, {name}"), direction, anew, Floor::Update, 320.0));
+        }
+    }
+    let runs = rounds(200, 10);
+    let mut ours = vec![Vec::new(); cases.len()];
+    let mut floor_times = [const { Vec::new() }; 3];
+    for _ in 0..runs {
+        let frame = eth().ip(v4.0.parse()?, v4.1.parse()?).udp(1, 2);
+        let nothing = burst(&floors.nothing, &frame)?;
+        for (times, program) in floor_times.iter_mut().zip([&floors.lookup, &floors.update, &floors.record]) {
+            times.push((burst(program, &frame)? - nothing).max(0.1));
+        }
+        floors.drain()?;
+        for (times, (_, direction, packet, ..)) in ours.iter_mut().zip(&cases) {
+            times.push((burst(pod.program(*direction), packet)? - nothing).max(0.1));
+            pod.drain()?;
+        }
+    }
+    let mut summary = Summary::default();
+    for ((name, _, _, floor, goal), times) in cases.iter().zip(&ours) {
+        let goals = vec![*goal; runs];
+        let goal_name = format!("{goal} ns");
+        let row = Row::compare(ID, name, 1.0, times, (&goal_name, &goals)).in_unit("ns");
+        summary.add(row.with_floor(Sample::new(floor_times[*floor as usize].clone()).median()));
+    }
+    let goals = vec![40.0; runs];
+    summary
+        .add(Row::compare(ID, "an event", 1.0, &floor_times[Floor::Record as usize], ("40 ns", &goals)).in_unit("ns"));
+    say(format_args!("{ID}: over an empty program; the floors are a look-up, an update and a record of a ring buffer"));
+    summary.write();
+    Ok(())
+}
+
+/// What the kernel does at least.
+#[derive(Clone, Copy)]
+enum Floor {
+    Lookup,
+    Update,
+    Record,
+}
+
+/// Nanoseconds of a run, on average over a burst.
+fn burst(program: &Program, packet: &Packet) -> Result<f64, Failure> {
+    let run = program.test_run(&TestRun { packet: &packet.bytes(), context: &[], repeat: BURST })?;
+    Ok(run.duration.as_secs_f64() * 1e9)
+}
+
+/// Programs of one map operation each.
+struct Floors {
+    nothing: Program,
+    lookup: Program,
+    update: Program,
+    record: Program,
+    loaded: Loaded,
+}
+
+impl Floors {
+    fn load() -> Result<Self, Failure> {
+        const KEY: i16 = -(FlowKey::BYTES as i16);
+        const VALUE: i16 = KEY - Event::BYTES as i16;
+        let mut object = Object::new();
+        let (key, value) = (FlowKey::BYTES as u32, Flow::BYTES as u32);
+        object.add_map(MapSpec::lru_hash("flows", key, value, Sizes::default().conntrack))?;
+        object.add_map(MapSpec::ringbuf("events", EVENT_BYTES))?;
+        let names = ["nothing", "lookup", "update", "record"];
+        for name in names {
+            let mut code = Asm::program(name, ProgramKind::Classifier);
+            if name != "nothing" {
+                for at in (VALUE..0).step_by(8) {
+                    code.store(Size::Dw, R10, at, 1);
+                }
+            }
+            match name {
+                "lookup" => code.load_map(R1, "flows").mov(R2, R10).add(R2, i32::from(KEY)).call(Helper::MapLookupElem),
+                "update" => code
+                    .load_map(R1, "flows")
+                    .mov(R2, R10)
+                    .add(R2, i32::from(KEY))
+                    .mov(R3, R10)
+                    .add(R3, i32::from(VALUE))
+                    .mov(R4, 0)
+                    .call(Helper::MapUpdateElem),
+                "record" => code
+                    .load_map(R1, "events")
+                    .mov(R2, R10)
+                    .add(R2, i32::from(VALUE))
+                    .mov(R3, Event::BYTES as i32)
+                    .mov(R4, 0)
+                    .call(Helper::RingbufOutput),
+                _ => &mut code,
+            };
+            code.ret(TC_ACT_UNSPEC);
+            object.add(code.finish()?)?;
+        }
+        let mut loaded = load(&object)?;
+        let [nothing, lookup, update, record] = names.map(|name| loaded.take_program(name).ok_or(name));
+        let floors = Self { nothing: nothing?, lookup: lookup?, update: update?, record: record?, loaded };
+        // So that the look-up finds something.
+        burst(&floors.update, &eth())?;
+        Ok(floors)
+    }
+
+    fn drain(&self) -> Result<(), Failure> {
+        drain(&self.loaded, "events")
+    }
+}
+
+/// The deployed programs, which allow all.
+struct Pod {
+    from_pod: Program,
+    to_pod: Program,
+    loaded: Loaded,
+}
+
+impl Pod {
+    fn load() -> Result<Self, Failure> {
+        let sizes = Sizes { event_bytes: EVENT_BYTES, ..Sizes::default() };
+        let allow = AllowAll { rule: 1 };
+        let mut loaded = load(&datapath::program(&Spec::new(&sizes, &allow, &allow))?)?;
+        let [from_pod, to_pod] = [datapath::FROM_POD, datapath::TO_POD].map(|n| loaded.take_program(n).ok_or(n));
+        let pod = Self { from_pod: from_pod?, to_pod: to_pod?, loaded };
+        let endpoint = Endpoint::new(Some("10.0.0.1".parse()?), Some("fd00::1".parse()?), None);
+        // A test run sees slot 0.
+        Array::new(map(&pod.loaded, abi::ENDPOINTS)?)?.store(0, &endpoint)?;
+        Ok(pod)
+    }
+
+    fn program(&self, direction: Direction) -> &Program {
+        match direction {
+            Direction::Egress => &self.from_pod,
+            Direction::Ingress => &self.to_pod,
+        }
+    }
+
+    fn settle(&self, direction: Direction, there: &Packet, answer: &Packet) -> Result<(), Failure> {
+        for _ in 0..8 {
+            for (direction, packet) in [(direction, there), (direction.opposite(), answer)] {
+                let run = TestRun { packet: &packet.bytes(), context: &[], repeat: 1 };
+                let verdict = self.program(direction).test_run(&run)?.retval.cast_signed();
+                if verdict != TC_ACT_UNSPEC {
+                    return Err(format!("a packet of an allowed flow met the verdict {verdict}").into());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn drain(&self) -> Result<(), Failure> {
+        drain(&self.loaded, abi::EVENTS)
+    }
+}
+
+fn load(object: &Object) -> Result<Loaded, Failure> {
+    Ok(AyaLoader.load(&object.to_elf()?, &LoadRequest { maps: &[] })?)
+}
+
+fn map(loaded: &Loaded, name: &str) -> Result<dcenet_ebpf::maps::Map, Failure> {
+    let found = loaded.maps.iter().find(|(n, _)| n == name).ok_or_else(|| format!("no map {name}"))?;
+    Ok(found.1.try_clone()?)
+}
+
+fn drain(loaded: &Loaded, name: &str) -> Result<(), Failure> {
+    RingBuffer::new(map(loaded, name)?)?.drain(usize::MAX, |_| ())?;
+    Ok(())
+}
