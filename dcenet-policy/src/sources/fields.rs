@@ -53,6 +53,15 @@ impl<'a> At<'a> {
         Ok(Fields { at: self.clone(), map })
     }
 
+    /// The fields of an object of which only some matter; none if it is missing.
+    pub(super) fn some_fields(&self) -> Result<Fields<'a>, SourceError> {
+        match self.value {
+            None => Ok(Fields { at: self.clone(), map: None }),
+            Some(Value::Object(map)) => Ok(Fields { at: self.clone(), map: Some(map) }),
+            Some(_) => Err(self.invalid("must be an object")),
+        }
+    }
+
     /// The elements of a list; none if it is missing.
     pub(super) fn elements(&self) -> Result<Vec<At<'a>>, SourceError> {
         match self.value {
@@ -62,7 +71,7 @@ impl<'a> At<'a> {
                 .enumerate()
                 .map(|(index, value)| At {
                     document: self.document,
-                    path: format!("{}[{index}]", self.path),
+                    path: join_index(&self.path, index),
                     value: Some(value).filter(|value| !value.is_null()),
                 })
                 .collect()),
@@ -77,7 +86,7 @@ impl<'a> At<'a> {
             Some(Value::Object(map)) => Ok(map
                 .iter()
                 .map(|(key, value)| {
-                    let path = format!("{}[{key:?}]", self.path);
+                    let path = join_entry(&self.path, key);
                     (key.as_str(), At { document: self.document, path, value: Some(value) })
                 })
                 .collect()),
@@ -94,8 +103,23 @@ impl<'a> At<'a> {
     }
 
     fn join(&self, name: &str) -> String {
-        if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) }
+        join(&self.path, name)
     }
+}
+
+/// The path of an object's field.
+pub(super) fn join(path: &str, name: &str) -> String {
+    if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") }
+}
+
+/// The path of a map's entry, whose key may hold dots.
+pub(super) fn join_entry(path: &str, key: &str) -> String {
+    format!("{path}[{key:?}]")
+}
+
+/// The path of a list's element.
+pub(super) fn join_index(path: &str, index: usize) -> String {
+    format!("{path}[{index}]")
 }
 
 /// The fields of an object.

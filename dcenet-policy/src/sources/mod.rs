@@ -1,10 +1,13 @@
 //! Readers of policy languages; one file each, all translating into [`model`](crate::model).
 //!
-//! A reader takes text and returns policies. Reading files is the caller's. Whatever a reader does not understand it
+//! A reader takes text and returns policies; [`kubernetes`] takes the pods and namespaces with them, and knows lines.
+//! Reading files is the caller's. Whatever a reader does not understand it
 //! refuses, for a policy that is only partly understood is a hole or an outage.
 
 mod fields;
+pub mod kubernetes;
 pub mod networkpolicy;
+mod text;
 
 /// Why a text was refused.
 #[derive(Debug, thiserror::Error)]

@@ -47,8 +47,8 @@ use std::collections::BTreeSet;
 use ipnet::IpNet;
 use serde_json::Value;
 
-use super::SourceError;
 use super::fields::At;
+use super::{SourceError, text};
 use crate::model::{
     IpBlock, LabelSelector, NamespaceMatch, Operator, Peer, Peers, PodMatch, Policy, PolicyId, PortMatch, PortSpec,
     Ports, Protocol, Requirement, Rule, Verdict,
@@ -75,19 +75,7 @@ pub const MAX_COMBINATIONS: usize = 65_536;
 /// which budget was breached.
 #[cfg(feature = "yaml")]
 pub fn from_yaml(text: &str) -> Result<Vec<Policy>, SourceError> {
-    within("", 0, "bytes", text.len(), MAX_TEXT)?;
-    // YAML 1.2: a namespace may be called "n" without being false.
-    let options = serde_saphyr::options! {
-        strict_booleans: true,
-        budget: serde_saphyr::budget! {
-            max_documents: MAX_DOCUMENTS,
-            max_nodes: MAX_NODES,
-            max_events: 2 * MAX_NODES,
-        },
-    };
-    let documents: Vec<Value> = serde_saphyr::from_multiple_with_options(text, options)
-        .map_err(|source| SourceError::Syntax { format: "YAML", source: Box::new(source) })?;
-    from_documents(&documents)
+    from_documents(&text::yaml(text)?)
 }
 
 /// Reads all policies of a JSON text: one object, which may be a `List` or `NetworkPolicyList`.
@@ -96,10 +84,7 @@ pub fn from_yaml(text: &str) -> Result<Vec<Policy>, SourceError> {
 ///
 /// As [`from_yaml`].
 pub fn from_json(text: &str) -> Result<Vec<Policy>, SourceError> {
-    within("", 0, "bytes", text.len(), MAX_TEXT)?;
-    let document = serde_json::from_str(text)
-        .map_err(|source| SourceError::Syntax { format: "JSON", source: Box::new(source) })?;
-    from_documents(&[document])
+    from_documents(&[text::json(text)?])
 }
 
 /// Reads policies from documents that are parsed already, such as objects of a Kubernetes watch.
@@ -123,8 +108,8 @@ pub fn from_documents(documents: &[Value]) -> Result<Vec<Policy>, SourceError> {
     Ok(policies.into_iter().map(|(_, policy)| policy).collect())
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum KindNeeded {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum KindNeeded {
     Yes,
     /// Items of a typed list come from the API server without kind and version.
     No,
@@ -157,7 +142,7 @@ fn read_object<'a>(
     }
 }
 
-fn read_policy(at: &At<'_>, kind_needed: KindNeeded) -> Result<Policy, SourceError> {
+pub(super) fn read_policy(at: &At<'_>, kind_needed: KindNeeded) -> Result<Policy, SourceError> {
     // The kind goes first: of another kind's object every field would be unknown.
     if let Some(Value::Object(map)) = at.value {
         for (name, wanted) in [("kind", KIND), ("apiVersion", API_VERSION)] {
@@ -301,7 +286,7 @@ fn port(at: &At<'_>) -> Result<PortMatch, SourceError> {
     Ok(PortMatch { protocol, port: spec })
 }
 
-fn port_number(at: &At<'_>) -> Result<u16, SourceError> {
+pub(super) fn port_number(at: &At<'_>) -> Result<u16, SourceError> {
     let number = at.value.and_then(Value::as_u64).and_then(|number| u16::try_from(number).ok());
     number.filter(|number| *number > 0).ok_or_else(|| at.invalid("must be a number from 1 to 65535"))
 }
@@ -351,7 +336,7 @@ fn label_value(at: &At<'_>) -> Result<String, SourceError> {
     }
 }
 
-fn dns_name<'a>(at: &At<'a>, longest: usize) -> Result<&'a str, SourceError> {
+pub(super) fn dns_name<'a>(at: &At<'a>, longest: usize) -> Result<&'a str, SourceError> {
     let text = at.text()?;
     let dots = longest > 63;
     let part_ok = |part: &str| {
@@ -368,7 +353,7 @@ fn dns_name<'a>(at: &At<'a>, longest: usize) -> Result<&'a str, SourceError> {
     }
 }
 
-fn one_of<'a>(at: &At<'a>, accepted: &[&str]) -> Result<&'a str, SourceError> {
+pub(super) fn one_of<'a>(at: &At<'a>, accepted: &[&str]) -> Result<&'a str, SourceError> {
     let text = at.text()?;
     if accepted.contains(&text) { Ok(text) } else { Err(at.invalid(format!("must be {}", accepted.join(" or ")))) }
 }
@@ -405,15 +390,21 @@ fn is_qualified(text: &str) -> bool {
         && ends_ok(text.bytes().last())
 }
 
-fn within(path: &str, document: usize, what: &'static str, found: usize, limit: usize) -> Result<(), SourceError> {
+pub(super) fn within(
+    path: &str,
+    document: usize,
+    what: &'static str,
+    found: usize,
+    limit: usize,
+) -> Result<(), SourceError> {
     if found <= limit {
         return Ok(());
     }
     Err(SourceError::ImplLimitExceeded { document, path: path.to_owned(), what, found, limit })
 }
 
-const KIND: &str = "NetworkPolicy";
-const API_VERSION: &str = "networking.k8s.io/v1";
+pub(super) const KIND: &str = "NetworkPolicy";
+pub(super) const API_VERSION: &str = "networking.k8s.io/v1";
 /// `status` was written by Kubernetes 1.24 to 1.27 and is found in exported objects.
 const OBJECT: &[&str] = &["apiVersion", "kind", "metadata", "spec", "status"];
 const METADATA: &[&str] = &[
