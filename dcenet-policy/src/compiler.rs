@@ -112,6 +112,8 @@ pub struct Program {
 pub struct PolicySet {
     /// Its number.
     pub id: SetId,
+    /// The policies, in the order in which they are tried; none where nothing governs the endpoints.
+    pub policies: Arc<[PolicyId]>,
     /// Its diagram.
     pub program: Arc<Program>,
     /// The local id of each class, by class id; 0 beyond the end.
@@ -510,7 +512,10 @@ impl Compiler {
             let same = before.filter(|old| {
                 old.id.0 == id && Arc::ptr_eq(&old.program, &program) && *old.locals == *locals.as_slice()
             });
-            let set = same.unwrap_or_else(|| Arc::new(PolicySet { id: SetId(id), program, locals: locals.into() }));
+            let policies = || key.policies.as_slice().into();
+            let set = same.unwrap_or_else(|| {
+                Arc::new(PolicySet { id: SetId(id), policies: policies(), program, locals: locals.into() })
+            });
             next.sets.insert((*key).clone(), (set, signatures));
         }
         if !failed.is_empty() {
@@ -522,8 +527,7 @@ impl Compiler {
         for (_, set, signatures) in &mut next.retired_sets {
             let locals = signatures.locals(&members);
             if *set.locals != *locals {
-                let PolicySet { id, program, locals: _ } = &**set;
-                *set = Arc::new(PolicySet { id: *id, program: Arc::clone(program), locals: locals.into() });
+                *set = Arc::new(PolicySet { locals: locals.into(), ..(**set).clone() });
             }
         }
 

@@ -12,6 +12,8 @@
 //!   ([`classes`]), a class becomes a small local id, and a [`diagram`] over local id, protocol and port ends in a
 //!   verdict with the rule that decided.
 //! - [`target`] turns diagrams into eBPF programs.
+//! - [`reach`] asks who reaches whom in a cluster, evaluator or whole programs; the example of that name reads the cluster
+//!   from a directory of Kubernetes objects: `cargo run -p dcenet-policy --example reach -- --help`.
 //!
 //! Nothing here does I/O or reads a clock.
 //!
@@ -75,6 +77,7 @@ pub mod isolation;
 pub mod model;
 pub mod opt;
 mod partition;
+pub mod reach;
 pub mod sources;
 pub mod target;
 #[cfg(feature = "test-support")]
