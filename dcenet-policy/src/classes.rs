@@ -23,8 +23,8 @@ use serde::Serialize;
 use crate::ids::Ids;
 use crate::isolation::Ambiguous;
 use crate::model::{
-    Cluster, IpBlock, LabelSelector, Labels, NamedPort, NamespaceMatch, Operator, Peer, PodMatch, PodNetwork, Protocol,
-    Verdict,
+    Action, Cluster, IpBlock, LabelSelector, Labels, NamedPort, NamespaceMatch, Operator, Peer, PodMatch, PodNetwork,
+    Protocol,
 };
 
 /// A class of addresses.
@@ -66,11 +66,13 @@ pub(crate) enum Claim {
 }
 
 impl Claim {
-    /// What a rule asks for: where it is not known who has an address, nobody is allowed by it and everybody denied.
-    pub(crate) fn needed(action: Verdict) -> Self {
+    /// What rules ask for: where it is not known who has an address, nobody is allowed by it and everybody denied. A rule
+    /// that passes asks for both.
+    pub(crate) fn needed(action: Action) -> &'static [Self] {
         match action {
-            Verdict::Allow => Self::Sole,
-            Verdict::Deny => Self::Any,
+            Action::Allow => &[Self::Sole],
+            Action::Deny => &[Self::Any],
+            Action::Pass => &[Self::Sole, Self::Any],
         }
     }
 }

@@ -169,6 +169,7 @@ impl RuleTable {
             (RuleId::NOT_GOVERNED, _) => "no policy governs the pod in this direction".to_owned(),
             (RuleId::ISOLATED, _) => "isolated; no rule matches".to_owned(),
             (RuleId::OWN_NODE, _) => "the peer is the pod's own node".to_owned(),
+            (RuleId::UNMATCHED, _) => "no rule matches, and no policy isolates the pod".to_owned(),
             (RuleId::REFUSED, _) => "closed, for a policy cannot be enforced; no other allows it".to_owned(),
             (_, Some(rule)) => rule.to_string(),
             (RuleId(number), None) => format!("rule {number}, no longer in use"),
@@ -617,7 +618,7 @@ impl Compiler {
                     here && selector_holds(pods, &pod.labels)
                 })
                 .collect();
-            governing.sort_unstable_by(|left, right| left.id.cmp(&right.id));
+            governing.sort_unstable_by(|left, right| left.order().cmp(&right.order()));
             let keys = Direction::ALL.map(|direction| {
                 let with_rules = governing.iter().filter(|policy| policy.rules(direction).is_some());
                 let policies: Vec<PolicyId> = with_rules.map(|policy| policy.id.clone()).collect();
@@ -650,7 +651,9 @@ fn check(cluster: &Cluster) -> Result<(), CompileError> {
 
 fn compile(list: &RuleList, limits: &Limits) -> Result<Program, CompileError> {
     debug_verify(list);
-    let opt::Optimised { list, shadowed } = opt::optimise(list, limits)?;
+    let opt::Optimised { list, mut shadowed } = opt::optimise(list, limits)?;
+    // What holds where no rule matches is no rule.
+    shadowed.retain(|shadowed| shadowed.rule >= RuleId::FIRST);
     debug_verify(&list);
     let diagram = Diagram::build(&list, limits)?;
     Ok(Program { list, diagram, shadowed })

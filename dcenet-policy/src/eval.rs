@@ -10,8 +10,8 @@ use std::net::IpAddr;
 use serde::Serialize;
 
 use crate::model::{
-    Cluster, Direction, IpBlock, LabelSelector, Labels, NamespaceMatch, Operator, Peer, Peers, Pod, PodId, PodMatch,
-    PodNetwork, PolicyId, PortMatch, PortSpec, Ports, RuleRef, Tuple, Verdict,
+    Action, Cluster, Direction, IpBlock, LabelSelector, Labels, NamespaceMatch, Operator, Peer, Peers, Pod, PodId,
+    PodMatch, PodNetwork, Policy, PolicyId, PortMatch, PortSpec, Ports, Rule, RuleRef, Tier, Tuple, Verdict,
 };
 
 /// A verdict and why.
@@ -35,8 +35,10 @@ pub enum Reason {
     OwnNode,
     /// This rule matched first.
     Rule(RuleRef),
-    /// These policies govern the pod in this direction, and no rule of theirs matches.
+    /// These policies, of the tier NetworkPolicy, govern the pod in this direction, and no rule matches.
     Isolated(Vec<PolicyId>),
+    /// These policies govern the pod in this direction, none of them isolates it, and no rule of theirs decides.
+    Unmatched(Vec<PolicyId>),
     /// These policies govern the pod in this direction and are not enforced; no other that may speak allows it.
     Refused(Vec<PolicyId>),
 }
@@ -58,6 +60,11 @@ impl fmt::Display for Reason {
                 f.write_str("isolated by")?;
                 list(f, policies)?;
                 f.write_str("; no rule matches")
+            }
+            Self::Unmatched(policies) => {
+                f.write_str("no rule of")?;
+                list(f, policies)?;
+                f.write_str(" decides, and no policy isolates the pod")
             }
             Self::Refused(policies) => {
                 f.write_str("closed, for it is not enforced:")?;
@@ -96,8 +103,18 @@ pub fn evaluate(cluster: &Cluster, subject: &PodId, tuple: &Tuple) -> Result<Dec
     evaluate_without(cluster, &Refused::new(), subject, tuple)
 }
 
-/// Judges a packet where some policies are not enforced: such a policy allows nothing, and where one of its rules denies,
-/// no policy after it allows anything either.
+/// The policies that govern a pod in a direction, in the order in which they are tried.
+///
+/// # Errors
+///
+/// [`EvalError::UnknownPod`] if the cluster has no such pod.
+pub fn governing(cluster: &Cluster, subject: &PodId, direction: Direction) -> Result<Vec<PolicyId>, EvalError> {
+    let pod = cluster.pods.get(subject).ok_or_else(|| EvalError::UnknownPod(subject.clone()))?;
+    Ok(governors(cluster, subject, pod, direction).into_iter().map(|policy| policy.id.clone()).collect())
+}
+
+/// Judges a packet where some policies are not enforced: such a policy allows nothing, and where one of its rules denies
+/// or passes, nothing behind it allows anything either.
 ///
 /// # Errors
 ///
@@ -112,78 +129,112 @@ pub fn evaluate_without(
     if pod.network == PodNetwork::Host {
         return Ok(Decision { verdict: Verdict::Allow, reason: Reason::HostNetwork });
     }
-
-    let governing: Vec<_> = cluster
-        .policies
-        .values()
-        .filter(|policy| policy.rules(tuple.direction).is_some() && selects(cluster, &policy.subject, subject, pod))
-        .collect();
+    let governing = governors(cluster, subject, pod, tuple.direction);
     if governing.is_empty() {
         return Ok(Decision { verdict: Verdict::Allow, reason: Reason::NotGoverned });
     }
-    if is_own_node(cluster, pod, tuple.peer) {
-        return Ok(Decision { verdict: Verdict::Allow, reason: Reason::OwnNode });
+    let ids = |policies: &[&Policy]| policies.iter().map(|policy| policy.id.clone()).collect::<Vec<_>>();
+    let mut not_enforced = ids(&governing);
+    not_enforced.retain(|id| refused.contains(&(subject.clone(), tuple.direction, id.clone())));
+    let closed = || Ok(Decision { verdict: Verdict::Deny, reason: Reason::Refused(not_enforced.clone()) });
+
+    let question = Question { cluster, pod, tuple, claimants: pods_at(cluster, tuple.peer) };
+    for tier in Tier::ALL {
+        let policies: Vec<&Policy> = governing.iter().copied().filter(|policy| policy.id.tier == tier).collect();
+        let isolates = tier == Tier::NetworkPolicy && !policies.is_empty();
+        if isolates && is_own_node(cluster, pod, tuple.peer) {
+            return Ok(Decision { verdict: Verdict::Allow, reason: Reason::OwnNode });
+        }
+        'tier: for policy in &policies {
+            let rules = policy.rules(tuple.direction).unwrap_or_default();
+            if not_enforced.contains(&policy.id) {
+                if rules.iter().any(|rule| rule.action != Action::Allow) {
+                    return closed();
+                }
+                continue;
+            }
+            for (index, rule) in rules.iter().enumerate() {
+                let (verdict, peer, port) = match question.apply(rule) {
+                    Outcome::NoMatch => continue,
+                    Outcome::Pass => break 'tier,
+                    Outcome::Decided(verdict, peer, port) => (verdict, peer, port),
+                };
+                let direction = tuple.direction;
+                let decided = RuleRef { policy: policy.id.clone(), direction, rule: index, peer, port };
+                return Ok(Decision { verdict, reason: Reason::Rule(decided) });
+            }
+        }
+        if isolates {
+            let reason = Reason::Isolated(ids(&policies));
+            return if not_enforced.is_empty() { Ok(Decision { verdict: Verdict::Deny, reason }) } else { closed() };
+        }
+    }
+    Ok(Decision { verdict: Verdict::Allow, reason: Reason::Unmatched(ids(&governing)) })
+}
+
+/// One packet, as a rule sees it.
+struct Question<'a> {
+    cluster: &'a Cluster,
+    pod: &'a Pod,
+    tuple: &'a Tuple,
+    claimants: Vec<(&'a PodId, &'a Pod)>,
+}
+
+enum Outcome {
+    NoMatch,
+    Pass,
+    /// The verdict, and which peer and port matched.
+    Decided(Verdict, Option<usize>, Option<usize>),
+}
+
+impl Question<'_> {
+    /// An address that several pods claim is none's to whom it would open something, and everybody's to whom it is
+    /// closed. Where a rule passes it may do either: what it matches only for one of the claimants is closed.
+    fn apply(&self, rule: &Rule) -> Outcome {
+        let sole: &[(&PodId, &Pod)] = if self.claimants.len() > 1 { &[] } else { &self.claimants };
+        let matched = |claimants| self.matches(rule, claimants);
+        let decided = |verdict, found: Option<(_, _)>| match found {
+            Some((peer, port)) => Outcome::Decided(verdict, peer, port),
+            None => Outcome::NoMatch,
+        };
+        match rule.action {
+            Action::Allow => decided(Verdict::Allow, matched(sole)),
+            Action::Deny => decided(Verdict::Deny, matched(&self.claimants)),
+            Action::Pass if matched(sole).is_some() => Outcome::Pass,
+            Action::Pass => decided(Verdict::Deny, matched(&self.claimants)),
+        }
     }
 
-    let claimants = pods_at(cluster, tuple.peer);
-    let not_enforced: Vec<PolicyId> = governing
-        .iter()
-        .map(|policy| policy.id.clone())
-        .filter(|id| refused.contains(&(subject.clone(), tuple.direction, id.clone())))
-        .collect();
-    for policy in &governing {
-        if not_enforced.contains(&policy.id) {
-            if policy.rules(tuple.direction).unwrap_or_default().iter().any(|rule| rule.action == Verdict::Deny) {
-                break;
+    /// Which peer and which port match, if the other end is one of these pods. A rule is tried peer by peer, each with all
+    /// ports, but ports do not depend on which peer matched: the first matching peer is the one to name.
+    fn matches(&self, rule: &Rule, claimants: &[(&PodId, &Pod)]) -> Option<(Option<usize>, Option<usize>)> {
+        let Self { cluster, pod, tuple, .. } = self;
+        let destination: Vec<&Pod> = match tuple.direction {
+            Direction::Ingress => vec![pod],
+            Direction::Egress => claimants.iter().map(|(_, pod)| *pod).collect(),
+        };
+        let peer = match &rule.peers {
+            Peers::Any => None,
+            Peers::OneOf(peers) => {
+                Some(peers.iter().position(|wanted| matches_peer(cluster, wanted, tuple.peer, claimants))?)
             }
-            continue;
-        }
-        for (index, rule) in policy.rules(tuple.direction).unwrap_or_default().iter().enumerate() {
-            // An address that several pods claim is none's to whom it would open something, and everybody's to whom it
-            // is closed.
-            let peer: &[(&PodId, &Pod)] = match rule.action {
-                Verdict::Allow if claimants.len() > 1 => &[],
-                Verdict::Allow | Verdict::Deny => &claimants,
-            };
-            let destination: Vec<&Pod> = match tuple.direction {
-                Direction::Ingress => vec![pod],
-                Direction::Egress => peer.iter().map(|(_, pod)| *pod).collect(),
-            };
-            let peer_index = match &rule.peers {
-                Peers::Any => None,
-                Peers::OneOf(peers) => {
-                    // A rule is tried peer by peer, each with all ports, but ports do not depend on which peer
-                    // matched: the first matching peer is the one to name.
-                    match peers.iter().position(|candidate| matches_peer(cluster, candidate, tuple.peer, peer)) {
-                        Some(found) => Some(found),
-                        None => continue,
-                    }
-                }
-            };
-            let port_index = match &rule.ports {
-                Ports::Any => None,
-                Ports::OneOf(ports) => {
-                    match ports.iter().position(|candidate| matches_port(candidate, tuple, &destination)) {
-                        Some(found) => Some(found),
-                        None => continue,
-                    }
-                }
-            };
-            let decided = RuleRef {
-                policy: policy.id.clone(),
-                direction: tuple.direction,
-                rule: index,
-                peer: peer_index,
-                port: port_index,
-            };
-            return Ok(Decision { verdict: rule.action, reason: Reason::Rule(decided) });
-        }
+        };
+        let port = match &rule.ports {
+            Ports::Any => None,
+            Ports::OneOf(ports) => Some(ports.iter().position(|wanted| matches_port(wanted, tuple, &destination))?),
+        };
+        Some((peer, port))
     }
-    if !not_enforced.is_empty() {
-        return Ok(Decision { verdict: Verdict::Deny, reason: Reason::Refused(not_enforced) });
-    }
-    let isolating = governing.iter().map(|policy| policy.id.clone()).collect();
-    Ok(Decision { verdict: Verdict::Deny, reason: Reason::Isolated(isolating) })
+}
+
+fn governors<'a>(cluster: &'a Cluster, subject: &PodId, pod: &Pod, direction: Direction) -> Vec<&'a Policy> {
+    let mut governing: Vec<&Policy> = cluster
+        .policies
+        .values()
+        .filter(|policy| policy.rules(direction).is_some() && selects(cluster, &policy.subject, subject, pod))
+        .collect();
+    governing.sort_by_key(|policy| policy.order());
+    governing
 }
 
 fn is_own_node(cluster: &Cluster, pod: &Pod, address: IpAddr) -> bool {

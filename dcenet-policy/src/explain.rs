@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use serde::Serialize;
 
-use crate::eval::{self, Decision, EvalError, Reason, Refused};
+use crate::eval::{self, Decision, EvalError, Refused};
 use crate::model::{Cluster, Direction, PodId, PodNetwork, PolicyId, Protocol, Tuple, Verdict};
 
 /// An answer with all that led to it. Serialises to JSON for other programs.
@@ -71,18 +71,9 @@ pub fn explain_without(
         .collect();
     let peer_node =
         cluster.nodes.iter().find(|(_, addresses)| addresses.contains(&tuple.peer)).map(|(name, _)| name.clone());
-    // The evaluator names the governing policies where none of their rules matches, so ask it about a cluster in
-    // which they have no rules.
-    let mut bare = cluster.clone();
-    bare.nodes.clear();
-    for policy in bare.policies.values_mut() {
-        for rules in [&mut policy.ingress, &mut policy.egress].into_iter().flatten() {
-            rules.clear();
-        }
-    }
-    let governing = match eval::evaluate(&bare, subject, tuple)?.reason {
-        Reason::Isolated(policies) => policies,
-        _ => Vec::new(),
+    let governing = match cluster.pods.get(subject).map(|pod| pod.network) {
+        Some(PodNetwork::Host) => Vec::new(),
+        _ => eval::governing(cluster, subject, tuple.direction)?,
     };
     Ok(Explanation { subject: subject.clone(), tuple: *tuple, peer_pods, peer_node, decision, governing })
 }
@@ -158,6 +149,7 @@ mod tests {
         cluster.pods.insert(b.clone(), Pod::new([], [at_b]));
         cluster.insert_policy(Policy {
             id: PolicyId::new("x", "deny"),
+            priority: 0,
             subject: PodMatch { namespaces: NamespaceMatch::Named("x".to_owned()), pods: Default::default() },
             ingress: Some(Vec::new()),
             egress: None,

@@ -1,13 +1,14 @@
 //! From the policies that govern an endpoint to one list of conditions, in the order in which they are tried.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use crate::classes::{Atom, AtomId, Claim};
 use crate::compiler::{CompileError, Limits};
 use crate::ids::Ids;
 use crate::ir::{Entry, Leaf, LocalSet, RuleId, RuleList, Service};
 use crate::model::{
-    Cluster, Direction, Peer, Peers, PodNetwork, PolicyId, PortMatch, PortSpec, Ports, Protocol, RuleRef, Verdict,
+    Action, Cluster, Direction, Peer, Peers, PodNetwork, PolicyId, PortMatch, PortSpec, Ports, Protocol, Rule, RuleRef,
+    Tier, Verdict,
 };
 
 /// What makes two endpoints' policies the same artefact.
@@ -85,6 +86,24 @@ pub(crate) fn names_used(
         .collect()
 }
 
+/// What the names of ports that rules use mean on the endpoint.
+type OwnPorts = BTreeMap<(String, Protocol), BTreeSet<u16>>;
+
+/// Where a rule stands.
+struct Place<'a> {
+    policy: &'a PolicyId,
+    direction: Direction,
+    rule: usize,
+}
+
+/// A combination of peer and service that a rule matches.
+struct Match {
+    peer: Option<usize>,
+    port: Option<usize>,
+    condition: Condition,
+    service: Service,
+}
+
 /// Numbers atoms and rules while flattening.
 pub(crate) struct Flattener<'a> {
     pub(crate) cluster: &'a Cluster,
@@ -108,68 +127,166 @@ impl Flattener<'_> {
             let default = Leaf { verdict: Verdict::Allow, rule: RuleId::NOT_GOVERNED };
             return Ok(FlatSet { direction, rules: Vec::new(), default });
         }
-        let mut rules = Vec::new();
-        if let Some(node) = node {
-            let condition = vec![self.atom(Atom::Node(node.clone()))];
-            let leaf = Leaf { verdict: Verdict::Allow, rule: RuleId::OWN_NODE };
-            rules.push(Conditional { condition, service: Service::Any, leaf });
-        }
-        for id in policies {
-            let listed = self.cluster.policies.get(id).and_then(|policy| policy.rules(direction)).unwrap_or_default();
-            if refused.contains(id) {
-                if listed.iter().any(|rule| rule.action == Verdict::Deny) {
-                    let leaf = Leaf { verdict: Verdict::Deny, rule: RuleId::REFUSED };
-                    rules.push(Conditional { condition: Vec::new(), service: Service::Any, leaf });
-                    break;
-                }
+        let isolates = policies.iter().any(|id| id.tier == Tier::NetworkPolicy);
+        let default = match (isolates, refused.is_empty()) {
+            (true, true) => Leaf { verdict: Verdict::Deny, rule: RuleId::ISOLATED },
+            (true, false) => Leaf { verdict: Verdict::Deny, rule: RuleId::REFUSED },
+            (false, _) => Leaf { verdict: Verdict::Allow, rule: RuleId::UNMATCHED },
+        };
+        // From the last tier to the first, for a rule that passes needs what comes behind its own.
+        let mut behind: Vec<Conditional> = Vec::new();
+        for tier in Tier::ALL.into_iter().rev() {
+            // A pod that is isolated never comes to what is behind that.
+            if tier == Tier::Baseline && isolates {
                 continue;
             }
-            for (index, rule) in listed.iter().enumerate() {
-                let claim = self.claim(rule.action);
-                let peers: Vec<(Option<usize>, Condition)> = match &rule.peers {
-                    Peers::Any => vec![(None, Vec::new())],
-                    Peers::OneOf(peers) => {
-                        peers.iter().enumerate().map(|(at, peer)| (Some(at), vec![self.peer(peer, claim)])).collect()
+            let mut rules = Vec::new();
+            if let (Tier::NetworkPolicy, true, Some(node)) = (tier, isolates, node) {
+                let condition = vec![self.atom(Atom::Node(node.clone()))];
+                let leaf = Leaf { verdict: Verdict::Allow, rule: RuleId::OWN_NODE };
+                rules.push(Conditional { condition, service: Service::Any, leaf });
+            }
+            for id in policies.iter().filter(|id| id.tier == tier) {
+                let listed =
+                    self.cluster.policies.get(id).and_then(|policy| policy.rules(direction)).unwrap_or_default();
+                if refused.contains(id) {
+                    if listed.iter().any(|rule| rule.action != Action::Allow) {
+                        let leaf = Leaf { verdict: Verdict::Deny, rule: RuleId::REFUSED };
+                        rules.push(Conditional { condition: Vec::new(), service: Service::Any, leaf });
+                        break;
                     }
-                };
-                let mut services: Vec<(Option<usize>, Option<AtomId>, Service)> = Vec::new();
-                match &rule.ports {
-                    Ports::Any => services.push((None, None, Service::Any)),
-                    Ports::OneOf(ports) => {
-                        for (at, port) in ports.iter().enumerate() {
-                            let resolved = self.port(port, direction, named_ports, claim);
-                            services.extend(resolved.into_iter().map(|(atom, service)| (Some(at), atom, service)));
+                    continue;
+                }
+                for (index, rule) in listed.iter().enumerate() {
+                    let place = Place { policy: id, direction, rule: index };
+                    match rule.action {
+                        Action::Allow => self.decide(&mut rules, &place, rule, named_ports, Verdict::Allow)?,
+                        Action::Deny => self.decide(&mut rules, &place, rule, named_ports, Verdict::Deny)?,
+                        Action::Pass => {
+                            #[cfg(feature = "test-support")]
+                            if self.planted == Some(crate::test_support::PlantedBug::PassIgnored) {
+                                continue;
+                            }
+                            self.pass(&mut rules, &behind, default, &place, rule, named_ports)?;
                         }
                     }
                 }
-                let total = rules.len().saturating_add(peers.len().saturating_mul(services.len()));
-                self.limits.check("entries in one policy set", total, self.limits.entries)?;
-                for (peer, condition) in peers {
-                    for (port, port_atom, service) in &services {
-                        let decided = RuleRef { policy: id.clone(), direction, rule: index, peer, port: *port };
-                        let rule_id = self.rules.intern(&decided);
-                        self.rules_used.insert(rule_id);
-                        let mut condition = condition.clone();
-                        condition.extend(port_atom);
-                        condition.sort_unstable();
-                        let leaf = Leaf { verdict: rule.action, rule: RuleId(rule_id) };
-                        rules.push(Conditional { condition, service: *service, leaf });
-                    }
+            }
+            self.limits.check("entries in one policy set", rules.len() + behind.len(), self.limits.entries)?;
+            rules.append(&mut behind);
+            behind = rules;
+        }
+        Ok(FlatSet { direction, rules: behind, default })
+    }
+
+    /// Adds a rule that decides.
+    fn decide(
+        &mut self,
+        rules: &mut Vec<Conditional>,
+        place: &Place<'_>,
+        rule: &Rule,
+        named_ports: &OwnPorts,
+        verdict: Verdict,
+    ) -> Result<(), CompileError> {
+        let claim = self.claim(if verdict == Verdict::Allow { Claim::Sole } else { Claim::Any });
+        let matches = self.matches(rule, place.direction, named_ports, claim, rules.len(), 1)?;
+        for Match { peer, port, condition, service } in matches {
+            let leaf = Leaf { verdict, rule: self.rule(place, peer, port) };
+            rules.push(Conditional { condition, service, leaf });
+        }
+        Ok(())
+    }
+
+    /// Adds a rule that passes: what is behind its tier, once more, for what it matches. Where several pods claim an
+    /// address, what it matches for one of them is denied.
+    fn pass(
+        &mut self,
+        rules: &mut Vec<Conditional>,
+        behind: &[Conditional],
+        default: Leaf,
+        place: &Place<'_>,
+        rule: &Rule,
+        named_ports: &OwnPorts,
+    ) -> Result<(), CompileError> {
+        let (direction, claim) = (place.direction, self.claim(Claim::Sole));
+        let sole = self.matches(rule, direction, named_ports, claim, rules.len(), behind.len() + 1)?;
+        for Match { condition, service, .. } in &sole {
+            for next in behind {
+                if let Some(service) = service.and(next.service) {
+                    let mut condition: Condition = condition.iter().chain(&next.condition).copied().collect();
+                    condition.sort_unstable();
+                    condition.dedup();
+                    rules.push(Conditional { condition, service, leaf: next.leaf });
+                }
+            }
+            rules.push(Conditional { condition: condition.clone(), service: *service, leaf: default });
+        }
+        let any = self.matches(rule, direction, named_ports, Claim::Any, rules.len(), 1)?;
+        let passed: HashSet<(&Condition, Service)> = sole.iter().map(|m| (&m.condition, m.service)).collect();
+        for Match { peer, port, condition, service } in any {
+            if !passed.contains(&(&condition, service)) {
+                let leaf = Leaf { verdict: Verdict::Deny, rule: self.rule(place, peer, port) };
+                rules.push(Conditional { condition, service, leaf });
+            }
+        }
+        Ok(())
+    }
+
+    /// The combinations of peer and service that a rule matches, peer by peer; each is to become so many entries, beside
+    /// those that there are.
+    fn matches(
+        &mut self,
+        rule: &Rule,
+        direction: Direction,
+        named_ports: &OwnPorts,
+        claim: Claim,
+        entries: usize,
+        each: usize,
+    ) -> Result<Vec<Match>, CompileError> {
+        let peers: Vec<(Option<usize>, Condition)> = match &rule.peers {
+            Peers::Any => vec![(None, Vec::new())],
+            Peers::OneOf(peers) => {
+                peers.iter().enumerate().map(|(at, peer)| (Some(at), vec![self.peer(peer, claim)])).collect()
+            }
+        };
+        let mut services: Vec<(Option<usize>, Option<AtomId>, Service)> = Vec::new();
+        match &rule.ports {
+            Ports::Any => services.push((None, None, Service::Any)),
+            Ports::OneOf(ports) => {
+                for (at, port) in ports.iter().enumerate() {
+                    let resolved = self.port(port, direction, named_ports, claim);
+                    services.extend(resolved.into_iter().map(|(atom, service)| (Some(at), atom, service)));
                 }
             }
         }
-        let rule = if refused.is_empty() { RuleId::ISOLATED } else { RuleId::REFUSED };
-        let default = Leaf { verdict: Verdict::Deny, rule };
-        Ok(FlatSet { direction, rules, default })
+        let new = peers.len().saturating_mul(services.len()).saturating_mul(each);
+        self.limits.check("entries in one policy set", entries.saturating_add(new), self.limits.entries)?;
+        let mut matches = Vec::with_capacity(peers.len() * services.len());
+        for (peer, condition) in peers {
+            for (port, port_atom, service) in &services {
+                let mut condition = condition.clone();
+                condition.extend(port_atom);
+                condition.sort_unstable();
+                matches.push(Match { peer, port: *port, condition, service: *service });
+            }
+        }
+        Ok(matches)
+    }
+
+    fn rule(&mut self, place: &Place<'_>, peer: Option<usize>, port: Option<usize>) -> RuleId {
+        let Place { policy, direction, rule } = *place;
+        let id = self.rules.intern(&RuleRef { policy: policy.clone(), direction, rule, peer, port });
+        self.rules_used.insert(id);
+        RuleId(id)
     }
 
     /// Whom a rule may take a peer for where several pods claim its address.
-    fn claim(&self, action: Verdict) -> Claim {
+    fn claim(&self, claim: Claim) -> Claim {
         #[cfg(feature = "test-support")]
         if self.planted == Some(crate::test_support::PlantedBug::ClaimsBelieved) {
             return Claim::Any;
         }
-        Claim::needed(action)
+        claim
     }
 
     fn peer(&mut self, peer: &Peer, claim: Claim) -> AtomId {
@@ -186,7 +303,7 @@ impl Flattener<'_> {
         &mut self,
         port: &PortMatch,
         direction: Direction,
-        own: &BTreeMap<(String, Protocol), BTreeSet<u16>>,
+        own: &OwnPorts,
         claim: Claim,
     ) -> Vec<(Option<AtomId>, Service)> {
         let protocol = port.protocol;

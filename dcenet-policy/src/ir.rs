@@ -34,14 +34,16 @@ pub struct RuleId(pub u32);
 impl RuleId {
     /// No policy governs the endpoint in this direction.
     pub const NOT_GOVERNED: Self = Self(0);
-    /// Policies govern the endpoint, and no rule of theirs matches.
+    /// Policies isolate the endpoint, and no rule matches.
     pub const ISOLATED: Self = Self(1);
     /// The peer is the endpoint's own node.
     pub const OWN_NODE: Self = Self(2);
     /// A policy that governs the endpoint cannot be enforced, and no other allows it.
     pub const REFUSED: Self = Self(3);
+    /// Policies govern the endpoint, none of them isolates it, and no rule of theirs matches.
+    pub const UNMATCHED: Self = Self(4);
     /// The first id that names a rule of a policy.
-    pub const FIRST: Self = Self(4);
+    pub const FIRST: Self = Self(5);
 }
 
 /// What a packet ends at.
@@ -115,6 +117,17 @@ pub enum Service {
 }
 
 impl Service {
+    /// What both hold; none where there is nothing.
+    pub fn and(self, other: Self) -> Option<Self> {
+        match (self, other) {
+            (Self::Any, service) | (service, Self::Any) => Some(service),
+            (Self::Ports { protocol, first, last }, Self::Ports { protocol: wanted, first: from, last: until }) => {
+                let (first, last) = (first.max(from), last.min(until));
+                (protocol == wanted && first <= last).then_some(Self::Ports { protocol, first, last })
+            }
+        }
+    }
+
     /// All of one protocol.
     pub const fn all_of(protocol: Protocol) -> Self {
         Self::Ports { protocol, first: 0, last: u16::MAX }

@@ -6,12 +6,12 @@
 //! | Case | Verdict |
 //! |---|---|
 //! | a policy beyond a limit, in the direction in which it is | allows nothing; what other policies of the pod allow stays allowed |
-//! | the same, with a rule that denies | nor do policies behind it in order: what it would have denied is not known |
+//! | the same, with a rule that denies or passes | nor do policies behind it in order, of whatever tier, nor what holds where none matches: what it would have denied, or left to others, is not known |
 //! | policies of a pod that fit each, and not together | as if each were beyond the limit: nothing is allowed in the direction |
 //! | policies that the node has no room for together | those in force stay; of the others, the one that asks for the most peers, or numbers that an egress rule's port names have on peers, is beyond the limit, then the next |
 //! | peers of those in force that the node has no room for | nothing changes anywhere until there is: the last verdicts stand, and the owner tries again each second |
-//! | the pod's own node | allowed: no policy could have denied it |
-//! | an address that several pods claim, as a peer | no pod: rules that allow pods by selector or named port do not match; rules that deny match where they do for one of the claimants; blocks and rules for anybody match as ever |
+//! | the pod's own node | allowed where no policy could have denied it: none of the tier admin that denies or passes is beyond a limit |
+//! | an address that several pods claim, as a peer | no pod: rules that allow pods by selector or named port do not match; rules that deny match where they do for one of the claimants; rules that pass deny there; blocks and rules for anybody match as ever |
 //! | the pod whose own address others claim, too | judged by its own policies, for its device tells who it is |
 //!
 //! What is in force is known only to the [`Compiler`](crate::Compiler) that put it there. The first update of a new one,
@@ -22,7 +22,7 @@
 //! with one policy less is allowed less, never more. Denying all instead would let anybody who may add a policy take
 //! away what others allow.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt;
 use std::net::IpAddr;
 
@@ -243,16 +243,18 @@ impl Refusals {
 }
 
 /// What a rule asks about peers.
-fn asked(rule: &Rule, direction: Direction, named_ports: &NamedPorts) -> Vec<Atom> {
-    let claim = Claim::needed(rule.action);
-    let mut atoms = Vec::new();
-    if let Peers::OneOf(peers) = &rule.peers {
-        atoms.extend(peers.iter().map(|peer| Atom::of(peer, claim)));
-    }
-    if let (Direction::Egress, Ports::OneOf(ports)) = (direction, &rule.ports) {
-        for port in ports {
-            if let PortSpec::Named(name) = &port.port {
-                atoms.extend(flatten::ports_of_peers(named_ports, name, port.protocol, claim).map(|(_, atom)| atom));
+fn asked(rule: &Rule, direction: Direction, named_ports: &NamedPorts) -> HashSet<Atom> {
+    let mut atoms = HashSet::new();
+    for claim in Claim::needed(rule.action) {
+        if let Peers::OneOf(peers) = &rule.peers {
+            atoms.extend(peers.iter().map(|peer| Atom::of(peer, *claim)));
+        }
+        if let (Direction::Egress, Ports::OneOf(ports)) = (direction, &rule.ports) {
+            for port in ports {
+                if let PortSpec::Named(name) = &port.port {
+                    let ports = flatten::ports_of_peers(named_ports, name, port.protocol, *claim);
+                    atoms.extend(ports.map(|(_, atom)| atom));
+                }
             }
         }
     }

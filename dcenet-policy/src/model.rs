@@ -8,16 +8,24 @@
 //!
 //! 1. A pod in its host's network namespace is no subject of policy: allow.
 //! 2. If no policy governs the pod in this direction: allow.
-//! 3. Traffic between a pod and the node it runs on is allowed (`networking.k8s.io/v1`,
-//!    `NetworkPolicySpec.ingress`: "OR if the traffic source is the pod's local node"; we hold egress to the same).
-//! 4. The rules of all governing policies form one list, ordered by policy id, rule, peer and port; the first that
-//!    matches decides.
-//! 5. If none matches, the pod is isolated: deny.
+//! 3. The governing policies are tried by [`Tier`]: admin, NetworkPolicy, baseline. The rules of a tier form one list,
+//!    ordered by priority, policy id, rule, peer and port; the first that matches decides. One that [passes](Action::Pass)
+//!    ends the tier, and the next one goes on.
+//! 4. The tier NetworkPolicy, where one of its policies governs the pod, begins with a rule of its own: traffic between a
+//!    pod and the node it runs on is allowed (`networking.k8s.io/v1`, `NetworkPolicySpec.ingress`: "OR if the traffic
+//!    source is the pod's local node"; we hold egress to the same). And it is the last: if no rule of it matches, the pod
+//!    is isolated: deny.
+//! 5. If the tiers are through: allow.
+//!
+//! Tiers, priorities and passing are those of `ClusterNetworkPolicySpec.tier` and `.priority` and of
+//! `ClusterNetworkPolicyRuleAction` (`policy.networking.k8s.io/v1alpha2`), which leave open what policies of one priority
+//! in one tier do: here the name decides.
 //!
 //! Where the peer is a pod, it is found by the address in the packet; an address that no pod holds matches no
 //! selector, but may match a CIDR block. A CIDR block matches pods' addresses as well. An address that several pods
 //! claim matches a selector (and, on egress, a named port) of a rule that allows never, and of a rule that denies where
-//! one of them does.
+//! one of them does; a rule that passes denies what it matches for one of them only because it matches a selector or
+//! named port.
 //!
 //! Replies are not the model's concern: whoever enforces it judges the first packet of a flow.
 
@@ -270,53 +278,123 @@ pub enum PortSpec {
     Named(String),
 }
 
+/// What a rule does when it matches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Action {
+    /// The packet passes, and nothing else is asked.
+    Allow,
+    /// The packet is dropped, and nothing else is asked.
+    Deny,
+    /// The rest of the tier is skipped; the next tier goes on.
+    Pass,
+}
+
 /// One rule: all of its parts must match.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
 pub struct Rule {
-    /// The verdict when it matches.
-    pub action: Verdict,
+    /// What it does when it matches.
+    pub action: Action,
     /// The other end.
     pub peers: Peers,
     /// The service.
     pub ports: Ports,
 }
 
-/// The name of a policy. Policies are tried in this order.
+/// A group of policies. Tiers are tried in this order.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Tier {
+    /// What nothing else overrides.
+    Admin,
+    /// Policies of namespaces. They isolate the pods that they select.
+    #[default]
+    NetworkPolicy,
+    /// What holds for pods that no policy of the tier before isolates.
+    Baseline,
+}
+
+impl Tier {
+    /// All of them, in order.
+    pub const ALL: [Self; 3] = [Self::Admin, Self::NetworkPolicy, Self::Baseline];
+
+    /// `admin`, `network-policy` or `baseline`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Admin => "admin",
+            Self::NetworkPolicy => "network-policy",
+            Self::Baseline => "baseline",
+        }
+    }
+
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl fmt::Display for Tier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// The name of a policy: `shop/db` in the tier NetworkPolicy, `admin:no-metadata` or `baseline:default` in the others,
+/// whose policies are the cluster's.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PolicyId {
-    /// Namespace of the policy object.
+    /// Its tier.
+    #[serde(default, skip_serializing_if = "Tier::is_default")]
+    pub tier: Tier,
+    /// Namespace of the policy object; empty where it has none.
     pub namespace: String,
     /// Its name.
     pub name: String,
 }
 
 impl PolicyId {
-    /// Composes the parts.
+    /// A policy of the tier NetworkPolicy.
     pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
-        Self { namespace: namespace.into(), name: name.into() }
+        Self { tier: Tier::NetworkPolicy, namespace: namespace.into(), name: name.into() }
+    }
+
+    /// A policy that belongs to no namespace.
+    pub fn cluster(tier: Tier, name: impl Into<String>) -> Self {
+        Self { tier, namespace: String::new(), name: name.into() }
     }
 }
 
 impl fmt::Display for PolicyId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.name)
+        match (self.tier, self.namespace.as_str()) {
+            (Tier::NetworkPolicy, namespace) => write!(f, "{namespace}/{}", self.name),
+            (tier, "") => write!(f, "{tier}:{}", self.name),
+            (tier, namespace) => write!(f, "{tier}:{namespace}/{}", self.name),
+        }
     }
 }
 
 /// A policy: a subject, and rules for the directions that it governs.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
 pub struct Policy {
-    /// Its name.
+    /// Its name, and its tier.
     pub id: PolicyId,
+    /// Its place in its tier: lower ones are tried first, and equal ones by name.
+    pub priority: u16,
     /// The pods that it governs.
     pub subject: PodMatch,
-    /// Rules for traffic to the subject; `None` leaves ingress ungoverned, an empty list allows nothing.
+    /// Rules for traffic to the subject; `None` leaves ingress ungoverned, an empty list decides nothing, which in the
+    /// tier NetworkPolicy isolates.
     pub ingress: Option<Vec<Rule>>,
     /// Rules for traffic from the subject, likewise.
     pub egress: Option<Vec<Rule>>,
 }
 
 impl Policy {
+    /// What policies are tried by: the lower first.
+    pub fn order(&self) -> (Tier, u16, &PolicyId) {
+        (self.id.tier, self.priority, &self.id)
+    }
+
     /// The rules of a direction, where it is governed.
     pub fn rules(&self, direction: Direction) -> Option<&[Rule]> {
         match direction {

@@ -7,9 +7,9 @@
 //!    count.
 //! 3. A port interval has `first <= last`; a protocol without ports has the whole interval.
 //! 4. A rule id has one verdict, wherever it stands.
-//! 5. The ids without a rule stand where they belong: [`RuleId::NOT_GOVERNED`] and [`RuleId::ISOLATED`] as the
-//!    default only, allowing and denying; [`RuleId::OWN_NODE`] allows and is never the default; [`RuleId::REFUSED`]
-//!    denies.
+//! 5. The ids without a rule stand where they belong: [`RuleId::NOT_GOVERNED`] as the default only, allowing;
+//!    [`RuleId::OWN_NODE`] allows and is never the default; [`RuleId::UNMATCHED`] allows; [`RuleId::ISOLATED`] and
+//!    [`RuleId::REFUSED`] deny.
 //! 6. A list whose default is [`RuleId::NOT_GOVERNED`] has no entries.
 
 use std::collections::HashMap;
@@ -62,9 +62,9 @@ pub fn verify(list: &RuleList) -> Result<(), VerifyError> {
             return Err(broken(4, &place, format!("rule {} has two verdicts", leaf.rule.0)));
         }
         let misplaced = match leaf.rule {
-            RuleId::NOT_GOVERNED | RuleId::ISOLATED => true,
-            RuleId::OWN_NODE => leaf.verdict == Verdict::Deny,
-            RuleId::REFUSED => leaf.verdict == Verdict::Allow,
+            RuleId::NOT_GOVERNED => true,
+            RuleId::OWN_NODE | RuleId::UNMATCHED => leaf.verdict == Verdict::Deny,
+            RuleId::ISOLATED | RuleId::REFUSED => leaf.verdict == Verdict::Allow,
             _ => false,
         };
         if misplaced {
@@ -72,7 +72,7 @@ pub fn verify(list: &RuleList) -> Result<(), VerifyError> {
         }
     }
     let default_ok = match default.rule {
-        RuleId::NOT_GOVERNED => default.verdict == Verdict::Allow,
+        RuleId::NOT_GOVERNED | RuleId::UNMATCHED => default.verdict == Verdict::Allow,
         RuleId::ISOLATED | RuleId::REFUSED => default.verdict == Verdict::Deny,
         RuleId::OWN_NODE => false,
         rule => verdicts.get(&rule).is_none_or(|verdict| *verdict == default.verdict),
@@ -109,7 +109,13 @@ mod tests {
         assert_eq!(one("allow 5 peers 1 47 1-2"), Some(3));
         assert_eq!(one("allow 5 peers 1 47 *"), None);
         assert_eq!(one("allow 5 peers 1 any\ndeny 5 peers 2 any"), Some(4));
-        assert_eq!(one("deny 1 peers 1 any"), Some(5));
+        assert_eq!(one("allow 0 peers 1 any"), Some(5));
+        assert_eq!(one("allow 1 peers 1 any"), Some(5));
+        assert_eq!(one("deny 1 peers 1 any"), None);
+        assert_eq!(one("deny 4 peers 1 any"), Some(5));
+        assert_eq!(one("allow 4 peers 1 any"), None);
+        assert_eq!(broken_by("ingress locals 1\ndeny 4 default"), Some(5));
+        assert_eq!(broken_by("ingress locals 1\nallow 5 peers 0 any\nallow 4 default"), None);
         assert_eq!(one("deny 2 peers 1 any"), Some(5));
         assert_eq!(one("allow 3 peers 1 any"), Some(5));
         assert_eq!(one("deny 3 peers 1 any"), None);

@@ -7,7 +7,7 @@ use dcenet_policy::ir::{Leaf, RuleId};
 use dcenet_policy::isolation::Fault;
 use dcenet_policy::model::*;
 use dcenet_policy::test_support::{PlantedBug, Rng, Tally, compare, tuples};
-use dcenet_policy::{CompileError, Compiler};
+use dcenet_policy::{CompileError, Compiler, eval};
 
 fn has(key: &str, value: &str) -> LabelSelector {
     let operator = Operator::In([value.to_owned()].into());
@@ -23,11 +23,17 @@ fn tcp(first: u16, last: u16) -> PortMatch {
 }
 
 fn allow(peers: Vec<Peer>, ports: Vec<PortMatch>) -> Rule {
-    Rule { action: Verdict::Allow, peers: Peers::OneOf(peers), ports: Ports::OneOf(ports) }
+    Rule { action: Action::Allow, peers: Peers::OneOf(peers), ports: Ports::OneOf(ports) }
 }
 
 fn ingress(name: &str, subject: LabelSelector, rules: Vec<Rule>) -> Policy {
-    Policy { id: PolicyId::new("n", name), subject: pods("n", subject), ingress: Some(rules), egress: None }
+    Policy {
+        id: PolicyId::new("n", name),
+        priority: 0,
+        subject: pods("n", subject),
+        ingress: Some(rules),
+        egress: None,
+    }
 }
 
 /// Pods p1 to p6: odd ones `app=a`, even ones `app=b`; `b` may reach `a` on port 80.
@@ -58,9 +64,9 @@ fn endpoints_with_the_same_policies_share_one_set_and_program() {
     assert_eq!(update.sets().len(), 3, "isolated ingress, free ingress, free egress");
     assert_eq!(
         of("p1").ingress.program.list.to_string(),
-        "ingress locals 2\nallow 4 peers 1 tcp 80-80\ndeny 1 default\n"
+        "ingress locals 2\nallow 5 peers 1 tcp 80-80\ndeny 1 default\n"
     );
-    assert_eq!(update.rules.name(RuleId(4)), "n/web ingress[0] from[0] ports[0]");
+    assert_eq!(update.rules.name(RuleId::FIRST), "n/web ingress[0] from[0] ports[0]");
     // Pods without the label satisfy nothing that is asked, and take no entry.
     assert_eq!(update.table.exact().len(), 3);
     assert_eq!(update.classes, 2);
@@ -136,10 +142,11 @@ fn a_changed_policy_gets_a_new_class_array() {
 
 #[test]
 fn numbers_are_reused_only_after_release() {
+    const FIRST: u32 = RuleId::FIRST.0;
     let mut compiler = Compiler::default();
     let mut cluster = cluster();
     let rules = |update: &dcenet_policy::Update| update.rules.iter().map(|(id, _)| id.0).collect::<Vec<_>>();
-    assert_eq!(rules(&compiler.update(&cluster).unwrap()), [4]);
+    assert_eq!(rules(&compiler.update(&cluster).unwrap()), [FIRST]);
     let with_port = |port| {
         let peers = vec![Peer::Pods(pods("n", has("app", "b")))];
         ingress(&format!("web{port}"), has("app", "a"), vec![allow(peers, vec![tcp(port, port)])])
@@ -147,13 +154,13 @@ fn numbers_are_reused_only_after_release() {
     cluster.policies.clear();
     cluster.insert_policy(with_port(1));
     let second = compiler.update(&cluster).unwrap();
-    assert_eq!(rules(&second), [5]);
+    assert_eq!(rules(&second), [FIRST + 1]);
     cluster.policies.clear();
     cluster.insert_policy(with_port(2));
-    assert_eq!(rules(&compiler.update(&cluster).unwrap()), [6]);
+    assert_eq!(rules(&compiler.update(&cluster).unwrap()), [FIRST + 2]);
     compiler.release(second.generation);
     cluster.insert_policy(with_port(3));
-    assert_eq!(rules(&compiler.update(&cluster).unwrap()), [4, 6]);
+    assert_eq!(rules(&compiler.update(&cluster).unwrap()), [FIRST, FIRST + 2]);
 }
 
 #[test]
@@ -164,7 +171,7 @@ fn shadowed_rules_are_removed_and_reported() {
     let update = Compiler::default().update(&cluster).unwrap();
     let program = &update.endpoints[&pod("p1")].ingress.program;
     let told: Vec<_> = program.shadowed.iter().map(|s| (update.rules.name(s.rule), s.by.clone())).collect();
-    assert_eq!(told, [("n/zz ingress[0] from[0] ports[0]".to_owned(), vec![RuleId(4)])]);
+    assert_eq!(told, [("n/zz ingress[0] from[0] ports[0]".to_owned(), vec![RuleId::FIRST])]);
     assert_eq!(program.list.entries.len(), 2);
 }
 
@@ -254,10 +261,10 @@ fn a_refused_policy_that_may_deny_stops_those_behind_it() {
     let rule = |action, port| Rule { action, peers: Peers::Any, ports: Ports::OneOf(vec![tcp(port, port)]) };
     let mut cluster = cluster();
     cluster.policies.clear();
-    cluster.insert_policy(ingress("1", has("app", "a"), vec![rule(Verdict::Allow, 1)]));
-    let three = vec![rule(Verdict::Deny, 9), rule(Verdict::Allow, 8), rule(Verdict::Allow, 7)];
+    cluster.insert_policy(ingress("1", has("app", "a"), vec![rule(Action::Allow, 1)]));
+    let three = vec![rule(Action::Deny, 9), rule(Action::Allow, 8), rule(Action::Allow, 7)];
     cluster.insert_policy(ingress("2", has("app", "a"), three));
-    cluster.insert_policy(ingress("3", has("app", "a"), vec![rule(Verdict::Allow, 3)]));
+    cluster.insert_policy(ingress("3", has("app", "a"), vec![rule(Action::Allow, 3)]));
     let mut compiler = Compiler::new(Scope::Cluster, Limits { entries: 2, ..Limits::default() });
     let update = compiler.update(&cluster).unwrap();
     assert_eq!(refused(&update)[0].0, ["n/2"]);
@@ -266,7 +273,7 @@ fn a_refused_policy_that_may_deny_stops_those_behind_it() {
     assert_eq!(verdicts(&update), [yes, no, no, no, no]);
     compare(&cluster, &update, tuples(&mut Rng::new(1), &cluster, 200), &mut Tally::default()).unwrap();
     // Without a rule that denies, those behind it hold.
-    cluster.policies.get_mut(&PolicyId::new("n", "2")).unwrap().ingress.as_mut().unwrap()[0].action = yes;
+    cluster.policies.get_mut(&PolicyId::new("n", "2")).unwrap().ingress.as_mut().unwrap()[0].action = Action::Allow;
     let update = compiler.update(&cluster).unwrap();
     assert_eq!(verdicts(&update), [yes, yes, no, no, no]);
     compare(&cluster, &update, tuples(&mut Rng::new(2), &cluster, 200), &mut Tally::default()).unwrap();
@@ -407,9 +414,10 @@ fn a_policy_whose_port_names_are_too_much_is_left_out_though_it_asks_for_anybody
     let mut compiler = Compiler::default();
     compiler.update_within(&cluster, below(50)).unwrap();
     let named = |n| PortMatch { protocol: Protocol::TCP, port: PortSpec::Named(format!("port{n}")) };
-    let rule = Rule { action: Verdict::Allow, peers: Peers::Any, ports: Ports::OneOf((0..10).map(named).collect()) };
+    let rule = Rule { action: Action::Allow, peers: Peers::Any, ports: Ports::OneOf((0..10).map(named).collect()) };
     let subject = pods("n", has("app", "a"));
-    let names = Policy { id: PolicyId::new("n", "names"), subject, ingress: None, egress: Some(vec![rule]) };
+    let names =
+        Policy { id: PolicyId::new("n", "names"), priority: 0, subject, ingress: None, egress: Some(vec![rule]) };
     cluster.insert_policy(names);
     let update = compiler.update_within(&cluster, below(50)).unwrap();
     assert_eq!(refused(&update)[0].0, ["n/names"]);
@@ -444,8 +452,7 @@ fn an_address_of_two_pods_is_nobodys_until_one_of_them_goes() {
     assert_eq!(verdict(&believing, "p1", 2, 80).verdict, Verdict::Allow, "the twin without the guard");
 
     // What denies one of them denies the address, whatever comes later.
-    let deny =
-        Rule { action: Verdict::Deny, ..allow(vec![Peer::Pods(pods("n", has("tier", "x")))], vec![tcp(80, 80)]) };
+    let deny = Rule { action: Action::Deny, ..allow(vec![Peer::Pods(pods("n", has("tier", "x")))], vec![tcp(80, 80)]) };
     let block = Peer::Block(IpBlock { cidr: "10.0.0.0/24".parse().unwrap(), except: vec![] });
     cluster.insert_policy(ingress("web", has("app", "a"), vec![deny, allow(vec![block], vec![tcp(80, 80)])]));
     assert_eq!(verdict(&compiler.update(&cluster).unwrap(), "p1", 2, 80).verdict, Verdict::Allow);
@@ -464,11 +471,128 @@ fn empty_lists_of_peers_or_ports_match_nothing() {
     let mut cluster = cluster();
     cluster.policies.clear();
     let any = Peers::Any;
-    let none = Rule { action: Verdict::Allow, peers: any, ports: Ports::OneOf(vec![]) };
+    let none = Rule { action: Action::Allow, peers: any, ports: Ports::OneOf(vec![]) };
     cluster.insert_policy(ingress("p", has("app", "a"), vec![allow(vec![], vec![tcp(1, 9)]), none]));
     let update = Compiler::default().update(&cluster).unwrap();
     let tuple = Tuple::ingress([10, 0, 0, 2].into(), Protocol::TCP, 5);
     assert_eq!(update.decide(&pod("p1"), &tuple).unwrap().rule, RuleId::ISOLATED);
     let oracle = dcenet_policy::eval::evaluate(&cluster, &pod("p1"), &tuple).unwrap();
     assert_eq!(oracle.verdict, Verdict::Deny);
+}
+
+/// A policy of the cluster for the pods with the label app=a, on ingress.
+fn of_tier(tier: Tier, priority: u16, name: &str, rules: Vec<Rule>) -> Policy {
+    let subject = PodMatch { namespaces: NamespaceMatch::Selected(LabelSelector::default()), pods: has("app", "a") };
+    Policy { id: PolicyId::cluster(tier, name), priority, subject, ingress: Some(rules), egress: None }
+}
+
+/// What evaluator and compiler say of packets from 10.0.0.2 (p2) and from a stranger to a port of p1.
+fn told(cluster: &Cluster, port: u16) -> [String; 2] {
+    let update = Compiler::default().update(cluster).unwrap();
+    compare(cluster, &update, tuples(&mut Rng::new(1), cluster, 500), &mut Tally::default()).unwrap();
+    ["10.0.0.2", "192.0.2.77"].map(|peer| {
+        let tuple = Tuple::ingress(peer.parse().unwrap(), Protocol::TCP, port);
+        let evaluated = eval::evaluate(cluster, &pod("p1"), &tuple).unwrap();
+        let compiled = update.decide(&pod("p1"), &tuple).unwrap();
+        assert_eq!(evaluated.verdict, compiled.verdict);
+        if let eval::Reason::Rule(rule) = &evaluated.reason {
+            assert_eq!(update.rules.rule(compiled.rule), Some(rule));
+        }
+        evaluated.to_string()
+    })
+}
+
+#[test]
+fn tiers_are_tried_in_order_and_isolation_ends_them() {
+    let to = |action, port| Rule { action, peers: Peers::Any, ports: Ports::OneOf(vec![tcp(port, port)]) };
+    let mut cluster = cluster();
+    cluster.policies.clear();
+    assert_eq!(told(&cluster, 80), ["allow: no policy governs the pod in this direction"; 2]);
+
+    // The baseline holds where nothing isolates, and allows what it does not name.
+    cluster.insert_policy(of_tier(Tier::Baseline, 0, "b", vec![to(Action::Deny, 80), to(Action::Pass, 81)]));
+    assert_eq!(told(&cluster, 80), ["deny: baseline:b ingress[0] ports[0]"; 2]);
+    let unmatched = "allow: no rule of baseline:b decides, and no policy isolates the pod";
+    assert_eq!(told(&cluster, 81), [unmatched; 2]);
+    assert_eq!(told(&cluster, 82), [unmatched; 2]);
+
+    // Isolated by a NetworkPolicy, the baseline is never asked.
+    let from_b = vec![Peer::Pods(pods("n", has("app", "b")))];
+    cluster.insert_policy(ingress("np", has("app", "a"), vec![allow(from_b.clone(), vec![tcp(80, 80)])]));
+    let isolated = "deny: isolated by n/np; no rule matches";
+    assert_eq!(told(&cluster, 80), ["allow: n/np ingress[0] from[0] ports[0]", isolated]);
+    assert_eq!(told(&cluster, 81), [isolated; 2]);
+
+    // Admin is tried first; what it does not name goes on.
+    cluster.insert_policy(of_tier(Tier::Admin, 5, "late", vec![to(Action::Allow, 80), to(Action::Allow, 81)]));
+    assert_eq!(told(&cluster, 81), ["allow: admin:late ingress[1] ports[0]"; 2]);
+    assert_eq!(told(&cluster, 82), [isolated; 2]);
+
+    // A rule that passes skips the rest of its tier, of later priorities too, for what it matches.
+    let pass_b = Rule { action: Action::Pass, peers: Peers::OneOf(from_b), ports: Ports::Any };
+    cluster.insert_policy(of_tier(Tier::Admin, 4, "zz-early", vec![pass_b]));
+    assert_eq!(
+        told(&cluster, 80),
+        ["allow: n/np ingress[0] from[0] ports[0]", "allow: admin:late ingress[0] ports[0]"]
+    );
+    assert_eq!(told(&cluster, 81), [isolated, "allow: admin:late ingress[1] ports[0]"]);
+
+    // Equal priorities go by name.
+    cluster.insert_policy(of_tier(Tier::Admin, 5, "a-first", vec![to(Action::Deny, 81)]));
+    assert_eq!(told(&cluster, 81), [isolated, "deny: admin:a-first ingress[0] ports[0]"]);
+}
+
+#[test]
+fn the_own_node_belongs_to_the_tier_of_namespaces() {
+    let mut cluster = cluster();
+    cluster.policies.clear();
+    cluster.nodes.insert("n1".to_owned(), ["192.0.2.77".parse().unwrap()].into());
+    cluster.pods.get_mut(&pod("p1")).unwrap().node = Some("n1".to_owned());
+    cluster.insert_policy(ingress("np", has("app", "a"), Vec::new()));
+    assert_eq!(told(&cluster, 80)[1], "allow: the peer is the pod's own node");
+    let deny = Rule { action: Action::Deny, peers: Peers::Any, ports: Ports::Any };
+    cluster.insert_policy(of_tier(Tier::Admin, 0, "deny", vec![deny.clone()]));
+    assert_eq!(told(&cluster, 80)[1], "deny: admin:deny ingress[0]");
+    cluster.insert_policy(of_tier(Tier::Admin, 0, "deny", vec![Rule { action: Action::Pass, ..deny }]));
+    assert_eq!(told(&cluster, 80)[1], "allow: the peer is the pod's own node");
+}
+
+#[test]
+fn a_refused_policy_that_passes_closes_what_is_behind_it_in_every_tier() {
+    let to = |action, port| Rule { action, peers: Peers::Any, ports: Ports::OneOf(vec![tcp(port, port)]) };
+    let mut cluster = cluster();
+    cluster.policies.clear();
+    cluster.insert_policy(of_tier(Tier::Admin, 1, "before", vec![to(Action::Allow, 1)]));
+    let large = vec![to(Action::Pass, 2), to(Action::Allow, 3), to(Action::Allow, 4), to(Action::Allow, 5)];
+    cluster.insert_policy(of_tier(Tier::Admin, 2, "large", large));
+    cluster.insert_policy(of_tier(Tier::Baseline, 0, "behind", vec![to(Action::Allow, 6)]));
+    let mut compiler = Compiler::new(Scope::Cluster, Limits { entries: 3, ..Limits::default() });
+    let verdicts = |update: &dcenet_policy::Update| [1, 2, 3, 6, 7].map(|port| verdict(update, "p1", 2, port).verdict);
+    let (yes, no) = (Verdict::Allow, Verdict::Deny);
+    let update = compiler.update(&cluster).unwrap();
+    assert_eq!(refused(&update)[0].0, ["admin:large"]);
+    assert_eq!(verdicts(&update), [yes, no, no, no, no]);
+    compare(&cluster, &update, tuples(&mut Rng::new(1), &cluster, 200), &mut Tally::default()).unwrap();
+    // Where it can only allow, the rest holds.
+    let large = cluster.policies.get_mut(&PolicyId::cluster(Tier::Admin, "large")).unwrap();
+    large.ingress.as_mut().unwrap()[0].action = Action::Allow;
+    let update = compiler.update(&cluster).unwrap();
+    assert_eq!(refused(&update)[0].0, ["admin:large"]);
+    assert_eq!(verdicts(&update), [yes, yes, yes, yes, yes]);
+    compare(&cluster, &update, tuples(&mut Rng::new(2), &cluster, 200), &mut Tally::default()).unwrap();
+}
+
+#[test]
+fn a_rule_that_passes_denies_an_address_that_several_claim() {
+    let mut cluster = cluster();
+    cluster.policies.clear();
+    let from_b = Peers::OneOf(vec![Peer::Pods(pods("n", has("app", "b")))]);
+    let pass = Rule { action: Action::Pass, peers: from_b, ports: Ports::Any };
+    let deny = Rule { action: Action::Deny, peers: Peers::Any, ports: Ports::Any };
+    cluster.insert_policy(of_tier(Tier::Admin, 0, "pass", vec![pass, deny]));
+    let passed = "allow: no rule of admin:pass decides, and no policy isolates the pod";
+    assert_eq!(told(&cluster, 80), [passed, "deny: admin:pass ingress[1]"]);
+    let claimed = cluster.pods[&pod("p2")].addresses.clone();
+    cluster.pods.get_mut(&pod("p3")).unwrap().addresses.extend(claimed);
+    assert_eq!(told(&cluster, 80)[0], "deny: admin:pass ingress[0] from[0]");
 }

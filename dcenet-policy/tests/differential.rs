@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use dcenet_policy::ir::{Leaf, RuleList};
-use dcenet_policy::model::{Direction, Peers, PodId, Ports, Rule, Tuple, Verdict};
+use dcenet_policy::model::{Action, Direction, Peers, PodId, Ports, Rule, Tuple};
 use dcenet_policy::test_support::{
     PlantedBug, Rng, Tally, addresses, boundary_tuples, claim_twice, cluster, compare, compare_random, tuples,
 };
@@ -47,7 +47,7 @@ fn every_leaf_is_met_at_its_boundaries() {
 
 #[test]
 fn planted_bugs_are_caught() {
-    for bug in [PlantedBug::EndPortExclusive, PlantedBug::ExceptIgnored] {
+    for bug in [PlantedBug::EndPortExclusive, PlantedBug::ExceptIgnored, PlantedBug::PassIgnored] {
         let caught = compare_random(0..200, 500, || Compiler::default().with_planted_bug(bug));
         let message = caught.expect_err("a wrong compiler must not pass").to_string();
         assert!(message.contains("the evaluator says"), "{message}");
@@ -179,7 +179,7 @@ fn rules_that_match_nobody_change_nothing() {
         let mut rng = Rng::new(seed);
         let plain = cluster(&mut rng);
         let mut padded = plain.clone();
-        let nobody = Rule { action: Verdict::Deny, peers: Peers::OneOf(Vec::new()), ports: Ports::Any };
+        let nobody = Rule { action: Action::Deny, peers: Peers::OneOf(Vec::new()), ports: Ports::Any };
         for policy in padded.policies.values_mut() {
             for rules in [&mut policy.ingress, &mut policy.egress].into_iter().flatten() {
                 rules.splice(0..0, std::iter::repeat_n(nobody.clone(), 12_500));

@@ -25,14 +25,20 @@ fn one_pod(rng: &mut Rng, count: usize) -> (Cluster, PodId) {
         let first = rng.below(60_000) as u16;
         let port = PortSpec::Range { first, last: first + rng.below(100) as u16 };
         Rule {
-            action: Verdict::Allow,
+            action: Action::Allow,
             peers: Peers::OneOf(vec![Peer::Block(IpBlock { cidr, except: Vec::new() })]),
             ports: Ports::OneOf(vec![PortMatch { protocol: *rng.pick(&[Protocol::TCP, Protocol::UDP]), port }]),
         }
     });
     let rules = rules.collect();
     let subject = PodMatch { namespaces: NamespaceMatch::Named("n".to_owned()), pods: LabelSelector::default() };
-    cluster.insert_policy(Policy { id: PolicyId::new("n", "p"), subject, ingress: Some(rules), egress: None });
+    cluster.insert_policy(Policy {
+        id: PolicyId::new("n", "p"),
+        priority: 0,
+        subject,
+        ingress: Some(rules),
+        egress: None,
+    });
     (cluster, pod)
 }
 
@@ -64,7 +70,7 @@ fn a_set_beyond_every_bound_is_refused_in_time() {
             port: PortSpec::Range { first: number, last: u16::MAX - number },
         };
         let ports = Ports::OneOf((0..10_000).map(overlapping).collect());
-        rule.push(Rule { action: Verdict::Allow, peers: Peers::Any, ports });
+        rule.push(Rule { action: Action::Allow, peers: Peers::Any, ports });
     }
     let start = Instant::now();
     let faults = Compiler::default().update(&cluster).unwrap().faults;
@@ -108,7 +114,7 @@ fn large(policies: usize, pods: usize) -> Cluster {
             let first = rng.below(60_000) as u16;
             let port = PortSpec::Range { first, last: first + rng.below(10) as u16 };
             Rule {
-                action: Verdict::Allow,
+                action: Action::Allow,
                 peers: Peers::OneOf(vec![peer]),
                 ports: Ports::OneOf(vec![PortMatch { protocol: Protocol::TCP, port }]),
             }
@@ -116,6 +122,7 @@ fn large(policies: usize, pods: usize) -> Cluster {
         let (ingress, egress) = (vec![rule(), rule()], vec![rule(), rule()]);
         cluster.insert_policy(Policy {
             id: PolicyId::new(namespace.clone(), format!("policy{number}")),
+            priority: 0,
             subject: PodMatch { namespaces: NamespaceMatch::Named(namespace), pods: label("app", rng.below(10)) },
             ingress: Some(ingress),
             egress: Some(egress),

@@ -35,8 +35,8 @@
 //!       "reason": "z/c gives no tcp port the name \"http\"" } ] }
 //! ```
 //!
-//! `port` is missing for ICMP. `decided_by` is `rule`, `isolation`, `no-policy`, `own-node`, `host-network` or
-//! `same-pod`. With `rule` come `policy`, `rule`, and `peer` and `rule_port` where the rule has lists of them: indices
+//! `port` is missing for ICMP. `decided_by` is `rule`, `isolation`, `no-policy`, `no-rule` (policies select the pod, none
+//! isolates it and no rule of theirs decides), `own-node`, `host-network` or `same-pod`. With `rule` come `policy`, `rule`, and `peer` and `rule_port` where the rule has lists of them: indices
 //! from 0 into the policy's own lists.
 //!
 //! # Examples

@@ -90,7 +90,7 @@ pub struct Side {
     /// Index of the port in the rule.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rule_port: Option<usize>,
-    /// The policies that isolate the pod.
+    /// The policies that isolate the pod, or that select it though no rule of theirs decides.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub policies: Vec<String>,
     /// The same in words.
@@ -107,6 +107,8 @@ pub enum DecidedBy {
     Isolation,
     /// That no policy selects the pod in this direction.
     NoPolicy,
+    /// That policies select the pod, none of which isolates it, and no rule of theirs decides.
+    NoRule,
     /// That the other end is the pod's own node.
     OwnNode,
     /// That the pod is in its host's network.
@@ -136,6 +138,7 @@ impl From<Decision> for Side {
             Reason::NotGoverned => Self::of(verdict, DecidedBy::NoPolicy, "no policy selects it".to_owned()),
             Reason::OwnNode => side(DecidedBy::OwnNode),
             Reason::Isolated(policies) => Self { policies: names(policies), ..side(DecidedBy::Isolation) },
+            Reason::Unmatched(policies) => Self { policies: names(policies), ..side(DecidedBy::NoRule) },
             Reason::Refused(policies) => Self { policies: names(policies), ..side(DecidedBy::NotEnforced) },
             Reason::Rule(rule) => Self {
                 policy: Some(rule.policy.to_string()),

@@ -16,7 +16,7 @@ use super::{Engine, ReachError};
 use crate::compiler::{Compiler, EndpointPlan, PolicySet, SetId, Update};
 use crate::eval::{Decision, Reason};
 use crate::ir::RuleId;
-use crate::model::{Cluster, Direction, PodId, Protocol, Tuple, Verdict};
+use crate::model::{Cluster, Direction, PodId, Protocol, Tier, Tuple, Verdict};
 use crate::target::{Artefact, Cache, Target, Tc};
 
 /// Compiles a cluster as an owner of a node's policy state does, and runs the programs that would be attached: from the
@@ -122,12 +122,14 @@ impl Engine for Simulator {
             Some(reason) => return Err(defect(format!("{verdict}, told as {}", reason.name()))),
             None => return Err(defect(format!("{verdict}, told as reason {}", event.reason))),
         }
-        let isolating = || plan.set(tuple.direction).policies.to_vec();
+        let governing = || plan.set(tuple.direction).policies.to_vec();
+        let isolating = || governing().into_iter().filter(|id| id.tier == Tier::NetworkPolicy).collect();
         let reason = match RuleId(event.rule) {
             RuleId::NOT_GOVERNED => Reason::NotGoverned,
             RuleId::OWN_NODE => Reason::OwnNode,
             RuleId::ISOLATED => Reason::Isolated(isolating()),
-            RuleId::REFUSED => Reason::Refused(isolating()),
+            RuleId::UNMATCHED => Reason::Unmatched(governing()),
+            RuleId::REFUSED => Reason::Refused(governing()),
             id => {
                 let rule = self.update.rules.rule(id).cloned();
                 Reason::Rule(rule.ok_or_else(|| defect(format!("told as rule {}, which there is not", id.0)))?)

@@ -50,8 +50,8 @@ use serde_json::Value;
 use super::fields::At;
 use super::{SourceError, text};
 use crate::model::{
-    IpBlock, LabelSelector, NamespaceMatch, Operator, Peer, Peers, PodMatch, Policy, PolicyId, PortMatch, PortSpec,
-    Ports, Protocol, Requirement, Rule, Verdict,
+    Action, IpBlock, LabelSelector, NamespaceMatch, Operator, Peer, Peers, PodMatch, Policy, PolicyId, PortMatch,
+    PortSpec, Ports, Protocol, Requirement, Rule,
 };
 
 /// The longest text that is read, in bytes.
@@ -179,6 +179,7 @@ pub(super) fn read_policy(at: &At<'_>, kind_needed: KindNeeded) -> Result<Policy
     }
     Ok(Policy {
         id,
+        priority: 0,
         subject: PodMatch { namespaces: NamespaceMatch::Named(namespace_name.to_owned()), pods },
         ingress: types.contains("Ingress").then_some(ingress),
         egress: types.contains("Egress").then_some(egress),
@@ -201,7 +202,7 @@ fn rules(at: &At<'_>, peers_field: &'static str, namespace: &str) -> Result<Vec<
         let combinations = peers.len().max(1).saturating_mul(ports.len().max(1));
         within(&rule.path, rule.document, "combinations of peer and port", combinations, MAX_COMBINATIONS)?;
         rules.push(Rule {
-            action: Verdict::Allow,
+            action: Action::Allow,
             peers: if peers.is_empty() { Peers::Any } else { Peers::OneOf(peers) },
             ports: if ports.is_empty() { Ports::Any } else { Ports::OneOf(ports) },
         });

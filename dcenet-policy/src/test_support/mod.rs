@@ -29,6 +29,8 @@ pub enum PlantedBug {
     ClaimsBelieved,
     /// What is beyond a limit fails the whole update.
     NothingIsolated,
+    /// Rules that pass are left out.
+    PassIgnored,
 }
 
 /// The policies that an update does not enforce, for the evaluator.
@@ -95,6 +97,7 @@ pub fn compare(
                     Reason::NotGoverned => leaf.rule == RuleId::NOT_GOVERNED,
                     Reason::OwnNode => leaf.rule == RuleId::OWN_NODE,
                     Reason::Isolated(_) => leaf.rule == RuleId::ISOLATED,
+                    Reason::Unmatched(_) => leaf.rule == RuleId::UNMATCHED,
                     Reason::Refused(_) => leaf.rule == RuleId::REFUSED,
                     Reason::Rule(rule) => update.rules.rule(leaf.rule) == Some(rule),
                 }
@@ -107,7 +110,8 @@ pub fn compare(
             return Err(Mismatch { pod, tuple, expected: expected.to_string(), found });
         };
         tally.pairs += 1;
-        tally.by_rule += usize::from(!matches!(leaf.rule, RuleId::NOT_GOVERNED | RuleId::ISOLATED));
+        let default = matches!(leaf.rule, RuleId::NOT_GOVERNED | RuleId::ISOLATED | RuleId::UNMATCHED);
+        tally.by_rule += usize::from(!default);
         tally.allowed += usize::from(leaf.verdict == Verdict::Allow);
         if let Some(plan) = update.endpoints.get(&pod) {
             tally.leaves_hit.entry(plan.set(tuple.direction).id).or_default().insert(leaf);

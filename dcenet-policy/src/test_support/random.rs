@@ -8,8 +8,9 @@ use ipnet::IpNet;
 use super::Rng;
 use crate::classes::selector_holds;
 use crate::model::{
-    Cluster, Direction, IpBlock, LabelSelector, Labels, NamedPort, NamespaceMatch, Operator, Peer, Peers, Pod, PodId,
-    PodMatch, PodNetwork, Policy, PolicyId, PortMatch, PortSpec, Ports, Protocol, Requirement, Rule, Tuple, Verdict,
+    Action, Cluster, Direction, IpBlock, LabelSelector, Labels, NamedPort, NamespaceMatch, Operator, Peer, Peers, Pod,
+    PodId, PodMatch, PodNetwork, Policy, PolicyId, PortMatch, PortSpec, Ports, Protocol, Requirement, Rule, Tier,
+    Tuple,
 };
 
 const NAMESPACES: [&str; 3] = ["x", "y", "z"];
@@ -20,7 +21,7 @@ const PORT_NAMES: [&str; 2] = ["web", "dns"];
 const PORTED: [Protocol; 3] = [Protocol::TCP, Protocol::UDP, Protocol::SCTP];
 const EDGES: [u16; 9] = [0, 1, 53, 80, 81, 443, 8080, 65534, 65535];
 
-/// A cluster of up to three namespaces, two nodes, ten pods and eight policies.
+/// A cluster of up to three namespaces, two nodes, ten pods, eight policies of namespaces and four of the cluster.
 pub fn cluster(rng: &mut Rng) -> Cluster {
     let mut cluster = Cluster::default();
     for name in &NAMESPACES[..1 + rng.below(3)] {
@@ -54,6 +55,10 @@ pub fn cluster(rng: &mut Rng) -> Cluster {
     }
     for number in 0..1 + rng.below(8) {
         let policy = policy(rng, number);
+        cluster.insert_policy(policy);
+    }
+    for number in 0..rng.below(5) {
+        let policy = cluster_policy(rng, number);
         cluster.insert_policy(policy);
     }
     cluster
@@ -200,10 +205,25 @@ fn policy(rng: &mut Rng, number: usize) -> Policy {
     let (ingress, egress) = (rules(80), rules(60));
     Policy {
         id: PolicyId::new(namespace, format!("policy{number}")),
+        priority: 0,
         subject: PodMatch { namespaces, pods: selector(rng) },
         ingress,
         egress,
     }
+}
+
+/// One of the tiers around the namespaces', with priorities that meet.
+fn cluster_policy(rng: &mut Rng, number: usize) -> Policy {
+    let Policy { mut subject, mut ingress, mut egress, .. } = policy(rng, number);
+    if let NamespaceMatch::Named(_) = subject.namespaces {
+        subject.namespaces = NamespaceMatch::Selected(LabelSelector::default());
+    }
+    for rule in [&mut ingress, &mut egress].into_iter().flatten().flatten() {
+        rule.action = *rng.pick(&[Action::Allow, Action::Allow, Action::Deny, Action::Deny, Action::Pass]);
+    }
+    let tier = *rng.pick(&[Tier::Admin, Tier::Admin, Tier::Baseline]);
+    let id = PolicyId::cluster(tier, format!("policy{number}"));
+    Policy { id, priority: rng.below(3) as u16, subject, ingress, egress }
 }
 
 fn rule(rng: &mut Rng, namespace: &str) -> Rule {
@@ -215,7 +235,7 @@ fn rule(rng: &mut Rng, namespace: &str) -> Rule {
         true => Ports::Any,
         false => Ports::OneOf((0..1 + rng.below(3)).map(|_| port(rng)).collect()),
     };
-    Rule { action: if rng.chance(20) { Verdict::Deny } else { Verdict::Allow }, peers, ports }
+    Rule { action: if rng.chance(20) { Action::Deny } else { Action::Allow }, peers, ports }
 }
 
 fn peer(rng: &mut Rng, namespace: &str) -> Peer {

@@ -21,7 +21,7 @@ fn huge() -> Policy {
     let block = |n: u16| IpBlock { cidr: format!("10.20.{}.{}/32", n >> 8, n & 0xff).parse().unwrap(), except: vec![] };
     let port = |n: u16| PortMatch { protocol: Protocol::UDP, port: PortSpec::Range { first: n, last: n } };
     let rule = Rule {
-        action: Verdict::Allow,
+        action: Action::Allow,
         peers: Peers::OneOf((0..500).map(|n| Peer::Block(block(n))).collect()),
         ports: Ports::OneOf((5300..5700).map(port).collect()),
     };
@@ -31,7 +31,7 @@ fn huge() -> Policy {
 /// 300 classes of peers, where a node of these tests has room for 256.
 fn wide() -> Policy {
     let rules = (0..300).map(|n: u16| Rule {
-        action: Verdict::Allow,
+        action: Action::Allow,
         peers: Peers::OneOf(vec![Peer::Block(IpBlock {
             cidr: format!("10.{}.{}.0/24", 100 + (n >> 8), n & 0xff).parse().unwrap(),
             except: vec![],
@@ -45,7 +45,7 @@ fn wide() -> Policy {
 fn scattered() -> Policy {
     let block = |n| Peer::Block(IpBlock { cidr: format!("{n}.7.7.0/24").parse().unwrap(), except: vec![] });
     let peers = Peers::OneOf((101..=200).map(block).collect());
-    for_db("scattered", vec![Rule { action: Verdict::Allow, peers, ports: Ports::Any }])
+    for_db("scattered", vec![Rule { action: Action::Allow, peers, ports: Ports::Any }])
 }
 
 fn for_db(name: &str, rules: Vec<Rule>) -> Policy {
@@ -164,7 +164,7 @@ fn peers_beyond_the_room_are_enforced_without_another_change_once_numbers_are_fr
     }
     let (world, owner) = four_pods();
     let from = |label: &str| Rule {
-        action: Verdict::Allow,
+        action: Action::Allow,
         peers: Peers::OneOf(vec![Peer::Pods(PodMatch {
             namespaces: NamespaceMatch::Named("shop".to_owned()),
             pods: LabelSelector {
