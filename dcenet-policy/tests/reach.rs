@@ -231,7 +231,7 @@ fn engines_agree_on_random_clusters() {
 
 #[test]
 fn engines_that_differ_are_noticed() {
-    for bug in [PlantedBug::EndPortExclusive, PlantedBug::ExceptIgnored] {
+    for bug in [PlantedBug::EndPortExclusive, PlantedBug::ExceptIgnored, PlantedBug::PassIgnored] {
         assert!(compare_engines(200, Some(bug)).is_err(), "{bug:?}");
     }
 }
@@ -406,8 +406,7 @@ fn bad_input_is_refused_with_its_place() {
         (
             "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\n".to_owned(),
             "reach: a.yaml:2: document 0: kind: \"CiliumNetworkPolicy\": cilium.io/v2 CiliumNetworkPolicy is not \
-             understood, and verdicts without it would be wrong; only networking.k8s.io/v1 NetworkPolicy is: translate it, \
-             or remove it",
+             understood, and verdicts without it would be wrong: translate it to a kind and version that is, or remove it",
         ),
         (
             pod("one", "{ phase: Pending }"),
@@ -424,4 +423,126 @@ fn bad_input_is_refused_with_its_place() {
     }
     let syntax = refusal("kind: [");
     assert!(syntax.starts_with("reach: a.yaml: not YAML: ") && syntax.contains("line"), "{syntax}");
+}
+
+#[test]
+fn rules_that_are_closed_are_told_with_their_place() {
+    let (resources, _) = scenario(&folder("scenarios/cluster-closed"));
+    let (status, _, err) = run(&["--resources", resources.path().to_str().unwrap(), "--probe", "tcp/80"]);
+    let file = resources.path().join("policies/policies.yaml");
+    assert_eq!(status, 0);
+    assert_eq!(
+        err.replace(file.to_str().unwrap(), "FILE"),
+        "reach: closed: FILE:10: document 0: spec.egress[0].to[0]: domainNames cannot be resolved here: a rule that allows \
+         matches nothing then\n\
+         reach: closed: FILE:22: document 1: spec.egress[1].to[0]: nodes cannot be resolved here: a rule that denies or \
+         passes denies everything then\n\
+         reach: closed: FILE:32: document 2: spec.ingress[0].from[0]: spec.ingress[0].from[0].services is not known: a \
+         rule that denies or passes denies everything then\n"
+    );
+}
+
+#[test]
+fn bad_cluster_policies_are_refused_with_their_place() {
+    let cluster = |spec: &str| {
+        format!(
+            "apiVersion: policy.networking.k8s.io/v1alpha2\nkind: ClusterNetworkPolicy\nmetadata: {{ name: p }}\nspec: {spec}\n"
+        )
+    };
+    let admin = |kind: &str, name: &str, spec: &str| {
+        format!(
+            "apiVersion: policy.networking.k8s.io/v1alpha1\nkind: {kind}\nmetadata: {{ name: {name} }}\nspec: {spec}\n"
+        )
+    };
+    let egress = |rule: &str| {
+        cluster(&format!("{{ tier: Admin, priority: 1, subject: {{ namespaces: {{}} }}, egress: [ {rule} ] }}"))
+    };
+    for (text, message) in [
+        (
+            cluster("{ tier: Top, priority: 1, subject: { namespaces: {} } }"),
+            "spec.tier: \"Top\": must be Admin or Baseline",
+        ),
+        (
+            cluster("{ tier: Admin, priority: 1001, subject: { namespaces: {} } }"),
+            "spec.priority: 1001: must be a number from 0 to 1000",
+        ),
+        (cluster("{ tier: Admin, priority: 1 }"), "spec.subject: nothing: must have exactly one of namespaces, pods"),
+        (
+            cluster("{ tier: Admin, priority: 1, subject: { pods: { namespaceSelector: {} } } }"),
+            "spec.subject.pods.podSelector: nothing: is required; {} selects all",
+        ),
+        (
+            egress("{ action: Allow, to: [ { namespaces: {} } ] }"),
+            "spec.egress[0].action: \"Allow\": must be Accept or Deny or Pass",
+        ),
+        (egress("{ action: Deny }"), "spec.egress[0].to: nothing: must have at least one peer"),
+        (
+            egress("{ action: Deny, to: [ { namespaces: {} } ], protocols: [] }"),
+            "spec.egress[0].protocols: []: must have at least one element; leave it out for every protocol",
+        ),
+        (
+            egress("{ action: Deny, to: [ { namespaces: {}, pods: { podSelector: {} } } ] }"),
+            "spec.egress[0].to[0]: {\"namespaces\":{},\"pods\":{\"podSelector\":{}}}: must have exactly one field; make several \
+             peers of it",
+        ),
+        (
+            egress(
+                "{ action: Deny, to: [ { namespaces: {} } ], protocols: [ { tcp: { destinationPort: { number: 1, range: { start: 1, end: 2 } } } } ] }",
+            ),
+            "spec.egress[0].protocols[0].tcp.destinationPort: {\"number\":1,\"range\":{\"end\":2,\"start\":1}}: must have exactly \
+             one of number, range",
+        ),
+        (
+            egress(
+                "{ action: Deny, to: [ { namespaces: {} } ], protocols: [ { udp: { destinationPort: { range: { start: 5, end: 5 } } } } ] }",
+            ),
+            "spec.egress[0].protocols[0].udp.destinationPort.range: {\"end\":5,\"start\":5}: start must be below end",
+        ),
+        (
+            egress(
+                "{ action: Deny, to: [ { networks: [ 10.0.0.0/8 ] } ], protocols: [ { destinationNamedPort: web } ] }",
+            ),
+            "spec.egress[0].protocols: [{\"destinationNamedPort\":\"web\"}]: names of ports need peers that are pods; make two \
+             rules of it",
+        ),
+        (
+            egress("{ action: Deny, too: [ { namespaces: {} } ] }"),
+            "spec.egress[0].too: unknown field; did you mean \"to\"?",
+        ),
+        (
+            egress(&format!("{{ action: Deny, to: [ {} ] }}", ["{ namespaces: {} }"; 26].join(", "))),
+            "has 26 elements, and may have 25 at most",
+        ),
+        (
+            admin("BaselineAdminNetworkPolicy", "other", "{ subject: { namespaces: {} } }"),
+            "metadata.name: \"other\": must be default, for there is one of this kind at most",
+        ),
+        (
+            admin(
+                "BaselineAdminNetworkPolicy",
+                "default",
+                "{ subject: { namespaces: {} }, ingress: [ { action: Pass, from: [ { namespaces: {} } ] } ] }",
+            ),
+            "spec.ingress[0].action: \"Pass\": must be Allow or Deny",
+        ),
+        (
+            admin("AdminNetworkPolicy", "a, namespace: x", "{ priority: 1, subject: { namespaces: {} } }"),
+            "metadata.namespace: \"x\": such a policy is the cluster's; remove the namespace",
+        ),
+        (
+            format!(
+                "{}---\n{}",
+                cluster("{ tier: Admin, priority: 1, subject: { namespaces: {} } }"),
+                admin("AdminNetworkPolicy", "p", "{ priority: 2, subject: { namespaces: {} } }")
+            ),
+            "policy admin:p is in a.yaml, document 0, too; remove or rename one",
+        ),
+        (
+            "apiVersion: policy.networking.k8s.io/v1\nkind: ClusterNetworkPolicy\n".to_owned(),
+            "policy.networking.k8s.io/v1 ClusterNetworkPolicy is not understood",
+        ),
+    ] {
+        let found = refusal(&text);
+        assert!(found.contains(message), "{found}\nlacks {message}");
+    }
 }

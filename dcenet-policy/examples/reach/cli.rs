@@ -12,8 +12,8 @@ use dcenet_policy::sources::kubernetes::Documents;
 
 /// Reads Kubernetes objects and tells for every pair of pods whether policies allow each probe, and which rule decides.
 ///
-/// Namespaces, Pods (addresses from status.podIP and podIPs) and NetworkPolicies count; other kinds are named on stderr.
-/// Exit status: 0 with a report, 2 for bad input or usage, 1 where something else fails.
+/// Namespaces, Pods (addresses from status.podIP and podIPs), NetworkPolicies, ClusterNetworkPolicies,
+/// AdminNetworkPolicies and BaselineAdminNetworkPolicies count; other kinds are named on stderr. Exit status: 0 with a report, 2 for bad input or usage, 1 where something else fails.
 #[derive(Debug, Parser)]
 #[command(name = "reach", version)]
 struct Options {
@@ -78,6 +78,9 @@ fn report(options: &Options, out: &mut dyn Write, err: &mut dyn Write) -> Result
     }
     for namespace in documents.assumed_namespaces() {
         writeln!(err, "reach: namespace {namespace} is not given: it has no label but its name")?;
+    }
+    for closed in &documents.closed {
+        writeln!(err, "reach: closed: {closed}")?;
     }
     for (kind, count) in &documents.unused {
         writeln!(err, "reach: not used: {kind} ({count})")?;

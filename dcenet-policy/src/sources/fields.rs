@@ -129,6 +129,12 @@ pub(super) struct Fields<'a> {
 }
 
 impl<'a> Fields<'a> {
+    /// The names of all fields that are set, known or not.
+    pub(super) fn set(&self) -> impl Iterator<Item = &'a str> {
+        let set = |(name, value): (&'a String, &'a Value)| (!value.is_null()).then_some(name.as_str());
+        self.map.into_iter().flatten().filter_map(set)
+    }
+
     pub(super) fn field(&self, name: &str) -> At<'a> {
         let value = self.map.and_then(|map| map.get(name)).filter(|value| !value.is_null());
         At { document: self.at.document, path: self.at.join(name), value }

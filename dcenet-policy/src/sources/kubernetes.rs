@@ -6,6 +6,7 @@
 //! | `v1` Namespace | `metadata.name`, `metadata.labels` |
 //! | `v1` Pod | `metadata`: name, namespace (`default` where missing), labels; `spec`: `nodeName`, `hostNetwork`, named ports of containers and of init containers that restart always; `status`: `phase`, `podIP`, `podIPs`, `hostIP`, `hostIPs` |
 //! | `networking.k8s.io/v1` NetworkPolicy | everything, strictly: see [`networkpolicy`] |
+//! | `policy.networking.k8s.io` ClusterNetworkPolicy, AdminNetworkPolicy, BaselineAdminNetworkPolicy | everything, strictly: see [`clusternetworkpolicy`]; rules that are closed are told by [`Documents::closed`] |
 //! | any `List`, also typed ones such as `PodList` | its `items` |
 //! | another kind that is called `...NetworkPolicy` | refused: without it, verdicts would be others than in the cluster |
 //! | any other kind | counted in [`Documents::unused`] |
@@ -17,7 +18,7 @@
 //! | a pod that is finished (`status.phase` is `Succeeded` or `Failed`) | left out, for its address may be another's by now; told by [`Documents::left_out`] |
 //! | a pod without an address, such as one that is not scheduled yet | left out, likewise |
 //! | a pod whose namespace is not given | the namespace has only its name as label, as each has (`kubernetes.io/metadata.name`); told by [`Documents::assumed_namespaces`] |
-//! | two namespaces, pods or policies of one name, in whatever files | refused |
+//! | two namespaces, pods or policies of one name, in whatever files | refused; policies of the cluster have one name in each tier |
 //! | an address of two pods that have networks of their own, or of such a pod and a node | refused |
 //! | an address that no pod can have: unspecified, loopback, multicast, broadcast | refused |
 //! | `hostNetwork: true` | the pod has its node's addresses, is no subject of policy, and no selector finds it; addresses that may be shared. `hostIPs` count where it has no `podIPs` |
@@ -55,6 +56,7 @@ use std::net::IpAddr;
 
 use serde_json::Value;
 
+use super::clusternetworkpolicy::{self, Closed};
 use super::fields::{At, Fields};
 use super::networkpolicy::{self, KindNeeded, dns_name, one_of, port_number};
 use super::{SourceError, text};
@@ -73,6 +75,8 @@ pub struct Documents {
     pub policies: BTreeMap<PolicyId, Policy>,
     /// Pods that take no part.
     pub left_out: BTreeMap<PodId, LeftOut>,
+    /// Rules of policies that are closed, for they say what is not known here.
+    pub closed: Vec<ClosedRule>,
     /// How many objects there are of each kind that is not read, such as `apps/v1 Deployment`.
     pub unused: BTreeMap<String, usize>,
     /// Where each object stands, by kind and name.
@@ -95,6 +99,23 @@ impl fmt::Display for LeftOut {
             Self::Finished => "it is finished",
             Self::NoAddress => "it has no address; set status.podIP",
         })
+    }
+}
+
+/// A rule that is closed instead of read, and where it stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClosedRule {
+    /// The name that the caller gave to the text.
+    pub file: String,
+    /// The line of the peer that is not known, from 1.
+    pub line: Option<u64>,
+    /// What is closed, and why.
+    pub closed: Closed,
+}
+
+impl fmt::Display for ClosedRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", place(&self.file, self.line), self.closed)
     }
 }
 
@@ -148,11 +169,15 @@ impl Documents {
         documents: Result<Vec<Value>, SourceError>,
     ) -> Result<Self, DocumentError> {
         let added = documents.and_then(|documents| {
-            let mut objects = Vec::new();
+            let mut objects = Objects::default();
             for (index, document) in documents.iter().enumerate().filter(|(_, document)| !document.is_null()) {
                 read(&At::root(index, document), None, &mut objects)?;
             }
-            objects.into_iter().try_for_each(|(at, object)| self.add(file, &at, object))
+            for closed in objects.closed {
+                let line = line_of(text, closed.document, &closed.path);
+                self.closed.push(ClosedRule { file: file.to_owned(), line, closed });
+            }
+            objects.read.into_iter().try_for_each(|(at, object)| self.add(file, &at, object))
         });
         match added {
             Ok(()) => Ok(self),
@@ -164,7 +189,7 @@ impl Documents {
         let (kind, name) = match &object {
             Object::Namespace(name, _) => ("Namespace", name.clone()),
             Object::Pod(pod) => ("Pod", pod.id.to_string()),
-            Object::Policy(policy) => ("NetworkPolicy", policy.id.to_string()),
+            Object::Policy(policy) => ("policy", policy.id.to_string()),
             Object::Unused(kind) => {
                 *self.unused.entry(kind.clone()).or_default() += 1;
                 return Ok(());
@@ -229,7 +254,8 @@ impl Documents {
     pub fn assumed_namespaces(&self) -> BTreeSet<&str> {
         let of_pods = self.pods.keys().map(|id| id.namespace.as_str());
         let all = of_pods.chain(self.policies.keys().map(|id| id.namespace.as_str()));
-        all.filter(|name| !self.namespaces.contains_key(*name)).collect()
+        // Policies of the cluster are in none.
+        all.filter(|name| !name.is_empty() && !self.namespaces.contains_key(*name)).collect()
     }
 
     /// What verdicts depend on.
@@ -255,6 +281,12 @@ impl fmt::Display for Holder {
             Self::Node(name) => write!(f, "node {name}"),
         }
     }
+}
+
+#[derive(Default)]
+struct Objects<'a> {
+    read: Vec<(At<'a>, Object)>,
+    closed: Vec<Closed>,
 }
 
 enum Object {
@@ -299,7 +331,7 @@ fn line_of(_: &str, _: usize, _: &str) -> Option<u64> {
 /// Version and kind of the items of a typed list, which come from the API server without their own.
 type ItemKind<'a> = (&'a str, &'a str);
 
-fn read<'a>(at: &At<'a>, item: Option<ItemKind<'a>>, objects: &mut Vec<(At<'a>, Object)>) -> Result<(), SourceError> {
+fn read<'a>(at: &At<'a>, item: Option<ItemKind<'a>>, objects: &mut Objects<'a>) -> Result<(), SourceError> {
     let fields = at.some_fields()?;
     let (version, kind) = (fields.field("apiVersion"), fields.field("kind"));
     let or_item = |at: &At<'a>, of: fn(ItemKind<'a>) -> &'a str| match (at.value, item) {
@@ -313,24 +345,25 @@ fn read<'a>(at: &At<'a>, item: Option<ItemKind<'a>>, objects: &mut Vec<(At<'a>, 
         let item = (!of.is_empty()).then_some((version_text, of));
         return items.elements()?.iter().try_for_each(|element| read(element, item, objects));
     }
+    let kind_needed = if item.is_some() { KindNeeded::No } else { KindNeeded::Yes };
     let object = match (version_text, kind_text) {
         (CORE, "Namespace") => namespace(&fields)?,
         (CORE, "Pod") => Object::Pod(Box::new(pod(&fields)?)),
         (networkpolicy::API_VERSION, networkpolicy::KIND) => {
-            let kind_needed = if item.is_some() { KindNeeded::No } else { KindNeeded::Yes };
             Object::Policy(networkpolicy::read_policy(at, kind_needed)?)
         }
-        (_, policy) if policy.ends_with("NetworkPolicy") => {
-            return Err(kind.invalid(format!(
-                "{version_text} {policy} is not understood, and verdicts without it would be wrong; only {} {} is: \
-                 translate it, or remove it",
-                networkpolicy::API_VERSION,
-                networkpolicy::KIND
-            )));
+        (version, policy) if policy.ends_with("NetworkPolicy") => {
+            let Some(of_cluster) = clusternetworkpolicy::Kind::of(version, policy) else {
+                return Err(kind.invalid(format!(
+                    "{version} {policy} is not understood, and verdicts without it would be wrong: translate it to a kind \
+                     and version that is, or remove it"
+                )));
+            };
+            Object::Policy(clusternetworkpolicy::read_policy(at, of_cluster, kind_needed, &mut objects.closed)?)
         }
         _ => Object::Unused(format!("{version_text} {kind_text}")),
     };
-    objects.push((at.clone(), object));
+    objects.read.push((at.clone(), object));
     Ok(())
 }
 

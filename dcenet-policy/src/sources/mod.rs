@@ -4,6 +4,7 @@
 //! Reading files is the caller's. Whatever a reader does not understand it
 //! refuses, for a policy that is only partly understood is a hole or an outage.
 
+pub mod clusternetworkpolicy;
 mod fields;
 pub mod kubernetes;
 pub mod networkpolicy;

@@ -244,7 +244,7 @@ fn ip_block(at: &At<'_>) -> Result<IpBlock, SourceError> {
     Ok(IpBlock { cidr, except })
 }
 
-fn prefix(at: &At<'_>) -> Result<IpNet, SourceError> {
+pub(super) fn prefix(at: &At<'_>) -> Result<IpNet, SourceError> {
     let parsed: Result<IpNet, _> = at.text()?.parse();
     parsed
         .map(|prefix| prefix.trunc())
@@ -292,7 +292,7 @@ pub(super) fn port_number(at: &At<'_>) -> Result<u16, SourceError> {
     number.filter(|number| *number > 0).ok_or_else(|| at.invalid("must be a number from 1 to 65535"))
 }
 
-fn selector(at: &At<'_>) -> Result<LabelSelector, SourceError> {
+pub(super) fn selector(at: &At<'_>) -> Result<LabelSelector, SourceError> {
     let fields = at.fields(&["matchLabels", "matchExpressions"])?;
     let mut requirements = Vec::new();
     for (key, value) in fields.field("matchLabels").text_map()? {
@@ -408,7 +408,7 @@ pub(super) const KIND: &str = "NetworkPolicy";
 pub(super) const API_VERSION: &str = "networking.k8s.io/v1";
 /// `status` was written by Kubernetes 1.24 to 1.27 and is found in exported objects.
 const OBJECT: &[&str] = &["apiVersion", "kind", "metadata", "spec", "status"];
-const METADATA: &[&str] = &[
+pub(super) const METADATA: &[&str] = &[
     "name",
     "namespace",
     "labels",
