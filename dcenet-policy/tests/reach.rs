@@ -10,7 +10,10 @@ use std::path::{Path, PathBuf};
 
 use dcenet_core::test_support::effort;
 use dcenet_policy::Compiler;
-use dcenet_policy::reach::{Evaluator, Probe, Simulator, reach};
+use dcenet_policy::compiler::{Limits, Scope};
+use dcenet_policy::model::{Cluster, Pod, PodId, Verdict};
+use dcenet_policy::reach::{Evaluator, Family, Probe, ReachError, Simulator, reach};
+use dcenet_policy::sources::networkpolicy;
 use dcenet_policy::test_support::{self, PlantedBug, Rng};
 use serde_json::Value;
 
@@ -440,6 +443,55 @@ fn rules_that_are_closed_are_told_with_their_place() {
          reach: closed: FILE:32: document 2: spec.ingress[0].from[0]: spec.ingress[0].from[0].services is not known: a \
          rule that denies or passes denies everything then\n"
     );
+}
+
+#[test]
+fn ties_are_told() {
+    let (resources, _) = scenario(&folder("scenarios/cluster-priority"));
+    let (status, _, err) = run(&["--resources", resources.path().to_str().unwrap(), "--probe", "tcp/80"]);
+    let told = "reach: admin:tie-1, admin:tie-2 have one priority: the first by name counts, elsewhere any may\n";
+    assert_eq!((status, err.as_str()), (0, told));
+}
+
+#[test]
+fn the_simulators_tables_grow_with_the_cluster() {
+    let mut cluster = Cluster::default();
+    for number in 0..100_u16 {
+        let [high, low] = (number * 257).to_be_bytes();
+        let v4 = std::net::Ipv4Addr::new(10, high, low, 1);
+        let v6 = std::net::Ipv6Addr::new(0xfd00, number, 0, 0, 0, 0, 0, 1);
+        let pod = Pod::new([("app", if number % 3 == 0 { "a" } else { "b" })], [v4.into(), v6.into()]);
+        cluster.pods.insert(PodId::new("n", format!("p{number}")), pod);
+    }
+    let policies = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: { name: p, namespace: n }\nspec:\n  \
+                    podSelector: { matchLabels: { app: a } }\n  ingress:\n  - from:\n    - podSelector: { matchLabels: { app: b } }\n    \
+                    - ipBlock: { cidr: 'fd00::/26' }\n    ports: [ { port: 80 } ]\n";
+    for policy in networkpolicy::from_yaml(policies).unwrap() {
+        cluster.insert_policy(policy);
+    }
+    let probes = ["tcp/80".parse().unwrap()];
+    let evaluated = reach(&cluster, &probes, &mut Evaluator::new(&cluster)).unwrap();
+    let simulated = reach(&cluster, &probes, &mut Simulator::new(&cluster).unwrap()).unwrap();
+    assert_eq!(evaluated.results.len(), 20_000);
+    let denied = |family| evaluated.results.iter().filter(|a| a.family == family && a.verdict == Verdict::Deny).count();
+    // 34 pods are `a`: each is closed to the other 33, but for IPv6 to those of fd00:0000 to fd00:003f, 22 of them.
+    assert_eq!((denied(Family::Ipv4), denied(Family::Ipv6)), (34 * 33, 22 * 12 + 12 * 11));
+    assert!(evaluated.results == simulated.results);
+}
+
+#[test]
+fn a_simulator_for_what_cannot_be_enforced_is_refused() {
+    let mut cluster = Cluster::default();
+    cluster.pods.insert(PodId::new("n", "a"), Pod::new([], ["10.0.0.1".parse().unwrap()]));
+    let policies = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: { name: p, namespace: n }\n\
+                    spec: { podSelector: {}, ingress: [ { ports: [ { port: 1 }, { port: 2 } ] } ] }\n";
+    for policy in networkpolicy::from_yaml(policies).unwrap() {
+        cluster.insert_policy(policy);
+    }
+    let mut narrow = Compiler::new(Scope::Cluster, Limits { entries: 1, ..Limits::default() });
+    let error = Simulator::compiled_by(&mut narrow, &cluster).unwrap_err();
+    assert!(matches!(error, ReachError::Compile(_)), "{error}");
+    assert!(error.to_string().starts_with("the policies cannot be compiled: n/p for ingress of n/a: "), "{error}");
 }
 
 #[test]

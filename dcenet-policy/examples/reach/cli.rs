@@ -82,6 +82,10 @@ fn report(options: &Options, out: &mut dyn Write, err: &mut dyn Write) -> Result
     for closed in &documents.closed {
         writeln!(err, "reach: closed: {closed}")?;
     }
+    for tied in documents.ties() {
+        let names: Vec<String> = tied.iter().map(ToString::to_string).collect();
+        writeln!(err, "reach: {} have one priority: the first by name counts, elsewhere any may", names.join(", "))?;
+    }
     for (kind, count) in &documents.unused {
         writeln!(err, "reach: not used: {kind} ({count})")?;
     }

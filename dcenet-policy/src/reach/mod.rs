@@ -152,7 +152,7 @@ pub enum ReachError {
     Eval(#[from] EvalError),
     /// The cluster's policies are beyond what compiler, target or tables take.
     #[error("the policies cannot be compiled: {0}")]
-    Compile(String),
+    Compile(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// A program did what it should not. This is a defect of dcenet.
     #[error("{subject}, {tuple:?}: {what}; please report this")]
     Defect {

@@ -1,7 +1,7 @@
 //! Whole programs on packets: compiler, target and the VM of dcenet-ebpf, without a kernel.
 
 use std::collections::HashMap;
-use std::fmt::Display;
+use std::error::Error;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -57,7 +57,7 @@ impl Simulator {
     pub fn compiled_by(compiler: &mut Compiler, cluster: &Cluster) -> Result<Self, ReachError> {
         let update = compiler.update(cluster).map_err(compile)?;
         if let Some(fault) = update.faults.first() {
-            return Err(compile(fault));
+            return Err(compile(fault.clone()));
         }
         let last_rule = update.rules.iter().map(|(id, _)| id.0).max().unwrap_or(0).max(RuleId::FIRST.0);
         let classes = update.endpoints.values().flat_map(|plan| [&plan.ingress, &plan.egress]);
@@ -245,8 +245,8 @@ fn store(maps: &mut Maps, map: &str, key: &[u8], value: &[u8]) -> Result<(), Str
     found.update(key, value, Mode::Any).map_err(|error| format!("map {map:?}: {error}"))
 }
 
-fn compile(error: impl Display) -> ReachError {
-    ReachError::Compile(error.to_string())
+fn compile(error: impl Into<Box<dyn Error + Send + Sync>>) -> ReachError {
+    ReachError::Compile(error.into())
 }
 
 const EPHEMERAL_PORT: u16 = 40_000;

@@ -60,7 +60,7 @@ use super::clusternetworkpolicy::{self, Closed};
 use super::fields::{At, Fields};
 use super::networkpolicy::{self, KindNeeded, dns_name, one_of, port_number};
 use super::{SourceError, text};
-use crate::model::{Cluster, Labels, NamedPort, Pod, PodId, PodNetwork, Policy, PolicyId, Protocol};
+use crate::model::{Cluster, Labels, NamedPort, Pod, PodId, PodNetwork, Policy, PolicyId, Protocol, Tier};
 
 /// What a set of texts says of a cluster.
 #[derive(Debug, Clone, Default)]
@@ -256,6 +256,16 @@ impl Documents {
         let all = of_pods.chain(self.policies.keys().map(|id| id.namespace.as_str()));
         // Policies of the cluster are in none.
         all.filter(|name| !name.is_empty() && !self.namespaces.contains_key(*name)).collect()
+    }
+
+    /// Policies that share tier and priority with others, outside the tier NetworkPolicy: which of them counts where both
+    /// match is left open (`ClusterNetworkPolicySpec.priority`), and here goes by name.
+    pub fn ties(&self) -> Vec<Vec<&PolicyId>> {
+        let mut shared: BTreeMap<(Tier, u16), Vec<&PolicyId>> = BTreeMap::new();
+        for policy in self.policies.values().filter(|policy| policy.id.tier != Tier::NetworkPolicy) {
+            shared.entry((policy.id.tier, policy.priority)).or_default().push(&policy.id);
+        }
+        shared.into_values().filter(|policies| policies.len() > 1).collect()
     }
 
     /// What verdicts depend on.
