@@ -3,7 +3,10 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use dcenet_policy::ir::{Leaf, RuleList};
-use dcenet_policy::model::{Action, Direction, Peers, PodId, Ports, Rule, Tuple};
+use dcenet_policy::model::{
+    Action, Direction, LabelSelector, NamespaceMatch, Peers, PodId, PodMatch, Policy, PolicyId, Ports, Rule, Tier,
+    Tuple, Verdict,
+};
 use dcenet_policy::test_support::{
     PlantedBug, Rng, Tally, addresses, boundary_tuples, claim_twice, cluster, compare, compare_random, tuples,
 };
@@ -191,4 +194,45 @@ fn rules_that_match_nobody_change_nothing() {
             assert_eq!(verdict(&one), verdict(&two));
         }
     }
+}
+
+#[test]
+fn a_rule_that_passes_everything_takes_out_what_is_behind_it_in_its_tier_and_nothing_else() {
+    let pass = Rule { action: Action::Pass, peers: Peers::Any, ports: Ports::Any };
+    let everybody =
+        PodMatch { namespaces: NamespaceMatch::Selected(LabelSelector::default()), pods: LabelSelector::default() };
+    let pass_all = |tier, priority| Policy {
+        id: PolicyId::cluster(tier, "pass-all"),
+        priority,
+        subject: everybody.clone(),
+        ingress: Some(vec![pass.clone()]),
+        egress: Some(vec![pass.clone()]),
+    };
+    let (mut compared, mut changed) = (0, 0);
+    for seed in 60_000..60_200 {
+        let mut rng = Rng::new(seed);
+        let plain = cluster(&mut rng);
+        let questions = tuples(&mut rng, &plain, 200);
+        let verdicts = |cluster: &_| -> Vec<Option<Verdict>> {
+            let update = Compiler::default().update(cluster).unwrap();
+            questions.iter().map(|(pod, tuple)| update.decide(pod, tuple).map(|leaf| leaf.verdict)).collect()
+        };
+        let before = verdicts(&plain);
+        for tier in [Tier::Admin, Tier::Baseline] {
+            let (mut first, mut last, mut without) = (plain.clone(), plain.clone(), plain.clone());
+            // The generator's begin at 0.
+            for policy in first.policies.values_mut() {
+                policy.priority += 1;
+            }
+            first.insert_policy(pass_all(tier, 0));
+            last.insert_policy(pass_all(tier, 1000));
+            without.policies.retain(|id, _| id.tier != tier);
+            assert_eq!(verdicts(&last), before, "seed {seed}, last in {tier}");
+            let alone = verdicts(&without);
+            changed += before.iter().zip(&alone).filter(|(one, other)| one != other).count();
+            compared += alone.len();
+            assert_eq!(verdicts(&first), alone, "seed {seed}, first in {tier}");
+        }
+    }
+    assert!(compared >= 70_000 && changed * 25 > compared, "{changed} of {compared} verdicts are of these tiers");
 }
