@@ -13,7 +13,8 @@ use dcenet_policy::Compiler;
 use dcenet_policy::compiler::{Limits, Scope};
 use dcenet_policy::model::{Cluster, Pod, PodId, Verdict};
 use dcenet_policy::reach::{Evaluator, Family, Probe, ReachError, Simulator, reach};
-use dcenet_policy::sources::networkpolicy;
+use dcenet_policy::sources::kubernetes::Documents;
+use dcenet_policy::sources::{SourceError, networkpolicy};
 use dcenet_policy::test_support::{self, PlantedBug, Rng};
 use serde_json::Value;
 
@@ -443,6 +444,58 @@ fn rules_that_are_closed_are_told_with_their_place() {
          reach: closed: FILE:32: document 2: spec.ingress[0].from[0]: spec.ingress[0].from[0].services is not known: a \
          rule that denies or passes denies everything then\n"
     );
+}
+
+/// All files below a folder.
+fn files(folder: &Path, found: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "yaml") {
+            found.push(path);
+        }
+    }
+}
+
+#[test]
+fn broken_resources_are_refused_not_fatal() {
+    let mut found = Vec::new();
+    files(&folder(""), &mut found);
+    found.sort();
+    let mut rng = Rng::new(7);
+    let (mut read, mut refused, mut with_line) = (0, 0, 0);
+    for path in &found {
+        let text = std::fs::read_to_string(path).unwrap();
+        for _ in 0..effort(10, 60, 600) {
+            let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+            let line = rng.below(lines.len());
+            match rng.below(5) {
+                0 => drop(lines.remove(line)),
+                1 => lines.truncate(line),
+                2 => lines[line].insert(0, ' '),
+                3 => lines[line] = lines[line].replace(['{', '['], ""),
+                _ => {
+                    let other = lines[rng.below(lines.len())].clone();
+                    lines[line] = other;
+                }
+            }
+            match Documents::default().with_yaml("broken.yaml", &lines.join("\n")) {
+                Ok(documents) => {
+                    let cluster = documents.into_cluster();
+                    Compiler::default().update(&cluster).unwrap();
+                    read += 1;
+                }
+                Err(error) => {
+                    refused += 1;
+                    with_line += usize::from(error.line.is_some());
+                    let of_syntax = matches!(error.source, SourceError::Syntax { .. });
+                    assert_ne!(of_syntax, error.line.is_some(), "{}: {error}", path.display());
+                }
+            }
+        }
+    }
+    assert!(found.len() > 20 && read > 100 && refused > 100 && with_line > 50, "{read}, {refused}, {with_line}");
 }
 
 #[test]
