@@ -90,6 +90,19 @@ impl Pins {
         })
     }
 
+    /// Gives a pin another name, in place of what is pinned there.
+    ///
+    /// # Errors
+    /// `ENOENT` where there is no such pin.
+    pub(crate) fn rename(&self, from: &str, to: &str) -> Result<(), PinError> {
+        let (from, to) = (self.path(from)?, self.path(to)?);
+        gated("rename", || std::fs::rename(&from, &to)).map_err(|source| PinError {
+            doing: "rename the pin",
+            path: from,
+            source,
+        })
+    }
+
     /// Opens what is pinned under a name; none where nothing is. [`crate::program::Program::from_fd`] and
     /// [`crate::maps::Map::from_fd`] tell what it is.
     pub fn get(&self, name: &str) -> Result<Option<OwnedFd>, PinError> {
@@ -162,6 +175,10 @@ pub struct PinError {
 }
 
 impl PinError {
+    pub(crate) fn new(doing: &'static str, path: &Path, source: SysError) -> Self {
+        Self { doing, path: path.to_owned(), source }
+    }
+
     /// The errno behind the error, where there is one.
     pub fn raw_os_error(&self) -> Option<i32> {
         self.source.raw_os_error()

@@ -10,9 +10,8 @@ use dcenet_core::model::IfIndex;
 use dcenet_core::netlink::{Attributes, Family, Message, NetlinkError, Reply, Socket};
 use dcenet_core::netns::NetNs;
 
-use super::{AttachError, Attached, Attacher, Direction, Hook, Owner, Tag};
-use crate::object::ProgramKind;
-use crate::program::{self, Program};
+use super::{AttachError, Attached, Attacher, Direction, Filter, Hook, Owner, Tag, Via, check_classifier};
+use crate::program::Program;
 
 /// Attaches by clsact and `cls_bpf` in direct-action mode, at a priority and handle of our own.
 ///
@@ -60,8 +59,7 @@ impl Attacher for ClsactAttacher {
     }
 
     fn chain(&self, hook: Hook) -> Result<Vec<Attached>, AttachError> {
-        let filters = filters(&mut socket()?, hook)?;
-        Ok(filters.into_iter().map(|f| f.attached).collect())
+        filters(&mut socket()?, hook)
     }
 
     fn devices(&self) -> Result<Vec<IfIndex>, AttachError> {
@@ -103,10 +101,23 @@ impl Attacher for ClsactAttacher {
     }
 }
 
-/// A classifier as the kernel describes it.
-struct Filter {
-    handle: u32,
-    attached: Attached,
+/// Takes a filter off, if it is still exactly the one described.
+pub(super) fn evict(hook: Hook, foreign: &Attached) -> Result<bool, AttachError> {
+    let Via::Clsact(filter) = &foreign.via else { return Ok(false) };
+    let mut socket = socket()?;
+    if !filters(&mut socket, hook)?.contains(foreign) {
+        return Ok(false);
+    }
+    let doing = format!("take a filter {:?} off device {} ({:?})", filter.kind, hook.device, hook.direction);
+    let info = u32::from(foreign.priority) << 16 | u32::from(filter.protocol.to_be());
+    let header = tcmsg(hook, filter.handle, parent(hook), info);
+    let mut message = Message::new(libc::RTM_DELTFILTER, 0, doing, &header);
+    message.text(libc::TCA_KIND, &filter.kind).u32(libc::TCA_CHAIN, filter.chain);
+    match socket.request(&message) {
+        Ok(_) => Ok(true),
+        Err(e) if matches!(e.errno(), Some(libc::ENODEV | libc::ENOENT)) => Ok(false),
+        Err(e) => Err(e.into()),
+    }
 }
 
 fn socket() -> Result<Socket, AttachError> {
@@ -114,12 +125,9 @@ fn socket() -> Result<Socket, AttachError> {
 }
 
 fn check(program: &Program, label: &str) -> Result<(), AttachError> {
-    let info = program.info();
-    if info.kind != program::number(ProgramKind::Classifier) {
-        return Err(AttachError::WrongProgram { program: info.name.clone(), kind: info.kind });
-    }
+    check_classifier(program)?;
     if label.len() > LABEL_BYTES || label.contains('\0') {
-        return Err(AttachError::BadLabel { label: label.to_owned() });
+        return Err(AttachError::BadLabel { label: label.to_owned(), want: "at most 200 bytes without NUL" });
     }
     Ok(())
 }
@@ -169,15 +177,12 @@ fn qdisc_message(kind: u16, flags: u16, doing: &str, hook: Hook) -> Message {
 }
 
 fn ours(socket: &mut Socket, hook: Hook) -> Result<Option<Attached>, AttachError> {
-    for filter in filters(socket, hook)? {
-        if filter.handle == HANDLE && filter.attached.priority == PRIORITY {
-            return match filter.attached.owner {
-                Owner::Ours(_) => Ok(Some(filter.attached)),
-                Owner::Foreign(_) => Err(occupied(hook)),
-            };
-        }
+    let in_our_place =
+        |a: &Attached| a.priority == PRIORITY && matches!(&a.via, Via::Clsact(filter) if filter.handle == HANDLE);
+    match filters(socket, hook)?.into_iter().find(in_our_place) {
+        Some(Attached { owner: Owner::Foreign(_), .. }) => Err(occupied(hook)),
+        ours => Ok(ours),
     }
-    Ok(None)
 }
 
 fn occupied(hook: Hook) -> AttachError {
@@ -185,7 +190,7 @@ fn occupied(hook: Hook) -> AttachError {
 }
 
 /// The classifiers on a hook in the order in which they run.
-fn filters(socket: &mut Socket, hook: Hook) -> Result<Vec<Filter>, AttachError> {
+fn filters(socket: &mut Socket, hook: Hook) -> Result<Vec<Attached>, AttachError> {
     // An `ingress` discipline has one list and shows it for whatever parent it is asked (net/sched/sch_ingress.c,
     // `ingress_tcf_block`).
     if hook.direction == Direction::Egress && qdisc(socket, hook)?.as_deref() != Some(CLSACT) {
@@ -201,7 +206,7 @@ fn filters(socket: &mut Socket, hook: Hook) -> Result<Vec<Filter>, AttachError> 
 }
 
 /// Reads a `RTM_NEWTFILTER`; none for the entry that stands for a priority as a whole, which has no handle.
-fn filter(reply: &Reply) -> Option<Filter> {
+fn filter(reply: &Reply) -> Option<Attached> {
     let word = |offset: usize| -> Option<u32> {
         reply.payload.get(offset..offset + 4)?.try_into().ok().map(u32::from_ne_bytes)
     };
@@ -217,24 +222,23 @@ fn filter(reply: &Reply) -> Option<Filter> {
     let name = options.find(TCA_BPF_NAME).filter(|_| bpf).map(text);
     let owner = match name.as_deref().and_then(|n| n.strip_prefix(MARK)) {
         Some(label) => Owner::Ours(label.to_owned()),
-        None => Owner::Foreign(name.or(Some(kind))),
+        None => Owner::Foreign(name.or(Some(kind.clone()))),
     };
-    Some(Filter {
-        handle,
-        attached: Attached {
-            owner,
-            program: options
-                .find(TCA_BPF_ID)
-                .filter(|_| bpf)
-                .and_then(|id| Some(u32::from_ne_bytes(id.get(..4)?.try_into().ok()?))),
-            tag: options.find(TCA_BPF_TAG).filter(|_| bpf).and_then(|tag| tag.try_into().ok()),
-            priority: (info >> 16) as u16,
-            class: options
-                .find(TCA_BPF_CLASSID)
-                .filter(|_| bpf)
-                .and_then(|class| Some(u32::from_ne_bytes(class.get(..4)?.try_into().ok()?) as u16))
-                .unwrap_or(0),
-        },
+    let number = |attributes: &Attributes<'_>, attribute| -> Option<u32> {
+        Some(u32::from_ne_bytes(attributes.find(attribute)?.get(..4)?.try_into().ok()?))
+    };
+    Some(Attached {
+        owner,
+        program: number(&options, TCA_BPF_ID).filter(|_| bpf),
+        tag: options.find(TCA_BPF_TAG).filter(|_| bpf).and_then(|tag| tag.try_into().ok()),
+        priority: (info >> 16) as u16,
+        class: number(&options, TCA_BPF_CLASSID).filter(|_| bpf).unwrap_or(0) as u16,
+        via: Via::Clsact(Filter {
+            kind,
+            protocol: u16::from_be(info as u16),
+            chain: number(&all, libc::TCA_CHAIN).unwrap_or(0),
+            handle,
+        }),
     })
 }
 

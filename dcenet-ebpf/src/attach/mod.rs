@@ -9,6 +9,17 @@
 //! ends the chain**, so that programs of others after ours would never see the packet: ours go on with
 //! [`verdict::UNSPEC`] instead, which passes when nobody else objects (net/sched/cls_bpf.c, `cls_bpf_classify`).
 //!
+//! # Which attacher
+//! [`ClsactAttacher`] works on every kernel, leaves no pin and is right for devices of the host. [`TcxAttacher`] is right for
+//! devices that live in a pod or move, and where others must not run ahead; it keeps its links as pins. [`for_kernel`] takes
+//! the one that the kernel has. Every backend does what `conformance` (feature `test-support`) says, and so can one of
+//! somebody else's.
+//!
+//! # Who runs first
+//! On both hooks a packet meets tcx before clsact (net/core/dev.c, `sch_handle_ingress` and `sch_handle_egress`), and in
+//! both the programs in their order. A program that answers `TC_ACT_OK`, or redirects, ends all of it: what comes behind,
+//! ours too, never sees the packet. [`Attacher::before`] lists what could, [`Attacher::evict`] removes what the caller names.
+//!
 //! # Example
 //! Nothing comes in through a device until something better is put in place.
 //!
@@ -35,15 +46,40 @@
 //! # }
 //! ```
 
+use std::fmt;
+use std::sync::Arc;
+
 use dcenet_core::model::IfIndex;
 use dcenet_core::netlink::NetlinkError;
 use dcenet_core::netns::NetNsError;
 
-use crate::program::Program;
+use crate::object::ProgramKind;
+use crate::pin::{PinError, Pins};
+use crate::probe::Features;
+use crate::program::{self, Program};
+use crate::sys::SysError;
 
 mod clsact;
+#[cfg(any(test, feature = "test-support"))]
+pub mod conformance;
+#[cfg(any(test, feature = "test-support"))]
+pub mod flaky;
+mod mprog;
+mod tcx;
 
 pub use self::clsact::ClsactAttacher;
+pub use self::mprog::{PinnedLink, Placement};
+pub use self::tcx::TcxAttacher;
+
+/// tcx links where the kernel has them (Linux 6.6), clsact otherwise.
+///
+/// What differs where it is clsact: a device loses its programs when it moves to another namespace; a process with
+/// CAP_NET_ADMIN in the device's namespace, such as root of a pod, can remove them with its queueing discipline; ours
+/// run behind programs with a lower priority; and [`Tag::class`] is carried, which tcx refuses. What is attached does not
+/// change its kind when the kernel does: a restart with another kernel leaves nothing attached, for pins and devices go too.
+pub fn for_kernel(features: &Features, pins: &Pins) -> Arc<dyn Attacher> {
+    if features.tcx { Arc::new(TcxAttacher::new(pins.clone())) } else { Arc::new(ClsactAttacher) }
+}
 
 /// What a classifier on clsact or tcx returns (include/uapi/linux/pkt_cls.h, `TC_ACT_*`).
 pub mod verdict {
@@ -81,23 +117,68 @@ pub struct Hook {
 pub struct Attached {
     /// Whose it is.
     pub owner: Owner,
-    /// The program's number; none for a classifier that is no eBPF program.
+    /// The program's number; none for a classifier of clsact that is no eBPF program.
     pub program: Option<u32>,
     /// The hash of the program's instructions.
     pub tag: Option<[u8; 8]>,
-    /// Where it stands in the chain: lower ones run first.
+    /// Where it stands in the chain: lower ones run first. On clsact its priority, on tcx its place, from 0.
     pub priority: u16,
     /// The low 16 bits of its class id, which the program reads as `tc_classid`; 0 where it was given none.
     pub class: u16,
+    /// What holds it on the hook.
+    pub via: Via,
+}
+
+impl fmt::Display for Attached {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.owner, self.program) {
+            (Owner::Ours(label), _) => write!(f, "dcenet's program of {label:?}")?,
+            (Owner::Foreign(Some(name)), Some(number)) => write!(f, "program {number} {name:?}")?,
+            (Owner::Foreign(None), Some(number)) => write!(f, "program {number}")?,
+            (Owner::Foreign(name), None) => write!(f, "classifier {:?}", name.as_deref().unwrap_or("unknown"))?,
+        }
+        match &self.via {
+            Via::Clsact(_) => write!(f, " on clsact with priority {}", self.priority),
+            Via::Tcx { .. } => write!(f, " on tcx"),
+        }
+    }
+}
+
+/// What holds a program on a hook.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Via {
+    /// A filter of the queueing discipline `clsact`, or of `ingress`.
+    Clsact(Filter),
+    /// The device's chain of tcx programs.
+    Tcx {
+        /// The number of the link that holds it; none where it was attached without one (`BPF_PROG_ATTACH`).
+        link: Option<u32>,
+    },
+}
+
+/// What names a filter on its hook, beside its priority.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Filter {
+    /// The kind of classifier: `bpf`, `u32`, `flower`...
+    pub kind: String,
+    /// The Ethernet protocol that it is asked for, in the machine's byte order (`ETH_P_*`).
+    pub protocol: u16,
+    /// Its list: packets begin in 0 and come to others only where a filter sends them.
+    pub chain: u32,
+    /// Its number within kind and priority.
+    pub handle: u32,
 }
 
 /// What an attachment carries beside its program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tag<'a> {
-    /// Found again by [`Attacher::attached`]; at most 200 bytes without NUL.
+    /// Found again by [`Attacher::attached`]. Every backend takes up to 128 letters, digits, `-` and `_`; clsact takes any
+    /// 200 bytes without NUL.
     pub label: &'a str,
     /// What the program reads as `tc_classid` of `struct __sk_buff`: one program can serve many devices and tell them
-    /// apart at no cost.
+    /// apart at no cost. 0 for none; only clsact has others.
     pub class: u16,
 }
 
@@ -141,7 +222,7 @@ pub trait Attacher: Send + Sync {
         self.replace_tagged(hook, program, Tag { label, class: 0 })
     }
 
-    /// Everything on the hook, in the order in which it runs. Empty where the device is gone.
+    /// Everything that this backend sees on the hook, in the order in which it runs. Empty where the device is gone.
     fn chain(&self, hook: Hook) -> Result<Vec<Attached>, AttachError>;
 
     /// Takes ours off the hook and leaves what others put there; `false` where there was none, or no device.
@@ -153,6 +234,55 @@ pub trait Attacher: Send + Sync {
     /// Ours on the hook, with its label. How a process that was restarted learns what stands.
     fn attached(&self, hook: Hook) -> Result<Option<Attached>, AttachError> {
         Ok(self.chain(hook)?.into_iter().find(|a| matches!(a.owner, Owner::Ours(_))))
+    }
+
+    /// All that a packet meets on the hook before ours, on tcx and on clsact, in that order; all of both where ours is not
+    /// there. Any of them may end the chain, so that ours never sees the packet. XDP programs, which run before the hook,
+    /// are not looked at.
+    fn before(&self, hook: Hook) -> Result<Vec<Attached>, AttachError> {
+        let ours = self.attached(hook)?.map(|a| (a.program, a.via));
+        let mut all = everything(hook)?;
+        if let Some(place) = all.iter().position(|a| Some((a.program, a.via.clone())) == ours) {
+            all.truncate(place);
+        }
+        Ok(all)
+    }
+
+    /// Takes a program of somebody else off the hook: the one described, as [`Attacher::chain`] or [`Attacher::before`]
+    /// told of it, and no other. `false` where it is not there any more. Whoever attached it is not told, and may do so
+    /// again.
+    ///
+    /// # Errors
+    /// [`AttachError::NotForeign`] for what is ours.
+    fn evict(&self, hook: Hook, foreign: &Attached) -> Result<bool, AttachError> {
+        let ours = self.attached(hook)?;
+        if matches!(foreign.owner, Owner::Ours(_))
+            || ours.is_some_and(|o| (o.program, &o.via) == (foreign.program, &foreign.via))
+        {
+            return Err(AttachError::NotForeign { hook });
+        }
+        match (&foreign.via, foreign.program) {
+            (Via::Clsact(_), _) => clsact::evict(hook, foreign),
+            (Via::Tcx { link }, Some(program)) => mprog::Links::evict(&tcx::TCX, hook, program, *link),
+            (Via::Tcx { .. }, None) => Ok(false),
+        }
+    }
+}
+
+/// All that a packet meets on a hook, on tcx and on clsact, in the order in which it runs. What is on tcx counts as foreign,
+/// for its links have no names.
+pub fn everything(hook: Hook) -> Result<Vec<Attached>, AttachError> {
+    let mut all = mprog::Links::foreign_chain(&tcx::TCX, hook)?;
+    all.extend(ClsactAttacher.chain(hook)?);
+    Ok(all)
+}
+
+fn check_classifier(program: &Program) -> Result<(), AttachError> {
+    let info = program.info();
+    if info.kind == program::number(ProgramKind::Classifier) {
+        Ok(())
+    } else {
+        Err(AttachError::WrongProgram { program: info.name.clone(), kind: info.kind })
     }
 }
 
@@ -186,11 +316,51 @@ pub enum AttachError {
         kind: u32,
     },
     /// The label cannot be stored.
-    #[error("label {label:?}: want at most 200 bytes without NUL")]
+    #[error("label {label:?}: want {want}")]
     BadLabel {
         /// The label.
         label: String,
+        /// What the backend takes.
+        want: &'static str,
     },
+    /// The backend has no place for a class.
+    #[error("class {class}: tcx carries none; attach by clsact, or make it a constant of the program")]
+    NoClass {
+        /// The class.
+        class: u16,
+    },
+    /// The program next to which ours was to go is not there.
+    #[error("device {} ({:?}): program {program} is not there to be a neighbour; choose another placement", hook.device, hook.direction)]
+    NoNeighbour {
+        /// The hook.
+        hook: Hook,
+        /// The program's number.
+        program: u32,
+    },
+    /// What was to be removed as somebody else's is ours.
+    #[error("device {} ({:?}): the program is dcenet's; detach it", hook.device, hook.direction)]
+    NotForeign {
+        /// The hook.
+        hook: Hook,
+    },
+    /// Somebody else changed the hook at the same time.
+    #[error("device {} ({:?}): somebody else changes the programs at the same time; try again", hook.device, hook.direction)]
+    Raced {
+        /// The hook.
+        hook: Hook,
+    },
+    /// The kernel lacks what the backend needs.
+    #[error("the kernel has no {feature}; attach by clsact")]
+    Unsupported {
+        /// The feature, with the first kernel that has it.
+        feature: &'static str,
+    },
+    /// The pins cannot be used.
+    #[error(transparent)]
+    Pin(#[from] PinError),
+    /// bpf(2) refused.
+    #[error(transparent)]
+    Sys(#[from] SysError),
     /// The kernel refused.
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
@@ -204,6 +374,8 @@ impl AttachError {
     pub fn raw_os_error(&self) -> Option<i32> {
         match self {
             Self::Netlink(e) => e.errno(),
+            Self::Pin(e) => e.raw_os_error(),
+            Self::Sys(e) => e.raw_os_error(),
             _ => None,
         }
     }

@@ -11,6 +11,7 @@
 
 pub(crate) mod fault;
 mod fs;
+mod link;
 mod map;
 mod prog;
 mod ring;
@@ -18,11 +19,14 @@ mod ring;
 mod scratch;
 
 pub(crate) use fs::{is_bpffs, mount_bpffs, unmount};
+pub(crate) use link::{
+    AFTER, BEFORE, Chain, LINK_TYPE_TCX, LinkInfo, Position, TCX_EGRESS, TCX_INGRESS, create_link, detach_link,
+    detach_program, link_by_id, link_info, query_chain, tcx_known, update_link,
+};
 pub use map::{Map, MapInfo, Put};
 pub use prog::ProgramInfo;
 pub(crate) use prog::{
-    LoadFailure, RawProgram, RawRun, grace_period, load_program, next_program_id, program_by_id, program_info,
-    tcx_known, test_run,
+    LoadFailure, RawProgram, RawRun, grace_period, load_program, next_program_id, program_by_id, program_info, test_run,
 };
 pub(crate) use ring::{Ring, page_size};
 #[cfg(feature = "aya")]
@@ -69,15 +73,20 @@ impl Command {
     const PROG_LOAD: Self = Self(5, "BPF_PROG_LOAD");
     const OBJ_PIN: Self = Self(6, "BPF_OBJ_PIN");
     const OBJ_GET: Self = Self(7, "BPF_OBJ_GET");
+    const PROG_DETACH: Self = Self(9, "BPF_PROG_DETACH");
     const PROG_TEST_RUN: Self = Self(10, "BPF_PROG_TEST_RUN");
     const PROG_GET_NEXT_ID: Self = Self(11, "BPF_PROG_GET_NEXT_ID");
     const PROG_GET_FD_BY_ID: Self = Self(13, "BPF_PROG_GET_FD_BY_ID");
     const MAP_GET_FD_BY_ID: Self = Self(14, "BPF_MAP_GET_FD_BY_ID");
     const OBJ_GET_INFO_BY_FD: Self = Self(15, "BPF_OBJ_GET_INFO_BY_FD");
+    const PROG_QUERY: Self = Self(16, "BPF_PROG_QUERY");
     const MAP_LOOKUP_BATCH: Self = Self(24, "BPF_MAP_LOOKUP_BATCH");
     const MAP_UPDATE_BATCH: Self = Self(26, "BPF_MAP_UPDATE_BATCH");
     const MAP_DELETE_BATCH: Self = Self(27, "BPF_MAP_DELETE_BATCH");
     const LINK_CREATE: Self = Self(28, "BPF_LINK_CREATE");
+    const LINK_UPDATE: Self = Self(29, "BPF_LINK_UPDATE");
+    const LINK_GET_FD_BY_ID: Self = Self(30, "BPF_LINK_GET_FD_BY_ID");
+    const LINK_DETACH: Self = Self(34, "BPF_LINK_DETACH");
 }
 
 /// The attribute of bpf(2). Fields are set by their offset.

@@ -184,21 +184,6 @@ pub(crate) fn test_run(program: BorrowedFd<'_>, run: &RawRun<'_>) -> Result<RawR
     })
 }
 
-/// Whether the kernel knows tcx links: it is asked for one on a device that cannot exist (index 0), and a kernel that
-/// knows them misses the device (kernel/bpf/tcx.c, `tcx_link_attach`), where an older one does not know the type.
-pub(crate) fn tcx_known(program: BorrowedFd<'_>) -> Result<bool, SysError> {
-    const TCX_INGRESS: u32 = 46;
-    let mut attr = Attr::new().fd(0, program).u32(4, 0).u32(8, TCX_INGRESS);
-    // SAFETY: the attribute holds no pointer.
-    let made = unsafe { attr.call_for_fd(Command::LINK_CREATE) };
-    match made {
-        Ok(_) => Ok(true),
-        Err(e) if e.is(libc::ENODEV) => Ok(true),
-        Err(e) if e.is(libc::EINVAL) => Ok(false),
-        Err(e) => Err(e),
-    }
-}
-
 /// What the crate's programs are under; helpers marked `gpl_only` ask for it.
 const LICENSE: &[u8; 13] = b"Dual MIT/GPL\0";
 const LOG_BYTES: usize = 256 * 1024;

@@ -1,0 +1,413 @@
+//! Pinned links in a device's chains of programs: what tcx and netkit have in common (kernel/bpf/mprog.c).
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use dcenet_core::model::IfIndex;
+
+use super::{AttachError, Attached, Direction, Hook, Owner, Tag, Via, check_classifier};
+use crate::pin::{PinError, Pins};
+use crate::program::Program;
+use crate::sys::fault::gated;
+use crate::sys::{self, Chain, LinkInfo, Position, SysError};
+
+/// Where our program goes among those of others when it is attached. It keeps its place when it is replaced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Placement {
+    /// Ahead of all that are there. Who comes later and asks for the same goes ahead of ours:
+    /// [`Attacher::before`](super::Attacher::before) tells.
+    #[default]
+    First,
+    /// Behind all that are there.
+    Last,
+    /// Ahead of the program of this number.
+    Before(u32),
+    /// Behind the program of this number.
+    After(u32),
+}
+
+/// A link that is pinned, wherever its device is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PinnedLink {
+    /// What it was attached under.
+    pub label: String,
+    /// Its direction.
+    pub direction: Direction,
+    /// The link's number.
+    pub link: u32,
+    /// The program's number.
+    pub program: u32,
+    /// The device's index in whichever namespace the device is now; none once the device has vanished, or somebody has
+    /// detached the link. That a device of this namespace has the same index says nothing: ask
+    /// [`Attacher::attached`](super::Attacher::attached).
+    pub device: Option<IfIndex>,
+}
+
+/// A kind of chain.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Kind {
+    /// Stands first in the names of pins.
+    pub(super) name: &'static str,
+    /// What a kernel without it is told to be missing.
+    pub(super) missing: &'static str,
+    /// `enum bpf_attach_type` of both directions.
+    pub(super) ingress: u32,
+    pub(super) egress: u32,
+    /// `enum bpf_link_type`.
+    pub(super) link_type: u32,
+}
+
+impl Kind {
+    fn attach_type(&self, direction: Direction) -> u32 {
+        match direction {
+            Direction::Ingress => self.ingress,
+            Direction::Egress => self.egress,
+        }
+    }
+
+    /// The name of a pin. The link's number makes it exact: while the pin is there the link is, and no other has the
+    /// number.
+    fn pin(&self, direction: Direction, link: u32, label: &str) -> String {
+        format!("{}-{}-{link}-{label}", self.name, word(direction))
+    }
+
+    fn parse<'a>(&self, pin: &'a str) -> Option<(Direction, u32, &'a str)> {
+        let (direction, rest) = pin.strip_prefix(self.name)?.strip_prefix('-')?.split_once('-')?;
+        let (link, label) = rest.split_once('-')?;
+        let direction = [Direction::Ingress, Direction::Egress].into_iter().find(|d| word(*d) == direction)?;
+        Some((direction, link.parse().ok()?, label))
+    }
+
+    /// The chain; none where there is no such device.
+    fn query(&self, hook: Hook) -> Result<Option<Chain>, AttachError> {
+        match sys::query_chain(hook.device.get(), self.attach_type(hook.direction)) {
+            Ok(chain) => Ok(Some(chain)),
+            Err(e) if e.is(libc::ENODEV) => Ok(None),
+            Err(e) if e.is(libc::EINVAL) => Err(AttachError::Unsupported { feature: self.missing }),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn pin_of<'a>(&self, hook: Hook, link: u32, pins: &'a [String]) -> Option<(&'a str, &'a str)> {
+        pins.iter().find_map(|pin| match self.parse(pin) {
+            Some((direction, id, label)) if link != 0 && (direction, id) == (hook.direction, link) => {
+                Some((pin.as_str(), label))
+            }
+            _ => None,
+        })
+    }
+
+    fn describe(
+        &self,
+        hook: Hook,
+        place: usize,
+        (program, link): (u32, u32),
+        pins: &[String],
+    ) -> Result<Attached, AttachError> {
+        let info = match sys::program_by_id(program).and_then(|fd| sys::program_info(fd.as_fd())) {
+            Ok(info) => Some(info),
+            // Taken off since the chain was asked for.
+            Err(e) if e.is(libc::ENOENT) => None,
+            Err(e) => return Err(e.into()),
+        };
+        let owner = match self.pin_of(hook, link, pins) {
+            Some((_, label)) => Owner::Ours(label.to_owned()),
+            None => Owner::Foreign(info.as_ref().map(|i| i.name.clone())),
+        };
+        Ok(Attached {
+            owner,
+            program: Some(program),
+            tag: info.map(|i| i.tag),
+            priority: u16::try_from(place).unwrap_or(u16::MAX),
+            class: 0,
+            via: Via::Tcx { link: (link != 0).then_some(link) },
+        })
+    }
+}
+
+fn word(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Ingress => "ingress",
+        Direction::Egress => "egress",
+    }
+}
+
+/// Links of one kind, their pins, and the place that new ones get.
+#[derive(Debug, Clone)]
+pub(super) struct Links {
+    kind: &'static Kind,
+    pins: Pins,
+    placement: Placement,
+}
+
+/// Ours on a hook.
+struct Ours {
+    pin: String,
+    label: String,
+    attached: Attached,
+}
+
+impl Links {
+    pub(super) fn new(kind: &'static Kind, pins: Pins, placement: Placement) -> Self {
+        Self { kind, pins, placement }
+    }
+
+    pub(super) fn attach(&self, hook: Hook, program: &Program, tag: Tag<'_>) -> Result<Option<Attached>, AttachError> {
+        check(program, tag)?;
+        let _lock = self.lock()?;
+        match self.ours(hook)? {
+            Some(ours) => match self.swap(hook, &ours, program, tag.label) {
+                Err(AttachError::NotAttached { hook }) => Err(AttachError::NoDevice(hook.device)),
+                swapped => swapped.map(|()| Some(ours.attached)),
+            },
+            None => self.create(hook, program, tag.label).map(|()| None),
+        }
+    }
+
+    pub(super) fn replace(&self, hook: Hook, program: &Program, tag: Tag<'_>) -> Result<Attached, AttachError> {
+        check(program, tag)?;
+        let _lock = self.lock()?;
+        let ours = self.ours(hook)?.ok_or(AttachError::NotAttached { hook })?;
+        self.swap(hook, &ours, program, tag.label)?;
+        Ok(ours.attached)
+    }
+
+    pub(super) fn chain(&self, hook: Hook) -> Result<Vec<Attached>, AttachError> {
+        let Some(chain) = self.kind.query(hook)? else { return Ok(Vec::new()) };
+        let pins = self.names()?;
+        chain.programs.iter().enumerate().map(|(n, entry)| self.kind.describe(hook, n, *entry, &pins)).collect()
+    }
+
+    /// The chain as others would see it: nothing in it is ours.
+    pub(super) fn foreign_chain(kind: &'static Kind, hook: Hook) -> Result<Vec<Attached>, AttachError> {
+        match kind.query(hook) {
+            Ok(None) | Err(AttachError::Unsupported { .. }) => Ok(Vec::new()),
+            Ok(Some(chain)) => {
+                chain.programs.iter().enumerate().map(|(n, entry)| kind.describe(hook, n, *entry, &[])).collect()
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Takes exactly this program off, if it is there still, through its link or without one.
+    pub(super) fn evict(kind: &Kind, hook: Hook, program: u32, link: Option<u32>) -> Result<bool, AttachError> {
+        let attach_type = kind.attach_type(hook.direction);
+        for _ in 0..ATTEMPTS {
+            let chain = match sys::query_chain(hook.device.get(), attach_type) {
+                Ok(chain) => chain,
+                Err(e) if e.is(libc::ENODEV) || e.is(libc::EINVAL) => return Ok(false),
+                Err(e) => return Err(e.into()),
+            };
+            if !chain.programs.contains(&(program, link.unwrap_or(0))) {
+                return Ok(false);
+            }
+            let taken = match link {
+                Some(link) => sys::link_by_id(link).and_then(|link| sys::detach_link(link.as_fd())),
+                None => sys::program_by_id(program).and_then(|program| {
+                    sys::detach_program(program.as_fd(), hook.device.get(), attach_type, chain.revision)
+                }),
+            };
+            match taken {
+                Ok(()) => return Ok(true),
+                Err(e) if e.is(libc::ENOENT) || e.is(libc::ENODEV) => return Ok(false),
+                // Somebody else has changed the chain: look again whether it is there.
+                Err(e) if e.is(libc::ESTALE) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Err(AttachError::Raced { hook })
+    }
+
+    pub(super) fn devices(&self) -> Result<Vec<IfIndex>, AttachError> {
+        let mut devices: Vec<IfIndex> = Vec::new();
+        for PinnedLink { device, direction, link, .. } in self.links()? {
+            let Some(device) = device else { continue };
+            // The index may be that of another namespace.
+            let here = self.kind.query(Hook { device, direction })?;
+            if here.is_some_and(|chain| chain.programs.iter().any(|(_, l)| *l == link)) && !devices.contains(&device) {
+                devices.push(device);
+            }
+        }
+        Ok(devices)
+    }
+
+    pub(super) fn detach(&self, hook: Hook) -> Result<bool, AttachError> {
+        let _lock = match self.lock() {
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(false),
+            lock => lock?,
+        };
+        let Some(ours) = self.ours(hook)? else { return Ok(false) };
+        self.take_off(&ours.pin)
+    }
+
+    pub(super) fn links(&self) -> Result<Vec<PinnedLink>, AttachError> {
+        let mut links = Vec::new();
+        for pin in self.names()? {
+            let Some((direction, _, label)) = self.kind.parse(&pin) else { continue };
+            if let Some((_, info)) = self.open(&pin)? {
+                links.push(PinnedLink {
+                    label: label.to_owned(),
+                    direction,
+                    link: info.id,
+                    program: info.program,
+                    device: IfIndex::new(info.device),
+                });
+            }
+        }
+        Ok(links)
+    }
+
+    pub(super) fn release(&self, label: &str) -> Result<usize, AttachError> {
+        let _lock = match self.lock() {
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(0),
+            lock => lock?,
+        };
+        let mut taken = 0;
+        for pin in self.names()?.iter().filter(|pin| self.kind.parse(pin).is_some_and(|(_, _, l)| l == label)) {
+            taken += usize::from(self.take_off(pin)?);
+        }
+        Ok(taken)
+    }
+
+    pub(super) fn remove_vanished(&self) -> Result<Vec<PinnedLink>, AttachError> {
+        let _lock = match self.lock() {
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(Vec::new()),
+            lock => lock?,
+        };
+        let mut vanished = self.links()?;
+        vanished.retain(|link| link.device.is_none());
+        for link in &vanished {
+            self.pins.remove(&self.kind.pin(link.direction, link.link, &link.label))?;
+        }
+        Ok(vanished)
+    }
+
+    fn create(&self, hook: Hook, program: &Program, label: &str) -> Result<(), AttachError> {
+        let position = match self.placement {
+            Placement::First => Position { side: sys::BEFORE, relative: None },
+            Placement::Last => Position { side: sys::AFTER, relative: None },
+            Placement::Before(program) => Position { side: sys::BEFORE, relative: Some(program) },
+            Placement::After(program) => Position { side: sys::AFTER, relative: Some(program) },
+        };
+        let attach_type = self.kind.attach_type(hook.direction);
+        let link = match sys::create_link(program.as_fd(), hook.device.get(), attach_type, position) {
+            Ok(link) => link,
+            Err(e) if e.is(libc::ENODEV) => return Err(AttachError::NoDevice(hook.device)),
+            Err(e) if e.is(libc::EEXIST) => return Err(same_program(hook)),
+            Err(e) => {
+                return Err(match position.relative {
+                    Some(program) if e.is(libc::ENOENT) => AttachError::NoNeighbour { hook, program },
+                    _ => e.into(),
+                });
+            }
+        };
+        // Without its pin it ends with this descriptor: what fails or dies here leaves the hook as it was.
+        let info = sys::link_info(link.as_fd())?.ok_or_else(no_link)?;
+        self.pins.pin(&self.kind.pin(hook.direction, info.id, label), &link)?;
+        Ok(())
+    }
+
+    fn swap(&self, hook: Hook, ours: &Ours, program: &Program, label: &str) -> Result<(), AttachError> {
+        let gone = AttachError::NotAttached { hook };
+        let Some((link, info)) = self.open(&ours.pin)? else { return Err(gone) };
+        let same = info.program == program.info().id;
+        let old = sys::program_by_id(info.program)?;
+        if !same {
+            sys::update_link(link.as_fd(), program.as_fd(), old.as_fd()).map_err(|e| match e.raw_os_error() {
+                Some(libc::ENOLINK) => gone,
+                Some(libc::EEXIST) => same_program(hook),
+                // The caller may attach, or would not have come here: what is compared is meant.
+                Some(libc::EPERM) => AttachError::Raced { hook },
+                _ => e.into(),
+            })?;
+        }
+        if ours.label != label
+            && let Err(error) = self.pins.rename(&ours.pin, &self.kind.pin(hook.direction, info.id, label))
+        {
+            if !same && let Err(left) = sys::update_link(link.as_fd(), old.as_fd(), program.as_fd()) {
+                tracing::warn!(pin = %ours.pin, error = %left, "the new program stays under the old label");
+            }
+            return Err(error.into());
+        }
+        Ok(())
+    }
+
+    /// Removes a pin and ends its link; `false` where there is none.
+    fn take_off(&self, pin: &str) -> Result<bool, AttachError> {
+        let Some((link, _)) = self.open(pin)? else { return Ok(false) };
+        // In this order, for afterwards the link ends with its descriptor, however this goes on.
+        self.pins.remove(pin)?;
+        sys::detach_link(link.as_fd())?;
+        Ok(true)
+    }
+
+    fn ours(&self, hook: Hook) -> Result<Option<Ours>, AttachError> {
+        let Some(chain) = self.kind.query(hook)? else { return Ok(None) };
+        let pins = self.names()?;
+        for (place, entry) in chain.programs.iter().enumerate() {
+            if let Some((pin, label)) = self.kind.pin_of(hook, entry.1, &pins) {
+                let (pin, label) = (pin.to_owned(), label.to_owned());
+                return Ok(Some(Ours { pin, label, attached: self.kind.describe(hook, place, *entry, &pins)? }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The names of our pins, of this kind.
+    fn names(&self) -> Result<Vec<String>, AttachError> {
+        match self.pins.list() {
+            Ok(mut names) => {
+                names.retain(|name| self.kind.parse(name).is_some());
+                Ok(names)
+            }
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(Vec::new()),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// Opens a pin; none where it is gone, or is no link of this kind.
+    fn open(&self, pin: &str) -> Result<Option<(OwnedFd, LinkInfo)>, AttachError> {
+        let Some(fd) = self.pins.get(pin)? else { return Ok(None) };
+        let info = sys::link_info(fd.as_fd())?.filter(|info| info.kind == self.kind.link_type);
+        Ok(info.map(|info| (fd, info)))
+    }
+
+    /// Keeps other processes with the same pins from changing links, until it is dropped. A process that dies loses it.
+    fn lock(&self) -> Result<File, AttachError> {
+        let locked = gated("lock", || {
+            let directory = File::open(self.pins.directory())?;
+            directory.lock()?;
+            Ok(directory)
+        });
+        locked.map_err(|source| PinError::new("lock", self.pins.directory(), source).into())
+    }
+}
+
+fn check(program: &Program, tag: Tag<'_>) -> Result<(), AttachError> {
+    check_classifier(program)?;
+    let fits = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
+    if tag.label.len() > LABEL_BYTES || !tag.label.bytes().all(fits) {
+        let want = "at most 160 letters, digits, '-' and '_'";
+        return Err(AttachError::BadLabel { label: tag.label.to_owned(), want });
+    }
+    if tag.class != 0 {
+        return Err(AttachError::NoClass { class: tag.class });
+    }
+    Ok(())
+}
+
+/// A program stands in a chain once (kernel/bpf/mprog.c, `bpf_mprog_exists`).
+fn same_program(hook: Hook) -> AttachError {
+    AttachError::Occupied { hook, occupant: "the same program, attached by somebody else,".to_owned() }
+}
+
+fn no_link() -> SysError {
+    SysError { call: "BPF_LINK_CREATE", source: io::ErrorKind::InvalidData.into() }
+}
+
+/// Leaves room for the rest of a pin's name ([`Pins`] takes 200 bytes).
+const LABEL_BYTES: usize = 160;
+/// How often a chain is looked at again that others keep changing.
+const ATTEMPTS: usize = 16;

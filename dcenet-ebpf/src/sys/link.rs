@@ -1,0 +1,152 @@
+//! Commands on links, and on the chains of programs in which they stand (kernel/bpf/mprog.c).
+
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+
+use super::{Attr, Command, SysError, object_info, u32_at};
+
+/// Where a new program goes in its chain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Position {
+    /// [`BEFORE`] or [`AFTER`].
+    pub(crate) side: u32,
+    /// The program next to it, by its number; none for an end of the chain.
+    pub(crate) relative: Option<u32>,
+}
+
+/// What the kernel says of a link to a device (`struct bpf_link_info`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct LinkInfo {
+    /// A value of `enum bpf_link_type`.
+    pub(crate) kind: u32,
+    pub(crate) id: u32,
+    pub(crate) program: u32,
+    /// The device's index in whichever namespace it is; 0 once the link is detached, also by the end of its device.
+    pub(crate) device: u32,
+    /// A value of `enum bpf_attach_type`.
+    pub(crate) attach_type: u32,
+}
+
+/// A chain, in the order in which it runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Chain {
+    /// Raised by each change.
+    pub(crate) revision: u64,
+    /// The programs' numbers, each with that of its link; 0 for a program attached without one.
+    pub(crate) programs: Vec<(u32, u32)>,
+}
+
+/// Attaches a program to a device of the calling thread's network namespace, for as long as the link lives.
+pub(crate) fn create_link(
+    program: BorrowedFd<'_>,
+    device: u32,
+    attach_type: u32,
+    position: Position,
+) -> Result<OwnedFd, SysError> {
+    let flags = position.side | if position.relative.is_some() { ID } else { 0 };
+    let mut attr = Attr::new()
+        .fd(0, program)
+        .u32(4, device)
+        .u32(8, attach_type)
+        .u32(12, flags)
+        .u32(16, position.relative.unwrap_or(0));
+    // SAFETY: the attribute holds no pointer; the command returns a new descriptor.
+    unsafe { attr.call_for_fd(Command::LINK_CREATE) }
+}
+
+/// Puts `new` in the place of `old`, and fails with `EPERM` where the link holds another by now.
+pub(crate) fn update_link(link: BorrowedFd<'_>, new: BorrowedFd<'_>, old: BorrowedFd<'_>) -> Result<(), SysError> {
+    let mut attr = Attr::new().fd(0, link).fd(4, new).u32(8, REPLACE).fd(12, old);
+    // SAFETY: the attribute holds no pointer.
+    unsafe { attr.call(Command::LINK_UPDATE) }.map(drop)
+}
+
+/// Takes the link's program off its device. The link stays, without one.
+pub(crate) fn detach_link(link: BorrowedFd<'_>) -> Result<(), SysError> {
+    let mut attr = Attr::new().fd(0, link);
+    // SAFETY: the attribute holds no pointer.
+    unsafe { attr.call(Command::LINK_DETACH) }.map(drop)
+}
+
+pub(crate) fn link_by_id(id: u32) -> Result<OwnedFd, SysError> {
+    let mut attr = Attr::new().u32(0, id);
+    // SAFETY: the attribute holds no pointer; the command returns a new descriptor.
+    unsafe { attr.call_for_fd(Command::LINK_GET_FD_BY_ID) }
+}
+
+/// Describes a link; none where the descriptor is that of a program or map.
+pub(crate) fn link_info(fd: BorrowedFd<'_>) -> Result<Option<LinkInfo>, SysError> {
+    let object = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+        .map_err(|source| SysError { call: "readlink", source })?;
+    // Programs and maps answer the same command with descriptions of their own, which would be misread. A link that was
+    // just made has one name, one that was opened another (kernel/bpf/syscall.c, `bpf_link_prime`, `bpf_link_new_fd`).
+    if !["anon_inode:bpf_link", "anon_inode:bpf-link"].iter().any(|name| object.as_os_str() == *name) {
+        return Ok(None);
+    }
+    let mut info = [0; LINK_INFO_BYTES];
+    object_info(fd, &mut info)?;
+    Ok(Some(LinkInfo {
+        kind: u32_at(&info, 0),
+        id: u32_at(&info, 4),
+        program: u32_at(&info, 8),
+        device: u32_at(&info, 16),
+        attach_type: u32_at(&info, 20),
+    }))
+}
+
+/// What is attached to a device of the calling thread's network namespace. Linux 6.6 for devices; `EINVAL` before.
+pub(crate) fn query_chain(device: u32, attach_type: u32) -> Result<Chain, SysError> {
+    let (mut programs, mut links) = ([0_u32; LONGEST_CHAIN], [0_u32; LONGEST_CHAIN]);
+    let mut attr = Attr::new()
+        .u32(0, device)
+        .u32(4, attach_type)
+        .u64(16, programs.as_mut_ptr() as u64)
+        .u32(24, LONGEST_CHAIN as u32)
+        .u64(40, links.as_mut_ptr() as u64);
+    // SAFETY: both pointers lead to room for as many numbers as the count between them says, exclusively ours, and live
+    // past the call.
+    unsafe { attr.call(Command::PROG_QUERY) }?;
+    let count = attr.read_u32(24) as usize;
+    let programs = programs.into_iter().zip(links).take(count).collect();
+    Ok(Chain { revision: u64::from(attr.read_u32(56)) | u64::from(attr.read_u32(60)) << 32, programs })
+}
+
+/// Takes a program that no link holds off a device, if the chain is still the one of this revision; `ESTALE` otherwise.
+pub(crate) fn detach_program(
+    program: BorrowedFd<'_>,
+    device: u32,
+    attach_type: u32,
+    revision: u64,
+) -> Result<(), SysError> {
+    let mut attr = Attr::new().u32(0, device).fd(4, program).u32(8, attach_type).u64(24, revision);
+    // SAFETY: the attribute holds no pointer.
+    unsafe { attr.call(Command::PROG_DETACH) }.map(drop)
+}
+
+/// Whether the kernel knows tcx links: it is asked for one on a device that cannot exist (index 0), and a kernel that
+/// knows them misses the device (kernel/bpf/tcx.c, `tcx_link_attach`), where an older one does not know the type.
+pub(crate) fn tcx_known(program: BorrowedFd<'_>) -> Result<bool, SysError> {
+    match create_link(program, 0, TCX_INGRESS, Position { side: 0, relative: None }) {
+        Ok(_) => Ok(true),
+        Err(e) if e.is(libc::ENODEV) => Ok(true),
+        Err(e) if e.is(libc::EINVAL) => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+/// `enum bpf_attach_type`.
+pub(crate) const TCX_INGRESS: u32 = 46;
+/// `enum bpf_attach_type`.
+pub(crate) const TCX_EGRESS: u32 = 47;
+/// `enum bpf_link_type`.
+pub(crate) const LINK_TYPE_TCX: u32 = 11;
+/// `BPF_F_BEFORE`; without a relative the head of the chain.
+pub(crate) const BEFORE: u32 = 1 << 3;
+/// `BPF_F_AFTER`; without a relative the end of the chain.
+pub(crate) const AFTER: u32 = 1 << 4;
+/// `BPF_F_REPLACE`: the old program is given, to be compared.
+const REPLACE: u32 = 1 << 2;
+/// `BPF_F_ID`: the relative is a number and no descriptor.
+const ID: u32 = 1 << 5;
+/// `BPF_MPROG_MAX` (include/linux/bpf_mprog.h).
+const LONGEST_CHAIN: usize = 64;
+const LINK_INFO_BYTES: usize = 64;

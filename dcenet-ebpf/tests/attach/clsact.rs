@@ -1,0 +1,124 @@
+//! clsact: the suite, and what only it has.
+
+use std::ffi::OsStr;
+use std::path::Path;
+
+use dcenet_core::test_support::{Rung, TestNetNs, require};
+use dcenet_ebpf::attach::conformance::{Pair, Subject, deny};
+use dcenet_ebpf::attach::{AttachError, Attacher, ClsactAttacher, Direction, Owner};
+use dcenet_ebpf::loader::AyaLoader;
+
+use crate::{PLACE, conforms};
+
+fn ready() -> bool {
+    require(Rung::Kernel)
+}
+
+struct Scene;
+
+impl Scene {
+    fn new() -> Self {
+        Self
+    }
+
+    fn subject(&self) -> Subject<'_> {
+        Subject { attacher: &ClsactAttacher, loader: &AyaLoader, state: &state }
+    }
+
+    fn place(&self) -> &OsStr {
+        OsStr::new("the device")
+    }
+}
+
+fn attacher(_: &Path) -> ClsactAttacher {
+    ClsactAttacher
+}
+
+/// What iproute2 sees. Every device that is up has the discipline `noqueue`.
+pub(crate) fn state(host: &TestNetNs) -> String {
+    let show = "tc qdisc show dev h0 | sed /noqueue/d; tc filter show dev h0 ingress 2>/dev/null; tc filter show dev h0 egress 2>/dev/null";
+    host.sh(&format!("{show}; true"))
+}
+
+conforms!(ready);
+
+#[test]
+fn ours_stands_among_filters_by_priority_and_the_last_one_out_removes_the_discipline() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let pair = Pair::new();
+    let root = pair.host.root();
+    root.sh("tc qdisc add dev h0 clsact");
+    root.sh("tc filter add dev h0 ingress pref 7 protocol ip u32 match u32 0 0 flowid 1:1");
+    let hook = pair.hook(Direction::Ingress);
+    pair.on_host(|| {
+        let a = &ClsactAttacher;
+        a.attach(hook, &deny(), "ours").unwrap();
+        let chain = a.chain(hook).unwrap();
+        let owners: Vec<_> = chain.iter().map(|c| (c.priority < 100, &c.owner)).collect();
+        assert!(owners.contains(&(true, &Owner::Foreign(Some("u32".into())))), "{chain:?}");
+        assert!(owners.contains(&(false, &Owner::Ours("ours".into()))), "{chain:?}");
+        assert!(a.detach(hook).unwrap());
+    });
+    assert!(state(root).contains("clsact"));
+    // An empty discipline, too, is what it was: ours is not the only one that may have made it.
+    root.sh("tc filter del dev h0 ingress");
+    pair.on_host(|| {
+        ClsactAttacher.attach(hook, &deny(), "ours").unwrap();
+        assert!(ClsactAttacher.detach(hook).unwrap());
+    });
+    assert!(!state(root).contains("clsact"), "the last one out removes it");
+}
+
+#[test]
+fn our_place_taken_by_another_is_an_error_and_not_overwritten() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let pair = Pair::new();
+    let root = pair.host.root();
+    let hook = pair.hook(Direction::Egress);
+    root.sh("tc qdisc add dev h0 clsact");
+    root.sh("tc filter add dev h0 egress pref 3534 handle 0xdce protocol all bpf da bytecode '1,6 0 0 0,'");
+    let before = state(root);
+    pair.on_host(|| {
+        let a = &ClsactAttacher;
+        assert!(matches!(a.attach(hook, &deny(), "x"), Err(AttachError::Occupied { .. })));
+        assert!(matches!(a.replace(hook, &deny(), "x"), Err(AttachError::Occupied { .. })));
+        assert!(matches!(a.detach(hook), Err(AttachError::Occupied { .. })));
+    });
+    assert_eq!(state(root), before);
+    // The older discipline has one list for both directions.
+    root.sh("tc qdisc del dev h0 clsact; tc qdisc add dev h0 ingress");
+    let before = state(root);
+    pair.on_host(|| {
+        let a = &ClsactAttacher;
+        assert!(matches!(a.attach(hook, &deny(), "x"), Err(AttachError::Occupied { .. })));
+        let ingress = pair.hook(Direction::Ingress);
+        a.attach(ingress, &deny(), "x").unwrap();
+        assert!(a.attached(ingress).unwrap().is_some());
+        assert_eq!(a.chain(hook).unwrap(), []);
+        assert!(a.detach(ingress).unwrap());
+    });
+    assert_eq!(state(root), before);
+}
+
+#[test]
+fn a_label_may_be_any_text_and_a_class_is_carried() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let pair = Pair::new();
+    let hook = pair.hook(Direction::Ingress);
+    pair.on_host(|| {
+        let a = &ClsactAttacher;
+        let longest = "ä ,/".repeat(40);
+        assert_eq!(longest.len(), 200);
+        let tag = dcenet_ebpf::attach::Tag { label: &longest, class: 4_321 };
+        a.attach_tagged(hook, &deny(), tag).unwrap();
+        let attached = a.attached(hook).unwrap().unwrap();
+        assert_eq!((attached.owner, attached.class), (Owner::Ours(longest), 4_321));
+        assert!(a.detach(hook).unwrap());
+    });
+}

@@ -1,0 +1,56 @@
+//! Programs on real devices: in force before the device is up, replaced under load, outliving their process, removed
+//! without a trace.
+
+mod clsact;
+mod tcx;
+
+/// For each backend: its name, a `Scene` in the module of that name, and what it needs. Each test of the suite by itself, so
+/// that one says what fails.
+macro_rules! conforms {
+    ($ready:ident: $($test:ident),+ $(,)?) => {
+        $(#[test]
+        fn $test() {
+            if $ready() {
+                let scene = Scene::new();
+                dcenet_ebpf::attach::conformance::$test(&scene.subject());
+            }
+        })+
+
+        #[test]
+        fn outlives_its_process() {
+            if $ready() {
+                let scene = Scene::new();
+                let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+                let name = concat!(module_path!(), "::attaches_and_waits").split_once("::").unwrap().1;
+                child.args(["--exact", name, "--ignored", "--nocapture"]).env(PLACE, scene.place());
+                dcenet_ebpf::attach::conformance::outlives_its_process(&scene.subject(), &mut child);
+            }
+        }
+
+        #[test]
+        #[ignore = "the child of another test"]
+        fn attaches_and_waits() {
+            let Some(place) = std::env::var_os(PLACE) else { return };
+            let attacher = attacher(std::path::Path::new(&place));
+            dcenet_ebpf::attach::conformance::child(&attacher, &dcenet_ebpf::loader::AyaLoader);
+        }
+    };
+    ($ready:ident) => {
+        conforms!($ready:
+            the_device_is_left_as_it_was,
+            what_others_have_attached_stays,
+            an_index_means_the_device_in_the_callers_namespace,
+            unfit_requests_are_told_apart,
+            what_is_attached_goes_with_its_device,
+            a_repeated_call_mends_a_failed_one,
+            nothing_passes_before_the_device_is_up,
+            the_other_way_is_denied_from_the_start_too,
+            nothing_leaks_and_nothing_is_lost_while_replaced,
+            survives_faults,
+        );
+    };
+}
+use conforms;
+
+/// Tells a child where the backend keeps what it has.
+const PLACE: &str = "DCENET_TEST_PLACE";
