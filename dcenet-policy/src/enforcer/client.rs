@@ -239,6 +239,16 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
             if there.is_none_or(|a| a.owner != Owner::Ours(label.clone())) {
                 return Ok(Some(format!("no policy is on {} ({direction:?})", endpoint.ifname)));
             }
+            let ahead = self.attacher.before(hook).map_err(failed(doing()))?;
+            if !ahead.is_empty() {
+                let list: Vec<_> = ahead.iter().map(ToString::to_string).collect();
+                return Ok(Some(format!(
+                    "packets of {} ({direction:?}) meet {} before policy, and pass it by where that answers TC_ACT_OK or \
+                     redirects; remove it, or give it a later place",
+                    endpoint.ifname,
+                    list.join(", ")
+                )));
+            }
         }
         Ok(None)
     }

@@ -2,6 +2,7 @@
 
 #![cfg(feature = "yaml")]
 
+mod ahead;
 mod changes;
 mod costs;
 mod escapes;

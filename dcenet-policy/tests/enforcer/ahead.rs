@@ -1,0 +1,68 @@
+//! Programs of others that packets meet before policy.
+
+use dcenet_core::provider::PolicySink;
+use dcenet_core::test_support::{Rung, require};
+use dcenet_ebpf::asm::Asm;
+use dcenet_ebpf::attach::{Attacher, ClsactAttacher, Direction, Hook, TcxAttacher, verdict};
+use dcenet_ebpf::insn;
+use dcenet_ebpf::object::ProgramKind;
+use dcenet_ebpf::pin::Pins;
+use dcenet_ebpf::probe::Features;
+use dcenet_ebpf::program::Program;
+
+use crate::world::*;
+
+#[test]
+fn a_check_names_what_packets_meet_before_policy() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let mut world = World::new();
+    let owner = world.started();
+    world.add_enforced("db", 3, &[("app", "db")]);
+    world.add_enforced("scan", 4, &[]);
+    assert!(owner.set_policies(policies(DB)).unwrap().is_complete());
+    let root = world.host.root();
+    let endpoint = world.endpoint("db");
+    let missing = || root.run(|| world.sink.missing(&endpoint)).unwrap();
+    assert_eq!(missing(), None);
+    world.udp("scan", "db", 5353, false);
+
+    // A filter of lower priority that answers TC_ACT_OK: policy is not asked any more, and the check says why.
+    root.sh(&format!("tc filter add dev {} egress pref 1 protocol all bpf da bytecode '1,6 0 0 0,'", endpoint.ifname));
+    world.udp("scan", "db", 5353, true);
+    let told = missing().expect("it is told");
+    assert!(told.contains("Egress") && told.contains("on clsact with priority 1"), "{told}");
+    // Only what was named goes, and policy is asked again.
+    let hook = Hook { device: endpoint.ifindex, direction: Direction::Egress };
+    let [ahead] = root.run(|| ClsactAttacher.before(hook)).unwrap().try_into().unwrap();
+    assert!(root.run(|| ClsactAttacher.evict(hook, &ahead)).unwrap());
+    assert_eq!(missing(), None);
+    world.udp("scan", "db", 5353, false);
+    // One behind ours changes nothing.
+    root.sh(&format!(
+        "tc filter add dev {} egress pref 60000 protocol all bpf da bytecode '1,6 0 0 0,'",
+        endpoint.ifname
+    ));
+    assert_eq!(missing(), None);
+    world.udp("scan", "db", 5353, false);
+
+    if Features::probe().unwrap().tcx {
+        let mut code = Asm::program("agent", ProgramKind::Classifier);
+        code.ret(verdict::OK);
+        let agent =
+            Program::load(ProgramKind::Classifier, "agent", &insn::encode(code.finish().unwrap().insns())).unwrap();
+        // Somebody else's, for its pins are others.
+        let pins = Pins::open(world.host.directory().join("agent")).unwrap();
+        let tcx = TcxAttacher::new(pins.clone());
+        root.run(|| tcx.attach(hook, &agent, "agent")).unwrap();
+        world.udp("scan", "db", 5353, true);
+        let told = missing().expect("it is told");
+        assert!(told.contains("\"agent\" on tcx"), "{told}");
+        assert!(root.run(|| tcx.detach(hook)).unwrap());
+        pins.unmount().unwrap();
+        assert_eq!(missing(), None);
+        world.udp("scan", "db", 5353, false);
+    }
+    owner.uninstall().unwrap();
+}
