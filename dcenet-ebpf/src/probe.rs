@@ -24,6 +24,8 @@ pub struct Features {
     pub classifier: bool,
     /// tcx links (Linux 6.6).
     pub tcx: bool,
+    /// netkit links (Linux 6.7, if built with `CONFIG_NETKIT`).
+    pub netkit: bool,
     /// 32-bit compare and jump, instruction set v3 (Linux 5.1).
     pub isa_v3: bool,
     /// Long jumps (`gotol`), sign extension and byte swaps of instruction set v4 (Linux 6.6).
@@ -59,14 +61,18 @@ impl Features {
 
     fn ask() -> Result<Self, ProbeError> {
         let empty = [insn(0xb7, 0, 0, 0, 0), EXIT].concat();
-        let (classifier, tcx) = match load(&empty) {
-            Ok(program) => (true, sys::tcx_known(program.as_fd())?),
+        let (classifier, tcx, netkit) = match load(&empty) {
+            Ok(program) => {
+                let known = |attach_type| sys::device_link_known(program.as_fd(), attach_type);
+                (true, known(sys::TCX_INGRESS)?, known(sys::NETKIT_PRIMARY)?)
+            }
             Err(failure) if is_about_us(&failure.error) => return Err(failure.error.into()),
-            Err(_) => (false, false),
+            Err(_) => (false, false, false),
         };
         Ok(Self {
             classifier,
             tcx,
+            netkit,
             // if w0 == 0 goto +0
             isa_v3: loads(&[insn(0xb7, 0, 0, 0, 0), insn(0x16, 0, 0, 0, 0), EXIT].concat())?,
             // r0 = (s8)r0; r0 = bswap16 r0; gotol +0

@@ -1,15 +1,16 @@
-//! What every [`Attacher`] must do, on real devices. [`conforms`] runs all but two: that a program outlives its process needs
-//! a child, [`outlives_its_process`], and [`survives_faults`] the feature `fault-injection`. They need the rung `kernel` and
-//! panic at the first breach.
+//! What every [`Attacher`] must do, on real devices. [`conforms`] runs all but three: that a program outlives its process needs
+//! a child, [`outlives_its_process`], and `survives_faults` and `survives_kills` the feature `fault-injection`. They need the
+//! rung `kernel` and panic at the first breach.
 //!
 //! ```no_run
 //! use dcenet_core::test_support::TestNetNs;
 //! use dcenet_ebpf::attach::ClsactAttacher;
-//! use dcenet_ebpf::attach::conformance::{self, Subject};
+//! use dcenet_ebpf::attach::conformance::{self, PairKind, Subject};
 //! use dcenet_ebpf::loader::AyaLoader;
 //!
 //! let state = |host: &TestNetNs| host.sh("tc qdisc show dev h0; tc filter show dev h0 ingress 2>/dev/null || true");
-//! conformance::conforms(&Subject { attacher: &ClsactAttacher, loader: &AyaLoader, state: &state });
+//! let pair = PairKind::Veth;
+//! conformance::conforms(&Subject { attacher: &ClsactAttacher, loader: &AyaLoader, state: &state, pair });
 //! ```
 
 #![expect(clippy::unwrap_used, reason = "a suite of tests fails by panicking")]
@@ -25,8 +26,8 @@ use std::time::{Duration, Instant};
 use dcenet_core::model::IfIndex;
 use dcenet_core::test_support::{TestNetNs, effort};
 
-pub use self::pair::Pair;
 use self::pair::{FLOOD, PATIENCE, Receiver, Sender, WAYS, flood, flood_over_up};
+pub use self::pair::{Pair, PairKind};
 use self::programs::{ALLOWED, DENIED, allow_one_port, counting_deny, counts};
 pub use self::programs::{constant, deny};
 use super::flaky::{Failure, FlakyAttacher};
@@ -48,6 +49,8 @@ pub struct Subject<'a> {
     /// What is on the device `h0` of a namespace, and all else that the backend may leave, told by other means than the
     /// backend's: the same text where nothing has changed.
     pub state: &'a (dyn Fn(&TestNetNs) -> String + Sync),
+    /// What the device is an end of.
+    pub pair: PairKind,
 }
 
 /// Attaches, replaces and detaches, under floods and without.
@@ -71,7 +74,7 @@ pub fn conforms(subject: &Subject<'_>) {
 /// # Panics
 /// At the first breach.
 pub fn nothing_passes_before_the_device_is_up(subject: &Subject<'_>) {
-    let pair = Pair::new();
+    let pair = Pair::new(subject.pair);
     let hook = pair.hook(Direction::Ingress);
     let (program, dropped) = counting_deny(subject.loader);
     pair.on_host(|| subject.attacher.attach(hook, &program, "default")).unwrap();
@@ -81,7 +84,7 @@ pub fn nothing_passes_before_the_device_is_up(subject: &Subject<'_>) {
     assert_eq!(seen, [0; 4], "arrived, and {dropped:?} were dropped, by {WAYS:?}");
     // The twin: the same flood without the program is seen, every way.
     assert!(pair.on_host(|| subject.attacher.detach(hook)).unwrap());
-    let twin = Pair::new();
+    let twin = Pair::new(subject.pair);
     let seen = flood_over_up(&twin, |seen| seen.iter().all(|s| *s >= FLOOD));
     assert!(seen.iter().all(|s| *s >= FLOOD), "arrived {seen:?} by {WAYS:?}");
 }
@@ -91,7 +94,7 @@ pub fn nothing_passes_before_the_device_is_up(subject: &Subject<'_>) {
 /// # Panics
 /// At the first breach.
 pub fn the_other_way_is_denied_from_the_start_too(subject: &Subject<'_>) {
-    let pair = Pair::new();
+    let pair = Pair::new(subject.pair);
     let (program, dropped) = counting_deny(subject.loader);
     let hook = pair.hook(Direction::Egress);
     pair.on_host(|| subject.attacher.attach(hook, &program, "default")).unwrap();
@@ -113,18 +116,23 @@ pub fn the_other_way_is_denied_from_the_start_too(subject: &Subject<'_>) {
 /// At the first breach.
 pub fn an_index_means_the_device_in_the_callers_namespace(subject: &Subject<'_>) {
     let Subject { attacher, .. } = *subject;
-    let pair = Pair::new();
-    let inside = Hook { device: pair.pod.link("p0").unwrap().index, direction: Direction::Ingress };
-    assert_eq!(inside.device, pair.device, "two devices of one index, each the first of its namespace");
-    pair.pod.run(|| attacher.attach(inside, &deny(), "inside")).unwrap();
-    assert!(pair.pod.run(|| attacher.attached(inside)).unwrap().is_some());
-    assert_eq!(pair.pod.run(|| attacher.devices()).unwrap(), [inside.device]);
-    assert_eq!(pair.on_host(|| attacher.attached(pair.hook(Direction::Ingress))).unwrap(), None);
-    assert_eq!(pair.on_host(|| attacher.attached(inside)).unwrap(), None);
-    assert!(!pair.on_host(|| attacher.detach(inside)).unwrap());
-    assert_eq!(pair.on_host(|| attacher.devices()).unwrap(), []);
-    assert!(pair.pod.run(|| attacher.detach(inside)).unwrap());
-    assert_eq!(pair.pod.run(|| attacher.devices()).unwrap(), []);
+    let (pair, other) = (Pair::new(subject.pair), Pair::new(subject.pair));
+    let hook = pair.hook(Direction::Ingress);
+    assert_eq!(other.device, pair.device, "two devices of one index, each the first of its namespace");
+    pair.on_host(|| attacher.attach(hook, &deny(), "here")).unwrap();
+    assert!(pair.on_host(|| attacher.attached(hook)).unwrap().is_some());
+    assert_eq!(pair.on_host(|| attacher.devices()).unwrap(), [pair.device]);
+    assert_eq!(other.on_host(|| attacher.attached(hook)).unwrap(), None);
+    assert!(!other.on_host(|| attacher.detach(hook)).unwrap());
+    assert_eq!(other.on_host(|| attacher.devices()).unwrap(), []);
+    // Both at once, and each finds its own.
+    other.on_host(|| attacher.attach(hook, &deny(), "there")).unwrap();
+    for (pair, label) in [(&pair, "here"), (&other, "there")] {
+        let owner = pair.on_host(|| attacher.attached(hook)).unwrap().unwrap().owner;
+        assert_eq!(owner, Owner::Ours(label.to_owned()));
+        assert!(pair.on_host(|| attacher.detach(hook)).unwrap());
+        assert_eq!(pair.on_host(|| attacher.devices()).unwrap(), []);
+    }
 }
 
 /// While programs take each other's place under a flood, no packet passes that both deny, and none is lost that both let
@@ -135,7 +143,7 @@ pub fn an_index_means_the_device_in_the_callers_namespace(subject: &Subject<'_>)
 pub fn nothing_leaks_and_nothing_is_lost_while_replaced(subject: &Subject<'_>) {
     let Subject { attacher: a, loader, .. } = *subject;
     let swaps = effort(200_u64, 2_000, 100_000);
-    let pair = Pair::new();
+    let pair = Pair::new(subject.pair);
     let hook = pair.hook(Direction::Ingress);
     // Both ends take a while to be ready for multicast.
     flood_over_up(&pair, |seen| seen.iter().all(|s| *s > 0));
@@ -226,7 +234,7 @@ impl Drop for KilledAtLast {
 /// At the first breach.
 pub fn outlives_its_process(subject: &Subject<'_>, child: &mut Command) {
     let Subject { attacher: a, .. } = *subject;
-    let pair = Pair::new();
+    let pair = Pair::new(subject.pair);
     let before = (subject.state)(pair.host.root());
     child.env(DEVICE, pair.device.to_string()).stdout(Stdio::null());
     let mut child = KilledAtLast(pair.on_host(|| child.spawn().unwrap()));
@@ -266,7 +274,7 @@ pub fn outlives_its_process(subject: &Subject<'_>, child: &mut Command) {
 
 const DEVICE: &str = "DCENET_TEST_DEVICE";
 
-/// The child of [`outlives_its_process`]: attaches, and waits for its end. Returns where it is nobody's child.
+/// The child of [`outlives_its_process`] and of `survives_kills`: attaches, and waits for its end. Returns where it is nobody's child.
 ///
 /// # Panics
 /// Where it cannot attach, or nobody kills it.
@@ -274,6 +282,10 @@ pub fn child(attacher: &dyn Attacher, loader: &dyn Loader) {
     let Ok(device) = std::env::var(DEVICE) else { return };
     let device = IfIndex::new(device.parse().unwrap()).unwrap();
     let hook = Hook { device, direction: Direction::Ingress };
+    #[cfg(feature = "fault-injection")]
+    if let Ok(fault) = std::env::var(KILL) {
+        return dies(attacher, hook, &fault);
+    }
     // A test runs on a thread of its own, in the namespace that the process was started in.
     attacher.attach(hook, &counting_deny(loader).0, "of-the-dead").unwrap();
     std::thread::sleep(2 * PATIENCE);
@@ -286,7 +298,7 @@ pub fn child(attacher: &dyn Attacher, loader: &dyn Loader) {
 /// At the first breach.
 pub fn the_device_is_left_as_it_was(subject: &Subject<'_>) {
     let Subject { attacher: a, .. } = *subject;
-    let pair = Pair::new();
+    let pair = Pair::new(subject.pair);
     let before = (subject.state)(pair.host.root());
     let (ingress, egress) = (pair.hook(Direction::Ingress), pair.hook(Direction::Egress));
     pair.on_host(|| {
@@ -328,7 +340,7 @@ pub fn the_device_is_left_as_it_was(subject: &Subject<'_>) {
 /// At the first breach.
 pub fn what_others_have_attached_stays(subject: &Subject<'_>) {
     let Subject { attacher: a, .. } = *subject;
-    let pair = Pair::new();
+    let pair = Pair::new(subject.pair);
     let root = pair.host.root();
     root.sh("tc qdisc add dev h0 clsact");
     root.sh("tc filter add dev h0 ingress pref 7 protocol ip u32 match u32 0 0 flowid 1:1");
@@ -371,7 +383,7 @@ pub fn what_others_have_attached_stays(subject: &Subject<'_>) {
 /// At the first breach.
 pub fn unfit_requests_are_told_apart(subject: &Subject<'_>) {
     let Subject { attacher: a, .. } = *subject;
-    let pair = Pair::new();
+    let pair = Pair::new(subject.pair);
     let before = (subject.state)(pair.host.root());
     let hook = pair.hook(Direction::Ingress);
     let nowhere = Hook { device: IfIndex::new(9_999).unwrap(), direction: Direction::Ingress };
@@ -402,34 +414,32 @@ pub fn unfit_requests_are_told_apart(subject: &Subject<'_>) {
 /// At the first breach.
 pub fn what_is_attached_goes_with_its_device(subject: &Subject<'_>) {
     let Subject { attacher: a, .. } = *subject;
-    let pair = Pair::new();
-    let root = pair.host.root();
+    let mut pair = Pair::new(subject.pair);
     let hook = pair.hook(Direction::Ingress);
-    let programs: Vec<u32> = [Direction::Ingress, Direction::Egress]
-        .map(|direction| {
-            let program = deny();
-            pair.on_host(|| a.attach(Hook { direction, ..hook }, &program, "gone")).unwrap();
-            program.info().id
-        })
-        .into();
-    assert!(programs.iter().all(|id| Program::by_id(*id).is_ok()), "attached, so loaded");
-    root.sh("ip link del h0");
-    let gone = || {
+    for direction in [Direction::Ingress, Direction::Egress] {
+        pair.on_host(|| a.attach(pair.hook(direction), &deny(), "gone")).unwrap();
+    }
+    let gone = |hook| {
         assert_eq!(a.chain(hook).unwrap(), []);
         assert_eq!(a.attached(hook).unwrap(), None);
         assert!(!a.detach(hook).unwrap());
         assert_eq!(a.devices().unwrap(), []);
         assert!(matches!(a.replace(hook, &deny(), "x"), Err(AttachError::NotAttached { .. })));
     };
-    pair.on_host(gone);
-    root.sh(&format!("ip link add h0 index {} type veth peer name h1", pair.device));
+    pair.on_host(|| assert_eq!(a.devices().unwrap(), [pair.device]));
+    pair.remake();
+    let again = pair.hook(Direction::Ingress);
     pair.on_host(|| {
-        gone();
-        assert_eq!(a.attach(hook, &deny(), "gone").unwrap(), None);
-        assert!(a.attached(hook).unwrap().is_some());
+        for hook in [hook, again, pair.hook(Direction::Egress)] {
+            gone(hook);
+        }
+        assert_eq!(a.attach(again, &deny(), "gone").unwrap(), None);
+        assert!(a.attached(again).unwrap().is_some());
         assert_eq!(a.attached(pair.hook(Direction::Egress)).unwrap(), None);
-        assert!(a.detach(hook).unwrap());
+        assert!(a.detach(again).unwrap());
     });
+    pair.host.root().sh("ip link del h0");
+    pair.on_host(|| gone(again));
 }
 
 /// Whichever call of a sequence fails, before or after its effect, repeating it leads to the same end.
@@ -437,7 +447,7 @@ pub fn what_is_attached_goes_with_its_device(subject: &Subject<'_>) {
 /// # Panics
 /// At the first breach.
 pub fn a_repeated_call_mends_a_failed_one(subject: &Subject<'_>) {
-    let pair = Pair::new();
+    let pair = Pair::new(subject.pair);
     let before = (subject.state)(pair.host.root());
     let hook = pair.hook(Direction::Egress);
     let (one, two) = (deny(), constant("other", verdict::UNSPEC));
@@ -469,7 +479,7 @@ pub fn a_repeated_call_mends_a_failed_one(subject: &Subject<'_>) {
 pub fn survives_faults(subject: &Subject<'_>) {
     use dcenet_core::test_support::{Fault, Injection, with_fault};
     let Subject { attacher: a, .. } = *subject;
-    let pair = Pair::new();
+    let pair = Pair::new(subject.pair);
     let hook = pair.hook(Direction::Ingress);
     let (one, two) = (deny(), constant("other", verdict::UNSPEC));
     let empty = (subject.state)(pair.host.root());
@@ -524,4 +534,86 @@ pub fn survives_faults(subject: &Subject<'_>) {
     });
     assert_eq!((subject.state)(pair.host.root()), empty);
     assert!(counts.iter().all(|(_, calls)| (2..=24).contains(calls)), "{counts:?}");
+}
+
+/// Tells a child what to do, and where to die of it.
+#[cfg(feature = "fault-injection")]
+const KILL: &str = "DCENET_TEST_KILL";
+
+/// A process is killed before and after every system call that the backend makes: what was there stands, or what was to come
+/// does, nothing between, and repeating the operation finishes it. `child` is that of [`outlives_its_process`]. Returns how
+/// many times it was killed.
+///
+/// # Panics
+/// At the first breach.
+#[cfg(feature = "fault-injection")]
+pub fn survives_kills(subject: &Subject<'_>, child: impl Fn() -> Command) -> usize {
+    let Subject { attacher: a, .. } = *subject;
+    let pair = Pair::new(subject.pair);
+    let root = pair.host.root();
+    let hook = pair.hook(Direction::Ingress);
+    let empty = (subject.state)(root);
+    let one = constant("one", verdict::UNSPEC);
+    let attached = || pair.on_host(|| a.attached(hook)).unwrap().map(|a| (a.owner, a.program, a.tag));
+    let mut kills = 0;
+    for operation in ["attach", "replace", "detach"] {
+        'calls: for call in 1.. {
+            for fault in ["abort", "abort-after"] {
+                if operation != "attach" {
+                    pair.on_host(|| a.attach(hook, &one, "killed")).unwrap();
+                }
+                let before = attached();
+                let mut child = child();
+                child.env(DEVICE, pair.device.to_string()).env(KILL, format!("{operation} {fault}:{call}"));
+                let ended = pair.on_host(|| child.stdout(Stdio::null()).stderr(Stdio::null()).status()).unwrap();
+                let after = attached();
+                let told = format!("{operation}, {fault} at call {call}: {before:?}, {after:?}");
+                let new = || {
+                    let (owner, program, tag) = after.clone().expect("attached");
+                    owner == Owner::Ours("killed".into())
+                        && program != Some(one.info().id)
+                        && tag == Some(deny().info().tag)
+                };
+                let done = if operation == "detach" { after.is_none() } else { after.is_some() && new() };
+                assert!(done || after == before, "{told}");
+                if after.is_none() {
+                    assert_eq!(pair.on_host(|| a.chain(hook)).unwrap(), [], "{told}");
+                }
+                if ended.success() {
+                    assert!(done, "{told}");
+                } else {
+                    kills += 1;
+                    // Whoever comes next finishes it.
+                    pair.on_host(|| carry_out(a, hook, &deny(), operation)).unwrap();
+                    assert_eq!(attached().is_some(), operation != "detach", "{told}");
+                }
+                pair.on_host(|| a.detach(hook)).unwrap();
+                assert_eq!((subject.state)(root), empty, "{told}");
+                if ended.success() {
+                    assert!(call > 2, "{operation} made {call} calls");
+                    break 'calls;
+                }
+            }
+        }
+    }
+    kills
+}
+
+#[cfg(feature = "fault-injection")]
+fn carry_out(a: &dyn Attacher, hook: Hook, program: &Program, operation: &str) -> Result<(), AttachError> {
+    match operation {
+        "attach" => a.attach(hook, program, "killed").map(drop),
+        "replace" => a.replace(hook, program, "killed").map(drop),
+        _ => a.detach(hook).map(drop),
+    }
+}
+
+#[cfg(feature = "fault-injection")]
+fn dies(a: &dyn Attacher, hook: Hook, how: &str) {
+    use dcenet_core::test_support::{Injection, with_fault};
+    let (operation, fault) = how.split_once(' ').unwrap();
+    // Loaded before, for the operation's calls are those that count.
+    let program = deny();
+    let done = with_fault(Injection::parse(fault).unwrap(), || carry_out(a, hook, &program, operation));
+    done.0.unwrap();
 }

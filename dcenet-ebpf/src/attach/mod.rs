@@ -12,7 +12,7 @@
 //! # Which attacher
 //! [`ClsactAttacher`] works on every kernel, leaves no pin and is right for devices of the host. [`TcxAttacher`] is right for
 //! devices that live in a pod or move, and where others must not run ahead; it keeps its links as pins. [`for_kernel`] takes
-//! the one that the kernel has. Every backend does what `conformance` (feature `test-support`) says, and so can one of
+//! the one that the kernel has. [`NetkitAttacher`] is for the host's ends of netkit pairs. Every backend does what `conformance` (feature `test-support`) says, and so can one of
 //! somebody else's.
 //!
 //! # Who runs first
@@ -65,10 +65,12 @@ pub mod conformance;
 #[cfg(any(test, feature = "test-support"))]
 pub mod flaky;
 mod mprog;
+mod netkit;
 mod tcx;
 
 pub use self::clsact::ClsactAttacher;
 pub use self::mprog::{PinnedLink, Placement};
+pub use self::netkit::NetkitAttacher;
 pub use self::tcx::TcxAttacher;
 
 /// tcx links where the kernel has them (Linux 6.6), clsact otherwise.
@@ -140,6 +142,7 @@ impl fmt::Display for Attached {
         match &self.via {
             Via::Clsact(_) => write!(f, " on clsact with priority {}", self.priority),
             Via::Tcx { .. } => write!(f, " on tcx"),
+            Via::Netkit { .. } => write!(f, " on netkit"),
         }
     }
 }
@@ -153,6 +156,11 @@ pub enum Via {
     /// The device's chain of tcx programs.
     Tcx {
         /// The number of the link that holds it; none where it was attached without one (`BPF_PROG_ATTACH`).
+        link: Option<u32>,
+    },
+    /// A netkit pair's chain of programs.
+    Netkit {
+        /// As for tcx.
         link: Option<u32>,
     },
 }
@@ -236,9 +244,9 @@ pub trait Attacher: Send + Sync {
         Ok(self.chain(hook)?.into_iter().find(|a| matches!(a.owner, Owner::Ours(_))))
     }
 
-    /// All that a packet meets on the hook before ours, on tcx and on clsact, in that order; all of both where ours is not
-    /// there. Any of them may end the chain, so that ours never sees the packet. XDP programs, which run before the hook,
-    /// are not looked at.
+    /// All that a packet meets on the hook before ours, as [`everything`] lists it; all of that where ours is not there. Any
+    /// of it may end the chain, so that ours never sees the packet. XDP programs, which run before the hook, are not looked
+    /// at.
     fn before(&self, hook: Hook) -> Result<Vec<Attached>, AttachError> {
         let ours = self.attached(hook)?.map(|a| (a.program, a.via));
         let mut all = everything(hook)?;
@@ -264,16 +272,23 @@ pub trait Attacher: Send + Sync {
         match (&foreign.via, foreign.program) {
             (Via::Clsact(_), _) => clsact::evict(hook, foreign),
             (Via::Tcx { link }, Some(program)) => mprog::Links::evict(&tcx::TCX, hook, program, *link),
-            (Via::Tcx { .. }, None) => Ok(false),
+            (Via::Netkit { link }, Some(program)) => mprog::Links::evict(&netkit::NETKIT, hook, program, *link),
+            (Via::Tcx { .. } | Via::Netkit { .. }, None) => Ok(false),
         }
     }
 }
 
-/// All that a packet meets on a hook, on tcx and on clsact, in the order in which it runs. What is on tcx counts as foreign,
-/// for its links have no names.
+/// All that a packet meets on a hook, on netkit, tcx and clsact, in the order in which it runs. What is on netkit and tcx
+/// counts as foreign, for its links have no names.
 pub fn everything(hook: Hook) -> Result<Vec<Attached>, AttachError> {
+    let netkit = mprog::Links::foreign_chain(&netkit::NETKIT, hook)?;
     let mut all = mprog::Links::foreign_chain(&tcx::TCX, hook)?;
     all.extend(ClsactAttacher.chain(hook)?);
+    // A pair runs its programs when an end sends: what comes in has met them, what goes out will.
+    match hook.direction {
+        Direction::Ingress => all.splice(..0, netkit).for_each(drop),
+        Direction::Egress => all.extend(netkit),
+    }
     Ok(all)
 }
 
@@ -324,7 +339,7 @@ pub enum AttachError {
         want: &'static str,
     },
     /// The backend has no place for a class.
-    #[error("class {class}: tcx carries none; attach by clsact, or make it a constant of the program")]
+    #[error("class {class}: links carry none; attach by clsact, or make it a constant of the program")]
     NoClass {
         /// The class.
         class: u16,
@@ -336,6 +351,14 @@ pub enum AttachError {
         hook: Hook,
         /// The program's number.
         program: u32,
+    },
+    /// The backend has nothing to do with such a device.
+    #[error("device {device} is not {want}; choose another device, or attach by tcx or clsact")]
+    WrongDevice {
+        /// The device.
+        device: IfIndex,
+        /// What it must be.
+        want: &'static str,
     },
     /// What was to be removed as somebody else's is ours.
     #[error("device {} ({:?}): the program is dcenet's; detach it", hook.device, hook.direction)]

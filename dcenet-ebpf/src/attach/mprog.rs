@@ -57,6 +57,10 @@ pub(super) struct Kind {
     pub(super) egress: u32,
     /// `enum bpf_link_type`.
     pub(super) link_type: u32,
+    /// How a program is described that the link of this number holds.
+    pub(super) via: fn(Option<u32>) -> Via,
+    /// What a device must be.
+    pub(super) device: &'static str,
 }
 
 impl Kind {
@@ -86,8 +90,13 @@ impl Kind {
             Ok(chain) => Ok(Some(chain)),
             Err(e) if e.is(libc::ENODEV) => Ok(None),
             Err(e) if e.is(libc::EINVAL) => Err(AttachError::Unsupported { feature: self.missing }),
+            Err(e) if e.is(libc::ENXIO) || e.is(libc::EACCES) => Err(self.wrong_device(hook)),
             Err(e) => Err(e.into()),
         }
+    }
+
+    fn wrong_device(&self, hook: Hook) -> AttachError {
+        AttachError::WrongDevice { device: hook.device, want: self.device }
     }
 
     fn pin_of<'a>(&self, hook: Hook, link: u32, pins: &'a [String]) -> Option<(&'a str, &'a str)> {
@@ -122,7 +131,7 @@ impl Kind {
             tag: info.map(|i| i.tag),
             priority: u16::try_from(place).unwrap_or(u16::MAX),
             class: 0,
-            via: Via::Tcx { link: (link != 0).then_some(link) },
+            via: (self.via)((link != 0).then_some(link)),
         })
     }
 }
@@ -183,7 +192,7 @@ impl Links {
     /// The chain as others would see it: nothing in it is ours.
     pub(super) fn foreign_chain(kind: &'static Kind, hook: Hook) -> Result<Vec<Attached>, AttachError> {
         match kind.query(hook) {
-            Ok(None) | Err(AttachError::Unsupported { .. }) => Ok(Vec::new()),
+            Ok(None) | Err(AttachError::Unsupported { .. } | AttachError::WrongDevice { .. }) => Ok(Vec::new()),
             Ok(Some(chain)) => {
                 chain.programs.iter().enumerate().map(|(n, entry)| kind.describe(hook, n, *entry, &[])).collect()
             }

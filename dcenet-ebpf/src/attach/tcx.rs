@@ -9,7 +9,7 @@
 use dcenet_core::model::IfIndex;
 
 use super::mprog::{Kind, Links, PinnedLink, Placement};
-use super::{AttachError, Attached, Attacher, Hook, Tag};
+use super::{AttachError, Attached, Attacher, Hook, Tag, Via};
 use crate::pin::Pins;
 use crate::program::Program;
 use crate::sys;
@@ -93,4 +93,6 @@ pub(super) const TCX: Kind = Kind {
     ingress: sys::TCX_INGRESS,
     egress: sys::TCX_EGRESS,
     link_type: sys::LINK_TYPE_TCX,
+    via: |link| Via::Tcx { link },
+    device: "any",
 };

@@ -122,10 +122,11 @@ pub(crate) fn detach_program(
     unsafe { attr.call(Command::PROG_DETACH) }.map(drop)
 }
 
-/// Whether the kernel knows tcx links: it is asked for one on a device that cannot exist (index 0), and a kernel that
-/// knows them misses the device (kernel/bpf/tcx.c, `tcx_link_attach`), where an older one does not know the type.
-pub(crate) fn tcx_known(program: BorrowedFd<'_>) -> Result<bool, SysError> {
-    match create_link(program, 0, TCX_INGRESS, Position { side: 0, relative: None }) {
+/// Whether the kernel knows links of this attach type: it is asked for one on a device that cannot exist (index 0), and a
+/// kernel that knows them misses the device (kernel/bpf/tcx.c, `tcx_link_attach`; drivers/net/netkit.c,
+/// `netkit_link_attach`), where an older one, or one that was built without, does not know the type.
+pub(crate) fn device_link_known(program: BorrowedFd<'_>, attach_type: u32) -> Result<bool, SysError> {
+    match create_link(program, 0, attach_type, Position { side: 0, relative: None }) {
         Ok(_) => Ok(true),
         Err(e) if e.is(libc::ENODEV) => Ok(true),
         Err(e) if e.is(libc::EINVAL) => Ok(false),
@@ -137,8 +138,14 @@ pub(crate) fn tcx_known(program: BorrowedFd<'_>) -> Result<bool, SysError> {
 pub(crate) const TCX_INGRESS: u32 = 46;
 /// `enum bpf_attach_type`.
 pub(crate) const TCX_EGRESS: u32 = 47;
+/// `enum bpf_attach_type`: what netkit's primary end sends.
+pub(crate) const NETKIT_PRIMARY: u32 = 54;
+/// `enum bpf_attach_type`: what the other end sends.
+pub(crate) const NETKIT_PEER: u32 = 55;
 /// `enum bpf_link_type`.
 pub(crate) const LINK_TYPE_TCX: u32 = 11;
+/// `enum bpf_link_type`.
+pub(crate) const LINK_TYPE_NETKIT: u32 = 13;
 /// `BPF_F_BEFORE`; without a relative the head of the chain.
 pub(crate) const BEFORE: u32 = 1 << 3;
 /// `BPF_F_AFTER`; without a relative the end of the chain.

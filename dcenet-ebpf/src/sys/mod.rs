@@ -20,8 +20,9 @@ mod scratch;
 
 pub(crate) use fs::{is_bpffs, mount_bpffs, unmount};
 pub(crate) use link::{
-    AFTER, BEFORE, Chain, LINK_TYPE_TCX, LinkInfo, Position, TCX_EGRESS, TCX_INGRESS, create_link, detach_link,
-    detach_program, link_by_id, link_info, query_chain, tcx_known, update_link,
+    AFTER, BEFORE, Chain, LINK_TYPE_NETKIT, LINK_TYPE_TCX, LinkInfo, NETKIT_PEER, NETKIT_PRIMARY, Position, TCX_EGRESS,
+    TCX_INGRESS, create_link, detach_link, detach_program, device_link_known, link_by_id, link_info, query_chain,
+    update_link,
 };
 pub use map::{Map, MapInfo, Put};
 pub use prog::ProgramInfo;

@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::path::Path;
 
 use dcenet_core::test_support::{Rung, TestNetNs, require};
-use dcenet_ebpf::attach::conformance::{Pair, Subject, deny};
+use dcenet_ebpf::attach::conformance::{Pair, PairKind, Subject, deny};
 use dcenet_ebpf::attach::{AttachError, Attacher, ClsactAttacher, Direction, Owner};
 use dcenet_ebpf::loader::AyaLoader;
 
@@ -22,7 +22,7 @@ impl Scene {
     }
 
     fn subject(&self) -> Subject<'_> {
-        Subject { attacher: &ClsactAttacher, loader: &AyaLoader, state: &state }
+        Subject { attacher: &ClsactAttacher, loader: &AyaLoader, state: &state, pair: PairKind::Veth }
     }
 
     fn place(&self) -> &OsStr {
@@ -47,7 +47,7 @@ fn ours_stands_among_filters_by_priority_and_the_last_one_out_removes_the_discip
     if !require(Rung::Kernel) {
         return;
     }
-    let pair = Pair::new();
+    let pair = Pair::default();
     let root = pair.host.root();
     root.sh("tc qdisc add dev h0 clsact");
     root.sh("tc filter add dev h0 ingress pref 7 protocol ip u32 match u32 0 0 flowid 1:1");
@@ -76,7 +76,7 @@ fn our_place_taken_by_another_is_an_error_and_not_overwritten() {
     if !require(Rung::Kernel) {
         return;
     }
-    let pair = Pair::new();
+    let pair = Pair::default();
     let root = pair.host.root();
     let hook = pair.hook(Direction::Egress);
     root.sh("tc qdisc add dev h0 clsact");
@@ -109,7 +109,7 @@ fn a_label_may_be_any_text_and_a_class_is_carried() {
     if !require(Rung::Kernel) {
         return;
     }
-    let pair = Pair::new();
+    let pair = Pair::default();
     let hook = pair.hook(Direction::Ingress);
     pair.on_host(|| {
         let a = &ClsactAttacher;

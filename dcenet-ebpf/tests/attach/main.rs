@@ -2,6 +2,7 @@
 //! without a trace.
 
 mod clsact;
+mod netkit;
 mod tcx;
 
 /// For each backend: its name, a `Scene` in the module of that name, and what it needs. Each test of the suite by itself, so
@@ -16,14 +17,29 @@ macro_rules! conforms {
             }
         })+
 
+        /// This test's own binary, as another process.
+        fn child(scene: &Scene) -> std::process::Command {
+            let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+            let name = concat!(module_path!(), "::attaches_and_waits").split_once("::").unwrap().1;
+            child.args(["--exact", name, "--ignored", "--nocapture"]).env(PLACE, scene.place());
+            child
+        }
+
         #[test]
         fn outlives_its_process() {
             if $ready() {
                 let scene = Scene::new();
-                let mut child = std::process::Command::new(std::env::current_exe().unwrap());
-                let name = concat!(module_path!(), "::attaches_and_waits").split_once("::").unwrap().1;
-                child.args(["--exact", name, "--ignored", "--nocapture"]).env(PLACE, scene.place());
-                dcenet_ebpf::attach::conformance::outlives_its_process(&scene.subject(), &mut child);
+                dcenet_ebpf::attach::conformance::outlives_its_process(&scene.subject(), &mut child(&scene));
+            }
+        }
+
+        #[test]
+        fn survives_kills() {
+            if $ready() {
+                let scene = Scene::new();
+                let kills = dcenet_ebpf::attach::conformance::survives_kills(&scene.subject(), || child(&scene));
+                println!("killed {kills} times");
+                assert!(kills >= 20, "{kills}");
             }
         }
 

@@ -10,7 +10,7 @@ use aya::programs::tc::{TcAttachOptions, TcAttachType};
 use aya::programs::{LinkOrder, SchedClassifier};
 use dcenet_core::test_support::{Rung, TestHost, TestNetNs, require_with, udp_echo};
 use dcenet_ebpf::asm::Asm;
-use dcenet_ebpf::attach::conformance::{Pair, Subject, constant, deny};
+use dcenet_ebpf::attach::conformance::{Pair, PairKind, Subject, constant, deny};
 use dcenet_ebpf::attach::{
     AttachError, Attached, Attacher, ClsactAttacher, Direction, Hook, Owner, Placement, Tag, TcxAttacher, Via,
     everything, for_kernel, verdict,
@@ -44,7 +44,7 @@ impl Scene {
     }
 
     fn subject(&self) -> Subject<'_> {
-        Subject { attacher: &self.attacher, loader: &AyaLoader, state: self.state() }
+        Subject { attacher: &self.attacher, loader: &AyaLoader, state: self.state(), pair: PairKind::Veth }
     }
 
     /// What aya and iproute2 see, and the files in the bpffs. Leaked, as the subject borrows it; a few bytes a test.
@@ -137,7 +137,7 @@ fn ours_goes_where_it_is_told_to() {
         return;
     }
     let scene = Scene::new();
-    let pair = Pair::new();
+    let pair = Pair::default();
     let root = pair.host.root();
     let hook = pair.hook(Direction::Ingress);
     let [a, b] = [Foreign::last(root, "h0", verdict::UNSPEC), Foreign::last(root, "h0", verdict::UNSPEC)];
@@ -189,7 +189,7 @@ fn programs_of_others_before_and_behind_ours_decide_too() {
         return;
     }
     let scene = Scene::new();
-    let pair = Pair::new();
+    let pair = Pair::default();
     let root = pair.host.root();
     let hook = pair.hook(Direction::Ingress);
     up(&pair);
@@ -223,7 +223,7 @@ fn who_can_keep_packets_from_ours_is_told_and_goes_when_named() {
         return;
     }
     let scene = Scene::new();
-    let pair = Pair::new();
+    let pair = Pair::default();
     let root = pair.host.root();
     let hook = pair.hook(Direction::Ingress);
     up(&pair);
@@ -273,7 +273,7 @@ fn who_has_the_pins_adopts() {
         return;
     }
     let scene = Scene::new();
-    let pair = Pair::new();
+    let pair = Pair::default();
     let hook = pair.hook(Direction::Egress);
     let program = deny();
     pair.on_host(|| scene.attacher.attach(hook, &program, "db-0")).unwrap();
@@ -301,7 +301,7 @@ fn labels_and_classes_that_have_no_place_are_refused() {
         return;
     }
     let scene = Scene::new();
-    let pair = Pair::new();
+    let pair = Pair::default();
     let hook = pair.hook(Direction::Ingress);
     pair.on_host(|| {
         let a = &scene.attacher;
@@ -418,7 +418,7 @@ fn racing_attachers_share_a_hook() {
         return;
     }
     let scene = Scene::new();
-    let pair = Pair::new();
+    let pair = Pair::default();
     let hook = pair.hook(Direction::Ingress);
     std::thread::scope(|scope| {
         for worker in 0..6 {
@@ -449,7 +449,7 @@ fn the_kernel_decides_on_the_backend() {
         return;
     }
     let scene = Scene::new();
-    let pair = Pair::new();
+    let pair = Pair::default();
     let hook = pair.hook(Direction::Ingress);
     let features = Features::probe().unwrap();
     let attacher = for_kernel(&features, &scene.pins);

@@ -2,18 +2,18 @@
 
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddrV6, UdpSocket};
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use dcenet_core::model::IfIndex;
+use dcenet_core::model::{IfIndex, MacAddr};
+use dcenet_core::netlink::{Family, LinkKind, NetkitMode, NetkitPolicy, NewLink};
 use dcenet_core::test_support::{TestHost, TestNetNs};
 
 use super::programs::ALLOWED;
 use crate::attach::{Direction, Hook};
 
-/// A host with one end of a veth pair (`h0`, down), a pod with the other (`p0`, up). Neighbours are static, so that no
-/// packet is missing for want of an answer to ARP.
+/// A host with one end of a pair (`h0`, down), a pod with the other (`p0`, up). Neighbours are static, so that no packet is
+/// missing for want of an answer to ARP.
 #[derive(Debug)]
 pub struct Pair {
     // In this order: the host's directory holds the pod's mount.
@@ -23,11 +23,21 @@ pub struct Pair {
     pub host: TestHost,
     /// The index of `h0`.
     pub device: IfIndex,
+    kind: PairKind,
+}
+
+/// What joins host and pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PairKind {
+    /// veth.
+    Veth,
+    /// netkit, its primary end on the host; everything passes that no program drops. Linux 6.7.
+    Netkit,
 }
 
 impl Default for Pair {
     fn default() -> Self {
-        Self::new()
+        Self::new(PairKind::Veth)
     }
 }
 
@@ -35,19 +45,12 @@ impl Pair {
     /// Makes both.
     ///
     /// # Panics
-    /// Where the rung `netns` is missing.
-    pub fn new() -> Self {
+    /// Where the rung `netns` is missing, or the kernel does not know the kind.
+    pub fn new(kind: PairKind) -> Self {
         let host = TestHost::new();
         let pod = host.new_pod();
+        let device = join(&host, &pod, kind, None);
         let root = host.root();
-        // iproute2 takes a process: one that sleeps in the pod's namespace.
-        let mut inside = pod.run(|| Command::new("sleep").arg("60").spawn()).unwrap();
-        root.sh(&format!(
-            "ip link add h0 address 02:00:00:00:00:01 type veth peer name p0 address 02:00:00:00:00:02 netns {}",
-            inside.id()
-        ));
-        inside.kill().unwrap();
-        inside.wait().unwrap();
         root.sysctl("ipv6/conf/h0/accept_dad", "0");
         pod.sysctl("ipv6/conf/p0/accept_dad", "0");
         root.sh("ip addr add 10.9.0.1/24 broadcast 10.9.0.255 dev h0; ip addr add fd09::1/64 dev h0 nodad");
@@ -55,8 +58,16 @@ impl Pair {
              ip addr add 10.9.0.2/24 broadcast 10.9.0.255 dev p0; ip addr add fd09::2/64 dev p0 nodad
              ip neigh add 10.9.0.1 lladdr 02:00:00:00:00:01 dev p0
              ip neigh add fd09::1 lladdr 02:00:00:00:00:01 dev p0");
-        let device = root.link("h0").unwrap().index;
-        Self { pod, host, device }
+        Self { pod, host, device, kind }
+    }
+
+    /// Removes both ends and makes new ones, without addresses; of veth, `h0` gets the index that it had.
+    ///
+    /// # Panics
+    /// Where that fails.
+    pub fn remake(&mut self) {
+        self.host.root().sh("ip link del h0");
+        self.device = join(&self.host, &self.pod, self.kind, Some(self.device));
     }
 
     /// A hook of `h0`.
@@ -68,6 +79,34 @@ impl Pair {
     pub fn on_host<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
         self.host.root().run(f)
     }
+}
+
+fn join(host: &TestHost, pod: &TestNetNs, kind: PairKind, index: Option<IfIndex>) -> IfIndex {
+    let [mac, peer_mac] = [1, 2].map(|n| MacAddr::local([0, 0, 0, 0, 0, n]));
+    match kind {
+        PairKind::Veth => {
+            let index = index.map(|index| format!("index {index}")).unwrap_or_default();
+            let pod = pod.path().display();
+            host.root().sh(&format!(
+                "ip link add h0 address {mac} {index} type veth peer name p0 address {peer_mac} netns {pod}"
+            ));
+        }
+        PairKind::Netkit => {
+            let [name, peer_name] = ["h0", "p0"].map(|name| name.parse().unwrap());
+            let kind = LinkKind::Netkit {
+                mode: NetkitMode::L2,
+                policy: NetkitPolicy::Forward,
+                peer_policy: NetkitPolicy::Forward,
+                peer_name: &peer_name,
+                peer_mac: Some(peer_mac),
+                peer_mtu: None,
+                peer_netns: Some(pod.netns()),
+            };
+            let link = NewLink { name: &name, kind, mac: Some(mac), mtu: None, netns: None };
+            host.root().netns().socket(Family::Route).unwrap().create_link(&link).unwrap();
+        }
+    }
+    host.root().link("h0").unwrap().index
 }
 
 /// How packets reach the host: a broadcast and a known neighbour, of both families.
@@ -133,7 +172,16 @@ pub(super) struct Receiver {
 impl Receiver {
     pub(super) fn new(host: &TestNetNs, port: u16) -> Self {
         host.run(|| {
-            let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port)).unwrap();
+            // A child of another test that has not come to its program yet holds what we have closed.
+            let begun = Instant::now();
+            let socket = loop {
+                match UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port)) {
+                    Err(e) if e.kind() == ErrorKind::AddrInUse && begun.elapsed() < PATIENCE => {
+                        std::thread::sleep(Duration::from_millis(5));
+                    }
+                    bound => break bound.unwrap(),
+                }
+            };
             socket.set_nonblocking(true).unwrap();
             Self { socket, counts: [0; 4] }
         })

@@ -1,0 +1,138 @@
+//! netkit: the suite, and what only it has.
+
+use std::ffi::OsStr;
+use std::path::Path;
+
+use dcenet_core::test_support::{Rung, TestNetNs, require_with};
+use dcenet_ebpf::attach::conformance::{Pair, PairKind, Subject, constant, deny};
+use dcenet_ebpf::attach::{
+    AttachError, Attacher, ClsactAttacher, Direction, Hook, NetkitAttacher, Owner, TcxAttacher, Via, everything,
+    verdict,
+};
+use dcenet_ebpf::loader::AyaLoader;
+use dcenet_ebpf::pin::Pins;
+use dcenet_ebpf::probe::Features;
+
+use crate::{PLACE, conforms};
+
+fn ready() -> bool {
+    require_with(Rung::Vm, || {
+        let netkit = Features::probe().map(|f| f.netkit);
+        netkit
+            .map_or_else(|e| Some(e.to_string()), |known| (!known).then(|| "the kernel has no netkit (6.7)".to_owned()))
+    })
+}
+
+/// A bpffs of its own, which goes with it.
+struct Scene {
+    attacher: NetkitAttacher,
+    pins: Pins,
+    _directory: tempfile::TempDir,
+    state: Box<dyn Fn(&TestNetNs) -> String + Sync>,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let pins = Pins::open(directory.path().join("bpf")).unwrap();
+        let files = pins.directory().to_owned();
+        // No tool of Debian 12 knows netkit: what is pinned has to do.
+        let state = Box::new(move |host: &TestNetNs| {
+            let mut names: Vec<_> = std::fs::read_dir(&files).unwrap().map(|f| f.unwrap().file_name()).collect();
+            names.sort();
+            format!("{}{names:?}", crate::clsact::state(host))
+        });
+        Self { attacher: NetkitAttacher::new(pins.clone()), pins, _directory: directory, state }
+    }
+
+    fn subject(&self) -> Subject<'_> {
+        Subject { attacher: &self.attacher, loader: &AyaLoader, state: &*self.state, pair: PairKind::Netkit }
+    }
+
+    fn place(&self) -> &OsStr {
+        self.pins.directory().as_os_str()
+    }
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        if let Err(error) = self.pins.clone().unmount() {
+            eprintln!("{error}");
+        }
+    }
+}
+
+fn attacher(place: &Path) -> NetkitAttacher {
+    NetkitAttacher::new(Pins::at(place))
+}
+
+conforms!(ready);
+
+#[test]
+fn only_a_primary_end_takes_programs() {
+    if !ready() {
+        return;
+    }
+    let scene = Scene::new();
+    let pair = Pair::new(PairKind::Netkit);
+    let veth = Pair::default();
+    let inside = Hook { device: pair.pod.link("p0").unwrap().index, direction: Direction::Ingress };
+    let refused = [
+        pair.pod.run(|| scene.attacher.attach(inside, &deny(), "x").map(drop)),
+        pair.pod.run(|| scene.attacher.chain(inside).map(drop)),
+        veth.on_host(|| scene.attacher.attach(veth.hook(Direction::Egress), &deny(), "x").map(drop)),
+    ];
+    for refused in refused {
+        assert!(matches!(refused, Err(AttachError::WrongDevice { .. })), "{refused:?}");
+    }
+    // The pod sees no program on its end, by any backend.
+    pair.on_host(|| scene.attacher.attach(pair.hook(Direction::Ingress), &deny(), "x")).unwrap();
+    assert_eq!(pair.pod.run(|| everything(inside)).unwrap(), []);
+    assert!(pair.on_host(|| scene.attacher.detach(pair.hook(Direction::Ingress))).unwrap());
+}
+
+/// What comes in has met netkit before tcx, and tcx before clsact; what goes out the other way round.
+#[test]
+fn netkit_stands_where_the_packet_meets_it() {
+    if !ready() {
+        return;
+    }
+    let scene = Scene::new();
+    let pair = Pair::new(PairKind::Netkit);
+    let other = Scene::new();
+    let tcx = TcxAttacher::new(other.pins.clone());
+    for (direction, order) in
+        [(Direction::Ingress, ["netkit", "tcx", "clsact"]), (Direction::Egress, ["tcx", "clsact", "netkit"])]
+    {
+        let hook = pair.hook(direction);
+        pair.on_host(|| {
+            for (attacher, name) in [
+                (&scene.attacher as &dyn Attacher, "netkit"),
+                (&tcx as &dyn Attacher, "tcx"),
+                (&ClsactAttacher, "clsact"),
+            ] {
+                attacher.attach(hook, &constant(name, verdict::UNSPEC), name).unwrap();
+            }
+            let all: Vec<_> = everything(hook)
+                .unwrap()
+                .into_iter()
+                .map(|a| match a.via {
+                    Via::Netkit { .. } => "netkit",
+                    Via::Tcx { .. } => "tcx",
+                    _ => "clsact",
+                })
+                .collect();
+            assert_eq!(all, order);
+            let ahead = scene.attacher.before(hook).unwrap();
+            assert_eq!(ahead.len(), if direction == Direction::Ingress { 0 } else { 2 });
+            let ahead = tcx.before(hook).unwrap();
+            assert_eq!(ahead.len(), usize::from(direction == Direction::Ingress));
+            for foreign in ahead {
+                assert_eq!(foreign.owner, Owner::Foreign(Some("netkit".into())));
+                assert!(tcx.evict(hook, &foreign).unwrap());
+                assert_eq!(scene.attacher.attached(hook).unwrap(), None);
+            }
+            assert!(tcx.detach(hook).unwrap() && ClsactAttacher.detach(hook).unwrap());
+        });
+    }
+}
