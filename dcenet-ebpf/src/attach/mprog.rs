@@ -189,6 +189,10 @@ impl Links {
         chain.programs.iter().enumerate().map(|(n, entry)| self.kind.describe(hook, n, *entry, &pins)).collect()
     }
 
+    pub(super) fn revision(&self, hook: Hook) -> Result<Option<u64>, AttachError> {
+        Ok(self.kind.query(hook)?.map(|chain| chain.revision))
+    }
+
     /// The chain as others would see it: nothing in it is ours.
     pub(super) fn foreign_chain(kind: &'static Kind, hook: Hook) -> Result<Vec<Attached>, AttachError> {
         match kind.query(hook) {

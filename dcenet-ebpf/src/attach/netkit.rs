@@ -37,6 +37,12 @@ impl NetkitAttacher {
         Self { links: Links::new(&NETKIT, pins, placement) }
     }
 
+    /// A number that each change of the hook's chain raises, whoever makes it; none where there is no such device. For one who
+    /// watches whether others still are where they were: while it is the same, [`Attacher::chain`] is.
+    pub fn revision(&self, hook: Hook) -> Result<Option<u64>, AttachError> {
+        self.links.revision(hook)
+    }
+
     /// Every link that is pinned here, also those whose device has vanished or is in another namespace.
     pub fn links(&self) -> Result<Vec<PinnedLink>, AttachError> {
         self.links.links()

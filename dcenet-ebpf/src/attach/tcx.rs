@@ -16,8 +16,9 @@ use crate::sys;
 
 /// Attaches by tcx links, each pinned under a name made of its direction, its number and the label.
 ///
-/// Any number of processes may use the same pins at once; they wait for each other. To attach takes milliseconds, for the
-/// kernel waits for an RCU grace period under its RTNL lock; to replace takes microseconds.
+/// Any number of processes may use the same pins at once; they wait for each other. To attach and to detach take 10 to 20
+/// milliseconds, for the kernel waits for an RCU grace period under its RTNL lock; to replace takes 0.1 of one, and 0.4 among
+/// 500 pins, which are looked through by name.
 ///
 /// Labels have at most 160 letters, digits, `-` and `_`. A tag's class is refused, for the kernel has no place for one: a
 /// program that must know its device reads `ifindex`, or holds a constant.
@@ -46,6 +47,12 @@ impl TcxAttacher {
     /// As [`TcxAttacher::new`], with another place for what it attaches.
     pub fn placed(pins: Pins, placement: Placement) -> Self {
         Self { links: Links::new(&TCX, pins, placement) }
+    }
+
+    /// A number that each change of the hook's chain raises, whoever makes it; none where there is no such device. For one who
+    /// watches whether others still are where they were: while it is the same, [`Attacher::chain`] is.
+    pub fn revision(&self, hook: Hook) -> Result<Option<u64>, AttachError> {
+        self.links.revision(hook)
     }
 
     /// Every link that is pinned here, also those whose device has vanished or is in another namespace.

@@ -5,8 +5,10 @@ use std::path::Path;
 
 use dcenet_core::test_support::{Rung, TestNetNs, require};
 use dcenet_ebpf::attach::conformance::{Pair, PairKind, Subject, deny};
-use dcenet_ebpf::attach::{AttachError, Attacher, ClsactAttacher, Direction, Owner};
+use dcenet_ebpf::attach::{AttachError, Attacher, ClsactAttacher, Direction, Owner, TcxAttacher, for_kernel};
 use dcenet_ebpf::loader::AyaLoader;
+use dcenet_ebpf::pin::Pins;
+use dcenet_ebpf::probe::Features;
 
 use crate::{PLACE, conforms};
 
@@ -121,4 +123,31 @@ fn a_label_may_be_any_text_and_a_class_is_carried() {
         assert_eq!((attached.owner, attached.class), (Owner::Ours(longest), 4_321));
         assert!(a.detach(hook).unwrap());
     });
+}
+
+/// Where the kernel has no tcx (before 6.6), it is told, clsact is chosen, and asking who runs first is no error.
+#[test]
+fn a_kernel_without_tcx_is_told_of_and_does_without() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let features = Features::probe().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let pins = Pins::open(directory.path().join("bpf")).unwrap();
+    let tcx = TcxAttacher::new(pins.clone());
+    let pair = Pair::default();
+    let hook = pair.hook(Direction::Ingress);
+    pair.on_host(|| {
+        let told = |outcome: Result<(), AttachError>| matches!(outcome, Err(AttachError::Unsupported { .. }));
+        assert_eq!(told(tcx.attach(hook, &deny(), "x").map(drop)), !features.tcx);
+        assert_eq!(told(tcx.chain(hook).map(drop)), !features.tcx);
+        assert_eq!(told(tcx.detach(hook).map(drop)), !features.tcx);
+        assert_eq!(pins.list().unwrap(), [""; 0]);
+        let chosen = for_kernel(&features, &pins);
+        chosen.attach(hook, &deny(), "x").unwrap();
+        assert_eq!(ClsactAttacher.attached(hook).unwrap().is_some(), !features.tcx);
+        assert_eq!(chosen.before(hook).unwrap(), []);
+        assert!(chosen.detach(hook).unwrap());
+    });
+    pins.unmount().unwrap();
 }

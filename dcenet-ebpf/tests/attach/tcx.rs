@@ -296,6 +296,36 @@ fn who_has_the_pins_adopts() {
 }
 
 #[test]
+fn a_revision_tells_of_every_change() {
+    if !ready() {
+        return;
+    }
+    let scene = Scene::new();
+    let pair = Pair::default();
+    let root = pair.host.root();
+    let hook = pair.hook(Direction::Ingress);
+    let revision = || pair.on_host(|| scene.attacher.revision(hook)).unwrap().unwrap();
+    let mut last = revision();
+    assert_eq!(revision(), last);
+    let mut raised = |what: &str| {
+        let now = revision();
+        assert!(now > last, "{what}: {now} after {last}");
+        assert_eq!(revision(), now, "{what}");
+        last = now;
+    };
+    pair.on_host(|| scene.attacher.attach(hook, &deny(), "x")).unwrap();
+    raised("attached");
+    pair.on_host(|| scene.attacher.replace(hook, &constant("other", verdict::UNSPEC), "x")).unwrap();
+    raised("replaced");
+    let foreign = Foreign::last(root, "h0", verdict::UNSPEC);
+    raised("a foreign one came");
+    drop(foreign);
+    raised("a foreign one went");
+    let nowhere = Hook { device: dcenet_core::model::IfIndex::new(9_999).unwrap(), ..hook };
+    assert_eq!(pair.on_host(|| scene.attacher.revision(nowhere)).unwrap(), None);
+}
+
+#[test]
 fn labels_and_classes_that_have_no_place_are_refused() {
     if !ready() {
         return;
@@ -324,7 +354,7 @@ fn labels_and_classes_that_have_no_place_are_refused() {
 /// A macvlan device on a parent in the host's namespace, in the pod's from its beginning.
 fn macvlan(host: &TestHost, pod: &TestNetNs, name: &str, address: &str) -> dcenet_core::model::IfIndex {
     let path = pod.path().display();
-    host.root().sh(&format!("ip link add {name} link up0 type macvlan mode bridge; ip link set {name} netns {path}"));
+    host.root().sh(&format!("ip link add {name} link up0 netns {path} type macvlan mode bridge"));
     pod.sh(&format!("ip addr add {address}/24 dev {name}"));
     pod.link(name).unwrap().index
 }
