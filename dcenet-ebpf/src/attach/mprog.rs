@@ -424,3 +424,80 @@ fn no_link() -> SysError {
 const LABEL_BYTES: usize = 160;
 /// How often a chain is looked at again that others keep changing.
 const ATTEMPTS: usize = 16;
+
+#[cfg(test)]
+mod tests {
+    use dcenet_core::test_support::{Rung, require_with};
+
+    use super::*;
+    use crate::attach::conformance::{Pair, constant, deny};
+    use crate::attach::{Attacher, ClsactAttacher, TcxAttacher, everything, verdict};
+    use crate::probe::Features;
+
+    #[test]
+    fn names_of_pins_read_as_written() {
+        let kind = &super::super::tcx::TCX;
+        for (direction, link, label) in [
+            (Direction::Ingress, 7, "db-0"),
+            (Direction::Egress, u32::MAX, ""),
+            (Direction::Ingress, 1, "-tcx-egress-2-"),
+        ] {
+            let pin = kind.pin(direction, link, label);
+            assert_eq!(kind.parse(&pin), Some((direction, link, label)), "{pin}");
+            assert_eq!(super::super::netkit::NETKIT.parse(&pin), None, "{pin}");
+        }
+        for other in
+            ["", "tcx", "tcx-ingress", "tcx-ingress-7", "tcx-sideways-7-x", "tcx-ingress-x-7", "tcxx-ingress-7-x"]
+        {
+            assert_eq!(kind.parse(other), None, "{other}");
+        }
+    }
+
+    /// Goes also when a test fails.
+    struct Mounted(Pins);
+
+    impl Drop for Mounted {
+        fn drop(&mut self) {
+            // What stays mounted is found by its directory, which then stays too.
+            let _ = self.0.clone().unmount();
+        }
+    }
+
+    /// Programs without a link are taken off by a command of their own, which is told the chain's revision.
+    #[test]
+    fn a_program_without_a_link_is_evicted_alone() {
+        let no_tcx =
+            || (!Features::probe().is_ok_and(|f| f.tcx)).then(|| "the kernel has no tcx (Linux 6.6)".to_owned());
+        if !require_with(Rung::Kernel, no_tcx) {
+            return;
+        }
+        let directory = tempfile::tempdir().expect("a directory");
+        let mounted = Mounted(Pins::open(directory.path().join("bpf")).expect("pins"));
+        let ours = TcxAttacher::new(mounted.0.clone());
+        let pair = Pair::default();
+        let hook = pair.hook(Direction::Ingress);
+        let (one, two) = (constant("one", verdict::OK), constant("two", verdict::UNSPEC));
+        pair.on_host(|| {
+            let device = hook.device.get();
+            let attach = |program: &Program| sys::attach_program(program.as_fd(), device, sys::TCX_INGRESS);
+            attach(&one).expect("attached without a link");
+            ours.attach(hook, &deny(), "ours").expect("attached");
+            attach(&two).expect("attached without a link");
+            let all = everything(hook).expect("the chain");
+            let foreign: Vec<_> = all.iter().filter(|a| a.via == Via::Tcx { link: None }).collect();
+            assert_eq!(foreign.iter().map(|a| a.program).collect::<Vec<_>>(), [one.info().id, two.info().id].map(Some));
+            // An old revision is refused: what has changed since is not known to who names it.
+            let chain = sys::query_chain(device, sys::TCX_INGRESS).expect("the chain");
+            let stale = sys::detach_program(one.as_fd(), device, sys::TCX_INGRESS, chain.revision - 1);
+            assert!(stale.is_err_and(|e| e.is(libc::ESTALE)));
+            assert!(ours.evict(hook, foreign[0]).expect("evicted"));
+            assert!(!ClsactAttacher.evict(hook, foreign[0]).expect("asked"), "it is gone");
+            assert_eq!(
+                ours.chain(hook).expect("the chain").iter().map(|a| a.program).collect::<Vec<_>>(),
+                [ours.attached(hook).expect("ours").and_then(|a| a.program), Some(two.info().id)]
+            );
+            assert!(ours.detach(hook).expect("detached"));
+            assert_eq!(everything(hook).expect("the chain").len(), 1, "what nobody named stays");
+        });
+    }
+}

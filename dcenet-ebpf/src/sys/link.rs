@@ -122,6 +122,14 @@ pub(crate) fn detach_program(
     unsafe { attr.call(Command::PROG_DETACH) }.map(drop)
 }
 
+/// Attaches a program to a device without a link, as older agents do: it stays until somebody takes it off.
+#[cfg(test)]
+pub(crate) fn attach_program(program: BorrowedFd<'_>, device: u32, attach_type: u32) -> Result<(), SysError> {
+    let mut attr = Attr::new().u32(0, device).fd(4, program).u32(8, attach_type);
+    // SAFETY: the attribute holds no pointer.
+    unsafe { attr.call(Command::PROG_ATTACH) }.map(drop)
+}
+
 /// Whether the kernel knows links of this attach type: it is asked for one on a device that cannot exist (index 0), and a
 /// kernel that knows them misses the device (kernel/bpf/tcx.c, `tcx_link_attach`; drivers/net/netkit.c,
 /// `netkit_link_attach`), where an older one, or one that was built without, does not know the type.

@@ -19,6 +19,8 @@ mod ring;
 mod scratch;
 
 pub(crate) use fs::{is_bpffs, mount_bpffs, unmount};
+#[cfg(test)]
+pub(crate) use link::attach_program;
 pub(crate) use link::{
     AFTER, BEFORE, Chain, LINK_TYPE_NETKIT, LINK_TYPE_TCX, LinkInfo, NETKIT_PEER, NETKIT_PRIMARY, Position, TCX_EGRESS,
     TCX_INGRESS, create_link, detach_link, detach_program, device_link_known, link_by_id, link_info, query_chain,
@@ -74,6 +76,8 @@ impl Command {
     const PROG_LOAD: Self = Self(5, "BPF_PROG_LOAD");
     const OBJ_PIN: Self = Self(6, "BPF_OBJ_PIN");
     const OBJ_GET: Self = Self(7, "BPF_OBJ_GET");
+    #[cfg(test)]
+    const PROG_ATTACH: Self = Self(8, "BPF_PROG_ATTACH");
     const PROG_DETACH: Self = Self(9, "BPF_PROG_DETACH");
     const PROG_TEST_RUN: Self = Self(10, "BPF_PROG_TEST_RUN");
     const PROG_GET_NEXT_ID: Self = Self(11, "BPF_PROG_GET_NEXT_ID");

@@ -7,10 +7,9 @@ use dcenet_core::test_support::{Rung, TestNetNs, require};
 use dcenet_ebpf::attach::conformance::{Pair, PairKind, Subject, deny};
 use dcenet_ebpf::attach::{AttachError, Attacher, ClsactAttacher, Direction, Owner, TcxAttacher, for_kernel};
 use dcenet_ebpf::loader::AyaLoader;
-use dcenet_ebpf::pin::Pins;
 use dcenet_ebpf::probe::Features;
 
-use crate::{PLACE, conforms};
+use crate::{PLACE, TestPins, conforms};
 
 fn ready() -> bool {
     require(Rung::Kernel)
@@ -132,8 +131,7 @@ fn a_kernel_without_tcx_is_told_of_and_does_without() {
         return;
     }
     let features = Features::probe().unwrap();
-    let directory = tempfile::tempdir().unwrap();
-    let pins = Pins::open(directory.path().join("bpf")).unwrap();
+    let pins = TestPins::new();
     let tcx = TcxAttacher::new(pins.clone());
     let pair = Pair::default();
     let hook = pair.hook(Direction::Ingress);
@@ -149,5 +147,4 @@ fn a_kernel_without_tcx_is_told_of_and_does_without() {
         assert_eq!(chosen.before(hook).unwrap(), []);
         assert!(chosen.detach(hook).unwrap());
     });
-    pins.unmount().unwrap();
 }

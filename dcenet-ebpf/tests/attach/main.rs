@@ -5,6 +5,13 @@ mod clsact;
 mod netkit;
 mod tcx;
 
+use std::ffi::OsString;
+use std::ops::Deref;
+use std::path::Path;
+
+use dcenet_ebpf::pin::Pins;
+use tempfile::TempDir;
+
 /// For each backend: its name, a `Scene` in the module of that name, and what it needs. Each test of the suite by itself, so
 /// that one says what fails.
 macro_rules! conforms {
@@ -70,3 +77,39 @@ use conforms;
 
 /// Tells a child where the backend keeps what it has.
 const PLACE: &str = "DCENET_TEST_PLACE";
+
+/// A bpffs of a test's own, which goes with it, also when it fails.
+struct TestPins {
+    pins: Pins,
+    _directory: TempDir,
+}
+
+impl TestPins {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        Self { pins: Pins::open(directory.path().join("bpf")).unwrap(), _directory: directory }
+    }
+
+    /// The names of the files in it, as the directory has them.
+    fn files(directory: &Path) -> Vec<OsString> {
+        let mut names: Vec<_> = std::fs::read_dir(directory).unwrap().map(|file| file.unwrap().file_name()).collect();
+        names.sort();
+        names
+    }
+}
+
+impl Deref for TestPins {
+    type Target = Pins;
+
+    fn deref(&self) -> &Pins {
+        &self.pins
+    }
+}
+
+impl Drop for TestPins {
+    fn drop(&mut self) {
+        if let Err(error) = self.pins.clone().unmount() {
+            eprintln!("{error}");
+        }
+    }
+}

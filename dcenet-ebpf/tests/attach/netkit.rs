@@ -13,7 +13,7 @@ use dcenet_ebpf::loader::AyaLoader;
 use dcenet_ebpf::pin::Pins;
 use dcenet_ebpf::probe::Features;
 
-use crate::{PLACE, conforms};
+use crate::{PLACE, TestPins, conforms};
 
 fn ready() -> bool {
     require_with(Rung::Vm, || {
@@ -23,26 +23,21 @@ fn ready() -> bool {
     })
 }
 
-/// A bpffs of its own, which goes with it.
 struct Scene {
     attacher: NetkitAttacher,
-    pins: Pins,
-    _directory: tempfile::TempDir,
+    pins: TestPins,
     state: Box<dyn Fn(&TestNetNs) -> String + Sync>,
 }
 
 impl Scene {
     fn new() -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let pins = Pins::open(directory.path().join("bpf")).unwrap();
-        let files = pins.directory().to_owned();
+        let pins = TestPins::new();
+        let directory = pins.directory().to_owned();
         // No tool of Debian 12 knows netkit: what is pinned has to do.
         let state = Box::new(move |host: &TestNetNs| {
-            let mut names: Vec<_> = std::fs::read_dir(&files).unwrap().map(|f| f.unwrap().file_name()).collect();
-            names.sort();
-            format!("{}{names:?}", crate::clsact::state(host))
+            format!("{}{:?}", crate::clsact::state(host), TestPins::files(&directory))
         });
-        Self { attacher: NetkitAttacher::new(pins.clone()), pins, _directory: directory, state }
+        Self { attacher: NetkitAttacher::new(pins.clone()), pins, state }
     }
 
     fn subject(&self) -> Subject<'_> {
@@ -51,14 +46,6 @@ impl Scene {
 
     fn place(&self) -> &OsStr {
         self.pins.directory().as_os_str()
-    }
-}
-
-impl Drop for Scene {
-    fn drop(&mut self) {
-        if let Err(error) = self.pins.clone().unmount() {
-            eprintln!("{error}");
-        }
     }
 }
 

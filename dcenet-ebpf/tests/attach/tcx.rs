@@ -20,7 +20,7 @@ use dcenet_ebpf::object::{Object, ProgramKind};
 use dcenet_ebpf::pin::Pins;
 use dcenet_ebpf::probe::Features;
 
-use crate::{PLACE, conforms};
+use crate::{PLACE, TestPins, conforms};
 
 fn ready() -> bool {
     require_with(Rung::Kernel, || {
@@ -29,47 +29,30 @@ fn ready() -> bool {
     })
 }
 
-/// A bpffs of its own, which goes with it.
 struct Scene {
     attacher: TcxAttacher,
-    pins: Pins,
-    directory: tempfile::TempDir,
+    pins: TestPins,
+    state: Box<dyn Fn(&TestNetNs) -> String + Sync>,
 }
 
 impl Scene {
     fn new() -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let pins = Pins::open(directory.path().join("bpf")).unwrap();
-        Self { attacher: TcxAttacher::new(pins.clone()), pins, directory }
+        let pins = TestPins::new();
+        let directory = pins.directory().to_owned();
+        // What aya and iproute2 see, and the files in the bpffs.
+        let state = Box::new(move |host: &TestNetNs| {
+            let programs = [TcAttachType::Ingress, TcAttachType::Egress].map(|direction| seen(host, "h0", direction));
+            format!("{}{programs:?}{:?}", crate::clsact::state(host), TestPins::files(&directory))
+        });
+        Self { attacher: TcxAttacher::new(pins.clone()), pins, state }
     }
 
     fn subject(&self) -> Subject<'_> {
-        Subject { attacher: &self.attacher, loader: &AyaLoader, state: self.state(), pair: PairKind::Veth }
-    }
-
-    /// What aya and iproute2 see, and the files in the bpffs. Leaked, as the subject borrows it; a few bytes a test.
-    fn state(&self) -> &'static (dyn Fn(&TestNetNs) -> String + Sync) {
-        let pins = self.place().to_owned();
-        Box::leak(Box::new(move |host: &TestNetNs| {
-            let files: Vec<_> = std::fs::read_dir(&pins).unwrap().map(|f| f.unwrap().file_name()).collect();
-            format!(
-                "{}{:?}{files:?}",
-                crate::clsact::state(host),
-                [TcAttachType::Ingress, TcAttachType::Egress].map(|t| seen(host, "h0", t))
-            )
-        }))
+        Subject { attacher: &self.attacher, loader: &AyaLoader, state: &*self.state, pair: PairKind::Veth }
     }
 
     fn place(&self) -> &OsStr {
         self.pins.directory().as_os_str()
-    }
-}
-
-impl Drop for Scene {
-    fn drop(&mut self) {
-        if let Err(error) = self.pins.clone().unmount() {
-            eprintln!("{}: {error}", self.directory.path().display());
-        }
     }
 }
 
@@ -284,7 +267,7 @@ fn who_has_the_pins_adopts() {
     assert_eq!(pair.on_host(|| stranger.attacher.attached(hook)).unwrap(), None);
     assert!(!pair.on_host(|| stranger.attacher.detach(hook)).unwrap());
     // Nor by one whose pins are nowhere: it finds nothing, and leaves nothing that it could not pin.
-    let nowhere = TcxAttacher::new(Pins::at(scene.directory.path().join("missing")));
+    let nowhere = TcxAttacher::new(Pins::at(scene.pins.directory().with_file_name("missing")));
     assert_eq!(pair.on_host(|| nowhere.attached(hook)).unwrap(), None);
     assert!(!pair.on_host(|| nowhere.detach(hook)).unwrap());
     assert_eq!(nowhere.links().unwrap(), []);
