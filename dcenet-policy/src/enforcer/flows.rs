@@ -315,12 +315,14 @@ impl FlowReader {
         Ok(reader)
     }
 
-    /// Waits until an event is there, at most for `limit`; `false` when none came.
+    /// Waits until an event is there, at most for `limit`; `false` when none came. Flows that end by silence do not end
+    /// the wait, and are found after it.
     ///
     /// # Errors
     /// What the kernel refuses.
     pub fn wait(&self, limit: Duration) -> Result<bool, EnforcerError> {
-        self.ring.wait(limit).map_err(|e| EnforcerError::map(abi::EVENTS, e))
+        let waited = self.ring.wait(limit).map_err(|e| EnforcerError::map(abi::EVENTS, e))?;
+        Ok(waited || !self.ended.is_empty())
     }
 
     /// Hands all events that wait now to the sink, then what was lost, and returns how many there were. What comes

@@ -47,6 +47,11 @@ impl Ended {
         (std::mem::take(&mut waiting.events), std::mem::take(&mut waiting.lost))
     }
 
+    /// Whether none waits.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.lock().events.is_empty()
+    }
+
     fn push(&self, event: Event) {
         let mut waiting = self.0.lock();
         if waiting.events.len() < ROOM {
@@ -77,14 +82,17 @@ pub(crate) fn sweep(shared: &Shared) -> Result<Sweep, EnforcerError> {
     let mut endpoints = BTreeMap::new();
     for slot in 0..cells.entries() {
         let endpoint = cells.load(slot).map_err(failed(abi::ENDPOINTS))?;
-        if endpoint.flags & Endpoint::ACTIVE != 0 {
-            endpoints.insert(slot as u16, endpoint);
-        }
+        endpoints.insert(slot as u16, endpoint);
     }
-    let lives = |slot: u16, tenure: u16| endpoints.get(&slot).is_some_and(|endpoint| endpoint.tenure == tenure);
+    let has = |endpoint: &Endpoint, tenure| endpoint.flags & Endpoint::ACTIVE != 0 && endpoint.tenure == tenure;
+    // A slot may have been given away since: its new endpoint's flows are not orphans.
+    let lives = |slot: u16, tenure: u16| {
+        endpoints.get(&slot).is_some_and(|endpoint| has(endpoint, tenure))
+            || cells.load(u32::from(slot)).is_ok_and(|endpoint| has(&endpoint, tenure))
+    };
     let listener = shared.listener.0.lock().upgrade();
     let mut found = Sweep::default();
-    for name in [abi::CONNTRACK, abi::CONNTRACK_NEW] {
+    for name in abi::FLOW_TABLES {
         let flows = HashTable::<FlowKey, Flow>::new(shared.maps.get(name)?).map_err(failed(name))?;
         let mut tell = |key: &FlowKey, flow: &Flow, over: Over| match over {
             Over::Orphan => found.orphans += 1,
@@ -94,7 +102,7 @@ pub(crate) fn sweep(shared: &Shared) -> Result<Sweep, EnforcerError> {
                 if flow.state != FlowState::Closing as u8
                     && let Some(listener) = &listener
                 {
-                    listener.push(event(key, flow, &endpoints[&key.slot]));
+                    listener.push(event(key, flow, &endpoints.get(&key.slot).copied().unwrap_or_default()));
                 }
             }
         };

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use dcenet_core::test_support::{Rung, effort, require};
 use dcenet_ebpf::abi::Sizes;
 use dcenet_policy::enforcer::flows::{Flow, FlowKind, FlowSink, JsonLines, LastFlows, Losses};
-use dcenet_policy::enforcer::{Enforcer, Sweep, Tools};
+use dcenet_policy::enforcer::{Enforcer, Tools};
 use dcenet_policy::isolation::Fault;
 use dcenet_policy::model::{Direction, Pod, PodId, PolicyId, Verdict};
 use dcenet_policy::target::Tc;
@@ -42,21 +42,20 @@ fn a_forbidden_stream_stops_and_an_allowed_one_loses_nothing() {
         let pushed = Stream::pushed(world.pod("web"), world.pod("db"), push);
         // The twin without policy: all of them run.
         for stream in [&allowed, &forbidden, &pushed] {
-            assert!(stream.during(WINDOW).0 > moving);
+            assert!(stream.moves(moving));
         }
         // `db` may still open any flow: what goes on must not pass for one of those.
         assert!(owner.set_policies(policies(DB)).unwrap().is_complete());
-        assert!(allowed.during(WINDOW).0 > moving);
+        assert!(allowed.moves(moving));
         // Retransmissions are of no use, nor do replies to a flow that is denied by now pass.
         assert_eq!(forbidden.during(WINDOW).0, 0);
-        let (received, sent) = pushed.during(WINDOW);
-        assert!(received == 0 && sent > moving, "{received} of {sent} datagrams pushed");
+        assert_eq!(pushed.of_more_than(moving, WINDOW), 0);
         let (sent, received, gap) = allowed.stop();
         assert_eq!(sent, received);
-        assert!(gap < Duration::from_millis(300), "{gap:?}");
+        assert!(gap < Duration::from_secs(1), "{gap:?}");
         // Allowed again, the connection goes on where it stopped.
         assert!(owner.set_policies([]).unwrap().is_complete());
-        assert!(pushed.during(WINDOW).0 > moving);
+        assert!(pushed.moves(moving));
     }
     owner.uninstall().unwrap();
 }
@@ -167,7 +166,6 @@ fn flows_and_counters_have_names() {
     owner.uninstall().unwrap();
 }
 
-/// Whether the object has all of the other's members, with their values.
 /// UDP says nothing when it ends; the owner notices by the silence, and the entries of a pod that is gone go as well.
 #[test]
 fn a_flow_that_ends_by_silence_is_told_and_the_flows_of_a_pod_that_is_gone_are_removed() {
@@ -176,7 +174,7 @@ fn a_flow_that_ends_by_silence_is_told_and_the_flows_of_a_pod_that_is_gone_are_r
     }
     let mut world = World::new();
     let mut lowering = Tc::new(Sizes::small());
-    lowering.timeouts.udp_new = Duration::from_millis(50);
+    lowering.timeouts.udp_new = Duration::from_secs(1);
     lowering.timeouts.udp_established = lowering.timeouts.udp_new;
     let owner = world.open(Tools { lowering: Arc::new(lowering), ..tools() });
     owner.start().unwrap();
@@ -186,16 +184,20 @@ fn a_flow_that_ends_by_silence_is_told_and_the_flows_of_a_pod_that_is_gone_are_r
     owner.set_policies(policies(DB)).unwrap();
     world.udp("web", "db", 5353, true);
     world.tcp("web", "db", 5432, true);
-    std::thread::sleep(Duration::from_millis(100));
-    // Each pod has its own entry of a flow between them, of either family.
+    // Each pod has its own entry of a flow between them, of either family. The owner sweeps by itself as well.
+    let (kept, begun) = (LastFlows::new(100), Instant::now());
+    let ended = loop {
+        owner.sweep().unwrap();
+        reader.drain(&mut &kept).unwrap();
+        let ended: Vec<Flow> = kept.flows().into_iter().filter(|f| f.kind == FlowKind::Ended).collect();
+        if ended.iter().filter(|f| f.pod.port == 5353 || f.peer.port == 5353).count() >= 4 {
+            break ended;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(60), "{ended:#?}");
+        std::thread::sleep(Duration::from_millis(100));
+    };
     let swept = owner.sweep().unwrap();
-    assert!(swept.ended >= 4 && swept.live >= 4 && swept.orphans == 0, "{swept:?}");
-    assert_eq!(owner.sweep().unwrap(), Sweep { live: swept.live, ..Sweep::default() });
-
-    let kept = LastFlows::new(100);
-    reader.drain(&mut &kept).unwrap();
-    let ended: Vec<Flow> = kept.flows().into_iter().filter(|f| f.kind == FlowKind::Ended).collect();
-    assert_eq!(ended.len(), swept.ended, "{ended:#?}");
+    assert!(swept.live >= 4, "{swept:?}");
     for ipv6 in [false, true] {
         let of_db = ended.iter().find(|f| f.pod.address == Some(world.address("db", ipv6))).unwrap();
         assert_eq!((of_db.attachment.clone(), of_db.direction), (Some(key("db")), Direction::Ingress));
@@ -206,10 +208,13 @@ fn a_flow_that_ends_by_silence_is_told_and_the_flows_of_a_pod_that_is_gone_are_r
     }
     world.delete("db");
     let gone = owner.sweep().unwrap();
-    assert!(gone.orphans >= 2 && gone.live >= 2 && gone.live + gone.orphans == swept.live, "{gone:?} of {swept:?}");
+    assert!(gone.live >= 2 && gone.live + 2 <= swept.live, "{gone:?} after {swept:?}");
+    world.delete("web");
+    assert_eq!(owner.sweep().unwrap().live, 0);
     owner.uninstall().unwrap();
 }
 
+/// Whether the object has all of the other's members, with their values.
 fn includes(object: &serde_json::Value, part: &serde_json::Value) -> bool {
     match part.as_object() {
         Some(members) => members.iter().all(|(name, value)| includes(&object[name], value)),

@@ -9,6 +9,9 @@ use std::time::{Duration, Instant};
 
 use dcenet_core::test_support::TestNetNs;
 
+/// How long a busy machine may take over what an idle one does at once.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// Runs until it is stopped.
 pub struct Stream {
     stopping: Arc<AtomicBool>,
@@ -111,6 +114,29 @@ impl Stream {
         let before = (self.received(), self.sent.load(Ordering::Relaxed));
         std::thread::sleep(time);
         (self.received() - before.0, self.sent.load(Ordering::Relaxed) - before.1)
+    }
+
+    /// Whether more than so much arrives, on a busy machine after a while.
+    pub fn moves(&self, enough: u64) -> bool {
+        let (before, begun) = (self.received(), Instant::now());
+        while self.received() - before <= enough {
+            if begun.elapsed() > PATIENCE {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        true
+    }
+
+    /// How much arrives of more than so much, which is sent in at least this time.
+    pub fn of_more_than(&self, enough: u64, time: Duration) -> u64 {
+        let (before, begun) = ((self.received(), self.sent.load(Ordering::Relaxed)), Instant::now());
+        std::thread::sleep(time);
+        while self.sent.load(Ordering::Relaxed) - before.1 <= enough {
+            assert!(begun.elapsed() < PATIENCE, "the sender stands still");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.received() - before.0
     }
 
     /// Ends it; what was sent, received, and the longest gap.
