@@ -251,9 +251,11 @@ impl Machine for InKernel {
                 self.written.push((map, *index));
             }
         }
-        let flows = HashTable::<FlowKey, Flow>::new(self.map(abi::CONNTRACK)).unwrap();
-        let keys: Vec<FlowKey> = flows.entries().unwrap().into_iter().map(|(key, _)| key).collect();
-        flows.remove_all(&keys).unwrap();
+        for table in abi::FLOW_TABLES {
+            let flows = HashTable::<FlowKey, Flow>::new(self.map(table)).unwrap();
+            let keys: Vec<FlowKey> = flows.entries().unwrap().into_iter().map(|(key, _)| key).collect();
+            flows.remove_all(&keys).unwrap();
+        }
     }
 
     fn run(&mut self, direction: Direction, packet: &Packet) -> bool {

@@ -60,6 +60,8 @@ pub const CONNTRACK: &str = "conntrack";
 /// Flows that were admitted and have not come that far: what a flood of opening packets fills, for it costs its sender
 /// nothing. Flows in [`CONNTRACK`] do not feel it.
 pub const CONNTRACK_NEW: &str = "conntrack_new";
+/// Where flows are, in the order in which programs look.
+pub const FLOW_TABLES: [&str; 2] = [CONNTRACK, CONNTRACK_NEW];
 /// Ports of fragmented packets whose head has passed.
 pub const FRAGMENTS: &str = "fragments";
 /// New-flow verdicts by rule.

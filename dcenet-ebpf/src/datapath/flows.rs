@@ -39,14 +39,28 @@ impl Emitter<'_> {
         self.advance(timeouts);
 
         let related = self.pass(Reason::Related);
-        self.asm.bind(special).jump_if(Cond::Set, R2, frame::RELATED, related);
+        self.asm
+            .bind(special)
+            .jump_if(Cond::Set, R2, frame::RELATED, related)
+            // What it acknowledges was written over.
+            .jump_if(Cond::Set, R2, frame::STALE, advance);
         self.settle(advance);
 
         self.asm.bind(begun);
         self.lookup(abi::CONNTRACK_NEW, frame::KEY);
-        self.asm.jump_if(Cond::Eq, R0, 0, miss);
+        let moved = self.asm.label();
+        self.asm.jump_if(Cond::Eq, R0, 0, moved);
         self.set_flags(frame::BEGUN);
         self.asm.jump(found);
+        // Another CPU may have moved it between the two looks; but not what only begins.
+        self.asm.bind(moved).load(Size::W, R1, R10, frame::TCP_FLAGS).and(R1, SYN | ACK).jump_if(
+            Cond::Eq,
+            R1,
+            SYN,
+            miss,
+        );
+        self.lookup(abi::CONNTRACK, frame::KEY);
+        self.asm.jump_if(Cond::Ne, R0, 0, found).jump(miss);
 
         self.asm.bind(stale).store(Size::W, R10, frame::GENERATION, R3).store(Size::W, R10, frame::JUDGE, R1).store(
             Size::Dw,
@@ -94,7 +108,8 @@ impl Emitter<'_> {
             .bind(tcp)
             .jump_if(Cond::Eq, R2, 0, then)
             .load(Size::W, R3, R10, frame::TCP_FLAGS)
-            .jump_if(Cond::Set, R3, SYN, then)
+            .and(R3, SYN | ACK)
+            .jump_if(Cond::Ne, R3, ACK, then)
             .load(Size::W, R2, R7, Flow::EXPECTED)
             // Met in mid-flow. One that does not exist is answered by a RST, which ends it.
             .jump_if(Cond::Eq, R2, 0, proven)
@@ -111,7 +126,17 @@ impl Emitter<'_> {
         self.update(abi::CONNTRACK, frame::KEY, frame::FLOW);
         self.asm.jump_if(Cond::Ne, R0, 0, as_it_was);
         self.lookup(abi::CONNTRACK, frame::KEY);
-        self.asm.jump_if(Cond::Eq, R0, 0, as_it_was).mov(R7, R0);
+        let open = self.asm.label();
+        self.asm
+            .jump_if(Cond::Eq, R0, 0, as_it_was)
+            // The other direction may have closed it meanwhile.
+            .load(Size::B, R2, R7, Flow::STATE)
+            .jump_if(Cond::Ne, R2, FlowState::Closing as i32, open)
+            .store(Size::B, R0, Flow::STATE, R2)
+            .load(Size::Dw, R2, R7, Flow::TIMEOUT)
+            .store(Size::Dw, R0, Flow::TIMEOUT, R2)
+            .bind(open)
+            .mov(R7, R0);
         self.forget(abi::CONNTRACK_NEW);
         self.asm.bind(as_it_was).load(Size::B, R1, R7, Flow::DIRECTION).jump(then);
     }
@@ -123,11 +148,11 @@ impl Emitter<'_> {
 
     /// `R0 =` the key's flow, or null, where it is known that there was one.
     fn flow_again(&mut self) {
-        let [begun, found] = self.labels();
-        self.if_flags(frame::BEGUN, begun);
-        self.lookup(abi::CONNTRACK, frame::KEY);
-        self.asm.jump(found).bind(begun);
+        let [settled, found] = self.labels();
+        self.asm.load(Size::W, R1, R10, frame::FLAGS).and(R1, frame::BEGUN).jump_if(Cond::Eq, R1, 0, settled);
         self.lookup(abi::CONNTRACK_NEW, frame::KEY);
+        self.asm.jump_if(Cond::Ne, R0, 0, found).bind(settled);
+        self.lookup(abi::CONNTRACK, frame::KEY);
         self.asm.bind(found);
     }
 
@@ -162,23 +187,25 @@ impl Emitter<'_> {
     /// A packet of a known flow: state, time, counters, verdict.
     fn advance(&mut self, timeouts: &Timeouts) {
         let own = self.direction as i32;
-        let [not_tcp, closing, refresh, datagram] = self.labels();
+        let [not_tcp, closing, answered, refresh, datagram] = self.labels();
         self.asm
             .load(Size::B, R5, R7, Flow::STATE)
             .load(Size::B, R4, R10, frame::PROTOCOL)
             .jump_if(Cond::Ne, R4, TCP, not_tcp)
             .load(Size::W, R3, R10, frame::TCP_FLAGS)
             .jump_if(Cond::Set, R3, FIN | RST, closing)
-            .jump_if(Cond::Ne, R5, FlowState::New as i32, refresh)
-            .jump_if(Cond::Eq, R1, own, refresh);
-        self.state(FlowState::Established, timeouts.tcp_established_ns());
-        self.asm
+            .jump_if(Cond::Eq, R1, own, refresh)
             .and(R3, SYN | ACK)
-            .jump_if(Cond::Ne, R3, SYN | ACK, refresh)
+            .jump_if(Cond::Ne, R3, SYN | ACK, answered)
+            // Each time: an earlier answer may have been to an opener that is gone.
             .load(Size::W, R2, R10, frame::SEQUENCE)
             .be(SwapWidth::W32, R2)
             .add(R2, 1)
             .store(Size::W, R7, Flow::EXPECTED, R2)
+            .bind(answered)
+            .jump_if(Cond::Ne, R5, FlowState::New as i32, refresh);
+        self.state(FlowState::Established, timeouts.tcp_established_ns());
+        self.asm
             .jump(refresh)
             .bind(not_tcp)
             .jump_if(Cond::Ne, R5, FlowState::New as i32, refresh)
@@ -250,7 +277,7 @@ impl Emitter<'_> {
     }
 
     fn allow(&mut self, timeouts: &Timeouts, hit: Label) {
-        let new = self.asm.label();
+        let [gone, new] = self.labels();
         self.asm
             .store(Size::W, R10, frame::RULE, R0)
             .load(Size::W, R1, R10, frame::FLAGS)
@@ -260,7 +287,7 @@ impl Emitter<'_> {
         // Found again: a pointer kept on the stack would have to be proven valid here, and this is rare.
         self.flow_again();
         self.asm
-            .jump_if(Cond::Eq, R0, 0, new)
+            .jump_if(Cond::Eq, R0, 0, gone)
             .load(Size::W, R1, R10, frame::GENERATION)
             .store(Size::W, R0, Flow::GENERATION, R1)
             .load(Size::H, R1, R9, Endpoint::TENURE)
@@ -272,6 +299,10 @@ impl Emitter<'_> {
             .load(Size::B, R1, R7, Flow::DIRECTION)
             .jump(hit);
 
+        // An error about a flow that has been removed meanwhile is none.
+        let related = self.pass(Reason::Related);
+        self.asm.bind(gone);
+        self.if_flags(frame::RELATED, related);
         self.asm.bind(new).load(Size::W, R1, R10, frame::RULE);
         self.count(abi::RULES, R1);
         let stateless = self.asm.label();

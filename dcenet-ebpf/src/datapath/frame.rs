@@ -54,9 +54,9 @@ pub(super) const JUDGE: i16 = -228;
 pub(super) const COUNT: i16 = -240;
 /// Number of an entry of a trie.
 pub(super) const ENTRY: i16 = -244;
-/// Acknowledgement number of TCP, network order, in the place of what comes before and after; and the sequence number.
-pub(super) const ACKNOWLEDGED: i16 = ENTRY;
+/// Sequence and acknowledgement number of TCP, network order; the latter until a classifier is asked.
 pub(super) const SEQUENCE: i16 = -248;
+pub(super) const ACKNOWLEDGED: i16 = ENTRY;
 /// Offset in the packet of the next extension header.
 pub(super) const NEXT_HEADER: i16 = ENTRY;
 /// Offset in the packet at which the IP packet ends.

@@ -55,6 +55,7 @@ impl Emitter<'_> {
             .store(Size::H, R10, frame::SLOT, R8)
             .store(Size::W, R10, frame::FLAGS, zero)
             .store(Size::W, R10, frame::TCP_FLAGS, zero)
+            .store(Size::Dw, R10, frame::SEQUENCE, zero)
             .store(Size::W, R10, frame::ICMP, zero);
     }
 

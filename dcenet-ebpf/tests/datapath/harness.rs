@@ -220,7 +220,7 @@ impl Pod {
         let verdict = self.program(direction).test_run(&run).unwrap().retval.cast_signed();
         if let Some((expected, flows)) = twin {
             assert_eq!(verdict, expected, "the VM differs from the kernel");
-            for (name, flows) in FLOWS.into_iter().zip(flows) {
+            for (name, flows) in abi::FLOW_TABLES.into_iter().zip(flows) {
                 assert_eq!(timeless(self.raw(name)), timeless(flows), "{name}: the VM differs from the kernel");
             }
         }
@@ -272,7 +272,7 @@ impl Pod {
         let mut env = Environment { coarse_ns: uptime_ns(), ..Environment::default() };
         let vm = if direction == Egress { from_pod } else { to_pod };
         let run = vm.run(skb, maps, &mut env).unwrap_or_else(|trap| panic!("{trap}"));
-        let flows = FLOWS.map(|name| {
+        let flows = abi::FLOW_TABLES.map(|name| {
             let entries = maps.get(name).into_iter().flat_map(|m| m.entries());
             entries.map(|(k, v)| (k.to_vec(), v.to_vec())).collect()
         });
@@ -314,8 +314,6 @@ pub fn uptime_ns() -> u64 {
     let seconds: f64 = uptime.split_whitespace().next().unwrap().parse().unwrap();
     (seconds * 1e9) as u64
 }
-
-const FLOWS: [&str; 2] = [abi::CONNTRACK, abi::CONNTRACK_NEW];
 
 /// The flows of both maps.
 pub struct Flows {

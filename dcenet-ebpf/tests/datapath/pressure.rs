@@ -1,5 +1,6 @@
 //! Many flows: what a flood can take, and what it cannot.
 
+use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
@@ -124,6 +125,32 @@ fn other_flows_settle_after_three_answers() {
             }
             assert_eq!(count(&pod), NEW);
         }
+    }
+}
+
+/// What a server takes no notice of, and what it answers whoever sent it, prove nothing; nor does an answer to an opener
+/// that is gone stand in the way of the next one.
+#[test]
+fn only_the_number_of_the_last_answer_is_a_proof() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let there = |flags, ack| eth().ipv4(PEER4, POD4).tcp(4000, 80, flags).numbers(1, ack);
+    let answer = |isn| eth().ipv4(POD4, PEER4).tcp(80, 4000, SYN | ACK).numbers(isn, 2);
+    for silent in [0, PSH, ACK] {
+        let pod = Pod::new(&ALLOW, &ALLOW);
+        pod.expect(Ingress, &there(silent, 0), Some(Reason::Allowed));
+        pod.expect(Ingress, &there(SYN, 0), None);
+        pod.expect(Egress, &answer(500), None);
+        for flags in [0, PSH, ACK, ACK | PSH] {
+            pod.expect(Ingress, &there(flags, 0), None);
+            assert_eq!(count(&pod), NEW, "{silent} {flags}");
+        }
+        pod.expect(Egress, &answer(900_000), None);
+        pod.expect(Ingress, &there(ACK, 501), None);
+        assert_eq!(count(&pod), NEW);
+        pod.expect(Ingress, &there(ACK, 900_001), None);
+        assert_eq!(count(&pod), SETTLED);
     }
 }
 
@@ -302,6 +329,13 @@ fn a_full_table_forgets_the_flow_that_was_used_least_recently() {
     }
     let keys: Vec<FlowKey> = pod.flows().begun.entries().unwrap().into_iter().map(|(key, _)| key).collect();
     assert!(keys.len() <= 1024, "{}", keys.len());
-    let has = |peer: Ipv4Addr| keys.iter().any(|key| key.peer == peer.to_ipv6_mapped().octets());
-    assert!(has(PEER4) && has(peer(4095)) && !has(peer(0)));
+    let left = |peers: std::ops::Range<u32>| {
+        let peers: BTreeSet<[u8; 16]> = peers.map(|n| peer(n).to_ipv6_mapped().octets()).collect();
+        keys.iter().filter(|key| peers.contains(&key.peer)).count()
+    };
+    let (first, last) = (left(0..1024), left(3072..4096));
+    assert!(first < last / 2, "{first} of the first and {last} of the last");
+    let goes_on = pod.flows().begun.entries().unwrap().into_iter();
+    let goes_on = goes_on.filter(|(key, _)| key.peer == PEER4.to_ipv6_mapped().octets()).map(|(_, flow)| flow);
+    assert_eq!(goes_on.map(|flow| flow.egress_packets).collect::<Vec<_>>(), [4096]);
 }

@@ -165,10 +165,12 @@ impl Running {
             return Err(format!("the program told {} events for one packet", events.len()));
         };
         let event = Event::decode(event).ok_or_else(|| format!("an event of {} bytes", event.len()))?;
-        let flows = self.maps.get_mut(abi::CONNTRACK).ok_or("there is no map of flows")?;
-        let keys: Vec<Vec<u8>> = flows.entries().map(|(key, _)| key.to_vec()).collect();
-        for key in keys {
-            flows.delete(&key).map_err(|error| error.to_string())?;
+        for table in abi::FLOW_TABLES {
+            let flows = self.maps.get_mut(table).ok_or("there is no map of flows")?;
+            let keys: Vec<Vec<u8>> = flows.entries().map(|(key, _)| key.to_vec()).collect();
+            for key in keys {
+                flows.delete(&key).map_err(|error| error.to_string())?;
+            }
         }
         Ok(Told { value, reason: event.reason, rule: event.rule })
     }
