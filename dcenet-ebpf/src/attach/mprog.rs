@@ -5,6 +5,8 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use dcenet_core::model::IfIndex;
+use dcenet_core::netlink::Family;
+use dcenet_core::netns::NetNs;
 
 use super::{AttachError, Attached, Direction, Hook, Owner, Tag, Via, check_classifier};
 use crate::pin::{PinError, Pins};
@@ -40,8 +42,9 @@ pub struct PinnedLink {
     /// The program's number.
     pub program: u32,
     /// The device's index in whichever namespace the device is now; none once the device has vanished, or somebody has
-    /// detached the link. That a device of this namespace has the same index says nothing: ask
-    /// [`Attacher::attached`](super::Attacher::attached).
+    /// detached the link. For [`Direction::Ingress`] of netkit it is the pod's end, whose packets the program meets
+    /// (drivers/net/netkit.c, `netkit_link_attach`), and not the end that it was attached to. That a device of this
+    /// namespace has the same index says nothing: ask [`Attacher::attached`](super::Attacher::attached).
     pub device: Option<IfIndex>,
 }
 
@@ -233,14 +236,25 @@ impl Links {
         Err(AttachError::Raced { hook })
     }
 
+    /// Asks the devices and not the links, for a link may tell the index of another namespace, or of the pair's other end.
     pub(super) fn devices(&self) -> Result<Vec<IfIndex>, AttachError> {
-        let mut devices: Vec<IfIndex> = Vec::new();
-        for PinnedLink { device, direction, link, .. } in self.links()? {
-            let Some(device) = device else { continue };
-            // The index may be that of another namespace.
-            let here = self.kind.query(Hook { device, direction })?;
-            if here.is_some_and(|chain| chain.programs.iter().any(|(_, l)| *l == link)) && !devices.contains(&device) {
-                devices.push(device);
+        let pins = self.names()?;
+        if pins.is_empty() {
+            return Ok(Vec::new());
+        }
+        let links = NetNs::of_this_thread()?.socket(Family::Route)?.links()?;
+        let mut devices = Vec::new();
+        for device in links.into_iter().map(|link| link.index) {
+            for direction in [Direction::Ingress, Direction::Egress] {
+                let hook = Hook { device, direction };
+                let chain = match self.kind.query(hook) {
+                    Err(AttachError::WrongDevice { .. }) => None,
+                    chain => chain?,
+                };
+                if chain.is_some_and(|c| c.programs.iter().any(|(_, l)| self.kind.pin_of(hook, *l, &pins).is_some())) {
+                    devices.push(device);
+                    break;
+                }
             }
         }
         Ok(devices)

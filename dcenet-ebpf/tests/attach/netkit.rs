@@ -123,3 +123,29 @@ fn netkit_stands_where_the_packet_meets_it() {
         });
     }
 }
+
+/// The two ends have indices of their own, and the host's devices are found by the host's.
+#[test]
+fn devices_are_found_by_the_index_of_the_end_that_was_attached_to() {
+    if !ready() {
+        return;
+    }
+    let scene = Scene::new();
+    let mut pair = Pair::new(PairKind::Netkit);
+    // The host counts on, so that the new pair's ends get different indices; the pod's is that of a dummy on the host.
+    pair.host.root().sh("ip link add other type dummy");
+    pair.remake();
+    let inside = pair.pod.link("p0").unwrap().index;
+    assert_ne!(inside, pair.device);
+    assert_eq!(pair.host.root().link("other").unwrap().index, inside);
+    for (direction, told) in [(Direction::Ingress, inside), (Direction::Egress, pair.device)] {
+        let hook = pair.hook(direction);
+        pair.on_host(|| scene.attacher.attach(hook, &deny(), "x")).unwrap();
+        assert_eq!(pair.on_host(|| scene.attacher.devices()).unwrap(), [pair.device], "{direction:?}");
+        assert_eq!(pair.pod.run(|| scene.attacher.devices()).unwrap(), [], "{direction:?}");
+        let links = scene.attacher.links().unwrap();
+        assert_eq!(links.iter().map(|l| l.device).collect::<Vec<_>>(), [Some(told)], "{direction:?}");
+        assert!(pair.on_host(|| scene.attacher.detach(hook)).unwrap());
+        assert_eq!(pair.on_host(|| scene.attacher.devices()).unwrap(), [], "{direction:?}");
+    }
+}
