@@ -15,6 +15,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a suite of tests fails by panicking")]
 
+mod overtaken;
 mod pair;
 mod programs;
 
@@ -26,6 +27,7 @@ use std::time::{Duration, Instant};
 use dcenet_core::model::IfIndex;
 use dcenet_core::test_support::{TestNetNs, effort};
 
+pub use self::overtaken::a_replacement_at_the_same_time_is_not_ahead_of_ours;
 use self::pair::{FLOOD, PATIENCE, Receiver, Sender, WAYS, flood, flood_over_up};
 pub use self::pair::{Pair, PairKind};
 use self::programs::{ALLOWED, DENIED, allow_one_port, counting_deny, counts};
@@ -60,6 +62,7 @@ pub struct Subject<'a> {
 pub fn conforms(subject: &Subject<'_>) {
     the_device_is_left_as_it_was(subject);
     what_others_have_attached_stays(subject);
+    a_replacement_at_the_same_time_is_not_ahead_of_ours(subject);
     an_index_means_the_device_in_the_callers_namespace(subject);
     unfit_requests_are_told_apart(subject);
     what_is_attached_goes_with_its_device(subject);

@@ -131,6 +131,18 @@ pub struct Attached {
     pub via: Via,
 }
 
+impl Attached {
+    /// Whether both are the same link, or the same filter. Its program may be replaced between two looks at it; only where
+    /// no link holds the program has it no other name.
+    fn has_place_of(&self, other: &Self) -> bool {
+        self.via == other.via
+            && match self.via {
+                Via::Clsact(_) => self.priority == other.priority,
+                Via::Tcx { link } | Via::Netkit { link } => link.is_some() || self.program == other.program,
+            }
+    }
+}
+
 impl fmt::Display for Attached {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (&self.owner, self.program) {
@@ -248,9 +260,9 @@ pub trait Attacher: Send + Sync {
     /// of it may end the chain, so that ours never sees the packet. XDP programs, which run before the hook, are not looked
     /// at.
     fn before(&self, hook: Hook) -> Result<Vec<Attached>, AttachError> {
-        let ours = self.attached(hook)?.map(|a| (a.program, a.via));
+        let ours = self.attached(hook)?;
         let mut all = everything(hook)?;
-        if let Some(place) = all.iter().position(|a| Some((a.program, a.via.clone())) == ours) {
+        if let Some(place) = ours.and_then(|ours| all.iter().position(|a| a.has_place_of(&ours))) {
             all.truncate(place);
         }
         Ok(all)
@@ -264,9 +276,7 @@ pub trait Attacher: Send + Sync {
     /// [`AttachError::NotForeign`] for what is ours.
     fn evict(&self, hook: Hook, foreign: &Attached) -> Result<bool, AttachError> {
         let ours = self.attached(hook)?;
-        if matches!(foreign.owner, Owner::Ours(_))
-            || ours.is_some_and(|o| (o.program, &o.via) == (foreign.program, &foreign.via))
-        {
+        if matches!(foreign.owner, Owner::Ours(_)) || ours.is_some_and(|ours| ours.has_place_of(foreign)) {
             return Err(AttachError::NotForeign { hook });
         }
         match (&foreign.via, foreign.program) {

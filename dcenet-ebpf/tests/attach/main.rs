@@ -62,6 +62,7 @@ macro_rules! conforms {
         conforms!($ready:
             the_device_is_left_as_it_was,
             what_others_have_attached_stays,
+            a_replacement_at_the_same_time_is_not_ahead_of_ours,
             an_index_means_the_device_in_the_callers_namespace,
             unfit_requests_are_told_apart,
             what_is_attached_goes_with_its_device,
