@@ -106,12 +106,17 @@ fn passes(pair: &Pair) -> bool {
     udp_echo(&pair.pod, pair.host.root(), "10.9.0.1".parse().unwrap(), Duration::from_millis(700)).is_ok()
 }
 
+/// The same where it must: a slow machine may need longer for one.
+fn passes_at_last(pair: &Pair) -> bool {
+    (0..60).any(|_| passes(pair))
+}
+
 /// Both ends up, and packets pass.
 fn up(pair: &Pair) {
     let root = pair.host.root();
     root.set_up("h0");
     root.sh("ip neigh replace 10.9.0.2 lladdr 02:00:00:00:00:02 dev h0");
-    assert!((0..60).any(|_| passes(pair)), "no packet passes though nothing is attached");
+    assert!(passes_at_last(pair), "no packet passes though nothing is attached");
 }
 
 #[test]
@@ -178,26 +183,26 @@ fn programs_of_others_before_and_behind_ours_decide_too() {
     up(&pair);
     let go_on = constant("go_on", verdict::UNSPEC);
     pair.on_host(|| scene.attacher.attach(hook, &go_on, "ours")).unwrap();
-    assert!(passes(&pair), "ours alone lets it pass");
+    assert!(passes_at_last(&pair), "ours alone lets it pass");
     let behind = Foreign::last(root, "h0", verdict::SHOT);
     assert!(!passes(&pair), "who stands behind ours is asked");
     // The twin: with a verdict that ends the chain nobody behind is.
     let end = constant("end", verdict::OK);
     pair.on_host(|| scene.attacher.replace(hook, &end, "ours")).unwrap();
-    assert!(passes(&pair), "TC_ACT_OK skips who stands behind");
+    assert!(passes_at_last(&pair), "TC_ACT_OK skips who stands behind");
     pair.on_host(|| scene.attacher.replace(hook, &go_on, "ours")).unwrap();
     drop(behind);
-    assert!(passes(&pair));
+    assert!(passes_at_last(&pair));
     let before = Foreign::first(root, "h0", verdict::SHOT);
     assert!(!passes(&pair), "who stands before ours is asked");
     drop(before);
-    assert!(passes(&pair));
+    assert!(passes_at_last(&pair));
     // clsact comes behind tcx, and is asked as well.
     root.sh("tc qdisc add dev h0 clsact");
     root.sh("tc filter add dev h0 ingress pref 1 protocol ip bpf da bytecode '1,6 0 0 2,'");
     assert!(!passes(&pair), "clsact is asked after tcx");
     pair.on_host(|| scene.attacher.replace(hook, &end, "ours")).unwrap();
-    assert!(passes(&pair), "and TC_ACT_OK skips it");
+    assert!(passes_at_last(&pair), "and TC_ACT_OK skips it");
 }
 
 #[test]
@@ -217,7 +222,7 @@ fn who_can_keep_packets_from_ours_is_told_and_goes_when_named() {
     // Two others: ahead of ours by a link, behind it another.
     let ahead = Foreign::first(root, "h0", verdict::OK);
     let behind = Foreign::last(root, "h0", verdict::UNSPEC);
-    assert!(passes(&pair), "the hole: TC_ACT_OK ahead of ours");
+    assert!(passes_at_last(&pair), "the hole: TC_ACT_OK ahead of ours");
     let told = pair.on_host(|| scene.attacher.before(hook)).unwrap();
     assert_eq!(told.iter().map(id).collect::<Vec<_>>(), [ahead.id]);
     assert_eq!(told[0].owner, Owner::Foreign(Some("stranger".into())));
@@ -236,7 +241,7 @@ fn who_can_keep_packets_from_ours_is_told_and_goes_when_named() {
     pair.on_host(|| ClsactAttacher.attach(hook, &denies, "ours")).unwrap();
     root.sh("tc filter add dev h0 ingress pref 1 protocol ip bpf da bytecode '1,6 0 0 0,'");
     root.sh("tc filter add dev h0 ingress pref 50000 protocol ip bpf da bytecode '1,6 0 0 0,'");
-    assert!(passes(&pair), "the hole: a filter that answers TC_ACT_OK");
+    assert!(passes_at_last(&pair), "the hole: a filter that answers TC_ACT_OK");
     let told = pair.on_host(|| ClsactAttacher.before(hook)).unwrap();
     let told: Vec<_> = told.into_iter().map(|a| (a.owner, a.priority)).collect();
     let stranger = Owner::Foreign(Some("stranger".into()));
