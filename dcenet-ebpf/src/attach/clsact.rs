@@ -59,7 +59,9 @@ impl Attacher for ClsactAttacher {
     }
 
     fn chain(&self, hook: Hook) -> Result<Vec<Attached>, AttachError> {
-        filters(&mut socket()?, hook)
+        let mut chain = filters(&mut socket()?, hook)?;
+        chain.retain(|attached| !is_table(attached));
+        Ok(chain)
     }
 
     fn devices(&self) -> Result<Vec<IfIndex>, AttachError> {
@@ -189,7 +191,13 @@ fn occupied(hook: Hook) -> AttachError {
     AttachError::Occupied { hook, occupant: format!("a foreign filter (priority {PRIORITY}, handle {HANDLE:#x})") }
 }
 
-/// The classifiers on a hook in the order in which they run.
+/// Whether it is a hash table of `u32`, which decides on no packet but holds the filters that do (net/sched/cls_u32.c,
+/// `TC_U32_NODE`). It may outlive them.
+fn is_table(attached: &Attached) -> bool {
+    matches!(&attached.via, Via::Clsact(filter) if filter.kind == U32 && filter.handle & U32_NODE == 0)
+}
+
+/// The classifiers on a hook in the order in which they run, with tables that somebody has made.
 fn filters(socket: &mut Socket, hook: Hook) -> Result<Vec<Attached>, AttachError> {
     // An `ingress` discipline has one list and shows it for whatever parent it is asked (net/sched/sch_ingress.c,
     // `ingress_tcf_block`).
@@ -307,6 +315,9 @@ const HANDLE: u32 = 0xdce;
 const CLSACT: &str = "clsact";
 const INGRESS: &str = "ingress";
 const BPF: &str = "bpf";
+const U32: &str = "u32";
+/// The part of a `u32` handle that numbers a filter in its bucket (include/uapi/linux/pkt_cls.h).
+const U32_NODE: u32 = 0xfff;
 /// `TC_H_CLSACT` as a discipline's handle and parent.
 const CLSACT_HANDLE: u32 = 0xffff_0000;
 const CLSACT_PARENT: u32 = 0xffff_fff1;

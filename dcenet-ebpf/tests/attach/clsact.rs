@@ -72,6 +72,39 @@ fn ours_stands_among_filters_by_priority_and_the_last_one_out_removes_the_discip
     assert!(!state(root).contains("clsact"), "the last one out removes it");
 }
 
+/// A table of `u32` without a filter decides nothing, and is somebody's all the same.
+#[test]
+fn a_table_of_u32_is_no_program_and_keeps_the_discipline() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let pair = Pair::default();
+    let root = pair.host.root();
+    let hook = pair.hook(Direction::Ingress);
+    root.sh("tc qdisc add dev h0 clsact");
+    root.sh("tc filter add dev h0 ingress pref 7 protocol ip handle 1: u32 divisor 1");
+    let before = state(root);
+    assert!(before.contains("fh 1:"), "{before}");
+    let ahead = || pair.on_host(|| ClsactAttacher.before(hook)).unwrap();
+    pair.on_host(|| {
+        ClsactAttacher.attach(hook, &deny(), "ours").unwrap();
+        let chain = ClsactAttacher.chain(hook).unwrap();
+        assert!(matches!(&chain[..], [a] if a.owner == Owner::Ours("ours".into())), "{chain:?}");
+    });
+    assert_eq!(ahead(), []);
+    assert!(pair.on_host(|| ClsactAttacher.detach(hook)).unwrap());
+    assert_eq!(state(root), before);
+    // The twin: a filter in the table is told of.
+    pair.on_host(|| ClsactAttacher.attach(hook, &deny(), "ours")).unwrap();
+    root.sh("tc filter add dev h0 ingress pref 7 protocol ip u32 ht 1:0 match u32 0 0 flowid 1:1");
+    assert_eq!(ahead().iter().map(|a| a.priority).collect::<Vec<_>>(), [7]);
+    for filter in ahead() {
+        assert!(pair.on_host(|| ClsactAttacher.evict(hook, &filter)).unwrap());
+    }
+    assert_eq!(ahead(), []);
+    assert!(pair.on_host(|| ClsactAttacher.detach(hook)).unwrap());
+}
+
 #[test]
 fn our_place_taken_by_another_is_an_error_and_not_overwritten() {
     if !require(Rung::Kernel) {
