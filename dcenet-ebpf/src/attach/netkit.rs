@@ -1,8 +1,10 @@
 //! Classifiers on a netkit pair, in the host's hands: they run where a packet enters the pair, before it takes any queue.
 //!
 //! The pair's primary end, which lives on the host, holds the programs of both: the pod's end shows none and takes none
-//! (drivers/net/netkit.c, `netkit_dev_fetch`), so nothing in the pod can remove them. When no program decides, the policy
-//! that the pair was made with does.
+//! (drivers/net/netkit.c, `netkit_dev_fetch`), so nothing in the pod can remove them.
+//!
+//! When there are programs and none decides, the packet passes, also where the pair was made with the policy to drop: that
+//! policy holds only while no program is attached (`netkit_xmit`, `netkit_run`).
 
 use dcenet_core::model::IfIndex;
 
@@ -38,7 +40,9 @@ impl NetkitAttacher {
     }
 
     /// A number that each change of the hook's chain raises, whoever makes it; none where there is no such device. For one who
-    /// watches whether others still are where they were: while it is the same, [`Attacher::chain`] is.
+    /// watches whether others still are where they were: while it is the same and something of ours stays on the chain,
+    /// [`Attacher::chain`] is the same. Once the chain was empty it counts from 1 again, so that the same number may tell of
+    /// another chain.
     pub fn revision(&self, hook: Hook) -> Result<Option<u64>, AttachError> {
         self.links.revision(hook)
     }

@@ -50,7 +50,9 @@ impl TcxAttacher {
     }
 
     /// A number that each change of the hook's chain raises, whoever makes it; none where there is no such device. For one who
-    /// watches whether others still are where they were: while it is the same, [`Attacher::chain`] is.
+    /// watches whether others still are where they were: while it is the same and something of ours stays on the chain,
+    /// [`Attacher::chain`] is the same. Once the chain was empty it counts from 1 again, so that the same number may tell of
+    /// another chain.
     pub fn revision(&self, hook: Hook) -> Result<Option<u64>, AttachError> {
         self.links.revision(hook)
     }
