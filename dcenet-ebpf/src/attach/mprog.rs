@@ -1,8 +1,9 @@
 //! Pinned links in a device's chains of programs: what tcx and netkit have in common (kernel/bpf/mprog.c).
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 
 use dcenet_core::model::IfIndex;
 use dcenet_core::netlink::Family;
@@ -403,10 +404,18 @@ impl Links {
 
     /// Keeps other processes with the same pins from changing links, until it is dropped. A process that dies loses it.
     fn lock(&self) -> Result<File, AttachError> {
+        let path = self.pins.directory();
+        let file = |metadata: Metadata| (metadata.dev(), metadata.ino());
         let locked = gated("lock", || {
-            let directory = File::open(self.pins.directory())?;
-            directory.lock()?;
-            Ok(directory)
+            for _ in 0..ATTEMPTS {
+                let directory = File::open(path)?;
+                directory.lock()?;
+                // While this one waited, another bpffs may have been mounted here, which others lock.
+                if file(directory.metadata()?) == file(std::fs::metadata(path)?) {
+                    return Ok(directory);
+                }
+            }
+            Err(io::Error::from_raw_os_error(libc::ESTALE))
         });
         locked.map_err(|source| PinError::new("lock", self.pins.directory(), source).into())
     }
