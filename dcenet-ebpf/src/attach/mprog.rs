@@ -172,7 +172,8 @@ impl Links {
         let _lock = self.lock()?;
         match self.ours(hook)? {
             Some(ours) => match self.swap(hook, &ours, program, tag.label) {
-                Err(AttachError::NotAttached { hook }) => Err(AttachError::NoDevice(hook.device)),
+                // The device, or somebody else, has ended the link since it was found in the chain.
+                Err(AttachError::NotAttached { hook }) => Err(AttachError::Raced { hook }),
                 swapped => swapped.map(|()| Some(ours.attached)),
             },
             None => self.create(hook, program, tag.label).map(|()| None),
@@ -181,7 +182,10 @@ impl Links {
 
     pub(super) fn replace(&self, hook: Hook, program: &Program, tag: Tag<'_>) -> Result<Attached, AttachError> {
         check(program, tag)?;
-        let _lock = self.lock()?;
+        let _lock = match self.lock() {
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Err(AttachError::NotAttached { hook }),
+            lock => lock?,
+        };
         let ours = self.ours(hook)?.ok_or(AttachError::NotAttached { hook })?;
         self.swap(hook, &ours, program, tag.label)?;
         Ok(ours.attached)

@@ -276,6 +276,8 @@ fn who_has_the_pins_adopts() {
     assert_eq!(pair.on_host(|| nowhere.attached(hook)).unwrap(), None);
     assert!(!pair.on_host(|| nowhere.detach(hook)).unwrap());
     assert_eq!(nowhere.links().unwrap(), []);
+    let refused = pair.on_host(|| nowhere.replace(hook, &deny(), "x")).unwrap_err();
+    assert!(matches!(refused, AttachError::NotAttached { .. }), "{refused}");
     let refused = pair.on_host(|| nowhere.attach(hook, &deny(), "x")).unwrap_err();
     assert_eq!(refused.raw_os_error(), Some(libc::ENOENT), "{refused}");
     assert_eq!(seen(pair.host.root(), "h0", TcAttachType::Egress), [program.info().id]);
