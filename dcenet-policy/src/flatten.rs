@@ -189,7 +189,7 @@ impl Flattener<'_> {
         verdict: Verdict,
     ) -> Result<(), CompileError> {
         let claim = self.claim(if verdict == Verdict::Allow { Claim::Sole } else { Claim::Any });
-        let matches = self.matches(rule, place.direction, named_ports, claim, rules.len(), 1)?;
+        let matches = self.matches(rule, place.direction, named_ports, claim, rules.len())?;
         for Match { peer, port, condition, service } in matches {
             let leaf = Leaf { verdict, rule: self.rule(place, peer, port) };
             rules.push(Conditional { condition, service, leaf });
@@ -209,19 +209,24 @@ impl Flattener<'_> {
         named_ports: &OwnPorts,
     ) -> Result<(), CompileError> {
         let (direction, claim) = (place.direction, self.claim(Claim::Sole));
-        let sole = self.matches(rule, direction, named_ports, claim, rules.len(), behind.len() + 1)?;
+        let sole = self.matches(rule, direction, named_ports, claim, rules.len())?;
+        // Peers share services: what is behind is searched once for each, so that time goes with entries.
+        let mut reached: HashMap<Service, Vec<(Service, &Conditional)>> = HashMap::new();
         for Match { condition, service, .. } in &sole {
-            for next in behind {
-                if let Some(service) = service.and(next.service) {
-                    let mut condition: Condition = condition.iter().chain(&next.condition).copied().collect();
-                    condition.sort_unstable();
-                    condition.dedup();
-                    rules.push(Conditional { condition, service, leaf: next.leaf });
-                }
+            let reached = reached
+                .entry(*service)
+                .or_insert_with(|| behind.iter().filter_map(|next| Some((service.and(next.service)?, next))).collect());
+            let found = rules.len().saturating_add(reached.len()).saturating_add(1);
+            self.limits.check("entries in one policy set", found, self.limits.entries)?;
+            for (service, next) in reached {
+                let mut condition: Condition = condition.iter().chain(&next.condition).copied().collect();
+                condition.sort_unstable();
+                condition.dedup();
+                rules.push(Conditional { condition, service: *service, leaf: next.leaf });
             }
             rules.push(Conditional { condition: condition.clone(), service: *service, leaf: default });
         }
-        let any = self.matches(rule, direction, named_ports, Claim::Any, rules.len(), 1)?;
+        let any = self.matches(rule, direction, named_ports, Claim::Any, rules.len())?;
         let passed: HashSet<(&Condition, Service)> = sole.iter().map(|m| (&m.condition, m.service)).collect();
         for Match { peer, port, condition, service } in any {
             if !passed.contains(&(&condition, service)) {
@@ -232,7 +237,7 @@ impl Flattener<'_> {
         Ok(())
     }
 
-    /// The combinations of peer and service that a rule matches, peer by peer; each is to become so many entries, beside
+    /// The combinations of peer and service that a rule matches, peer by peer; each is to become an entry at least, beside
     /// those that there are.
     fn matches(
         &mut self,
@@ -241,7 +246,6 @@ impl Flattener<'_> {
         named_ports: &OwnPorts,
         claim: Claim,
         entries: usize,
-        each: usize,
     ) -> Result<Vec<Match>, CompileError> {
         let peers: Vec<(Option<usize>, Condition)> = match &rule.peers {
             Peers::Any => vec![(None, Vec::new())],
@@ -259,7 +263,7 @@ impl Flattener<'_> {
                 }
             }
         }
-        let new = peers.len().saturating_mul(services.len()).saturating_mul(each);
+        let new = peers.len().saturating_mul(services.len());
         self.limits.check("entries in one policy set", entries.saturating_add(new), self.limits.entries)?;
         let mut matches = Vec::with_capacity(peers.len() * services.len());
         for (peer, condition) in peers {

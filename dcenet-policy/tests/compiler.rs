@@ -596,3 +596,31 @@ fn a_rule_that_passes_denies_an_address_that_several_claim() {
     cluster.pods.get_mut(&pod("p3")).unwrap().addresses.extend(claimed);
     assert_eq!(told(&cluster, 80)[0], "deny: admin:pass ingress[0] from[0]");
 }
+
+#[test]
+fn a_rule_that_passes_counts_what_it_reaches_and_not_what_it_might() {
+    let rule = |action, ports: std::ops::RangeInclusive<u16>| Rule {
+        action,
+        peers: Peers::Any,
+        ports: Ports::OneOf(ports.map(|port| tcp(port, port)).collect()),
+    };
+    let mut cluster = cluster();
+    cluster.policies.clear();
+    cluster.insert_policy(of_tier(Tier::Baseline, 0, "behind", vec![rule(Action::Deny, 11..=20)]));
+    let mut compiler = Compiler::new(Scope::Cluster, Limits { entries: 24, ..Limits::default() });
+    let verdicts = |update: &dcenet_policy::Update| [9, 10, 11, 20].map(|port| verdict(update, "p1", 2, port).verdict);
+    let (yes, no) = (Verdict::Allow, Verdict::Deny);
+    // Ten pass, none of them to what is behind, and then three of them: 20 and 23 entries.
+    for (first, wanted) in [(1, [yes, yes, no, no]), (4, [yes, yes, no, no])] {
+        cluster.insert_policy(of_tier(Tier::Admin, 0, "pass", vec![rule(Action::Pass, first..=first + 9)]));
+        let update = compiler.update(&cluster).unwrap();
+        assert_eq!(refused(&update), []);
+        assert_eq!(verdicts(&update), wanted);
+        compare(&cluster, &update, tuples(&mut Rng::new(1), &cluster, 200), &mut Tally::default()).unwrap();
+    }
+    // Five of them: 25 entries.
+    cluster.insert_policy(of_tier(Tier::Admin, 0, "pass", vec![rule(Action::Pass, 6..=15)]));
+    let update = compiler.update(&cluster).unwrap();
+    assert_eq!(refused(&update)[0].0, ["admin:pass", "baseline:behind"]);
+    assert_eq!(verdicts(&update), [no; 4]);
+}
