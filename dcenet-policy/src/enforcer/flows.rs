@@ -203,6 +203,8 @@ impl FlowSink for &LastFlows {
 #[derive(Debug, Default)]
 pub(crate) struct Names {
     rules: BTreeMap<RuleId, RuleRef>,
+    /// Numbers that an earlier owner gave to rules and that now stand for something else.
+    taken_back: Vec<RuleId>,
 }
 
 impl Names {
@@ -226,7 +228,9 @@ impl Names {
         match serde_json::from_slice::<Vec<(u32, RuleRef)>>(&text) {
             Ok(rules) => {
                 let rules = rules.into_iter().map(|(id, rule)| (RuleId(id), rule));
-                Self { rules: rules.filter(|(id, _)| *id >= RuleId::FIRST).collect() }
+                let (rules, taken_back): (BTreeMap<_, _>, BTreeMap<_, _>) =
+                    rules.partition(|(id, _)| *id >= RuleId::FIRST);
+                Self { rules, taken_back: taken_back.into_keys().collect() }
             }
             Err(error) => {
                 tracing::warn!(path = %path.display(), %error, "the names of rules are lost");
@@ -240,8 +244,8 @@ impl Names {
         self.rules.iter().map(|(id, rule)| (*id, rule.clone()))
     }
 
-    /// Notes the names of an update, before any program uses the numbers. A rule that gets the number of another begins to
-    /// count at zero.
+    /// Notes the names of an update, before any program uses the numbers. What gets the number of another rule begins to
+    /// count at zero, also where it is no rule: a release may have fewer numbers for rules than the one before it.
     pub(crate) fn learn(
         &mut self,
         table: &RuleTable,
@@ -249,14 +253,14 @@ impl Names {
         run_dir: &Path,
     ) -> Result<(), EnforcerError> {
         let learnt: Vec<_> = table.iter().filter(|(id, rule)| self.rules.get(id) != Some(*rule)).collect();
-        if !learnt.is_empty() {
-            let mut rules = self.rules.clone();
-            for (id, rule) in learnt {
+        if !learnt.is_empty() || !self.taken_back.is_empty() {
+            for id in learnt.iter().map(|(id, _)| *id).chain(self.taken_back.iter().copied()) {
                 if id.0 < counters.entries() {
                     counters.store(id.0, &[0; 2]).map_err(|e| EnforcerError::map(abi::RULES, e))?;
                 }
-                rules.insert(id, rule.clone());
             }
+            let mut rules = self.rules.clone();
+            rules.extend(learnt.into_iter().map(|(id, rule)| (id, rule.clone())));
             let path = Self::path(run_dir);
             let failed = |source| EnforcerError::File { path: path.clone(), source };
             let fresh = run_dir.join("policy.rules,new");
@@ -264,7 +268,7 @@ impl Names {
             let text = serde_json::to_vec(&text).map_err(|e| failed(e.into()))?;
             fs::write(&fresh, text).and_then(|()| fs::rename(&fresh, &path)).map_err(failed)?;
             // Only now: what is not written down is learnt again by the next attempt.
-            self.rules = rules;
+            *self = Self { rules, taken_back: Vec::new() };
         }
         Ok(())
     }

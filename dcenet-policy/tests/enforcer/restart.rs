@@ -11,7 +11,9 @@ use dcenet_core::model::IfIndex;
 use dcenet_core::test_support::{Rung, require};
 use dcenet_ebpf::attach::{AttachError, Attached, Attacher, ClsactAttacher, Hook, Tag};
 use dcenet_ebpf::program::Program;
+use dcenet_policy::compiler::RuleTable;
 use dcenet_policy::enforcer::{Enforcer, EnforcerConfig, EnforcerError, Phase, Tools};
+use dcenet_policy::ir::RuleId;
 
 use crate::streams::Stream;
 use crate::world::*;
@@ -179,6 +181,49 @@ fn there_is_one_owner_at_a_time_and_one_that_stops_leaves_its_verdicts() {
     world.await_enforced("db", ALLOWED).unwrap();
     assert!(owner.start().unwrap().is_complete());
     world.udp("web", "db", 5353, true);
+    owner.uninstall().unwrap();
+}
+
+#[test]
+fn a_number_that_no_longer_is_a_rules_counts_from_zero() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let mut world = World::new();
+    let owner = world.started();
+    world.add_enforced("scan", 4, &[]);
+    world.add_enforced("db", 3, &[("app", "db")]);
+    owner.set_policies(policies(DB)).unwrap();
+    world.udp("scan", "db", 5353, false);
+    let isolated = RuleTable::default().name(RuleId::ISOLATED);
+    let counted = |owner: &Enforcer| owner.rule_counters().unwrap().into_iter().find(|c| c.rule == isolated).unwrap();
+    let before = counted(&owner).packets;
+    assert!(before > 0);
+    drop(owner);
+    let restarted = |world: &World| {
+        let owner = world.open(tools());
+        owner.adopt(&world.engine.attachments(&"shop".parse().unwrap()).unwrap()).unwrap();
+        owner.set_policies(policies(DB)).unwrap();
+        assert!(owner.start().unwrap().is_complete());
+        owner
+    };
+    let owner = restarted(&world);
+    assert!(counted(&owner).packets >= before, "a new owner goes on counting");
+    drop(owner);
+
+    // As by an owner whose rules began at a lower number.
+    let path = world.host.run_dir().join("policy.rules");
+    let mut names: Vec<(u32, serde_json::Value)> = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    assert!(!names.is_empty() && names.iter().all(|(id, _)| *id >= RuleId::FIRST.0));
+    let kept = names.clone();
+    names.insert(0, (RuleId::ISOLATED.0, kept[0].1.clone()));
+    names[0].1["rule"] = 7.into();
+    std::fs::write(&path, serde_json::to_vec(&names).unwrap()).unwrap();
+    let owner = restarted(&world);
+    assert_eq!(counted(&owner).packets, 0);
+    assert_eq!(serde_json::from_slice::<Vec<(u32, serde_json::Value)>>(&std::fs::read(&path).unwrap()).unwrap(), kept);
+    world.udp("scan", "db", 5353, false);
+    assert!(counted(&owner).packets > 0);
     owner.uninstall().unwrap();
 }
 
