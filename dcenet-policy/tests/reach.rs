@@ -4,6 +4,8 @@
 
 #[path = "../examples/reach/cli.rs"]
 mod cli;
+#[path = "reach/input.rs"]
+mod input;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};

@@ -56,10 +56,11 @@ use std::net::IpAddr;
 
 use serde_json::Value;
 
+use super::SourceError;
 use super::clusternetworkpolicy::{self, Closed};
 use super::fields::{At, Fields};
 use super::networkpolicy::{self, KindNeeded, dns_name, one_of, port_number};
-use super::{SourceError, text};
+use super::text::{self, Lines};
 use crate::model::{Cluster, Labels, NamedPort, Pod, PodId, PodNetwork, Policy, PolicyId, Protocol, Tier};
 
 /// What a set of texts says of a cluster.
@@ -168,20 +169,21 @@ impl Documents {
         text: &str,
         documents: Result<Vec<Value>, SourceError>,
     ) -> Result<Self, DocumentError> {
+        let lines = Lines::new(text);
         let added = documents.and_then(|documents| {
             let mut objects = Objects::default();
             for (index, document) in documents.iter().enumerate().filter(|(_, document)| !document.is_null()) {
                 read(&At::root(index, document), None, &mut objects)?;
             }
             for closed in objects.closed {
-                let line = line_of(text, closed.document, &closed.path);
+                let line = lines.line(closed.document, &closed.path);
                 self.closed.push(ClosedRule { file: file.to_owned(), line, closed });
             }
             objects.read.into_iter().try_for_each(|(at, object)| self.add(file, &at, object))
         });
         match added {
             Ok(()) => Ok(self),
-            Err(source) => Err(DocumentError { file: file.to_owned(), line: line(text, &source), source }),
+            Err(source) => Err(DocumentError { file: file.to_owned(), line: line(&lines, &source), source }),
         }
     }
 
@@ -313,29 +315,18 @@ struct ReadPod {
     finished: bool,
 }
 
-fn line(text: &str, error: &SourceError) -> Option<u64> {
+fn line(lines: &Lines<'_>, error: &SourceError) -> Option<u64> {
     match error {
         SourceError::Syntax { .. } => None,
         SourceError::Invalid { document, path, .. } => {
             // How `At::invalid` calls the path of a document.
             let path = if path == "the document" { "" } else { path };
-            line_of(text, *document, path)
+            lines.line(*document, path)
         }
         SourceError::UnknownField { document, path, .. } | SourceError::ImplLimitExceeded { document, path, .. } => {
-            line_of(text, *document, path)
+            lines.line(*document, path)
         }
     }
-}
-
-#[cfg(feature = "yaml")]
-fn line_of(text: &str, document: usize, path: &str) -> Option<u64> {
-    text::line(text, document, path)
-}
-
-/// Only the YAML reader counts lines.
-#[cfg(not(feature = "yaml"))]
-fn line_of(_: &str, _: usize, _: &str) -> Option<u64> {
-    None
 }
 
 /// Version and kind of the items of a typed list, which come from the API server without their own.
