@@ -24,7 +24,8 @@
 //! | `hostNetwork: true` | the pod has its node's addresses, is no subject of policy, and no selector finds it; addresses that may be shared. `hostIPs` count where it has no `podIPs` |
 //!
 //! Nodes are known by what pods say of theirs (`spec.nodeName` with `status.hostIPs`, or a host-network pod's own
-//! addresses), since traffic between a pod and its node is allowed.
+//! addresses), since traffic between a pod and its node is allowed. A pod that has its node's address without
+//! `hostNetwork`, as where each pod has a machine of its own (Fargate), has it alone: it is told as no node's.
 //!
 //! ```
 //! # #[cfg(feature = "yaml")] {
@@ -416,6 +417,9 @@ fn pod(fields: &Fields<'_>) -> Result<ReadPod, SourceError> {
             addresses.clone_from(&node_addresses);
         }
         node_addresses.extend(&addresses);
+    } else {
+        // Some platforms give a pod a machine of its own, and both one address: it is the pod's.
+        node_addresses.retain(|address| !addresses.contains(address));
     }
     let phase = status.field("phase");
     let finished = phase.value.is_some() && ["Succeeded", "Failed"].contains(&phase.text()?);

@@ -58,3 +58,23 @@ metadata:
         assert!(refused.contains(message), "{value}: {refused}");
     }
 }
+
+#[test]
+fn an_address_that_pod_and_node_share_is_the_pods() {
+    let pod = |name: &str, host: &str, more: &str| {
+        format!(
+            "---\napiVersion: v1\nkind: Pod\nmetadata: {{ name: {name} }}\nspec: {{ nodeName: n-{name}{more} }}\nstatus: \
+             {{ podIP: 10.0.0.1, hostIP: {host}, hostIPs: [ {{ ip: {host} }} ] }}\n"
+        )
+    };
+    let read = |text: &str| Documents::default().with_yaml("a.yaml", text);
+    let documents = read(&pod("one", "10.0.0.1", "")).unwrap();
+    assert_eq!((documents.pods.len(), documents.nodes.len()), (1, 0));
+    // A node of another address is told as ever, and so is one whose pod shares its network.
+    assert_eq!(read(&pod("one", "10.0.0.9", "")).unwrap().nodes["n-one"].len(), 1);
+    assert_eq!(read(&pod("one", "10.0.0.1", ", hostNetwork: true")).unwrap().nodes["n-one"].len(), 1);
+    // Nobody else may have it.
+    let both = pod("one", "10.0.0.1", "") + &pod("two", "10.0.0.1", ", hostNetwork: true");
+    let refused = read(&both).unwrap_err().to_string();
+    assert!(refused.contains("10.0.0.1 is the address of pod default/one, too"), "{refused}");
+}
