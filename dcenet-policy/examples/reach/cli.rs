@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use clap::{Parser, ValueEnum};
 use dcenet_policy::model::Cluster;
 use dcenet_policy::reach::{Evaluator, Probe, ReachError, Simulator, reach};
-use dcenet_policy::sources::kubernetes::Documents;
+use dcenet_policy::sources::kubernetes::{Documents, Note, NoteKind};
 
 /// Reads Kubernetes objects and tells for every pair of pods whether policies allow each probe, and which rule decides.
 ///
@@ -17,8 +17,8 @@ use dcenet_policy::sources::kubernetes::Documents;
 #[derive(Debug, Parser)]
 #[command(name = "reach", version)]
 struct Options {
-    /// A directory, with those below it: all files .yaml, .yml and .json, in the order of their paths, hidden ones
-    /// apart. Or a single file.
+    /// A directory, with those below it: all files .yaml, .yml and .json, in capitals too, in the order of their paths,
+    /// hidden ones apart. Links to directories are not followed, and named on stderr. Or a single file.
     #[arg(long, value_name = "DIR")]
     resources: PathBuf,
     /// What opens a connection: tcp/80, udp/dns (the destination's name of a port), sctp/7777 or icmp. May be repeated.
@@ -72,31 +72,20 @@ pub(crate) fn run(arguments: impl IntoIterator<Item = OsString>, out: &mut dyn W
 }
 
 fn report(options: &Options, out: &mut dyn Write, err: &mut dyn Write) -> Result<(), Box<dyn Error>> {
-    let documents = read(&options.resources)?;
-    for (pod, reason) in &documents.left_out {
-        writeln!(err, "reach: pod {pod} is left out: {reason}")?;
-    }
-    for namespace in documents.assumed_namespaces() {
-        writeln!(err, "reach: namespace {namespace} is not given: it has no label but its name")?;
-    }
-    for closed in &documents.closed {
-        writeln!(err, "reach: closed: {closed}")?;
-    }
-    for tied in documents.ties() {
-        let names: Vec<String> = tied.iter().map(ToString::to_string).collect();
-        writeln!(err, "reach: {} have one priority: the first by name counts, elsewhere any may", names.join(", "))?;
-    }
-    for (kind, count) in &documents.unused {
-        writeln!(err, "reach: not used: {kind} ({count})")?;
+    let (documents, mut notes) = read(&options.resources)?;
+    notes.extend(documents.notes());
+    for note in &notes {
+        writeln!(err, "reach: {note}")?;
     }
     let cluster: Cluster = documents.into_cluster();
     if cluster.pods.is_empty() {
         return Err(format!("{}: there is no pod with an address", options.resources.display()).into());
     }
-    let report = match options.engine {
+    let mut report = match options.engine {
         EngineName::Evaluator => reach(&cluster, &options.probes, &mut Evaluator::new(&cluster))?,
         EngineName::Vm => reach(&cluster, &options.probes, &mut Simulator::new(&cluster)?)?,
     };
+    report.notes = notes;
     match options.output {
         Output::Text => write!(out, "{report}")?,
         Output::Json => {
@@ -107,11 +96,12 @@ fn report(options: &Options, out: &mut dyn Write, err: &mut dyn Write) -> Result
     Ok(out.flush()?)
 }
 
-fn read(resources: &Path) -> Result<Documents, Box<dyn Error>> {
-    let mut files = Vec::new();
+fn read(resources: &Path) -> Result<(Documents, Vec<Note>), Box<dyn Error>> {
+    let (mut files, mut notes) = (Vec::new(), Vec::new());
     if resources.is_dir() {
-        find(resources, &mut files)?;
+        find(resources, &mut files, &mut notes)?;
         files.sort();
+        notes.sort_by(|left, right| left.text.cmp(&right.text));
         if files.is_empty() {
             return Err(format!("{}: no file .yaml, .yml or .json is here", resources.display()).into());
         }
@@ -123,31 +113,43 @@ fn read(resources: &Path) -> Result<Documents, Box<dyn Error>> {
         let name = path.display().to_string();
         let text = std::fs::read_to_string(&path).map_err(|error| format!("{name}: {error}"))?;
         let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
-        documents = if path.extension().is_some_and(|extension| extension == "json") {
+        documents = if is_of(&path, &["json"]) {
             documents.with_json(&name, text)?
         } else {
             documents.with_yaml(&name, text)?
         };
     }
-    Ok(documents)
+    Ok((documents, notes))
 }
 
-fn find(directory: &Path, files: &mut Vec<PathBuf>) -> Result<(), String> {
-    let error = |error: io::Error| format!("{}: {error}", directory.display());
-    for entry in std::fs::read_dir(directory).map_err(error)? {
-        let entry = entry.map_err(error)?;
+fn is_of(path: &Path, extensions: &[&str]) -> bool {
+    path.extension().is_some_and(|found| extensions.iter().any(|known| found.eq_ignore_ascii_case(known)))
+}
+
+fn find(directory: &Path, files: &mut Vec<PathBuf>, notes: &mut Vec<Note>) -> Result<(), String> {
+    let failed = |path: &Path, error: io::Error| format!("{}: {error}", path.display());
+    for entry in std::fs::read_dir(directory).map_err(|error| failed(directory, error))? {
+        let entry = entry.map_err(|error| failed(directory, error))?;
         let path = entry.path();
         if entry.file_name().as_encoded_bytes().starts_with(b".") {
             continue;
         }
-        // A link to a directory is not followed: it may lead round in a circle.
-        if entry.file_type().map_err(error)?.is_dir() {
-            find(&path, files)?;
-        } else if path
-            .extension()
-            .is_some_and(|extension| ["yaml", "yml", "json"].iter().any(|known| extension == *known))
-        {
-            files.push(path);
+        let kind = entry.file_type().map_err(|error| failed(&path, error))?;
+        let mut not_read = |reason: &str| {
+            notes.push(Note { kind: NoteKind::NotRead, text: format!("not read: {}: {reason}", path.display()) });
+        };
+        if kind.is_dir() {
+            find(&path, files, notes)?;
+        } else if kind.is_symlink() && path.is_dir() {
+            // It may lead round in a circle.
+            not_read("a link to a directory is not followed; give the directory itself");
+        } else if is_of(&path, &["yaml", "yml", "json"]) {
+            let target = std::fs::metadata(&path).map_err(|error| failed(&path, error))?;
+            if target.is_file() {
+                files.push(path);
+            } else {
+                not_read("it is no regular file");
+            }
         }
     }
     Ok(())

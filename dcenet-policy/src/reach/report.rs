@@ -7,6 +7,7 @@ use serde::{Serialize, Serializer};
 
 use crate::eval::{Decision, Reason};
 use crate::model::{PodId, PolicyId, Protocol, Verdict};
+use crate::sources::kubernetes::Note;
 
 /// All answers of one run; see the [module](super) for its JSON.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -19,6 +20,9 @@ pub struct Report {
     pub results: Vec<Answer>,
     /// Pairs that a probe cannot be tried on.
     pub not_asked: Vec<NotAsked>,
+    /// What should be known beside the answers. [`reach`](super::reach) has none to tell: they are of whoever read the
+    /// cluster, such as [`Documents::notes`](crate::sources::kubernetes::Documents::notes).
+    pub notes: Vec<Note>,
 }
 
 impl Report {
@@ -26,7 +30,7 @@ impl Report {
     pub const VERSION: u32 = 1;
 
     pub(super) fn new(engine: &'static str) -> Self {
-        Self { version: Self::VERSION, engine, results: Vec::new(), not_asked: Vec::new() }
+        Self { version: Self::VERSION, engine, results: Vec::new(), not_asked: Vec::new(), notes: Vec::new() }
     }
 }
 
@@ -84,10 +88,10 @@ pub struct Side {
     /// Index of the rule in the policy's list for this direction.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rule: Option<usize>,
-    /// Index of the peer in the rule.
+    /// Index of the peer in the rule, as [`RuleRef::peer`](crate::model::RuleRef::peer) counts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peer: Option<usize>,
-    /// Index of the port in the rule.
+    /// Index of the port in the rule, as [`RuleRef::port`](crate::model::RuleRef::port) counts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rule_port: Option<usize>,
     /// The policies that isolate the pod, or that select it though no rule of theirs decides.

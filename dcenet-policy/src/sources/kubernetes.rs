@@ -61,6 +61,7 @@ use super::SourceError;
 use super::clusternetworkpolicy::{self, Closed};
 use super::fields::{At, Fields};
 use super::networkpolicy::{self, KindNeeded, dns_name, one_of, port_number};
+pub use super::notes::{Note, NoteKind};
 use super::text::{self, Lines};
 use crate::model::{Cluster, Labels, NamedPort, Pod, PodId, PodNetwork, Policy, PolicyId, Protocol, Tier};
 

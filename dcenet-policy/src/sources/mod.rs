@@ -8,6 +8,7 @@ pub mod clusternetworkpolicy;
 mod fields;
 pub mod kubernetes;
 pub mod networkpolicy;
+mod notes;
 mod text;
 
 /// Why a text was refused.

@@ -1,6 +1,11 @@
 //! What is read, and what is told of it.
 
+use std::os::unix::fs::symlink;
+
 use dcenet_policy::sources::kubernetes::Documents;
+use serde_json::Value;
+
+use crate::{directory, folder, run};
 
 /// To find a line costs a parse of the text at most once: a parse for each of these would take hours.
 #[test]
@@ -77,4 +82,75 @@ fn an_address_that_pod_and_node_share_is_the_pods() {
     let both = pod("one", "10.0.0.1", "") + &pod("two", "10.0.0.1", ", hostNetwork: true");
     let refused = read(&both).unwrap_err().to_string();
     assert!(refused.contains("10.0.0.1 is the address of pod default/one, too"), "{refused}");
+}
+
+#[test]
+fn capitals_and_links_are_read_or_told() {
+    let pod = |name: &str, address: &str| {
+        format!(
+            r#"{{"apiVersion": "v1", "kind": "Pod", "metadata": {{"name": "{name}"}}, "status": {{"podIP": "{address}"}}}}"#
+        )
+    };
+    let elsewhere = directory(&[("d.yaml", &pod("d", "10.0.0.4")), ("e.txt", &pod("e", "10.0.0.5"))]);
+    let directory = directory(&[
+        ("a.YAML", &pod("a", "10.0.0.1")),
+        ("deep/b.Yml", &pod("b", "10.0.0.2")),
+        ("c.JSON", &pod("c", "10.0.0.3")),
+        ("odd.yaml.txt", "no object"),
+    ]);
+    symlink(elsewhere.path(), directory.path().join("linked")).unwrap();
+    symlink(elsewhere.path(), directory.path().join("also.yaml")).unwrap();
+    symlink(elsewhere.path(), directory.path().join(".hidden")).unwrap();
+    symlink(elsewhere.path().join("e.txt"), directory.path().join("deep/e.yaml")).unwrap();
+    let _socket = std::os::unix::net::UnixListener::bind(directory.path().join("s.yml")).unwrap();
+    let here = directory.path().to_str().unwrap();
+    let (status, out, err) = run(&["--resources", here, "--probe", "sctp/9", "-o", "json"]);
+    assert_eq!(status, 0, "{err}");
+    let report: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(report["results"].as_array().unwrap().len(), 16);
+    assert_eq!(
+        err.replace(here, "HERE"),
+        "reach: not read: HERE/also.yaml: a link to a directory is not followed; give the directory itself\n\
+         reach: not read: HERE/linked: a link to a directory is not followed; give the directory itself\n\
+         reach: not read: HERE/s.yml: it is no regular file\n\
+         reach: namespace default is not given: it has no label but its name\n"
+    );
+    assert_eq!(told(&report), err);
+    // A link that leads nowhere may have been a policy.
+    symlink("nowhere", directory.path().join("lost.yaml")).unwrap();
+    let (status, _, err) = run(&["--resources", here, "--probe", "sctp/9"]);
+    assert_eq!(status, 2);
+    assert!(err.contains("/lost.yaml: No such file"), "{err}");
+}
+
+/// The report's notes as stderr has them.
+fn told(report: &Value) -> String {
+    let notes = report["notes"].as_array().unwrap().iter();
+    notes.map(|note| format!("reach: {}\n", note["text"].as_str().unwrap())).collect()
+}
+
+#[test]
+fn the_json_carries_what_stderr_has() {
+    for (of, kinds) in [
+        ("worlds/kubectl-dump", &["left-out", "left-out", "assumed-namespace", "unused", "unused"][..]),
+        ("scenarios/cluster-closed", &["closed-rule"; 3]),
+        ("scenarios/cluster-priority", &["tie"]),
+        ("scenarios/deny-all", &[]),
+    ] {
+        let resources = match folder(of) {
+            world if of.starts_with("worlds") => (None, world),
+            scenario => {
+                let (joined, _) = crate::scenario(&scenario);
+                let path = joined.path().to_owned();
+                (Some(joined), path)
+            }
+        };
+        let (status, out, err) =
+            run(&["--resources", resources.1.to_str().unwrap(), "--probe", "tcp/80", "-o", "json"]);
+        assert_eq!(status, 0, "{err}");
+        let report: Value = serde_json::from_str(&out).unwrap();
+        assert_eq!(told(&report), err, "{of}");
+        let found: Vec<_> = report["notes"].as_array().unwrap().iter().map(|note| note["kind"].clone()).collect();
+        assert_eq!(found, kinds, "{of}");
+    }
 }
