@@ -118,6 +118,7 @@ fn judge(resources: &Path, expected: &Expected, engine: &str) -> (Value, usize, 
     let mut failures = Vec::new();
     let mut cells = expected.cells.clone();
     let mut compared = 0;
+    let mut unmatched: BTreeSet<&str> = expected.why.iter().map(|(what, _)| what.as_str()).collect();
     for answer in report["results"].as_array().unwrap() {
         let key: Key = ["probe", "family", "source", "destination"].map(|key| text(answer, key).to_owned()).into();
         let [egress, ingress, verdict] =
@@ -135,6 +136,7 @@ fn judge(resources: &Path, expected: &Expected, engine: &str) -> (Value, usize, 
         }
         let name = format!("{} {} {}", key.0, key.2, key.3);
         let why = format!("egress {}; ingress {}", text(&answer["egress"], "text"), text(&answer["ingress"], "text"));
+        unmatched.remove(name.as_str());
         for (_, wanted) in expected.why.iter().filter(|(what, _)| *what == name) {
             compared += 1;
             if why != *wanted {
@@ -142,6 +144,7 @@ fn judge(resources: &Path, expected: &Expected, engine: &str) -> (Value, usize, 
             }
         }
     }
+    failures.extend(unmatched.into_iter().map(|what| format!("why {what}: no answer")));
     failures.extend(cells.into_iter().filter(|(_, cell)| *cell != '-').map(|(key, _)| format!("{key:?}: no answer")));
     (report, compared, failures)
 }
@@ -197,9 +200,10 @@ fn a_wrong_expectation_is_noticed() {
     let key: Key = ["tcp/80", "ipv4", "x/b", "x/a"].map(str::to_owned).into();
     assert_eq!(expected.cells.insert(key, '.'), Some('X'));
     expected.why[0].1.push('!');
+    expected.why.push(("tcp/80 x/b x/nobody".to_owned(), expected.why[0].1.clone()));
     for engine in ["evaluator", "vm"] {
         let (_, _, failures) = judge(resources.path(), &expected, engine);
-        assert_eq!(failures.len(), 2, "{failures:?}");
+        assert_eq!(failures.len(), 3, "{failures:?}");
     }
 }
 
