@@ -7,7 +7,8 @@
 //! |---|---|
 //! | a policy beyond a limit, in the direction in which it is | allows nothing; what other policies of the pod allow stays allowed |
 //! | the same, with a rule that denies or passes | nor do policies behind it in order, of whatever tier, nor what holds where none matches: what it would have denied, or left to others, is not known |
-//! | policies of a pod that fit each, and not together | as if each were beyond the limit: nothing is allowed in the direction |
+//! | policies of a pod that fit each, and not together | as if each were beyond the limit: no rule of theirs allows anything in the direction |
+//! | no rule matches, with a policy beyond a limit | denied where one of those beyond it denies or passes, or where a NetworkPolicy selects the pod; else allowed as ever: policies of the cluster that only allow close nothing |
 //! | policies that the node has no room for together | those in force stay; of the others, the one that asks for the most peers, or numbers that an egress rule's port names have on peers, is beyond the limit, then the next |
 //! | peers of those in force that the node has no room for | nothing changes anywhere until there is: the last verdicts stand, and the owner tries again each second |
 //! | the pod's own node | allowed where no policy could have denied it: none of the tier admin that denies or passes is beyond a limit |

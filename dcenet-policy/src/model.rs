@@ -413,9 +413,11 @@ pub struct RuleRef {
     pub direction: Direction,
     /// Index of the rule in that list.
     pub rule: usize,
-    /// Index of the peer in the rule; `None` where the rule matches anybody.
+    /// Index of the peer in the rule; `None` where the rule matches anybody. The rule is the model's ([`Rule`]): a reader
+    /// may make several peers and ports of one element of an object, or none, as that of
+    /// [`clusternetworkpolicy`](crate::sources::clusternetworkpolicy) does.
     pub peer: Option<usize>,
-    /// Index of the port in the rule; `None` where the rule matches every port.
+    /// Index of the port in the rule, likewise; `None` where the rule matches every port.
     pub port: Option<usize>,
 }
 

@@ -32,12 +32,31 @@
 //!       "verdict": "deny" } ],
 //!   "not_asked": [
 //!     { "probe": "tcp/http", "source": "x/a", "destination": "z/c",
-//!       "reason": "z/c gives no tcp port the name \"http\"" } ] }
+//!       "reason": "z/c gives no tcp port the name \"http\"" } ],
+//!   "notes": [
+//!     { "kind": "left-out", "text": "pod x/d is left out: it is finished" } ] }
 //! ```
 //!
-//! `port` is missing for ICMP. `decided_by` is `rule`, `isolation`, `no-policy`, `no-rule` (policies select the pod, none
-//! isolates it and no rule of theirs decides), `own-node`, `host-network` or `same-pod`. With `rule` come `policy`, `rule`, and `peer` and `rule_port` where the rule has lists of them: indices
-//! from 0 into the policy's own lists.
+//! `port` is missing for ICMP.
+//!
+//! | `decided_by` | What decided | Keys that come with it |
+//! |---|---|---|
+//! | `rule` | a rule that matches | `policy`, `rule`; `peer` and `rule_port` where the rule has lists of them |
+//! | `isolation` | policies isolate the pod, and no rule matches | `policies` |
+//! | `no-policy` | no policy selects the pod in this direction | |
+//! | `no-rule` | policies select the pod, none isolates it, and no rule of theirs decides | `policies` |
+//! | `not-enforced` | a policy cannot be enforced, and no other allows the packet (see [`isolation`](crate::isolation)); the engines here never say so: the evaluator judges by all policies, and the simulator refuses a cluster that it cannot enforce | `policies` |
+//! | `own-node` | the other end is the pod's own node | |
+//! | `host-network` | the pod is in its host's network | |
+//! | `same-pod` | both ends are one pod | |
+//!
+//! `rule` is the index, from 0, in the policy object's list for the direction. `peer` and `rule_port` are indices from 0
+//! into the lists that a reader made of that rule ([`RuleRef`](crate::model::RuleRef)). For a NetworkPolicy these are the
+//! object's own `from` or `to` and `ports`; for a policy of the cluster they are not, since one element may become several
+//! or none: see [`clusternetworkpolicy`](crate::sources::clusternetworkpolicy). `text` uses the same numbers.
+//!
+//! `kind` of a note is `left-out`, `assumed-namespace`, `closed-rule`, `tie`, `unused` or `not-read`
+//! ([`NoteKind`](crate::sources::kubernetes::NoteKind)); kinds may be added. The example `reach` has the same on stderr.
 //!
 //! # Examples
 //!

@@ -29,8 +29,11 @@
 //! `ClusterNetworkPolicyIngressPeer` has it: one that accepts matches nothing, and one that denies or passes denies
 //! everything. So do `nodes` and `domainNames`, which this implementation cannot resolve. [`Policies::closed`] names each.
 //!
-//! Each of a peer's `networks` counts as a peer of its own in [`RuleRef`](crate::model::RuleRef), and a port's name as
-//! three ports.
+//! # What numbers of peers and ports mean
+//!
+//! In a [`RuleRef`](crate::model::RuleRef) each of a peer's `networks` counts as a peer of its own, a name of a port as
+//! three ports (TCP, UDP, SCTP), and a peer that is closed not at all; a rule that denies or passes and is closed has
+//! neither peers nor ports. The number of a rule is its index in the object's list.
 //!
 //! ```
 //! # #[cfg(feature = "yaml")] {
