@@ -637,6 +637,14 @@ fn bad_cluster_policies_are_refused_with_their_place() {
             "spec.ingress[0].action: \"Pass\": must be Allow or Deny",
         ),
         (
+            admin(
+                "AdminNetworkPolicy",
+                "a",
+                "{ priority: 1, subject: { namespaces: {} }, egress: [ { action: Deny, to: [ { namespaces: {} } ], ports: [ { portRange: { start: 6, end: 5 } } ] } ] }",
+            ),
+            "spec.egress[0].ports[0].portRange: {\"end\":5,\"start\":6}: start must not be above end",
+        ),
+        (
             admin("AdminNetworkPolicy", "a, namespace: x", "{ priority: 1, subject: { namespaces: {} } }"),
             "metadata.namespace: \"x\": such a policy is the cluster's; remove the namespace",
         ),

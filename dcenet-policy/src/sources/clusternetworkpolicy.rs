@@ -12,6 +12,7 @@
 //! | `spec.priority` | 0 to 1000 | 0 to 1000 | none; one object, `default` |
 //! | actions | Accept, Deny, Pass | Allow, Deny, Pass | Allow, Deny |
 //! | services | `protocols`: `tcp`, `udp`, `sctp` with `destinationPort`, or `destinationNamedPort` | `ports`: `portNumber`, `portRange`, `namedPort` | the same |
+//! | a range of ports | `start` below `end` | `start` not above `end` | the same |
 //! | most rules, peers, services of a list | 25 | 100 | 100 |
 //!
 //! | Rule | Comes from |
@@ -438,7 +439,7 @@ fn protocol(at: &At<'_>, ports: &mut Vec<PortMatch>) -> Result<(), SourceError> 
         }
         _ => {
             let range = fields.field("range");
-            interval(&range, &range.fields(&["start", "end"])?)?
+            interval(&range, &range.fields(&["start", "end"])?, "start must be below end", |first, last| first < last)?
         }
     };
     ports.push(PortMatch { protocol, port: PortSpec::Range { first, last } });
@@ -460,7 +461,8 @@ fn port(at: &At<'_>, ports: &mut Vec<PortMatch>) -> Result<(), SourceError> {
         }
         _ => {
             let fields = value.fields(&["protocol", "start", "end"])?;
-            let ends = interval(&value, &fields)?;
+            // The older kinds have no mark for validation on it, so that the API server takes a range of one port.
+            let ends = interval(&value, &fields, "start must not be above end", |first, last| first <= last)?;
             (fields, ends)
         }
     };
@@ -477,9 +479,14 @@ fn port(at: &At<'_>, ports: &mut Vec<PortMatch>) -> Result<(), SourceError> {
     Ok(())
 }
 
-fn interval(at: &At<'_>, fields: &Fields<'_>) -> Result<(u16, u16), SourceError> {
+fn interval(
+    at: &At<'_>,
+    fields: &Fields<'_>,
+    rule: &str,
+    holds: fn(u16, u16) -> bool,
+) -> Result<(u16, u16), SourceError> {
     let (first, last) = (port_number(&fields.field("start"))?, port_number(&fields.field("end"))?);
-    if first < last { Ok((first, last)) } else { Err(at.invalid("start must be below end")) }
+    if holds(first, last) { Ok((first, last)) } else { Err(at.invalid(rule)) }
 }
 
 fn named(at: &At<'_>, ports: &mut Vec<PortMatch>) -> Result<(), SourceError> {
