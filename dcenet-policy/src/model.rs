@@ -347,7 +347,8 @@ pub struct PolicyId {
     pub tier: Tier,
     /// Namespace of the policy object; empty where it has none.
     pub namespace: String,
-    /// Its name.
+    /// Its name. A reader whose language has several kinds for one tier puts the kind before it, so that an object of one
+    /// kind does not take the place of another's.
     pub name: String,
 }
 

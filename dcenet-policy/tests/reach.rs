@@ -651,10 +651,10 @@ fn bad_cluster_policies_are_refused_with_their_place() {
         (
             format!(
                 "{}---\n{}",
-                cluster("{ tier: Admin, priority: 1, subject: { namespaces: {} } }"),
+                admin("AdminNetworkPolicy", "p", "{ priority: 1, subject: { namespaces: {} } }"),
                 admin("AdminNetworkPolicy", "p", "{ priority: 2, subject: { namespaces: {} } }")
             ),
-            "policy admin:p is in a.yaml, document 0, too; remove or rename one",
+            "policy admin:anp/p is in a.yaml, document 0, too; remove or rename one",
         ),
         (
             "apiVersion: policy.networking.k8s.io/v1\nkind: ClusterNetworkPolicy\n".to_owned(),

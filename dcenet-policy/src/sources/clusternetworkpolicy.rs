@@ -12,6 +12,7 @@
 //! | `spec.priority` | 0 to 1000 | 0 to 1000 | none; one object, `default` |
 //! | actions | Accept, Deny, Pass | Allow, Deny, Pass | Allow, Deny |
 //! | services | `protocols`: `tcp`, `udp`, `sctp` with `destinationPort`, or `destinationNamedPort` | `ports`: `portNumber`, `portRange`, `namedPort` | the same |
+//! | [`PolicyId`] | `admin:NAME`, `baseline:NAME` | `admin:anp/NAME` | `baseline:banp/default` |
 //! | a range of ports | `start` below `end` | `start` not above `end` | the same |
 //! | most rules, peers, services of a list | 25 | 100 | 100 |
 //!
@@ -23,6 +24,9 @@
 //! | pods in their host's network are neither subject nor found by `namespaces` or `pods` | `ClusterNetworkPolicySubject`, `ClusterNetworkPolicyIngressPeer` |
 //! | a name of a port is one of TCP, UDP and SCTP | `ClusterNetworkPolicyProtocol.destinationNamedPort` |
 //! | policies of one priority in one tier go by name: which of them counts is left open | `ClusterNetworkPolicySpec.priority` |
+//!
+//! Objects of two kinds may have one name, so that a [`PolicyId`] of the older kinds begins with what `kubectl` calls the
+//! kind for short; names of objects have no `/`. In the order by name these prefixes count.
 //!
 //! # What is closed
 //!
@@ -188,6 +192,15 @@ impl Kind {
         }
     }
 
+    /// What comes before the name of an object in a [`PolicyId`].
+    const fn prefix(self) -> &'static str {
+        match self {
+            Self::Cluster => "",
+            Self::Admin => "anp/",
+            Self::Baseline => "banp/",
+        }
+    }
+
     const fn versions(self) -> &'static [&'static str] {
         match self {
             Self::Cluster => &["policy.networking.k8s.io/v1alpha2", "policy.networking.k8s.io/v1beta1"],
@@ -271,7 +284,8 @@ pub(super) fn read_policy(
     let (ingress, egress) = (rules("ingress", "from")?, rules("egress", "to")?);
     // A policy without rules for a direction has nothing to say about it.
     let any = |rules: Vec<Rule>| Some(rules).filter(|rules| !rules.is_empty());
-    Ok(Policy { id: PolicyId::cluster(tier, text), priority, subject, ingress: any(ingress), egress: any(egress) })
+    let id = PolicyId::cluster(tier, kind.prefix().to_owned() + text);
+    Ok(Policy { id, priority, subject, ingress: any(ingress), egress: any(egress) })
 }
 
 fn priority(at: &At<'_>) -> Result<u16, SourceError> {

@@ -154,3 +154,45 @@ fn the_json_carries_what_stderr_has() {
         assert_eq!(found, kinds, "{of}");
     }
 }
+
+#[test]
+fn objects_of_different_kinds_may_have_one_name() {
+    let object = |version: &str, kind: &str, name: &str, spec: &str, port: u16| {
+        format!(
+            "---\napiVersion: policy.networking.k8s.io/{version}\nkind: {kind}\nmetadata: {{ name: {name} }}\nspec: {{ {spec}, \
+             subject: {{ namespaces: {{}} }}, ingress: [ {{ action: Deny, from: [ {{ namespaces: {{}} }} ], {} }} ] }}\n",
+            match kind {
+                "ClusterNetworkPolicy" =>
+                    format!("protocols: [ {{ tcp: {{ destinationPort: {{ number: {port} }} }} }} ]"),
+                _ => format!("ports: [ {{ portNumber: {{ port: {port} }} }} ]"),
+            }
+        )
+    };
+    let mut text = String::new();
+    for (name, address) in [("a", "10.0.0.1"), ("b", "10.0.0.2")] {
+        text +=
+            &format!("---\napiVersion: v1\nkind: Pod\nmetadata: {{ name: {name} }}\nstatus: {{ podIP: {address} }}\n");
+    }
+    text += &object("v1alpha1", "AdminNetworkPolicy", "default", "priority: 1", 1);
+    text += &object("v1alpha2", "ClusterNetworkPolicy", "default", "tier: Admin, priority: 2", 2);
+    text += &object("v1alpha1", "BaselineAdminNetworkPolicy", "default", "", 3).replace("spec: { ,", "spec: {");
+    let second =
+        "---\n".to_owned() + &object("v1alpha2", "ClusterNetworkPolicy", "default", "tier: Baseline, priority: 4", 4);
+    let directory = directory(&[("a.yaml", &text), ("b.yaml", &second)]);
+    let mut arguments = vec!["--resources", directory.path().to_str().unwrap()];
+    for probe in ["tcp/1", "tcp/2", "tcp/3", "tcp/4"] {
+        arguments.extend(["--probe", probe]);
+    }
+    for engine in ["evaluator", "vm"] {
+        let (status, out, err) = run(&[&arguments[..], &["--engine", engine]].concat());
+        assert_eq!(status, 0, "{err}");
+        for (port, policy) in
+            [(1, "admin:anp/default"), (2, "admin:default"), (3, "baseline:banp/default"), (4, "baseline:default")]
+        {
+            let line = format!(
+                "tcp/{port} default/a -> default/b (10.0.0.1 -> 10.0.0.2): deny; egress allow: no policy selects it; ingress deny: {policy} ingress[0] from[0] ports[0]"
+            );
+            assert!(out.lines().any(|found| found == line), "{line}\n{out}");
+        }
+    }
+}
