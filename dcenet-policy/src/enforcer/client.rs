@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use dcenet_core::model::{AttachmentKey, IfIndex};
 use dcenet_core::provider::{Endpoint, PolicyError, PolicySink};
-use dcenet_ebpf::attach::{AttachError, Attached, Attacher, ClsactAttacher, Direction, Hook, Owner, Via};
+use dcenet_ebpf::attach::{AttachError, Attacher, ClsactAttacher, Direction, Hook, Owner};
 use dcenet_ebpf::pin::Pins;
 use dcenet_ebpf::program::Program;
 use rustix::io::{Errno, retry_on_intr};
@@ -186,20 +186,6 @@ impl<A: Attacher> PinnedDefault<A> {
     }
 }
 
-/// Whether packets come to it on which policy decides. The kernel asks a filter for packets of its protocol alone
-/// (net/sched/cls_api.c, `tcf_classify`), a program on tcx or netkit for all.
-fn meets_ip(ahead: &Attached) -> bool {
-    match &ahead.via {
-        Via::Clsact(filter) => [ETH_P_ALL, ETH_P_IP, ETH_P_IPV6].contains(&filter.protocol),
-        _ => true,
-    }
-}
-
-/// Ethernet protocols (include/uapi/linux/if_ether.h).
-const ETH_P_ALL: u16 = 0x0003;
-const ETH_P_IP: u16 = 0x0800;
-const ETH_P_IPV6: u16 = 0x86dd;
-
 impl<A: Attacher> PolicySink for PinnedDefault<A> {
     fn attach(&self, endpoint: &Endpoint) -> Result<(), PolicyError> {
         let bare = self.bare_hooks(endpoint)?;
@@ -253,8 +239,7 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
             if there.is_none_or(|a| a.owner != Owner::Ours(label.clone())) {
                 return Ok(Some(format!("no policy is on {} ({direction:?})", endpoint.ifname)));
             }
-            let mut ahead = self.attacher.before(hook).map_err(failed(doing()))?;
-            ahead.retain(meets_ip);
+            let ahead = self.attacher.before(hook).map_err(failed(doing()))?;
             if !ahead.is_empty() {
                 let list: Vec<_> = ahead.iter().map(ToString::to_string).collect();
                 return Ok(Some(format!(

@@ -46,21 +46,6 @@ fn a_check_names_what_packets_meet_before_policy() {
     ));
     assert_eq!(missing(), None);
     world.udp("scan", "db", 5353, false);
-    // Nor do those for packets of other protocols than IP, wherever they stand; of both IPs they are told.
-    let on_top = |protocol: &str, told: bool| {
-        let filter = format!("dev {} egress pref 1 protocol {protocol}", endpoint.ifname);
-        root.sh(&format!("tc filter add {filter} bpf da bytecode '1,6 0 0 0,'"));
-        assert_eq!(root.run(|| ClsactAttacher.before(hook)).unwrap().len(), 1, "{protocol}");
-        assert_eq!(missing().is_some(), told, "{protocol}");
-        if !told {
-            world.udp("scan", "db", 5353, false);
-        }
-        root.sh(&format!("tc filter del {filter}"));
-        assert_eq!(missing(), None);
-    };
-    for (protocol, told) in [("arp", false), ("802.1q", false), ("0x88cc", false), ("ip", true), ("ipv6", true)] {
-        on_top(protocol, told);
-    }
 
     if Features::probe().unwrap().tcx {
         let mut code = Asm::program("agent", ProgramKind::Classifier);
