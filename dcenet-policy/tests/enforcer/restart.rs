@@ -194,11 +194,14 @@ fn a_number_that_no_longer_is_a_rules_counts_from_zero() {
     world.add_enforced("scan", 4, &[]);
     world.add_enforced("db", 3, &[("app", "db")]);
     owner.set_policies(policies(DB)).unwrap();
-    world.udp("scan", "db", 5353, false);
+    // So many that the few packets which a kernel sends by itself are told from them.
+    let flood = Stream::udp(world.pod("scan"), world.pod("db"), SocketAddr::new(world.address("db", false), 5353));
+    assert_eq!(flood.of_more_than(200, Duration::from_millis(500)), 0);
+    drop(flood);
     let isolated = RuleTable::default().name(RuleId::ISOLATED);
     let counted = |owner: &Enforcer| owner.rule_counters().unwrap().into_iter().find(|c| c.rule == isolated).unwrap();
     let before = counted(&owner).packets;
-    assert!(before > 0);
+    assert!(before > 200, "{before}");
     drop(owner);
     let restarted = |world: &World| {
         let owner = world.open(tools());
@@ -220,10 +223,11 @@ fn a_number_that_no_longer_is_a_rules_counts_from_zero() {
     names[0].1["rule"] = 7.into();
     std::fs::write(&path, serde_json::to_vec(&names).unwrap()).unwrap();
     let owner = restarted(&world);
-    assert_eq!(counted(&owner).packets, 0);
+    let after = counted(&owner).packets;
+    assert!(after < before / 2, "{after} of {before}");
     assert_eq!(serde_json::from_slice::<Vec<(u32, serde_json::Value)>>(&std::fs::read(&path).unwrap()).unwrap(), kept);
     world.udp("scan", "db", 5353, false);
-    assert!(counted(&owner).packets > 0);
+    assert!(counted(&owner).packets > after);
     owner.uninstall().unwrap();
 }
 
