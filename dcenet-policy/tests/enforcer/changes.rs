@@ -207,10 +207,17 @@ fn a_flow_that_ends_by_silence_is_told_and_the_flows_of_a_pod_that_is_gone_are_r
         assert!(of_db.time > 0 && of_db.ingress_packets > 0 && of_db.ingress_bytes > 28, "{of_db:#?}");
     }
     world.delete("db");
-    let gone = owner.sweep().unwrap();
-    assert!(gone.live >= 2 && gone.live + 2 <= swept.live, "{gone:?} after {swept:?}");
+    // The owner hears of it a moment later.
+    let until = |most: usize| {
+        let begun = Instant::now();
+        while owner.sweep().unwrap().live > most {
+            assert!(begun.elapsed() < Duration::from_secs(60), "more than {most} are left");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    until(swept.live - 2);
     world.delete("web");
-    assert_eq!(owner.sweep().unwrap().live, 0);
+    until(0);
     owner.uninstall().unwrap();
 }
 

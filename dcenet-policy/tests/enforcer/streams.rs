@@ -77,7 +77,7 @@ impl Stream {
 
     /// Datagrams from the client to the server, each once.
     pub fn udp(client: &TestNetNs, server: &TestNetNs, to: SocketAddr) -> Self {
-        let receiver = server.run(|| UdpSocket::bind(to)).unwrap();
+        let receiver = bound(server, to);
         let any: std::net::IpAddr = if to.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
         let sender = client.run(|| UdpSocket::bind((any, 0))).unwrap();
         Self::datagrams(sender, to, receiver)
@@ -85,7 +85,7 @@ impl Stream {
 
     /// Datagrams that the server sends to a client that has asked once.
     pub fn pushed(client: &TestNetNs, server: &TestNetNs, to: SocketAddr) -> Self {
-        let sender = server.run(|| UdpSocket::bind(to)).unwrap();
+        let sender = bound(server, to);
         let any: std::net::IpAddr = if to.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
         let receiver = client.run(|| UdpSocket::bind((any, 0))).unwrap();
         receiver.send_to(b"?", to).unwrap();
@@ -147,6 +147,19 @@ impl Stream {
         }
         let gap = Duration::from_micros(self.gap.load(Ordering::Relaxed));
         (self.sent.load(Ordering::Relaxed), self.received(), gap)
+    }
+}
+
+/// The socket before may still be open in a child of another test that is about to exec.
+fn bound(server: &TestNetNs, to: SocketAddr) -> UdpSocket {
+    let begun = Instant::now();
+    loop {
+        match server.run(|| UdpSocket::bind(to)) {
+            Err(error) if error.kind() == ErrorKind::AddrInUse && begun.elapsed() < PATIENCE => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            socket => return socket.unwrap(),
+        }
     }
 }
 
