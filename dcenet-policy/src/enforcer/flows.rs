@@ -370,12 +370,15 @@ impl FlowReader {
         *full += lost;
         while let Some(event) = silent.front() {
             let resolver = resolver.get_or_insert_with(|| Resolver::new(shared));
-            if let Some(flow) = resolver.flow(event) {
-                if let Err(error) = sink.flow(&Flow { kind: FlowKind::Ended, ..flow }) {
-                    *undelivered += silent.len() as u64;
-                    return Err(sink_failed(error));
+            match resolver.flow(event) {
+                Some(flow) => {
+                    if let Err(error) = sink.flow(&Flow { kind: FlowKind::Ended, ..flow }) {
+                        *undelivered += silent.len() as u64;
+                        return Err(sink_failed(error));
+                    }
+                    handed += 1;
                 }
-                handed += 1;
+                None => *unreadable += 1,
             }
             silent.pop_front();
         }

@@ -85,10 +85,10 @@ pub(crate) fn sweep(shared: &Shared) -> Result<Sweep, EnforcerError> {
         endpoints.insert(slot as u16, endpoint);
     }
     let has = |endpoint: &Endpoint, tenure| endpoint.flags & Endpoint::ACTIVE != 0 && endpoint.tenure == tenure;
-    // A slot may have been given away since: its new endpoint's flows are not orphans.
+    // A slot may have been given away since: its new endpoint's flows are not orphans; nor is what cannot be asked after.
     let lives = |slot: u16, tenure: u16| {
         endpoints.get(&slot).is_some_and(|endpoint| has(endpoint, tenure))
-            || cells.load(u32::from(slot)).is_ok_and(|endpoint| has(&endpoint, tenure))
+            || cells.load(u32::from(slot)).map_or(true, |endpoint| has(&endpoint, tenure))
     };
     let listener = shared.listener.0.lock().upgrade();
     let mut found = Sweep::default();
