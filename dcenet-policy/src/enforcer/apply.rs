@@ -14,8 +14,9 @@ use dcenet_ebpf::attach::{Attacher, Direction as HookDirection, Hook, Tag};
 use dcenet_ebpf::loader::LoadRequest;
 use dcenet_ebpf::maps::{Array, Map, Put};
 use dcenet_ebpf::program::{Program as Loaded, wait_for_running};
+use parking_lot::Mutex;
 
-use super::cells::{Cells, bare_hooks};
+use super::cells::Cells;
 use super::flows::{self, Names};
 use super::node::{NodeMaps, create, program_name};
 use super::state::{Known, Outcome, Shared};
@@ -43,7 +44,6 @@ pub(crate) struct Applied {
 pub(crate) struct Applier {
     compiler: Compiler,
     sizes: Sizes,
-    cells: Cells,
     tables: ClassTables,
     /// Policy sets with their maps of local ids, as they are in force.
     sets: BTreeMap<SetId, SetInForce>,
@@ -109,13 +109,7 @@ struct Switch<'a> {
 }
 
 impl Applier {
-    pub(crate) fn new(
-        maps: &NodeMaps,
-        sizes: &Sizes,
-        node: &str,
-        cells: Cells,
-        names: &Names,
-    ) -> Result<Self, EnforcerError> {
+    pub(crate) fn new(maps: &NodeMaps, sizes: &Sizes, node: &str, names: &Names) -> Result<Self, EnforcerError> {
         // What the compiler takes, the target has to take, too.
         let limits = Limits { arms: MAX_TABLE_NODES, ..Limits::default() };
         let mut compiler = Compiler::new(Scope::Node(node.to_owned()), limits);
@@ -123,7 +117,6 @@ impl Applier {
         Ok(Self {
             compiler,
             sizes: sizes.clone(),
-            cells,
             tables: ClassTables::new(maps, sizes)?,
             sets: BTreeMap::new(),
             programs: HashMap::new(),
@@ -146,7 +139,7 @@ impl Applier {
         cluster: &Cluster,
         endpoints: &BTreeMap<AttachmentKey, Known>,
     ) -> Result<Applied, EnforcerError> {
-        self.drop_gone(endpoints)?;
+        self.drop_gone(shared, endpoints)?;
         if let Some((generation, since)) = self.settled
             && since.elapsed() > GRACE
         {
@@ -193,7 +186,7 @@ impl Applier {
             wait_for_programs();
         }
         self.commit(update, switches, &replaced);
-        self.bump(&mut outcomes);
+        self.bump(&shared.cells, &mut outcomes);
         let current = |key: &AttachmentKey, endpoint: &InForce| {
             let plan = endpoints.get(key).and_then(Known::pod).and_then(|pod| update.endpoints.get(&pod));
             plan.is_some_and(|plan| program_key(plan) == endpoint.programs.key)
@@ -214,13 +207,17 @@ impl Applier {
         }
     }
 
+    /// Notes that nothing is in force of these endpoints.
+    pub(crate) fn forget(&mut self, attachments: &BTreeSet<AttachmentKey>) {
+        self.endpoints.retain(|key, _| !attachments.contains(key));
+    }
+
     /// Gives back the slots of endpoints that are no more.
-    fn drop_gone(&mut self, endpoints: &BTreeMap<AttachmentKey, Known>) -> Result<(), EnforcerError> {
-        self.cells.give_back_others(endpoints)?;
+    fn drop_gone(&mut self, shared: &Shared, endpoints: &BTreeMap<AttachmentKey, Known>) -> Result<(), EnforcerError> {
         // A device that was made anew has none of our programs on it.
         self.endpoints
             .retain(|key, endpoint| endpoints.get(key).is_some_and(|known| known.endpoint.ifindex == endpoint.device));
-        Ok(())
+        shared.give_back_others(endpoints)
     }
 
     /// Writes the local ids of all policy sets, also of those that only old programs still use.
@@ -323,8 +320,14 @@ impl Applier {
         let attacher = &*shared.tools.attacher;
         let mut replaced = Vec::new();
         for switch in switches {
+            let mut cells = shared.cells.lock();
+            // One of the same name may have been admitted since, and the cell is that one's.
+            if !device_exists(&switch.known.endpoint) {
+                outcomes.push((switch.key.clone(), Outcome::Gone));
+                continue;
+            }
             let before = self.endpoints.get(switch.key).map(|e| Arc::clone(&e.programs));
-            let error = match self.attach_one(attacher, switch) {
+            let error = match self.attach_one(attacher, &mut cells, switch) {
                 Ok((slot, generation)) => {
                     let device = switch.known.endpoint.ifindex;
                     replaced.push(Replaced { key: switch.key.clone(), device, slot, generation });
@@ -335,7 +338,8 @@ impl Applier {
             let outcome = if device_exists(&switch.known.endpoint) {
                 let mut reason = error.to_string();
                 // One of its hooks may have the new program.
-                let undone = before.as_ref().map_or(Ok(()), |before| self.put_back(attacher, switch, before));
+                let put_back = |before| put_back(attacher, &cells, switch, before);
+                let undone = before.as_deref().map_or(Ok(()), put_back);
                 if let Err(left) = undone {
                     reason = format!("{reason}; and its program before could not be put back: {left}");
                 }
@@ -349,40 +353,22 @@ impl Applier {
         replaced
     }
 
-    fn attach_one(&mut self, attacher: &dyn Attacher, switch: &Switch<'_>) -> Result<(u16, u32), EnforcerError> {
+    fn attach_one(
+        &self,
+        attacher: &dyn Attacher,
+        cells: &mut Cells,
+        switch: &Switch<'_>,
+    ) -> Result<(u16, u32), EnforcerError> {
         let Endpoint { attachment, ifindex, .. } = &switch.known.endpoint;
         let id = attachment.id();
         let fresh = !self.endpoints.contains_key(switch.key);
-        let (slot, cell) = self.cells.settle(&switch.known.endpoint, fresh)?;
+        let (slot, cell) = cells.settle(&switch.known.endpoint, fresh)?;
         let label = id.to_string();
         for direction in [HookDirection::Ingress, HookDirection::Egress] {
             let hook = Hook { device: *ifindex, direction };
             attacher.replace_tagged(hook, switch.programs.on(direction), Tag { label: &label, class: slot })?;
         }
         Ok((slot, cell.generation_ingress.max(cell.generation_egress)))
-    }
-
-    /// Lets the default programs of an endpoint know its addresses. Tells whether its own programs, which were on the
-    /// hooks, are not there any more: then the next run puts them back.
-    pub(crate) fn admit(&mut self, attacher: &dyn Attacher, endpoint: &Endpoint) -> Result<bool, EnforcerError> {
-        let bare = bare_hooks(attacher, endpoint)?;
-        if bare.is_empty() {
-            return Ok(false);
-        }
-        let lost = self.endpoints.remove(&endpoint.attachment).is_some();
-        self.cells.admit(attacher, endpoint, bare)?;
-        Ok(lost)
-    }
-
-    /// Puts the programs before on both hooks.
-    fn put_back(&self, attacher: &dyn Attacher, switch: &Switch<'_>, before: &Programs) -> Result<(), EnforcerError> {
-        let id = switch.known.endpoint.attachment.id();
-        let tag = Tag { label: &id.to_string(), class: self.cells.slot(id).unwrap_or_default() };
-        for direction in [HookDirection::Ingress, HookDirection::Egress] {
-            let hook = Hook { device: switch.known.endpoint.ifindex, direction };
-            attacher.replace_tagged(hook, before.on(direction), tag)?;
-        }
-        Ok(())
     }
 
     /// Writes the class tables; puts them back where that fails.
@@ -443,11 +429,11 @@ impl Applier {
     }
 
     /// Lets the endpoints' established flows be judged anew. What came of an endpoint already is not told again.
-    fn bump(&mut self, outcomes: &mut Outcomes) {
+    fn bump(&mut self, cells: &Mutex<Cells>, outcomes: &mut Outcomes) {
         let settled: BTreeSet<AttachmentKey> = outcomes.iter().map(|(key, _)| key.clone()).collect();
         let keys: Vec<AttachmentKey> = self.endpoints.keys().cloned().collect();
         for key in keys {
-            let bumped = self.bump_one(&key);
+            let bumped = self.bump_one(cells, &key);
             if settled.contains(&key) {
                 if let Err(error) = bumped {
                     tracing::warn!(%key, %error, "established flows are not judged anew yet");
@@ -465,19 +451,35 @@ impl Applier {
         }
     }
 
-    fn bump_one(&mut self, key: &AttachmentKey) -> Result<(u16, u32), EnforcerError> {
+    fn bump_one(&mut self, cells: &Mutex<Cells>, key: &AttachmentKey) -> Result<(u16, u32), EnforcerError> {
         let endpoint = &self.endpoints[key];
         let slot = endpoint.slot;
         if endpoint.unbumped.is_empty() {
             return Ok((slot, endpoint.generation));
         }
-        let generation = self.cells.bump(slot, &endpoint.unbumped)?;
+        let generation = cells.lock().bump(slot, &endpoint.unbumped)?;
         if let Some(endpoint) = self.endpoints.get_mut(key) {
             endpoint.unbumped.clear();
             endpoint.generation = generation;
         }
         Ok((slot, generation))
     }
+}
+
+/// Puts the programs before on both hooks.
+fn put_back(
+    attacher: &dyn Attacher,
+    cells: &Cells,
+    switch: &Switch<'_>,
+    before: &Programs,
+) -> Result<(), EnforcerError> {
+    let id = switch.known.endpoint.attachment.id();
+    let tag = Tag { label: &id.to_string(), class: cells.slot(id).unwrap_or_default() };
+    for direction in [HookDirection::Ingress, HookDirection::Egress] {
+        let hook = Hook { device: switch.known.endpoint.ifindex, direction };
+        attacher.replace_tagged(hook, before.on(direction), tag)?;
+    }
+    Ok(())
 }
 
 /// Whether a node's maps hold what an update needs.

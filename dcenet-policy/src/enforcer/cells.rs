@@ -106,11 +106,15 @@ impl Cells {
         Ok(cell.generation_ingress.max(cell.generation_egress))
     }
 
-    /// Takes back the slots of all that are not listed.
-    pub(crate) fn give_back_others(&mut self, endpoints: &BTreeMap<AttachmentKey, Known>) -> Result<(), EnforcerError> {
-        self.holders.extend(endpoints.keys().filter(|key| self.slots.of(key.id()).is_some()).cloned());
-        let gone: Vec<AttachmentKey> =
-            self.holders.iter().filter(|key| !endpoints.contains_key(key)).cloned().collect();
+    /// Takes back the slots of all that are in neither list.
+    pub(crate) fn give_back_others(
+        &mut self,
+        lists: [&BTreeMap<AttachmentKey, Known>; 2],
+    ) -> Result<(), EnforcerError> {
+        let listed = lists.iter().flat_map(|list| list.keys());
+        self.holders.extend(listed.filter(|key| self.slots.of(key.id()).is_some()).cloned());
+        let is_listed = |key: &&AttachmentKey| lists.iter().any(|list| list.contains_key(key));
+        let gone: Vec<AttachmentKey> = self.holders.iter().filter(|key| !is_listed(key)).cloned().collect();
         for key in gone {
             if let Some(slot) = self.slots.of(key.id()) {
                 let mut cell = self.load(slot)?;

@@ -14,7 +14,7 @@ use dcenet_ebpf::pin::Pins;
 use parking_lot::{Condvar, Mutex, RwLock};
 
 use super::apply::{Applied, Applier};
-use super::cells::Cells;
+use super::cells::{Cells, bare_hooks};
 use super::flows::Names;
 use super::node::{NodeMaps, pin_defaults};
 use super::protocol::{Reply, Request};
@@ -38,6 +38,8 @@ pub(crate) struct Shared {
     changed: Condvar,
     /// Held while a change is carried out; taken before `state`.
     applier: Mutex<Applier>,
+    /// Held for one endpoint's time; taken after both.
+    pub(crate) cells: Mutex<Cells>,
     pub(crate) names: Arc<RwLock<Names>>,
     pub(crate) listener: Listener,
 }
@@ -64,6 +66,9 @@ pub(crate) struct State {
     /// Pods as the sources told them.
     told: BTreeMap<PodId, Pod>,
     endpoints: BTreeMap<AttachmentKey, Known>,
+    /// Who went, or lost the programs, since a change was last carried out: of these nothing is in force, whoever has such
+    /// a name now.
+    bereft: BTreeSet<AttachmentKey>,
     /// What was found attached when the owner started: endpoints under an earlier owner's last verdicts.
     adopted: BTreeMap<AttachmentId, u16>,
     /// What the latest change has closed.
@@ -140,6 +145,7 @@ impl State {
     fn lost(&mut self, attachment: &AttachmentKey) {
         if let Some(known) = self.endpoints.get_mut(attachment) {
             known.phase = Phase::Default;
+            self.bereft.insert(attachment.clone());
         }
     }
 
@@ -147,6 +153,7 @@ impl State {
         // One that is made anew with the same name has a new device, which nobody has put under verdicts.
         self.adopted.remove(&attachment.id());
         let Some(known) = self.endpoints.remove(attachment) else { return };
+        self.bereft.insert(attachment.clone());
         // Sources may have given its addresses to others already.
         let heirs =
             self.told.iter().filter(|(_, pod)| known.endpoint.addresses.iter().any(|a| pod.addresses.contains(a)));
@@ -242,7 +249,8 @@ impl Shared {
         let used = host.0.run_here_or_there(|| attached_slots(&*tools.attacher))??;
         let names = Names::resume(&config.run_dir);
         let adopted = used.iter().map(|(slot, id)| (*id, *slot)).collect();
-        let applier = Applier::new(&maps, &sizes, &config.node, Cells::new(&maps, &sizes, used)?, &names)?;
+        let applier = Applier::new(&maps, &sizes, &config.node, &names)?;
+        let cells = Cells::new(&maps, &sizes, used)?;
         let mut state = State { node: config.node.clone(), adopted, ..State::default() };
         state.cluster_mut().nodes.insert(config.node.clone(), config.node_addresses.clone());
         Ok(Self {
@@ -254,6 +262,7 @@ impl Shared {
             state: Mutex::new(state),
             changed: Condvar::new(),
             applier: Mutex::new(applier),
+            cells: Mutex::new(cells),
             names: Arc::new(RwLock::new(names)),
             listener: Listener::default(),
         })
@@ -274,13 +283,15 @@ impl Shared {
     /// Carries out what has changed, if it has been started; also what failed before.
     pub(crate) fn apply(&self) -> Result<Report, EnforcerError> {
         let mut applier = self.applier.lock();
-        let (revision, cluster, endpoints) = {
-            let state = self.state.lock();
+        let (revision, cluster, endpoints, bereft) = {
+            let mut state = self.state.lock();
             if !state.started || state.stopping || (state.applied == state.revision && state.retry_at.is_none()) {
                 return Ok(state.report());
             }
-            (state.revision, Arc::clone(&state.cluster), state.endpoints.clone())
+            let bereft = std::mem::take(&mut state.bereft);
+            (state.revision, Arc::clone(&state.cluster), state.endpoints.clone(), bereft)
         };
+        applier.forget(&bereft);
         let result = applier.run(self, &cluster, &endpoints);
         // Another change in the meantime can then change the cluster in place.
         drop(cluster);
@@ -313,6 +324,32 @@ impl Shared {
             None => Ok(report),
             Some(error) => Err(error),
         }
+    }
+
+    /// Gives back the slots of endpoints that are neither listed nor were admitted since the list was made.
+    pub(crate) fn give_back_others(&self, listed: &BTreeMap<AttachmentKey, Known>) -> Result<(), EnforcerError> {
+        let state = self.state.lock();
+        self.cells.lock().give_back_others([listed, &state.endpoints])
+    }
+
+    /// Lets the default programs of an endpoint know its addresses, where they are on its hooks. A change that is under way
+    /// is not waited for: until then neighbours would believe what an earlier holder of the addresses has told them. One
+    /// that is told again may have lost its own programs, and must not be called enforced without them by a change that
+    /// took them for granted.
+    fn admit(&self, endpoint: &Endpoint, again: bool) -> Result<(), EnforcerError> {
+        let attacher = &*self.tools.attacher;
+        let _change = again.then(|| self.applier.lock());
+        let mut found = false;
+        let admitted = self.host.0.run_here_or_there(|| {
+            let mut cells = self.cells.lock();
+            let bare = bare_hooks(attacher, endpoint)?;
+            found = !bare.is_empty();
+            if found { cells.admit(attacher, endpoint, bare) } else { Ok(()) }
+        });
+        if found && again {
+            self.note(|state| state.lost(&endpoint.attachment));
+        }
+        admitted?
     }
 
     pub(crate) fn statuses(&self) -> Vec<EndpointStatus> {
@@ -440,19 +477,8 @@ impl Answer for Shared {
                 tracing::debug!(attachment = %endpoint.attachment, default = default.as_str(), "endpoint attached");
                 let known = self.state.lock().endpoints.contains_key(&endpoint.attachment);
                 self.note(|state| state.note(&endpoint, true));
-                // For a new endpoint a change that is under way is not waited for; it admits the endpoint when it comes to
-                // it. One that is told again may have lost its programs, and must not be called enforced without them.
-                let applier = if known { Some(self.applier.lock()) } else { self.applier.try_lock() };
-                if let Some(mut applier) = applier {
-                    let applier = &mut *applier;
-                    let admitted = self.host.0.run_here_or_there(|| applier.admit(&*self.tools.attacher, &endpoint));
-                    match admitted.map_err(EnforcerError::from).flatten() {
-                        Ok(false) => {}
-                        Ok(true) => self.note(|state| state.lost(&endpoint.attachment)),
-                        Err(error) => {
-                            tracing::warn!(attachment = %endpoint.attachment, %error, "cannot tell the default programs of it");
-                        }
-                    }
+                if let Err(error) = self.admit(&endpoint, known) {
+                    tracing::warn!(attachment = %endpoint.attachment, %error, "cannot tell the default programs of it");
                 }
                 Reply::Noted
             }

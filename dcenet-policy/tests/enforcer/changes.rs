@@ -1,13 +1,15 @@
 //! Policy and pods that change under running traffic.
 
-use std::net::SocketAddr;
-use std::sync::Arc;
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, TryLockError};
 use std::time::{Duration, Instant};
 
 use dcenet_core::test_support::{Rung, effort, require};
 use dcenet_ebpf::abi::Sizes;
+use dcenet_ebpf::loader::{AyaLoader, LoadError, LoadRequest, Loaded, Loader};
 use dcenet_policy::enforcer::flows::{Flow, FlowKind, FlowSink, JsonLines, LastFlows, Losses};
-use dcenet_policy::enforcer::{Enforcer, Tools};
+use dcenet_policy::enforcer::{Enforcer, Phase, Tools};
 use dcenet_policy::isolation::Fault;
 use dcenet_policy::model::{Direction, Pod, PodId, PolicyId, Verdict};
 use dcenet_policy::target::Tc;
@@ -372,5 +374,70 @@ fn an_address_is_the_local_pods_until_it_goes() {
     assert!(owner.remove_pod(&PodId::new("shop", "more")).unwrap().is_complete());
     world.add_enforced("scan", 4, &[]);
     world.udp("scan", "db", 5353, false);
+    owner.uninstall().unwrap();
+}
+
+/// Loads nothing while somebody holds the gate, and tells that it stands there.
+struct Gated {
+    gate: Arc<Mutex<()>>,
+    waiting: SyncSender<()>,
+}
+
+impl Loader for Gated {
+    fn load(&self, elf: &[u8], request: &LoadRequest<'_>) -> Result<Loaded, LoadError> {
+        if let Err(TryLockError::WouldBlock) = self.gate.try_lock() {
+            let _ = self.waiting.try_send(());
+            drop(self.gate.lock());
+        }
+        AyaLoader.load(elf, request)
+    }
+}
+
+/// A change may take long. A pod that comes in the meantime is announced to its segment all the same, which its default
+/// program lets pass once it knows the pod's addresses; and nothing of the change is mistaken for the pod's.
+#[test]
+fn an_endpoint_is_admitted_while_a_change_is_under_way() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let gate = Arc::new(Mutex::new(()));
+    let (waiting, stands) = sync_channel(1);
+    let mut world = World::new();
+    let owner = world.open(Tools { loader: Arc::new(Gated { gate: Arc::clone(&gate), waiting }), ..tools() });
+    assert!(owner.set_policies(policies(DB)).unwrap().is_complete());
+    assert!(owner.start().unwrap().is_complete());
+    let slots = |world: &World, name| world.attached(name).map(|attached| attached.unwrap().class);
+
+    let held = gate.lock().unwrap();
+    world.add("db", 3, &[("app", "db")]);
+    stands.recv_timeout(ALLOWED).expect("the change comes to the loader");
+    world.add("web", 2, &[("app", "web")]);
+    let [from_pod, to_pod] = slots(&world, "web");
+    assert!(from_pod != 0 && from_pod == to_pod, "{from_pod} {to_pod}");
+    // One that goes and comes again with another address, as after a conflict, is known by that one.
+    world.delete("web");
+    world.add("web", 4, &[("app", "web")]);
+    assert_eq!(slots(&world, "web"), [from_pod; 2]);
+    for address in [world.address("node", false), world.address("node", true)] {
+        let begun = Instant::now();
+        world.pod("web").run(|| {
+            let local = if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+            UdpSocket::bind(local).unwrap().send_to(b"x", SocketAddr::new(address, 9)).unwrap();
+        });
+        while !world.pod("web").sh(&format!("ip neigh show {address} dev eth0")).contains("lladdr") {
+            assert!(begun.elapsed() < ALLOWED, "{address} is not resolved by who has another address now");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+    for name in ["db", "web"] {
+        let status = owner.endpoints().into_iter().find(|e| e.attachment == key(name)).unwrap();
+        assert_eq!(status.phase, Phase::Default, "{name}");
+    }
+    drop(held);
+    for name in ["db", "web"] {
+        world.await_enforced(name, ALLOWED).unwrap();
+    }
+    world.udp("web", "db", 5353, true);
+    world.udp("web", "db", 5354, false);
     owner.uninstall().unwrap();
 }
