@@ -3,14 +3,17 @@
 //! three attachments, of which two have claims, and three addresses.
 //!
 //! The state holds what the store holds and what each allocator has read; the decisions are the real
-//! [`step`](dcenet_ipam::machine::step). Versions only matter by their order, so each state numbers them anew from 1,
-//! and the space is finite.
+//! [`step`](dcenet_ipam::machine::step). Versions of a key only matter by their order, and those of different keys are
+//! not compared, so each state numbers them anew from 1, and the space is finite. (The one number that is compared with
+//! the versions of several keys, a collector's fence, is kept as the version that each of them had then: what is written
+//! later has a higher one than either.)
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, HashMap};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use dcenet_core::model::AttachmentKey;
-use dcenet_core::provider::{AddressSource, LeaseRequest};
+use dcenet_core::provider::{AddressSource, LeaseError, LeaseRequest};
 use dcenet_ipam::Ipam;
 use dcenet_ipam::machine::{Command, Query, Reply, Step, View, step};
 use dcenet_ipam::store::memory::MemoryStore;
@@ -32,12 +35,24 @@ struct Allocators {
     ipam: Ipam,
     /// The workloads of the attachments: 0 has a claim to the first address, 1 to any, others have none.
     workloads: &'static [usize],
+    /// Of the attachments.
+    keys: Vec<AttachmentKey>,
+    names: Vec<String>,
+    /// Under which keys their records are.
+    records: Vec<Bytes>,
     /// Addresses of the pool, from 10.0.0.1 on.
     addresses: u32,
     plant: Option<Plant>,
+    /// What was decided before: a world has many orders in which an allocator comes to know the same.
+    decided: RwLock<HashMap<u128, Decision>>,
 }
 
-type Content = BTreeMap<Key, (Vec<u8>, u64)>;
+type Decision = Arc<Result<Step, LeaseError>>;
+
+/// Shared, for a world differs from the one before it in few records.
+type Bytes = Arc<[u8]>;
+
+type Content = BTreeMap<Bytes, (Bytes, u64)>;
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct World {
@@ -71,7 +86,7 @@ struct Work {
     task: Task,
     /// The caller is not waiting any more.
     abandoned: bool,
-    keys: BTreeMap<Key, Option<(Vec<u8>, u64)>>,
+    keys: BTreeMap<Bytes, Option<(Bytes, u64)>>,
     gaps: BTreeMap<Query, Option<u128>>,
     scans: BTreeMap<Query, Vec<Key>>,
     /// Whether a race was lost.
@@ -91,7 +106,8 @@ enum Task {
     /// The evidence is gathered: who lives, as of which revision.
     Collect {
         alive: Vec<bool>,
-        fence: u64,
+        /// Of each attachment's record, 0 where there was none.
+        fence: Vec<u64>,
     },
 }
 
@@ -126,36 +142,56 @@ impl Allocators {
                  "ranges": ["10.0.0.1-10.0.0.{addresses}"],
                  "claims": {{ "shop/w0": {{ "address": "10.0.0.1" }}, "shop/w1": {{}} }} }} ] }}"#
         );
-        Self { ipam: Ipam::new(&config(&text), Arc::new(MemoryStore::new())).unwrap(), workloads, addresses, plant }
-    }
-
-    fn key(&self, a: usize) -> AttachmentKey {
-        attachment(&format!("a{}", self.workloads[a]))
+        let ipam = Ipam::new(&config(&text), Arc::new(MemoryStore::new())).unwrap();
+        let keys: Vec<AttachmentKey> = workloads.iter().map(|w| attachment(&format!("a{w}"))).collect();
+        let names: Vec<String> = keys.iter().map(|key| key.to_string()).collect();
+        let records = names.iter().map(|name| format!("t/{name}").into_bytes().into()).collect();
+        Self { ipam, workloads, keys, names, records, addresses, plant, decided: RwLock::default() }
     }
 
     /// The version of an attachment's record, which is the sequence of its lease.
     fn sequence(&self, world: &World, a: usize) -> Option<u64> {
-        world.store.get(format!("t/{}", self.key(a)).as_bytes()).map(|(_, version)| *version)
+        world.store.get(&self.records[a]).map(|(_, version)| *version)
     }
 
     fn command(&self, work: &Work) -> Option<Command> {
         Some(match &work.task {
             Task::Lease(a) => Command::Lease(LeaseRequest {
                 workload: Some(format!("shop/w{}", self.workloads[*a]).parse().unwrap()),
-                ..LeaseRequest::new(self.key(*a))
+                ..LeaseRequest::new(self.keys[*a].clone())
             }),
             Task::Release { attachment: a, sequence, .. } => Command::Release {
-                attachment: self.key(*a),
+                attachment: self.keys[*a].clone(),
                 sequence: (self.plant != Some(Plant::ReleaseByName)).then_some(*sequence),
             },
             Task::Collect { .. } => return None,
         })
     }
 
-    fn decide(&self, work: &Work) -> Option<Result<Step, dcenet_core::provider::LeaseError>> {
+    fn decide(&self, work: &Work) -> Option<Decision> {
+        let known = (&work.task, &work.keys, &work.gaps, &work.scans, work.lost);
+        // Two hashes of 64 bits: one alone would take two of some million for the same.
+        let hash = |salt: u8| {
+            let mut hasher = DefaultHasher::new();
+            (salt, &known).hash(&mut hasher);
+            u128::from(hasher.finish())
+        };
+        let number = hash(0) << 64 | hash(1);
+        if let Some(decision) = self.decided.read().unwrap_or_else(PoisonError::into_inner).get(&number) {
+            return Some(decision.clone());
+        }
+        let decision = Arc::new(self.decide_anew(work)?);
+        self.decided.write().unwrap_or_else(PoisonError::into_inner).insert(number, decision.clone());
+        Some(decision)
+    }
+
+    fn decide_anew(&self, work: &Work) -> Option<Result<Step, LeaseError>> {
         let mut view = View::default();
         for (key, entry) in &work.keys {
-            view.learn_key(key.clone(), entry.clone().map(|(value, version)| Entry { value, version }));
+            view.learn_key(
+                key.to_vec(),
+                entry.as_ref().map(|(value, version)| Entry { value: value.to_vec(), version: *version }),
+            );
         }
         for (query, gap) in &work.gaps {
             view.learn_gap(query.clone(), *gap);
@@ -197,33 +233,33 @@ impl Allocators {
     fn advance(&self, world: &mut World, who: usize) -> Option<()> {
         if let Task::Collect { alive, fence } = &world.allocators[who].as_ref()?.task {
             let dead = (0..self.workloads.len()).filter(|a| !alive[*a]);
-            let fence = if self.plant == Some(Plant::StaleEvidence) { u64::MAX } else { *fence };
-            let stale =
-                dead.filter_map(|a| Some((a, self.sequence(world, a)?))).filter(|(_, version)| *version <= fence);
-            let rest = stale.collect();
+            let planted = self.plant == Some(Plant::StaleEvidence);
+            let held = dead.filter_map(|a| Some((a, self.sequence(world, a)?)));
+            let rest = held.filter(|(a, version)| planted || *version <= fence[*a]).collect();
             world.allocators[who].as_mut()?.rest = rest;
             self.finish(world, who, None);
             return Some(());
         }
         let work = world.allocators[who].as_mut()?;
-        match self.decide(work)? {
+        match self.decide(work)?.as_ref() {
             Ok(Step::Read(queries)) => {
                 // Each question is a trip of its own, except that keys are read together.
                 match &queries[0] {
                     Query::Key(_) => {
-                        for query in &queries {
+                        for query in queries {
                             if let Query::Key(key) = query {
-                                work.keys.insert(key.clone(), world.store.get(key).cloned());
+                                work.keys.insert(key[..].into(), world.store.get(&key[..]).cloned());
                             }
                         }
                     }
                     query @ Query::Gap(prefix, low, high) => {
-                        let taken = |n: &u128| world.store.contains_key(&[&prefix[..], &n.to_be_bytes()].concat());
+                        let taken = |n: &u128| world.store.contains_key(&[&prefix[..], &n.to_be_bytes()].concat()[..]);
                         work.gaps.insert(query.clone(), (*low..=*high).find(|n| !taken(n)));
                     }
                     query @ Query::Scan(prefix, after, limit) => {
-                        let keys = world.store.keys().filter(|k| k.starts_with(prefix) && after.as_ref() < Some(k));
-                        work.scans.insert(query.clone(), keys.take(*limit).cloned().collect());
+                        let after = after.as_deref();
+                        let keys = world.store.keys().filter(|k| k.starts_with(prefix) && after < Some(k));
+                        work.scans.insert(query.clone(), keys.take(*limit).map(|k| k.to_vec()).collect());
                     }
                 }
             }
@@ -232,7 +268,7 @@ impl Allocators {
                 let kept = (work.abandoned, std::mem::take(&mut work.rest));
                 *work = Work { lost: true, abandoned: kept.0, rest: kept.1, ..Work::new(task) };
             }
-            Ok(Step::Done(reply)) => self.finish(world, who, Some(&reply)),
+            Ok(Step::Done(reply)) => self.finish(world, who, Some(reply)),
             Ok(Step::Commit(..)) => return None,
             Ok(Step::Unregistered) => unreachable!("the pool is registered, and nothing removes it"),
             Err(_) => self.finish(world, who, None),
@@ -242,20 +278,22 @@ impl Allocators {
 
     fn commit(&self, world: &mut World, who: usize, fate: Fate) -> Option<()> {
         let work = world.allocators[who].as_ref()?;
-        let Ok(Step::Commit(mut batch, reply)) = self.decide(work)? else { return None };
+        let decision = self.decide(work)?;
+        let Ok(Step::Commit(batch, reply)) = decision.as_ref() else { return None };
+        let mut batch = batch.clone();
         if self.plant == Some(Plant::NoSlotGuards) {
             batch.guards.retain(|g| !g.key.starts_with(b"s/"));
         }
         let outcome = if fate == Fate::Lost { None } else { Some(apply(&mut world.store, &batch)) };
         let work = world.allocators[who].as_mut()?;
         match outcome {
-            Some(true) if fate == Fate::Answered => self.finish(world, who, Some(&reply)),
+            Some(true) if fate == Fate::Answered => self.finish(world, who, Some(reply)),
             Some(false) if fate == Fate::Answered => {
                 work.gaps.clear();
                 work.scans.clear();
                 work.lost = true;
                 for guard in &batch.guards {
-                    work.keys.insert(guard.key.clone(), world.store.get(&guard.key).cloned());
+                    work.keys.insert(guard.key[..].into(), world.store.get(&guard.key[..]).cloned());
                 }
             }
             // Decided anew from what is there.
@@ -277,7 +315,7 @@ impl Allocators {
         running().all(|(a, address)| {
             let bound = bound(&world.store, address);
             let alone = running().all(|(b, other)| a == b || address != other);
-            let own = bound.is_some_and(|by| by == self.key(a).to_string());
+            let own = bound.is_some_and(|by| by == self.names[a]);
             // The first workload has the first address, and nobody else ever gets it.
             alone && own && (self.workloads[a] == 0) == (address == bits(&"10.0.0.1".parse().unwrap()))
         })
@@ -302,14 +340,14 @@ impl Work {
 
 /// Applies a batch if its guards hold.
 fn apply(store: &mut Content, batch: &Batch) -> bool {
-    if batch.guards.iter().any(|g| store.get(&g.key).map(|(_, version)| *version) != g.version) {
+    if batch.guards.iter().any(|g| store.get(&g.key[..]).map(|(_, version)| *version) != g.version) {
         return false;
     }
     // Above whatever is known to anybody: `canonical` has numbered those from 1.
     for write in &batch.writes {
         match write {
-            Write::Delete(key) => drop(store.remove(key)),
-            Write::Put(key, value) => drop(store.insert(key.clone(), (value.clone(), NEW))),
+            Write::Delete(key) => drop(store.remove(&key[..])),
+            Write::Put(key, value) => drop(store.insert(key[..].into(), (value[..].into(), NEW))),
         }
     }
     true
@@ -318,27 +356,40 @@ fn apply(store: &mut Content, batch: &Batch) -> bool {
 /// The version of what is written just now.
 const NEW: u64 = u64::MAX - 1;
 
-/// Numbers versions anew from 1, in their order, and sorts the allocators.
-fn canonical(world: &mut World) {
-    fn versions(world: &mut World) -> impl Iterator<Item = &mut u64> {
-        let held = world.store.values_mut().map(|(_, version)| version);
-        held.chain(world.allocators.iter_mut().flatten().flat_map(|work| {
-            let task = match &mut work.task {
-                Task::Release { sequence, .. } => Some(sequence),
-                Task::Collect { fence, .. } => Some(fence),
-                Task::Lease(_) => None,
-            };
-            let seen = work.keys.values_mut().flatten().map(|(_, version)| version);
-            task.into_iter().chain(seen).chain(work.rest.iter_mut().map(|(_, version)| version))
-        }))
+/// Numbers the versions of each key anew from 1, in their order, and sorts the allocators.
+fn canonical(world: &mut World, records: &[Bytes]) {
+    fn versions<'a>(world: &'a mut World, records: &[Bytes], mut each: impl FnMut(&Bytes, &'a mut u64)) {
+        for (key, (_, version)) in &mut world.store {
+            each(key, version);
+        }
+        for work in world.allocators.iter_mut().flatten() {
+            match &mut work.task {
+                Task::Release { attachment, sequence, .. } => each(&records[*attachment], sequence),
+                Task::Collect { fence, .. } => records.iter().zip(fence).for_each(|(key, version)| each(key, version)),
+                Task::Lease(_) => {}
+            }
+            for (key, seen) in &mut work.keys {
+                if let Some((_, version)) = seen {
+                    each(key, version);
+                }
+            }
+            for (attachment, version) in &mut work.rest {
+                each(&records[*attachment], version);
+            }
+        }
     }
-    let mut known: Vec<u64> = versions(world).map(|v| *v).collect();
-    known.push(0);
-    known.sort_unstable();
-    known.dedup();
-    for version in versions(world) {
-        *version = known.binary_search(version).expect("collected above") as u64;
+    let mut known: HashMap<Bytes, Vec<u64>> = HashMap::new();
+    versions(world, records, |key, version| match known.get_mut(key) {
+        Some(known) => known.push(*version),
+        None => drop(known.insert(key.clone(), vec![0, *version])),
+    });
+    for known in known.values_mut() {
+        known.sort_unstable();
+        known.dedup();
     }
+    versions(world, records, |key, version| {
+        *version = known[key].binary_search(version).expect("collected above") as u64;
+    });
     world.allocators.sort_unstable();
 }
 
@@ -351,7 +402,7 @@ fn bits(address: &std::net::IpAddr) -> u128 {
 
 /// By whom an address is bound, as the record says.
 fn bound(store: &Content, address: u128) -> Option<String> {
-    let (value, _) = store.get(&[b"s/default/4".as_slice(), &address.to_be_bytes()].concat())?;
+    let (value, _) = store.get(&[b"s/default/4".as_slice(), &address.to_be_bytes()].concat()[..])?;
     let record: serde_json::Value = serde_json::from_slice(value).unwrap();
     record.pointer("/bound/by").and_then(|by| by.as_str()).map(str::to_owned)
 }
@@ -364,10 +415,10 @@ impl Model for Allocators {
         // The pool is registered and the claims of the configuration are recorded.
         block_on(self.ipam.ready()).unwrap();
         let content = block_on(self.ipam.store().scan(b"", None, 1_000)).unwrap();
-        let store = content.into_iter().map(|(key, entry)| (key, (entry.value, entry.version))).collect();
+        let store = content.into_iter().map(|(key, entry)| (key.into(), (entry.value.into(), entry.version))).collect();
         let mut world =
             World { store, allocators: vec![None; 2], attachments: vec![Status::Absent; self.workloads.len()] };
-        canonical(&mut world);
+        canonical(&mut world, &self.records);
         vec![world]
     }
 
@@ -394,7 +445,7 @@ impl Model for Allocators {
         }
         for (who, work) in world.allocators.iter().enumerate() {
             let Some(work) = work else { continue };
-            match self.decide(work) {
+            match self.decide(work).as_deref() {
                 Some(Ok(Step::Commit(..))) => {
                     actions.extend([Fate::Answered, Fate::ReplyLost, Fate::Lost].map(|fate| Action::Commit(who, fate)));
                 }
@@ -410,7 +461,6 @@ impl Model for Allocators {
     fn next_state(&self, last: &World, action: Action) -> Option<World> {
         let mut world = last.clone();
         let idle = world.allocators.iter().position(Option::is_none);
-        let newest = world.store.values().map(|(_, version)| *version).max().unwrap_or(0);
         match action {
             Action::Add(a) => {
                 world.attachments[a] = Status::Adding { busy: true };
@@ -426,7 +476,8 @@ impl Model for Allocators {
             Action::Collect => {
                 let dead = |s: &Status| matches!(s, Status::Absent | Status::Dead);
                 let alive = world.attachments.iter().map(|s| !dead(s)).collect();
-                world.allocators[idle?] = Some(Work::new(Task::Collect { alive, fence: newest }));
+                let fence = (0..self.workloads.len()).map(|a| self.sequence(&world, a).unwrap_or(0)).collect();
+                world.allocators[idle?] = Some(Work::new(Task::Collect { alive, fence }));
             }
             Action::Die(a) => world.attachments[a] = Status::Dead,
             Action::Advance(who) => self.advance(&mut world, who)?,
@@ -449,7 +500,7 @@ impl Model for Allocators {
                 }
             }
         }
-        canonical(&mut world);
+        canonical(&mut world, &self.records);
         // Once its remains are collected and nobody works on it, a dead attachment's place is free for another.
         for a in 0..self.workloads.len() {
             let worked_on = world.allocators.iter().flatten().any(|w| {
@@ -525,6 +576,6 @@ fn the_models_store_is_a_store() {
     assert!(!apply(&mut model, &refused));
     assert!(matches!(block_on(real.commit(&refused)).unwrap(), Outcome::Conflict(_)));
     let keys: Vec<Key> = block_on(real.scan(b"", None, 9)).unwrap().into_iter().map(|(key, _)| key).collect();
-    assert_eq!(keys, model.into_keys().collect::<Vec<_>>());
+    assert_eq!(keys, model.into_keys().map(|key| key.to_vec()).collect::<Vec<_>>());
     assert!(number_of(b"", &[0; 16]).is_ok());
 }
