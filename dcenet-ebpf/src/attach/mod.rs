@@ -12,8 +12,8 @@
 //! # Which attacher
 //! [`ClsactAttacher`] works on every kernel, leaves no pin and is right for devices of the host. [`TcxAttacher`] is right for
 //! devices that live in a pod or move, and where others must not run ahead; it keeps its links as pins. [`for_kernel`] takes
-//! the one that the kernel has. [`NetkitAttacher`] is for the host's ends of netkit pairs. Every backend does what `conformance` (feature `test-support`) says, and so can one of
-//! somebody else's.
+//! the one that the kernel has. [`NetkitAttacher`] is for the host's ends of netkit pairs. Every backend does
+//! what `conformance` (feature `test-support`) says, and so can one of somebody else's.
 //!
 //! # Who runs first
 //! On both hooks a packet meets tcx before clsact (net/core/dev.c, `sch_handle_ingress` and `sch_handle_egress`), and in
@@ -69,9 +69,10 @@ mod netkit;
 mod tcx;
 
 pub use self::clsact::ClsactAttacher;
-pub use self::mprog::{PinnedLink, Placement};
-pub use self::netkit::NetkitAttacher;
-pub use self::tcx::TcxAttacher;
+use self::mprog::Chained;
+pub use self::mprog::{LinkAttacher, PinnedLink, Placement};
+pub use self::netkit::{Netkit, NetkitAttacher};
+pub use self::tcx::{Tcx, TcxAttacher};
 
 /// tcx links where the kernel has them (Linux 6.6), clsact otherwise.
 ///
@@ -281,8 +282,8 @@ pub trait Attacher: Send + Sync {
         }
         match (&foreign.via, foreign.program) {
             (Via::Clsact(_), _) => clsact::evict(hook, foreign),
-            (Via::Tcx { link }, Some(program)) => mprog::Links::evict(&tcx::TCX, hook, program, *link),
-            (Via::Netkit { link }, Some(program)) => mprog::Links::evict(&netkit::NETKIT, hook, program, *link),
+            (Via::Tcx { link }, Some(program)) => Tcx::KIND.evict(hook, program, *link),
+            (Via::Netkit { link }, Some(program)) => Netkit::KIND.evict(hook, program, *link),
             (Via::Tcx { .. } | Via::Netkit { .. }, None) => Ok(false),
         }
     }
@@ -291,8 +292,8 @@ pub trait Attacher: Send + Sync {
 /// All that a packet meets on a hook, on netkit, tcx and clsact, in the order in which it runs. What is on netkit and tcx
 /// counts as foreign, for its links have no names.
 pub fn everything(hook: Hook) -> Result<Vec<Attached>, AttachError> {
-    let netkit = mprog::Links::foreign_chain(&netkit::NETKIT, hook)?;
-    let mut all = mprog::Links::foreign_chain(&tcx::TCX, hook)?;
+    let netkit = Netkit::KIND.foreign_chain(hook)?;
+    let mut all = Tcx::KIND.foreign_chain(hook)?;
     all.extend(ClsactAttacher.chain(hook)?);
     // A pair runs its programs when an end sends: what comes in has met them, what goes out will.
     match hook.direction {

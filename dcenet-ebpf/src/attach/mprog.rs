@@ -2,6 +2,7 @@
 
 use std::fs::{File, Metadata};
 use std::io;
+use std::marker::PhantomData;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 
@@ -9,7 +10,7 @@ use dcenet_core::model::IfIndex;
 use dcenet_core::netlink::Family;
 use dcenet_core::netns::NetNs;
 
-use super::{AttachError, Attached, Direction, Hook, Owner, Tag, Via, check_classifier};
+use super::{AttachError, Attached, Attacher, Direction, Hook, Owner, Tag, Via, check_classifier};
 use crate::pin::{PinError, Pins};
 use crate::program::Program;
 use crate::sys::fault::gated;
@@ -49,9 +50,15 @@ pub struct PinnedLink {
     pub device: Option<IfIndex>,
 }
 
+/// Names a kind of chain: [`Tcx`](super::tcx::Tcx) or [`Netkit`](super::netkit::Netkit).
+pub trait Chained: Send + Sync {
+    /// What is particular to it.
+    const KIND: Kind;
+}
+
 /// A kind of chain.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Kind {
+pub struct Kind {
     /// Stands first in the names of pins.
     pub(super) name: &'static str,
     /// What a kernel without it is told to be missing.
@@ -138,83 +145,21 @@ impl Kind {
             via: (self.via)((link != 0).then_some(link)),
         })
     }
-}
-
-fn word(direction: Direction) -> &'static str {
-    match direction {
-        Direction::Ingress => "ingress",
-        Direction::Egress => "egress",
-    }
-}
-
-/// Links of one kind, their pins, and the place that new ones get.
-#[derive(Debug, Clone)]
-pub(super) struct Links {
-    kind: &'static Kind,
-    pins: Pins,
-    placement: Placement,
-}
-
-/// Ours on a hook.
-struct Ours {
-    pin: String,
-    label: String,
-    attached: Attached,
-}
-
-impl Links {
-    pub(super) fn new(kind: &'static Kind, pins: Pins, placement: Placement) -> Self {
-        Self { kind, pins, placement }
-    }
-
-    pub(super) fn attach(&self, hook: Hook, program: &Program, tag: Tag<'_>) -> Result<Option<Attached>, AttachError> {
-        check(program, tag)?;
-        let _lock = self.lock()?;
-        match self.ours(hook)? {
-            Some(ours) => match self.swap(hook, &ours, program, tag.label) {
-                // The device, or somebody else, has ended the link since it was found in the chain.
-                Err(AttachError::NotAttached { hook }) => Err(AttachError::Raced { hook }),
-                swapped => swapped.map(|()| Some(ours.attached)),
-            },
-            None => self.create(hook, program, tag.label).map(|()| None),
-        }
-    }
-
-    pub(super) fn replace(&self, hook: Hook, program: &Program, tag: Tag<'_>) -> Result<Attached, AttachError> {
-        check(program, tag)?;
-        let _lock = match self.lock() {
-            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Err(AttachError::NotAttached { hook }),
-            lock => lock?,
-        };
-        let ours = self.ours(hook)?.ok_or(AttachError::NotAttached { hook })?;
-        self.swap(hook, &ours, program, tag.label)?;
-        Ok(ours.attached)
-    }
-
-    pub(super) fn chain(&self, hook: Hook) -> Result<Vec<Attached>, AttachError> {
-        let Some(chain) = self.kind.query(hook)? else { return Ok(Vec::new()) };
-        let pins = self.names()?;
-        chain.programs.iter().enumerate().map(|(n, entry)| self.kind.describe(hook, n, *entry, &pins)).collect()
-    }
-
-    pub(super) fn revision(&self, hook: Hook) -> Result<Option<u64>, AttachError> {
-        Ok(self.kind.query(hook)?.map(|chain| chain.revision))
-    }
 
     /// The chain as others would see it: nothing in it is ours.
-    pub(super) fn foreign_chain(kind: &'static Kind, hook: Hook) -> Result<Vec<Attached>, AttachError> {
-        match kind.query(hook) {
+    pub(super) fn foreign_chain(&self, hook: Hook) -> Result<Vec<Attached>, AttachError> {
+        match self.query(hook) {
             Ok(None) | Err(AttachError::Unsupported { .. } | AttachError::WrongDevice { .. }) => Ok(Vec::new()),
             Ok(Some(chain)) => {
-                chain.programs.iter().enumerate().map(|(n, entry)| kind.describe(hook, n, *entry, &[])).collect()
+                chain.programs.iter().enumerate().map(|(n, entry)| self.describe(hook, n, *entry, &[])).collect()
             }
             Err(e) => Err(e),
         }
     }
 
     /// Takes exactly this program off, if it is there still, through its link or without one.
-    pub(super) fn evict(kind: &Kind, hook: Hook, program: u32, link: Option<u32>) -> Result<bool, AttachError> {
-        let attach_type = kind.attach_type(hook.direction);
+    pub(super) fn evict(&self, hook: Hook, program: u32, link: Option<u32>) -> Result<bool, AttachError> {
+        let attach_type = self.attach_type(hook.direction);
         for _ in 0..ATTEMPTS {
             let chain = match sys::query_chain(hook.device.get(), attach_type) {
                 Ok(chain) => chain,
@@ -240,44 +185,76 @@ impl Links {
         }
         Err(AttachError::Raced { hook })
     }
+}
 
-    /// Asks the devices and not the links, for a link may tell the index of another namespace, or of the pair's other end.
-    pub(super) fn devices(&self) -> Result<Vec<IfIndex>, AttachError> {
-        let pins = self.names()?;
-        if pins.is_empty() {
-            return Ok(Vec::new());
-        }
-        let links = NetNs::of_this_thread()?.socket(Family::Route)?.links()?;
-        let mut devices = Vec::new();
-        for device in links.into_iter().map(|link| link.index) {
-            for direction in [Direction::Ingress, Direction::Egress] {
-                let hook = Hook { device, direction };
-                let chain = match self.kind.query(hook) {
-                    Err(AttachError::WrongDevice { .. }) => None,
-                    chain => chain?,
-                };
-                if chain.is_some_and(|c| c.programs.iter().any(|(_, l)| self.kind.pin_of(hook, *l, &pins).is_some())) {
-                    devices.push(device);
-                    break;
-                }
-            }
-        }
-        Ok(devices)
+fn word(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Ingress => "ingress",
+        Direction::Egress => "egress",
+    }
+}
+
+/// Attaches by links, each pinned under a name made of its direction, its number and the label. [`TcxAttacher`] and
+/// [`NetkitAttacher`] are the two that there are.
+///
+/// Any number of processes may use the same pins at once; they wait for each other. To attach and to detach take 10 to 20
+/// milliseconds, for the kernel waits for an RCU grace period under its RTNL lock; to replace takes 0.1 of one, and 0.4 among
+/// 500 pins, which are looked through by name.
+///
+/// Labels have at most 160 letters, digits, `-` and `_`. A tag's class is refused, for the kernel has no place for one: a
+/// program that must know its device reads `ifindex`, or holds a constant.
+///
+/// # After a restart
+/// [`Attacher::attached`] asks the chain of the device that is meant, in the calling thread's namespace, for links that are
+/// pinned here. A pin whose device has gone, or went into another namespace, is not taken for one of a device that has the
+/// same index here. [`LinkAttacher::links`] tells of all pins.
+///
+/// # Privileges
+/// CAP_BPF and CAP_NET_ADMIN, and CAP_SYS_ADMIN to look at programs by their numbers, all in the first user namespace.
+///
+/// # Minimum kernel version
+/// That of its kind; [`AttachError::Unsupported`] before.
+///
+/// [`TcxAttacher`]: super::TcxAttacher
+/// [`NetkitAttacher`]: super::NetkitAttacher
+#[derive(Debug, Clone)]
+pub struct LinkAttacher<K> {
+    pins: Pins,
+    placement: Placement,
+    kind: PhantomData<K>,
+}
+
+/// Ours on a hook.
+struct Ours {
+    pin: String,
+    label: String,
+    attached: Attached,
+}
+
+impl<K: Chained> LinkAttacher<K> {
+    /// Pins links here, and puts programs ahead of those of others.
+    pub fn new(pins: Pins) -> Self {
+        Self::placed(pins, Placement::First)
     }
 
-    pub(super) fn detach(&self, hook: Hook) -> Result<bool, AttachError> {
-        let _lock = match self.lock() {
-            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(false),
-            lock => lock?,
-        };
-        let Some(ours) = self.ours(hook)? else { return Ok(false) };
-        self.take_off(&ours.pin)
+    /// As [`LinkAttacher::new`], with another place for what it attaches.
+    pub fn placed(pins: Pins, placement: Placement) -> Self {
+        Self { pins, placement, kind: PhantomData }
     }
 
-    pub(super) fn links(&self) -> Result<Vec<PinnedLink>, AttachError> {
+    /// A number that each change of the hook's chain raises, whoever makes it; none where there is no such device. For one who
+    /// watches whether others still are where they were: while it is the same and something of ours stays on the chain,
+    /// [`Attacher::chain`] is the same. Once the chain was empty it counts from 1 again, so that the same number may tell of
+    /// another chain.
+    pub fn revision(&self, hook: Hook) -> Result<Option<u64>, AttachError> {
+        Ok(K::KIND.query(hook)?.map(|chain| chain.revision))
+    }
+
+    /// Every link that is pinned here, also those whose device has vanished or is in another namespace.
+    pub fn links(&self) -> Result<Vec<PinnedLink>, AttachError> {
         let mut links = Vec::new();
         for pin in self.names()? {
-            let Some((direction, _, label)) = self.kind.parse(&pin) else { continue };
+            let Some((direction, _, label)) = K::KIND.parse(&pin) else { continue };
             if let Some((_, info)) = self.open(&pin)? {
                 links.push(PinnedLink {
                     label: label.to_owned(),
@@ -291,19 +268,22 @@ impl Links {
         Ok(links)
     }
 
-    pub(super) fn release(&self, label: &str) -> Result<usize, AttachError> {
+    /// Takes off whatever has this label, in whichever namespace its device is, and its pins with it: for one who cleans up
+    /// after a pod without entering it. Returns how many links there were.
+    pub fn release(&self, label: &str) -> Result<usize, AttachError> {
         let _lock = match self.lock() {
             Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(0),
             lock => lock?,
         };
         let mut taken = 0;
-        for pin in self.names()?.iter().filter(|pin| self.kind.parse(pin).is_some_and(|(_, _, l)| l == label)) {
+        for pin in self.names()?.iter().filter(|pin| K::KIND.parse(pin).is_some_and(|(_, _, l)| l == label)) {
             taken += usize::from(self.take_off(pin)?);
         }
         Ok(taken)
     }
 
-    pub(super) fn remove_vanished(&self) -> Result<Vec<PinnedLink>, AttachError> {
+    /// Removes the pins of devices that have vanished, and tells which.
+    pub fn remove_vanished(&self) -> Result<Vec<PinnedLink>, AttachError> {
         let _lock = match self.lock() {
             Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(Vec::new()),
             lock => lock?,
@@ -311,7 +291,7 @@ impl Links {
         let mut vanished = self.links()?;
         vanished.retain(|link| link.device.is_none());
         for link in &vanished {
-            self.pins.remove(&self.kind.pin(link.direction, link.link, &link.label))?;
+            self.pins.remove(&K::KIND.pin(link.direction, link.link, &link.label))?;
         }
         Ok(vanished)
     }
@@ -323,7 +303,7 @@ impl Links {
             Placement::Before(program) => Position { side: sys::BEFORE, relative: Some(program) },
             Placement::After(program) => Position { side: sys::AFTER, relative: Some(program) },
         };
-        let attach_type = self.kind.attach_type(hook.direction);
+        let attach_type = K::KIND.attach_type(hook.direction);
         let link = match sys::create_link(program.as_fd(), hook.device.get(), attach_type, position) {
             Ok(link) => link,
             Err(e) if e.is(libc::ENODEV) => return Err(AttachError::NoDevice(hook.device)),
@@ -337,7 +317,7 @@ impl Links {
         };
         // Without its pin it ends with this descriptor: what fails or dies here leaves the hook as it was.
         let info = sys::link_info(link.as_fd())?.ok_or_else(no_link)?;
-        self.pins.pin(&self.kind.pin(hook.direction, info.id, label), &link)?;
+        self.pins.pin(&K::KIND.pin(hook.direction, info.id, label), &link)?;
         Ok(())
     }
 
@@ -356,7 +336,7 @@ impl Links {
             })?;
         }
         if ours.label != label
-            && let Err(error) = self.pins.rename(&ours.pin, &self.kind.pin(hook.direction, info.id, label))
+            && let Err(error) = self.pins.rename(&ours.pin, &K::KIND.pin(hook.direction, info.id, label))
         {
             if !same && let Err(left) = sys::update_link(link.as_fd(), old.as_fd(), program.as_fd()) {
                 tracing::warn!(pin = %ours.pin, error = %left, "the new program stays under the old label");
@@ -376,12 +356,12 @@ impl Links {
     }
 
     fn ours(&self, hook: Hook) -> Result<Option<Ours>, AttachError> {
-        let Some(chain) = self.kind.query(hook)? else { return Ok(None) };
+        let Some(chain) = K::KIND.query(hook)? else { return Ok(None) };
         let pins = self.names()?;
         for (place, entry) in chain.programs.iter().enumerate() {
-            if let Some((pin, label)) = self.kind.pin_of(hook, entry.1, &pins) {
+            if let Some((pin, label)) = K::KIND.pin_of(hook, entry.1, &pins) {
                 let (pin, label) = (pin.to_owned(), label.to_owned());
-                return Ok(Some(Ours { pin, label, attached: self.kind.describe(hook, place, *entry, &pins)? }));
+                return Ok(Some(Ours { pin, label, attached: K::KIND.describe(hook, place, *entry, &pins)? }));
             }
         }
         Ok(None)
@@ -391,7 +371,7 @@ impl Links {
     fn names(&self) -> Result<Vec<String>, AttachError> {
         match self.pins.list() {
             Ok(mut names) => {
-                names.retain(|name| self.kind.parse(name).is_some());
+                names.retain(|name| K::KIND.parse(name).is_some());
                 Ok(names)
             }
             Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(Vec::new()),
@@ -402,7 +382,7 @@ impl Links {
     /// Opens a pin; none where it is gone, or is no link of this kind.
     fn open(&self, pin: &str) -> Result<Option<(OwnedFd, LinkInfo)>, AttachError> {
         let Some(fd) = self.pins.get(pin)? else { return Ok(None) };
-        let info = sys::link_info(fd.as_fd())?.filter(|info| info.kind == self.kind.link_type);
+        let info = sys::link_info(fd.as_fd())?.filter(|info| info.kind == K::KIND.link_type);
         Ok(info.map(|info| (fd, info)))
     }
 
@@ -422,6 +402,71 @@ impl Links {
             Err(io::Error::from_raw_os_error(libc::ESTALE))
         });
         locked.map_err(|source| PinError::new("lock", self.pins.directory(), source).into())
+    }
+}
+
+impl<K: Chained> Attacher for LinkAttacher<K> {
+    fn attach_tagged(&self, hook: Hook, program: &Program, tag: Tag<'_>) -> Result<Option<Attached>, AttachError> {
+        check(program, tag)?;
+        let _lock = self.lock()?;
+        match self.ours(hook)? {
+            Some(ours) => match self.swap(hook, &ours, program, tag.label) {
+                // The device, or somebody else, has ended the link since it was found in the chain.
+                Err(AttachError::NotAttached { hook }) => Err(AttachError::Raced { hook }),
+                swapped => swapped.map(|()| Some(ours.attached)),
+            },
+            None => self.create(hook, program, tag.label).map(|()| None),
+        }
+    }
+
+    fn replace_tagged(&self, hook: Hook, program: &Program, tag: Tag<'_>) -> Result<Attached, AttachError> {
+        check(program, tag)?;
+        let _lock = match self.lock() {
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Err(AttachError::NotAttached { hook }),
+            lock => lock?,
+        };
+        let ours = self.ours(hook)?.ok_or(AttachError::NotAttached { hook })?;
+        self.swap(hook, &ours, program, tag.label)?;
+        Ok(ours.attached)
+    }
+
+    fn devices(&self) -> Result<Vec<IfIndex>, AttachError> {
+        // The devices and not the links, for a link may tell the index of another namespace, or of the pair's other end.
+        let pins = self.names()?;
+        if pins.is_empty() {
+            return Ok(Vec::new());
+        }
+        let links = NetNs::of_this_thread()?.socket(Family::Route)?.links()?;
+        let mut devices = Vec::new();
+        for device in links.into_iter().map(|link| link.index) {
+            for direction in [Direction::Ingress, Direction::Egress] {
+                let hook = Hook { device, direction };
+                let chain = match K::KIND.query(hook) {
+                    Err(AttachError::WrongDevice { .. }) => None,
+                    chain => chain?,
+                };
+                if chain.is_some_and(|c| c.programs.iter().any(|(_, l)| K::KIND.pin_of(hook, *l, &pins).is_some())) {
+                    devices.push(device);
+                    break;
+                }
+            }
+        }
+        Ok(devices)
+    }
+
+    fn chain(&self, hook: Hook) -> Result<Vec<Attached>, AttachError> {
+        let Some(chain) = K::KIND.query(hook)? else { return Ok(Vec::new()) };
+        let pins = self.names()?;
+        chain.programs.iter().enumerate().map(|(n, entry)| K::KIND.describe(hook, n, *entry, &pins)).collect()
+    }
+
+    fn detach(&self, hook: Hook) -> Result<bool, AttachError> {
+        let _lock = match self.lock() {
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(false),
+            lock => lock?,
+        };
+        let Some(ours) = self.ours(hook)? else { return Ok(false) };
+        self.take_off(&ours.pin)
     }
 }
 
@@ -463,7 +508,7 @@ mod tests {
 
     #[test]
     fn names_of_pins_read_as_written() {
-        let kind = &super::super::tcx::TCX;
+        let kind = super::super::tcx::Tcx::KIND;
         for (direction, link, label) in [
             (Direction::Ingress, 7, "db-0"),
             (Direction::Egress, u32::MAX, ""),
@@ -471,7 +516,7 @@ mod tests {
         ] {
             let pin = kind.pin(direction, link, label);
             assert_eq!(kind.parse(&pin), Some((direction, link, label)), "{pin}");
-            assert_eq!(super::super::netkit::NETKIT.parse(&pin), None, "{pin}");
+            assert_eq!(super::super::netkit::Netkit::KIND.parse(&pin), None, "{pin}");
         }
         for other in
             ["", "tcx", "tcx-ingress", "tcx-ingress-7", "tcx-sideways-7-x", "tcx-ingress-x-7", "tcxx-ingress-7-x"]

@@ -5,10 +5,14 @@ mod clsact;
 mod netkit;
 mod tcx;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::ops::Deref;
 use std::path::Path;
 
+use dcenet_core::test_support::TestNetNs;
+use dcenet_ebpf::attach::Attacher;
+use dcenet_ebpf::attach::conformance::{PairKind, Subject};
+use dcenet_ebpf::loader::AyaLoader;
 use dcenet_ebpf::pin::Pins;
 use tempfile::TempDir;
 
@@ -78,6 +82,44 @@ use conforms;
 
 /// Tells a child where the backend keeps what it has.
 const PLACE: &str = "DCENET_TEST_PLACE";
+
+/// A backend that keeps pins.
+trait Pinning: Attacher + Sized {
+    /// What it is tried on.
+    const PAIR: PairKind;
+
+    /// One that keeps them here.
+    fn pinning(pins: Pins) -> Self;
+
+    /// What others see of it on the device `h0`, beside what iproute2 does.
+    fn seen(host: &TestNetNs) -> String;
+}
+
+/// Such a backend with pins of its own.
+struct PinScene<A> {
+    attacher: A,
+    pins: TestPins,
+    state: Box<dyn Fn(&TestNetNs) -> String + Sync>,
+}
+
+impl<A: Pinning> PinScene<A> {
+    fn new() -> Self {
+        let pins = TestPins::new();
+        let directory = pins.directory().to_owned();
+        let state = Box::new(move |host: &TestNetNs| {
+            format!("{}{}{:?}", clsact::state(host), A::seen(host), TestPins::files(&directory))
+        });
+        Self { attacher: A::pinning(pins.clone()), pins, state }
+    }
+
+    fn subject(&self) -> Subject<'_> {
+        Subject { attacher: &self.attacher, loader: &AyaLoader, state: &*self.state, pair: A::PAIR }
+    }
+
+    fn place(&self) -> &OsStr {
+        self.pins.directory().as_os_str()
+    }
+}
 
 /// A bpffs of a test's own, which goes with it, also when it fails.
 struct TestPins {

@@ -1,19 +1,17 @@
 //! netkit: the suite, and what only it has.
 
-use std::ffi::OsStr;
 use std::path::Path;
 
 use dcenet_core::test_support::{Rung, TestNetNs, require_with};
-use dcenet_ebpf::attach::conformance::{Pair, PairKind, Subject, constant, deny};
+use dcenet_ebpf::attach::conformance::{Pair, PairKind, constant, deny};
 use dcenet_ebpf::attach::{
     AttachError, Attacher, ClsactAttacher, Direction, Hook, NetkitAttacher, Owner, TcxAttacher, Via, everything,
     verdict,
 };
-use dcenet_ebpf::loader::AyaLoader;
 use dcenet_ebpf::pin::Pins;
 use dcenet_ebpf::probe::Features;
 
-use crate::{PLACE, TestPins, conforms};
+use crate::{PLACE, PinScene, Pinning, conforms};
 
 fn ready() -> bool {
     require_with(Rung::Vm, || {
@@ -23,29 +21,18 @@ fn ready() -> bool {
     })
 }
 
-struct Scene {
-    attacher: NetkitAttacher,
-    pins: TestPins,
-    state: Box<dyn Fn(&TestNetNs) -> String + Sync>,
-}
+type Scene = PinScene<NetkitAttacher>;
 
-impl Scene {
-    fn new() -> Self {
-        let pins = TestPins::new();
-        let directory = pins.directory().to_owned();
-        // No tool of Debian 12 knows netkit: what is pinned has to do.
-        let state = Box::new(move |host: &TestNetNs| {
-            format!("{}{:?}", crate::clsact::state(host), TestPins::files(&directory))
-        });
-        Self { attacher: NetkitAttacher::new(pins.clone()), pins, state }
+impl Pinning for NetkitAttacher {
+    const PAIR: PairKind = PairKind::Netkit;
+
+    fn pinning(pins: Pins) -> Self {
+        Self::new(pins)
     }
 
-    fn subject(&self) -> Subject<'_> {
-        Subject { attacher: &self.attacher, loader: &AyaLoader, state: &*self.state, pair: PairKind::Netkit }
-    }
-
-    fn place(&self) -> &OsStr {
-        self.pins.directory().as_os_str()
+    /// No tool of Debian 12 knows netkit: what is pinned has to do.
+    fn seen(_: &TestNetNs) -> String {
+        String::new()
     }
 }
 

@@ -2,7 +2,6 @@
 //!
 //! Programs of others come from aya, which also tells what is on a device: it shares no code with ours.
 
-use std::ffi::OsStr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -10,17 +9,16 @@ use aya::programs::tc::{TcAttachOptions, TcAttachType};
 use aya::programs::{LinkOrder, SchedClassifier};
 use dcenet_core::test_support::{Rung, TestHost, TestNetNs, require_with, udp_echo};
 use dcenet_ebpf::asm::Asm;
-use dcenet_ebpf::attach::conformance::{Pair, PairKind, Subject, constant, deny};
+use dcenet_ebpf::attach::conformance::{Pair, PairKind, constant, deny};
 use dcenet_ebpf::attach::{
     AttachError, Attached, Attacher, ClsactAttacher, Direction, Hook, Owner, Placement, Tag, TcxAttacher, Via,
     everything, for_kernel, verdict,
 };
-use dcenet_ebpf::loader::AyaLoader;
 use dcenet_ebpf::object::{Object, ProgramKind};
 use dcenet_ebpf::pin::Pins;
 use dcenet_ebpf::probe::Features;
 
-use crate::{PLACE, TestPins, conforms};
+use crate::{PLACE, PinScene, Pinning, conforms};
 
 fn ready() -> bool {
     require_with(Rung::Kernel, || {
@@ -29,30 +27,17 @@ fn ready() -> bool {
     })
 }
 
-struct Scene {
-    attacher: TcxAttacher,
-    pins: TestPins,
-    state: Box<dyn Fn(&TestNetNs) -> String + Sync>,
-}
+type Scene = PinScene<TcxAttacher>;
 
-impl Scene {
-    fn new() -> Self {
-        let pins = TestPins::new();
-        let directory = pins.directory().to_owned();
-        // What aya and iproute2 see, and the files in the bpffs.
-        let state = Box::new(move |host: &TestNetNs| {
-            let programs = [TcAttachType::Ingress, TcAttachType::Egress].map(|direction| seen(host, "h0", direction));
-            format!("{}{programs:?}{:?}", crate::clsact::state(host), TestPins::files(&directory))
-        });
-        Self { attacher: TcxAttacher::new(pins.clone()), pins, state }
+impl Pinning for TcxAttacher {
+    const PAIR: PairKind = PairKind::Veth;
+
+    fn pinning(pins: Pins) -> Self {
+        Self::new(pins)
     }
 
-    fn subject(&self) -> Subject<'_> {
-        Subject { attacher: &self.attacher, loader: &AyaLoader, state: &*self.state, pair: PairKind::Veth }
-    }
-
-    fn place(&self) -> &OsStr {
-        self.pins.directory().as_os_str()
+    fn seen(host: &TestNetNs) -> String {
+        format!("{:?}", [TcAttachType::Ingress, TcAttachType::Egress].map(|direction| seen(host, "h0", direction)))
     }
 }
 
