@@ -5,9 +5,10 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use super::layout::record;
 
 record! {
-    /// What the programs know of an endpoint. Its slot comes with the attachment: the low 16 bits of the filter's class
-    /// id (TCA_BPF_CLASSID), which cls_bpf hands to the program as `tc_classid` (net/sched/cls_bpf.c). Slot 0 is never
-    /// given to an endpoint, as a filter without a class id and BPF_PROG_TEST_RUN show it.
+    /// What the programs know of an endpoint. Its slot is a constant of the programs
+    /// ([`Slot::Constant`](crate::datapath::Slot::Constant)), or comes with the attachment: the low 16 bits of the filter's
+    /// class id (TCA_BPF_CLASSID), which cls_bpf hands to the program as `tc_classid` (net/sched/cls_bpf.c). Slot 0 is
+    /// never given to an endpoint, as a filter without a class id and BPF_PROG_TEST_RUN show it.
     ///
     /// Generations of a slot only ever grow, also when another endpoint gets the slot: so an old entry of the conntrack
     /// map is never believed. Its tenure tells whose flow such an entry is.

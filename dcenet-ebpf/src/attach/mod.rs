@@ -350,7 +350,7 @@ pub enum AttachError {
         want: &'static str,
     },
     /// The backend has no place for a class.
-    #[error("class {class}: links carry none; attach by clsact, or make it a constant of the program")]
+    #[error("class {class}: links carry none; attach by clsact, or make it a constant of the program (datapath::Slot)")]
     NoClass {
         /// The class.
         class: u16,

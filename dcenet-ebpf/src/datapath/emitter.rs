@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{Judgement, frame};
+use super::{Judgement, Slot, frame};
 use crate::abi::{Direction, Reason};
 use crate::asm::{Asm, Label};
 use crate::insn::{AtomicOp, Cond, Helper, Reg, Reg::*, Size};
@@ -12,6 +12,7 @@ use crate::object::ProgramKind;
 pub(super) struct Emitter<'a> {
     pub(super) asm: Asm,
     pub(super) direction: Direction,
+    pub(super) slot: Slot,
     pub(super) judgement: Judgement<'a>,
     pub(super) places: Places,
     /// The code that sends an event, if any part asked for it.
@@ -32,10 +33,10 @@ pub(super) struct Places {
 }
 
 impl<'a> Emitter<'a> {
-    pub(super) fn new(name: &str, direction: Direction, judgement: Judgement<'a>) -> Self {
+    pub(super) fn new(name: &str, direction: Direction, slot: Slot, judgement: Judgement<'a>) -> Self {
         let mut asm = Asm::program(name, ProgramKind::Classifier);
         let places = Places { slow: asm.label(), lookup: asm.label(), judge_packet: asm.label() };
-        Self { asm, direction, judgement, places, event: None, drops: BTreeMap::new(), passes: BTreeMap::new() }
+        Self { asm, direction, slot, judgement, places, event: None, drops: BTreeMap::new(), passes: BTreeMap::new() }
     }
 
     pub(super) fn labels<const N: usize>(&mut self) -> [Label; N] {

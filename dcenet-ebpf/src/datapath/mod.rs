@@ -73,11 +73,24 @@ pub const FROM_POD: &str = "from_pod";
 /// Name of the program for what the pod receives.
 pub const TO_POD: &str = "to_pod";
 
+/// Where an endpoint's programs learn its slot ([`abi::Endpoint`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Slot {
+    /// From the class id of the attachment ([`Tag::class`](crate::attach::Tag::class)), so that endpoints with equal policies
+    /// share their programs. Only clsact carries one: by another attacher every packet is one of slot 0, and dropped.
+    #[default]
+    Class,
+    /// It is a constant of the programs, 1 to 65,535: they serve this endpoint alone, by any attacher, in any namespace.
+    Constant(u16),
+}
+
 /// What the programs of an endpoint are made of.
 #[derive(Clone)]
 pub struct Spec<'a> {
     /// Sizes of the maps.
     pub sizes: &'a Sizes,
+    /// Where the programs learn their endpoint's slot.
+    pub slot: Slot,
     /// How long flows are remembered.
     pub timeouts: Timeouts,
     /// Events about dropped packets for each endpoint in 2^30 ns (1.07 s); the others are counted.
@@ -91,9 +104,17 @@ pub struct Spec<'a> {
 }
 
 impl<'a> Spec<'a> {
-    /// With default timeouts, 100 events about drops in each window, ISA v3.
+    /// With default timeouts, 100 events about drops in each window, ISA v3, for attachments with a class id.
     pub fn new(sizes: &'a Sizes, egress: &'a dyn EmitClassifier, ingress: &'a dyn EmitClassifier) -> Self {
-        Self { sizes, timeouts: Timeouts::default(), denied_events: 100, isa: IsaLevel::V3, egress, ingress }
+        Self {
+            sizes,
+            slot: Slot::Class,
+            timeouts: Timeouts::default(),
+            denied_events: 100,
+            isa: IsaLevel::V3,
+            egress,
+            ingress,
+        }
     }
 }
 
@@ -161,6 +182,14 @@ pub enum DatapathError {
         /// What would be accepted.
         reason: &'static str,
     },
+    /// A slot that no endpoint can have.
+    #[error("slot {slot}: want 1 to {last}, for the map of endpoints has {} places, the first of them nobody's", last + 1)]
+    Slot {
+        /// The slot.
+        slot: u16,
+        /// The last one that there is.
+        last: u32,
+    },
     /// The code cannot be assembled, for example because a classifier is too large or leaves a label open.
     #[error("the program cannot be assembled")]
     Assemble(#[from] AsmError),
@@ -185,14 +214,15 @@ pub(crate) enum Judgement<'a> {
 
 /// Writes both programs of endpoints with a policy, with all their maps.
 ///
-/// The same object serves every endpoint with this policy; the attachment's class id tells them apart
-/// ([`crate::abi::Endpoint`]). A loader is given the maps that exist already by their names.
+/// By [`Slot::Class`] the same object serves every endpoint with this policy. A loader is given the maps that exist already by
+/// their names.
 ///
 /// # Errors
 /// See [`DatapathError`].
 pub fn program(spec: &Spec<'_>) -> Result<Object, DatapathError> {
-    let Spec { sizes, timeouts, denied_events, isa, egress, ingress } = spec;
+    let Spec { sizes, slot, timeouts, denied_events, isa, egress, ingress } = spec;
     check(sizes)?;
+    check_slot(*slot, sizes)?;
     let mut object = Object::new();
     for map in sizes.shared_maps().into_iter().chain(Direction::ALL.map(|d| sizes.local_ids(d))) {
         object.add_map(map)?;
@@ -209,7 +239,7 @@ pub fn program(spec: &Spec<'_>) -> Result<Object, DatapathError> {
             members_v6_bits: sizes.members_v6.trailing_zeros(),
             denied_events: *denied_events,
         };
-        let mut emitter = Emitter::new(name, direction, judgement);
+        let mut emitter = Emitter::new(name, direction, *slot, judgement);
         emitter.asm.isa(*isa);
         emitter.prologue();
         emitter.fast();
@@ -234,6 +264,15 @@ pub fn program(spec: &Spec<'_>) -> Result<Object, DatapathError> {
 /// # Errors
 /// See [`DatapathError`].
 pub fn default_program(sizes: &Sizes) -> Result<Object, DatapathError> {
+    default_program_of(sizes, Slot::Class)
+}
+
+/// As [`default_program`], with the slot from elsewhere.
+///
+/// # Errors
+/// See [`DatapathError`].
+pub fn default_program_of(sizes: &Sizes, slot: Slot) -> Result<Object, DatapathError> {
+    check_slot(slot, sizes)?;
     let mut object = Object::new();
     for map in sizes.shared_maps() {
         if [abi::ENDPOINTS, abi::REASONS].contains(&map.name.as_str()) {
@@ -241,13 +280,13 @@ pub fn default_program(sizes: &Sizes) -> Result<Object, DatapathError> {
         }
     }
     for (name, direction) in PROGRAMS {
-        object.add(undecided(name, direction)?)?;
+        object.add(undecided(name, direction, slot)?)?;
     }
     Ok(object)
 }
 
-fn undecided(name: &str, direction: Direction) -> Result<Function, AsmError> {
-    let mut emitter = Emitter::new(name, direction, Judgement::Unknown);
+fn undecided(name: &str, direction: Direction, slot: Slot) -> Result<Function, AsmError> {
+    let mut emitter = Emitter::new(name, direction, slot, Judgement::Unknown);
     let unknown = emitter.drop(Reason::PolicyUnknown);
     emitter.slot();
     if direction == Direction::Egress {
@@ -269,6 +308,15 @@ fn check(sizes: &Sizes) -> Result<(), DatapathError> {
         return error("endpoints", sizes.endpoints, "1 to 65,536, as a slot has 16 bits");
     }
     Ok(())
+}
+
+fn check_slot(slot: Slot, sizes: &Sizes) -> Result<(), DatapathError> {
+    match slot {
+        Slot::Constant(slot) if slot == 0 || u32::from(slot) >= sizes.endpoints => {
+            Err(DatapathError::Slot { slot, last: sizes.endpoints.saturating_sub(1) })
+        }
+        Slot::Constant(_) | Slot::Class => Ok(()),
+    }
 }
 
 const PROGRAMS: [(&str, Direction); 2] = [(FROM_POD, Direction::Egress), (TO_POD, Direction::Ingress)];

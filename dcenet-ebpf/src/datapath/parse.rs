@@ -7,8 +7,8 @@
 use super::emitter::{
     Emitter, ICMP, ICMPV6, SCTP, SKB_DATA, SKB_DATA_END, SKB_GSO_SIZE, SKB_TC_CLASSID, SKB_VLAN_PRESENT, TCP, UDP, be16,
 };
-use super::frame;
 use super::frame::{IP_END, L3, L4};
+use super::{Slot, frame};
 use crate::abi::{self, Direction, Endpoint, Reason};
 use crate::asm::Label;
 use crate::insn::{Cond, Reg, Reg::*, Size, Src, SwapWidth};
@@ -40,7 +40,11 @@ impl Emitter<'_> {
 
     /// `R0 =` the endpoint, or null; `R8` the slot.
     pub(super) fn slot(&mut self) {
-        self.asm.mov(R6, R1).load(Size::W, R8, R6, SKB_TC_CLASSID).and(R8, 0xffff);
+        self.asm.mov(R6, R1);
+        match self.slot {
+            Slot::Class => self.asm.load(Size::W, R8, R6, SKB_TC_CLASSID).and(R8, 0xffff),
+            Slot::Constant(slot) => self.asm.mov(R8, i32::from(slot)),
+        };
         self.lookup_index(abi::ENDPOINTS, R8);
     }
 

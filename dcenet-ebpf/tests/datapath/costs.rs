@@ -5,7 +5,7 @@ use dcenet_core::test_support::{Rung, require};
 use dcenet_ebpf::abi::{Direction, Endpoint, Sizes};
 use dcenet_ebpf::asm::Asm;
 use dcenet_ebpf::datapath::classes::Classes;
-use dcenet_ebpf::datapath::{AllowAll, DenyAll, EmitClassifier, Exits, Spec};
+use dcenet_ebpf::datapath::{AllowAll, DenyAll, EmitClassifier, Exits, Slot, Spec};
 use dcenet_ebpf::insn::{Cond, encode};
 use dcenet_ebpf::object::ProgramKind;
 use dcenet_ebpf::program::{Program, TestRun};
@@ -65,6 +65,13 @@ fn the_costs_are_within_bounds() {
         }
     }
     let (from, to) = VERSIONS[0];
+    let alone = Pod::with(&Spec { slot: Slot::Constant(5), ..Spec::new(&sizes, &allow, &allow) });
+    let (there, answer) = (eth().ip(from, to).udp(40000, 53), eth().ip(to, from).udp(53, 40000));
+    for _ in 0..4 {
+        alone.run(Egress, &there);
+        alone.run(Ingress, &answer);
+    }
+    row("Egress IPv4 settled flow, slot a constant".into(), cost(alone.program(Egress), &there), 400);
     row("tagged IPv4 known flow".into(), cost(open.program(Egress), &eth().vlan(1).ip(from, to).udp(1, 2)), 1000);
     let ping = eth().ip(from, to).echo_request(1);
     row("IPv4 echo, known flow".into(), cost(open.program(Egress), &ping), 1000);

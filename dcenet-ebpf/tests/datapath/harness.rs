@@ -1,4 +1,4 @@
-//! An endpoint in slot 0, which is what a test run sees, with small maps of its own.
+//! An endpoint in slot 0, which is what a test run sees unless the programs hold another, with small maps of its own.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -11,7 +11,7 @@ use dcenet_ebpf::abi::{
     Traffic, reason_index,
 };
 use dcenet_ebpf::asm::Asm;
-use dcenet_ebpf::datapath::{self, EmitClassifier, Exits, Spec};
+use dcenet_ebpf::datapath::{self, EmitClassifier, Exits, Slot, Spec};
 use dcenet_ebpf::insn::Cond;
 use dcenet_ebpf::loader::{AyaLoader, LoadRequest, Loaded, Loader};
 use dcenet_ebpf::maps::{Array, HashTable, Map, PerCpuArray, Plain, Put, RingBuffer};
@@ -41,6 +41,7 @@ pub struct Pod {
     from_pod: Program,
     to_pod: Program,
     loaded: Loaded,
+    slot: u32,
     twin: RefCell<Twin>,
 }
 
@@ -92,7 +93,21 @@ impl Pod {
     }
 
     pub fn with(spec: &Spec<'_>) -> Self {
-        Self::load(&datapath::program(spec).unwrap(), &[])
+        let mut pod = Self::load(&datapath::program(spec).unwrap(), &[]);
+        if let Slot::Constant(slot) = spec.slot {
+            pod.set_endpoint(&Endpoint::default());
+            pod.slot = slot.into();
+            pod.set_endpoint(&endpoint());
+        }
+        pod
+    }
+
+    /// Another of the same maps, in a slot of its own.
+    pub fn beside(&self, slot: u16, object: &Object) -> Self {
+        let used: Vec<&str> = object.maps().iter().map(|m| m.name.as_str()).collect();
+        let shared: Vec<&Map> =
+            self.loaded.maps.iter().filter(|(name, _)| used.contains(&name.as_str())).map(|(_, m)| m).collect();
+        Self { slot: slot.into(), ..Self::load(object, &shared) }
     }
 
     pub fn load(object: &Object, shared: &[&Map]) -> Self {
@@ -107,7 +122,7 @@ impl Pod {
         let to_pod = loaded.take_program(datapath::TO_POD).unwrap();
         // The VM is the same on every kernel, and slow where the processor is emulated.
         let twin = Twin { object: object.clone(), machine: None, on: effort(false, true, true) };
-        let pod = Self { from_pod, to_pod, loaded, twin: RefCell::new(twin) };
+        let pod = Self { from_pod, to_pod, loaded, slot: 0, twin: RefCell::new(twin) };
         if shared.is_empty() {
             pod.set_endpoint(&endpoint());
         }
@@ -140,15 +155,15 @@ impl Pod {
     }
 
     pub fn set_endpoint(&self, endpoint: &Endpoint) {
-        self.array(abi::ENDPOINTS).store(0, endpoint).unwrap();
+        self.array(abi::ENDPOINTS).store(self.slot, endpoint).unwrap();
     }
 
     pub fn bump(&self, egress: u32, ingress: u32) {
         let endpoints = self.array::<Endpoint>(abi::ENDPOINTS);
-        let mut endpoint = endpoints.load(0).unwrap();
+        let mut endpoint = endpoints.load(self.slot).unwrap();
         endpoint.generation_egress += egress;
         endpoint.generation_ingress += ingress;
-        endpoints.store(0, &endpoint).unwrap();
+        endpoints.store(self.slot, &endpoint).unwrap();
     }
 
     pub fn flows(&self) -> Flows {
@@ -173,7 +188,7 @@ impl Pod {
     }
 
     pub fn limit(&self) -> EventLimit {
-        self.array::<EventLimit>(abi::EVENT_LIMITS).load(0).unwrap()
+        self.array::<EventLimit>(abi::EVENT_LIMITS).load(self.slot).unwrap()
     }
 
     pub fn rule(&self, rule: u32) -> Traffic {
@@ -205,6 +220,11 @@ impl Pod {
         let mut ring = RingBuffer::new(self.map(abi::EVENTS)).unwrap();
         ring.drain(usize::MAX, |bytes| events.push(Event::decode(bytes).unwrap())).unwrap();
         events
+    }
+
+    /// How many packets of a direction had their verdict for a reason.
+    pub fn reason(&self, reason: Reason, direction: Direction) -> u64 {
+        self.reasons()[reason_index(reason, direction) as usize].packets
     }
 
     fn reasons(&self) -> Vec<Traffic> {
@@ -259,8 +279,8 @@ impl Pod {
         let mut twin = self.twin.borrow_mut();
         let Twin { object, machine, .. } = &mut *twin;
         let Machine { from_pod, to_pod, maps } = machine.get_or_insert_with(|| Machine::new(object));
-        let endpoint = self.array::<Endpoint>(abi::ENDPOINTS).load(0).unwrap().encode();
-        maps.get_mut(abi::ENDPOINTS).unwrap().update(&0_u32.to_ne_bytes(), &endpoint, Update::Any).unwrap();
+        let endpoint = self.array::<Endpoint>(abi::ENDPOINTS).load(self.slot).unwrap().encode();
+        maps.get_mut(abi::ENDPOINTS).unwrap().update(&self.slot.to_ne_bytes(), &endpoint, Update::Any).unwrap();
         for name in [abi::CONNTRACK, abi::CONNTRACK_NEW, abi::FRAGMENTS] {
             let Some(map) = maps.get_mut(name) else { continue };
             let old: Vec<Vec<u8>> = map.entries().map(|(key, _)| key.to_vec()).collect();

@@ -1,8 +1,9 @@
-//! The datapath's programs on the real kernel, packet by packet (`BPF_PROG_TEST_RUN`). Expected verdicts are written by
-//! hand.
+//! The datapath's programs on the real kernel, packet by packet (`BPF_PROG_TEST_RUN`) and on devices. Expected verdicts are
+//! written by hand.
 
 #![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
+mod attached;
 mod classes;
 mod conntrack;
 mod costs;
