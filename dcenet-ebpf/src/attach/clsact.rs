@@ -10,7 +10,8 @@ use dcenet_core::model::IfIndex;
 use dcenet_core::netlink::{Attributes, Family, Message, NetlinkError, Reply, Socket};
 use dcenet_core::netns::NetNs;
 
-use super::{AttachError, Attached, Attacher, Direction, Filter, Hook, Owner, Tag, Via, check_classifier};
+use super::{AttachError, Attached, Attacher, Direction, Filter, Hook, Owner, Tag, Via, check_kind};
+use crate::object::ProgramKind;
 use crate::program::Program;
 
 /// Attaches by clsact and `cls_bpf` in direct-action mode, at a priority and handle of our own.
@@ -127,7 +128,7 @@ fn socket() -> Result<Socket, AttachError> {
 }
 
 fn check(program: &Program, label: &str) -> Result<(), AttachError> {
-    check_classifier(program)?;
+    check_kind(program, ProgramKind::Classifier)?;
     if label.len() > LABEL_BYTES || label.contains('\0') {
         return Err(AttachError::BadLabel { label: label.to_owned(), want: "at most 200 bytes without NUL" });
     }

@@ -7,10 +7,11 @@
 //! use dcenet_ebpf::attach::ClsactAttacher;
 //! use dcenet_ebpf::attach::conformance::{self, PairKind, Subject};
 //! use dcenet_ebpf::loader::AyaLoader;
+//! use dcenet_ebpf::object::ProgramKind;
 //!
 //! let state = |host: &TestNetNs| host.sh("tc qdisc show dev h0; tc filter show dev h0 ingress 2>/dev/null || true");
-//! let pair = PairKind::Veth;
-//! conformance::conforms(&Subject { attacher: &ClsactAttacher, loader: &AyaLoader, state: &state, pair });
+//! let (pair, takes) = (PairKind::Veth, ProgramKind::Classifier);
+//! conformance::conforms(&Subject { attacher: &ClsactAttacher, loader: &AyaLoader, state: &state, pair, takes });
 //! ```
 
 #![expect(clippy::unwrap_used, reason = "a suite of tests fails by panicking")]
@@ -30,12 +31,10 @@ use dcenet_core::test_support::{TestNetNs, effort};
 pub use self::overtaken::a_replacement_at_the_same_time_is_not_ahead_of_ours;
 use self::pair::{FLOOD, PATIENCE, Receiver, Sender, WAYS, flood, flood_over_up};
 pub use self::pair::{Pair, PairKind};
-use self::programs::{ALLOWED, DENIED, allow_one_port, counting_deny, counts};
-pub use self::programs::{constant, deny};
+use self::programs::{ALLOWED, DENIED, allow_one_port, answer, counting_deny, counts};
+pub use self::programs::{constant, constant_of, deny};
 use super::flaky::{Failure, FlakyAttacher};
 use super::{AttachError, Attached, Attacher, Direction, Hook, Owner, Via, everything, verdict};
-use crate::asm::Asm;
-use crate::insn;
 use crate::loader::Loader;
 use crate::maps::{Array, Map};
 use crate::object::ProgramKind;
@@ -53,6 +52,30 @@ pub struct Subject<'a> {
     pub state: &'a (dyn Fn(&TestNetNs) -> String + Sync),
     /// What the device is an end of.
     pub pair: PairKind,
+    /// The kind of program that the backend takes. XDP runs on [`Direction::Ingress`] alone.
+    pub takes: ProgramKind,
+}
+
+impl Subject<'_> {
+    fn constant(&self, name: &str, value: i32) -> Program {
+        constant_of(self.takes, name, value)
+    }
+
+    fn deny(&self) -> Program {
+        self.constant("deny", verdict::SHOT)
+    }
+
+    fn directions(&self) -> &'static [Direction] {
+        match self.takes {
+            ProgramKind::Xdp => &[Direction::Ingress],
+            _ => &[Direction::Ingress, Direction::Egress],
+        }
+    }
+
+    /// The last one.
+    fn direction(&self) -> Direction {
+        self.directions()[self.directions().len() - 1]
+    }
 }
 
 /// Attaches, replaces and detaches, under floods and without.
@@ -79,7 +102,7 @@ pub fn conforms(subject: &Subject<'_>) {
 pub fn nothing_passes_before_the_device_is_up(subject: &Subject<'_>) {
     let pair = Pair::new(subject.pair);
     let hook = pair.hook(Direction::Ingress);
-    let (program, dropped) = counting_deny(subject.loader);
+    let (program, dropped) = counting_deny(subject.takes, subject.loader);
     pair.on_host(|| subject.attacher.attach(hook, &program, "default")).unwrap();
     let seen = flood_over_up(&pair, |_| counts(&dropped).iter().all(|d| *d >= FLOOD));
     let dropped = counts(&dropped);
@@ -92,13 +115,16 @@ pub fn nothing_passes_before_the_device_is_up(subject: &Subject<'_>) {
     assert!(seen.iter().all(|s| *s >= FLOOD), "arrived {seen:?} by {WAYS:?}");
 }
 
-/// The same for what the device sends.
+/// The same for what the device sends, where the backend has programs for it.
 ///
 /// # Panics
 /// At the first breach.
 pub fn the_other_way_is_denied_from_the_start_too(subject: &Subject<'_>) {
+    if subject.direction() == Direction::Ingress {
+        return;
+    }
     let pair = Pair::new(subject.pair);
-    let (program, dropped) = counting_deny(subject.loader);
+    let (program, dropped) = counting_deny(subject.takes, subject.loader);
     let hook = pair.hook(Direction::Egress);
     pair.on_host(|| subject.attacher.attach(hook, &program, "default")).unwrap();
     let sender = Sender::to_pod(&pair);
@@ -122,14 +148,14 @@ pub fn an_index_means_the_device_in_the_callers_namespace(subject: &Subject<'_>)
     let (pair, other) = (Pair::new(subject.pair), Pair::new(subject.pair));
     let hook = pair.hook(Direction::Ingress);
     assert_eq!(other.device, pair.device, "two devices of one index, each the first of its namespace");
-    pair.on_host(|| attacher.attach(hook, &deny(), "here")).unwrap();
+    pair.on_host(|| attacher.attach(hook, &subject.deny(), "here")).unwrap();
     assert!(pair.on_host(|| attacher.attached(hook)).unwrap().is_some());
     assert_eq!(pair.on_host(|| attacher.devices()).unwrap(), [pair.device]);
     assert_eq!(other.on_host(|| attacher.attached(hook)).unwrap(), None);
     assert!(!other.on_host(|| attacher.detach(hook)).unwrap());
     assert_eq!(other.on_host(|| attacher.devices()).unwrap(), []);
     // Both at once, and each finds its own.
-    other.on_host(|| attacher.attach(hook, &deny(), "there")).unwrap();
+    other.on_host(|| attacher.attach(hook, &subject.deny(), "there")).unwrap();
     for (pair, label) in [(&pair, "here"), (&other, "there")] {
         let owner = pair.on_host(|| attacher.attached(hook)).unwrap().unwrap().owner;
         assert_eq!(owner, Owner::Ours(label.to_owned()));
@@ -150,7 +176,7 @@ pub fn nothing_leaks_and_nothing_is_lost_while_replaced(subject: &Subject<'_>) {
     let hook = pair.hook(Direction::Ingress);
     // Both ends take a while to be ready for multicast.
     flood_over_up(&pair, |seen| seen.iter().all(|s| *s > 0));
-    let (program, dropped) = counting_deny(loader);
+    let (program, dropped) = counting_deny(subject.takes, loader);
     pair.on_host(|| a.attach(hook, &program, "default")).unwrap();
     let mut allowed = Receiver::new(pair.host.root(), ALLOWED);
     let mut denied = Receiver::new(pair.host.root(), DENIED);
@@ -161,7 +187,7 @@ pub fn nothing_leaks_and_nothing_is_lost_while_replaced(subject: &Subject<'_>) {
     std::thread::scope(|scope| {
         let swapper = scope.spawn(|| {
             pair.on_host(|| {
-                let [one, two] = [allow_one_port("one"), allow_one_port("two")];
+                let [one, two] = ["one", "two"].map(|name| allow_one_port(subject.takes, name));
                 let start = Instant::now();
                 while counts(&dropped).iter().any(|d| *d < 100) && start.elapsed() < PATIENCE {
                     std::thread::sleep(Duration::from_millis(2));
@@ -265,10 +291,10 @@ pub fn outlives_its_process(subject: &Subject<'_>, child: &mut Command) {
     assert!(dropped.iter().all(|d| *d >= FLOOD), "the flood: {dropped:?} by {WAYS:?}");
     assert_eq!(seen, [0; 4], "arrived, and {dropped:?} were dropped, by {WAYS:?}");
     let run = program.test_run(&TestRun { packet: &[0; 64], context: &[], repeat: 1 }).unwrap();
-    assert_eq!(run.retval, verdict::SHOT.cast_unsigned());
+    assert_eq!(run.retval, answer(subject.takes, verdict::SHOT).cast_unsigned());
     assert_eq!(Some(program.info().tag), after.tag);
     // It may replace and remove what the dead has made.
-    let other = constant("other", verdict::UNSPEC);
+    let other = subject.constant("other", verdict::UNSPEC);
     assert_eq!(pair.on_host(|| a.replace(hook, &other, "heir")).unwrap().program, after.program);
     assert_eq!(pair.on_host(|| a.attached(hook)).unwrap().unwrap().owner, Owner::Ours("heir".into()));
     assert!(pair.on_host(|| a.detach(hook)).unwrap());
@@ -281,16 +307,16 @@ const DEVICE: &str = "DCENET_TEST_DEVICE";
 ///
 /// # Panics
 /// Where it cannot attach, or nobody kills it.
-pub fn child(attacher: &dyn Attacher, loader: &dyn Loader) {
+pub fn child(attacher: &dyn Attacher, loader: &dyn Loader, takes: ProgramKind) {
     let Ok(device) = std::env::var(DEVICE) else { return };
     let device = IfIndex::new(device.parse().unwrap()).unwrap();
     let hook = Hook { device, direction: Direction::Ingress };
     #[cfg(feature = "fault-injection")]
     if let Ok(fault) = std::env::var(KILL) {
-        return dies(attacher, hook, &fault);
+        return dies(attacher, hook, takes, &fault);
     }
     // A test runs on a thread of its own, in the namespace that the process was started in.
-    attacher.attach(hook, &counting_deny(loader).0, "of-the-dead").unwrap();
+    attacher.attach(hook, &counting_deny(takes, loader).0, "of-the-dead").unwrap();
     std::thread::sleep(2 * PATIENCE);
     panic!("nobody killed the child");
 }
@@ -304,14 +330,20 @@ pub fn the_device_is_left_as_it_was(subject: &Subject<'_>) {
     let pair = Pair::new(subject.pair);
     let before = (subject.state)(pair.host.root());
     let (ingress, egress) = (pair.hook(Direction::Ingress), pair.hook(Direction::Egress));
+    let both = subject.direction() == Direction::Egress;
     pair.on_host(|| {
-        let (one, two) = (deny(), constant("other", verdict::UNSPEC));
+        let (one, two) = (subject.deny(), subject.constant("other", verdict::UNSPEC));
         assert_eq!(a.chain(ingress).unwrap(), []);
         assert!(!a.detach(ingress).unwrap());
         assert!(matches!(a.replace(ingress, &one, "x"), Err(AttachError::NotAttached { .. })));
         assert_eq!(a.attach(ingress, &one, "first").unwrap(), None);
         assert_eq!(a.attached(egress).unwrap(), None);
-        assert_eq!(a.attach(egress, &two, "").unwrap(), None);
+        if both {
+            assert_eq!(a.attach(egress, &two, "").unwrap(), None);
+        } else {
+            assert!(matches!(a.attach(egress, &two, ""), Err(AttachError::IngressOnly { .. })));
+            assert!(matches!(a.replace(egress, &two, ""), Err(AttachError::NotAttached { .. })));
+        }
         assert_eq!(a.devices().unwrap(), [pair.device]);
         // Again, and another in its place.
         let first = a.attached(ingress).unwrap().unwrap();
@@ -324,14 +356,14 @@ pub fn the_device_is_left_as_it_was(subject: &Subject<'_>) {
         assert!(matches!(&chain[..], [Attached { owner: Owner::Ours(label), .. }] if label == "second"), "{chain:?}");
         assert_eq!(a.before(ingress).unwrap(), []);
         assert!(matches!(a.evict(ingress, &chain[0]), Err(AttachError::NotForeign { .. })));
-        assert_eq!(a.attached(egress).unwrap().unwrap().owner, Owner::Ours(String::new()));
+        assert_eq!(a.attached(egress).unwrap().map(|a| a.owner), both.then(|| Owner::Ours(String::new())));
     });
     assert_ne!((subject.state)(pair.host.root()), before, "the state shows what is attached");
     pair.on_host(|| {
         // The other direction stays.
         assert!(a.detach(ingress).unwrap());
-        assert!(a.attached(egress).unwrap().is_some());
-        assert!(a.detach(egress).unwrap());
+        assert_eq!(a.attached(egress).unwrap().is_some(), both);
+        assert_eq!(a.detach(egress).unwrap(), both);
         assert!(!a.detach(egress).unwrap());
     });
     assert_eq!((subject.state)(pair.host.root()), before);
@@ -354,7 +386,7 @@ pub fn what_others_have_attached_stays(subject: &Subject<'_>) {
     assert!(before.0.contains("clsact") && before.0.matches("u32").count() > 2, "{}", before.0);
     let hook = pair.hook(Direction::Ingress);
     let (ours, all, ahead) = pair.on_host(|| {
-        a.attach(hook, &deny(), "ours").unwrap();
+        a.attach(hook, &subject.deny(), "ours").unwrap();
         let ours = a.attached(hook).unwrap().unwrap();
         (ours, everything(hook).unwrap(), a.before(hook).unwrap())
     });
@@ -370,7 +402,7 @@ pub fn what_others_have_attached_stays(subject: &Subject<'_>) {
     // What is named goes, and nothing else.
     let low = all.iter().filter(u32).rfind(|a| a.priority == 7).expect("the filter of priority 7");
     pair.on_host(|| {
-        a.attach(hook, &deny(), "ours").unwrap();
+        a.attach(hook, &subject.deny(), "ours").unwrap();
         assert!(a.evict(hook, low).unwrap());
         assert!(!a.evict(hook, low).unwrap());
         assert_eq!(a.before(hook).unwrap(), []);
@@ -392,21 +424,26 @@ pub fn unfit_requests_are_told_apart(subject: &Subject<'_>) {
     let before = (subject.state)(pair.host.root());
     let hook = pair.hook(Direction::Ingress);
     let nowhere = Hook { device: IfIndex::new(9_999).unwrap(), direction: Direction::Ingress };
-    let mut code = Asm::program("x", ProgramKind::Xdp);
-    code.ret(2);
-    let xdp = Program::load(ProgramKind::Xdp, "x", &insn::encode(code.finish().unwrap().insns())).unwrap();
+    let unfit = match subject.takes {
+        ProgramKind::Xdp => constant("x", verdict::OK),
+        _ => constant_of(ProgramKind::Xdp, "x", verdict::OK),
+    };
     pair.on_host(|| {
-        assert!(matches!(a.attach(nowhere, &deny(), "x"), Err(AttachError::NoDevice(d)) if d == nowhere.device));
-        assert!(matches!(a.replace(nowhere, &deny(), "x"), Err(AttachError::NotAttached { .. })));
+        assert!(
+            matches!(a.attach(nowhere, &subject.deny(), "x"), Err(AttachError::NoDevice(d)) if d == nowhere.device)
+        );
+        assert!(matches!(a.replace(nowhere, &subject.deny(), "x"), Err(AttachError::NotAttached { .. })));
         assert!(!a.detach(nowhere).unwrap());
         assert_eq!(a.chain(nowhere).unwrap(), []);
         assert_eq!(a.before(nowhere).unwrap(), []);
-        assert!(matches!(a.attach(hook, &xdp, "x"), Err(AttachError::WrongProgram { kind: 6, .. })));
-        assert!(matches!(a.attach(hook, &deny(), "a\0b"), Err(AttachError::BadLabel { .. })));
-        assert!(matches!(a.attach(hook, &deny(), &"x".repeat(201)), Err(AttachError::BadLabel { .. })));
+        let refused = a.attach(hook, &unfit, "x");
+        assert!(matches!(refused, Err(AttachError::WrongProgram { kind, want, .. })
+            if kind == unfit.info().kind && want == subject.takes));
+        assert!(matches!(a.attach(hook, &subject.deny(), "a\0b"), Err(AttachError::BadLabel { .. })));
+        assert!(matches!(a.attach(hook, &subject.deny(), &"x".repeat(201)), Err(AttachError::BadLabel { .. })));
         assert_eq!((subject.state)(pair.host.root()), before);
         let longest = "x-Y_9".repeat(26)[..128].to_owned();
-        a.attach(hook, &deny(), &longest).unwrap();
+        a.attach(hook, &subject.deny(), &longest).unwrap();
         assert_eq!(a.attached(hook).unwrap().unwrap().owner, Owner::Ours(longest));
         assert!(a.detach(hook).unwrap());
     });
@@ -421,15 +458,15 @@ pub fn what_is_attached_goes_with_its_device(subject: &Subject<'_>) {
     let Subject { attacher: a, .. } = *subject;
     let mut pair = Pair::new(subject.pair);
     let hook = pair.hook(Direction::Ingress);
-    for direction in [Direction::Ingress, Direction::Egress] {
-        pair.on_host(|| a.attach(pair.hook(direction), &deny(), "gone")).unwrap();
+    for direction in subject.directions() {
+        pair.on_host(|| a.attach(pair.hook(*direction), &subject.deny(), "gone")).unwrap();
     }
     let gone = |hook| {
         assert_eq!(a.chain(hook).unwrap(), []);
         assert_eq!(a.attached(hook).unwrap(), None);
         assert!(!a.detach(hook).unwrap());
         assert_eq!(a.devices().unwrap(), []);
-        assert!(matches!(a.replace(hook, &deny(), "x"), Err(AttachError::NotAttached { .. })));
+        assert!(matches!(a.replace(hook, &subject.deny(), "x"), Err(AttachError::NotAttached { .. })));
     };
     pair.on_host(|| assert_eq!(a.devices().unwrap(), [pair.device]));
     pair.remake();
@@ -438,7 +475,7 @@ pub fn what_is_attached_goes_with_its_device(subject: &Subject<'_>) {
         for hook in [hook, again, pair.hook(Direction::Egress)] {
             gone(hook);
         }
-        assert_eq!(a.attach(again, &deny(), "gone").unwrap(), None);
+        assert_eq!(a.attach(again, &subject.deny(), "gone").unwrap(), None);
         assert!(a.attached(again).unwrap().is_some());
         assert_eq!(a.attached(pair.hook(Direction::Egress)).unwrap(), None);
         assert!(a.detach(again).unwrap());
@@ -454,8 +491,8 @@ pub fn what_is_attached_goes_with_its_device(subject: &Subject<'_>) {
 pub fn a_repeated_call_mends_a_failed_one(subject: &Subject<'_>) {
     let pair = Pair::new(subject.pair);
     let before = (subject.state)(pair.host.root());
-    let hook = pair.hook(Direction::Egress);
-    let (one, two) = (deny(), constant("other", verdict::UNSPEC));
+    let hook = pair.hook(subject.direction());
+    let (one, two) = (subject.deny(), subject.constant("other", verdict::UNSPEC));
     let end = |a: &dyn Attacher| a.attached(hook).unwrap().map(|a| (a.owner, a.program));
     let again = |call: &dyn Fn() -> Result<(), AttachError>| call().or_else(|_| call()).unwrap();
     for failure in [Failure::Before, Failure::After] {
@@ -486,7 +523,7 @@ pub fn survives_faults(subject: &Subject<'_>) {
     let Subject { attacher: a, .. } = *subject;
     let pair = Pair::new(subject.pair);
     let hook = pair.hook(Direction::Ingress);
-    let (one, two) = (deny(), constant("other", verdict::UNSPEC));
+    let (one, two) = (subject.deny(), subject.constant("other", verdict::UNSPEC));
     let empty = (subject.state)(pair.host.root());
     let fail = |call| Injection { call, fault: Fault::Fail };
     let mut counts = Vec::new();
@@ -587,7 +624,7 @@ pub fn survives_kills(subject: &Subject<'_>, child: impl Fn() -> Command) -> usi
     let root = pair.host.root();
     let hook = pair.hook(Direction::Ingress);
     let empty = (subject.state)(root);
-    let one = constant("one", verdict::UNSPEC);
+    let one = subject.constant("one", verdict::UNSPEC);
     let attached = || pair.on_host(|| a.attached(hook)).unwrap().map(|a| (a.owner, a.program, a.tag));
     let mut kills = 0;
     for operation in ["attach", "replace", "detach"] {
@@ -610,7 +647,7 @@ pub fn survives_kills(subject: &Subject<'_>, child: impl Fn() -> Command) -> usi
                     let (owner, program, tag) = after.clone().expect("attached");
                     owner == Owner::Ours("killed".into())
                         && program != Some(one.info().id)
-                        && tag == Some(deny().info().tag)
+                        && tag == Some(subject.deny().info().tag)
                 };
                 let done = if operation == "detach" { after.is_none() } else { after.is_some() && new() };
                 assert!(done || after == before, "{told}");
@@ -620,7 +657,7 @@ pub fn survives_kills(subject: &Subject<'_>, child: impl Fn() -> Command) -> usi
                 if killed {
                     kills += 1;
                     // Whoever comes next finishes it.
-                    pair.on_host(|| carry_out(a, hook, &deny(), operation)).unwrap();
+                    pair.on_host(|| carry_out(a, hook, &subject.deny(), operation)).unwrap();
                     assert_eq!(attached().is_some(), operation != "detach", "{told}");
                 } else {
                     assert!(done, "{told}");
@@ -647,11 +684,11 @@ fn carry_out(a: &dyn Attacher, hook: Hook, program: &Program, operation: &str) -
 }
 
 #[cfg(feature = "fault-injection")]
-fn dies(a: &dyn Attacher, hook: Hook, how: &str) {
+fn dies(a: &dyn Attacher, hook: Hook, takes: ProgramKind, how: &str) {
     use dcenet_core::test_support::{Injection, with_fault};
     let (operation, fault) = how.split_once(' ').unwrap();
     // Loaded before, for the operation's calls are those that count.
-    let program = deny();
+    let program = constant_of(takes, "deny", verdict::SHOT);
     let done = with_fault(Injection::parse(fault).unwrap(), || carry_out(a, hook, &program, operation));
     done.0.unwrap();
 }

@@ -12,12 +12,13 @@
 //! # Which attacher
 //! [`ClsactAttacher`] works on every kernel, leaves no pin and is right for devices of the host. [`TcxAttacher`] is right for
 //! devices that live in a pod or move, and where others must not run ahead; it keeps its links as pins. [`for_kernel`] takes
-//! the one that the kernel has. [`NetkitAttacher`] is for the host's ends of netkit pairs. Every backend does
+//! the one that the kernel has. [`NetkitAttacher`] is for the host's ends of netkit pairs, [`XdpAttacher`]
+//! for what is to be dropped, or counted, before it costs anything. Every backend does
 //! what `conformance` (feature `test-support`) says, and so can one of somebody else's.
 //!
 //! # Who runs first
-//! On both hooks a packet meets tcx before clsact (net/core/dev.c, `sch_handle_ingress` and `sch_handle_egress`), and in
-//! both the programs in their order. A program that answers `TC_ACT_OK`, or redirects, ends all of it: what comes behind,
+//! What comes in meets XDP first. On both hooks a packet meets tcx before clsact (net/core/dev.c, `sch_handle_ingress` and
+//! `sch_handle_egress`), and in both the programs in their order. A program that answers `TC_ACT_OK`, or redirects, ends all of it: what comes behind,
 //! ours too, never sees the packet. [`Attacher::before`] lists what could, [`Attacher::evict`] removes what the caller names.
 //!
 //! # Example
@@ -64,15 +65,19 @@ mod clsact;
 pub mod conformance;
 #[cfg(any(test, feature = "test-support"))]
 pub mod flaky;
+mod links;
 mod mprog;
 mod netkit;
 mod tcx;
+mod xdp;
 
 pub use self::clsact::ClsactAttacher;
+pub use self::links::{LinkAttacher, PinnedLink};
 use self::mprog::Chained;
-pub use self::mprog::{LinkAttacher, PinnedLink, Placement};
+pub use self::mprog::Placement;
 pub use self::netkit::{Netkit, NetkitAttacher};
 pub use self::tcx::{Tcx, TcxAttacher};
+pub use self::xdp::{Xdp, XdpAttacher, XdpMode, XdpPlace};
 
 /// tcx links where the kernel has them (Linux 6.6), clsact otherwise.
 ///
@@ -92,6 +97,14 @@ pub mod verdict {
     pub const OK: i32 = 0;
     /// Drop.
     pub const SHOT: i32 = 2;
+}
+
+/// What an XDP program returns (include/uapi/linux/bpf.h, `enum xdp_action`).
+pub mod xdp_verdict {
+    /// Drop.
+    pub const DROP: i32 = 1;
+    /// Go on to the stack, where all other hooks are.
+    pub const PASS: i32 = 2;
 }
 
 /// Which way packets go through a device, seen from the namespace that the device is in.
@@ -140,6 +153,8 @@ impl Attached {
             && match self.via {
                 Via::Clsact(_) => self.priority == other.priority,
                 Via::Tcx { link } | Via::Netkit { link } => link.is_some() || self.program == other.program,
+                // There is one such place.
+                Via::Xdp { .. } => true,
             }
     }
 }
@@ -156,6 +171,7 @@ impl fmt::Display for Attached {
             Via::Clsact(_) => write!(f, " on clsact with priority {}", self.priority),
             Via::Tcx { .. } => write!(f, " on tcx"),
             Via::Netkit { .. } => write!(f, " on netkit"),
+            Via::Xdp { mode } => write!(f, " on XDP ({mode})"),
         }
     }
 }
@@ -175,6 +191,11 @@ pub enum Via {
     Netkit {
         /// As for tcx.
         link: Option<u32>,
+    },
+    /// The device's one XDP program in this mode.
+    Xdp {
+        /// Where it runs.
+        mode: XdpMode,
     },
 }
 
@@ -258,8 +279,7 @@ pub trait Attacher: Send + Sync {
     }
 
     /// All that a packet meets on the hook before ours, as [`everything`] lists it; all of that where ours is not there. Any
-    /// of it may end the chain, so that ours never sees the packet. XDP programs, which run before the hook, are not looked
-    /// at.
+    /// of it may end the chain, so that ours never sees the packet.
     fn before(&self, hook: Hook) -> Result<Vec<Attached>, AttachError> {
         let ours = self.attached(hook)?;
         let mut all = everything(hook)?;
@@ -284,18 +304,20 @@ pub trait Attacher: Send + Sync {
             (Via::Clsact(_), _) => clsact::evict(hook, foreign),
             (Via::Tcx { link }, Some(program)) => Tcx::KIND.evict(hook, program, *link),
             (Via::Netkit { link }, Some(program)) => Netkit::KIND.evict(hook, program, *link),
-            (Via::Tcx { .. } | Via::Netkit { .. }, None) => Ok(false),
+            (Via::Xdp { mode }, Some(program)) => xdp::evict(hook, program, *mode),
+            (Via::Tcx { .. } | Via::Netkit { .. } | Via::Xdp { .. }, None) => Ok(false),
         }
     }
 }
 
-/// All that a packet meets on a hook, on netkit, tcx and clsact, in the order in which it runs. What is on netkit and tcx
-/// counts as foreign, for its links have no names.
+/// All that a packet meets on a hook, on netkit, XDP, tcx and clsact, in the order in which it runs. What is on clsact alone
+/// may count as ours, for links have no names.
 pub fn everything(hook: Hook) -> Result<Vec<Attached>, AttachError> {
     let netkit = Netkit::KIND.foreign_chain(hook)?;
-    let mut all = Tcx::KIND.foreign_chain(hook)?;
+    let mut all = xdp::foreign(hook)?;
+    all.extend(Tcx::KIND.foreign_chain(hook)?);
     all.extend(ClsactAttacher.chain(hook)?);
-    // A pair runs its programs when an end sends: what comes in has met them, what goes out will.
+    // A pair runs its programs when an end sends: what comes in has met them before all else, what goes out will.
     match hook.direction {
         Direction::Ingress => all.splice(..0, netkit).for_each(drop),
         Direction::Egress => all.extend(netkit),
@@ -303,12 +325,12 @@ pub fn everything(hook: Hook) -> Result<Vec<Attached>, AttachError> {
     Ok(all)
 }
 
-fn check_classifier(program: &Program) -> Result<(), AttachError> {
+fn check_kind(program: &Program, want: ProgramKind) -> Result<(), AttachError> {
     let info = program.info();
-    if info.kind == program::number(ProgramKind::Classifier) {
+    if info.kind == program::number(want) {
         Ok(())
     } else {
-        Err(AttachError::WrongProgram { program: info.name.clone(), kind: info.kind })
+        Err(AttachError::WrongProgram { program: info.name.clone(), kind: info.kind, want })
     }
 }
 
@@ -326,7 +348,7 @@ pub enum AttachError {
         hook: Hook,
     },
     /// Somebody else uses the place that is ours.
-    #[error("device {} ({:?}): {occupant} is in our place; remove it", hook.device, hook.direction)]
+    #[error("device {} ({:?}): {occupant} is in our place; remove or evict it", hook.device, hook.direction)]
     Occupied {
         /// The hook.
         hook: Hook,
@@ -334,12 +356,14 @@ pub enum AttachError {
         occupant: String,
     },
     /// The program is of a type that this hook does not take.
-    #[error("program {program} is of type {kind}, and the hook takes classifiers (type 3)")]
+    #[error("program {program} is of type {kind}, and the hook takes {want:?} (type {})", program::number(*want))]
     WrongProgram {
         /// The program's name.
         program: String,
         /// Its type, a value of `enum bpf_prog_type`.
         kind: u32,
+        /// What the hook takes.
+        want: ProgramKind,
     },
     /// The label cannot be stored.
     #[error("label {label:?}: want {want}")]
@@ -370,6 +394,26 @@ pub enum AttachError {
         device: IfIndex,
         /// What it must be.
         want: &'static str,
+    },
+    /// The backend's programs run on what comes in alone.
+    #[error("device {} ({:?}): XDP runs on ingress alone; attach by tcx or clsact", hook.device, hook.direction)]
+    IngressOnly {
+        /// The hook.
+        hook: Hook,
+    },
+    /// Links of several namespaces hold the program on devices of this index, and the kernel does not tell which is here.
+    #[error(
+        "device {} ({:?}): {links} links hold program {program} on devices of this index; detach the right one by bpftool",
+        hook.device,
+        hook.direction
+    )]
+    Ambiguous {
+        /// The hook.
+        hook: Hook,
+        /// The program's number.
+        program: u32,
+        /// How many they are.
+        links: usize,
     },
     /// What was to be removed as somebody else's is ours.
     #[error("device {} ({:?}): the program is dcenet's; detach it", hook.device, hook.direction)]

@@ -7,7 +7,8 @@
 //! policy holds only while no program is attached (`netkit_xmit`, `netkit_run`).
 
 use super::Via;
-use super::mprog::{Chained, Kind, LinkAttacher};
+use super::links::LinkAttacher;
+use super::mprog::{Chained, Kind};
 use crate::sys;
 
 /// Attaches to the primary end of a netkit pair.
@@ -26,12 +27,12 @@ pub type NetkitAttacher = LinkAttacher<Netkit>;
 pub struct Netkit;
 
 impl Chained for Netkit {
+    const NAME: &'static str = "netkit";
+    const LINK_TYPE: u32 = sys::LINK_TYPE_NETKIT;
     const KIND: Kind = Kind {
-        name: "netkit",
         missing: "netkit links (Linux 6.7 with CONFIG_NETKIT)",
         ingress: sys::NETKIT_PEER,
         egress: sys::NETKIT_PRIMARY,
-        link_type: sys::LINK_TYPE_NETKIT,
         via: |link| Via::Netkit { link },
         device: "the primary end of a netkit pair",
     };

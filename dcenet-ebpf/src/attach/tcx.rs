@@ -7,7 +7,8 @@
 //! [`LinkAttacher::release`].
 
 use super::Via;
-use super::mprog::{Chained, Kind, LinkAttacher};
+use super::links::LinkAttacher;
+use super::mprog::{Chained, Kind};
 use crate::sys;
 
 /// Attaches to the tcx chains of any device.
@@ -21,12 +22,12 @@ pub type TcxAttacher = LinkAttacher<Tcx>;
 pub struct Tcx;
 
 impl Chained for Tcx {
+    const NAME: &'static str = "tcx";
+    const LINK_TYPE: u32 = sys::LINK_TYPE_TCX;
     const KIND: Kind = Kind {
-        name: "tcx",
         missing: "tcx (Linux 6.6)",
         ingress: sys::TCX_INGRESS,
         egress: sys::TCX_EGRESS,
-        link_type: sys::LINK_TYPE_TCX,
         via: |link| Via::Tcx { link },
         device: "any",
     };

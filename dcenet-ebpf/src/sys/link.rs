@@ -53,6 +53,14 @@ pub(crate) fn create_link(
     unsafe { attr.call_for_fd(Command::LINK_CREATE) }
 }
 
+/// Attaches an XDP program to a device of the calling thread's network namespace, in the mode of the `XDP_FLAGS_*_MODE`
+/// given, for as long as the link lives. Linux 5.9.
+pub(crate) fn create_xdp_link(program: BorrowedFd<'_>, device: u32, mode: u32) -> Result<OwnedFd, SysError> {
+    let mut attr = Attr::new().fd(0, program).u32(4, device).u32(8, XDP).u32(12, mode);
+    // SAFETY: the attribute holds no pointer; the command returns a new descriptor.
+    unsafe { attr.call_for_fd(Command::LINK_CREATE) }
+}
+
 /// Puts `new` in the place of `old`, and fails with `EPERM` where the link holds another by now.
 pub(crate) fn update_link(link: BorrowedFd<'_>, new: BorrowedFd<'_>, old: BorrowedFd<'_>) -> Result<(), SysError> {
     let mut attr = Attr::new().fd(0, link).fd(4, new).u32(8, REPLACE).fd(12, old);
@@ -71,6 +79,17 @@ pub(crate) fn link_by_id(id: u32) -> Result<OwnedFd, SysError> {
     let mut attr = Attr::new().u32(0, id);
     // SAFETY: the attribute holds no pointer; the command returns a new descriptor.
     unsafe { attr.call_for_fd(Command::LINK_GET_FD_BY_ID) }
+}
+
+/// The number of the first link after `id`; none after the last.
+pub(crate) fn next_link_id(id: u32) -> Result<Option<u32>, SysError> {
+    let mut attr = Attr::new().u32(0, id);
+    // SAFETY: the attribute holds no pointer.
+    match unsafe { attr.call(Command::LINK_GET_NEXT_ID) } {
+        Ok(_) => Ok(Some(attr.read_u32(4))),
+        Err(e) if e.is(libc::ENOENT) => Ok(None),
+        Err(e) => Err(e),
+    }
 }
 
 /// Describes a link; none where the descriptor is that of a program or map.
@@ -150,6 +169,10 @@ pub(crate) const TCX_EGRESS: u32 = 47;
 pub(crate) const NETKIT_PRIMARY: u32 = 54;
 /// `enum bpf_attach_type`: what the other end sends.
 pub(crate) const NETKIT_PEER: u32 = 55;
+/// `enum bpf_attach_type`.
+const XDP: u32 = 37;
+/// `enum bpf_link_type`.
+pub(crate) const LINK_TYPE_XDP: u32 = 6;
 /// `enum bpf_link_type`.
 pub(crate) const LINK_TYPE_TCX: u32 = 11;
 /// `enum bpf_link_type`.

@@ -13,6 +13,7 @@ pub(crate) mod fault;
 mod fs;
 mod link;
 mod map;
+mod netns;
 mod prog;
 mod ring;
 #[cfg(feature = "aya")]
@@ -22,11 +23,12 @@ pub(crate) use fs::{is_bpffs, mount_bpffs, unmount};
 #[cfg(test)]
 pub(crate) use link::attach_program;
 pub(crate) use link::{
-    AFTER, BEFORE, Chain, LINK_TYPE_NETKIT, LINK_TYPE_TCX, LinkInfo, NETKIT_PEER, NETKIT_PRIMARY, Position, TCX_EGRESS,
-    TCX_INGRESS, create_link, detach_link, detach_program, device_link_known, link_by_id, link_info, query_chain,
-    update_link,
+    AFTER, BEFORE, Chain, LINK_TYPE_NETKIT, LINK_TYPE_TCX, LINK_TYPE_XDP, LinkInfo, NETKIT_PEER, NETKIT_PRIMARY,
+    Position, TCX_EGRESS, TCX_INGRESS, create_link, create_xdp_link, detach_link, detach_program, device_link_known,
+    link_by_id, link_info, next_link_id, query_chain, update_link,
 };
 pub use map::{Map, MapInfo, Put};
+pub(crate) use netns::netns_cookie;
 pub use prog::ProgramInfo;
 pub(crate) use prog::{
     LoadFailure, RawProgram, RawRun, grace_period, load_program, next_program_id, program_by_id, program_info, test_run,
@@ -91,6 +93,7 @@ impl Command {
     const LINK_CREATE: Self = Self(28, "BPF_LINK_CREATE");
     const LINK_UPDATE: Self = Self(29, "BPF_LINK_UPDATE");
     const LINK_GET_FD_BY_ID: Self = Self(30, "BPF_LINK_GET_FD_BY_ID");
+    const LINK_GET_NEXT_ID: Self = Self(31, "BPF_LINK_GET_NEXT_ID");
     const LINK_DETACH: Self = Self(34, "BPF_LINK_DETACH");
 }
 

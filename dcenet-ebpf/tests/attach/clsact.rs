@@ -7,6 +7,7 @@ use dcenet_core::test_support::{Rung, TestNetNs, require};
 use dcenet_ebpf::attach::conformance::{Pair, PairKind, Subject, deny};
 use dcenet_ebpf::attach::{AttachError, Attacher, ClsactAttacher, Direction, Owner, TcxAttacher, for_kernel};
 use dcenet_ebpf::loader::AyaLoader;
+use dcenet_ebpf::object::ProgramKind;
 use dcenet_ebpf::probe::Features;
 
 use crate::{PLACE, TestPins, conforms};
@@ -23,7 +24,8 @@ impl Scene {
     }
 
     fn subject(&self) -> Subject<'_> {
-        Subject { attacher: &ClsactAttacher, loader: &AyaLoader, state: &state, pair: PairKind::Veth }
+        let (pair, takes) = (PairKind::Veth, TAKES);
+        Subject { attacher: &ClsactAttacher, loader: &AyaLoader, state: &state, pair, takes }
     }
 
     fn place(&self) -> &OsStr {
@@ -40,6 +42,9 @@ pub(crate) fn state(host: &TestNetNs) -> String {
     let show = "tc qdisc show dev h0 | sed /noqueue/d; tc filter show dev h0 ingress 2>/dev/null; tc filter show dev h0 egress 2>/dev/null";
     host.sh(&format!("{show}; true"))
 }
+
+/// What it takes.
+const TAKES: ProgramKind = ProgramKind::Classifier;
 
 conforms!(ready);
 

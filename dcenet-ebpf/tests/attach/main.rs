@@ -4,6 +4,7 @@
 mod clsact;
 mod netkit;
 mod tcx;
+mod xdp;
 
 use std::ffi::{OsStr, OsString};
 use std::ops::Deref;
@@ -13,6 +14,7 @@ use dcenet_core::test_support::TestNetNs;
 use dcenet_ebpf::attach::Attacher;
 use dcenet_ebpf::attach::conformance::{PairKind, Subject};
 use dcenet_ebpf::loader::AyaLoader;
+use dcenet_ebpf::object::ProgramKind;
 use dcenet_ebpf::pin::Pins;
 use tempfile::TempDir;
 
@@ -59,7 +61,7 @@ macro_rules! conforms {
         fn attaches_and_waits() {
             let Some(place) = std::env::var_os(PLACE) else { return };
             let attacher = attacher(std::path::Path::new(&place));
-            dcenet_ebpf::attach::conformance::child(&attacher, &dcenet_ebpf::loader::AyaLoader);
+            dcenet_ebpf::attach::conformance::child(&attacher, &dcenet_ebpf::loader::AyaLoader, TAKES);
         }
     };
     ($ready:ident) => {
@@ -86,7 +88,9 @@ const PLACE: &str = "DCENET_TEST_PLACE";
 /// A backend that keeps pins.
 trait Pinning: Attacher + Sized {
     /// What it is tried on.
-    const PAIR: PairKind;
+    const PAIR: PairKind = PairKind::Veth;
+    /// What it takes.
+    const TAKES: ProgramKind = ProgramKind::Classifier;
 
     /// One that keeps them here.
     fn pinning(pins: Pins) -> Self;
@@ -104,16 +108,20 @@ struct PinScene<A> {
 
 impl<A: Pinning> PinScene<A> {
     fn new() -> Self {
+        Self::with(A::pinning)
+    }
+
+    fn with(attacher: impl FnOnce(Pins) -> A) -> Self {
         let pins = TestPins::new();
         let directory = pins.directory().to_owned();
         let state = Box::new(move |host: &TestNetNs| {
             format!("{}{}{:?}", clsact::state(host), A::seen(host), TestPins::files(&directory))
         });
-        Self { attacher: A::pinning(pins.clone()), pins, state }
+        Self { attacher: attacher(pins.clone()), pins, state }
     }
 
     fn subject(&self) -> Subject<'_> {
-        Subject { attacher: &self.attacher, loader: &AyaLoader, state: &*self.state, pair: A::PAIR }
+        Subject { attacher: &self.attacher, loader: &AyaLoader, state: &*self.state, pair: A::PAIR, takes: A::TAKES }
     }
 
     fn place(&self) -> &OsStr {

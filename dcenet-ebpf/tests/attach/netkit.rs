@@ -8,6 +8,7 @@ use dcenet_ebpf::attach::{
     AttachError, Attacher, ClsactAttacher, Direction, Hook, NetkitAttacher, Owner, TcxAttacher, Via, everything,
     verdict,
 };
+use dcenet_ebpf::object::ProgramKind;
 use dcenet_ebpf::pin::Pins;
 use dcenet_ebpf::probe::Features;
 
@@ -39,6 +40,9 @@ impl Pinning for NetkitAttacher {
 fn attacher(place: &Path) -> NetkitAttacher {
     NetkitAttacher::new(Pins::at(place))
 }
+
+/// What it takes.
+const TAKES: ProgramKind = ProgramKind::Classifier;
 
 conforms!(ready);
 

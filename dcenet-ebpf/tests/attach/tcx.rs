@@ -9,7 +9,7 @@ use aya::programs::tc::{TcAttachOptions, TcAttachType};
 use aya::programs::{LinkOrder, SchedClassifier};
 use dcenet_core::test_support::{Rung, TestHost, TestNetNs, require_with, udp_echo};
 use dcenet_ebpf::asm::Asm;
-use dcenet_ebpf::attach::conformance::{Pair, PairKind, constant, deny};
+use dcenet_ebpf::attach::conformance::{Pair, constant, deny};
 use dcenet_ebpf::attach::{
     AttachError, Attached, Attacher, ClsactAttacher, Direction, Hook, Owner, Placement, Tag, TcxAttacher, Via,
     everything, for_kernel, verdict,
@@ -30,8 +30,6 @@ fn ready() -> bool {
 type Scene = PinScene<TcxAttacher>;
 
 impl Pinning for TcxAttacher {
-    const PAIR: PairKind = PairKind::Veth;
-
     fn pinning(pins: Pins) -> Self {
         Self::new(pins)
     }
@@ -44,6 +42,9 @@ impl Pinning for TcxAttacher {
 fn attacher(place: &Path) -> TcxAttacher {
     TcxAttacher::new(Pins::at(place))
 }
+
+/// What it takes.
+const TAKES: ProgramKind = ProgramKind::Classifier;
 
 conforms!(ready);
 

@@ -3,7 +3,6 @@
 use dcenet_core::model::IfIndex;
 
 use super::pair::Pair;
-use super::programs::{constant, deny};
 use super::{Subject, verdict};
 use crate::attach::{AttachError, Attached, Attacher, Direction, Hook, Owner, Tag, everything};
 use crate::program::Program;
@@ -51,7 +50,7 @@ pub fn a_replacement_at_the_same_time_is_not_ahead_of_ours(subject: &Subject<'_>
     let Subject { attacher: a, .. } = *subject;
     let pair = Pair::new(subject.pair);
     let hook = pair.hook(Direction::Ingress);
-    let (first, next) = (deny(), constant("next", verdict::UNSPEC));
+    let (first, next) = (subject.deny(), subject.constant("next", verdict::UNSPEC));
     let number = next.info().id;
     let overtaken = Overtaken { inner: a, next };
     pair.on_host(|| {

@@ -1,7 +1,7 @@
 //! What the suite attaches.
 
 use crate::asm::Asm;
-use crate::attach::verdict;
+use crate::attach::{verdict, xdp_verdict};
 use crate::insn::Reg::*;
 use crate::insn::{self, AtomicOp, Cond, Helper, Size};
 use crate::loader::{LoadRequest, Loader};
@@ -9,9 +9,23 @@ use crate::maps::Array;
 use crate::object::{MapSpec, Object, ProgramKind};
 use crate::program::Program;
 
-pub(super) fn program(name: &str, code: Asm) -> Program {
+pub(super) fn program(kind: ProgramKind, name: &str, code: Asm) -> Program {
     let code = insn::encode(code.finish().unwrap().insns());
-    Program::load(ProgramKind::Classifier, name, &code).unwrap()
+    Program::load(kind, name, &code).unwrap()
+}
+
+/// What a program of this kind returns for a classifier's verdict: XDP knows no end of a chain.
+pub(super) fn answer(kind: ProgramKind, value: i32) -> i32 {
+    match (kind, value) {
+        (ProgramKind::Xdp, verdict::SHOT) => xdp_verdict::DROP,
+        (ProgramKind::Xdp, _) => xdp_verdict::PASS,
+        _ => value,
+    }
+}
+
+/// Where the context has the packet's first byte, and the one behind its last.
+fn data(kind: ProgramKind) -> (i16, i16) {
+    if kind == ProgramKind::Xdp { (0, 4) } else { (76, 80) }
 }
 
 /// Answers every packet with one verdict.
@@ -19,9 +33,17 @@ pub(super) fn program(name: &str, code: Asm) -> Program {
 /// # Panics
 /// Where the kernel does not load it.
 pub fn constant(name: &str, value: i32) -> Program {
-    let mut code = Asm::program(name, ProgramKind::Classifier);
-    code.ret(value);
-    program(name, code)
+    constant_of(ProgramKind::Classifier, name, value)
+}
+
+/// As [`constant`], of another kind, which takes the verdict for what it means there.
+///
+/// # Panics
+/// As [`constant`].
+pub fn constant_of(kind: ProgramKind, name: &str, value: i32) -> Program {
+    let mut code = Asm::program(name, kind);
+    code.ret(answer(kind, value));
+    program(kind, name, code)
 }
 
 /// Drops everything.
@@ -33,10 +55,10 @@ pub fn deny() -> Program {
 }
 
 /// Drops everything, and counts what the flood sends by its way.
-pub(super) fn counting_deny(loader: &dyn Loader) -> (Program, Array<u64>) {
-    let mut code = Asm::program("count_deny", ProgramKind::Classifier);
+pub(super) fn counting_deny(kind: ProgramKind, loader: &dyn Loader) -> (Program, Array<u64>) {
+    let mut code = Asm::program("count_deny", kind);
     let (v4, v6, count, drop) = (code.label(), code.label(), code.label(), code.label());
-    let (data, end) = (76, 80);
+    let (data, end) = data(kind);
     code.load(Size::W, R2, R1, data)
         .load(Size::W, R3, R1, end)
         .mov(R4, R2)
@@ -64,7 +86,7 @@ pub(super) fn counting_deny(loader: &dyn Loader) -> (Program, Array<u64>) {
         .mov(R1, 1)
         .atomic(AtomicOp::Add, Size::Dw, R0, 0, R1)
         .bind(drop)
-        .ret(verdict::SHOT);
+        .ret(answer(kind, verdict::SHOT));
     let mut object = Object::new();
     object.add_map(MapSpec::array("dropped", 8, 4)).unwrap();
     object.add(code.finish().unwrap()).unwrap();
@@ -81,10 +103,10 @@ pub(super) const ALLOWED: u16 = 4001;
 pub(super) const DENIED: u16 = 4002;
 
 /// Lets UDP to port `ALLOWED` pass, and neighbour discovery; everything else is dropped.
-pub(super) fn allow_one_port(name: &str) -> Program {
-    let mut code = Asm::program(name, ProgramKind::Classifier);
+pub(super) fn allow_one_port(kind: ProgramKind, name: &str) -> Program {
+    let mut code = Asm::program(name, kind);
     let (v4, v6, drop, pass) = (code.label(), code.label(), code.label(), code.label());
-    let (data, end) = (76, 80);
+    let (data, end) = data(kind);
     code.load(Size::W, R2, R1, data)
         .load(Size::W, R3, R1, end)
         .mov(R4, R2)
@@ -102,8 +124,8 @@ pub(super) fn allow_one_port(name: &str) -> Program {
         .load(Size::H, R5, R2, 56)
         .jump_if(Cond::Eq, R5, i32::from(ALLOWED.to_be()), pass)
         .bind(drop)
-        .ret(verdict::SHOT)
+        .ret(answer(kind, verdict::SHOT))
         .bind(pass)
-        .ret(verdict::UNSPEC);
-    program(name, code)
+        .ret(answer(kind, verdict::UNSPEC));
+    program(kind, name, code)
 }
