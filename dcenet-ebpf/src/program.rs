@@ -135,16 +135,20 @@ pub(crate) const fn number(kind: ProgramKind) -> u32 {
         ProgramKind::Classifier => 3,
         ProgramKind::Xdp => 6,
         ProgramKind::CgroupSkbIngress | ProgramKind::CgroupSkbEgress => 8,
+        ProgramKind::Connect4 | ProgramKind::Connect6 | ProgramKind::SendMsg4 | ProgramKind::SendMsg6 => 18,
     }
 }
 
-/// The value of `enum bpf_attach_type` that the verifier is told; 0 where the type of program says it all.
-const fn attach_type(kind: ProgramKind) -> u32 {
-    const CGROUP_INET_EGRESS: u32 = 1;
-    const XDP: u32 = 37;
+/// The value of `enum bpf_attach_type` that the verifier is told, and a link to a cgroup; 0 where the type of program says it
+/// all.
+pub(crate) const fn attach_type(kind: ProgramKind) -> u32 {
     match kind {
         ProgramKind::Classifier | ProgramKind::CgroupSkbIngress => 0,
-        ProgramKind::CgroupSkbEgress => CGROUP_INET_EGRESS,
-        ProgramKind::Xdp => XDP,
+        ProgramKind::CgroupSkbEgress => 1,
+        ProgramKind::Connect4 => 10,
+        ProgramKind::Connect6 => 11,
+        ProgramKind::SendMsg4 => 14,
+        ProgramKind::SendMsg6 => 15,
+        ProgramKind::Xdp => 37,
     }
 }

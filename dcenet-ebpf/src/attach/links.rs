@@ -1,22 +1,20 @@
 //! Pinned links to devices: what tcx, netkit and XDP have in common.
 
 use std::fmt;
-use std::fs::{File, Metadata};
-use std::io;
+use std::fs::File;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 
 use dcenet_core::model::IfIndex;
 use dcenet_core::netlink::Family;
 use dcenet_core::netns::NetNs;
 
+use super::pinned::{self, Swap};
 use super::{AttachError, Attached, Attacher, Direction, Hook, Owner, Tag, Via, check_kind};
 use crate::object::ProgramKind;
-use crate::pin::{PinError, Pins};
+use crate::pin::Pins;
 use crate::program::Program;
-use crate::sys::fault::gated;
-use crate::sys::{self, LinkInfo, SysError};
+use crate::sys::{self, LinkInfo};
 
 /// A link that is pinned, wherever its device is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -116,14 +114,13 @@ pub(super) struct PinName<'a> {
 impl<'a> PinName<'a> {
     /// The link's number makes it exact: while the pin is there the link is, and no other has the number.
     fn write<K: Linked>(direction: Direction, link: u32, mark: &str) -> String {
-        format!("{}-{}-{link}-{mark}", K::NAME, word(direction))
+        pinned::name(K::NAME, word(direction), link, mark)
     }
 
     pub(super) fn read<K: Linked>(pin: &'a str) -> Option<Self> {
-        let (direction, rest) = pin.strip_prefix(K::NAME)?.strip_prefix('-')?.split_once('-')?;
-        let (link, mark) = rest.split_once('-')?;
+        let (direction, link, mark) = pinned::parse(K::NAME, pin)?;
         let direction = [Direction::Ingress, Direction::Egress].into_iter().find(|d| word(*d) == direction)?;
-        Some(Self { direction, link: link.parse().ok()?, mark, label: K::label(mark)? })
+        Some(Self { direction, link, mark, label: K::label(mark)? })
     }
 }
 
@@ -234,44 +231,24 @@ impl<K: Linked> LinkAttacher<K> {
         let mark = K::mark(label)?;
         let link = K::create(hook, program, self.place)?;
         // Without its pin it ends with this descriptor: what fails or dies here leaves the hook as it was.
-        let info = sys::link_info(link.as_fd())?.ok_or_else(no_link)?;
+        let info = sys::link_info(link.as_fd())?.ok_or_else(pinned::no_link)?;
         self.pins.pin(&PinName::write::<K>(hook.direction, info.id, &mark), &link)?;
         Ok(())
     }
 
     fn swap(&self, hook: Hook, ours: &Ours, program: &Program, label: &str) -> Result<(), AttachError> {
-        let gone = AttachError::NotAttached { hook };
-        let Some((link, info)) = self.open(&ours.pin)? else { return Err(gone) };
-        let pin = PinName::write::<K>(hook.direction, info.id, &K::mark(label)?);
-        let same = info.program == program.info().id;
-        let old = sys::program_by_id(info.program)?;
-        if !same {
-            sys::update_link(link.as_fd(), program.as_fd(), old.as_fd()).map_err(|e| match e.raw_os_error() {
-                Some(libc::ENOLINK) => gone,
-                Some(libc::EEXIST) => same_program(hook),
-                // The caller may attach, or would not have come here: what is compared is meant.
-                Some(libc::EPERM) => AttachError::Raced { hook },
-                _ => e.into(),
-            })?;
+        let fresh = |link| Ok::<_, AttachError>(PinName::write::<K>(hook.direction, link, &K::mark(label)?));
+        match pinned::swap(&self.pins, K::LINK_TYPE, &ours.pin, program, fresh)? {
+            Swap::Done => Ok(()),
+            Swap::Gone => Err(AttachError::NotAttached { hook }),
+            Swap::SameProgram => Err(same_program(hook)),
+            Swap::Raced => Err(AttachError::Raced { hook }),
         }
-        if ours.pin != pin
-            && let Err(error) = self.pins.rename(&ours.pin, &pin)
-        {
-            if !same && let Err(left) = sys::update_link(link.as_fd(), old.as_fd(), program.as_fd()) {
-                tracing::warn!(pin = %ours.pin, error = %left, "the new program stays under the old label");
-            }
-            return Err(error.into());
-        }
-        Ok(())
     }
 
     /// Removes a pin and ends its link; `false` where there is none.
     fn take_off(&self, pin: &str) -> Result<bool, AttachError> {
-        let Some((link, _)) = self.open(pin)? else { return Ok(false) };
-        // In this order, for afterwards the link ends with its descriptor, however this goes on.
-        self.pins.remove(pin)?;
-        sys::detach_link(link.as_fd())?;
-        Ok(true)
+        pinned::take_off(&self.pins, K::LINK_TYPE, pin)
     }
 
     fn ours(&self, hook: Hook) -> Result<Option<Ours>, AttachError> {
@@ -299,27 +276,11 @@ impl<K: Linked> LinkAttacher<K> {
 
     /// Opens a pin; none where it is gone, or is no link of this kind.
     fn open(&self, pin: &str) -> Result<Option<(OwnedFd, LinkInfo)>, AttachError> {
-        let Some(fd) = self.pins.get(pin)? else { return Ok(None) };
-        let info = sys::link_info(fd.as_fd())?.filter(|info| info.kind == K::LINK_TYPE);
-        Ok(info.map(|info| (fd, info)))
+        pinned::open(&self.pins, K::LINK_TYPE, pin)
     }
 
-    /// Keeps other processes with the same pins from changing links, until it is dropped. A process that dies loses it.
     fn lock(&self) -> Result<File, AttachError> {
-        let path = self.pins.directory();
-        let file = |metadata: Metadata| (metadata.dev(), metadata.ino());
-        let locked = gated("lock", || {
-            for _ in 0..ATTEMPTS {
-                let directory = File::open(path)?;
-                directory.lock()?;
-                // While this one waited, another bpffs may have been mounted here, which others lock.
-                if file(directory.metadata()?) == file(std::fs::metadata(path)?) {
-                    return Ok(directory);
-                }
-            }
-            Err(io::Error::from_raw_os_error(libc::ESTALE))
-        });
-        locked.map_err(|source| PinError::new("lock", self.pins.directory(), source).into())
+        Ok(pinned::lock(&self.pins)?)
     }
 }
 
@@ -405,10 +366,8 @@ fn pin_of<'a, K: Linked>(hook: Hook, entry: &Entry, pins: &'a [String]) -> Optio
 
 fn check<K: Linked>(program: &Program, tag: Tag<'_>) -> Result<(), AttachError> {
     check_kind(program, K::PROGRAM)?;
-    let fits = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
-    if tag.label.len() > LABEL_BYTES || !tag.label.bytes().all(fits) {
-        let want = "at most 160 letters, digits, '-' and '_'";
-        return Err(AttachError::BadLabel { label: tag.label.to_owned(), want });
+    if !pinned::is_label(tag.label) {
+        return Err(AttachError::BadLabel { label: tag.label.to_owned(), want: pinned::LABEL });
     }
     if tag.class != 0 {
         return Err(AttachError::NoClass { class: tag.class });
@@ -420,15 +379,6 @@ fn check<K: Linked>(program: &Program, tag: Tag<'_>) -> Result<(), AttachError> 
 pub(super) fn same_program(hook: Hook) -> AttachError {
     AttachError::Occupied { hook, occupant: "the same program, attached by somebody else,".to_owned() }
 }
-
-fn no_link() -> SysError {
-    SysError { call: "BPF_LINK_CREATE", source: io::ErrorKind::InvalidData.into() }
-}
-
-/// Leaves room for the rest of a pin's name ([`Pins`] takes 200 bytes).
-const LABEL_BYTES: usize = 160;
-/// How often a chain is looked at again that others keep changing.
-pub(super) const ATTEMPTS: usize = 16;
 
 #[cfg(test)]
 mod tests {

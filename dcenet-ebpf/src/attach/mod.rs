@@ -12,14 +12,15 @@
 //! # Which attacher
 //! [`ClsactAttacher`] works on every kernel, leaves no pin and is right for devices of the host. [`TcxAttacher`] is right for
 //! devices that live in a pod or move, and where others must not run ahead; it keeps its links as pins. [`for_kernel`] takes
-//! the one that the kernel has. [`NetkitAttacher`] is for the host's ends of netkit pairs, [`XdpAttacher`]
-//! for what is to be dropped, or counted, before it costs anything. Every backend does
-//! what `conformance` (feature `test-support`) says, and so can one of somebody else's.
+//! the one that the kernel has. [`NetkitAttacher`] is for the host's ends of netkit pairs, [`XdpAttacher`] for what is to be
+//! dropped, or counted, before it costs anything. Every one of them does what `conformance` (feature `test-support`) says,
+//! and so can a backend of somebody else's. [`CgroupAttacher`] is for processes and not for devices.
 //!
 //! # Who runs first
 //! What comes in meets XDP first. On both hooks a packet meets tcx before clsact (net/core/dev.c, `sch_handle_ingress` and
-//! `sch_handle_egress`), and in both the programs in their order. A program that answers `TC_ACT_OK`, or redirects, ends all of it: what comes behind,
-//! ours too, never sees the packet. [`Attacher::before`] lists what could, [`Attacher::evict`] removes what the caller names.
+//! `sch_handle_egress`), and in both the programs in their order. A program that answers `TC_ACT_OK`, or redirects, ends
+//! all of it: what comes behind, ours too, never sees the packet. [`Attacher::before`] lists what could,
+//! [`Attacher::evict`] removes what the caller names.
 //!
 //! # Example
 //! Nothing comes in through a device until something better is put in place.
@@ -60,6 +61,7 @@ use crate::probe::Features;
 use crate::program::{self, Program};
 use crate::sys::SysError;
 
+mod cgroup;
 mod clsact;
 #[cfg(any(test, feature = "test-support"))]
 pub mod conformance;
@@ -68,9 +70,11 @@ pub mod flaky;
 mod links;
 mod mprog;
 mod netkit;
+mod pinned;
 mod tcx;
 mod xdp;
 
+pub use self::cgroup::{Cgroup, CgroupAttached, CgroupAttacher, CgroupError, CgroupHook, CgroupLink};
 pub use self::clsact::ClsactAttacher;
 pub use self::links::{LinkAttacher, PinnedLink};
 use self::mprog::Chained;

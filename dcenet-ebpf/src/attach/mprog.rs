@@ -2,7 +2,8 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
-use super::links::{ATTEMPTS, Entry, LinkAttacher, Linked, same_program};
+use super::links::{Entry, LinkAttacher, Linked, same_program};
+use super::pinned::ATTEMPTS;
 use super::{AttachError, Attached, Direction, Hook, Via};
 use crate::object::ProgramKind;
 use crate::pin::Pins;

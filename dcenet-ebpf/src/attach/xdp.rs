@@ -12,7 +12,8 @@ use dcenet_core::model::IfIndex;
 use dcenet_core::netlink::{Attributes, Family, Message, Socket};
 use dcenet_core::netns::NetNs;
 
-use super::links::{ATTEMPTS, Entry, LinkAttacher, Linked, PinName};
+use super::links::{Entry, LinkAttacher, Linked, PinName};
+use super::pinned::ATTEMPTS;
 use super::{AttachError, Attached, Direction, Hook, Via};
 use crate::object::ProgramKind;
 use crate::pin::Pins;

@@ -21,7 +21,7 @@ use crate::program::Program;
 use crate::sys;
 
 /// Loads objects with aya: section `classifier` for classifiers, `xdp` for XDP, `cgroup_skb/ingress` and
-/// `cgroup_skb/egress`; maps either BTF-defined in `.maps` or in aya's own section `maps`.
+/// `cgroup_skb/egress`, `cgroup/connect4` and its like; maps either BTF-defined in `.maps` or in aya's own section `maps`.
 ///
 /// # Minimum kernel version
 /// 5.2 where maps are handed in (fsopen(2)), otherwise what the object needs.
@@ -146,6 +146,7 @@ fn verify(name: &str, program: &mut AyaProgram) -> Result<Program, LoadError> {
         AyaProgram::SchedClassifier(p) => p.load().and_then(|()| p.fd()),
         AyaProgram::Xdp(p) => p.load().and_then(|()| p.fd()),
         AyaProgram::CgroupSkb(p) => p.load().and_then(|()| p.fd()),
+        AyaProgram::CgroupSockAddr(p) => p.load().and_then(|()| p.fd()),
         other => {
             let reason = format!("program type {:?} is not one that this crate loads", other.prog_type());
             return Err(LoadError::bad_object(name, reason));

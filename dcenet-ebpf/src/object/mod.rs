@@ -29,11 +29,28 @@ pub enum ProgramKind {
     CgroupSkbIngress,
     /// A cgroup's leaving packets (`BPF_PROG_TYPE_CGROUP_SKB`); section `cgroup_skb/egress`.
     CgroupSkbEgress,
+    /// connect(2) of a cgroup's processes to an IPv4 address (`BPF_PROG_TYPE_CGROUP_SOCK_ADDR`); section `cgroup/connect4`.
+    Connect4,
+    /// The same to an IPv6 address; section `cgroup/connect6`.
+    Connect6,
+    /// sendto(2) and sendmsg(2) without a connection to an IPv4 address; section `cgroup/sendmsg4`.
+    SendMsg4,
+    /// The same to an IPv6 address; section `cgroup/sendmsg6`.
+    SendMsg6,
 }
 
 impl ProgramKind {
     /// Every kind.
-    pub const ALL: [Self; 4] = [Self::Classifier, Self::Xdp, Self::CgroupSkbIngress, Self::CgroupSkbEgress];
+    pub const ALL: [Self; 8] = [
+        Self::Classifier,
+        Self::Xdp,
+        Self::CgroupSkbIngress,
+        Self::CgroupSkbEgress,
+        Self::Connect4,
+        Self::Connect6,
+        Self::SendMsg4,
+        Self::SendMsg6,
+    ];
 
     /// The ELF section that tells loaders the kind.
     pub const fn section(self) -> &'static str {
@@ -42,6 +59,10 @@ impl ProgramKind {
             Self::Xdp => "xdp",
             Self::CgroupSkbIngress => "cgroup_skb/ingress",
             Self::CgroupSkbEgress => "cgroup_skb/egress",
+            Self::Connect4 => "cgroup/connect4",
+            Self::Connect6 => "cgroup/connect6",
+            Self::SendMsg4 => "cgroup/sendmsg4",
+            Self::SendMsg6 => "cgroup/sendmsg6",
         }
     }
 
@@ -49,6 +70,7 @@ impl ProgramKind {
     const fn context(self) -> &'static str {
         match self {
             Self::Xdp => "xdp_md",
+            Self::Connect4 | Self::Connect6 | Self::SendMsg4 | Self::SendMsg6 => "bpf_sock_addr",
             _ => "__sk_buff",
         }
     }

@@ -1,4 +1,4 @@
-//! Mounts of bpffs.
+//! Mounts of bpffs, and what file system a path is in.
 
 use std::path::Path;
 
@@ -7,6 +7,15 @@ use super::{SysError, c_path, done};
 
 /// Whether the path is inside a mounted bpffs.
 pub(crate) fn is_bpffs(path: &Path) -> Result<bool, SysError> {
+    Ok(file_system(path)? == libc::BPF_FS_MAGIC)
+}
+
+/// Whether the path is inside a cgroup hierarchy of version 2.
+pub(crate) fn is_cgroup2(path: &Path) -> Result<bool, SysError> {
+    Ok(file_system(path)? == libc::CGROUP2_SUPER_MAGIC)
+}
+
+fn file_system(path: &Path) -> Result<libc::__fsword_t, SysError> {
     const CALL: &str = "statfs";
     let path = c_path(path, CALL)?;
     gated(CALL, || {
@@ -15,7 +24,7 @@ pub(crate) fn is_bpffs(path: &Path) -> Result<bool, SysError> {
         done(unsafe { libc::statfs(path.as_ptr(), about.as_mut_ptr()) })?;
         // SAFETY: the call succeeded, so it has filled the structure.
         let about = unsafe { about.assume_init() };
-        Ok(about.f_type == libc::BPF_FS_MAGIC)
+        Ok(about.f_type)
     })
 }
 

@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
-use super::{Attr, Command, SysError, object_info, u32_at};
+use super::{Attr, Command, SysError, object_info, u32_at, u64_at};
 
 /// Where a new program goes in its chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,7 +13,7 @@ pub(crate) struct Position {
     pub(crate) relative: Option<u32>,
 }
 
-/// What the kernel says of a link to a device (`struct bpf_link_info`).
+/// What the kernel says of a link (`struct bpf_link_info`); what is of no meaning to its kind is anything.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct LinkInfo {
     /// A value of `enum bpf_link_type`.
@@ -24,6 +24,10 @@ pub(crate) struct LinkInfo {
     pub(crate) device: u32,
     /// A value of `enum bpf_attach_type`.
     pub(crate) attach_type: u32,
+    /// Of a link to a cgroup, the number of the cgroup; 0 once it is detached, also by the end of the cgroup.
+    pub(crate) cgroup: u64,
+    /// Of a link to a cgroup, as `attach_type`.
+    pub(crate) cgroup_attach_type: u32,
 }
 
 /// A chain, in the order in which it runs.
@@ -59,6 +63,31 @@ pub(crate) fn create_xdp_link(program: BorrowedFd<'_>, device: u32, mode: u32) -
     let mut attr = Attr::new().fd(0, program).u32(4, device).u32(8, XDP).u32(12, mode);
     // SAFETY: the attribute holds no pointer; the command returns a new descriptor.
     unsafe { attr.call_for_fd(Command::LINK_CREATE) }
+}
+
+/// Attaches a program to a cgroup, beside those of others, for as long as the link lives. Linux 5.7.
+pub(crate) fn create_cgroup_link(
+    program: BorrowedFd<'_>,
+    cgroup: BorrowedFd<'_>,
+    attach_type: u32,
+) -> Result<OwnedFd, SysError> {
+    let mut attr = Attr::new().fd(0, program).fd(4, cgroup).u32(8, attach_type);
+    // SAFETY: the attribute holds no pointer; the command returns a new descriptor.
+    unsafe { attr.call_for_fd(Command::LINK_CREATE) }
+}
+
+/// The numbers of the programs that are attached to a cgroup itself.
+pub(crate) fn query_cgroup(cgroup: BorrowedFd<'_>, attach_type: u32) -> Result<Vec<u32>, SysError> {
+    let mut programs = [0_u32; LONGEST_CHAIN];
+    let mut attr = Attr::new()
+        .fd(0, cgroup)
+        .u32(4, attach_type)
+        .u64(16, programs.as_mut_ptr() as u64)
+        .u32(24, LONGEST_CHAIN as u32);
+    // SAFETY: the pointer leads to room for as many numbers as the count behind it says, exclusively ours, and lives past
+    // the call.
+    unsafe { attr.call(Command::PROG_QUERY) }?;
+    Ok(programs.into_iter().take(attr.read_u32(24) as usize).collect())
 }
 
 /// Puts `new` in the place of `old`, and fails with `EPERM` where the link holds another by now.
@@ -109,6 +138,8 @@ pub(crate) fn link_info(fd: BorrowedFd<'_>) -> Result<Option<LinkInfo>, SysError
         program: u32_at(&info, 8),
         device: u32_at(&info, 16),
         attach_type: u32_at(&info, 20),
+        cgroup: u64_at(&info, 16),
+        cgroup_attach_type: u32_at(&info, 24),
     }))
 }
 
@@ -171,6 +202,8 @@ pub(crate) const NETKIT_PRIMARY: u32 = 54;
 pub(crate) const NETKIT_PEER: u32 = 55;
 /// `enum bpf_attach_type`.
 const XDP: u32 = 37;
+/// `enum bpf_link_type`.
+pub(crate) const LINK_TYPE_CGROUP: u32 = 3;
 /// `enum bpf_link_type`.
 pub(crate) const LINK_TYPE_XDP: u32 = 6;
 /// `enum bpf_link_type`.

@@ -1,6 +1,7 @@
 //! Programs on real devices: in force before the device is up, replaced under load, outliving their process, removed
 //! without a trace.
 
+mod cgroup;
 mod clsact;
 mod netkit;
 mod tcx;
