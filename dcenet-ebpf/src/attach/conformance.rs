@@ -457,6 +457,7 @@ pub fn unfit_requests_are_told_apart(subject: &Subject<'_>) {
 pub fn what_is_attached_goes_with_its_device(subject: &Subject<'_>) {
     let Subject { attacher: a, .. } = *subject;
     let mut pair = Pair::new(subject.pair);
+    let before = (subject.state)(pair.host.root());
     let hook = pair.hook(Direction::Ingress);
     for direction in subject.directions() {
         pair.on_host(|| a.attach(pair.hook(*direction), &subject.deny(), "gone")).unwrap();
@@ -475,6 +476,10 @@ pub fn what_is_attached_goes_with_its_device(subject: &Subject<'_>) {
         for hook in [hook, again, pair.hook(Direction::Egress)] {
             gone(hook);
         }
+        let forgotten = a.forget_vanished().unwrap();
+        assert!([0, subject.directions().len()].contains(&forgotten), "{forgotten}");
+        assert_eq!(a.forget_vanished().unwrap(), 0);
+        assert_eq!((subject.state)(pair.host.root()), before, "nothing is left of the device");
         assert_eq!(a.attach(again, &subject.deny(), "gone").unwrap(), None);
         assert!(a.attached(again).unwrap().is_some());
         assert_eq!(a.attached(pair.hook(Direction::Egress)).unwrap(), None);
@@ -482,6 +487,7 @@ pub fn what_is_attached_goes_with_its_device(subject: &Subject<'_>) {
     });
     pair.host.root().sh("ip link del h0");
     pair.on_host(|| gone(again));
+    assert_eq!(a.forget_vanished().unwrap(), 0, "it was detached before");
 }
 
 /// Whichever call of a sequence fails, before or after its effect, repeating it leads to the same end.

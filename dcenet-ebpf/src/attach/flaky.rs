@@ -64,6 +64,10 @@ impl Attacher for FlakyAttacher<'_> {
         self.pass(|inner| inner.chain(hook))
     }
 
+    fn forget_vanished(&self) -> Result<usize, AttachError> {
+        self.pass(|inner| inner.forget_vanished())
+    }
+
     fn detach(&self, hook: Hook) -> Result<bool, AttachError> {
         self.pass(|inner| inner.detach(hook))
     }

@@ -345,6 +345,10 @@ impl<K: Linked> Attacher for LinkAttacher<K> {
             .collect()
     }
 
+    fn forget_vanished(&self) -> Result<usize, AttachError> {
+        Ok(self.remove_vanished()?.len())
+    }
+
     fn detach(&self, hook: Hook) -> Result<bool, AttachError> {
         let _lock = match self.lock() {
             Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(false),

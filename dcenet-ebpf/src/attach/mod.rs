@@ -277,6 +277,12 @@ pub trait Attacher: Send + Sync {
     /// empty hook only if it is still empty.
     fn detach(&self, hook: Hook) -> Result<bool, AttachError>;
 
+    /// Removes what the backend keeps of devices that are no more, and tells how many programs were attached to them. Nothing,
+    /// where the device holds all that there is.
+    fn forget_vanished(&self) -> Result<usize, AttachError> {
+        Ok(0)
+    }
+
     /// Ours on the hook, with its label. How a process that was restarted learns what stands.
     fn attached(&self, hook: Hook) -> Result<Option<Attached>, AttachError> {
         Ok(self.chain(hook)?.into_iter().find(|a| matches!(a.owner, Owner::Ours(_))))

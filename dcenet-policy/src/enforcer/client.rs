@@ -15,7 +15,7 @@ use rustix::net::netdevice::name_to_index;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-use super::config::{DefaultVerdict, Limit, PolicyConfig};
+use super::config::{Ahead, DefaultVerdict, Limit, PolicyConfig};
 use super::node::default_pin;
 use super::protocol::{self, ProtocolError, Reply, Request};
 
@@ -30,6 +30,7 @@ pub struct PinnedDefault<A = ClsactAttacher> {
     pins: Pins,
     socket: PathBuf,
     default: DefaultVerdict,
+    known: Vec<Ahead>,
     attacher: A,
 }
 
@@ -114,7 +115,7 @@ impl<A: Attacher> PinnedDefault<A> {
     /// As [`PinnedDefault::new`], attaching in another way.
     pub fn with_attacher(config: &PolicyConfig, run_dir: &Path, attacher: A) -> Self {
         let (pins, socket) = (Pins::at(&config.pins), protocol::socket_path(run_dir));
-        Self { pins, socket, default: config.default, attacher }
+        Self { pins, socket, default: config.default, known: config.ahead.clone(), attacher }
     }
 
     /// The hooks of the endpoint's device that do not carry a program of it.
@@ -239,12 +240,13 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
             if there.is_none_or(|a| a.owner != Owner::Ours(label.clone())) {
                 return Ok(Some(format!("no policy is on {} ({direction:?})", endpoint.ifname)));
             }
-            let ahead = self.attacher.before(hook).map_err(failed(doing()))?;
+            let mut ahead = self.attacher.before(hook).map_err(failed(doing()))?;
+            ahead.retain(|attached| !self.known.iter().any(|known| known.is(attached)));
             if !ahead.is_empty() {
                 let list: Vec<_> = ahead.iter().map(ToString::to_string).collect();
                 return Ok(Some(format!(
                     "packets of {} ({direction:?}) meet {} before policy, and pass it by where that answers TC_ACT_OK or \
-                     redirects; remove it, or give it a later place",
+                     redirects; remove it, give it a later place, or name it in policy.ahead",
                     endpoint.ifname,
                     list.join(", ")
                 )));

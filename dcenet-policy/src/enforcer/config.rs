@@ -5,10 +5,12 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use dcenet_ebpf::attach::{Attached, Owner};
 use dcenet_ebpf::pin::DEFAULT_DIRECTORY;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// The `policy` section: `{ "default": "deny", "await": "5s", "pins": "/run/dcenet/bpf" }`. Every key may be left out.
+/// The `policy` section: `{ "default": "deny", "await": "5s", "pins": "/run/dcenet/bpf", "ahead": ["tracer"] }`. Every key may
+/// be left out.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PolicyConfig {
@@ -19,11 +21,19 @@ pub struct PolicyConfig {
     pub limit: Limit,
     /// The bpffs that holds maps and default programs.
     pub pins: PathBuf,
+    /// Programs of others that may see packets before policy does, without a check telling of them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub ahead: Vec<Ahead>,
 }
 
 impl Default for PolicyConfig {
     fn default() -> Self {
-        Self { default: DefaultVerdict::Deny, limit: Limit(Duration::from_secs(5)), pins: DEFAULT_DIRECTORY.into() }
+        Self {
+            default: DefaultVerdict::Deny,
+            limit: Limit(Duration::from_secs(5)),
+            pins: DEFAULT_DIRECTORY.into(),
+            ahead: Vec::new(),
+        }
     }
 }
 
@@ -48,6 +58,70 @@ impl DefaultVerdict {
             Self::Allow => "allow",
             Self::Deny => "deny",
         }
+    }
+}
+
+/// A program of somebody else that the operator knows to let every packet go on, such as a tracer: as text, its tag or its
+/// name.
+///
+/// A tag says what the program does and changes with it. A name says only what its owner called it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Ahead {
+    /// The hash of its instructions, 16 hexadecimal digits, as `bpftool prog` shows it.
+    Tag([u8; 8]),
+    /// Its name, of which the kernel keeps 15 bytes, or that of its filter.
+    Name(String),
+}
+
+impl Ahead {
+    /// Whether it is this one.
+    pub fn is(&self, attached: &Attached) -> bool {
+        match self {
+            Self::Tag(tag) => attached.tag == Some(*tag),
+            Self::Name(name) => matches!(&attached.owner, Owner::Foreign(Some(other)) if other == name),
+        }
+    }
+}
+
+impl fmt::Display for Ahead {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tag(tag) => tag.iter().try_for_each(|byte| write!(f, "{byte:02x}")),
+            Self::Name(name) => f.write_str(name),
+        }
+    }
+}
+
+/// A text that is no [`Ahead`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("program {value:?}: want its tag, 16 hexadecimal digits, or its name")]
+pub struct AheadError {
+    value: String,
+}
+
+impl FromStr for Ahead {
+    type Err = AheadError;
+
+    fn from_str(text: &str) -> Result<Self, AheadError> {
+        if text.is_empty() || text.contains('\0') {
+            return Err(AheadError { value: text.to_owned() });
+        }
+        let is_tag = text.len() == 16 && text.bytes().all(|b| b.is_ascii_hexdigit());
+        let tag = is_tag.then(|| u64::from_str_radix(text, 16).ok()).flatten();
+        Ok(tag.map_or_else(|| Self::Name(text.to_owned()), |tag| Self::Tag(tag.to_be_bytes())))
+    }
+}
+
+impl Serialize for Ahead {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Ahead {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(serde::de::Error::custom)
     }
 }
 
@@ -170,11 +244,22 @@ mod tests {
     }
 
     #[test]
+    fn programs_that_are_known_are_tags_or_names() {
+        let config: PolicyConfig =
+            section::read("policy", &json!({"ahead": ["6deef7357e7b4530", "tracer", "6deef7357e7b453"]})).unwrap();
+        let tag = Ahead::Tag([0x6d, 0xee, 0xf7, 0x35, 0x7e, 0x7b, 0x45, 0x30]);
+        assert_eq!(config.ahead, [tag, Ahead::Name("tracer".into()), Ahead::Name("6deef7357e7b453".into())]);
+        let text = serde_json::to_value(&config).unwrap();
+        assert_eq!(text["ahead"], json!(["6deef7357e7b4530", "tracer", "6deef7357e7b453"]));
+    }
+
+    #[test]
     fn a_wrong_section_is_refused_with_field_and_remedy() {
         let refusal = |value| section::read::<PolicyConfig>("policy", &value).unwrap_err().to_string();
         assert!(refusal(json!({"awiat": "5s"})).contains("did you mean `await`?"));
         assert!(refusal(json!({"await": "5"})).starts_with("policy.await: duration \"5\": without a unit"));
         assert!(refusal(json!({"await": 5})).starts_with("policy.await"));
+        assert!(refusal(json!({"ahead": [""]})).contains("program \"\": want its tag"));
         assert!(refusal(json!({"default": "drop"})).starts_with("policy.default: unknown variant"));
     }
 }

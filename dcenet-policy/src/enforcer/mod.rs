@@ -112,7 +112,7 @@ use dcenet_ebpf::loader::{LoadError, Loader};
 use dcenet_ebpf::pin::{PinError, Pins};
 
 pub use self::client::{ClientError, PinnedDefault};
-pub use self::config::{DefaultVerdict, Limit, LimitError, PolicyConfig};
+pub use self::config::{Ahead, AheadError, DefaultVerdict, Limit, LimitError, PolicyConfig};
 pub use self::lowering::{LoweredObject, Lowering, LoweringError};
 use self::server::{OwnerLock, Server};
 use self::state::Shared;

@@ -247,6 +247,7 @@ impl Shared {
         let maps = NodeMaps::open(&pins, &sizes)?;
         pin_defaults(&pins, &maps, &*tools.loader, &*tools.lowering)?;
         let used = host.0.run_here_or_there(|| attached_slots(&*tools.attacher))??;
+        forget_vanished(&*tools.attacher);
         let names = Names::resume(&config.run_dir);
         let adopted = used.iter().map(|(slot, id)| (*id, *slot)).collect();
         let applier = Applier::new(&maps, &sizes, &config.node, &names)?;
@@ -390,6 +391,7 @@ impl Shared {
                 }
             } else if sweep_at <= now {
                 drop(state);
+                forget_vanished(&*self.tools.attacher);
                 if let Err(error) = sweep::sweep(self) {
                     tracing::warn!(%error, "flows that are over could not be removed");
                 }
@@ -539,6 +541,15 @@ fn attached_slots(attacher: &dyn Attacher) -> Result<BTreeMap<u16, AttachmentId>
         }
     }
     Ok(slots)
+}
+
+/// What is left of devices that are no more does no harm but to those who list it.
+fn forget_vanished(attacher: &dyn Attacher) {
+    match attacher.forget_vanished() {
+        Ok(0) => {}
+        Ok(count) => tracing::debug!(count, "links of vanished devices are forgotten"),
+        Err(error) => tracing::warn!(%error, "links of vanished devices stay pinned until the next attempt"),
+    }
 }
 
 /// Between attempts.

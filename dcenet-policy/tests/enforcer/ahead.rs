@@ -9,6 +9,7 @@ use dcenet_ebpf::object::ProgramKind;
 use dcenet_ebpf::pin::Pins;
 use dcenet_ebpf::probe::Features;
 use dcenet_ebpf::program::Program;
+use dcenet_policy::enforcer::{PinnedDefault, PolicyConfig};
 
 use crate::world::*;
 
@@ -58,7 +59,16 @@ fn a_check_names_what_packets_meet_before_policy() {
         root.run(|| tcx.attach(hook, &agent, "agent")).unwrap();
         world.udp("scan", "db", 5353, true);
         let told = missing().expect("it is told");
-        assert!(told.contains("\"agent\" on tcx"), "{told}");
+        assert!(told.contains("\"agent\" on tcx") && told.contains("policy.ahead"), "{told}");
+        // The operator knows it, by its name or by its tag.
+        let tag: String = agent.info().tag.iter().map(|byte| format!("{byte:02x}")).collect();
+        for (known, accepted) in [("agent", true), (&*tag, true), ("agen", false), ("0123456789abcdef", false)] {
+            let ahead = vec![known.parse().unwrap()];
+            let policy = PolicyConfig { pins: world.host.directory().join("bpf"), ahead, ..PolicyConfig::default() };
+            let sink = PinnedDefault::new(&policy, &world.host.run_dir());
+            let told = root.run(|| sink.missing(&endpoint)).unwrap();
+            assert_eq!(told.is_none(), accepted, "{known}: {told:?}");
+        }
         assert!(root.run(|| tcx.detach(hook)).unwrap());
         pins.unmount().unwrap();
         assert_eq!(missing(), None);

@@ -10,5 +10,6 @@ mod faults;
 mod isolation;
 mod restart;
 mod streams;
+mod vanished;
 mod verdicts;
 mod world;
