@@ -228,7 +228,7 @@ impl World {
     }
 
     /// How many packets programs on a pod's host end have dropped; 0 for the node, which has none.
-    fn dropped(&self, name: &str) -> u64 {
+    pub fn dropped(&self, name: &str) -> u64 {
         if name == "node" {
             return 0;
         }
