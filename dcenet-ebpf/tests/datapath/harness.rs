@@ -1,9 +1,13 @@
 //! An endpoint in slot 0, which is what a test run sees unless the programs hold another, with small maps of its own.
+//!
+//! To verify the programs takes most of a test's time where the processor is emulated, so what one test has done with is
+//! kept for the next that wants the same, its maps as they were at first.
 
-use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd;
+use std::sync::{LazyLock, Mutex, PoisonError};
 
 use dcenet_core::test_support::effort;
 use dcenet_ebpf::abi::{
@@ -38,11 +42,72 @@ pub use Direction::{Egress, Ingress};
 pub type Why = Option<Reason>;
 
 pub struct Pod {
-    from_pod: Program,
-    to_pod: Program,
-    loaded: Loaded,
+    kept: Kept,
     slot: u32,
     twin: RefCell<Twin>,
+    /// By what another test finds its programs: none where their maps are others' too, or are not put back.
+    again: Cell<Option<Vec<u8>>>,
+}
+
+/// Programs and their maps.
+#[derive(Default)]
+struct Kept {
+    programs: Option<[Program; 2]>,
+    loaded: Loaded,
+}
+
+/// What nobody uses now, by the object it was loaded from.
+static UNUSED: LazyLock<Mutex<HashMap<Vec<u8>, Vec<Kept>>>> = LazyLock::new(Mutex::default);
+
+impl Kept {
+    fn map(&self, name: &str) -> Map {
+        let (_, map) = self.loaded.maps.iter().find(|(n, _)| n == name).unwrap();
+        map.try_clone().unwrap()
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.loaded.maps.iter().any(|(n, _)| n == name)
+    }
+
+    /// Puts back the maps that programs write to, and the endpoints.
+    fn clear(&self) {
+        let endpoints = Array::<Endpoint>::new(self.map(abi::ENDPOINTS)).unwrap();
+        (0..endpoints.entries()).for_each(|slot| endpoints.store(slot, &Endpoint::default()).unwrap());
+        for name in abi::FLOW_TABLES.into_iter().filter(|name| self.has(name)) {
+            empty(&HashTable::<FlowKey, Flow>::new(self.map(name)).unwrap());
+        }
+        if self.has(abi::FRAGMENTS) {
+            empty(&HashTable::<FragmentKey, Fragment>::new(self.map(abi::FRAGMENTS)).unwrap());
+        }
+        for name in [abi::REASONS, abi::RULES].into_iter().filter(|name| self.has(name)) {
+            let counters = PerCpuArray::<Traffic>::new(self.map(name)).unwrap();
+            (0..counters.entries()).for_each(|i| counters.store(i, &Traffic::default()).unwrap());
+        }
+        if self.has(abi::EVENT_LIMITS) {
+            let limits = Array::<EventLimit>::new(self.map(abi::EVENT_LIMITS)).unwrap();
+            (0..limits.entries()).for_each(|slot| limits.store(slot, &EventLimit::default()).unwrap());
+        }
+        if self.has(abi::EVENTS) {
+            RingBuffer::new(self.map(abi::EVENTS)).unwrap().drain(usize::MAX, |_| ()).unwrap();
+        }
+    }
+}
+
+fn empty<K: Plain, V: Plain>(table: &HashTable<K, V>) {
+    for (key, _) in table.entries().unwrap() {
+        table.remove(&key).unwrap();
+    }
+}
+
+impl Drop for Pod {
+    fn drop(&mut self) {
+        if let Some(elf) = self.again.take()
+            && !std::thread::panicking()
+        {
+            let kept = std::mem::take(&mut self.kept);
+            UNUSED.lock().unwrap_or_else(PoisonError::into_inner).entry(elf).or_default().push(kept);
+        }
+    }
 }
 
 /// The same programs in the VM, which must come to the same verdicts and flows.
@@ -106,23 +171,21 @@ impl Pod {
     pub fn beside(&self, slot: u16, object: &Object) -> Self {
         let used: Vec<&str> = object.maps().iter().map(|m| m.name.as_str()).collect();
         let shared: Vec<&Map> =
-            self.loaded.maps.iter().filter(|(name, _)| used.contains(&name.as_str())).map(|(_, m)| m).collect();
-        Self { slot: slot.into(), ..Self::load(object, &shared) }
+            self.kept.loaded.maps.iter().filter(|(name, _)| used.contains(&name.as_str())).map(|(_, m)| m).collect();
+        self.again.set(None);
+        let mut other = Self::load(object, &shared);
+        other.slot = slot.into();
+        other
     }
 
     pub fn load(object: &Object, shared: &[&Map]) -> Self {
-        let names: Vec<String> = shared.iter().map(|m| m.info().name.clone()).collect();
-        let maps: Vec<_> = names.iter().zip(shared).map(|(n, m)| (n.as_str(), m.as_fd())).collect();
-        let loader = AyaLoader;
-        let mut loaded = match loader.load(&object.to_elf().unwrap(), &LoadRequest { maps: &maps }) {
-            Ok(loaded) => loaded,
-            Err(error) => panic!("{error}\n{}", error.log()),
-        };
-        let from_pod = loaded.take_program(datapath::FROM_POD).unwrap();
-        let to_pod = loaded.take_program(datapath::TO_POD).unwrap();
+        let elf = object.to_elf().unwrap();
+        let unused = shared.is_empty().then(|| take_unused(&elf)).flatten();
+        let kept = unused.unwrap_or_else(|| load(&elf, shared));
+        let again = Cell::new(shared.is_empty().then_some(elf));
         // The VM is the same on every kernel, and slow where the processor is emulated.
         let twin = Twin { object: object.clone(), machine: None, on: effort(false, true, true) };
-        let pod = Self { from_pod, to_pod, loaded, slot: 0, twin: RefCell::new(twin) };
+        let pod = Self { kept, slot: 0, twin: RefCell::new(twin), again };
         if shared.is_empty() {
             pod.set_endpoint(&endpoint());
         }
@@ -132,22 +195,24 @@ impl Pod {
     /// Other programs over the same maps.
     pub fn replace(&mut self, egress: &dyn EmitClassifier, ingress: &dyn EmitClassifier) {
         let object = datapath::program(&Spec::new(&small(), egress, ingress)).unwrap();
-        let shared: Vec<&Map> = self.loaded.maps.iter().map(|(_, m)| m).collect();
+        let shared: Vec<&Map> = self.kept.loaded.maps.iter().map(|(_, m)| m).collect();
         let on = self.twin.borrow().on;
-        *self = Self::load(&object, &shared);
+        let other = Self::load(&object, &shared);
+        self.again.set(None);
+        *self = other;
         self.twin.borrow_mut().on = on;
     }
 
     pub fn program(&self, direction: Direction) -> &Program {
+        let [from_pod, to_pod] = self.kept.programs.as_ref().unwrap();
         match direction {
-            Egress => &self.from_pod,
-            Ingress => &self.to_pod,
+            Egress => from_pod,
+            Ingress => to_pod,
         }
     }
 
     pub fn map(&self, name: &str) -> Map {
-        let (_, map) = self.loaded.maps.iter().find(|(n, _)| n == name).unwrap();
-        map.try_clone().unwrap()
+        self.kept.map(name)
     }
 
     pub fn array<V: Plain>(&self, name: &str) -> Array<V> {
@@ -260,6 +325,7 @@ impl Pod {
 
     pub fn without_twin(&self) {
         self.twin.borrow_mut().on = false;
+        self.again.set(None);
     }
 
     /// The VM's verdict on the frame with a tag of VLAN 5 beside it, which no test run takes (net/bpf/test_run.c,
@@ -301,7 +367,7 @@ impl Pod {
 
     /// A map's entries in bytes.
     fn raw(&self, name: &str) -> Entries {
-        if !self.loaded.maps.iter().any(|(n, _)| n == name) {
+        if !self.kept.has(name) {
             return Entries::new();
         }
         match name {
@@ -326,6 +392,23 @@ impl Pod {
     pub fn expect(&self, direction: Direction, packet: &Packet, why: Why) {
         assert_eq!(self.run(direction, packet), why, "{direction:?} {packet:?}");
     }
+}
+
+fn take_unused(elf: &[u8]) -> Option<Kept> {
+    let kept = UNUSED.lock().unwrap_or_else(PoisonError::into_inner).get_mut(elf)?.pop()?;
+    kept.clear();
+    Some(kept)
+}
+
+fn load(elf: &[u8], shared: &[&Map]) -> Kept {
+    let names: Vec<String> = shared.iter().map(|m| m.info().name.clone()).collect();
+    let maps: Vec<_> = names.iter().zip(shared).map(|(n, m)| (n.as_str(), m.as_fd())).collect();
+    let mut loaded = match AyaLoader.load(elf, &LoadRequest { maps: &maps }) {
+        Ok(loaded) => loaded,
+        Err(error) => panic!("{error}\n{}", error.log()),
+    };
+    let programs = [datapath::FROM_POD, datapath::TO_POD].map(|name| loaded.take_program(name).unwrap());
+    Kept { programs: Some(programs), loaded }
 }
 
 /// The clock of the programs, to a hundredth of a second.
