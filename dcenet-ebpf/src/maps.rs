@@ -2,10 +2,17 @@
 //!
 //! A view is made from an open [`Map`] (of [`crate::loader::Loaded`], [`crate::pin::Pins::get`] or [`Map::create`]) and checks its type and sizes once. Keys and values are laid out by [`Plain`], byte by byte.
 
+mod percpu;
+mod prefixes;
+mod programs;
+
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
+pub use self::percpu::PerCpuHashTable;
+pub use self::prefixes::{LpmKey, PrefixTable};
+pub use self::programs::ProgramArray;
 use crate::object::MapKind;
 pub use crate::sys::{Map, MapInfo, Put, SysError};
 use crate::sys::{Ring, possible_cpus};

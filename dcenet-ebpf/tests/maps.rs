@@ -8,7 +8,10 @@ use dcenet_ebpf::asm::Asm;
 use dcenet_ebpf::insn::Reg::*;
 use dcenet_ebpf::insn::{Cond, Helper, Size};
 use dcenet_ebpf::loader::{AyaLoader, LoadRequest, Loader};
-use dcenet_ebpf::maps::{Array, HashTable, Map, MapError, PerCpuArray, Plain, Put, RingBuffer, cpus};
+use dcenet_ebpf::maps::{
+    Array, HashTable, LpmKey, Map, MapError, PerCpuArray, PerCpuHashTable, Plain, PrefixTable, ProgramArray, Put,
+    RingBuffer, cpus,
+};
 use dcenet_ebpf::object::{MapSpec, Object, ProgramKind};
 use dcenet_ebpf::pin::Pins;
 use dcenet_ebpf::program::{Program, TestRun, wait_for_running};
@@ -432,4 +435,65 @@ fn programs_that_run_are_waited_for() {
     assert!((0..20).all(|_| found(true) == 2));
     // The twin may be late itself, but not each time.
     assert!((0..20).any(|_| found(false) == 1));
+}
+
+#[test]
+fn a_prefix_table_answers_with_the_longest_prefix() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let table = PrefixTable::<4, u32>::new(Map::create(&MapSpec::lpm_trie("t", 4, 4, 2)).unwrap()).unwrap();
+    let prefix = |prefix_len, data| LpmKey { prefix_len, data };
+    table.store(&prefix(8, [10, 0, 0, 0]), &1, Put::New).unwrap();
+    table.store(&prefix(24, [10, 1, 2, 0]), &2, Put::Any).unwrap();
+    let host = |data| table.load(&prefix(32, data)).unwrap();
+    assert_eq!((host([10, 1, 2, 3]), host([10, 1, 3, 3]), host([11, 1, 2, 3])), (Some(2), Some(1), None));
+    let full = table.store(&prefix(0, [0; 4]), &3, Put::Any).unwrap_err();
+    assert_eq!(full.raw_os_error(), Some(libc::ENOSPC));
+    let long = table.store(&prefix(33, [0; 4]), &3, Put::Any).unwrap_err();
+    assert_eq!(long.raw_os_error(), Some(libc::EINVAL));
+    assert_eq!(table.entries().unwrap(), [(prefix(24, [10, 1, 2, 0]), 2), (prefix(8, [10, 0, 0, 0]), 1)]);
+    assert!(table.remove(&prefix(24, [10, 1, 2, 9])).unwrap());
+    assert!(!table.remove(&prefix(24, [10, 1, 2, 9])).unwrap());
+    assert_eq!(host([10, 1, 2, 3]), Some(1));
+    assert!(PrefixTable::<16, u32>::new(table.map().try_clone().unwrap()).is_err(), "another length of data");
+}
+
+#[test]
+fn a_per_cpu_hash_table_has_a_value_for_each_cpu() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let spec = MapSpec::percpu_hash("t", 8, 12, 2);
+    let table = PerCpuHashTable::<u64, [u32; 3]>::new(Map::create(&spec).unwrap()).unwrap();
+    assert_eq!(table.load(&7).unwrap(), None);
+    table.store(&7, &[1, 2, 3], Put::New).unwrap();
+    assert_eq!(table.load(&7).unwrap(), Some(vec![[1, 2, 3]; cpus().unwrap()]));
+    let twice = table.store(&7, &[1, 2, 3], Put::New).unwrap_err();
+    assert_eq!(twice.raw_os_error(), Some(libc::EEXIST));
+    table.store(&8, &[4; 3], Put::Any).unwrap();
+    assert!(matches!(table.store(&9, &[4; 3], Put::Any), Err(MapError::Full { entries: 2, .. })));
+    let mut keys = table.keys().unwrap();
+    keys.sort_unstable();
+    assert_eq!(keys, [7, 8]);
+    assert!(table.remove(&7).unwrap() && !table.remove(&7).unwrap());
+}
+
+#[test]
+fn an_array_of_programs_holds_one_type() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let array = ProgramArray::new(Map::create(&MapSpec::prog_array("p", 2)).unwrap()).unwrap();
+    let program = |kind| {
+        let mut asm = Asm::program("one", kind);
+        asm.ret(0);
+        let code = dcenet_ebpf::insn::encode(asm.finish().unwrap().insns());
+        Program::load(kind, "one", &code).unwrap()
+    };
+    array.set(0, &program(ProgramKind::Classifier)).unwrap();
+    let other = array.set(1, &program(ProgramKind::Xdp)).unwrap_err();
+    assert_eq!(other.raw_os_error(), Some(libc::EINVAL));
+    assert!(matches!(array.clear(2), Err(MapError::OutOfBounds { index: 2, entries: 2, .. })));
+    assert!(array.clear(0).unwrap() && !array.clear(0).unwrap());
 }

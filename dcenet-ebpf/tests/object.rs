@@ -122,6 +122,12 @@ fn mistakes_are_named() {
     assert!(refused(MapSpec::ringbuf("a", 5000)));
     assert!(refused(MapSpec::hash("a", 0, 1, 1)));
     assert!(refused(MapSpec::hash("a", 4, 1, 1).with_flags(MapFlags::MMAPABLE)));
+    assert!(refused(MapSpec::lpm_trie("a", 0, 1, 1)));
+    assert!(refused(MapSpec::lpm_trie("a", 257, 1, 1)));
+    assert!(refused(MapSpec { flags: MapFlags::NONE, ..MapSpec::lpm_trie("a", 4, 1, 1) }));
+    assert!(refused(MapSpec::percpu_hash("a", 4, (32 << 10) + 1, 1)));
+    assert!(refused(MapSpec { value_size: 8, ..MapSpec::prog_array("a", 1) }));
+    assert!(refused(MapSpec::prog_array("a", 1).with_flags(MapFlags::RDONLY_PROG)));
     for name in ["", "9a", "a-b", "a_name_of_16_byte"] {
         let error = Object::new().add_map(MapSpec::array(name, 4, 1)).unwrap_err();
         assert!(matches!(error, ObjectError::Name { .. }), "{name}");
@@ -136,6 +142,39 @@ fn mistakes_are_named() {
     let error = object.to_elf().unwrap_err();
     assert!(matches!(error, ObjectError::Unresolved { symbol: Symbol::Map(name), .. } if name == "nowhere"));
     assert!(matches!(sample().link("double"), Err(ObjectError::NoProgram { .. })));
+}
+
+/// What [`MapSpec`] refuses the kernel refuses, and what it takes the kernel makes.
+#[test]
+fn the_limits_of_maps_are_the_kernels() {
+    use dcenet_ebpf::maps::Map;
+
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let specs = [
+        MapSpec::lpm_trie("a", 1, 1, 1),
+        MapSpec::lpm_trie("a", 0, 1, 1),
+        MapSpec::lpm_trie("a", 256, 1, 1),
+        MapSpec::lpm_trie("a", 257, 1, 1),
+        MapSpec { flags: MapFlags::NONE, ..MapSpec::lpm_trie("a", 4, 1, 1) },
+        MapSpec::lpm_trie("a", 4, 0, 1),
+        MapSpec::percpu_hash("a", 4, 32 << 10, 1),
+        MapSpec::percpu_hash("a", 4, (32 << 10) + 1, 1),
+        MapSpec::percpu_hash("a", 4, 8, 1).with_flags(MapFlags::NO_PREALLOC),
+        MapSpec::prog_array("a", 1),
+        MapSpec { value_size: 8, ..MapSpec::prog_array("a", 1) },
+        MapSpec { key_size: 8, ..MapSpec::prog_array("a", 1) },
+        MapSpec::prog_array("a", 1).with_flags(MapFlags::NO_PREALLOC),
+        MapSpec::prog_array("a", 1).with_flags(MapFlags::RDONLY_PROG),
+    ];
+    let mut refusals = 0;
+    for spec in specs {
+        let (made, taken) = (Map::create(&spec), Object::new().add_map(spec.clone()).is_ok());
+        assert_eq!(made.is_ok(), taken, "{spec:?}: {made:?}");
+        refusals += usize::from(!taken);
+    }
+    assert_eq!(refusals, 9);
 }
 
 #[cfg(feature = "aya")]

@@ -301,7 +301,7 @@ fn the_budget_ends_an_endless_loop() {
     fixture.vm.set_budget(1000);
     let trap = fixture.run().unwrap_err();
     assert_eq!((trap.slot, trap.kind), (2, TrapKind::Budget));
-    assert_eq!(trap.to_string(), "slot 2: `goto -2`: the budget of instructions is used up");
+    assert_eq!(trap.to_string(), "program test, slot 2: `goto -2`: the budget of instructions is used up");
 }
 
 #[test]

@@ -8,7 +8,7 @@ use super::{LoadErrorClass, LoadRequest, Loader};
 use crate::asm::Asm;
 use crate::insn::Reg::*;
 use crate::insn::{AtomicOp, Cond, Helper, Size};
-use crate::maps::{Array, HashTable, Map, PerCpuArray, RingBuffer};
+use crate::maps::{Array, HashTable, Map, PerCpuArray, PerCpuHashTable, PrefixTable, ProgramArray, RingBuffer};
 use crate::object::{MapSpec, Object, ProgramKind};
 use crate::program::TestRun;
 
@@ -19,6 +19,7 @@ use crate::program::TestRun;
 pub fn all(loader: &dyn Loader) {
     a_program_runs_and_its_maps_are_seen(loader);
     every_kind_of_map_is_made_as_specified(loader);
+    tail_calls_reach_what_the_array_holds(loader);
     every_kind_of_program_is_loaded(loader);
     a_shared_map_is_used_in_place_of_a_new_one(loader);
     a_load_after_a_shared_one_gets_maps_of_its_own(loader);
@@ -87,6 +88,9 @@ fn every_kind_of_map_is_made_as_specified(loader: &dyn Loader) {
         MapSpec::hash("a_hash", 8, 4, 100),
         MapSpec::lru_hash("lru", 4, 4, 200),
         MapSpec::ringbuf("ring", 65536),
+        MapSpec::percpu_hash("percpu_hash", 8, 4, 50),
+        MapSpec::lpm_trie("prefixes", 4, 8, 60),
+        MapSpec::prog_array("programs", 3),
     ];
     // Loaders may leave out maps that no program names.
     let mut code = Asm::program("names_all", ProgramKind::Classifier);
@@ -107,9 +111,28 @@ fn every_kind_of_map_is_made_as_specified(loader: &dyn Loader) {
             "percpu" => drop(PerCpuArray::<[u64; 2]>::new(map).expect("fits its view")),
             "a_hash" => drop(HashTable::<u64, u32>::new(map).expect("fits its view")),
             "lru" => drop(HashTable::<u32, u32>::new(map).expect("fits its view")),
+            "percpu_hash" => drop(PerCpuHashTable::<u64, u32>::new(map).expect("fits its view")),
+            "prefixes" => drop(PrefixTable::<4, u64>::new(map).expect("fits its view")),
+            "programs" => drop(ProgramArray::new(map).expect("fits its view")),
             _ => drop(RingBuffer::new(map).expect("fits its view")),
         }
     }
+}
+
+fn tail_calls_reach_what_the_array_holds(loader: &dyn Loader) {
+    let mut entry = Asm::program("entry", ProgramKind::Classifier);
+    entry.load_map(R2, "targets").mov(R3, 1).call(Helper::TailCall).ret(5);
+    let elf = object(&[MapSpec::prog_array("targets", 2)], [entry, returning("seven", ProgramKind::Classifier, 7)]);
+    let mut loaded = loader.load(&elf, &LoadRequest::default()).expect("loads");
+    let targets = ProgramArray::new(loaded.take_map("targets").expect("made")).expect("fits its view");
+    let (entry, seven) = (loaded.take_program("entry").expect("loaded"), loaded.take_program("seven").expect("loaded"));
+    let run = || entry.test_run(&TestRun { packet: &PACKET, context: &[], repeat: 1 }).expect("runs").retval;
+    assert_eq!(run(), 5, "the place is empty");
+    targets.set(1, &seven).expect("takes a program");
+    assert_eq!(run(), 7);
+    assert!(targets.clear(1).expect("was taken") && !targets.clear(1).expect("is empty"));
+    assert_eq!(run(), 5);
+    assert!(targets.set(2, &seven).is_err(), "beyond the array");
 }
 
 fn every_kind_of_program_is_loaded(loader: &dyn Loader) {

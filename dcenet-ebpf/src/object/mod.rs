@@ -12,6 +12,7 @@ mod map;
 use crate::asm::{Function, Role, Symbol};
 
 pub use link::Program;
+pub(crate) use map::LPM_PREFIX_BYTES;
 pub use map::{MapFlags, MapKind, MapSpec, Pinning};
 
 /// The licence that every program of this crate's users may carry to call all helpers.

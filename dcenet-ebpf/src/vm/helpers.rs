@@ -1,10 +1,10 @@
 //! The kernel's helper functions, as far as programs here use them.
 
-use super::Redirect;
 use super::machine::Machine;
 use super::maps::{MapError, Update};
 use super::trap::TrapKind;
 use super::value::{Address, Region, Value};
+use super::{MAX_TAIL_CALLS, Redirect, TailTarget};
 use crate::insn::{Helper, Reg};
 use crate::object::MapKind;
 
@@ -33,7 +33,7 @@ impl Machine<'_> {
     }
 
     fn map_lookup(&mut self) -> Result<Value, TrapKind> {
-        let map = self.map(&[MapKind::Array, MapKind::PercpuArray, MapKind::Hash, MapKind::LruHash])?;
+        let map = self.map(WITH_KEYS)?;
         let slot = self.with_key(map, |machine, key| machine.maps.at_mut(map.into()).and_then(|m| m.find(key)))?;
         Ok(match slot {
             Some(slot) => Value::Address(Address::new(Region::MapValue { map, slot }, 0)),
@@ -42,7 +42,7 @@ impl Machine<'_> {
     }
 
     fn map_update(&mut self) -> Result<u64, TrapKind> {
-        let map = self.map(&[MapKind::Array, MapKind::PercpuArray, MapKind::Hash, MapKind::LruHash])?;
+        let map = self.map(WITH_KEYS)?;
         let flags = self.number(Reg::R4)?;
         let value = self.address(Reg::R3)?;
         let value_size = self.maps.at(map.into()).ok_or(TrapKind::WrongMaps)?.spec().value_size as usize;
@@ -56,7 +56,7 @@ impl Machine<'_> {
     }
 
     fn map_delete(&mut self) -> Result<u64, TrapKind> {
-        let map = self.map(&[MapKind::Array, MapKind::PercpuArray, MapKind::Hash, MapKind::LruHash])?;
+        let map = self.map(WITH_KEYS)?;
         self.with_key(map, |machine, key| {
             let map = machine.maps.at_mut(map.into()).ok_or(MapError::Invalid);
             status(map.and_then(|map| map.delete(key)))
@@ -135,6 +135,33 @@ impl Machine<'_> {
         }
         self.redirect = Some(Redirect { ifindex, ingress: flags == BPF_F_INGRESS });
         Ok(TC_ACT_REDIRECT)
+    }
+
+    /// `bpf_tail_call(ctx, array, index)`: the program to go on in; none where this one goes on instead.
+    ///
+    /// Here as in the x86 JIT since Linux 6.10 an empty place does not count towards the limit
+    /// (`arch/x86/net/bpf_jit_comp.c`, `emit_bpf_tail_call_indirect`); earlier, and in the interpreter, it does.
+    pub(super) fn tail_call(&mut self) -> Result<Option<TailTarget>, TrapKind> {
+        self.context_argument()?;
+        let wrong = TrapKind::Argument { argument: 2, reason: "an array of programs, from Asm::load_map" };
+        let Address { region: Region::Map(map), .. } = self.address(Reg::R2)? else { return Err(wrong) };
+        let map = self.maps.at(map.into()).ok_or(TrapKind::WrongMaps)?;
+        if map.spec().kind != MapKind::ProgArray {
+            return Err(wrong);
+        }
+        let index = self.number(Reg::R3)? as u32;
+        if self.reserved > 0 {
+            return Err(TrapKind::UnreleasedRecord);
+        }
+        let limit = MAX_TAIL_CALLS;
+        #[cfg(feature = "test-support")]
+        let limit = limit + u32::from(self.bug == Some(super::PlantedBug::OneTailCallMore));
+        if self.tail_calls >= limit {
+            return Ok(None);
+        }
+        let target = map.program(index);
+        self.tail_calls += u32::from(target.is_some());
+        Ok(target)
     }
 
     fn ringbuf_output(&mut self) -> Result<u64, TrapKind> {
@@ -233,6 +260,9 @@ fn errno(number: i32) -> u64 {
     i64::from(-number) as u64
 }
 
+/// What lookup, update and delete take.
+const WITH_KEYS: &[MapKind] =
+    &[MapKind::Array, MapKind::PercpuArray, MapKind::Hash, MapKind::PercpuHash, MapKind::LruHash, MapKind::LpmTrie];
 const ENOMEM: i32 = 12;
 const EFAULT: i32 = 14;
 const EINVAL: i32 = 22;

@@ -6,8 +6,8 @@ use super::memory::Stack;
 use super::skb::{CONTEXT_BYTES, Skb};
 use super::trap::{Memory, Trap, TrapKind};
 use super::value::{Address, Region, Value};
-use super::{Environment, Redirect};
-use crate::insn::{AluOp, AtomicOp, Cond, Imm64, Insn, Reg, Size, Src, Width};
+use super::{Code, Environment, Redirect, TailTarget};
+use crate::insn::{AluOp, AtomicOp, Cond, Helper, Imm64, Insn, Reg, Size, Src, Width};
 
 /// The kernel's `MAX_CALL_FRAMES`.
 pub(super) const MAX_FRAMES: usize = 8;
@@ -15,6 +15,8 @@ pub(super) const MAX_FRAMES: usize = 8;
 /// What a call keeps for its return.
 #[derive(Debug, Clone, Copy)]
 struct Frame {
+    /// The program that called, and the slot in it to go on at.
+    program: TailTarget,
     return_to: usize,
     kept: [Value; 4],
     repeat: Option<Repeat>,
@@ -33,6 +35,8 @@ pub(super) struct Machine<'a> {
     pub(super) regs: [Value; 11],
     frames: [Option<Frame>; MAX_FRAMES - 1],
     depth: usize,
+    program: TailTarget,
+    pub(super) tail_calls: u32,
     pub(super) stacks: &'a mut [Stack; MAX_FRAMES],
     pub(super) context: [u8; CONTEXT_BYTES],
     pub(super) skb: &'a mut Skb,
@@ -61,6 +65,8 @@ impl<'a> Machine<'a> {
             regs: [Value::Nothing; 11],
             frames: [None; MAX_FRAMES - 1],
             depth: 0,
+            program: TailTarget::ENTRY,
+            tail_calls: 0,
             stacks,
             context,
             skb,
@@ -73,8 +79,7 @@ impl<'a> Machine<'a> {
             #[cfg(feature = "test-support")]
             bug: None,
         };
-        machine.regs[1] = Value::Address(Address::new(Region::Context, 0));
-        machine.enter_stack();
+        machine.enter_program(TailTarget::ENTRY);
         machine
     }
 
@@ -82,29 +87,48 @@ impl<'a> Machine<'a> {
         self.depth
     }
 
-    /// Runs from slot 0 to the program's exit; gives its result and the number of instructions.
-    pub(super) fn run(&mut self, code: &[Option<Insn>], ran: &mut [bool], budget: u64) -> Result<(u64, u64), Trap> {
+    /// Runs from slot 0 of the first program to the exit; gives the result and the number of instructions.
+    pub(super) fn run(&mut self, programs: &mut [Code], budget: u64) -> Result<(u64, u64), Trap> {
         let mut pc = 0;
         let mut came_from = 0;
         let mut count = 0;
         loop {
-            let Some(insn) = code.get(pc).copied().flatten() else {
-                let insn = code.get(came_from).copied().flatten().unwrap_or(Insn::Exit);
-                return Err(Trap { slot: came_from, insn, kind: TrapKind::Outside });
+            let Some(Code { name, slots, ran }) = programs.get_mut(self.program.index()) else {
+                let program = format!("number {}", self.program.index());
+                return Err(Trap { program, slot: 0, insn: Insn::Exit, kind: TrapKind::UnknownProgram });
             };
-            let trap = |kind| Trap { slot: pc, insn, kind };
-            if count == budget {
-                return Err(trap(TrapKind::Budget));
-            }
-            count += 1;
-            ran[pc] = true;
-            came_from = pc;
-            match self.step(pc, insn) {
-                Ok(Next::Slot(next)) => pc = next,
-                Ok(Next::Done(result)) => return Ok((result, count)),
-                Err(kind) => return Err(trap(kind)),
+            loop {
+                let Some(insn) = slots.get(pc).copied().flatten() else {
+                    let insn = slots.get(came_from).copied().flatten().unwrap_or(Insn::Exit);
+                    return Err(Trap { program: name.clone(), slot: came_from, insn, kind: TrapKind::Outside });
+                };
+                let trap = |kind| Trap { program: name.clone(), slot: pc, insn, kind };
+                if count == budget {
+                    return Err(trap(TrapKind::Budget));
+                }
+                count += 1;
+                ran[pc] = true;
+                came_from = pc;
+                match self.step(pc, insn) {
+                    Ok(Next::Slot(next)) => pc = next,
+                    Ok(Next::Program(next)) => {
+                        pc = next;
+                        came_from = next;
+                        break;
+                    }
+                    Ok(Next::Done(result)) => return Ok((result, count)),
+                    Err(kind) => return Err(trap(kind)),
+                }
             }
         }
+    }
+
+    /// All that a program finds: the context, an empty stack, and no other register.
+    fn enter_program(&mut self, program: TailTarget) {
+        self.program = program;
+        self.regs = [Value::Nothing; 11];
+        self.regs[1] = Value::Address(Address::new(Region::Context, 0));
+        self.enter_stack();
     }
 
     fn map_number(&self, number: i32) -> Result<u16, TrapKind> {
@@ -171,11 +195,17 @@ impl<'a> Machine<'a> {
                 }
             }
             Insn::Call { helper } => {
-                if helper == crate::insn::Helper::Loop {
-                    return self.begin_loop(next).map(Next::Slot);
-                }
-                let result = self.call(helper)?;
-                self.regs[0] = result;
+                self.regs[0] = match helper {
+                    Helper::Loop => return self.begin_loop(next).map(Next::Slot),
+                    Helper::TailCall => {
+                        if let Some(target) = self.tail_call()? {
+                            self.enter_program(target);
+                            return Ok(Next::Program(0));
+                        }
+                        Value::Nothing
+                    }
+                    _ => self.call(helper)?,
+                };
                 self.clobber();
             }
             Insn::CallLocal { off } => {
@@ -345,7 +375,7 @@ impl<'a> Machine<'a> {
                 self.regs[0] = Value::Nothing;
                 self.regs[1] = Value::Number(round);
                 self.regs[2] = repeat.context;
-                return Ok(Next::Slot(repeat.function));
+                return Ok(self.go_on_in(frame.program, repeat.function));
             }
             self.regs[0] = Value::Number(round);
         }
@@ -354,13 +384,22 @@ impl<'a> Machine<'a> {
         self.regs[6..10].copy_from_slice(&frame.kept);
         let serial = self.stacks[self.depth].serial;
         self.regs[10] = Value::Address(Address::new(Region::Stack { depth: self.depth as u8, serial }, 0));
-        Ok(Next::Slot(frame.return_to))
+        Ok(self.go_on_in(frame.program, frame.return_to))
+    }
+
+    fn go_on_in(&mut self, program: TailTarget, slot: usize) -> Next {
+        if program == self.program {
+            return Next::Slot(slot);
+        }
+        self.program = program;
+        Next::Program(slot)
     }
 
     fn push(&mut self, return_to: usize, repeat: Option<Repeat>) -> Result<(), TrapKind> {
+        let program = self.program;
         let mut kept = [Value::Nothing; 4];
         kept.copy_from_slice(&self.regs[6..10]);
-        *self.frames.get_mut(self.depth).ok_or(TrapKind::CallDepth)? = Some(Frame { return_to, kept, repeat });
+        *self.frames.get_mut(self.depth).ok_or(TrapKind::CallDepth)? = Some(Frame { program, return_to, kept, repeat });
         self.depth += 1;
         self.regs[0] = Value::Nothing;
         if repeat.is_some() {
@@ -408,6 +447,8 @@ impl<'a> Machine<'a> {
 
 enum Next {
     Slot(usize),
+    /// A slot of another program, which [`Machine::program`] names.
+    Program(usize),
     Done(u64),
 }
 

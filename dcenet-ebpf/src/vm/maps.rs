@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use crate::object::{MapFlags, MapKind, MapSpec};
+use super::TailTarget;
+use crate::object::{LPM_PREFIX_BYTES, MapFlags, MapKind, MapSpec};
 
 /// Why a map refused an operation, with the kernel's error number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -17,6 +18,9 @@ pub enum MapError {
     /// The map is full, or the index beyond its end (E2BIG).
     #[error("the map is full, or the index beyond its end")]
     Full,
+    /// The trie holds as many prefixes as it may (ENOSPC).
+    #[error("the trie is full")]
+    NoSpace,
     /// Flags, sizes or the operation itself do not fit the map (EINVAL).
     #[error("flags, sizes or operation do not fit the map")]
     Invalid,
@@ -34,6 +38,7 @@ impl MapError {
             Self::NoRoom => 11,
             Self::Exists => 17,
             Self::Invalid => 22,
+            Self::NoSpace => 28,
         }
     }
 }
@@ -110,6 +115,8 @@ pub struct Map {
     uses: BTreeMap<u64, (u32, Box<[u8]>)>,
     used_at: Vec<u64>,
     clock: u64,
+    /// Array of programs only: by index, the number that [`Vm::add`](super::Vm::add) gave.
+    programs: Vec<Option<TailTarget>>,
     records: Vec<Record>,
     /// Bytes of records that were not drained yet, headers included.
     occupied: usize,
@@ -135,6 +142,7 @@ impl Map {
             MapKind::Array | MapKind::PercpuArray => vec![0; stride * spec.max_entries as usize],
             _ => Vec::new(),
         };
+        let places = if spec.kind == MapKind::ProgArray { spec.max_entries as usize } else { 0 };
         Self {
             spec: spec.clone(),
             values,
@@ -144,6 +152,7 @@ impl Map {
             uses: BTreeMap::new(),
             used_at: Vec::new(),
             clock: 0,
+            programs: vec![None; places],
             records: Vec::new(),
             occupied: 0,
         }
@@ -154,11 +163,12 @@ impl Map {
         &self.spec
     }
 
-    /// How many entries it holds; of a ring buffer, submitted records.
+    /// How many entries it holds; of a ring buffer, submitted records; of an array of programs, places taken.
     pub fn len(&self) -> usize {
         match self.spec.kind {
             MapKind::Array | MapKind::PercpuArray => self.spec.max_entries as usize,
-            MapKind::Hash | MapKind::LruHash => self.slots.len(),
+            MapKind::Hash | MapKind::PercpuHash | MapKind::LruHash | MapKind::LpmTrie => self.slots.len(),
+            MapKind::ProgArray => self.programs.iter().flatten().count(),
             MapKind::Ringbuf => self.records.iter().filter(|r| r.state == RecordState::Submitted).count(),
         }
     }
@@ -168,12 +178,13 @@ impl Map {
         self.len() == 0
     }
 
-    /// The value of a key. Unlike a program's lookup, it does not count as a use of an LRU entry.
+    /// The value of a key, of a trie that of the longest prefix. Unlike a program's lookup, it does not count as a use of
+    /// an LRU entry.
     pub fn lookup(&self, key: &[u8]) -> Option<&[u8]> {
         self.slot_of(key).map(|slot| self.value(slot))
     }
 
-    /// Keys and values of a hash, in no order.
+    /// Keys and values of a hash or trie, in no order; bits beyond a prefix are zero.
     pub fn entries(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
         self.slots.iter().map(|(key, slot)| (&**key, self.value(*slot)))
     }
@@ -181,13 +192,21 @@ impl Map {
     /// Sets the value of a key.
     ///
     /// # Errors
-    /// As the kernel: a full hash and an index beyond the array are [`MapError::Full`]; see also [`Update`].
+    /// As the kernel: a full hash and an index beyond the array are [`MapError::Full`], a full trie is
+    /// [`MapError::NoSpace`]; see also [`Update`]. An array of programs takes [`Map::set_program`] only.
     pub fn update(&mut self, key: &[u8], value: &[u8], mode: Update) -> Result<(), MapError> {
         if key.len() != self.spec.key_size as usize || value.len() != self.spec.value_size as usize {
             return Err(MapError::Invalid);
         }
-        let slot = match (self.spec.kind, self.slot_of(key)) {
-            (MapKind::Ringbuf, _) => return Err(MapError::Invalid),
+        let own;
+        let key = if self.spec.kind == MapKind::LpmTrie {
+            own = self.prefix_of(key).ok_or(MapError::Invalid)?;
+            &*own
+        } else {
+            key
+        };
+        let slot = match (self.spec.kind, self.slot_of_exactly(key)) {
+            (MapKind::Ringbuf | MapKind::ProgArray, _) => return Err(MapError::Invalid),
             (MapKind::Array | MapKind::PercpuArray, None) => return Err(MapError::Full),
             (_, Some(_)) if mode == Update::Create => return Err(MapError::Exists),
             (_, Some(slot)) => slot,
@@ -200,15 +219,30 @@ impl Map {
         Ok(())
     }
 
-    /// Removes an entry of a hash.
+    /// Sets or empties a place of an array of programs. `program` is of the [`Vm`](super::Vm) that will run with these
+    /// maps.
     ///
     /// # Errors
-    /// [`MapError::NotFound`]; [`MapError::Invalid`] for other kinds.
-    pub fn delete(&mut self, key: &[u8]) -> Result<(), MapError> {
-        if !matches!(self.spec.kind, MapKind::Hash | MapKind::LruHash) {
+    /// [`MapError::Full`] for an index beyond the array, [`MapError::Invalid`] for other kinds.
+    pub fn set_program(&mut self, index: u32, program: Option<TailTarget>) -> Result<(), MapError> {
+        if self.spec.kind != MapKind::ProgArray {
             return Err(MapError::Invalid);
         }
-        let slot = self.slots.remove(key).ok_or(MapError::NotFound)?;
+        *self.programs.get_mut(index as usize).ok_or(MapError::Full)? = program;
+        Ok(())
+    }
+
+    /// Removes an entry of a hash or trie.
+    ///
+    /// # Errors
+    /// [`MapError::NotFound`]; [`MapError::Invalid`] for other kinds, and for a prefix longer than the trie's keys.
+    pub fn delete(&mut self, key: &[u8]) -> Result<(), MapError> {
+        let slot = match self.spec.kind {
+            MapKind::Hash | MapKind::PercpuHash | MapKind::LruHash => self.slots.remove(key),
+            MapKind::LpmTrie => self.slots.remove(&self.prefix_of(key).ok_or(MapError::Invalid)?),
+            _ => return Err(MapError::Invalid),
+        };
+        let slot = slot.ok_or(MapError::NotFound)?;
         if self.spec.kind == MapKind::LruHash {
             self.uses.remove(&self.used_at[slot as usize]);
         }
@@ -279,21 +313,54 @@ impl Map {
         true
     }
 
+    /// The program at an index; none where the place is empty or beyond the array.
+    pub(super) fn program(&self, index: u32) -> Option<TailTarget> {
+        self.programs.get(index as usize).copied().flatten()
+    }
+
     fn slot_of(&self, key: &[u8]) -> Option<u32> {
+        if self.spec.kind != MapKind::LpmTrie {
+            return self.slot_of_exactly(key);
+        }
+        let mut prefix = self.prefix_of(key)?;
+        let (length, _) = prefix.split_first_chunk()?;
+        let longest = u32::from_le_bytes(*length);
+        (0..=longest).rev().find_map(|length| {
+            shorten(&mut prefix, length);
+            self.slots.get(&prefix).copied()
+        })
+    }
+
+    fn slot_of_exactly(&self, key: &[u8]) -> Option<u32> {
         match self.spec.kind {
             MapKind::Array | MapKind::PercpuArray => {
                 let index = u32::from_le_bytes(key.try_into().ok()?);
                 (index < self.spec.max_entries).then_some(index)
             }
-            MapKind::Hash | MapKind::LruHash => self.slots.get(key).copied(),
-            MapKind::Ringbuf => None,
+            MapKind::Hash | MapKind::PercpuHash | MapKind::LruHash | MapKind::LpmTrie => self.slots.get(key).copied(),
+            MapKind::Ringbuf | MapKind::ProgArray => None,
         }
+    }
+
+    /// A trie's key with the bits beyond its prefix cleared; none where it has the wrong size, or the prefix is longer
+    /// than the data.
+    fn prefix_of(&self, key: &[u8]) -> Option<Box<[u8]>> {
+        let (length, data) = key.split_first_chunk()?;
+        let length = u32::from_le_bytes(*length);
+        if key.len() != self.spec.key_size as usize || length as usize > data.len() * 8 {
+            return None;
+        }
+        let mut prefix: Box<[u8]> = key.into();
+        shorten(&mut prefix, length);
+        Some(prefix)
     }
 
     fn insert(&mut self, key: &[u8]) -> Result<u32, MapError> {
         if self.slots.len() == self.spec.max_entries as usize {
-            if self.spec.kind != MapKind::LruHash {
-                return Err(MapError::Full);
+            match self.spec.kind {
+                MapKind::LruHash => {}
+                MapKind::LpmTrie => return Err(MapError::NoSpace),
+                _ => return Err(MapError::Full),
             }
             let (_, (slot, oldest)) = self.uses.pop_first().ok_or(MapError::Full)?;
             self.slots.remove(&oldest);
@@ -316,5 +383,18 @@ impl Map {
         let entry = self.uses.remove(&self.used_at[slot as usize]).filter(|(at, _)| *at == slot);
         self.uses.insert(self.clock, entry.unwrap_or_else(|| (slot, key.into())));
         self.used_at[slot as usize] = self.clock;
+    }
+}
+
+/// Makes a trie's key one of a prefix that is no longer than it was.
+fn shorten(key: &mut [u8], length: u32) {
+    let Some((field, data)) = key.split_at_mut_checked(LPM_PREFIX_BYTES as usize) else { return };
+    field.copy_from_slice(&length.to_le_bytes());
+    let whole = length as usize / 8;
+    if let Some(partial) = data.get_mut(whole) {
+        *partial &= !(0xff >> (length % 8));
+    }
+    if let Some(beyond) = data.get_mut(whole + 1..) {
+        beyond.fill(0);
     }
 }

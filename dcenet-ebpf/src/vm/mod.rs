@@ -5,8 +5,9 @@
 //! reaching out of bounds, or reading what was never written is a [`Trap`] with the instruction that did it. It remembers
 //! which instructions ran ([`Vm::missed`]), so that tests can prove that they reached every leaf.
 //!
-//! It simulates the helpers for maps (array, per-CPU array with one CPU, hash, LRU hash, ring buffer), time, random
-//! numbers, packet bytes, `bpf_redirect` and `bpf_loop`; another helper traps. As a sole thread runs, atomics are plain.
+//! It simulates the helpers for maps (array, hash, LRU hash, the per-CPU ones with one CPU, longest-prefix trie, ring
+//! buffer), time, random numbers, packet bytes, `bpf_redirect`, `bpf_loop` and tail calls; another helper traps. As a sole
+//! thread runs, atomics are plain.
 //!
 //! # Examples
 //! ```
@@ -108,6 +109,22 @@ pub struct Run {
     pub redirect: Option<Redirect>,
 }
 
+/// The most tail calls of a run; a further one goes on behind itself (`MAX_TAIL_CALL_CNT`, `include/linux/bpf.h`).
+pub const MAX_TAIL_CALLS: u32 = 33;
+
+/// A program that [`Vm::add`] took, for [`Map::set_program`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct TailTarget(u32);
+
+impl TailTarget {
+    /// The program that the VM was made for.
+    pub const ENTRY: Self = Self(0);
+
+    const fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
 /// Why a program cannot run here at all.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -120,6 +137,23 @@ pub enum VmError {
         /// Its kind.
         kind: ProgramKind,
     },
+    /// A program that cannot be a target of tail calls: the kernel wants one kind in an array of programs
+    /// (`bpf_prog_map_compatible`, `kernel/bpf/core.c`).
+    #[error("program {program}: its kind is {kind:?}, and that of the program that runs first is {entry:?}")]
+    OtherKind {
+        /// The program's name.
+        program: String,
+        /// Its kind.
+        kind: ProgramKind,
+        /// The kind of the first program.
+        entry: ProgramKind,
+    },
+    /// A program of another object.
+    #[error("program {program}: its maps are not those of the program that runs first; link both from one object")]
+    OtherMaps {
+        /// The program's name.
+        program: String,
+    },
 }
 
 /// A deliberate mistake, to prove that a comparison with another judge would find one.
@@ -129,18 +163,20 @@ pub enum VmError {
 pub enum PlantedBug {
     /// Signed comparisons are made as unsigned ones.
     UnsignedCompare,
+    /// One tail call more than the kernel allows.
+    OneTailCallMore,
 }
 
 #[cfg(feature = "test-support")]
 impl PlantedBug {
     fn condition(self, cond: crate::insn::Cond) -> crate::insn::Cond {
         use crate::insn::Cond;
-        match cond {
-            Cond::Sgt => Cond::Gt,
-            Cond::Sge => Cond::Ge,
-            Cond::Slt => Cond::Lt,
-            Cond::Sle => Cond::Le,
-            other => other,
+        match (self, cond) {
+            (Self::UnsignedCompare, Cond::Sgt) => Cond::Gt,
+            (Self::UnsignedCompare, Cond::Sge) => Cond::Ge,
+            (Self::UnsignedCompare, Cond::Slt) => Cond::Lt,
+            (Self::UnsignedCompare, Cond::Sle) => Cond::Le,
+            (_, other) => other,
         }
     }
 }
@@ -148,13 +184,33 @@ impl PlantedBug {
 /// The most instructions that a run may take unless told: what the verifier would follow at most.
 pub const DEFAULT_BUDGET: u64 = 1_000_000;
 
-/// A program ready to run, and which of its instructions have run.
+/// A program by slot, and what of it has run.
+#[derive(Debug, Clone)]
+struct Code {
+    name: String,
+    /// The second slot of a 64-bit load holds none.
+    slots: Vec<Option<Insn>>,
+    ran: Vec<bool>,
+}
+
+impl Code {
+    fn new(program: &Program) -> Self {
+        let mut slots = Vec::with_capacity(program.insns().len());
+        for insn in program.insns() {
+            slots.push(Some(*insn));
+            slots.extend((1..insn.slots()).map(|_| None));
+        }
+        Self { name: program.name().to_owned(), ran: vec![false; slots.len()], slots }
+    }
+}
+
+/// A program ready to run, those that it may tail-call, and which of their instructions have run.
 #[derive(Debug, Clone)]
 pub struct Vm {
-    /// By slot; the second slot of a 64-bit load holds none.
-    code: Vec<Option<Insn>>,
+    /// The first is entered.
+    programs: Vec<Code>,
+    kind: ProgramKind,
     maps: Vec<MapSpec>,
-    ran: Vec<bool>,
     budget: u64,
     stacks: Box<[Stack; MAX_FRAMES]>,
     scratch: Vec<u8>,
@@ -171,14 +227,9 @@ impl Vm {
         if program.kind() != ProgramKind::Classifier {
             return Err(VmError::Kind { program: program.name().to_owned(), kind: program.kind() });
         }
-        let mut code = Vec::with_capacity(program.insns().len());
-        for insn in program.insns() {
-            code.push(Some(*insn));
-            code.extend((1..insn.slots()).map(|_| None));
-        }
         Ok(Self {
-            ran: vec![false; code.len()],
-            code,
+            programs: vec![Code::new(program)],
+            kind: program.kind(),
             maps: program.maps().to_vec(),
             budget: DEFAULT_BUDGET,
             stacks: Box::new([const { Stack::new() }; MAX_FRAMES]),
@@ -186,6 +237,23 @@ impl Vm {
             #[cfg(feature = "test-support")]
             bug: None,
         })
+    }
+
+    /// Takes a further program of the same object, to be put into an array of programs ([`Map::set_program`]).
+    ///
+    /// # Errors
+    /// [`VmError::OtherKind`] and [`VmError::OtherMaps`].
+    pub fn add(&mut self, program: &Program) -> Result<TailTarget, VmError> {
+        let (name, kind, entry) = (program.name().to_owned(), program.kind(), self.kind);
+        if kind != entry {
+            return Err(VmError::OtherKind { program: name, kind, entry });
+        }
+        if program.maps() != self.maps {
+            return Err(VmError::OtherMaps { program: name });
+        }
+        let target = TailTarget(self.programs.len() as u32);
+        self.programs.push(Code::new(program));
+        Ok(target)
     }
 
     /// Sets the most instructions that a run may take, [`DEFAULT_BUDGET`] unless told.
@@ -208,14 +276,15 @@ impl Vm {
     /// See [`TrapKind`].
     pub fn run(&mut self, skb: &mut Skb, maps: &mut Maps, env: &mut Environment) -> Result<Run, Trap> {
         if !maps.iter().map(Map::spec).eq(&self.maps) {
-            return Err(Trap { slot: 0, insn: Insn::Exit, kind: TrapKind::WrongMaps });
+            let program = self.programs.first().map(|code| code.name.clone()).unwrap_or_default();
+            return Err(Trap { program, slot: 0, insn: Insn::Exit, kind: TrapKind::WrongMaps });
         }
         let mut machine = Machine::new(&mut self.stacks, skb, maps, env, std::mem::take(&mut self.scratch));
         #[cfg(feature = "test-support")]
         {
             machine.bug = self.bug;
         }
-        let result = machine.run(&self.code, &mut self.ran, self.budget);
+        let result = machine.run(&mut self.programs, self.budget);
         let Machine { redirect, context, scratch, .. } = machine;
         self.scratch = scratch;
         skb.take_context(&context);
@@ -223,18 +292,27 @@ impl Vm {
         Ok(Run { value: value as u32, insns, redirect })
     }
 
-    /// The slots of the instructions that no run has reached yet, ascending.
+    /// The slots of the first program's instructions that no run has reached yet, ascending.
     pub fn missed(&self) -> impl Iterator<Item = usize> {
-        self.code.iter().zip(&self.ran).enumerate().filter(|(_, (insn, ran))| insn.is_some() && !**ran).map(|(s, _)| s)
+        self.missed_in(TailTarget::ENTRY)
     }
 
-    /// Whether the instruction at a slot has run.
+    /// As [`Vm::missed`], of a program that was added; nothing for a target of another VM.
+    pub fn missed_in(&self, target: TailTarget) -> impl Iterator<Item = usize> {
+        let code = self.programs.get(target.index()).into_iter();
+        let slots = code.flat_map(|code| code.slots.iter().zip(&code.ran).enumerate());
+        slots.filter(|(_, (insn, ran))| insn.is_some() && !**ran).map(|(slot, _)| slot)
+    }
+
+    /// Whether the instruction at a slot of the first program has run.
     pub fn has_run(&self, slot: usize) -> bool {
-        self.ran.get(slot).copied().unwrap_or(false)
+        self.programs.first().and_then(|code| code.ran.get(slot)).copied().unwrap_or(false)
     }
 
     /// Forgets what has run.
     pub fn reset_coverage(&mut self) {
-        self.ran.fill(false);
+        for code in &mut self.programs {
+            code.ran.fill(false);
+        }
     }
 }

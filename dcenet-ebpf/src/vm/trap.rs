@@ -5,8 +5,10 @@ use crate::insn::{Helper, Insn, Reg};
 /// The instruction that cannot go on, and why. The verifier would have refused the program, or the VM does not simulate
 /// what it asks for.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("slot {slot}: `{insn}`: {kind}")]
+#[error("program {program}, slot {slot}: `{insn}`: {kind}")]
 pub struct Trap {
+    /// The name of the program, which after a tail call is not the one that was entered.
+    pub program: String,
     /// Where, in slots of 8 bytes.
     pub slot: usize,
     /// The instruction.
@@ -95,6 +97,9 @@ pub enum TrapKind {
     /// Takes the address of a value without a lookup, of a map that is no array of one entry.
     #[error("only an array of one entry has a value whose address needs no lookup")]
     DirectValue,
+    /// An array of programs holds a program of another VM.
+    #[error("the array of programs holds one that this VM does not have; take targets from its own Vm::add")]
+    UnknownProgram,
     /// The run was given other maps than the program has.
     #[error("the maps are not those of the program; make them with Maps::new from the same object")]
     WrongMaps,

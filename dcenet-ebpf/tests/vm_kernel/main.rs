@@ -3,6 +3,9 @@
 #![cfg(feature = "aya")]
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod prefixes;
+mod tails;
+
 use std::sync::{Mutex, OnceLock};
 
 use aya::EbpfLoader;
@@ -349,7 +352,7 @@ fn maps_and_their_errors_agree_with_the_kernel() {
     }
     let mut asm = begin();
     let mut place = Place(0);
-    for map in ["hash", "lru", "array", "percpu"] {
+    for map in ["hash", "lru", "array", "percpu", "percpu_hash"] {
         // Absent, created, created again, replaced, bad flags, beyond the end, deleted, deleted again.
         let steps = [
             (Some(0), 2, 1),
@@ -387,6 +390,7 @@ fn maps_and_their_errors_agree_with_the_kernel() {
     object.add_map(MapSpec::lru_hash("lru", 4, 8, 1024)).unwrap();
     object.add_map(MapSpec::array("array", 8, 4)).unwrap();
     object.add_map(MapSpec::percpu_array("percpu", 8, 4)).unwrap();
+    object.add_map(MapSpec::percpu_hash("percpu_hash", 4, 8, 2)).unwrap();
     assert_eq!(by_kernel(&object, &OPERANDS, &PACKET), by_vm(&object, &OPERANDS, &PACKET, None));
 }
 
