@@ -8,7 +8,7 @@ use dcenet_ebpf::asm::Asm;
 use dcenet_ebpf::insn::{AtomicOp, Cond, Helper, Imm64, Insn, IsaLevel, Reg::*, Size};
 use dcenet_ebpf::object::{MapFlags, MapSpec, Object, Program, ProgramKind};
 use dcenet_ebpf::vm::{
-    Environment, Map, MapError, Maps, Memory, Redirect, Run, Skb, Trap, TrapKind, Update, Vlan, Vm, VmError,
+    Environment, Map, MapError, Maps, Memory, Redirect, Run, Skb, Trap, TrapKind, Update, Vlan, Vm, VmError, Xdp,
 };
 
 /// A program with one map of each kind, and a VM for it.
@@ -439,11 +439,19 @@ fn wrong_maps_and_kinds_are_refused() {
     });
     fixture.maps = Maps::new(&[]);
     assert_eq!(fixture.run().unwrap_err().kind, TrapKind::WrongMaps);
-    let mut xdp = Asm::program("xdp", ProgramKind::Xdp);
-    xdp.ret(2);
     let mut object = Object::new();
-    object.add(xdp.finish().unwrap()).unwrap();
-    assert!(matches!(Vm::new(&object.link("xdp").unwrap()), Err(VmError::Kind { kind: ProgramKind::Xdp, .. })));
+    for (name, kind) in [("cgroup", ProgramKind::CgroupSkbIngress), ("xdp", ProgramKind::Xdp)] {
+        let mut asm = Asm::program(name, kind);
+        asm.ret(2);
+        object.add(asm.finish().unwrap()).unwrap();
+    }
+    let cgroup = Vm::new(&object.link("cgroup").unwrap());
+    assert!(matches!(cgroup, Err(VmError::Kind { kind: ProgramKind::CgroupSkbIngress, .. })));
+    let mut xdp = Vm::new(&object.link("xdp").unwrap()).unwrap();
+    let (mut maps, mut env) = (Maps::new(&[]), Environment::default());
+    let trap = xdp.run(&mut Skb::new([0; 60]), &mut maps, &mut env).unwrap_err();
+    assert_eq!(trap.kind, TrapKind::WrongContext);
+    assert_eq!(xdp.run_xdp(&mut Xdp::new([0; 60]), &mut maps, &mut env).unwrap().value, 2);
 }
 
 /// A decision tree over the mark, a leaf per value.
@@ -545,4 +553,50 @@ fn it_runs_short_programs_many_times_a_second() {
     }
     eprintln!("{best:.2} M runs/s");
     assert!(best > 0.2, "{best:.2} M runs/s");
+}
+
+/// The result of an XDP program on 64 bytes with 8 of metadata.
+fn xdp(write: impl FnOnce(&mut Asm)) -> Result<Run, TrapKind> {
+    let mut asm = Asm::program("test", ProgramKind::Xdp);
+    write(&mut asm);
+    asm.ret(2);
+    let mut object = Object::new();
+    object.add(asm.finish().unwrap()).unwrap();
+    let mut vm = Vm::new(&object.link("test").unwrap()).unwrap();
+    let mut frame = Xdp { meta: vec![5; 8], ..Xdp::new([0; 64]) };
+    vm.run_xdp(&mut frame, &mut Maps::new(&[]), &mut Environment::default()).map_err(|trap| trap.kind)
+}
+
+#[test]
+fn a_frame_of_xdp_has_bounds_and_its_context_is_read_only() {
+    const DATA: i16 = 0;
+    const DATA_META: i16 = 8;
+    let packet = |offset, size| Err(TrapKind::OutOfBounds { memory: Memory::Packet, offset, size, len: 64 });
+    let load = |field, size, off| {
+        xdp(|a| {
+            a.load(Size::W, R2, R1, field).load(size, R3, R2, off);
+        })
+    };
+    assert!(load(DATA, Size::Dw, 56).is_ok() && load(DATA_META, Size::Dw, 0).is_ok());
+    assert_eq!(load(DATA, Size::Dw, 57), packet(57, 8));
+    assert_eq!(load(DATA, Size::B, -9), packet(-9, 1));
+    assert_eq!(load(DATA_META, Size::B, -1), packet(-9, 1));
+    for (off, size) in [(DATA, Size::Dw), (DATA, Size::H), (20, Size::W), (24, Size::W), (2, Size::W)] {
+        let read = xdp(|a| {
+            a.load(size, R2, R1, off);
+        });
+        assert_eq!(read, Err(TrapKind::Context { offset: off.into(), size: size.bytes() }));
+    }
+    let write = xdp(|a| {
+        a.store(Size::W, R1, 16, 3);
+    });
+    assert_eq!(write, Err(TrapKind::Context { offset: 16, size: 4 }));
+    let stale = xdp(|a| {
+        a.mov(R6, R1).load(Size::W, R7, R1, DATA).mov(R2, -4).call(Helper::XdpAdjustHead).load(Size::B, R3, R7, 0);
+    });
+    assert_eq!(stale, Err(TrapKind::StalePacket));
+    let skb = xdp(|a| {
+        a.mov(R2, 4).call(Helper::SkbPullData);
+    });
+    assert_eq!(skb, Err(TrapKind::Helper(Helper::SkbPullData)));
 }

@@ -7,7 +7,7 @@
 
 use dcenet_ebpf::insn::{decode, disassemble, encode};
 use dcenet_ebpf::object::{MapSpec, Program, ProgramKind};
-use dcenet_ebpf::vm::{Environment, Maps, Skb, Vm};
+use dcenet_ebpf::vm::{Environment, Maps, Skb, TailTarget, Vm, Xdp};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: &[u8]| {
@@ -18,17 +18,35 @@ fuzz_target!(|input: &[u8]| {
     if !insns.is_empty() {
         assert!(!disassemble(&insns).is_empty());
     }
-    let maps = vec![
+    let specs = vec![
         MapSpec::array("array", 12, 4),
         MapSpec::hash("hash", 4, 8, 2),
         MapSpec::lru_hash("lru", 4, 8, 2),
         MapSpec::ringbuf("ring", 4096),
+        MapSpec::percpu_hash("percpu_hash", 4, 8, 2),
+        MapSpec::lpm_trie("trie", 4, 8, 2),
+        MapSpec::prog_array("programs", 2),
     ];
-    let program = Program::from_insns("fuzz", ProgramKind::Classifier, insns, maps.clone());
-    let mut vm = Vm::new(&program).expect("a classifier");
-    vm.set_budget(2000);
-    let mut maps = Maps::new(&maps);
-    if let Ok(run) = vm.run(&mut Skb::new(packet), &mut maps, &mut Environment::default()) {
-        assert!(run.insns <= 2000);
+    for kind in [ProgramKind::Classifier, ProgramKind::Xdp] {
+        let program = Program::from_insns("fuzz", kind, insns.clone(), specs.clone());
+        let mut vm = Vm::new(&program).expect("a kind that the VM runs");
+        vm.set_budget(2000);
+        let (mut maps, mut env) = (Maps::new(&specs), Environment::default());
+        let programs = maps.get_mut("programs").expect("as specified");
+        programs.set_program(0, Some(TailTarget::ENTRY)).expect("within the array");
+        let result = match kind {
+            ProgramKind::Xdp => {
+                let mut frame = Xdp::new(packet);
+                let room = frame.headroom + frame.packet.len() + frame.tailroom;
+                let result = vm.run_xdp(&mut frame, &mut maps, &mut env);
+                assert_eq!(frame.headroom + frame.packet.len() + frame.tailroom, room);
+                assert!(frame.meta.len() <= frame.headroom);
+                result
+            }
+            _ => vm.run(&mut Skb::new(packet), &mut maps, &mut env),
+        };
+        if let Ok(run) = result {
+            assert!(run.insns <= 2000);
+        }
     }
 });

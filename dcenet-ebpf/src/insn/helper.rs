@@ -66,6 +66,12 @@ helpers! {
     SkbPullData = 39 "bpf_skb_pull_data";
     /// `(skb, csum)`: adds to the packet's checksum.
     CsumUpdate = 40 "bpf_csum_update";
+    /// `(xdp, delta)`: moves the frame's first byte; packet addresses are lost. Since Linux 4.10.
+    XdpAdjustHead = 44 "bpf_xdp_adjust_head";
+    /// `(xdp, delta)`: moves the first byte of the metadata in front of the frame. Since Linux 4.15.
+    XdpAdjustMeta = 54 "bpf_xdp_adjust_meta";
+    /// `(xdp, delta)`: moves the frame's end; packet addresses are lost. Since Linux 4.18.
+    XdpAdjustTail = 65 "bpf_xdp_adjust_tail";
     /// `(skb, &params, size, flags)`: looks up route and neighbour.
     FibLookup = 69 "bpf_fib_lookup";
     /// `()`: nanoseconds since boot with suspend. Since Linux 5.8.
@@ -86,6 +92,12 @@ helpers! {
     KtimeGetCoarseNs = 160 "bpf_ktime_get_coarse_ns";
     /// `(count, callback, &ctx, flags)`: calls a function up to `count` times. Since Linux 5.17.
     Loop = 181 "bpf_loop";
+    /// `(xdp)`: the frame's length. Since Linux 5.18.
+    XdpGetBuffLen = 188 "bpf_xdp_get_buff_len";
+    /// `(xdp, offset, &to, len)`: copies out of the frame. Since Linux 5.18.
+    XdpLoadBytes = 189 "bpf_xdp_load_bytes";
+    /// `(xdp, offset, &from, len)`: writes into the frame. Since Linux 5.18.
+    XdpStoreBytes = 190 "bpf_xdp_store_bytes";
 }
 
 impl Helper {

@@ -2,13 +2,16 @@
 
 use super::machine::Machine;
 use super::maps::{MapError, Update};
+use super::packet::Packet;
+use super::skb::Skb;
 use super::trap::TrapKind;
 use super::value::{Address, Region, Value};
+use super::xdp::{AdjustMeta, Buffer, XdpAction};
 use super::{MAX_TAIL_CALLS, Redirect, TailTarget};
 use crate::insn::{Helper, Reg};
 use crate::object::MapKind;
 
-impl Machine<'_> {
+impl Machine<'_, '_> {
     /// The value for `R0`.
     pub(super) fn call(&mut self, helper: Helper) -> Result<Value, TrapKind> {
         Ok(Value::Number(match helper {
@@ -28,6 +31,19 @@ impl Machine<'_> {
             Helper::RingbufReserve => return self.ringbuf_reserve(),
             Helper::RingbufSubmit => self.ringbuf_release(true)?,
             Helper::RingbufDiscard => self.ringbuf_release(false)?,
+            Helper::XdpAdjustHead => self.xdp_adjust(|buffer, by, _| status_of(buffer.adjust_head(by)))?,
+            Helper::XdpAdjustTail => self.xdp_adjust(|buffer, by, clear| status_of(buffer.adjust_tail(by, clear)))?,
+            Helper::XdpAdjustMeta => self.xdp_adjust(|buffer, by, _| match buffer.adjust_meta(by) {
+                Ok(()) => 0,
+                Err(AdjustMeta::NoRoom) => errno(EINVAL),
+                Err(AdjustMeta::Size) => errno(EACCES),
+            })?,
+            Helper::XdpGetBuffLen => {
+                self.context_argument()?;
+                self.xdp(helper)?.len() as u64
+            }
+            Helper::XdpLoadBytes => self.xdp_load_bytes()?,
+            Helper::XdpStoreBytes => self.xdp_store_bytes()?,
             other => return Err(TrapKind::Helper(other)),
         }))
     }
@@ -63,6 +79,69 @@ impl Machine<'_> {
         })
     }
 
+    /// The packet of a classifier; other programs have no such helper.
+    fn skb(&mut self, helper: Helper) -> Result<&mut Skb, TrapKind> {
+        match &mut *self.packet {
+            Packet::Skb(skb) => Ok(skb),
+            Packet::Xdp(_) => Err(TrapKind::Helper(helper)),
+        }
+    }
+
+    fn xdp(&mut self, helper: Helper) -> Result<&mut Buffer, TrapKind> {
+        match &mut *self.packet {
+            Packet::Xdp(buffer) => Ok(buffer),
+            Packet::Skb(_) => Err(TrapKind::Helper(helper)),
+        }
+    }
+
+    /// `bpf_xdp_adjust_*(xdp, delta)`. The last argument of `adjust` is whether new bytes are cleared.
+    fn xdp_adjust(&mut self, adjust: impl FnOnce(&mut Buffer, i32, bool) -> u64) -> Result<u64, TrapKind> {
+        self.context_argument()?;
+        let by = self.number(Reg::R2)? as i32;
+        #[cfg(not(feature = "test-support"))]
+        let clear = true;
+        #[cfg(feature = "test-support")]
+        let clear = self.bug != Some(super::PlantedBug::GrownTailKept);
+        self.epoch += 1;
+        Ok(adjust(self.xdp(Helper::XdpAdjustHead)?, by, clear))
+    }
+
+    /// `bpf_xdp_load_bytes(xdp, offset, to, len)`.
+    fn xdp_load_bytes(&mut self) -> Result<u64, TrapKind> {
+        self.context_argument()?;
+        let offset = self.number(Reg::R2)? as u32;
+        let to = self.address(Reg::R3)?;
+        let len = self.length(Reg::R4)?;
+        if matches!(to.region, Region::Packet { .. }) {
+            return Err(TrapKind::Argument { argument: 3, reason: "stack, map value or record" });
+        }
+        let found = xdp_range(self.xdp(Helper::XdpLoadBytes)?, offset, len).map(|bytes| bytes.to_vec());
+        let to = self.bytes_mut(to, len)?;
+        Ok(match found {
+            Ok(bytes) => {
+                to.copy_from_slice(&bytes);
+                0
+            }
+            Err(number) => errno(number),
+        })
+    }
+
+    /// `bpf_xdp_store_bytes(xdp, offset, from, len)`; unlike the other writers it keeps packet addresses valid.
+    fn xdp_store_bytes(&mut self) -> Result<u64, TrapKind> {
+        self.context_argument()?;
+        let offset = self.number(Reg::R2)? as u32;
+        let from = self.address(Reg::R3)?;
+        let len = self.length(Reg::R4)?;
+        let bytes = self.bytes(from, len)?.to_vec();
+        Ok(match xdp_range(self.xdp(Helper::XdpStoreBytes)?, offset, len) {
+            Ok(to) => {
+                to.copy_from_slice(&bytes);
+                0
+            }
+            Err(number) => errno(number),
+        })
+    }
+
     /// `bpf_skb_load_bytes(skb, offset, to, len)`.
     fn skb_load_bytes(&mut self) -> Result<u64, TrapKind> {
         self.context_argument()?;
@@ -73,7 +152,7 @@ impl Machine<'_> {
             return Err(TrapKind::Argument { argument: 3, reason: "stack, map value or record" });
         }
         // Taken out of the machine for the time of the copy, as the other side is in the machine too.
-        let packet = std::mem::take(&mut self.skb.packet);
+        let packet = std::mem::take(&mut self.skb(Helper::SkbLoadBytes)?.packet);
         let copied = self.bytes_mut(to, len).map(|to| match packet.get(offset..offset + len) {
             Some(from) => {
                 to.copy_from_slice(from);
@@ -85,7 +164,7 @@ impl Machine<'_> {
                 errno(EFAULT)
             }
         });
-        self.skb.packet = packet;
+        self.skb(Helper::SkbLoadBytes)?.packet = packet;
         copied
     }
 
@@ -102,10 +181,11 @@ impl Machine<'_> {
         }
         let bytes = self.bytes(from, len)?.to_vec();
         self.epoch += 1;
-        Ok(match self.skb.packet.get_mut(offset..offset + len) {
+        let skb = self.skb(Helper::SkbStoreBytes)?;
+        Ok(match skb.packet.get_mut(offset..offset + len) {
             Some(to) => {
                 to.copy_from_slice(&bytes);
-                self.skb.linear = self.skb.linear.max(offset + len);
+                skb.linear = skb.linear.max(offset + len);
                 0
             }
             None => errno(EFAULT),
@@ -117,15 +197,24 @@ impl Machine<'_> {
         self.context_argument()?;
         let len = self.number(Reg::R2)? as u32 as usize;
         self.epoch += 1;
-        if len > self.skb.packet.len() {
+        let skb = self.skb(Helper::SkbPullData)?;
+        if len > skb.packet.len() {
             return Ok(errno(ENOMEM));
         }
-        self.skb.linear = self.skb.linear_len().max(len);
+        skb.linear = skb.linear_len().max(len);
         Ok(0)
     }
 
-    /// `bpf_redirect(ifindex, flags)`.
+    /// `bpf_redirect(ifindex, flags)`; XDP has no flags, and results of its own.
     fn redirect_to(&mut self) -> Result<u64, TrapKind> {
+        if matches!(self.packet, Packet::Xdp(_)) {
+            let (ifindex, flags) = (self.number(Reg::R1)? as u32, self.number(Reg::R2)?);
+            if flags != 0 {
+                return Ok(XdpAction::Aborted as u64);
+            }
+            self.redirect = Some(Redirect { ifindex, ingress: false });
+            return Ok(XdpAction::Redirect as u64);
+        }
         const TC_ACT_SHOT: u64 = 2;
         const TC_ACT_REDIRECT: u64 = 7;
         const BPF_F_INGRESS: u64 = 1;
@@ -153,9 +242,10 @@ impl Machine<'_> {
         if self.reserved > 0 {
             return Err(TrapKind::UnreleasedRecord);
         }
+        #[cfg(not(feature = "test-support"))]
         let limit = MAX_TAIL_CALLS;
         #[cfg(feature = "test-support")]
-        let limit = limit + u32::from(self.bug == Some(super::PlantedBug::OneTailCallMore));
+        let limit = MAX_TAIL_CALLS + u32::from(self.bug == Some(super::PlantedBug::OneTailCallMore));
         if self.tail_calls >= limit {
             return Ok(None);
         }
@@ -252,6 +342,18 @@ impl Machine<'_> {
     }
 }
 
+fn status_of(done: bool) -> u64 {
+    if done { 0 } else { errno(EINVAL) }
+}
+
+/// Bytes of the frame, or why not (`bpf_xdp_pointer`, `net/core/filter.c`).
+fn xdp_range(buffer: &mut Buffer, offset: u32, len: usize) -> Result<&mut [u8], i32> {
+    if offset > 0xffff || len > 0xffff {
+        return Err(EFAULT);
+    }
+    buffer.bytes_mut(i64::from(offset), len).map_err(|_| EINVAL)
+}
+
 fn status(result: Result<(), MapError>) -> u64 {
     result.map_or_else(|error| errno(error.errno()), |()| 0)
 }
@@ -264,6 +366,7 @@ fn errno(number: i32) -> u64 {
 const WITH_KEYS: &[MapKind] =
     &[MapKind::Array, MapKind::PercpuArray, MapKind::Hash, MapKind::PercpuHash, MapKind::LruHash, MapKind::LpmTrie];
 const ENOMEM: i32 = 12;
+const EACCES: i32 = 13;
 const EFAULT: i32 = 14;
 const EINVAL: i32 = 22;
 /// `BPF_RB_NO_WAKEUP` and `BPF_RB_FORCE_WAKEUP`.

@@ -3,7 +3,8 @@
 use super::alu;
 use super::maps::{Map, Maps};
 use super::memory::Stack;
-use super::skb::{CONTEXT_BYTES, Skb};
+use super::packet::Packet;
+use super::skb::CONTEXT_BYTES;
 use super::trap::{Memory, Trap, TrapKind};
 use super::value::{Address, Region, Value};
 use super::{Code, Environment, Redirect, TailTarget};
@@ -31,7 +32,7 @@ struct Repeat {
     rounds: u64,
 }
 
-pub(super) struct Machine<'a> {
+pub(super) struct Machine<'a, 'p> {
     pub(super) regs: [Value; 11],
     frames: [Option<Frame>; MAX_FRAMES - 1],
     depth: usize,
@@ -39,7 +40,7 @@ pub(super) struct Machine<'a> {
     pub(super) tail_calls: u32,
     pub(super) stacks: &'a mut [Stack; MAX_FRAMES],
     pub(super) context: [u8; CONTEXT_BYTES],
-    pub(super) skb: &'a mut Skb,
+    pub(super) packet: &'a mut Packet<'p>,
     pub(super) maps: &'a mut Maps,
     pub(super) env: &'a mut Environment,
     /// Raised by every helper that may move the packet.
@@ -52,15 +53,15 @@ pub(super) struct Machine<'a> {
     pub(super) bug: Option<super::PlantedBug>,
 }
 
-impl<'a> Machine<'a> {
+impl<'a, 'p> Machine<'a, 'p> {
     pub(super) fn new(
         stacks: &'a mut [Stack; MAX_FRAMES],
-        skb: &'a mut Skb,
+        packet: &'a mut Packet<'p>,
+        context: [u8; CONTEXT_BYTES],
         maps: &'a mut Maps,
         env: &'a mut Environment,
         scratch: Vec<u8>,
     ) -> Self {
-        let context = skb.to_context();
         let mut machine = Self {
             regs: [Value::Nothing; 11],
             frames: [None; MAX_FRAMES - 1],
@@ -69,7 +70,7 @@ impl<'a> Machine<'a> {
             tail_calls: 0,
             stacks,
             context,
-            skb,
+            packet,
             maps,
             env,
             epoch: 0,

@@ -1,7 +1,7 @@
 //! Loads and stores.
 
 use super::machine::Machine;
-use super::skb::{self, Field};
+use super::packet::Field;
 use super::trap::{Memory, TrapKind};
 use super::value::{Address, Region, Value};
 use crate::asm::STACK_BYTES;
@@ -84,7 +84,7 @@ impl Stack {
     }
 }
 
-impl Machine<'_> {
+impl Machine<'_, '_> {
     pub(super) fn load(&self, address: Address, size: Size) -> Result<Value, TrapKind> {
         let len = size.bytes();
         match address.region {
@@ -121,7 +121,7 @@ impl Machine<'_> {
         };
         let bytes = &number.to_le_bytes()[..len];
         if address.region == Region::Context {
-            let at = usize::try_from(address.offset).ok().filter(|at| skb::writable(*at, len));
+            let at = usize::try_from(address.offset).ok().filter(|at| self.packet.is_writable(*at, len));
             let at = at.ok_or(TrapKind::Context { offset: address.offset, size: len })?;
             self.context[at..at + len].copy_from_slice(bytes);
         } else {
@@ -135,11 +135,7 @@ impl Machine<'_> {
         let Address { region, offset } = address;
         match region {
             Region::Packet { epoch } if epoch != self.epoch => Err(TrapKind::StalePacket),
-            Region::Packet { .. } => {
-                let linear = self.skb.linear_len();
-                let at = within(Memory::Packet, offset, len, linear)?;
-                Ok(&self.skb.packet[at..at + len])
-            }
+            Region::Packet { .. } => self.packet.bytes(offset, len),
             Region::Stack { depth, serial } => {
                 let at = stack_offset(offset, len)?;
                 let stack = self.stack(depth, serial)?;
@@ -169,11 +165,7 @@ impl Machine<'_> {
         let Address { region, offset } = address;
         match region {
             Region::Packet { epoch } if epoch != self.epoch => Err(TrapKind::StalePacket),
-            Region::Packet { .. } => {
-                let linear = self.skb.linear_len();
-                let at = within(Memory::Packet, offset, len, linear)?;
-                Ok(&mut self.skb.packet[at..at + len])
-            }
+            Region::Packet { .. } => self.packet.bytes_mut(offset, len),
             Region::Stack { depth, serial } => {
                 let at = stack_offset(offset, len)?;
                 Ok(self.stack_mut(depth, serial)?.overwrite(at, len))
@@ -201,12 +193,10 @@ impl Machine<'_> {
     fn load_context(&self, offset: i64, len: usize) -> Result<Value, TrapKind> {
         let error = TrapKind::Context { offset, size: len };
         let at = usize::try_from(offset).map_err(|_| error)?;
-        let packet = |offset: usize| Value::Address(Address::new(Region::Packet { epoch: self.epoch }, offset as i64));
-        match skb::readable(at, len).ok_or(error)? {
-            Field::Number => Ok(little_endian(&self.context[at..at + len])),
-            Field::Data => Ok(packet(0)),
-            Field::DataEnd => Ok(packet(self.skb.linear_len())),
-        }
+        Ok(match self.packet.field(at, len).ok_or(error)? {
+            Field::Number => little_endian(&self.context[at..at + len]),
+            Field::Address(offset) => Value::Address(Address::new(Region::Packet { epoch: self.epoch }, offset)),
+        })
     }
 
     fn stack(&self, depth: u8, serial: u32) -> Result<&Stack, TrapKind> {

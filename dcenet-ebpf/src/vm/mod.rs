@@ -1,12 +1,12 @@
-//! Runs classifiers without a kernel: the same bytecode, no privileges, no clock, the same result every time.
+//! Runs classifiers and XDP programs without a kernel: the same bytecode, no privileges, no clock, the same result every time.
 //!
-//! [`Vm`] runs a linked [`Program`] on an [`Skb`], with [`Maps`] that outlive the run and an [`Environment`] that says what
+//! [`Vm`] runs a linked [`Program`] on an [`Skb`] or [`Xdp`] frame, with [`Maps`] that outlive the run and an [`Environment`] that says what
 //! time it is. It is stricter than the verifier: addresses are kept apart from numbers, so that forging or leaking one,
 //! reaching out of bounds, or reading what was never written is a [`Trap`] with the instruction that did it. It remembers
 //! which instructions ran ([`Vm::missed`]), so that tests can prove that they reached every leaf.
 //!
 //! It simulates the helpers for maps (array, hash, LRU hash, the per-CPU ones with one CPU, longest-prefix trie, ring
-//! buffer), time, random numbers, packet bytes, `bpf_redirect`, `bpf_loop` and tail calls; another helper traps. As a sole
+//! buffer), time, random numbers, packet bytes, moving the ends of an XDP frame, `bpf_redirect`, `bpf_loop` and tail calls; another helper traps. As a sole
 //! thread runs, atomics are plain.
 //!
 //! # Examples
@@ -35,18 +35,24 @@ mod helpers;
 mod machine;
 mod maps;
 mod memory;
+mod packet;
 mod skb;
 mod trap;
 mod value;
+mod xdp;
 
 use crate::insn::Insn;
 use crate::object::{MapSpec, Program, ProgramKind};
 use machine::{MAX_FRAMES, Machine};
 use memory::Stack;
+use packet::Packet;
+use skb::CONTEXT_BYTES;
+use xdp::Buffer;
 
 pub use maps::{Map, MapError, Maps, Update};
 pub use skb::{Skb, Vlan};
 pub use trap::{Memory, Trap, TrapKind};
+pub use xdp::{Xdp, XdpAction};
 
 /// What a program can learn of its surroundings.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -130,7 +136,7 @@ impl TailTarget {
 #[non_exhaustive]
 pub enum VmError {
     /// A kind of program whose context is not simulated.
-    #[error("program {program}: the VM runs classifiers, not {kind:?}")]
+    #[error("program {program}: the VM runs classifiers and XDP programs, not {kind:?}")]
     Kind {
         /// The program's name.
         program: String,
@@ -165,6 +171,8 @@ pub enum PlantedBug {
     UnsignedCompare,
     /// One tail call more than the kernel allows.
     OneTailCallMore,
+    /// `bpf_xdp_adjust_tail` gives back bytes that it cut off before.
+    GrownTailKept,
 }
 
 #[cfg(feature = "test-support")]
@@ -222,9 +230,9 @@ impl Vm {
     /// Takes a program.
     ///
     /// # Errors
-    /// [`VmError::Kind`] if it is no classifier.
+    /// [`VmError::Kind`] if it is neither a classifier nor an XDP program.
     pub fn new(program: &Program) -> Result<Self, VmError> {
-        if program.kind() != ProgramKind::Classifier {
+        if !matches!(program.kind(), ProgramKind::Classifier | ProgramKind::Xdp) {
             return Err(VmError::Kind { program: program.name().to_owned(), kind: program.kind() });
         }
         Ok(Self {
@@ -269,17 +277,78 @@ impl Vm {
         self
     }
 
-    /// Runs the program once. `maps` are those of the same object; what the program changed there, in the packet and in
+    /// Runs a classifier once. `maps` are those of the same object; what the program changed there, in the packet and in
     /// its metadata stays changed, after a trap too.
     ///
     /// # Errors
     /// See [`TrapKind`].
     pub fn run(&mut self, skb: &mut Skb, maps: &mut Maps, env: &mut Environment) -> Result<Run, Trap> {
-        if !maps.iter().map(Map::spec).eq(&self.maps) {
-            let program = self.programs.first().map(|code| code.name.clone()).unwrap_or_default();
-            return Err(Trap { program, slot: 0, insn: Insn::Exit, kind: TrapKind::WrongMaps });
+        let context = skb.to_context();
+        let (result, context) = self.run_on(ProgramKind::Classifier, &mut Packet::Skb(skb), context, maps, env)?;
+        skb.take_context(&context);
+        result
+    }
+
+    /// Runs an XDP program once, otherwise as [`Vm::run`]. [`XdpAction::from_result`] reads the result.
+    ///
+    /// # Errors
+    /// See [`TrapKind`].
+    ///
+    /// # Examples
+    /// ```
+    /// use dcenet_ebpf::asm::Asm;
+    /// use dcenet_ebpf::insn::{Cond, Helper, Reg::*};
+    /// use dcenet_ebpf::object::{Object, ProgramKind};
+    /// use dcenet_ebpf::vm::{Environment, Maps, Vm, Xdp, XdpAction};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let mut code = Asm::program("strip", ProgramKind::Xdp); // takes 8 bytes off the frame's head
+    /// let failed = code.label();
+    /// code.mov(R2, 8).call(Helper::XdpAdjustHead).jump_if(Cond::Ne, R0, 0, failed);
+    /// code.ret(XdpAction::Tx as i32).bind(failed).ret(XdpAction::Drop as i32);
+    /// let mut object = Object::new();
+    /// object.add(code.finish()?)?;
+    ///
+    /// let mut vm = Vm::new(&object.link("strip")?)?;
+    /// let (mut frame, mut maps) = (Xdp::new([7; 60]), Maps::new(object.maps()));
+    /// let run = vm.run_xdp(&mut frame, &mut maps, &mut Environment::default())?;
+    /// assert_eq!(XdpAction::from_result(run.value), XdpAction::Tx);
+    /// assert_eq!(frame.packet.len(), 52);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn run_xdp(&mut self, xdp: &mut Xdp, maps: &mut Maps, env: &mut Environment) -> Result<Run, Trap> {
+        let mut context = [0; CONTEXT_BYTES];
+        xdp::to_context(xdp, &mut context);
+        let mut packet = Packet::Xdp(Buffer::new(xdp));
+        let (result, _) = self.run_on(ProgramKind::Xdp, &mut packet, context, maps, env)?;
+        if let Packet::Xdp(buffer) = packet {
+            buffer.give_back(xdp);
         }
-        let mut machine = Machine::new(&mut self.stacks, skb, maps, env, std::mem::take(&mut self.scratch));
+        result
+    }
+
+    /// The run's result and the context as the program left it; an error where it cannot begin.
+    fn run_on(
+        &mut self,
+        kind: ProgramKind,
+        packet: &mut Packet<'_>,
+        context: [u8; CONTEXT_BYTES],
+        maps: &mut Maps,
+        env: &mut Environment,
+    ) -> Result<(Result<Run, Trap>, [u8; CONTEXT_BYTES]), Trap> {
+        let wrong = if self.kind != kind {
+            Some(TrapKind::WrongContext)
+        } else if !maps.iter().map(Map::spec).eq(&self.maps) {
+            Some(TrapKind::WrongMaps)
+        } else {
+            None
+        };
+        if let Some(kind) = wrong {
+            let program = self.programs.first().map(|code| code.name.clone()).unwrap_or_default();
+            return Err(Trap { program, slot: 0, insn: Insn::Exit, kind });
+        }
+        let mut machine = Machine::new(&mut self.stacks, packet, context, maps, env, std::mem::take(&mut self.scratch));
         #[cfg(feature = "test-support")]
         {
             machine.bug = self.bug;
@@ -287,9 +356,7 @@ impl Vm {
         let result = machine.run(&mut self.programs, self.budget);
         let Machine { redirect, context, scratch, .. } = machine;
         self.scratch = scratch;
-        skb.take_context(&context);
-        let (value, insns) = result?;
-        Ok(Run { value: value as u32, insns, redirect })
+        Ok((result.map(|(value, insns)| Run { value: value as u32, insns, redirect }), context))
     }
 
     /// The slots of the first program's instructions that no run has reached yet, ascending.

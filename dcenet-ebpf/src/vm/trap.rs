@@ -43,7 +43,7 @@ pub enum TrapKind {
     #[error("{0} is read-only")]
     ReadOnly(Memory),
     /// A field of the context that does not exist, is not simulated, or not at this size, or cannot be written.
-    #[error("no {size}-byte access at offset {offset} of struct __sk_buff")]
+    #[error("no {size}-byte access at offset {offset} of the context")]
     Context {
         /// Offset of the access.
         offset: i64,
@@ -71,8 +71,8 @@ pub enum TrapKind {
     /// Atomic operation elsewhere than on stack, map values and records.
     #[error("no atomic operation on {0}")]
     NoAtomic(Memory),
-    /// A helper that the VM does not simulate.
-    #[error("the VM does not simulate {0}")]
+    /// A helper that the VM does not simulate, or that programs of this kind do not have.
+    #[error("the VM does not simulate {0} for this kind of program")]
     Helper(Helper),
     /// An argument that the helper does not take.
     #[error("argument {argument}: {reason}")]
@@ -100,6 +100,9 @@ pub enum TrapKind {
     /// An array of programs holds a program of another VM.
     #[error("the array of programs holds one that this VM does not have; take targets from its own Vm::add")]
     UnknownProgram,
+    /// A classifier was given a frame of XDP, or the other way round.
+    #[error("classifiers run by Vm::run, XDP programs by Vm::run_xdp")]
+    WrongContext,
     /// The run was given other maps than the program has.
     #[error("the maps are not those of the program; make them with Maps::new from the same object")]
     WrongMaps,

@@ -5,6 +5,7 @@
 
 mod prefixes;
 mod tails;
+mod xdp;
 
 use std::sync::{Mutex, OnceLock};
 
