@@ -3,8 +3,8 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use dcenet_ebpf::asm::{Asm, AsmError, Function, SAFE_SPAN};
-use dcenet_ebpf::insn::{AtomicOp, Cond, Helper, Insn, IsaLevel, Reg, Reg::*, Size, disassemble};
-use dcenet_ebpf::object::ProgramKind;
+use dcenet_ebpf::insn::{AtomicOp, Cond, Helper, Insn, IsaLevel, Reg, Reg::*, Size, disassemble, parse};
+use dcenet_ebpf::object::{MapSpec, Object, ProgramKind};
 use proptest::prelude::*;
 
 fn program() -> Asm {
@@ -134,10 +134,8 @@ fn more_far_jumps_than_islands_carry_are_refused_below_level_4_only() {
 }
 
 /// A program of random blocks: block `i` moves `i` to `R0` and goes on, each jump forward and back being decided by an odd
-/// or even constant.
-fn blocks(isa: IsaLevel, span: u16, plan: &[(u8, usize, bool)]) -> (Function, Vec<i32>) {
-    let mut asm = program();
-    asm.isa(isa).short_span(span);
+/// or even constant. `also` writes more into each block.
+fn write_blocks(asm: &mut Asm, plan: &[(u8, usize, bool)], also: impl Fn(&mut Asm, usize)) {
     let count = plan.len();
     let labels: Vec<_> = (0..=count).map(|_| asm.label()).collect();
     // An order of the blocks in memory that differs from the order in which they run.
@@ -147,12 +145,19 @@ fn blocks(isa: IsaLevel, span: u16, plan: &[(u8, usize, bool)]) -> (Function, Ve
     for block in &order {
         let (padding, _, bit_test) = plan[*block];
         asm.bind(labels[*block]).mov(R0, *block as i32);
-        fill(&mut asm, usize::from(padding));
+        also(asm, *block);
+        fill(asm, usize::from(padding));
         let cond = if bit_test { Cond::Set } else { Cond::Eq };
         asm.jump_if(cond, R1, 2, labels[0]).jump_if(cond, R1, 1, labels[block + 1]).ret(-1);
     }
     asm.bind(labels[count]).exit();
-    (asm.finish().unwrap(), (0..count as i32).collect())
+}
+
+fn blocks(isa: IsaLevel, span: u16, plan: &[(u8, usize, bool)]) -> (Function, Vec<i32>) {
+    let mut asm = program();
+    asm.isa(isa).short_span(span);
+    write_blocks(&mut asm, plan, |_, _| {});
+    (asm.finish().unwrap(), (0..plan.len() as i32).collect())
 }
 
 proptest! {
@@ -166,6 +171,35 @@ proptest! {
             let (function, expected) = blocks(isa, span, &plan);
             prop_assert_eq!(walk(&function), expected);
             prop_assert!(function.lint().longest_short_jump <= usize::from(span));
+        }
+    }
+
+    /// With labels near and far, islands, maps, helpers, local calls and addresses of functions.
+    #[test]
+    fn a_linked_program_parses_back_from_its_listing(
+        plan in prop::collection::vec((any::<u8>(), any::<u16>().prop_map(usize::from), any::<bool>()), 1..30),
+        span in 200u16..2_000,
+    ) {
+        for isa in [IsaLevel::V1, IsaLevel::V2, IsaLevel::V3, IsaLevel::V4] {
+            let mut asm = program();
+            asm.isa(isa).short_span(span);
+            write_blocks(&mut asm, &plan, |asm, block| {
+                match block % 4 {
+                    0 => asm.load_map(R1, "first"),
+                    1 => asm.load_map(R1, "second").call(Helper::MapLookupElem),
+                    2 => asm.call_function("callee"),
+                    _ => asm.load_function(R2, "callee"),
+                };
+            });
+            let mut callee = Asm::subprogram("callee");
+            callee.ret(1);
+            let mut object = Object::new();
+            object.add_map(MapSpec::array("first", 4, 1)).unwrap();
+            object.add_map(MapSpec::hash("second", 4, 4, 1)).unwrap();
+            object.add(asm.finish().unwrap()).unwrap().add(callee.finish().unwrap()).unwrap();
+            let linked = object.link("test").unwrap();
+            let text = disassemble(linked.insns());
+            prop_assert_eq!(parse(&text).map_err(|e| e.to_string()), Ok(linked.insns().to_vec()));
         }
     }
 }

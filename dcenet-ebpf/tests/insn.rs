@@ -1,8 +1,8 @@
 //! Encoding, decoding and text of instructions.
 
 use dcenet_ebpf::insn::{
-    AluOp, AtomicOp, Cond, DecodeError, Helper, Imm64, Insn, IsaLevel, Order, Reg, Reg::*, Size, Src, SwapWidth, Width,
-    decode, disassemble, encode,
+    AluOp, AtomicOp, Cond, DecodeError, Helper, Imm64, Insn, IsaLevel, Order, ParseErrorKind, Reg, Reg::*, Size, Src,
+    SwapWidth, Width, decode, disassemble, encode, parse,
 };
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -91,6 +91,34 @@ proptest! {
         let code = encode(&insns);
         prop_assert_eq!(code.len(), insns.iter().map(Insn::slots).sum::<usize>() * 8);
         prop_assert_eq!(decode(&code).unwrap(), insns);
+    }
+
+    #[test]
+    fn a_listing_parses_back(insns in prop::collection::vec(insn(), 0..20)) {
+        let text = disassemble(&insns);
+        prop_assert_eq!(parse(&text).map_err(|e| e.to_string()), Ok(insns.clone()), "{}", text);
+        for insn in insns {
+            prop_assert_eq!(insn.to_string().parse::<Insn>(), Ok(insn));
+        }
+    }
+
+    /// A character lost or changed: an error with a place in the text, or code that the text says.
+    #[test]
+    fn a_damaged_listing_is_refused_in_place_or_means_what_it_says(
+        insns in prop::collection::vec(insn(), 1..6),
+        at in any::<prop::sample::Index>(),
+        with in "[ -~\n\u{e4}]{0,2}",
+    ) {
+        let text = disassemble(&insns);
+        let at = at.index(text.len());
+        let damaged = format!("{}{with}{}", &text[..at], &text[at + 1..]);
+        match parse(&damaged) {
+            Ok(code) => prop_assert_eq!(parse(&disassemble(&code)), Ok(code)),
+            Err(error) => {
+                let line = damaged.lines().nth(error.line - 1).expect("a line of the text");
+                prop_assert!(error.column >= 1 && error.column <= line.chars().count() + 1, "{}", error);
+            }
+        }
     }
 
     #[test]
@@ -250,4 +278,40 @@ fn levels_are_those_that_brought_the_instruction() {
     assert_eq!(branch(Width::W64, Cond::Lt).isa_level(), IsaLevel::V2);
     assert_eq!(branch(Width::W32, Cond::Eq).isa_level(), IsaLevel::V3);
     assert_eq!(Insn::JumpLong { off: 0 }.isa_level(), IsaLevel::V4);
+}
+
+#[test]
+fn mistakes_in_a_listing_are_named_with_their_place() {
+    let cases = [
+        ("r0 = 1\n  r0 += r11", "line 2, column 9: \"r11\" stands where a register from r0 to r10 is due"),
+        ("r0 = w1", "line 1, column 6: \"w1\" stands where a 64-bit register is due"),
+        ("r0 =", "line 1, column 5: \"\" stands where a number is due"),
+        ("r0 = 4294967296", "line 1, column 6: 4294967296 does not fit into a constant's 32 bits"),
+        ("goto +40000", "line 1, column 6: 40000 does not fit into a jump's 16 bits"),
+        ("goto 5", "line 1, column 6: \"5\" stands where a number with its sign is due"),
+        (
+            "   0: r0 = 1\n   2: exit",
+            "line 2, column 4: the instruction has slot 1, not 2; leave slots out, or number them all",
+        ),
+        ("call map_lookup_elem#2", "line 1, column 6: dcenet_ebpf::insn::Helper knows no map_lookup_elem#2"),
+        ("r1 = be16 r2", "line 1, column 11: r2 stands where r1 is due once more"),
+        ("r1 = 0x12345678901234567 ll", "line 1, column 6: 0x12345678901234567 does not fit into 64 bits"),
+        ("exit 1", "line 1, column 6: \"1\" stands where the end of the line is due"),
+        (
+            "*(u8 *)(r1 +0) = r2 ; fine\nlock *(u8 *)(r1 +0) += r2",
+            "line 2, column 8: \"u8 *)(r1 +0) += r2\" stands where u32 or u64 is due",
+        ),
+        ("w1 = *(u8 *)(r1 +0)", "line 1, column 1: \"w1 = *(u8 *)(r1 +0)\" stands where a 64-bit register is due"),
+        (
+            "r1 = atomic64_xchg((u32 *)(r2 +0), r1)",
+            "line 1, column 12: \"64_xchg((u32 *)(r2 +0), r1)\" stands where 64 for u64, and nothing for u32 is due",
+        ),
+        ("\u{e4}", "line 1, column 1: \"\u{e4}\" stands where an instruction is due"),
+    ];
+    for (text, expected) in cases {
+        assert_eq!(parse(text).expect_err(text).to_string(), expected, "{text}");
+    }
+    let error = parse("call nothing#1").expect_err("no such helper");
+    assert_eq!(error.kind, ParseErrorKind::Helper { name: "nothing".to_owned(), id: 1 });
+    assert_eq!(parse("\n ; only words\n"), Ok(Vec::new()));
 }

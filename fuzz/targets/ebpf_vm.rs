@@ -5,7 +5,7 @@
 
 #![no_main]
 
-use dcenet_ebpf::insn::{decode, disassemble, encode};
+use dcenet_ebpf::insn::{decode, disassemble, encode, parse};
 use dcenet_ebpf::object::{MapSpec, Program, ProgramKind};
 use dcenet_ebpf::vm::{Environment, Maps, Skb, TailTarget, Vm, Xdp};
 use libfuzzer_sys::fuzz_target;
@@ -15,9 +15,7 @@ fuzz_target!(|input: &[u8]| {
     let (packet, code) = rest.split_at(usize::from(length).min(rest.len()));
     let Ok(insns) = decode(code) else { return };
     assert_eq!(encode(&insns), code);
-    if !insns.is_empty() {
-        assert!(!disassemble(&insns).is_empty());
-    }
+    assert_eq!(parse(&disassemble(&insns)).as_ref(), Ok(&insns));
     let specs = vec![
         MapSpec::array("array", 12, 4),
         MapSpec::hash("hash", 4, 8, 2),

@@ -1,17 +1,19 @@
 //! Instructions of eBPF, levels v1 to v4, as types.
 //!
 //! [`Insn`] is one instruction; [`Insn::encode`] gives the kernel's 8-byte form (`struct bpf_insn`), [`decode`] reads it
-//! back, and `Display` prints it as the verifier does. An instruction takes one slot of 8 bytes, a 64-bit immediate load
+//! back, and `Display` prints it as the verifier does; [`disassemble`] makes a listing, which [`parse`] reads back. An instruction takes one slot of 8 bytes, a 64-bit immediate load
 //! two; jump offsets count slots from the slot after the jump.
 //!
 //! The kernel's `Documentation/bpf/standardization/instruction-set.rst` (RFC 9669) defines meaning and encoding.
 
 mod decode;
 mod helper;
+mod parse;
 mod text;
 
 pub use decode::{DecodeError, decode};
 pub use helper::Helper;
+pub use parse::{ParseError, ParseErrorKind, parse};
 pub use text::disassemble;
 
 /// A register. `R0` holds results, `R1` to `R5` arguments (lost by every call), `R6` to `R9` are kept over calls,
