@@ -248,30 +248,146 @@ fn far_jumps_load_at_both_levels() {
     }
 }
 
+/// A program of three parts that calls a function with one of its own and one without.
+fn marked(isa: IsaLevel) -> Object {
+    let mut main = Asm::program("parts", ProgramKind::Classifier);
+    let far = main.label();
+    main.isa(isa).short_span(40).load(Size::W, R6, R1, 0).jump_if(Cond::Gt, R6, 1000, far);
+    main.mark("call\nthe subprograms").mov(R1, R6).call_function("named").mov(R1, R0).call_function("unnamed");
+    main.mark("an empty part").mark("fill").load_imm64(R2, 7);
+    for _ in 0..50 {
+        main.add(R2, 1);
+    }
+    main.bind(far).mark("return").ret(3).mark("behind the end");
+    let mut named = Asm::subprogram("named");
+    named.mark("double it").mov(R0, R1).lsh(R0, 1).exit();
+    let mut unnamed = Asm::subprogram("unnamed");
+    unnamed.mov(R0, R1).exit();
+    let mut object = Object::new();
+    for asm in [main, named, unnamed] {
+        object.add(asm.finish().unwrap()).unwrap();
+    }
+    object
+}
+
 #[test]
-fn libbpf_loads_it() {
-    let missing = || {
-        let answers = |program: &str| Command::new(program).arg("version").output().is_ok();
-        (!answers("bpftool")).then(|| "bpftool is not installed (apt install bpftool)".to_owned())
-    };
-    if !require_with(Rung::Kernel, missing) {
+fn every_instruction_is_of_a_part() {
+    for isa in [IsaLevel::V3, IsaLevel::V4] {
+        let object = marked(isa);
+        let names: Vec<_> = object.functions()[0].marks().iter().map(|mark| mark.text.as_str()).collect();
+        assert_eq!(names, ["call the subprograms", "fill", "return"]);
+        let program = object.link("parts").unwrap();
+        let starts: Vec<_> = program.functions().iter().map(|(slot, _)| *slot).collect();
+        assert_eq!(program.part_of(0), Some("parts"));
+        let part_of = |wanted: Insn| {
+            let slots = program
+                .insns()
+                .iter()
+                .scan(0, |slot, insn| Some((std::mem::replace(slot, *slot + insn.slots()), insn)));
+            slots
+                .filter(|(_, insn)| **insn == wanted)
+                .map(|(slot, _)| program.part_of(slot).unwrap())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(part_of(Insn::LoadImm64 { dst: R2, value: Imm64::Value(7) }), ["fill"]);
+        assert_eq!(part_of(Insn::Exit), ["return", "double it", "unnamed"]);
+        assert_eq!(program.part_of(starts[1]), Some("double it"));
+        assert_eq!(program.part_of(starts[2] + 2), None);
+        assert!(!program.parts().iter().any(|(_, part)| part == "an empty part" || part == "behind the end"));
+    }
+}
+
+/// The verifier's log of a refused program repeats the name of the part at fault.
+#[cfg(feature = "aya")]
+#[test]
+fn the_verifiers_log_names_the_part() {
+    use dcenet_ebpf::loader::{AyaLoader, LoadErrorClass, LoadRequest, Loader};
+
+    if !require(Rung::Kernel) {
         return;
     }
+    for (marks, expected) in [(true, 1), (false, 0)] {
+        let mut asm = Asm::program("broken", ProgramKind::Classifier);
+        let mark = |asm: &mut Asm, text: &str| {
+            if marks {
+                asm.mark(text);
+            }
+        };
+        mark(&mut asm, "read the length");
+        asm.load(Size::W, R6, R1, 0);
+        mark(&mut asm, "read beyond the packet");
+        asm.load(Size::W, R2, R1, 76).load(Size::W, R3, R2, 0);
+        mark(&mut asm, "return");
+        asm.ret(0);
+        let mut object = Object::new();
+        object.add(asm.finish().unwrap()).unwrap();
+        let error = AyaLoader.load(&object.to_elf().unwrap(), &LoadRequest::default()).unwrap_err();
+        assert_eq!(error.class(), LoadErrorClass::Verifier);
+        let lines: Vec<_> = error.log().lines().filter(|line| line.starts_with("; read beyond the packet")).collect();
+        assert_eq!(lines.len(), expected, "{}", error.log());
+        assert!(!error.log().contains("; return"), "the verifier did not come to that: {}", error.log());
+    }
+}
+
+fn bpftool_is_missing() -> Option<String> {
+    let answers = Command::new("bpftool").arg("version").output().is_ok();
+    (!answers).then(|| "bpftool is not installed (apt install bpftool)".to_owned())
+}
+
+/// Loads programs by libbpf, in a mount namespace of their own, and gives what `then`, in which `$PROGS` is where they are
+/// pinned, prints.
+fn by_bpftool(object: &Object, then: &str) -> String {
     let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("sample.o");
-    std::fs::write(&file, sample().to_elf().unwrap()).unwrap();
+    let file = dir.path().join("object.o");
+    std::fs::write(&file, object.to_elf().unwrap()).unwrap();
     let bpffs = dir.path().join("bpf");
     // unshare(1) gives the mount a namespace of its own, which ends with the command and takes the pins along.
     let script = format!(
-        "mkdir {fs} && mount -t bpf bpf {fs} && bpftool prog loadall {object} {fs}/progs type classifier && \
-         bpftool -j prog show pinned {fs}/progs/count_bytes && \
-         bpftool prog dump xlated pinned {fs}/progs/count_bytes",
+        "PROGS={fs}/progs && mkdir {fs} && mount -t bpf bpf {fs} && \
+         bpftool prog loadall {object} $PROGS type classifier && {then}",
         fs = bpffs.display(),
         object = file.display()
     );
     let output = Command::new("unshare").args(["--mount", "sh", "-c", &script]).output().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
+    text
+}
+
+#[test]
+fn bpftool_names_the_part_of_each_instruction() {
+    if !require_with(Rung::Kernel, bpftool_is_missing) {
+        return;
+    }
+    for isa in [IsaLevel::V3, IsaLevel::V4] {
+        let object = marked(isa);
+        let text = by_bpftool(&object, "bpftool prog dump xlated pinned $PROGS/parts linum");
+        for (part, function, number) in [
+            ("parts", "parts", 0),
+            ("call the subprograms", "parts", 1),
+            ("fill", "parts", 2),
+            ("return", "parts", 3),
+            ("double it", "named", 1),
+            ("unnamed", "unnamed", 0),
+        ] {
+            let line = format!("; {part} [file:{function} line_num:{number} line_col:0]");
+            assert!(text.contains(&line), "{line} in\n{text}");
+        }
+        // Above the instruction that begins the part.
+        let (_, fill) = text.split_once("; fill ").unwrap();
+        assert!(fill.lines().nth(1).unwrap().ends_with("(18) r2 = 0x7"), "{text}");
+    }
+}
+
+#[test]
+fn libbpf_loads_it() {
+    if !require_with(Rung::Kernel, bpftool_is_missing) {
+        return;
+    }
+    let text = by_bpftool(
+        &sample(),
+        "bpftool -j prog show pinned $PROGS/count_bytes && bpftool prog dump xlated pinned $PROGS/count_bytes",
+    );
     assert!(text.contains("\"name\":\"count_bytes\""), "{text}");
     // Names of functions come from BTF: the dump has a headline for each.
     for name in ["count_bytes", "double", "add_one"] {

@@ -10,12 +10,14 @@ use crate::insn::{Cond, Insn, IsaLevel, Reg, Src, Width};
 pub(super) struct Code {
     pub(super) insns: Vec<Insn>,
     pub(super) named: Vec<(usize, u32)>,
+    /// The first instruction and number of each part.
+    pub(super) marks: Vec<(usize, u32)>,
 }
 
 /// The slots of an item; `long`: its jump in the `gotol` form.
 pub(super) fn slots(item: &Item, long: bool) -> usize {
     match item {
-        Item::Bind(_) => 0,
+        Item::Bind(_) | Item::Mark(_) => 0,
         Item::Insn(insn) | Item::Named(insn, _) => insn.slots(),
         Item::JumpIf { cond, .. } if long => 2 + usize::from(cond.inverse().is_none()),
         Item::Jump(_) | Item::JumpIf { .. } => 1,
@@ -84,6 +86,7 @@ fn with_long_jumps(asm: &Asm) -> Code {
         let distance = |label: Label| labels[label.0 as usize] as i64 - slot as i64;
         match *item {
             Item::Bind(_) => {}
+            Item::Mark(mark) => code.marks.push((code.insns.len(), mark)),
             Item::Insn(insn) => code.insns.push(insn),
             Item::Named(insn, name) => {
                 code.named.push((code.insns.len(), name));
@@ -154,6 +157,7 @@ impl<'a> Islands<'a> {
             self.island_if_due(at, slots(item, false))?;
             match *item {
                 Item::Bind(label) => self.bind(at, label),
+                Item::Mark(mark) => self.code.marks.push((self.code.insns.len(), mark)),
                 Item::Insn(insn) => self.push(insn),
                 Item::Named(insn, name) => {
                     self.code.named.push((self.code.insns.len(), name));

@@ -66,6 +66,15 @@ pub struct Reference {
     pub symbol: Symbol,
 }
 
+/// Where a part of a function begins, and what its writer calls it; see [`Asm::mark`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mark {
+    /// Index into [`Function::insns`] of the part's first instruction.
+    pub insn: usize,
+    /// The part's name, in one line.
+    pub text: String,
+}
+
 /// An assembled function.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Function {
@@ -73,6 +82,7 @@ pub struct Function {
     role: Role,
     insns: Vec<Insn>,
     references: Vec<Reference>,
+    marks: Vec<Mark>,
 }
 
 impl Function {
@@ -94,6 +104,11 @@ impl Function {
     /// The names that its instructions refer to, in order.
     pub fn references(&self) -> &[Reference] {
         &self.references
+    }
+
+    /// The parts that its writer named, ascending; each goes on until the next begins.
+    pub fn marks(&self) -> &[Mark] {
+        &self.marks
     }
 
     /// Its length in slots of 8 bytes.
@@ -216,6 +231,8 @@ enum Item {
     /// The name, by its index, stands for a value in this instruction.
     Named(Insn, u32),
     Bind(Label),
+    /// A part begins, by its index into [`Asm::marks`].
+    Mark(u32),
     Jump(Label),
     JumpIf {
         width: Width,
@@ -237,6 +254,7 @@ pub struct Asm {
     labels: u32,
     names: Vec<Symbol>,
     name_ids: HashMap<Symbol, u32>,
+    marks: Vec<String>,
     raw: Option<Insn>,
 }
 
@@ -281,6 +299,7 @@ impl Asm {
             labels: 0,
             names: Vec::new(),
             name_ids: HashMap::new(),
+            marks: Vec::new(),
             raw: None,
         }
     }
@@ -308,6 +327,20 @@ impl Asm {
     /// Binds a label to the place of the next instruction.
     pub fn bind(&mut self, label: Label) -> &mut Self {
         self.push(Item::Bind(label))
+    }
+
+    /// Names the part of the function that begins with the next instruction, until the next mark. The name goes into the
+    /// object's line information: the verifier's log repeats it above the part's instructions, and so does
+    /// `bpftool prog dump xlated linum`. Both show the function's name for the file, and the number of the part, from 1,
+    /// for the line. Line breaks and other control characters become spaces.
+    ///
+    /// # Minimum kernel version
+    /// 5.0; loaders leave line information out on older ones.
+    pub fn mark(&mut self, text: impl AsRef<str>) -> &mut Self {
+        let text = text.as_ref().replace(char::is_control, " ");
+        let mark = self.marks.len() as u32;
+        self.marks.push(text);
+        self.push(Item::Mark(mark))
     }
 
     /// Writes an instruction that is no jump and no local call.
@@ -460,7 +493,16 @@ impl Asm {
             .into_iter()
             .map(|(insn, name)| Reference { insn, symbol: self.names[name as usize].clone() })
             .collect();
-        Ok(Function { name: self.name, role: self.role, insns: code.insns, references })
+        let end = code.insns.len();
+        let mut marks: Vec<Mark> = Vec::new();
+        for (insn, mark) in code.marks.into_iter().filter(|(insn, _)| *insn < end) {
+            // An empty part has no instruction to stand above.
+            if marks.last().is_some_and(|last| last.insn == insn) {
+                marks.pop();
+            }
+            marks.push(Mark { insn, text: self.marks[mark as usize].clone() });
+        }
+        Ok(Function { name: self.name, role: self.role, insns: code.insns, references, marks })
     }
 
     fn push(&mut self, item: Item) -> &mut Self {

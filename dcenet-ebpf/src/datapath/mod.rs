@@ -241,10 +241,15 @@ pub fn program(spec: &Spec<'_>) -> Result<Object, DatapathError> {
         };
         let mut emitter = Emitter::new(name, direction, *slot, judgement);
         emitter.asm.isa(*isa);
+        emitter.asm.mark("the endpoint");
         emitter.prologue();
+        emitter.asm.mark("parse by address");
         emitter.fast();
+        emitter.asm.mark("the flow and its verdict");
         emitter.flow(timeouts);
+        emitter.asm.mark("parse by copies");
         emitter.slow();
+        emitter.asm.mark("events and verdicts");
         emitter.ends();
         object.add(emitter.asm.finish()?)?;
     }
@@ -288,13 +293,16 @@ pub fn default_program_of(sizes: &Sizes, slot: Slot) -> Result<Object, DatapathE
 fn undecided(name: &str, direction: Direction, slot: Slot) -> Result<Function, AsmError> {
     let mut emitter = Emitter::new(name, direction, slot, Judgement::Unknown);
     let unknown = emitter.drop(Reason::PolicyUnknown);
+    emitter.asm.mark("the attachment's slot");
     emitter.slot();
     if direction == Direction::Egress {
         emitter.asm.jump_if(Cond::Eq, R0, 0, unknown).mov(R9, R0);
     }
     emitter.clear(0.into());
+    emitter.asm.mark("parse by copies");
     emitter.slow();
     emitter.asm.bind(emitter.places.lookup).jump(unknown);
+    emitter.asm.mark("events and verdicts");
     emitter.ends();
     emitter.asm.finish()
 }

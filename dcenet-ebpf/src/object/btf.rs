@@ -16,6 +16,8 @@ pub(super) struct Btf {
     contexts: HashMap<&'static str, u32>,
     /// Section, then offset in bytes and type of each function.
     functions: Vec<(String, Vec<(u32, u32)>)>,
+    /// Section, then `struct bpf_line_info` of each part, offsets in bytes.
+    lines: Vec<(String, Vec<[u32; 4]>)>,
 }
 
 /// What a function takes and who may call it; the result is an integer.
@@ -40,6 +42,7 @@ impl Btf {
             numbers: HashMap::new(),
             contexts: HashMap::new(),
             functions: Vec::new(),
+            lines: Vec::new(),
         };
         let name = btf.string("int");
         const SIGNED: u32 = 1 << 24;
@@ -105,6 +108,19 @@ impl Btf {
         }
     }
 
+    /// A part of a function: its offset in a section, its name, and what stands for source file and line. Calls go in
+    /// ascending order of offsets. The kernel wants one at the start of every function, or none at all (`check_btf_line`,
+    /// `kernel/bpf/verifier.c`).
+    pub(super) fn line(&mut self, section: &str, offset: u32, text: &str, file: &str, line: u32) {
+        // The lower bits are the column, which nobody knows here (`BPF_LINE_INFO_LINE_NUM`).
+        const COLUMN_BITS: u32 = 10;
+        let record = [offset, self.string(file), self.string(text), line << COLUMN_BITS];
+        match self.lines.iter_mut().find(|(known, _)| known == section) {
+            Some((_, lines)) => lines.push(record),
+            None => self.lines.push((section.to_owned(), vec![record])),
+        }
+    }
+
     /// The bytes of `.BTF` and of `.BTF.ext`.
     pub(super) fn finish(mut self) -> (Vec<u8>, Vec<u8>) {
         const FUNC_INFO_BYTES: u32 = 8;
@@ -115,11 +131,23 @@ impl Btf {
         }
         let records = words(&records);
 
-        // btf_ext_header: function records, then no line records and no CO-RE relocations.
-        let length = records.len() as u32;
+        let mut lines = Vec::new();
+        if !self.lines.is_empty() {
+            const LINE_INFO_BYTES: u32 = 16;
+            lines.push(LINE_INFO_BYTES);
+            for (section, records) in std::mem::take(&mut self.lines) {
+                lines.extend([self.string(&section), records.len() as u32]);
+                lines.extend(records.as_flattened());
+            }
+        }
+        let lines = words(&lines);
+
+        // btf_ext_header: function records, line records, and no CO-RE relocations.
+        let (length, line_length) = (records.len() as u32, lines.len() as u32);
         let mut ext = header(32);
-        ext.extend(words(&[0, length, length, 0, length, 0]));
+        ext.extend(words(&[0, length, length, line_length, length + line_length, 0]));
         ext.extend(records);
+        ext.extend(lines);
 
         let (types, strings) = (self.types.len() as u32, self.strings.len() as u32);
         let mut btf = header(24);

@@ -9,7 +9,7 @@ use object::{
 
 use super::btf::{Btf, Prototype};
 use super::{Object, ObjectError};
-use crate::asm::{Role, Symbol};
+use crate::asm::{Function, Role, Symbol};
 use crate::insn::{self, Insn, SLOT_BYTES};
 
 /// Subprograms lie here; libbpf takes local functions nowhere else.
@@ -41,6 +41,7 @@ pub(super) fn write(object: &Object) -> Result<Vec<u8>, ObjectError> {
     }
 
     // A call needs its callee's symbol, which must lie in a section; so all code first, then all relocations.
+    let has_lines = object.functions.iter().any(|function| !function.marks().is_empty());
     let mut placed = Vec::new();
     for function in &object.functions {
         let (name, scope, prototype) = match function.role() {
@@ -54,6 +55,9 @@ pub(super) fn write(object: &Object) -> Result<Vec<u8>, ObjectError> {
         let code = insn::encode(function.insns());
         let offset = writer.append_section_data(section, &code, SLOT_BYTES as u64);
         btf.function(name, offset as u32, function.name(), prototype);
+        if has_lines {
+            lines(&mut btf, name, offset as u32, function);
+        }
         let symbol = symbol(function.name(), section, offset, code.len() as u64, SymbolKind::Text, scope);
         symbols.insert(Symbol::Function(function.name().to_owned()), writer.add_symbol(symbol));
         placed.push((function, section, offset));
@@ -85,6 +89,22 @@ pub(super) fn write(object: &Object) -> Result<Vec<u8>, ObjectError> {
         writer.set_section_data(section, bytes, 4);
     }
     writer.write().map_err(write_error)
+}
+
+/// A record at the function's start, and one for each of its parts.
+fn lines(btf: &mut Btf, section: &str, start: u32, function: &Function) {
+    // The verifier prints a name only if file or line differ from those before (`verbose_linfo`, `kernel/bpf/log.c`).
+    let mut marks = (1..).zip(function.marks()).peekable();
+    if marks.peek().is_none_or(|(_, first)| first.insn > 0) {
+        btf.line(section, start, function.name(), function.name(), 0);
+    }
+    let mut offset = start;
+    for (index, insn) in function.insns().iter().enumerate() {
+        if let Some((number, mark)) = marks.next_if(|(_, mark)| mark.insn == index) {
+            btf.line(section, offset, &mark.text, function.name(), number);
+        }
+        offset += (insn.slots() * SLOT_BYTES) as u32;
+    }
 }
 
 fn symbol(name: &str, section: SectionId, value: u64, size: u64, kind: SymbolKind, scope: SymbolScope) -> ElfSymbol {

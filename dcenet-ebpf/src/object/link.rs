@@ -14,6 +14,7 @@ pub struct Program {
     kind: ProgramKind,
     insns: Vec<Insn>,
     functions: Vec<(usize, String)>,
+    parts: Vec<(usize, String)>,
     maps: Vec<MapSpec>,
 }
 
@@ -21,7 +22,7 @@ impl Program {
     /// A program of instructions that no assembler has seen, for tests of what reads and runs them.
     #[cfg(any(test, feature = "test-support"))]
     pub fn from_insns(name: &str, kind: ProgramKind, insns: Vec<Insn>, maps: Vec<MapSpec>) -> Self {
-        Self { name: name.to_owned(), kind, insns, functions: vec![(0, name.to_owned())], maps }
+        Self { name: name.to_owned(), kind, insns, functions: vec![(0, name.to_owned())], parts: Vec::new(), maps }
     }
 
     /// Its name.
@@ -42,6 +43,23 @@ impl Program {
     /// First slot and name of every function, ascending.
     pub fn functions(&self) -> &[(usize, String)] {
         &self.functions
+    }
+
+    /// First slot and name of every part that its writer named ([`Asm::mark`](crate::asm::Asm::mark)), ascending.
+    pub fn parts(&self) -> &[(usize, String)] {
+        &self.parts
+    }
+
+    /// The part that the instruction at a slot is of: the nearest mark before it in its function, or the function's name.
+    /// None beyond the program's end.
+    pub fn part_of(&self, slot: usize) -> Option<&str> {
+        if slot >= self.insns.iter().map(Insn::slots).sum() {
+            return None;
+        }
+        let nearest = |parts: &'_ [(usize, String)]| parts.partition_point(|(start, _)| *start <= slot).checked_sub(1);
+        let (start, function) = self.functions.get(nearest(&self.functions)?)?;
+        let part = nearest(&self.parts).and_then(|at| self.parts.get(at)).filter(|(at, _)| at >= start);
+        Some(part.map_or(function, |(_, part)| part))
     }
 
     /// The maps of the object.
@@ -77,11 +95,16 @@ pub(super) fn link(object: &Object, name: &str) -> Result<Program, ObjectError> 
     }
 
     let mut insns = Vec::with_capacity(end);
+    let mut parts = Vec::new();
     let mut slot = 0;
     for function in &order {
+        let mut marks = function.marks().iter().peekable();
         let mut references = function.references().iter().peekable();
         for (index, insn) in function.insns().iter().enumerate() {
             let mut insn = *insn;
+            if let Some(mark) = marks.next_if(|mark| mark.insn == index) {
+                parts.push((slot, mark.text.clone()));
+            }
             if let Some(reference) = references.next_if(|reference| reference.insn == index) {
                 let unresolved = || ObjectError::Unresolved {
                     function: function.name().to_owned(),
@@ -105,5 +128,5 @@ pub(super) fn link(object: &Object, name: &str) -> Result<Program, ObjectError> 
         }
     }
     let functions = order.iter().map(|f| (starts[f.name()], f.name().to_owned())).collect();
-    Ok(Program { name: name.to_owned(), kind, insns, functions, maps: object.maps.clone() })
+    Ok(Program { name: name.to_owned(), kind, insns, functions, parts, maps: object.maps.clone() })
 }

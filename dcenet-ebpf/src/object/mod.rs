@@ -1,7 +1,9 @@
 //! An object: programs, subprograms and maps, ready for a loader or for the [VM](crate::vm).
 //!
 //! [`Object::to_elf`] writes a standard BPF ELF file as `clang -target bpf` would, which aya, libbpf and bpftool load and
-//! `llvm-objdump` reads: BTF-defined maps, BTF with a record per function, and relocations for maps and calls.
+//! `llvm-objdump` reads: BTF-defined maps, BTF with a record per function,
+//! line information where functions name their parts ([`Asm::mark`](crate::asm::Asm::mark)), and relocations for maps and
+//! calls.
 //! [`Object::link`] resolves all names in one piece.
 
 mod btf;
