@@ -2,9 +2,11 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use dcenet_ebpf::asm::{Asm, AsmError, Function, SAFE_SPAN};
+use dcenet_core::test_support::{Rung, require};
+use dcenet_ebpf::asm::{Asm, AsmError, Function, SAFE_SPAN, UnsetRead};
 use dcenet_ebpf::insn::{AtomicOp, Cond, Helper, Insn, IsaLevel, Reg, Reg::*, Size, disassemble, parse};
-use dcenet_ebpf::object::{MapSpec, Object, ProgramKind};
+use dcenet_ebpf::loader::{AyaLoader, LoadRequest, Loader};
+use dcenet_ebpf::object::{CallChain, MapSpec, Object, ObjectError, ProgramKind};
 use proptest::prelude::*;
 
 fn program() -> Asm {
@@ -326,4 +328,235 @@ fn a_listing_reads_as_written() {
    7: exit
 "
     );
+}
+
+/// What the verifier says of a program `test` with these functions beside it; nothing where it takes all.
+fn verifier(functions: impl IntoIterator<Item = Function>) -> Option<String> {
+    let mut object = Object::new();
+    object.add_map(MapSpec::hash("seen", 4, 8, 1)).unwrap().add_map(MapSpec::prog_array("jumps", 1)).unwrap();
+    for function in functions {
+        object.add(function).unwrap();
+    }
+    let error = AyaLoader.load(&object.to_elf().unwrap(), &LoadRequest::default()).err()?;
+    Some(error.log().to_owned())
+}
+
+#[test]
+fn registers_that_hold_nothing_are_found_as_by_the_verifier() {
+    type Write = fn(&mut Asm);
+    let unset = |slot, reg| Some(UnsetRead { slot, reg, after_call: false });
+    let lost = |slot, reg| Some(UnsetRead { slot, reg, after_call: true });
+    let cases: [(&str, Write, Option<UnsetRead>); 14] = [
+        (
+            "sum of nothing",
+            |a| {
+                a.add(R2, 1).ret(0);
+            },
+            unset(0, R2),
+        ),
+        (
+            "second operand",
+            |a| {
+                a.mov(R2, 1).add(R2, R3).ret(0);
+            },
+            unset(1, R3),
+        ),
+        (
+            "move of nothing",
+            |a| {
+                a.mov(R2, R7).ret(0);
+            },
+            unset(0, R7),
+        ),
+        (
+            "store of nothing",
+            |a| {
+                a.store(Size::Dw, R10, -8, R4).ret(0);
+            },
+            unset(0, R4),
+        ),
+        (
+            "no result",
+            |a| {
+                a.mov(R2, 0).exit();
+            },
+            unset(1, R0),
+        ),
+        (
+            "argument lost",
+            |a| {
+                a.mov(R2, 1).call(Helper::KtimeGetNs).mov(R0, R2).exit();
+            },
+            lost(2, R2),
+        ),
+        (
+            "context lost",
+            |a| {
+                a.call(Helper::KtimeGetNs).load(Size::W, R0, R1, 0).exit();
+            },
+            lost(1, R1),
+        ),
+        (
+            "lost to a function",
+            |a| {
+                a.call_function("callee").mov(R0, R1).exit();
+            },
+            lost(1, R1),
+        ),
+        (
+            "kept over a call",
+            |a| {
+                a.mov(R6, R1).call(Helper::KtimeGetNs).load(Size::W, R0, R6, 0).exit();
+            },
+            None,
+        ),
+        (
+            "missing argument",
+            |a| {
+                a.load_map(R1, "seen").call(Helper::MapLookupElem).ret(0);
+            },
+            unset(2, R2),
+        ),
+        (
+            "a tail call has no result",
+            |a| {
+                a.mov(R0, 1).load_map(R2, "jumps").mov(R3, 0).call(Helper::TailCall).exit();
+            },
+            unset(5, R0),
+        ),
+        (
+            "set on one of two ways",
+            |a| {
+                let end = a.label();
+                a.load(Size::W, R2, R1, 0).jump_if(Cond::Gt, R2, 60, end).mov(R3, 1).bind(end).mov(R0, R3).exit();
+            },
+            unset(3, R3),
+        ),
+        (
+            "set on both",
+            |a| {
+                let (other, end) = (a.label(), a.label());
+                a.load(Size::W, R2, R1, 0).jump_if(Cond::Gt, R2, 60, other).mov(R3, 1).jump(end);
+                a.bind(other).mov(R3, 2).bind(end).mov(R0, R3).exit();
+            },
+            None,
+        ),
+        (
+            "compare and exchange reads R0",
+            |a| {
+                a.store(Size::Dw, R10, -8, 0).mov(R2, 1).atomic(AtomicOp::Cmpxchg, Size::Dw, R10, -8, R2).ret(0);
+            },
+            unset(2, R0),
+        ),
+    ];
+    let kernel = require(Rung::Kernel);
+    for (name, write, expected) in cases {
+        let mut asm = program();
+        write(&mut asm);
+        let mut callee = Asm::subprogram("callee");
+        callee.ret(0);
+        let (function, callee) = (asm.finish().unwrap(), callee.finish().unwrap());
+        assert_eq!(function.lint().unset_reads, Vec::from_iter(expected), "{name}");
+        if kernel {
+            let log = verifier([function, callee]);
+            match expected {
+                Some(UnsetRead { reg, .. }) => {
+                    let log = log.unwrap_or_else(|| panic!("{name}: the verifier takes it"));
+                    let reason = format!("R{} !read_ok", reg.index());
+                    assert!(log.contains(&reason), "{name}: {log}");
+                }
+                None => assert_eq!(log, None, "{name}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn arguments_are_set_as_far_as_the_role_says() {
+    let sum = |mut asm: Asm| {
+        asm.mov(R0, R1).add(R0, R3).exit();
+        asm.finish().unwrap().lint().unset_reads
+    };
+    let r3 = [UnsetRead { slot: 1, reg: R3, after_call: false }];
+    assert_eq!(sum(program()), r3);
+    assert_eq!(sum(Asm::global("f", 2)), r3);
+    assert_eq!(sum(Asm::global("f", 3)), []);
+    assert_eq!(sum(Asm::subprogram("f")), []);
+}
+
+/// A program that calls `f1`, which calls `f2`, and so on; each takes so many bytes of stack.
+fn chain(stacks: &[i16]) -> Vec<Function> {
+    let name = |at: usize| format!("f{at}");
+    let functions = stacks.iter().enumerate().map(|(at, bytes)| {
+        let mut asm = if at == 0 { program() } else { Asm::subprogram(name(at)) };
+        if *bytes > 0 {
+            asm.store(Size::B, R10, -bytes, 1);
+        }
+        if at + 1 < stacks.len() {
+            asm.call_function(name(at + 1));
+        }
+        asm.ret(0);
+        asm.finish().unwrap()
+    });
+    functions.collect()
+}
+
+#[test]
+fn the_stack_of_a_chain_of_calls_is_added_up_as_by_the_verifier() {
+    let cases: [(&[i16], u32, bool, &str); 6] = [
+        (&[512], 512, true, ""),
+        (&[256, 256], 512, true, ""),
+        (&[256, 128, 300], 256 + 128 + 320, false, "combined stack size"),
+        (&[500, 1, 20], 512 + 32 + 32, false, "combined stack size"),
+        (&[0; 8], 8 * 32, true, ""),
+        (&[0; 9], 9 * 32, false, "the call stack of 9 frames is too deep"),
+    ];
+    let kernel = require(Rung::Kernel);
+    for (stacks, bytes, fits, reason) in cases {
+        let functions = chain(stacks);
+        let mut object = Object::new();
+        for function in &functions {
+            object.add(function.clone()).unwrap();
+        }
+        let chain = object.deepest_chain("test").unwrap();
+        let names: Vec<_> = functions.iter().map(|function| function.name().to_owned()).collect();
+        assert_eq!(chain, CallChain { functions: names, stack_bytes: bytes, frames: stacks.len() });
+        assert_eq!(chain.fits(), fits, "{stacks:?}");
+        if kernel {
+            match verifier(functions) {
+                None => assert!(fits, "the verifier takes {stacks:?}"),
+                Some(log) => assert!(!fits && log.contains(reason), "{stacks:?}: {log}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn the_deepest_of_several_chains_is_told_and_recursion_refused() {
+    let mut main = program();
+    main.store(Size::B, R10, -8, 1).call_function("shallow").call_function("deep").ret(0);
+    let mut shallow = Asm::subprogram("shallow");
+    shallow.store(Size::B, R10, -100, 1).ret(0);
+    let mut deep = Asm::subprogram("deep");
+    deep.store(Size::B, R10, -64, 1).load_function(R2, "shallow").mov(R1, 3).mov(R3, 0).mov(R4, 0).call(Helper::Loop);
+    deep.ret(0);
+    let mut object = Object::new();
+    for asm in [main, shallow, deep] {
+        object.add(asm.finish().unwrap()).unwrap();
+    }
+    let deepest = object.deepest_chain("test").unwrap();
+    assert_eq!((deepest.stack_bytes, deepest.frames), (32 + 64 + 128, 3));
+    assert_eq!(deepest.functions, ["test", "deep", "shallow"]);
+    assert!(matches!(object.deepest_chain("deep"), Err(ObjectError::NoProgram { .. })));
+
+    let mut main = program();
+    main.call_function("one").ret(0);
+    let (mut one, mut two) = (Asm::subprogram("one"), Asm::subprogram("two"));
+    one.call_function("two").ret(0);
+    two.call_function("one").ret(0);
+    let mut object = Object::new();
+    for asm in [main, one, two] {
+        object.add(asm.finish().unwrap()).unwrap();
+    }
+    assert!(matches!(object.deepest_chain("test"), Err(ObjectError::Recursion { function }) if function == "one"));
 }

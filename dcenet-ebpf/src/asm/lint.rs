@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use super::{AsmError, STACK_BYTES};
+use super::{AsmError, Role, STACK_BYTES, registers};
 use crate::insn::{AluOp, Imm64, Insn, IsaLevel, Reg, Size, Src, Width};
 
 /// Figures and blemishes of a function.
@@ -13,6 +13,9 @@ pub struct Lint {
     pub slots: usize,
     /// Slots that control never reaches; the verifier refuses a program that has any (unreachable insn).
     pub unreachable: Vec<Range<usize>>,
+    /// Registers that are read though nothing was written to them, or though a call has clobbered them, on some path
+    /// through the code, whatever the values that it branches on; the verifier refuses each that it can get to (`!read_ok`).
+    pub unset_reads: Vec<UnsetRead>,
     /// How deep the stack is used, in bytes: by direct accesses, and by addresses formed as `rX = r10; rX += -n`.
     pub stack_bytes: u16,
     /// The lowest level of the instruction set that has all its instructions.
@@ -21,37 +24,68 @@ pub struct Lint {
     pub longest_short_jump: usize,
 }
 
-pub(super) fn lint(insns: &[Insn]) -> Lint {
-    let mut starts = Vec::with_capacity(insns.len());
-    let mut slots = 0;
-    for insn in insns {
-        starts.push(slots);
-        slots += insn.slots();
+/// A read of a register that holds nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UnsetRead {
+    /// The slot of the instruction that reads.
+    pub slot: usize,
+    /// What it reads.
+    pub reg: Reg,
+    /// Whether a call lost it (`R1` to `R5`); otherwise nothing was ever written to it.
+    pub after_call: bool,
+}
+
+/// Where control goes.
+pub(super) struct Flow<'a> {
+    pub(super) insns: &'a [Insn],
+    /// The slot of each instruction.
+    pub(super) starts: Vec<usize>,
+    index_of: HashMap<usize, usize>,
+}
+
+impl<'a> Flow<'a> {
+    fn new(insns: &'a [Insn]) -> Self {
+        let mut starts = Vec::with_capacity(insns.len());
+        let mut slot = 0;
+        for insn in insns {
+            starts.push(slot);
+            slot += insn.slots();
+        }
+        let index_of = starts.iter().enumerate().map(|(index, slot)| (*slot, index)).collect();
+        Self { insns, starts, index_of }
     }
-    let index_of: HashMap<usize, usize> = starts.iter().enumerate().map(|(index, slot)| (*slot, index)).collect();
+
+    /// The instructions, by index, that may come after one.
+    pub(super) fn successors(&self, index: usize) -> impl Iterator<Item = usize> {
+        let target = |off: i64| {
+            let slot = usize::try_from(self.starts[index] as i64 + 1 + off).ok()?;
+            self.index_of.get(&slot).copied()
+        };
+        let next = (index + 1 < self.insns.len()).then_some(index + 1);
+        let both = match self.insns[index] {
+            Insn::Exit => [None, None],
+            Insn::Jump { off } => [target(off.into()), None],
+            Insn::JumpLong { off } => [target(off.into()), None],
+            Insn::JumpIf { off, .. } => [next, target(off.into())],
+            _ => [next, None],
+        };
+        both.into_iter().flatten()
+    }
+}
+
+pub(super) fn lint(insns: &[Insn], role: Role) -> Lint {
+    let flow = Flow::new(insns);
+    let slots = insns.iter().map(Insn::slots).sum();
 
     let mut reached = vec![false; insns.len()];
     let mut work = vec![0];
     while let Some(index) = work.pop() {
         let Some(seen) = reached.get_mut(index) else { continue };
-        if std::mem::replace(seen, true) {
-            continue;
-        }
-        let jump = |off: i64| {
-            let slot = usize::try_from(starts[index] as i64 + 1 + off).ok()?;
-            index_of.get(&slot).copied()
-        };
-        match insns[index] {
-            Insn::Exit => {}
-            Insn::Jump { off } => work.extend(jump(off.into())),
-            Insn::JumpLong { off } => work.extend(jump(off.into())),
-            Insn::JumpIf { off, .. } => {
-                work.push(index + 1);
-                work.extend(jump(off.into()));
-            }
-            _ => work.push(index + 1),
+        if !std::mem::replace(seen, true) {
+            work.extend(flow.successors(index));
         }
     }
+    let starts = &flow.starts;
     let mut unreachable: Vec<Range<usize>> = Vec::new();
     for (index, _) in reached.iter().enumerate().filter(|(_, reached)| !**reached) {
         let end = starts[index] + insns[index].slots();
@@ -64,6 +98,7 @@ pub(super) fn lint(insns: &[Insn]) -> Lint {
     Lint {
         slots,
         unreachable,
+        unset_reads: registers::unset_reads(&flow, role),
         stack_bytes: stack_bytes(insns),
         isa: insns.iter().map(Insn::isa_level).max().unwrap_or(IsaLevel::V1),
         longest_short_jump: insns

@@ -15,13 +15,14 @@
 
 mod layout;
 mod lint;
+mod registers;
 
 use std::collections::HashMap;
 
 use crate::insn::{AluOp, AtomicOp, Cond, Helper, Imm64, Insn, IsaLevel, Order, Reg, Size, Src, SwapWidth, Width};
 use crate::object::ProgramKind;
 
-pub use lint::Lint;
+pub use lint::{Lint, UnsetRead};
 
 /// The longest span of a short jump, in slots: a third of what 16 bits reach, as the verifier may lengthen it.
 pub const SAFE_SPAN: usize = 10_900;
@@ -118,7 +119,7 @@ impl Function {
 
     /// What a reviewer wants to know of it; see [`Lint`].
     pub fn lint(&self) -> Lint {
-        lint::lint(&self.insns)
+        lint::lint(&self.insns, self.role)
     }
 }
 

@@ -105,6 +105,40 @@ impl Helper {
     pub const fn id(self) -> u32 {
         self as u32
     }
+
+    /// How many arguments it takes, from `R1` on; of [`Helper::TracePrintk`], the least.
+    pub const fn arguments(self) -> u8 {
+        match self {
+            Self::KtimeGetNs
+            | Self::GetPrandomU32
+            | Self::GetSmpProcessorId
+            | Self::KtimeGetBootNs
+            | Self::KtimeGetCoarseNs => 0,
+            Self::XdpGetBuffLen => 1,
+            Self::MapLookupElem
+            | Self::MapDeleteElem
+            | Self::TracePrintk
+            | Self::Redirect
+            | Self::SkbPullData
+            | Self::XdpAdjustHead
+            | Self::XdpAdjustMeta
+            | Self::XdpAdjustTail
+            | Self::CsumUpdate
+            | Self::RingbufSubmit
+            | Self::RingbufDiscard
+            | Self::RedirectPeer => 2,
+            Self::TailCall | Self::CloneRedirect | Self::SkbVlanPush | Self::RingbufReserve => 3,
+            Self::MapUpdateElem
+            | Self::SkbLoadBytes
+            | Self::FibLookup
+            | Self::RingbufOutput
+            | Self::RedirectNeigh
+            | Self::Loop
+            | Self::XdpLoadBytes
+            | Self::XdpStoreBytes => 4,
+            Self::SkbStoreBytes | Self::L3CsumReplace | Self::L4CsumReplace | Self::CsumDiff => 5,
+        }
+    }
 }
 
 impl fmt::Display for Helper {

@@ -7,12 +7,14 @@
 //! [`Object::link`] resolves all names in one piece.
 
 mod btf;
+mod chain;
 mod elf;
 mod link;
 mod map;
 
 use crate::asm::{Function, Role, Symbol};
 
+pub use chain::{CallChain, MAX_CALL_FRAMES};
 pub use link::Program;
 pub(crate) use map::LPM_PREFIX_BYTES;
 pub use map::{MapFlags, MapKind, MapSpec, Pinning};
@@ -123,6 +125,12 @@ pub enum ObjectError {
         /// The name.
         name: String,
     },
+    /// A function calls itself, by way of others or not; the verifier refuses that.
+    #[error("function {function} calls itself, by way of others or not; unroll it, or use bpf_loop")]
+    Recursion {
+        /// One of the functions.
+        function: String,
+    },
     /// Writing the ELF file failed.
     #[error("the ELF file cannot be written")]
     Write {
@@ -205,6 +213,19 @@ impl Object {
     pub fn link(&self, program: &str) -> Result<Program, ObjectError> {
         self.check_references()?;
         link::link(self, program)
+    }
+
+    /// The chain of calls from a program that takes the most stack, callbacks of helpers counted as calls;
+    /// [`CallChain::fits`] tells whether the verifier takes it.
+    ///
+    /// # Errors
+    /// [`ObjectError::NoProgram`], [`ObjectError::Unresolved`] and [`ObjectError::Recursion`].
+    pub fn deepest_chain(&self, program: &str) -> Result<CallChain, ObjectError> {
+        self.check_references()?;
+        if !self.functions.iter().any(|f| f.name() == program && matches!(f.role(), Role::Program(_))) {
+            return Err(ObjectError::NoProgram { name: program.to_owned() });
+        }
+        chain::deepest(self, program)
     }
 
     fn check_references(&self) -> Result<(), ObjectError> {

@@ -43,6 +43,7 @@ fn nothing_is_unreachable_and_the_stack_is_small() {
         for function in object.functions() {
             let lint = function.lint();
             assert_eq!(lint.unreachable, [], "{}", function.name());
+            assert_eq!(lint.unset_reads, [], "{}", function.name());
             assert!(lint.stack_bytes <= 256, "{} bytes of stack", lint.stack_bytes);
         }
     }
