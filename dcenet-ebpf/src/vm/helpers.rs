@@ -6,8 +6,8 @@ use super::packet::Packet;
 use super::skb::Skb;
 use super::trap::TrapKind;
 use super::value::{Address, Region, Value};
-use super::xdp::{AdjustMeta, Buffer, XdpAction};
-use super::{MAX_TAIL_CALLS, Redirect, TailTarget};
+use super::xdp::{AdjustMeta, Buffer};
+use super::{MAX_TAIL_CALLS, TailTarget};
 use crate::insn::{Helper, Reg};
 use crate::object::MapKind;
 
@@ -26,7 +26,12 @@ impl Machine<'_, '_> {
             Helper::SkbLoadBytes => self.skb_load_bytes()?,
             Helper::SkbStoreBytes => self.skb_store_bytes()?,
             Helper::SkbPullData => self.skb_pull_data()?,
+            Helper::L3CsumReplace => self.l3_csum_replace()?,
+            Helper::L4CsumReplace => self.l4_csum_replace()?,
+            Helper::CsumDiff => self.csum_diff()?,
             Helper::Redirect => self.redirect_to()?,
+            Helper::CloneRedirect => self.clone_redirect()?,
+            Helper::FibLookup => self.fib_lookup()?,
             Helper::RingbufOutput => self.ringbuf_output()?,
             Helper::RingbufReserve => return self.ringbuf_reserve(),
             Helper::RingbufSubmit => self.ringbuf_release(true)?,
@@ -80,7 +85,7 @@ impl Machine<'_, '_> {
     }
 
     /// The packet of a classifier; other programs have no such helper.
-    fn skb(&mut self, helper: Helper) -> Result<&mut Skb, TrapKind> {
+    pub(super) fn skb(&mut self, helper: Helper) -> Result<&mut Skb, TrapKind> {
         match &mut *self.packet {
             Packet::Skb(skb) => Ok(skb),
             Packet::Xdp(_) => Err(TrapKind::Helper(helper)),
@@ -205,27 +210,6 @@ impl Machine<'_, '_> {
         Ok(0)
     }
 
-    /// `bpf_redirect(ifindex, flags)`; XDP has no flags, and results of its own.
-    fn redirect_to(&mut self) -> Result<u64, TrapKind> {
-        if matches!(self.packet, Packet::Xdp(_)) {
-            let (ifindex, flags) = (self.number(Reg::R1)? as u32, self.number(Reg::R2)?);
-            if flags != 0 {
-                return Ok(XdpAction::Aborted as u64);
-            }
-            self.redirect = Some(Redirect { ifindex, ingress: false });
-            return Ok(XdpAction::Redirect as u64);
-        }
-        const TC_ACT_SHOT: u64 = 2;
-        const TC_ACT_REDIRECT: u64 = 7;
-        const BPF_F_INGRESS: u64 = 1;
-        let (ifindex, flags) = (self.number(Reg::R1)? as u32, self.number(Reg::R2)?);
-        if flags & !BPF_F_INGRESS != 0 {
-            return Ok(TC_ACT_SHOT);
-        }
-        self.redirect = Some(Redirect { ifindex, ingress: flags == BPF_F_INGRESS });
-        Ok(TC_ACT_REDIRECT)
-    }
-
     /// `bpf_tail_call(ctx, array, index)`: the program to go on in; none where this one goes on instead.
     ///
     /// Here as in the x86 JIT since Linux 6.10 an empty place does not count towards the limit
@@ -324,7 +308,7 @@ impl Machine<'_, '_> {
         Ok(result)
     }
 
-    fn context_argument(&self) -> Result<(), TrapKind> {
+    pub(super) fn context_argument(&self) -> Result<(), TrapKind> {
         match self.address(Reg::R1)? {
             Address { region: Region::Context, offset: 0 } => Ok(()),
             _ => Err(TrapKind::Argument { argument: 1, reason: "the context as the program got it" }),
@@ -332,7 +316,7 @@ impl Machine<'_, '_> {
     }
 
     /// A size in bytes, which the verifier wants to be positive and bounded.
-    fn length(&self, reg: Reg) -> Result<usize, TrapKind> {
+    pub(super) fn length(&self, reg: Reg) -> Result<usize, TrapKind> {
         const MAX: u64 = 1 << 29;
         let len = self.number(reg)?;
         if len == 0 || len > MAX {
@@ -358,7 +342,7 @@ fn status(result: Result<(), MapError>) -> u64 {
     result.map_or_else(|error| errno(error.errno()), |()| 0)
 }
 
-fn errno(number: i32) -> u64 {
+pub(super) fn errno(number: i32) -> u64 {
     i64::from(-number) as u64
 }
 
@@ -367,7 +351,7 @@ const WITH_KEYS: &[MapKind] =
     &[MapKind::Array, MapKind::PercpuArray, MapKind::Hash, MapKind::PercpuHash, MapKind::LruHash, MapKind::LpmTrie];
 const ENOMEM: i32 = 12;
 const EACCES: i32 = 13;
-const EFAULT: i32 = 14;
-const EINVAL: i32 = 22;
+pub(super) const EFAULT: i32 = 14;
+pub(super) const EINVAL: i32 = 22;
 /// `BPF_RB_NO_WAKEUP` and `BPF_RB_FORCE_WAKEUP`.
 const WAKEUP_FLAGS: u64 = 0b11;

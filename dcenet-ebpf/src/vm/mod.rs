@@ -6,7 +6,8 @@
 //! which instructions ran ([`Vm::missed`]), so that tests can prove that they reached every leaf.
 //!
 //! It simulates the helpers for maps (array, hash, LRU hash, the per-CPU ones with one CPU, longest-prefix trie, ring
-//! buffer), time, random numbers, packet bytes, moving the ends of an XDP frame, `bpf_redirect`, `bpf_loop` and tail calls; another helper traps. As a sole
+//! buffer), time, random numbers, packet bytes, checksums, moving the ends of an XDP frame, redirects,
+//! route lookups (answered by the [`Environment`]), `bpf_loop` and tail calls; another helper traps. As a sole
 //! thread runs, atomics are plain.
 //!
 //! # Examples
@@ -31,11 +32,13 @@
 //! ```
 
 mod alu;
+mod checksum;
 mod helpers;
 mod machine;
 mod maps;
 mod memory;
 mod packet;
+mod route;
 mod skb;
 mod trap;
 mod value;
@@ -50,6 +53,7 @@ use skb::CONTEXT_BYTES;
 use xdp::Buffer;
 
 pub use maps::{Map, MapError, Maps, Update};
+pub use route::Route;
 pub use skb::{Skb, Vlan};
 pub use trap::{Memory, Trap, TrapKind};
 pub use xdp::{Xdp, XdpAction};
@@ -67,13 +71,28 @@ pub struct Environment {
     pub cpu: u32,
     /// State of the generator behind `bpf_get_prandom_u32`; the same seed gives the same numbers.
     pub random: u64,
+    /// The devices that there are, by index: other ones are an error to `bpf_clone_redirect` and `bpf_fib_lookup`.
+    pub devices: Vec<u32>,
+    /// What `bpf_fib_lookup` finds; without, it answers `BPF_FIB_LKUP_RET_NOT_FWDED`.
+    pub route: Option<Route>,
+    /// What `bpf_clone_redirect` sent, in order, by all runs.
+    pub clones: Vec<SentClone>,
 }
 
 impl Default for Environment {
-    /// One second after boot, on CPU 0.
+    /// One second after boot, on CPU 0, with device 1 and no route.
     fn default() -> Self {
         const SECOND: u64 = 1_000_000_000;
-        Self { ktime_ns: SECOND, boottime_ns: SECOND, coarse_ns: SECOND, cpu: 0, random: 1 }
+        Self {
+            ktime_ns: SECOND,
+            boottime_ns: SECOND,
+            coarse_ns: SECOND,
+            cpu: 0,
+            random: 1,
+            devices: vec![1],
+            route: None,
+            clones: Vec::new(),
+        }
     }
 }
 
@@ -102,6 +121,15 @@ pub struct Redirect {
     pub ifindex: u32,
     /// Whether the packet arrives there instead of leaving (`BPF_F_INGRESS`).
     pub ingress: bool,
+}
+
+/// A copy of the packet that `bpf_clone_redirect` sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SentClone {
+    /// Where to.
+    pub redirect: Redirect,
+    /// The packet as it was then.
+    pub packet: Vec<u8>,
 }
 
 /// What a run came to.

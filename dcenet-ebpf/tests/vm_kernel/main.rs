@@ -3,6 +3,7 @@
 #![cfg(feature = "aya")]
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod helpers;
 mod prefixes;
 mod tails;
 mod xdp;
