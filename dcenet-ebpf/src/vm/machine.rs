@@ -8,6 +8,8 @@ use super::skb::CONTEXT_BYTES;
 use super::trap::{Memory, Trap, TrapKind};
 use super::value::{Address, Region, Value};
 use super::{Code, Environment, Redirect, TailTarget};
+#[cfg(feature = "test-support")]
+use crate::insn::Order;
 use crate::insn::{AluOp, AtomicOp, Cond, Helper, Imm64, Insn, Reg, Size, Src, Width};
 
 /// The kernel's `MAX_CALL_FRAMES`.
@@ -152,6 +154,8 @@ impl<'a, 'p> Machine<'a, 'p> {
             }
             Insn::Swap { order, bits, dst } => {
                 let number = self.number(dst)?;
+                #[cfg(feature = "test-support")]
+                let order = if self.bug == Some(super::PlantedBug::Unswapped) { Order::Le } else { order };
                 self.set(dst, alu::swap(order, bits, number));
             }
             Insn::Load { size, dst, base, off } => {

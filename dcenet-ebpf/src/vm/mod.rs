@@ -201,6 +201,8 @@ pub enum PlantedBug {
     OneTailCallMore,
     /// `bpf_xdp_adjust_tail` gives back bytes that it cut off before.
     GrownTailKept,
+    /// Bytes are not swapped.
+    Unswapped,
 }
 
 #[cfg(feature = "test-support")]

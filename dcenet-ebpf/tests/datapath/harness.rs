@@ -22,7 +22,7 @@ use dcenet_ebpf::maps::{Array, HashTable, Map, PerCpuArray, Plain, Put, RingBuff
 use dcenet_ebpf::object::Object;
 use dcenet_ebpf::program::{Program, TestRun};
 use dcenet_ebpf::test_support::packet::Packet;
-use dcenet_ebpf::vm::{Environment, Maps, Skb, Update, Vlan, Vm};
+use dcenet_ebpf::vm::{Environment, Maps, PlantedBug, Skb, Update, Vlan, Vm};
 
 pub const POD4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
 pub const PEER4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
@@ -321,6 +321,27 @@ impl Pod {
         assert_eq!(after[index].bytes - before[index].bytes, frame.len() as u64);
         assert_eq!(verdict, if reason.passes() { TC_ACT_UNSPEC } else { TC_ACT_SHOT }, "{reason:?}");
         Some(reason)
+    }
+
+    /// Makes the VM err.
+    pub fn plant_bug(&self, bug: PlantedBug) {
+        let mut twin = self.twin.borrow_mut();
+        let Twin { object, machine, .. } = &mut *twin;
+        let machine = machine.get_or_insert_with(|| Machine::new(object));
+        machine.from_pod.plant_bug(bug);
+        machine.to_pod.plant_bug(bug);
+    }
+
+    /// How many instructions of a program the VM has run, and how many there are; nothing where no VM runs.
+    pub fn coverage(&self, direction: Direction) -> Option<(usize, usize)> {
+        let twin = self.twin.borrow();
+        let machine = twin.machine.as_ref()?;
+        let (vm, name) = match direction {
+            Egress => (&machine.from_pod, datapath::FROM_POD),
+            Ingress => (&machine.to_pod, datapath::TO_POD),
+        };
+        let all = twin.object.link(name).unwrap().insns().len();
+        Some((all - vm.missed().count(), all))
     }
 
     pub fn without_twin(&self) {

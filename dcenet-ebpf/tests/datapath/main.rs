@@ -13,4 +13,5 @@ mod harness;
 mod loads;
 mod pressure;
 mod related;
+mod traffic;
 mod verdicts;
