@@ -112,15 +112,17 @@ fn differences_of_sums_agree_with_the_kernel() {
         (at(8, 40), at(48, 64)),
         (at(8, 0), at(48, 4)),
     ]);
-    let kernel = by_kernel(&words, &OPERANDS, &PACKET);
-    assert_eq!(kernel, by_vm(&words, &OPERANDS, &PACKET, None));
-    assert!(kernel.results.iter().filter(|sum| **sum != 0).count() > 20, "sums of something");
-
     let odd = differences(&[(at(8, 3), at(48, 4)), (at(8, 4), at(48, 6)), (at(41, 1), none), (none, at(40, 5))]);
-    let kernel = by_kernel(&odd, &OPERANDS, &PACKET);
-    // Kernels before 6.13 refuse these, and the VM is as later ones.
-    if kernel.results[0] != EINVAL {
-        assert_eq!(kernel, by_vm(&odd, &OPERANDS, &PACKET, None));
+    let judge = |object: &Object| (by_kernel(object, &OPERANDS, &PACKET), by_vm(object, &OPERANDS, &PACKET, None));
+    let (of_odd, of_words) = (judge(&odd), judge(&words));
+    // Kernels before 6.13 refuse odd sizes, and may write a sum of zero as 0xffff; the VM is as later ones.
+    let new = of_odd.0.results[0] != EINVAL;
+    let zero = |sum: &u64| if *sum == 0xffff && !new { 0 } else { *sum };
+    let sums = |results: &[u64]| results.iter().map(zero).collect::<Vec<_>>();
+    assert_eq!(sums(&of_words.0.results), sums(&of_words.1.results));
+    assert!(of_words.0.results.iter().filter(|sum| **sum != 0).count() > 20, "sums of something");
+    if new {
+        assert_eq!(of_odd.0, of_odd.1);
     }
 }
 
