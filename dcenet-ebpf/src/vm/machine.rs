@@ -41,7 +41,7 @@ pub(super) struct Machine<'a, 'p> {
     program: TailTarget,
     pub(super) tail_calls: u32,
     pub(super) stacks: &'a mut [Stack; MAX_FRAMES],
-    pub(super) context: [u8; CONTEXT_BYTES],
+    pub(super) context: &'a mut [u8; CONTEXT_BYTES],
     pub(super) packet: &'a mut Packet<'p>,
     pub(super) maps: &'a mut Maps,
     pub(super) env: &'a mut Environment,
@@ -59,7 +59,7 @@ impl<'a, 'p> Machine<'a, 'p> {
     pub(super) fn new(
         stacks: &'a mut [Stack; MAX_FRAMES],
         packet: &'a mut Packet<'p>,
-        context: [u8; CONTEXT_BYTES],
+        context: &'a mut [u8; CONTEXT_BYTES],
         maps: &'a mut Maps,
         env: &'a mut Environment,
         scratch: Vec<u8>,

@@ -313,8 +313,8 @@ impl Vm {
     /// # Errors
     /// See [`TrapKind`].
     pub fn run(&mut self, skb: &mut Skb, maps: &mut Maps, env: &mut Environment) -> Result<Run, Trap> {
-        let context = skb.to_context();
-        let (result, context) = self.run_on(ProgramKind::Classifier, &mut Packet::Skb(skb), context, maps, env)?;
+        let mut context = skb.to_context();
+        let result = self.run_on(ProgramKind::Classifier, &mut Packet::Skb(skb), &mut context, maps, env);
         skb.take_context(&context);
         result
     }
@@ -351,22 +351,21 @@ impl Vm {
         let mut context = [0; CONTEXT_BYTES];
         xdp::to_context(xdp, &mut context);
         let mut packet = Packet::Xdp(Buffer::new(xdp));
-        let (result, _) = self.run_on(ProgramKind::Xdp, &mut packet, context, maps, env)?;
+        let result = self.run_on(ProgramKind::Xdp, &mut packet, &mut context, maps, env);
         if let Packet::Xdp(buffer) = packet {
             buffer.give_back(xdp);
         }
         result
     }
 
-    /// The run's result and the context as the program left it; an error where it cannot begin.
     fn run_on(
         &mut self,
         kind: ProgramKind,
         packet: &mut Packet<'_>,
-        context: [u8; CONTEXT_BYTES],
+        context: &mut [u8; CONTEXT_BYTES],
         maps: &mut Maps,
         env: &mut Environment,
-    ) -> Result<(Result<Run, Trap>, [u8; CONTEXT_BYTES]), Trap> {
+    ) -> Result<Run, Trap> {
         let wrong = if self.kind != kind {
             Some(TrapKind::WrongContext)
         } else if !maps.iter().map(Map::spec).eq(&self.maps) {
@@ -384,9 +383,10 @@ impl Vm {
             machine.bug = self.bug;
         }
         let result = machine.run(&mut self.programs, self.budget);
-        let Machine { redirect, context, scratch, .. } = machine;
+        let Machine { redirect, scratch, .. } = machine;
         self.scratch = scratch;
-        Ok((result.map(|(value, insns)| Run { value: value as u32, insns, redirect }), context))
+        let (value, insns) = result?;
+        Ok(Run { value: value as u32, insns, redirect })
     }
 
     /// The slots of the first program's instructions that no run has reached yet, ascending.
