@@ -4,7 +4,9 @@
 
 use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::model::IfName;
@@ -75,6 +77,68 @@ pub(crate) fn wait_readable(fd: BorrowedFd<'_>, limit: Duration) -> io::Result<b
     }
 }
 
+/// Waits until anything of what is asked for has come to one of the descriptors, at most for `limit`, and returns for each
+/// whether it has (poll(2)). A signal, like the end of the time, returns that nothing has.
+pub(crate) fn wait_any(watched: &[(BorrowedFd<'_>, libc::c_short)], limit: Duration) -> io::Result<Vec<bool>> {
+    let entry = |(fd, events): &(BorrowedFd<'_>, libc::c_short)| libc::pollfd {
+        fd: fd.as_raw_fd(),
+        events: *events,
+        revents: 0,
+    };
+    let mut entries: Vec<_> = watched.iter().map(entry).collect();
+    let left = libc::c_int::try_from(limit.as_millis() + 1).unwrap_or(libc::c_int::MAX);
+    let count = entries.len() as libc::nfds_t;
+    // SAFETY: `entries` holds as many writable entries as `count` says, and outlives the call; the descriptors are
+    // borrowed and thus open.
+    match check(unsafe { libc::poll(entries.as_mut_ptr(), count, left) }) {
+        Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
+        _ => Ok(entries.iter().map(|entry| entry.revents != 0).collect()),
+    }
+}
+
+/// Has reads and writes of a descriptor return at once (fcntl(2), `O_NONBLOCK`).
+pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: F_GETFL takes no argument; `fd` is borrowed and thus open.
+    let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+    check(flags)?;
+    // SAFETY: F_SETFL takes a number and no pointer; `fd` is borrowed and thus open.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) })
+}
+
+/// A descriptor that can be read when the child has ended (pidfd_open(2); Linux 5.3). `pid` is of a child that was not
+/// waited for.
+pub(crate) fn process_fd(pid: u32) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_open takes two numbers and no pointer.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::c_long::from(pid), 0) };
+    let fd = libc::c_int::try_from(fd).map_err(io::Error::other)?;
+    check(fd)?;
+    // SAFETY: the descriptor was just opened and nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Kills the process group of a child that leads one and was not waited for (kill(2)).
+pub(crate) fn kill_group(pid: u32) -> io::Result<()> {
+    let group = libc::pid_t::try_from(pid).ok().filter(|pid| *pid > 1).ok_or(io::ErrorKind::InvalidInput)?;
+    // SAFETY: kill takes two numbers and no pointer.
+    check(unsafe { libc::kill(-group, libc::SIGKILL) })
+}
+
+/// Has the program of the command killed when the thread that starts it ends (prctl(2), `PR_SET_PDEATHSIG`).
+pub(crate) fn die_with_this_thread(command: &mut Command) {
+    let parent = std::process::id();
+    let arrange = move || {
+        // SAFETY: PR_SET_PDEATHSIG takes a number and no pointer.
+        check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) })?;
+        // SAFETY: getppid takes nothing and cannot fail.
+        let now = unsafe { libc::getppid() };
+        // Whoever ended before the arrangement sends no signal.
+        if u32::try_from(now) == Ok(parent) { Ok(()) } else { Err(io::ErrorKind::BrokenPipe.into()) }
+    };
+    // SAFETY: between fork and exec `arrange` makes two system calls and neither allocates nor locks: errors are a
+    // number or a kind.
+    unsafe { command.pre_exec(arrange) };
+}
+
 /// Creates a TAP or TUN device in the calling thread's namespace, which stays when the descriptor is closed (tun(4),
 /// `Documentation/networking/tuntap.rst`).
 pub(crate) fn create_tap(name: &IfName, tap: &TapSpec) -> io::Result<()> {
@@ -117,15 +181,14 @@ const _: () = assert!(size_of::<IfReq>() == 40);
 
 /// Opens a socket that sends ICMP echo requests and receives their replies (icmp(7), "Ping sockets").
 #[cfg(any(test, feature = "test-support"))]
-pub(crate) fn ping_socket(ipv6: bool) -> io::Result<std::os::fd::OwnedFd> {
-    use std::os::fd::FromRawFd;
+pub(crate) fn ping_socket(ipv6: bool) -> io::Result<OwnedFd> {
     let (family, protocol) =
         if ipv6 { (libc::AF_INET6, libc::IPPROTO_ICMPV6) } else { (libc::AF_INET, libc::IPPROTO_ICMP) };
     // SAFETY: socket takes no pointers.
     let fd = unsafe { libc::socket(family, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, protocol) };
     check(fd)?;
     // SAFETY: the descriptor was just opened and nobody else has it.
-    Ok(unsafe { std::os::fd::OwnedFd::from_raw_fd(fd) })
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {

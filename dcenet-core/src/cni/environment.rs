@@ -1,6 +1,7 @@
 //! What the runtime says in the environment (CNI 1.1.0, section 2, "Parameters").
 
 use std::ffi::OsString;
+use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -25,6 +26,26 @@ pub enum Verb {
     Version,
 }
 
+impl Verb {
+    /// The verb as in `CNI_COMMAND`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Add => "ADD",
+            Self::Check => "CHECK",
+            Self::Del => "DEL",
+            Self::Gc => "GC",
+            Self::Status => "STATUS",
+            Self::Version => "VERSION",
+        }
+    }
+}
+
+impl fmt::Display for Verb {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
 impl FromStr for Verb {
     type Err = CniError;
 
@@ -46,8 +67,6 @@ impl FromStr for Verb {
 }
 
 /// The environment of one call, checked as far as its verb needs it.
-///
-/// `CNI_PATH` is not among it: this plugin runs no other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Invocation {
     /// `CNI_COMMAND`.
@@ -60,6 +79,8 @@ pub struct Invocation {
     pub ifname: Option<IfName>,
     /// `CNI_ARGS`.
     pub args: CniArgs,
+    /// `CNI_PATH`: where the plugins of others are.
+    pub path: OsString,
     /// `CNI_NETNS_OVERRIDE`: the caller's own namespace may be given as the container's.
     pub netns_override: bool,
 }
@@ -80,6 +101,7 @@ impl Invocation {
             .ok_or_else(|| environment("CNI_COMMAND is not set; this program is run by a container runtime".into()))?
             .parse()?;
 
+        let path = get("CNI_PATH").unwrap_or_default();
         let per_container = matches!(verb, Verb::Add | Verb::Check | Verb::Del);
         if !per_container {
             // Runtimes fill the rest with placeholders here, which are not worth an error.
@@ -89,6 +111,7 @@ impl Invocation {
                 netns: None,
                 ifname: None,
                 args: CniArgs::default(),
+                path,
                 netns_override: false,
             });
         }
@@ -111,6 +134,7 @@ impl Invocation {
                 (Err(_), Verb::Del) => CniArgs::default(),
                 (args, _) => args?,
             },
+            path,
             netns_override: text("CNI_NETNS_OVERRIDE")?.is_some_and(|v| is_true(&v)),
         })
     }
@@ -129,6 +153,8 @@ pub struct CniArgs {
     pub addresses: Vec<IpAddr>,
     /// `POOLS`: wanted pools, joined by `,`. A key of ours.
     pub pools: Vec<String>,
+    /// All of it as it was given, for the plugins of others.
+    pub text: String,
 }
 
 impl CniArgs {
@@ -138,7 +164,7 @@ impl CniArgs {
     /// Code 4 for a part without `=`, a value that cannot be read, and for an unknown key unless `IgnoreUnknown` is
     /// set anywhere (CNI convention, `CONVENTIONS.md`, "CNI_ARGS").
     pub fn parse(text: &str) -> Result<Self, CniError> {
-        let mut args = Self::default();
+        let mut args = Self { text: text.to_owned(), ..Self::default() };
         let (mut namespace, mut name) = (None, None);
         let mut unknown = None;
         let mut ignore_unknown = false;

@@ -45,6 +45,8 @@ pub enum ErrorCode {
     RollbackIncomplete,
     /// 120: CHECK: the container's network is not as ADD left it.
     Drift,
+    /// The code of a plugin of others that was run; the message tells which.
+    Delegated(u32),
 }
 
 impl ErrorCode {
@@ -67,6 +69,7 @@ impl ErrorCode {
             Self::KernelFeature => 114,
             Self::RollbackIncomplete => 115,
             Self::Drift => 120,
+            Self::Delegated(code) => code,
         }
     }
 }

@@ -10,6 +10,7 @@
 //! ```
 
 mod config;
+mod delegate;
 mod environment;
 mod error;
 mod ipam;
@@ -19,6 +20,7 @@ mod verbs;
 mod version;
 
 pub use config::{Asked, NetConf, Role, RuntimeConfig};
+pub use delegate::{Chain, DelegateError, PluginCall, PluginName, Plugins};
 pub use environment::{CniArgs, Invocation, Verb};
 pub use error::{CniError, ErrorCode};
 pub use result::{CniResult, Interface, Ip, Route};

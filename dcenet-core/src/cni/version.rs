@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::{CniError, ErrorCode};
+use crate::model::serde_by_text;
 
 /// A version of the CNI specification that is served. Matched by exact text, never by range: a version says how a
 /// configuration and a result are to be read, and an unknown one says nothing.
@@ -56,3 +57,5 @@ impl FromStr for SpecVersion {
         })
     }
 }
+
+serde_by_text!(SpecVersion);
