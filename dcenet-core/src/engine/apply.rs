@@ -498,7 +498,7 @@ fn indexed(operation: &Operation) -> Vec<&IfName> {
     }
 }
 
-fn new_route(index: IfIndex, route: &RouteSpec) -> NewRoute {
+pub(super) fn new_route(index: IfIndex, route: &RouteSpec) -> NewRoute {
     let RouteSpec { destination, gateway, on_link, metric, table } = *route;
     let table = table.unwrap_or(libc::RT_TABLE_MAIN.into());
     NewRoute { index, destination, gateway, on_link, metric, table }

@@ -18,6 +18,7 @@ mod neighbour;
 #[cfg(test)]
 mod oracle;
 mod route;
+mod rule;
 mod socket;
 
 use std::net::IpAddr;
@@ -30,6 +31,7 @@ pub use link::LinkView;
 pub use message::{Attributes, Message};
 pub use neighbour::NeighbourView;
 pub use route::{RouteView, RuleView};
+pub use rule::RuleSpec;
 pub use socket::{Failure, Family, NetlinkError, Reply, Socket};
 
 #[cfg(feature = "fault-injection")]
@@ -43,7 +45,8 @@ pub(crate) use link::{
     LinkChange, NewVeth, create_bridge, create_veth, delete_link, hairpin, isolate, link_by_name, link_dump, set_link,
 };
 pub(crate) use neighbour::{add_neighbour, delete_neighbour, neighbour_dump};
-pub(crate) use route::{NewRoute, add_route, delete_route, route_dump, route_to, rule_dump};
+pub(crate) use route::{NewRoute, add_route, delete_listed_route, delete_route, route_dump, route_to, rule_dump};
+pub(crate) use rule::{add_rule, delete_rule};
 
 /// Marks routes and rules of ours, in the field that tells who made them (`rtm_protocol`; 220 is free in iproute2's
 /// `rt_protos`).

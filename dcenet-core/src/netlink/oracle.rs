@@ -65,7 +65,7 @@ fn tree(bytes: &[u8]) -> Tree {
     let header = match message.kind {
         16..=19 => 16,
         20..=22 => 8,
-        24..=26 | 28..=30 => 12,
+        24..=26 | 28..=30 | 32..=34 => 12,
         kind => panic!("message type {kind}"),
     };
     let (header, attributes) = message.payload.split_at(header);
@@ -178,6 +178,21 @@ fn recorded() -> Vec<(&'static str, Message, &'static str)> {
             "bridge link set dev dc1 hairpin on",
             hairpin(&name("dc1"), index(3)),
             "2c00000013000500a052026b00000000070000000300000000000000000000000c000c800500040001000000",
+        ),
+        (
+            "ip rule add from 10.20.0.2 lookup 300 priority 220 protocol 220",
+            add_rule(&RuleSpec { from: "10.20.0.2/32".parse().unwrap(), table: 300, priority: 220 }),
+            "3c00000020000506e10c036b00000000020020000000000100000000080002000a14000208000f002c01000008000600dc00000005001500dc000000",
+        ),
+        (
+            "ip -6 rule add from 2001:db8::2 lookup 300 priority 220 protocol 220",
+            add_rule(&RuleSpec { from: "2001:db8::2/128".parse().unwrap(), table: 300, priority: 220 }),
+            "4800000020000506e10c036b000000000a00800000000001000000001400020020010db800000000000000000000000208000f002c01000008000600dc00000005001500dc000000",
+        ),
+        (
+            "ip rule del from 10.20.0.2 lookup 300 priority 220 protocol 220",
+            delete_rule(&RuleSpec { from: "10.20.0.2/32".parse().unwrap(), table: 300, priority: 220 }),
+            "3c00000021000500e10c036b00000000020020000000000000000000080002000a14000208000f002c01000008000600dc00000005001500dc000000",
         ),
         (
             "ip link del dc1",

@@ -80,6 +80,29 @@ pub(crate) fn delete_route(link: &str, route: &NewRoute) -> Message {
     message(libc::RTM_DELROUTE, 0, format!("delete route {} on {link}", route.destination), route)
 }
 
+/// Deletes a route that was listed, whoever made it.
+pub(crate) fn delete_listed_route(route: &RouteView) -> Message {
+    let mut header = [0; HEADER];
+    header[0] = family_of(route.destination.addr());
+    header[1] = route.destination.prefix_len();
+    header[4] = u8::try_from(route.table).unwrap_or(libc::RT_TABLE_UNSPEC);
+    header[5] = route.protocol;
+    header[6] = route.scope;
+    header[7] = route.kind;
+    let mut message = Message::new(libc::RTM_DELROUTE, 0, format!("delete route {}", route.destination), &header);
+    if route.destination.prefix_len() > 0 {
+        message.bytes(libc::RTA_DST, &octets(route.destination.network()));
+    }
+    if let Some(gateway) = route.gateway {
+        message.bytes(libc::RTA_GATEWAY, &octets(gateway));
+    }
+    if let Some(link) = route.link {
+        message.u32(libc::RTA_OIF, link.get());
+    }
+    message.u32(libc::RTA_PRIORITY, route.metric).u32(libc::RTA_TABLE, route.table);
+    message
+}
+
 fn message(kind: u16, flags: u16, operation: String, route: &NewRoute) -> Message {
     let mut header = [0; HEADER];
     header[0] = family_of(route.destination.addr());
