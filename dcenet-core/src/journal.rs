@@ -135,9 +135,14 @@ impl Drop for Entry {
 impl Journal {
     /// Opens the journal of a run directory. Creates nothing.
     pub(crate) fn open(run: &Path) -> Result<Self, JournalError> {
+        Self::open_in(run.join("attachments"))
+    }
+
+    /// Opens a directory of records of another kind.
+    pub(crate) fn open_in(directory: PathBuf) -> Result<Self, JournalError> {
         let path = Path::new("/proc/sys/kernel/random/boot_id");
         let boot = std::fs::read_to_string(path).map_err(|e| JournalError::io(path, e))?;
-        Ok(Self { directory: run.join("attachments"), boot: boot.trim().to_owned() })
+        Ok(Self { directory, boot: boot.trim().to_owned() })
     }
 
     /// Whether a record could be written now: makes the directory where it is missing, and in it a file without a name.
@@ -229,17 +234,28 @@ impl Journal {
         Ok(ids)
     }
 
+    /// Whether there is a record.
+    pub(crate) fn exists(&self, id: AttachmentId) -> Result<bool, JournalError> {
+        let path = self.path(id);
+        path.try_exists().map_err(|e| JournalError::io(&path, e))
+    }
+
+    /// What a record's file holds, without its lock; `None` where there is none.
+    pub(crate) fn text(&self, id: AttachmentId) -> Result<Option<String>, JournalError> {
+        let path = self.path(id);
+        match std::fs::read_to_string(&path) {
+            Ok(text) => Ok(Some(text)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(JournalError::io(&path, error)),
+        }
+    }
+
     /// Reads all finished and unfinished records of a network, without their locks.
     pub(crate) fn records(&self, network: &NetworkName) -> Result<Vec<Record>, JournalError> {
         let mut records = Vec::new();
         for id in self.ids()? {
-            let path = self.path(id);
-            let text = match std::fs::read_to_string(&path) {
-                Ok(text) => text,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(JournalError::io(&path, error)),
-            };
-            match parse(&text, &path) {
+            let Some(text) = self.text(id)? else { continue };
+            match parse(&text, &self.path(id)) {
                 Ok(record) => records.extend(record.filter(|r| r.key.network == *network)),
                 // Whose it is cannot be told; it must not stand in the way of all others.
                 Err(error) => tracing::warn!(%error, "record left out"),
@@ -268,9 +284,15 @@ impl Entry {
 
     /// What it says. Called once, for reading goes on where it ended.
     pub(crate) fn read(&mut self) -> Result<Option<Record>, JournalError> {
+        let text = self.text()?;
+        parse(&text, &self.path)
+    }
+
+    /// What it says, as it is written. As for [`read`](Self::read).
+    pub(crate) fn text(&mut self) -> Result<String, JournalError> {
         let mut text = String::new();
         self.file.read_to_string(&mut text).map_err(|e| JournalError::io(&self.path, e))?;
-        parse(&text, &self.path)
+        Ok(text)
     }
 
     /// Writes what is about to be done.
@@ -283,12 +305,20 @@ impl Entry {
         self.append("write completion", &WriteLine::Done(done))
     }
 
-    fn append(&mut self, what: &'static str, line: &WriteLine<'_>) -> Result<(), JournalError> {
+    /// Writes one more line. `what` names it, for faults.
+    pub(crate) fn append(&mut self, what: &'static str, line: &impl Serialize) -> Result<(), JournalError> {
         let mut text = serde_json::to_vec(line).map_err(|e| JournalError::io(&self.path, e.into()))?;
         text.push(b'\n');
         let after = pass_gate(what, &self.path)?;
         self.file.write_all(&text).map_err(|e| JournalError::io(&self.path, e))?;
         after.finish(&self.path)
+    }
+
+    /// Has what was written outlive the machine's end, and the file too.
+    pub(crate) fn sync(&self) -> Result<(), JournalError> {
+        let directory = self.path.parent().unwrap_or(Path::new("/"));
+        let synced = self.file.sync_data().and_then(|()| File::open(directory)?.sync_all());
+        synced.map_err(|e| JournalError::io(&self.path, e))
     }
 
     /// Forgets what was written, when it has been undone.

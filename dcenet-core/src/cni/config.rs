@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use super::{CniError, CniResult, ErrorCode, SpecVersion};
+use super::{CniError, CniResult, ErrorCode, SpecVersion, networks};
 use crate::model::{ContainerId, IfName, LabelSet, MacAddr, NetworkName};
 use crate::section::{self, SectionError};
 
@@ -47,6 +47,8 @@ pub enum Role {
     /// It hands out addresses to another plugin, whose configuration this is (CNI 1.1.0, section 4, "Plugin Delegation"):
     /// `ipam.type` names us, `type` names another, and there is no section `link`.
     Ipam,
+    /// It attaches several networks, some of them by the plugins of others: there is a key `networks` or `selection`.
+    Meta,
 }
 
 /// What the runtime asks for in the configuration. Each capability is read only as far as it is used: runtimes send
@@ -92,7 +94,7 @@ const RUN_DIR: &str = "/run/dcenet";
 const PLUGIN: &str = "dcenet";
 
 /// The keys of ours at the top.
-const OWN_KEYS: [&str; 5] = ["link", "ipam", "policy", "stateDir", "runDir"];
+const OWN_KEYS: [&str; 7] = ["link", "ipam", "policy", "networks", "selection", "stateDir", "runDir"];
 
 /// The specification's keys, libcni's, and those that runtimes add.
 const KNOWN_KEYS: [&str; 15] = [
@@ -140,23 +142,23 @@ impl NetConf {
         };
         let version = version(&keys)?;
         let role = role(&keys);
-        if role == Role::Main {
+        if role != Role::Ipam {
             // The other keys of another plugin's configuration are its own affair.
             check_keys(&keys)?;
         }
 
         let name = required::<NetworkName>(&keys, "name")?;
         let (mut runtime, mut labels) = (RuntimeConfig::default(), LabelSet::new());
-        if let Some(value) = keys.remove("args") {
-            let args: Args = section::read("args", &value)?;
+        if let Some(value) = keys.get("args") {
+            let args: Args = section::read("args", value)?;
             if let Some(cni) = args.cni {
                 runtime.addresses = addresses("args.cni.ips", cni.ips)?;
                 runtime.pools = pools("args.cni.pools", cni.pools)?;
                 labels = cni.labels.into_iter().map(|l| (l.key, l.value)).collect();
             }
         }
-        if let Some(value) = keys.remove("runtimeConfig") {
-            let wire: WireRuntime = section::read("runtimeConfig", &value)?;
+        if let Some(value) = keys.get("runtimeConfig") {
+            let wire: WireRuntime = section::read("runtimeConfig", value)?;
             runtime.mac = wire
                 .mac
                 .filter(|m| !m.is_empty())
@@ -210,7 +212,11 @@ impl NetConf {
 fn role(keys: &Map<String, Value>) -> Role {
     let delegated = keys.get("ipam").and_then(|ipam| ipam.get("type")).is_some_and(|plugin| plugin == PLUGIN);
     let anothers = keys.get("type").is_some_and(|plugin| plugin.is_string() && plugin != PLUGIN);
-    if delegated && anothers && !keys.contains_key("link") { Role::Ipam } else { Role::Main }
+    match delegated && anothers && !keys.contains_key("link") {
+        true => Role::Ipam,
+        false if networks::is_meta(keys) => Role::Meta,
+        false => Role::Main,
+    }
 }
 
 /// Reads only the version, for the answer to VERSION and for errors before anything else is known.

@@ -14,6 +14,7 @@ mod delegate;
 mod environment;
 mod error;
 mod ipam;
+pub mod networks;
 mod result;
 mod serve;
 mod verbs;

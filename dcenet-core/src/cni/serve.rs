@@ -7,8 +7,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::config::version_of;
-use super::verbs::Call;
+use super::networks::{self, Networks};
+use super::verbs::{Call, journal};
 use super::{CniError, ErrorCode, Invocation, NetConf, Role, SpecVersion, Verb};
+use crate::model::AttachmentKey;
 use crate::provider::{AddressSource, PolicySink};
 
 /// What a binary composes: who hands out addresses and who decides about traffic, by the configuration.
@@ -97,6 +99,17 @@ async fn answer(
             format!("{:?} needs cniVersion {since} or later; the configuration says {}", invocation.verb, conf.version),
         ));
     }
+    if conf.role == Role::Meta || is_left_of_several(&invocation, &conf)? {
+        let several = Networks::new(&invocation, &conf, backends)?;
+        return match invocation.verb {
+            Verb::Add => several.add().await.map(Some),
+            Verb::Check => several.check().await.map(|()| None),
+            Verb::Del => several.del().await.map(|()| None),
+            Verb::Gc => several.gc().await.map(|()| None),
+            Verb::Status => several.status().await.map(|()| None),
+            Verb::Version => unreachable!("answered above"),
+        };
+    }
     let call = Call::new(&invocation, &conf, backends)?;
     let done = match (invocation.verb, conf.role) {
         (Verb::Add, Role::Main) => return call.add().await.map(|result| Some(result.to_json(conf.version))),
@@ -111,9 +124,23 @@ async fn answer(
         (Verb::Gc, Role::Ipam) => call.collect_for_another().await,
         (Verb::Status, Role::Main) => call.status().await,
         (Verb::Status, Role::Ipam) => call.status_for_another().await,
-        (Verb::Version, _) => unreachable!("answered above"),
+        (Verb::Version, _) | (_, Role::Meta) => unreachable!("answered above"),
     };
     done.map(|()| None)
+}
+
+/// Whether what DEL or GC is to remove was attached as several networks, by a configuration that named more of them than
+/// this one.
+fn is_left_of_several(invocation: &Invocation, conf: &NetConf) -> Result<bool, CniError> {
+    let key = match (invocation.verb, &invocation.container, &invocation.ifname) {
+        _ if conf.role != Role::Main => return Ok(false),
+        (Verb::Gc, ..) => None,
+        (Verb::Del, Some(container), Some(ifname)) => {
+            Some(AttachmentKey { network: conf.name.clone(), container: container.clone(), ifname: ifname.clone() })
+        }
+        _ => return Ok(false),
+    };
+    networks::is_recorded(&conf.state_dir, &conf.name, key.as_ref()).map_err(journal)
 }
 
 /// The answer to VERSION, which needs neither configuration nor environment (CNI 1.1.0, section 5, "Version Success").

@@ -415,7 +415,7 @@ impl<'a> Call<'a> {
 
     /// Removes devices first, then addresses: an address that a device still bears is never free. Nobody attaches the
     /// container again in between.
-    async fn remove(&self, key: &AttachmentKey, pod: Option<&NetNs>) -> Result<(), CniError> {
+    pub(super) async fn remove(&self, key: &AttachmentKey, pod: Option<&NetNs>) -> Result<(), CniError> {
         let mut hold = match self.engine.hold_remains(key, pod).map_err(detach)? {
             Some(hold) => hold,
             // An ADD that was killed before it began, or one that only leased.
@@ -526,12 +526,13 @@ fn fingerprint(link: &LinkConfig, policy: Policy) -> String {
     digest[..16].iter().map(|b| format!("{b:02x}")).collect()
 }
 
-fn netns(error: impl std::error::Error) -> CniError {
+pub(super) fn netns(error: impl std::error::Error) -> CniError {
     CniError::new(ErrorCode::InvalidNetns, format!("CNI_NETNS: {error}"))
 }
 
 pub(super) fn journal(error: JournalError) -> CniError {
-    CniError::new(ErrorCode::Io, error.to_string()).with_details(causes(&error))
+    let code = if matches!(error, JournalError::Busy { .. }) { ErrorCode::TryAgain } else { ErrorCode::Io };
+    CniError::new(code, error.to_string()).with_details(causes(&error))
 }
 
 fn attach(error: AttachError) -> CniError {

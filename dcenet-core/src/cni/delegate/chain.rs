@@ -76,6 +76,19 @@ impl Chain {
         self.version
     }
 
+    /// The one plugin's own configuration, where it is of this type.
+    pub(in crate::cni) fn only_of_type(&self, plugin: &str) -> Option<&Map<String, Value>> {
+        match &self.plugins[..] {
+            [only] if only.get("type").is_some_and(|own| own == plugin) => Some(only),
+            _ => None,
+        }
+    }
+
+    /// Whether any of its plugins declares the capability.
+    pub(in crate::cni) fn declares(&self, capability: &str) -> bool {
+        self.plugins.iter().any(|plugin| declares(plugin, capability))
+    }
+
     /// ADD: each plugin gets the result of the one before. `told` hears each result before the next plugin runs; what it
     /// hears last is the network's result, which is returned.
     ///
@@ -154,15 +167,22 @@ impl Chain {
         self.plugins.iter().filter_map(gc).collect()
     }
 
+    /// Whether each of its plugins is there.
+    ///
+    /// # Errors
+    /// [`DelegateError::NotFound`] of the first that is not.
+    pub fn find_all(&self, plugins: &Plugins) -> Result<(), DelegateError> {
+        self.plugins.iter().try_for_each(|plugin| plugins.find(&name_of(plugin)).map(drop))
+    }
+
     /// STATUS of each plugin, where the version has it (1.1.0); else whether each is there.
     ///
     /// # Errors
     /// Of the first that is not ready, or not there.
     pub fn status(&self, plugins: &Plugins, call: &PluginCall) -> Result<(), CniError> {
-        for plugin in &self.plugins {
-            let name = plugin_name(plugin).map_err(|reason| CniError::new(ErrorCode::InvalidConfig, reason))?;
-            plugins.find(&name)?;
-            if self.version >= SpecVersion::V1_1_0 {
+        self.find_all(plugins)?;
+        if self.version >= SpecVersion::V1_1_0 {
+            for plugin in &self.plugins {
                 self.run(plugins, plugin, Verb::Status, call, &self.conf(plugin, &Map::new(), None))?;
             }
         }
@@ -177,9 +197,7 @@ impl Chain {
         call: &PluginCall,
         conf: &Value,
     ) -> Result<Option<Value>, DelegateError> {
-        // Checked when it was read; a record that somebody changed gets the error of a program that is not there.
-        let name = plugin_name(plugin).unwrap_or_else(|_| PluginName::none());
-        plugins.run(&name, verb, call, conf)
+        plugins.run(&name_of(plugin), verb, call, conf)
     }
 
     /// What the plugin reads: its own keys, those of the list, the capabilities that it declares, and the result so far.
@@ -228,6 +246,11 @@ impl Chain {
         }
         Ok(())
     }
+}
+
+/// Checked when it was read; in a record that somebody changed it may be the name of no program.
+fn name_of(plugin: &Map<String, Value>) -> PluginName {
+    plugin_name(plugin).unwrap_or_else(|_| PluginName::none())
 }
 
 fn plugin_name(plugin: &Map<String, Value>) -> Result<PluginName, String> {

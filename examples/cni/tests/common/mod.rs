@@ -184,6 +184,8 @@ impl Node {
 
     fn command(&self, verb: &str, pod: Option<&Pod>, netns: Option<&Path>) -> Command {
         let mut command = plugin();
+        // A test's own plugins go before Debian's.
+        command.env("CNI_PATH", format!("{}:/usr/lib/cni", self.host.directory().join("bin").display()));
         command.env("CNI_COMMAND", verb);
         if let Some(pod) = pod {
             command

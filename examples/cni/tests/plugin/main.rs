@@ -5,6 +5,7 @@ mod common;
 
 mod ipam;
 mod link;
+mod networks;
 mod owner;
 mod pools;
 mod races;
