@@ -106,6 +106,8 @@ impl<'a> Networks<'a> {
     /// Attaches all networks in order, and writes down each before it is begun.
     async fn attach_all(&self, held: &mut Held, record: &mut Record, pod: &NetNs) -> Result<Done, CniError> {
         let mut interfaces = Vec::new();
+        let networks = &record.intent.networks;
+        let steered = networks.len() > 1 || networks.iter().any(|network| network.default_route.is_some());
         for (i, network) in record.intent.networks.clone().iter().enumerate() {
             held.note(&Line::Begun(i)).map_err(journal)?;
             record.begun = i + 1;
@@ -126,7 +128,7 @@ impl<'a> Networks<'a> {
                     added.and_then(|r| honoured(network, r)).map_err(|e| network.blame(e))?
                 }
             };
-            if record.intent.networks.len() > 1 {
+            if steered {
                 let found = self.engine.take_defaults(pod, &network.ifname).map_err(|e| network.blame(steer(e)))?;
                 let gateways = result::gateways(network, &result);
                 interfaces.push(PodInterface { gateways, default_route: network.default_route.clone(), ..found });
