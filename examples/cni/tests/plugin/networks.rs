@@ -430,8 +430,14 @@ fn each_call_of_several_networks_may_fail_or_be_the_last_and_nothing_is_left() {
     warm(&node);
     let pod = node.pod("web");
     let before = Everything::of(&node, &pod);
-    for (verb, stride) in [("ADD", effort(11, 2, 1)), ("DEL", effort(5, 2, 1))] {
-        for kind in ["fail", "lose", "abort", "abort-after"] {
+    for verb in ["ADD", "DEL"] {
+        // What was lost has happened as what follows it finds it, and after call 3 is before call 4.
+        for (kind, stride) in [
+            ("fail", effort(5, 1, 1)),
+            ("lose", effort(11, 3, 1)),
+            ("abort", effort(5, 1, 1)),
+            ("abort-after", effort(11, 3, 1)),
+        ] {
             let (mut met_any, mut left_any, mut plugins) = (0, 0, 0);
             for call in (1..).step_by(stride) {
                 if verb == "DEL" {
@@ -467,7 +473,8 @@ fn each_call_of_several_networks_may_fail_or_be_the_last_and_nothing_is_left() {
             println!(
                 "{verb} {kind}: {met_any} calls met, {plugins} of plugins, something left for the next call by {left_any}"
             );
-            assert!(met_any > 2, "{verb} {kind}: {met_any}");
+            // A dump that is read once more has the numbers of later calls differ between two runs.
+            assert!(met_any > 2 && (stride > 1 || plugins >= 1), "{verb} {kind}: {met_any}, {plugins} of plugins");
             // The twin: kills do leave something, which the next call removes.
             assert!(!kind.starts_with("abort") || left_any > 0, "{verb} {kind}");
         }
