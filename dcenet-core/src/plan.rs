@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::model::{AttachmentKey, IfName, MacAddr, Mtu, VlanId};
-use crate::netlink::{IpvlanFlag, IpvlanMode, MacvlanMode, NetkitMode, VlanProtocol};
+use crate::netlink::{IpvlanFlag, IpvlanMode, MacvlanMode, NetkitMode, RouteMetrics, VlanProtocol};
 use crate::probe::{GatewayProbe, Timing};
 
 /// Steps in the order in which they are done.
@@ -396,6 +396,20 @@ pub struct RouteSpec {
     /// Table; the main one where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub table: Option<u32>,
+    /// The address that packets have whose sender chose none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<IpAddr>,
+    /// What it says of the path.
+    #[serde(default, skip_serializing_if = "RouteMetrics::is_empty")]
+    pub metrics: RouteMetrics,
+}
+
+impl RouteSpec {
+    /// A route straight to the link.
+    pub fn direct(destination: IpNet) -> Self {
+        let metrics = RouteMetrics::default();
+        Self { destination, gateway: None, on_link: false, metric: None, table: None, source: None, metrics }
+    }
 }
 
 /// What takes a step back. Written to the journal before the step is done, so that it must be harmless where the step

@@ -499,9 +499,9 @@ fn indexed(operation: &Operation) -> Vec<&IfName> {
 }
 
 pub(super) fn new_route(index: IfIndex, route: &RouteSpec) -> NewRoute {
-    let RouteSpec { destination, gateway, on_link, metric, table } = *route;
+    let RouteSpec { destination, gateway, on_link, metric, table, source, metrics } = *route;
     let table = table.unwrap_or(libc::RT_TABLE_MAIN.into());
-    NewRoute { index, destination, gateway, on_link, metric, table }
+    NewRoute { index, destination, gateway, on_link, metric, table, source, metrics }
 }
 
 /// The link of this name, if there is one.

@@ -22,7 +22,7 @@ pub(crate) use self::error::InUse;
 pub use self::error::{AttachError, DetachErrors, StepError, TeardownError};
 pub use self::hold::Hold;
 use self::lock::SharedState;
-pub use self::steer::{PodInterface, SteerError, Steering};
+pub use self::steer::{PodInterface, SteerError, Steering, UnreachableGateway};
 use crate::journal::{Interface, Journal, JournalError, Record};
 use crate::link::{LinkConfig, Policy};
 use crate::model::{AttachmentKey, IfIndex, LabelSet, MacAddr, NetworkName, Workload};

@@ -1,13 +1,20 @@
 //! The routes of a pod that has several interfaces: which of them has the default routes, and that answers leave by the
 //! interface by which the questions came.
 //!
-//! Each interface gets a table of its own with its subnets and its routes, and a rule for each of its addresses: what is
+//! Each interface gets a table of its own with what the main table has of it, and a rule for each of its addresses: what is
 //! sent from that address goes by that table, whoever has the default routes. Without, an answer to somebody who is not
 //! on the interface's own subnet leaves by the default interface, whose network knows nothing of the address.
 //!
+//! The own table is a copy, and derives nothing from addresses: a plugin may have the subnet behind its router although
+//! an address's prefix says that it is on the link, as `ptp` of the reference plugins has.
+//!
 //! A table's number comes from the interface's name alone, not from what else the pod has: it is the same each time.
+//!
+//! Two kinds of default routes are left to the plugins: one that the kernel learns from router advertisements comes back
+//! with the next of them (have the plugin set `accept_ra_defrtr` to 0), and one over several next hops stays in the main
+//! table, where ours is refused.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
@@ -29,7 +36,7 @@ pub struct PodInterface {
     pub name: IfName,
     /// Its addresses with their prefix lengths.
     pub addresses: Vec<IpNet>,
-    /// Its routes, the default ones included, but not those that follow from the addresses.
+    /// Its routes in the main table: the default ones, and those that follow from its addresses where they are there.
     pub routes: Vec<RouteSpec>,
     /// The routers of its subnets, as far as they are known. What is sent from its addresses goes over them where it has no
     /// default route.
@@ -52,7 +59,16 @@ impl Steering {
     /// Decides for the interfaces of a pod, of which the first is the default one. Pure.
     ///
     /// The default routes of a family are of the interface that asks for them, else of the first that has any.
-    pub fn plan(interfaces: &[PodInterface]) -> Self {
+    ///
+    /// # Errors
+    /// Where an interface asks for default routes over a gateway that it does not reach: the pod would lose those that work.
+    pub fn plan(interfaces: &[PodInterface]) -> Result<Self, UnreachableGateway> {
+        for interface in interfaces {
+            let wished = interface.default_route.iter().flatten();
+            if let Some(gateway) = wished.copied().find(|gateway| interface.over(*gateway).is_none()) {
+                return Err(UnreachableGateway { interface: interface.name.clone(), gateway });
+            }
+        }
         let mut steering = Self::default();
         let mut tables: Vec<u32> = Vec::new();
         for interface in interfaces {
@@ -72,7 +88,7 @@ impl Steering {
                 steering.routes.extend(routes.into_iter().map(|route| (interface.name.clone(), route)));
             }
         }
-        steering
+        Ok(steering)
     }
 
     /// The interface that has the default routes of a family.
@@ -94,43 +110,88 @@ fn winner(interfaces: &[PodInterface], ipv4: bool) -> Option<(&PodInterface, Vec
 }
 
 impl PodInterface {
+    /// Its default routes of a family, as they shall be.
     fn defaults(&self, ipv4: bool) -> Vec<RouteSpec> {
         let wished = self.default_route.iter().flatten().find(|gateway| gateway.is_ipv4() == ipv4);
         match wished {
-            Some(gateway) => vec![self.over(*gateway)],
-            None => self.routes.iter().filter(|r| r.destination == any(ipv4)).cloned().collect(),
+            Some(gateway) => self.over(*gateway).into_iter().collect(),
+            None => self.own_defaults(ipv4).cloned().collect(),
         }
     }
 
-    fn over(&self, gateway: IpAddr) -> RouteSpec {
-        let on_link = !self.addresses.iter().any(|a| a.contains(&gateway));
-        let destination = any(gateway.is_ipv4());
-        RouteSpec { destination, gateway: Some(gateway), on_link, metric: None, table: None }
+    /// Its default routes of a family, as its network made them.
+    fn own_defaults(&self, ipv4: bool) -> impl Iterator<Item = &RouteSpec> {
+        self.routes.iter().filter(move |r| r.destination == any(ipv4))
     }
 
-    /// What its own table holds: subnets first, for gateways are on them.
+    /// The default route over a gateway; `None` where the interface does not reach it. It does where it has an address of the
+    /// family, and a route straight to the gateway, or one over it.
+    fn over(&self, gateway: IpAddr) -> Option<RouteSpec> {
+        let destination = any(gateway.is_ipv4());
+        if !self.addresses.iter().any(|a| a.addr().is_ipv4() == gateway.is_ipv4() && !is_link_local(a)) {
+            return None;
+        }
+        let used = self.routes.iter().find(|r| r.gateway == Some(gateway));
+        let direct = self.routes.iter().any(|r| r.gateway.is_none() && is_part(r) && r.destination.contains(&gateway));
+        if used.is_none() && !direct && !is_link_local(&gateway.into()) {
+            return None;
+        }
+        let on_link = used.is_some_and(|r| r.on_link);
+        Some(RouteSpec { gateway: Some(gateway), on_link, ..RouteSpec::direct(destination) })
+    }
+
+    /// What its own table holds: what is on the link first, for gateways are.
     fn table(&self) -> Vec<RouteSpec> {
-        let direct =
-            |destination: IpNet| RouteSpec { destination, gateway: None, on_link: false, metric: None, table: None };
-        let subnets = self.addresses.iter().filter(|a| a.prefix_len() < a.max_prefix_len() && !is_link_local(a));
         let mut routes: Vec<RouteSpec> = Vec::new();
         let mut take = |route: RouteSpec| {
             if !routes.iter().any(|r| r.destination == route.destination && r.metric == route.metric) {
                 routes.push(route);
             }
         };
-        subnets.map(|a| direct(a.trunc())).for_each(&mut take);
-        let (near, far): (Vec<_>, Vec<_>) = self.routes.iter().partition(|r| r.gateway.is_none());
-        let defaults: Vec<_> = [true, false].into_iter().flat_map(|ipv4| self.defaults(ipv4)).collect();
-        let more = near.into_iter().chain(far).filter(|r| r.destination.prefix_len() > 0).cloned();
-        more.chain(defaults).for_each(&mut take);
+        let parts = |near: bool| self.routes.iter().filter(move |r| is_part(r) && r.gateway.is_none() == near).cloned();
+        parts(true).for_each(&mut take);
+        if self.addresses.iter().any(|a| a.addr().is_ipv6()) {
+            // The kernel may enter its own later, with the address.
+            take(RouteSpec::direct(IpNet::V6(LINK_LOCAL)));
+        }
+        parts(false).for_each(&mut take);
+        for ipv4 in [true, false] {
+            let wished = self.defaults(ipv4);
+            let behind = |route: &RouteSpec| RouteSpec {
+                metric: Some(route.metric.unwrap_or_default().saturating_add(BEHIND)),
+                ..route.clone()
+            };
+            // What its network made is looked for by CHECK, whoever has the default.
+            let own =
+                self.own_defaults(ipv4).filter(|own| !wished.iter().any(|w| w.gateway == own.gateway)).map(behind);
+            let own: Vec<_> = own.collect();
+            wished.into_iter().chain(own).for_each(&mut take);
+        }
         for gateway in &self.gateways {
             if !routes.iter().any(|r| r.destination == any(gateway.is_ipv4())) {
-                routes.push(self.over(*gateway));
+                routes.extend(self.over(*gateway));
             }
         }
         routes
     }
+}
+
+/// Whether a route is to a part of a family, and no default one.
+fn is_part(route: &RouteSpec) -> bool {
+    route.destination.prefix_len() > 0
+}
+
+/// A gateway that an interface cannot send to.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "gateway {gateway} is not reached by interface {interface}: it has no address of the family, or no route to it; give a \
+     router on a subnet of the interface, or true for its own default route"
+)]
+pub struct UnreachableGateway {
+    /// The interface.
+    pub interface: IfName,
+    /// The gateway.
+    pub gateway: IpAddr,
 }
 
 /// Why the routes of a pod could not be changed.
@@ -150,22 +211,18 @@ impl Engine {
         let mut routes = Vec::new();
         let of_link = |r: &RouteView| {
             let main = r.table == u32::from(libc::RT_TABLE_MAIN) && r.kind == libc::RTN_UNICAST;
-            main && r.link.is_some()
-                && r.link == link
-                && r.protocol != libc::RTPROT_KERNEL
-                && !is_link_local(&r.destination)
+            main && r.link.is_some() && r.link == link && !is_link_local(&r.destination)
         };
         for route in socket.routes()?.iter().filter(|r| of_link(r)) {
-            let on_link = |gateway: &IpAddr| {
-                let known = addresses.iter().any(|a| a.contains(gateway)) || is_link_local(&(*gateway).into());
-                !known
-            };
             routes.push(RouteSpec {
                 destination: route.destination,
                 gateway: route.gateway,
-                on_link: route.gateway.as_ref().is_some_and(on_link),
+                on_link: route.on_link,
                 metric: Some(route.metric).filter(|metric| *metric > 0),
                 table: None,
+                // The kernel's own say which address a sender gets who chose none, and their table is asked by who has one.
+                source: route.source.filter(|_| route.protocol != libc::RTPROT_KERNEL),
+                metrics: route.metrics,
             });
             if route.destination.prefix_len() == 0 {
                 let deleted = socket.request(&netlink::delete_listed_route(route)).map(drop);
@@ -257,6 +314,10 @@ fn table_of(name: &IfName) -> u32 {
 }
 
 const FIRST_TABLE: u32 = 0x0dce_0000;
+/// `fe80::/64` (RFC 4291, section 2.5.6).
+const LINK_LOCAL: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 64);
+/// More than the metric that the kernel gives where none is said (0, and 1024: `IP6_RT_PRIO_USER`).
+const BEHIND: u32 = 2048;
 /// After the local table's 0, before the main one's 32766 (`fib_default_rules_init` in `net/ipv4/fib_rules.c`).
 const PRIORITY: u32 = 2200;
 
@@ -264,17 +325,18 @@ const PRIORITY: u32 = 2200;
 mod tests {
     use super::*;
 
+    fn net(text: &str) -> IpNet {
+        text.parse().unwrap()
+    }
+
     fn interface(name: &str, addresses: &[&str], routes: &[(&str, Option<&str>)]) -> PodInterface {
         let route = |(destination, gateway): &(&str, Option<&str>)| RouteSpec {
-            destination: destination.parse().unwrap(),
             gateway: gateway.map(|g| g.parse().unwrap()),
-            on_link: false,
-            metric: None,
-            table: None,
+            ..RouteSpec::direct(net(destination))
         };
         PodInterface {
             name: name.parse().unwrap(),
-            addresses: addresses.iter().map(|a| a.parse().unwrap()).collect(),
+            addresses: addresses.iter().map(|a| net(a)).collect(),
             routes: routes.iter().map(route).collect(),
             gateways: Vec::new(),
             default_route: None,
@@ -284,18 +346,20 @@ mod tests {
     fn text(steering: &Steering) -> Vec<String> {
         let route = |(name, r): &(IfName, RouteSpec)| {
             let via = r.gateway.map(|g| format!(" via {g}")).unwrap_or_default();
+            let on_link = if r.on_link { " onlink" } else { "" };
+            let metric = r.metric.map(|m| format!(" metric {m}")).unwrap_or_default();
             let own = if r.table.is_some() { " own" } else { "" };
-            format!("{}{via} dev {name}{own}", r.destination)
+            format!("{}{via} dev {name}{on_link}{metric}{own}", r.destination)
         };
         steering.routes.iter().map(route).collect()
     }
 
     #[test]
     fn the_first_interface_keeps_the_default_and_each_has_a_table_with_its_own() {
-        let eth0 = interface("eth0", &["10.1.0.2/24"], &[("0.0.0.0/0", Some("10.1.0.1"))]);
-        let net1 =
-            interface("net1", &["10.2.0.2/24"], &[("0.0.0.0/0", Some("10.2.0.1")), ("10.9.0.0/16", Some("10.2.0.9"))]);
-        let steering = Steering::plan(&[eth0, net1]);
+        let eth0 = interface("eth0", &["10.1.0.2/24"], &[("0.0.0.0/0", Some("10.1.0.1")), ("10.1.0.0/24", None)]);
+        let routes = [("10.2.0.0/24", None), ("0.0.0.0/0", Some("10.2.0.1")), ("10.9.0.0/16", Some("10.2.0.9"))];
+        let net1 = interface("net1", &["10.2.0.2/24"], &routes);
+        let steering = Steering::plan(&[eth0, net1]).unwrap();
         let expected = [
             "10.1.0.0/24 dev eth0 own",
             "0.0.0.0/0 via 10.1.0.1 dev eth0 own",
@@ -306,28 +370,93 @@ mod tests {
         ];
         assert_eq!(text(&steering), expected);
         let [a, b] = steering.rules[..] else { panic!("{:?}", steering.rules) };
-        assert_eq!((a.from, b.from), ("10.1.0.2/32".parse().unwrap(), "10.2.0.2/32".parse().unwrap()));
+        assert_eq!((a.from, b.from), (net("10.1.0.2/32"), net("10.2.0.2/32")));
         assert_ne!(a.table, b.table);
         // Not by what else there is.
-        assert_eq!(a.table, Steering::plan(&[interface("eth0", &["10.7.0.2/24"], &[])]).rules[0].table);
+        let alone = Steering::plan(&[interface("eth0", &["10.7.0.2/24"], &[])]).unwrap();
+        assert_eq!(a.table, alone.rules[0].table);
+    }
+
+    /// As `ptp` makes them: the subnet is behind the router.
+    #[test]
+    fn a_subnet_is_on_the_link_only_where_the_main_table_has_it_so() {
+        let routes = [
+            ("10.1.0.0/24", Some("10.1.0.1")),
+            ("10.1.0.1/32", None),
+            ("0.0.0.0/0", Some("10.1.0.1")),
+            ("2001:db8::/64", Some("2001:db8::1")),
+            ("2001:db8::1/128", None),
+        ];
+        let eth0 = interface("eth0", &["10.1.0.2/24", "2001:db8::2/64"], &routes);
+        let expected = [
+            "10.1.0.1/32 dev eth0 own",
+            "2001:db8::1/128 dev eth0 own",
+            "fe80::/64 dev eth0 own",
+            "10.1.0.0/24 via 10.1.0.1 dev eth0 own",
+            "2001:db8::/64 via 2001:db8::1 dev eth0 own",
+            "0.0.0.0/0 via 10.1.0.1 dev eth0 own",
+            "0.0.0.0/0 via 10.1.0.1 dev eth0",
+        ];
+        assert_eq!(text(&Steering::plan(&[eth0]).unwrap()), expected);
     }
 
     #[test]
     fn an_override_is_of_its_family_alone() {
         let both = [("0.0.0.0/0", Some("10.1.0.1")), ("::/0", Some("2001:db8:1::1"))];
         let eth0 = interface("eth0", &["10.1.0.2/24", "2001:db8:1::2/64"], &both);
-        let mut net1 = interface("net1", &["10.2.0.2/24"], &[("::/0", Some("2001:db8:2::1"))]);
+        let routes = [("10.2.0.0/24", None), ("0.0.0.0/0", Some("10.2.0.1")), ("::/0", Some("2001:db8:2::1"))];
+        let mut net1 = interface("net1", &["10.2.0.2/24"], &routes);
         net1.default_route = Some(vec!["10.2.0.254".parse().unwrap()]);
-        let steering = Steering::plan(&[eth0.clone(), net1.clone()]);
+        let steering = Steering::plan(&[eth0.clone(), net1.clone()]).unwrap();
         let (name, route) = steering.default_of(true).unwrap();
         assert_eq!((name.as_str(), route.gateway), ("net1", "10.2.0.254".parse().ok()));
         assert_eq!(steering.default_of(false).unwrap().0.as_str(), "eth0");
-        net1.routes.clear();
+        // Its own stays behind the override, where CHECK looks for it.
+        let own = |name: &str| {
+            text(&steering).into_iter().filter(|l| l.starts_with("0.") && l.contains(name)).collect::<Vec<_>>()
+        };
+        let expected = [
+            "0.0.0.0/0 via 10.2.0.254 dev net1 own",
+            "0.0.0.0/0 via 10.2.0.1 dev net1 metric 2048 own",
+            "0.0.0.0/0 via 10.2.0.254 dev net1",
+        ];
+        assert_eq!(own("net1"), expected);
+        net1.routes.truncate(1);
         // One that has none to give loses nothing of the others.
         net1.default_route = Some(Vec::new());
-        assert_eq!(Steering::plan(&[eth0.clone(), net1.clone()]).default_of(true).unwrap().0.as_str(), "eth0");
+        let steering = Steering::plan(&[eth0.clone(), net1.clone()]).unwrap();
+        assert_eq!(steering.default_of(true).unwrap().0.as_str(), "eth0");
         net1.gateways = vec!["10.2.0.1".parse().unwrap()];
-        let steering = Steering::plan(&[eth0, net1]);
+        let steering = Steering::plan(&[eth0, net1]).unwrap();
         assert!(text(&steering).contains(&"0.0.0.0/0 via 10.2.0.1 dev net1 own".to_owned()));
+    }
+
+    #[test]
+    fn a_gateway_that_the_interface_does_not_reach_is_refused() {
+        let mut routed = interface("r", &["10.3.0.2/32", "2001:db8:3::2/128"], &[("10.3.0.0/24", Some("169.254.1.1"))]);
+        routed.routes[0].on_link = true;
+        let plain = interface("net1", &["10.2.0.2/24"], &[("10.2.0.0/24", None), ("0.0.0.0/0", Some("10.2.0.1"))]);
+        let both =
+            interface("b", &["10.2.0.2/24", "2001:db8::2/64"], &[("10.2.0.0/24", None), ("2001:db8::/64", None)]);
+        for (interface, gateway, becomes) in [
+            (&plain, "10.2.0.254", Some("0.0.0.0/0 via 10.2.0.254 dev net1")),
+            (&plain, "10.20.0.1", None),
+            (&plain, "2001:db8:9::1", None),
+            (&plain, "fe80::1", None),
+            (&both, "2001:db8::1", Some("::/0 via 2001:db8::1 dev b")),
+            (&both, "2001:db8:9::1", None),
+            (&both, "fe80::1", Some("::/0 via fe80::1 dev b")),
+            (&routed, "10.3.0.1", None),
+            (&routed, "169.254.1.1", Some("0.0.0.0/0 via 169.254.1.1 dev r onlink")),
+        ] {
+            let gateway: IpAddr = gateway.parse().unwrap();
+            let asking = PodInterface { default_route: Some(vec![gateway]), ..interface.clone() };
+            let planned = Steering::plan(&[asking]);
+            let refused = UnreachableGateway { interface: interface.name.clone(), gateway };
+            match becomes {
+                Some(route) => assert_eq!(text(&planned.unwrap()).last().unwrap(), route),
+                None => assert_eq!(planned.unwrap_err(), refused),
+            }
+        }
     }
 }

@@ -166,14 +166,14 @@ pub(super) fn routes(link: &IfName, request: &LinkRequest, steps: &mut Vec<Step>
     for route in &request.routes {
         let gateway = gateway_of(route, &request.addresses);
         let on_link = gateway.is_some_and(|g| !request.addresses.iter().any(|a| a.address.contains(&g)));
-        let route = RouteSpec { destination: route.destination, gateway, on_link, metric: None, table: None };
+        let route = RouteSpec { gateway, on_link, ..direct(route.destination) };
         steps.push(Step::new(Target::Pod, Operation::AddRoute { link: link.clone(), route }));
     }
 }
 
 /// A route straight to a link.
 pub(super) fn direct(destination: ipnet::IpNet) -> RouteSpec {
-    RouteSpec { destination, gateway: None, on_link: false, metric: None, table: None }
+    RouteSpec::direct(destination)
 }
 
 /// What the configuration changes of the pod's end.

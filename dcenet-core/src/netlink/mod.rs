@@ -30,7 +30,7 @@ pub use device::{
 pub use link::LinkView;
 pub use message::{Attributes, Message};
 pub use neighbour::NeighbourView;
-pub use route::{RouteView, RuleView};
+pub use route::{RouteMetrics, RouteView, RuleView};
 pub use rule::RuleSpec;
 pub use socket::{Failure, Family, NetlinkError, Reply, Socket};
 

@@ -107,6 +107,8 @@ fn route(destination: &str, gateway: Option<&str>) -> NewRoute {
         on_link: false,
         metric: None,
         table: 254,
+        source: None,
+        metrics: RouteMetrics::default(),
     }
 }
 
@@ -163,6 +165,18 @@ fn recorded() -> Vec<(&'static str, Message, &'static str)> {
             "ip route add 10.30.0.0/16 via 10.20.0.1 dev eth0 proto 220 metric 50 table 100",
             add_route("eth0", &NewRoute { metric: Some(50), table: 100, ..route("10.30.0.0/16", Some("10.20.0.1")) }),
             "3c000000180005069f52026b000000000210000064dc000100000000080001000a1e0000080005000a14000108000600320000000800040004000000",
+        ),
+        (
+            "ip route add default via 10.20.0.1 dev eth0 proto 220 src 10.20.0.2 mtu 1400 advmss 1360",
+            add_route(
+                "eth0",
+                &NewRoute {
+                    source: "10.20.0.2".parse().ok(),
+                    metrics: RouteMetrics { mtu: Some(1400), advmss: Some(1360) },
+                    ..route("0.0.0.0/0", Some("10.20.0.1"))
+                },
+            ),
+            "48000000180005067d3b036b0000000002000000fedc000100000000080005000a140001080007000a14000208000400040000001400080008000200780500000800080050050000",
         ),
         (
             "ip route add 10.40.0.4/32 dev eth0 proto 220",

@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
 use super::message::{Attributes, Message, field, number, text};
 use super::{PROTOCOL, family_of, ip, octets};
@@ -29,6 +30,35 @@ pub struct RouteView {
     pub metric: u32,
     /// Preferred source address.
     pub source: Option<IpAddr>,
+    /// The next hop is taken to be on the link although no prefix says so.
+    pub on_link: bool,
+    /// What it says of the path.
+    pub metrics: RouteMetrics,
+}
+
+/// What a route says of the path to its destination (`RTA_METRICS`), as far as plugins set it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RouteMetrics {
+    /// The path's MTU, in bytes (`RTAX_MTU`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u32>,
+    /// The largest TCP segment that is announced, in bytes (`RTAX_ADVMSS`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub advmss: Option<u32>,
+}
+
+impl RouteMetrics {
+    /// Whether it says nothing.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    fn parse(nested: &[u8]) -> Self {
+        let attributes = Attributes::new(nested);
+        let value = |attribute| attributes.find(attribute).and_then(number);
+        Self { mtu: value(RTAX_MTU), advmss: value(RTAX_ADVMSS) }
+    }
 }
 
 impl RouteView {
@@ -36,6 +66,7 @@ impl RouteView {
     pub(crate) fn parse(payload: &[u8]) -> Option<Self> {
         let [family, prefix, _, _] = field(payload, 0)?;
         let [table, protocol, scope, kind] = field(payload, 4)?;
+        let flags = u32::from_ne_bytes(field(payload, 8)?);
         let attributes = Attributes::new(payload.get(HEADER..)?);
         let address = |attribute| attributes.find(attribute).and_then(ip);
         let any: IpAddr = match i32::from(family) {
@@ -53,6 +84,8 @@ impl RouteView {
             kind,
             metric: attributes.find(libc::RTA_PRIORITY).and_then(number).unwrap_or_default(),
             source: address(libc::RTA_PREFSRC),
+            on_link: flags & RTNH_F_ONLINK != 0,
+            metrics: attributes.find(libc::RTA_METRICS).map(RouteMetrics::parse).unwrap_or_default(),
         })
     }
 }
@@ -67,6 +100,8 @@ pub(crate) struct NewRoute {
     pub(crate) on_link: bool,
     pub(crate) metric: Option<u32>,
     pub(crate) table: u32,
+    pub(crate) source: Option<IpAddr>,
+    pub(crate) metrics: RouteMetrics,
 }
 
 /// Adds a route marked as ours. Fails with EEXIST where there is one to the same destination with the same metric.
@@ -132,6 +167,20 @@ fn message(kind: u16, flags: u16, operation: String, route: &NewRoute) -> Messag
     }
     if small.is_err() {
         message.u32(libc::RTA_TABLE, route.table);
+    }
+    if let Some(source) = route.source {
+        message.bytes(libc::RTA_PREFSRC, &octets(source));
+    }
+    let RouteMetrics { mtu, advmss } = route.metrics;
+    let metrics = [(RTAX_MTU, mtu), (RTAX_ADVMSS, advmss)];
+    if !route.metrics.is_empty() {
+        message.nest(libc::RTA_METRICS, |nested| {
+            for (attribute, value) in metrics {
+                if let Some(value) = value {
+                    nested.u32(attribute, value);
+                }
+            }
+        });
     }
     message
 }
@@ -216,6 +265,8 @@ impl std::fmt::Display for Via {
 
 const HEADER: usize = 12;
 const RTNH_F_ONLINK: u32 = 4;
+const RTAX_MTU: u16 = 2;
+const RTAX_ADVMSS: u16 = 8;
 const FRA_DST: u16 = 1;
 const FRA_SRC: u16 = 2;
 const FRA_IIFNAME: u16 = 3;

@@ -45,7 +45,19 @@ impl HostState {
             ));
         }
         for route in whole(socket.routes()) {
-            let RouteView { destination, gateway, link, table, protocol, scope, kind, metric, source } = route;
+            let RouteView {
+                destination,
+                gateway,
+                link,
+                table,
+                protocol,
+                scope,
+                kind,
+                metric,
+                source,
+                on_link,
+                metrics,
+            } = route;
             let follows = destination == IPV6_MULTICAST
                 || matches!(destination, IpNet::V6(_)) && table == u32::from(libc::RT_TABLE_LOCAL);
             if protocol == libc::RTPROT_KERNEL && follows {
@@ -55,7 +67,7 @@ impl HostState {
             let link = link.map(|l| name(l.get()));
             lines.insert(format!(
                 "route {destination} via {gateway:?} dev {link:?} table {table} protocol {protocol} scope {scope} \
-                 type {kind} metric {metric} src {source:?}"
+                 type {kind} metric {metric} src {source:?} on link {on_link} {metrics:?}"
             ));
         }
         for rule in whole(socket.rules()) {

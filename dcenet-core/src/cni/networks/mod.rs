@@ -41,8 +41,9 @@
 //! was killed is repaired by the next ADD, DEL or GC.
 //!
 //! **Routes**: the default routes of a family are of the network with `"defaultRoute": true`, or a list of gateways
-//! (`default-route` in the annotation), else of the first that has any. Each interface has a routing table of its own and a
-//! rule for each of its addresses, so that answers leave by the interface that was asked: [`Steering`](crate::engine::Steering).
+//! (`default-route` in the annotation; routers that the interface reaches), else of the first that has any. Each interface
+//! has a routing table of its own and a rule for each of its addresses, so that answers leave by the interface that was
+//! asked: [`Steering`](crate::engine::Steering).
 //!
 //! **The result** of ADD has the default network's interfaces, addresses and routes first, then those of the others, each
 //! address with its interface (CNI 1.1.0, section 5, "Add Success": a plugin may make further interfaces). Runtimes take the

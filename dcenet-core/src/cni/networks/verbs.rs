@@ -138,7 +138,12 @@ impl<'a> Networks<'a> {
         if !interfaces.is_empty() {
             let default = record.intent.networks.iter().position(|network| network.default).unwrap_or_default();
             interfaces[..=default].rotate_right(1);
-            self.steer(held, record, pod, &Steering::plan(&interfaces))?;
+            let steering = Steering::plan(&interfaces).map_err(|error| {
+                let whose = record.intent.networks.iter().find(|network| network.ifname == error.interface);
+                let refused = CniError::new(ErrorCode::InvalidConfig, format!("default route: {error}"));
+                whose.map_or(refused.clone(), |network| network.blame(refused))
+            })?;
+            self.steer(held, record, pod, &steering)?;
         }
         let parts: Vec<(&Network, &Value)> =
             record.intent.networks.iter().zip(&record.told).filter_map(|(n, r)| Some((n, r.as_ref()?))).collect();
