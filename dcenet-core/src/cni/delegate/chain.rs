@@ -39,6 +39,8 @@ impl Chain {
         };
         let version = match keys.get("cniVersion") {
             None => version,
+            // What is published is often of this version, whose text alone 0.3.1 mends: every plugin of it serves both.
+            Some(Value::String(own)) if own == "0.3.0" => SpecVersion::V0_3_1,
             Some(Value::String(own)) => {
                 own.parse().map_err(|e: CniError| at(format!("{path}.cniVersion"), e.message))?
             }
@@ -84,6 +86,30 @@ impl Chain {
         }
     }
 
+    /// Has each of its plugins get these arguments (CNI's CONVENTIONS.md, "args in network config") instead of its own of the
+    /// same keys.
+    pub(in crate::cni) fn give_args(&mut self, arguments: &Map<String, Value>) {
+        if arguments.is_empty() {
+            return;
+        }
+        for plugin in &mut self.plugins {
+            let args = plugin.entry("args").or_insert_with(|| json!({}));
+            if !args.get("cni").is_some_and(Value::is_object) {
+                *args = json!({ "cni": {} });
+            }
+            args["cni"].as_object_mut().into_iter().for_each(|cni| cni.extend(arguments.clone()));
+        }
+    }
+
+    /// Whether any of its plugins has its addresses from this program, or is it.
+    pub(in crate::cni) fn asks_us(&self) -> bool {
+        let ours = |name: Option<&Value>| name.is_some_and(|name| name == "dcenet");
+        let asks = |plugin: &Map<String, Value>| {
+            ours(plugin.get("type")) || ours(plugin.get("ipam").and_then(|ipam| ipam.get("type")))
+        };
+        self.plugins.iter().any(asks)
+    }
+
     /// Whether any of its plugins declares the capability.
     pub(in crate::cni) fn declares(&self, capability: &str) -> bool {
         self.plugins.iter().any(|plugin| declares(plugin, capability))
@@ -104,8 +130,13 @@ impl Chain {
         let mut result = None;
         for plugin in &self.plugins {
             let conf = self.conf(plugin, capabilities, result.as_ref());
-            let answer = self.run(plugins, plugin, Verb::Add, call, &conf)?.unwrap_or_default();
+            let mut answer = self.run(plugins, plugin, Verb::Add, call, &conf)?.unwrap_or_default();
             self.check_result(plugin, &answer)?;
+            // Written in the version of the configuration (containernetworking/cni issue 895). The plugins to which it is handed
+            // on refuse a result that does not say so.
+            if answer.get("cniVersion").is_none_or(|version| version == "") {
+                answer["cniVersion"] = json!(self.version);
+            }
             told(&answer)?;
             result = Some(answer);
         }
@@ -227,7 +258,6 @@ impl Chain {
             ))
         };
         match answer.get("cniVersion") {
-            // Written in the version of the configuration (containernetworking/cni issue 895).
             None => {}
             Some(Value::String(text)) if text.is_empty() => {}
             Some(Value::String(text)) => {

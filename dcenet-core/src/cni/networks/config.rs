@@ -174,15 +174,17 @@ pub(super) fn configured(conf: &NetConf, invocation: &Invocation, first: &IfName
                 return Err(wrong(&format!("{path}.delegate"), reason.to_owned()));
             }
             (Some(delegate), _) => {
-                let chain = Chain::read(&format!("{path}.delegate"), &delegate, &entry.name, conf.version)?;
+                let mut chain = Chain::read(&format!("{path}.delegate"), &delegate, &entry.name, conf.version)?;
+                chain.give_args(&if is_default { arguments(conf) } else { labels(conf) });
                 let capabilities = if is_default { asked_by_runtime(conf) } else { Map::new() };
                 By::Plugins { chain, args: args(invocation, is_default, &[]), capabilities }
             }
             (None, Some(link)) => {
                 let sections = [("link", Some(link)), ("ipam", entry.ipam), ("policy", entry.policy)];
                 let asked = if is_default { asked_by_runtime(conf) } else { Map::new() };
-                let arguments = if is_default { conf.key("args").cloned() } else { Some(labels(conf)) };
-                own(conf, &entry.name, sections, &asked, arguments).map_err(|e| under(&path, e))?
+                let arguments = if is_default { arguments(conf) } else { labels(conf) };
+                own(conf, &entry.name, sections, &asked, Some(json!({ "cni": arguments })))
+                    .map_err(|e| under(&path, e))?
             }
             (None, None) => {
                 return Err(wrong(&path, "has neither link nor delegate; say who makes it".to_owned()));
@@ -272,7 +274,7 @@ fn of_definition(
     }
     let definition = definitions.find(namespace, &one.name).map_err(|reason| wrong(field, reason))?;
     let path = format!("{}: spec.config", definition.path.display());
-    let mut value: Value = serde_json::from_str(&definition.config)
+    let value: Value = serde_json::from_str(&definition.config)
         .map_err(|e| CniError::new(ErrorCode::InvalidConfig, format!("{path}: not JSON: {e}")))?;
     let name: NetworkName = section::read(field, &json!(one.name))?;
     let ifname = match one.interface.clone() {
@@ -280,14 +282,17 @@ fn of_definition(
         None => numbered(before, first)?,
     };
     let default_route = one.default_route.clone();
-    if let (Some(arguments), Value::Object(_)) = (&one.cni_args, &value) {
-        // The convention's place for them (CONVENTIONS.md, "args in network config").
-        match value.get_mut("plugins").and_then(Value::as_array_mut) {
-            Some(plugins) => plugins.iter_mut().for_each(|plugin| merge_args(plugin, arguments)),
-            None => merge_args(&mut value, arguments),
+    let mut chain = Chain::read(&path, &value, &name, conf.version)?;
+    if let Some(arguments) = &one.cni_args {
+        // By labels pools are chosen and policies decided: they are the runtime's to tell.
+        let reserved = |key: &&str| *key == "labels" || chain.asks_us();
+        if let Some(key) = ["labels", "pools"].into_iter().filter(reserved).find(|key| arguments.contains_key(*key)) {
+            let reason = format!("cni-args.{key} of {label} is not for the pod to say; drop it");
+            return Err(wrong(field, reason));
         }
+        chain.give_args(arguments);
     }
-    let chain = Chain::read(&path, &value, &name, conf.version)?;
+    chain.give_args(&labels(conf));
     let by = match chain.only_of_type("dcenet") {
         Some(keys) => {
             if let Some(key) = ["networks", "selection"].into_iter().find(|key| keys.contains_key(*key)) {
@@ -301,12 +306,8 @@ fn of_definition(
                 }
                 asked.insert(key, value);
             }
-            let mut arguments = labels(conf);
-            if let Some(own) = keys.get("args").and_then(|args| args.get("cni")).and_then(Value::as_object) {
-                arguments["cni"].as_object_mut().into_iter().for_each(|cni| cni.extend(own.clone()));
-            }
             let sections = ["link", "ipam", "policy"].map(|key| (key, keys.get(key).cloned()));
-            own(conf, chain.name(), sections, &asked, Some(arguments)).map_err(|e| under(&path, e))?
+            own(conf, chain.name(), sections, &asked, keys.get("args").cloned()).map_err(|e| under(&path, e))?
         }
         None => {
             let capabilities: Map<_, _> = one.capabilities().into_iter().collect();
@@ -318,25 +319,16 @@ fn of_definition(
             }
             // Plugins without the capabilities know these arguments.
             let mut more = Vec::new();
-            if !one.ips.is_empty() && !chain.declares("ips") {
-                more.push(format!("IP={}", one.ips.join(",")));
+            if !one.ips().is_empty() && !chain.declares("ips") {
+                more.push(format!("IP={}", one.ips().join(",")));
             }
-            if let Some(mac) = one.mac.as_ref().filter(|_| !chain.declares("mac")) {
+            if let Some(mac) = one.mac().filter(|_| !chain.declares("mac")) {
                 more.push(format!("MAC={mac}"));
             }
             By::Plugins { chain, args: args(invocation, false, &more), capabilities }
         }
     };
     Ok(Network { label, ifname, default: false, default_route, by })
-}
-
-fn merge_args(plugin: &mut Value, arguments: &Map<String, Value>) {
-    let Some(keys) = plugin.as_object_mut() else { return };
-    let args = keys.entry("args").or_insert_with(|| json!({}));
-    if !args.get("cni").is_some_and(Value::is_object) {
-        *args = json!({ "cni": {} });
-    }
-    args["cni"].as_object_mut().into_iter().for_each(|cni| cni.extend(arguments.clone()));
 }
 
 /// The configuration of a network of our own, checked as far as can be without the host.
@@ -380,10 +372,19 @@ fn asked_by_runtime(conf: &NetConf) -> Map<String, Value> {
     asked
 }
 
+/// The runtime's arguments, but for the annotation, which is no plugin's.
+fn arguments(conf: &NetConf) -> Map<String, Value> {
+    let arguments = conf.key("args").and_then(|args| args.get("cni")).and_then(Value::as_object);
+    let mut arguments = arguments.cloned().unwrap_or_default();
+    arguments.remove(select::NETWORKS);
+    arguments
+}
+
 /// The arguments that every network's pools and policies are chosen by.
-fn labels(conf: &NetConf) -> Value {
-    let labels = conf.key("args").and_then(|args| args.get("cni")).and_then(|cni| cni.get("labels"));
-    labels.map_or_else(|| json!({ "cni": {} }), |labels| json!({ "cni": { "labels": labels } }))
+fn labels(conf: &NetConf) -> Map<String, Value> {
+    let mut arguments = arguments(conf);
+    arguments.retain(|key, _| key == "labels");
+    arguments
 }
 
 /// `CNI_ARGS` for a network's plugins, in an order that does not change. What names an address or a pool is meant for the

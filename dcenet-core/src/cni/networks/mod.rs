@@ -33,7 +33,8 @@
 //!
 //! What it names are NetworkAttachmentDefinitions in the files (`.json`, `.yaml`, `.yml`) of the directory
 //! `selection.definitions`. A pod may use those of its own namespace and of the namespaces that `selection.shared` lists
-//! (`["default"]` where absent; `"*"` for all).
+//! (`["default"]` where absent; `"*"` for all). The annotation is written by whoever writes pods: it chooses among what
+//! the definitions offer, and can tell plugins neither labels nor pools.
 //!
 //! **One transaction**: ADD attaches in order; a failure takes all back in reverse. What is about to be done is on disk, in
 //! `networks` of the state directory, before it is done: with the configuration of each network, and each plugin's result.
@@ -54,6 +55,8 @@ mod config;
 mod record;
 mod result;
 mod select;
+#[cfg(test)]
+mod tests;
 mod verbs;
 
 pub(super) use self::config::is_meta;

@@ -137,8 +137,13 @@ pub(super) fn gateways(network: &Network, result: &Value) -> Vec<IpAddr> {
 }
 
 /// The addresses of a result, without their prefix lengths.
-pub(super) fn bare_addresses(result: &Value) -> Vec<String> {
-    list(result, "ips").iter().filter_map(bare_address).collect()
+pub(super) fn addresses(result: &Value) -> Vec<IpAddr> {
+    list(result, "ips").iter().filter_map(|ip| bare(ip.get("address")?.as_str()?)).collect()
+}
+
+/// An address without its prefix length.
+pub(super) fn bare(text: &str) -> Option<IpAddr> {
+    text.split('/').next()?.parse().ok()
 }
 
 fn bare_address(ip: &Value) -> Option<String> {

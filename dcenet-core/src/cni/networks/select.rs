@@ -4,18 +4,19 @@
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
+use ipnet::IpNet;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::config::Selection;
 use crate::cni::{CniError, ErrorCode, NetConf};
-use crate::model::{IfName, Workload};
+use crate::model::{IfName, MacAddr, ParseError, Workload};
 use crate::section::{self, SectionError};
 
 /// The capability by which containerd passes a pod's annotations.
 pub(super) const ANNOTATIONS: &str = "io.kubernetes.cri.pod-annotations";
 /// The annotation.
-const NETWORKS: &str = "k8s.v1.cni.cncf.io/networks";
+pub(super) const NETWORKS: &str = "k8s.v1.cni.cncf.io/networks";
 
 /// A network that a pod asks for: an element of the annotation.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
@@ -24,9 +25,8 @@ pub(super) struct Selected {
     pub(super) name: String,
     pub(super) namespace: Option<String>,
     pub(super) interface: Option<IfName>,
-    #[serde(default)]
-    pub(super) ips: Vec<String>,
-    pub(super) mac: Option<String>,
+    ips: Option<Vec<String>>,
+    mac: Option<String>,
     #[serde(rename = "infiniband-guid")]
     guid: Option<String>,
     #[serde(rename = "portMappings")]
@@ -36,12 +36,46 @@ pub(super) struct Selected {
     pub(super) cni_args: Option<Map<String, Value>>,
     #[serde(rename = "default-route")]
     pub(super) default_route: Option<Vec<IpAddr>>,
+    /// Of newer clients of the standard. Plugins that know of it read it from the annotation themselves.
+    #[serde(rename = "ipam-claim-reference")]
+    _claim: Option<Value>,
 }
 
 impl Selected {
+    /// The addresses that it asks for, with their prefix lengths where it says any.
+    pub(super) fn ips(&self) -> &[String] {
+        self.ips.as_deref().unwrap_or_default()
+    }
+
+    /// The hardware address that it asks for.
+    pub(super) fn mac(&self) -> Option<&str> {
+        self.mac.as_deref()
+    }
+
+    /// Makes sure that addresses are addresses, for a pod's author writes them and plugins get them among arguments of the
+    /// runtime's; as the types write them.
+    fn check(&mut self, path: &str) -> Result<(), SectionError> {
+        for (i, text) in self.ips.iter_mut().flatten().enumerate() {
+            let address = text.parse::<IpAddr>().map(|a| a.to_string());
+            *text = address.or_else(|_| text.parse::<IpNet>().map(|a| a.to_string())).map_err(|_| SectionError {
+                field: format!("{path}.ips[{i}]"),
+                reason: format!("{text:?} is no IP address; write one, as 10.0.0.7 or 10.0.0.7/24"),
+            })?;
+        }
+        self.mac = match self.mac.take().filter(|mac| !mac.is_empty()) {
+            None => None,
+            Some(text) => {
+                let mac = MacAddr::for_device(&text);
+                let wrong = |e: ParseError| SectionError { field: format!("{path}.mac"), reason: e.to_string() };
+                Some(mac.map_err(wrong)?.to_string())
+            }
+        };
+        Ok(())
+    }
+
     /// What it asks for as capabilities (CNI's CONVENTIONS.md).
     pub(super) fn capabilities(&self) -> Vec<(String, Value)> {
-        let ips = (!self.ips.is_empty()).then(|| json!(self.ips));
+        let ips = (!self.ips().is_empty()).then(|| json!(self.ips()));
         let asked = [
             ("ips", ips),
             ("mac", self.mac.as_ref().map(|mac| json!(mac))),
@@ -109,8 +143,9 @@ fn read_list(field: &str, list: &Value) -> Result<Vec<Selected>, SectionError> {
     };
     let read = |(i, element)| {
         let path = format!("{field}[{i}]");
-        let one: Selected = section::read(&path, element)?;
+        let mut one: Selected = section::read(&path, element)?;
         check_names(&path, &one)?;
+        one.check(&path)?;
         Ok(one)
     };
     elements.iter().enumerate().map(read).collect()
@@ -119,9 +154,7 @@ fn read_list(field: &str, list: &Value) -> Result<Vec<Selected>, SectionError> {
 fn short(field: &str, part: &str) -> Result<Selected, SectionError> {
     let at = |reason: String| SectionError { field: format!("{field}: {part:?}"), reason };
     let (network, interface) = match part.split_once('@') {
-        Some((network, interface)) => {
-            (network, Some(interface.parse().map_err(|e: crate::model::ParseError| at(e.to_string()))?))
-        }
+        Some((network, interface)) => (network, Some(interface.parse().map_err(|e: ParseError| at(e.to_string()))?)),
         None => (part, None),
     };
     let (namespace, name) = match network.split_once('/') {
@@ -163,13 +196,12 @@ pub(super) struct Definition {
     pub(super) config: String,
 }
 
+/// A NetworkAttachmentDefinition, as far as it is read.
 #[derive(Deserialize)]
 struct Object {
-    kind: String,
-    metadata: Option<Metadata>,
-    spec: Option<Spec>,
+    metadata: Metadata,
     #[serde(default)]
-    items: Vec<Object>,
+    spec: Option<Spec>,
 }
 
 #[derive(Deserialize)]
@@ -212,14 +244,19 @@ impl Definitions {
         Ok(all)
     }
 
-    fn take(&mut self, path: &Path, object: Object) {
-        object.items.into_iter().for_each(|item| self.take(path, item));
-        if object.kind != "NetworkAttachmentDefinition" {
+    /// Takes an object, or those of a list of them. What other kinds of objects hold is nobody's affair here.
+    fn take(&mut self, path: &Path, object: Value) {
+        if object.get("kind").is_none_or(|kind| kind != "NetworkAttachmentDefinition") {
+            if let Some(Value::Array(items)) = object.get("items") {
+                items.iter().for_each(|item| self.take(path, item.clone()));
+            }
             return;
         }
-        let Some(Metadata { name, namespace }) = object.metadata else {
-            return self.broken.push(format!("{}: metadata is missing", path.display()));
+        let object: Object = match section::read("NetworkAttachmentDefinition", &object) {
+            Ok(object) => object,
+            Err(error) => return self.broken.push(format!("{}: {error}", path.display())),
         };
+        let Metadata { name, namespace } = object.metadata;
         let namespace = namespace.unwrap_or_else(|| "default".to_owned());
         let config = object.spec.map(|spec| spec.config).unwrap_or_default();
         self.found.push(Definition { namespace, name, path: path.to_owned(), config });
@@ -256,7 +293,7 @@ impl Definitions {
     }
 }
 
-fn objects(path: &Path, text: &str) -> Result<Vec<Object>, String> {
+fn objects(path: &Path, text: &str) -> Result<Vec<Value>, String> {
     if path.extension().is_some_and(|e| e == "json") {
         return serde_json::from_str(text).map(|object| vec![object]).map_err(|e| e.to_string());
     }
@@ -264,11 +301,11 @@ fn objects(path: &Path, text: &str) -> Result<Vec<Object>, String> {
 }
 
 #[cfg(feature = "yaml")]
-fn yaml(text: &str) -> Result<Vec<Object>, String> {
+fn yaml(text: &str) -> Result<Vec<Value>, String> {
     serde_saphyr::from_multiple(text).map_err(|e| e.to_string())
 }
 
 #[cfg(not(feature = "yaml"))]
-fn yaml(_: &str) -> Result<Vec<Object>, String> {
+fn yaml(_: &str) -> Result<Vec<Value>, String> {
     Err("this program reads no YAML (feature `yaml`); give JSON".to_owned())
 }

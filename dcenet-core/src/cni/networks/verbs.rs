@@ -1,5 +1,6 @@
 //! ADD, CHECK, DEL, GC and STATUS of several networks.
 
+use std::fmt::Display;
 use std::path::PathBuf;
 
 use serde_json::{Value, json};
@@ -12,7 +13,7 @@ use crate::cni::serve::Backends;
 use crate::cni::verbs::{Call, engine, journal, netns};
 use crate::cni::{CniError, ErrorCode, Invocation, NetConf, PluginCall, Plugins, SpecVersion};
 use crate::engine::{AttachError, Engine, PodInterface, SteerError, Steering};
-use crate::model::{AttachmentKey, ContainerId, IfName, NetworkName};
+use crate::model::{AttachmentKey, ContainerId, IfName, MacAddr, NetworkName};
 use crate::netlink::Family;
 use crate::netns::NetNs;
 
@@ -125,7 +126,7 @@ impl<'a> Networks<'a> {
                         held.note(&Line::Told { network: i, result: result.clone() }).map_err(journal)
                     };
                     let added = chain.add(&self.plugins, &call, capabilities, told);
-                    added.and_then(|r| honoured(network, r)).map_err(|e| network.blame(e))?
+                    added.and_then(|r| self.honoured(network, r)).map_err(|e| network.blame(e))?
                 }
             };
             if steered {
@@ -492,6 +493,38 @@ impl<'a> Networks<'a> {
         }
     }
 
+    /// Refuses the result of plugins that did not give what was asked for: they ignore what they do not know.
+    fn honoured(&self, network: &Network, result: Value) -> Result<Value, CniError> {
+        let By::Plugins { capabilities, .. } = &network.by else { return Ok(result) };
+        let (wanted_ips, wanted_mac) = if network.default {
+            let args = &self.invocation.args;
+            let asked = &self.conf.runtime;
+            let ips = if asked.addresses.values.is_empty() { &args.addresses } else { &asked.addresses.values };
+            (ips.clone(), asked.mac.or(args.mac))
+        } else {
+            let ips = capabilities.get("ips").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str);
+            let mac = capabilities.get("mac").and_then(Value::as_str).map(str::parse::<MacAddr>);
+            (ips.filter_map(result::bare).collect(), mac.and_then(Result::ok))
+        };
+        let refuse = |key: &str, wanted: &dyn Display| {
+            let message =
+                format!("{key}: {wanted} was asked for, and its plugins gave another; use plugins that honour it");
+            Err(CniError::new(ErrorCode::UnsupportedField, message))
+        };
+        let given = result::addresses(&result);
+        if let Some(wanted) = wanted_ips.iter().find(|wanted| !given.contains(wanted)) {
+            return refuse("ips", wanted);
+        }
+        if let Some(wanted) = wanted_mac {
+            let own = result::inside(&result).find(|i| i["name"] == network.ifname.as_str());
+            let mac = own.and_then(|i| i.get("mac")).and_then(Value::as_str).map(str::parse::<MacAddr>);
+            if mac.and_then(Result::ok) != Some(wanted) {
+                return refuse("mac", &wanted);
+            }
+        }
+        Ok(result)
+    }
+
     /// What a record says, if it is of this attachment.
     fn readable(&self, held: &Held) -> Result<Option<Record>, CniError> {
         match &held.record {
@@ -515,30 +548,6 @@ impl<'a> Networks<'a> {
         let path = self.invocation.netns.clone();
         path.ok_or_else(|| CniError::new(ErrorCode::InvalidEnvironment, "CNI_NETNS is needed"))
     }
-}
-
-/// Refuses the result of plugins that did not give what the pod asked for: they ignore what they do not know.
-fn honoured(network: &Network, result: Value) -> Result<Value, CniError> {
-    let By::Plugins { capabilities, .. } = &network.by else { return Ok(result) };
-    let refuse = |key: &str, wanted: &str| {
-        let message =
-            format!("{key}: {wanted} was asked for, and its plugins gave another; use plugins that honour it");
-        Err(CniError::new(ErrorCode::UnsupportedField, message))
-    };
-    let given = result::bare_addresses(&result);
-    for wanted in capabilities.get("ips").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str) {
-        if !given.iter().any(|ip| *ip == wanted.split('/').next().unwrap_or_default()) {
-            return refuse("ips", wanted);
-        }
-    }
-    if let Some(wanted) = capabilities.get("mac").and_then(Value::as_str) {
-        let own = result::inside(&result).find(|i| i["name"] == network.ifname.as_str());
-        let mac = own.and_then(|i| i.get("mac")).and_then(Value::as_str).unwrap_or_default();
-        if !mac.eq_ignore_ascii_case(wanted) {
-            return refuse("mac", wanted);
-        }
-    }
-    Ok(result)
 }
 
 fn steer(error: SteerError) -> CniError {
