@@ -162,7 +162,7 @@ impl Journal {
         &self.boot
     }
 
-    fn path(&self, id: AttachmentId) -> PathBuf {
+    pub(crate) fn path(&self, id: AttachmentId) -> PathBuf {
         self.directory.join(id.to_string())
     }
 

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::serve::PolicyChoice;
 use super::verbs::{Call, engine, journal};
-use super::{CniError, CniResult, ErrorCode, Invocation, NetConf};
+use super::{CniError, CniResult, ErrorCode, Invocation, NetConf, networks};
 use crate::engine::Hold;
 use crate::model::AttachmentKey;
 use crate::provider::{AddressSource, Lease};
@@ -68,7 +68,12 @@ impl<'a> Call<'a> {
     /// GC.
     pub(super) async fn collect_for_another(&self) -> Result<(), CniError> {
         let (Some(valid), Some(addresses)) = (&self.conf.valid_attachments, self.addresses()?) else { return Ok(()) };
-        self.retain(addresses, &self.conf.name, valid).await
+        // What this program attached itself under the name, alone or as one of several networks, is in no list of the runtime's.
+        let mut kept = valid.clone();
+        kept.extend(networks::alive(&self.conf.state_dir, &self.conf.name).map_err(journal)?);
+        let records = self.engine.attachments(&self.conf.name).map_err(journal)?;
+        kept.extend(records.into_iter().map(|record| (record.key.container, record.key.ifname)));
+        self.retain(addresses, &self.conf.name, &kept).await
     }
 
     /// STATUS.

@@ -558,7 +558,7 @@ fn attach(error: AttachError) -> CniError {
     CniError::new(code, error.to_string()).with_details(causes(&error))
 }
 
-fn detach(error: DetachErrors) -> CniError {
+pub(super) fn detach(error: DetachErrors) -> CniError {
     let code = if error.is_retryable() { ErrorCode::TryAgain } else { ErrorCode::Failed };
     CniError::new(code, error.to_string())
 }

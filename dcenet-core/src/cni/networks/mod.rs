@@ -41,6 +41,12 @@
 //! DEL reads nothing else, so that it does the same whatever became of configuration, definitions and pod. A call that
 //! was killed is repaired by the next ADD, DEL or GC.
 //!
+//! **GC** takes back what the runtime does not list, attachment by attachment. By list only the network is collected whose
+//! name is the configuration's own: who else uses a network of another name, such as another configuration, another meta
+//! plugin or the network's own, no list tells. A configuration of one network, or one that has its addresses from this
+//! program, keeps what pods of several networks have of a network of its name. Where a record cannot be read nothing is
+//! collected by list.
+//!
 //! **Routes**: the default routes of a family are of the network with `"defaultRoute": true`, or a list of gateways
 //! (`default-route` in the annotation; routers that the interface reaches), else of the first that has any. Each interface
 //! has a routing table of its own and a rule for each of its addresses, so that answers leave by the interface that was
@@ -60,6 +66,6 @@ mod tests;
 mod verbs;
 
 pub(super) use self::config::is_meta;
-pub(super) use self::record::is_recorded;
 pub use self::record::network_status;
+pub(super) use self::record::{alive, is_recorded};
 pub(super) use self::verbs::Networks;

@@ -17,7 +17,7 @@ use serde_json::Value;
 use super::config::Network;
 use crate::engine::Steering;
 use crate::journal::{Entered, Entry, Journal, JournalError};
-use crate::model::{AttachmentKey, NetworkName};
+use crate::model::{AttachmentKey, ContainerId, IfName, NetworkName};
 use crate::netns::NetNsId;
 
 /// The directory of records.
@@ -63,6 +63,17 @@ pub(super) struct Record {
     /// What decides where its packets go.
     pub(super) steering: Option<Steering>,
     pub(super) done: Option<Done>,
+    /// The line after the intent that cannot be read, and why. Nobody knows then how far it came: every network was begun,
+    /// and it is not finished.
+    pub(super) damage: Option<(usize, String)>,
+}
+
+/// What all records say.
+#[derive(Debug, Default)]
+pub(super) struct All {
+    pub(super) records: Vec<Record>,
+    /// Why others cannot be read. Whose they are and what they hold cannot be told.
+    pub(super) unreadable: Vec<JournalError>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -94,7 +105,32 @@ pub(super) struct Held {
 impl Record {
     /// Of what is about to be done.
     pub(super) fn of(intent: Intent) -> Self {
-        Self { begun: 0, told: vec![None; intent.networks.len()], steering: None, done: None, intent }
+        let told = vec![None; intent.networks.len()];
+        Self { begun: 0, told, steering: None, done: None, damage: None, intent }
+    }
+}
+
+impl Record {
+    /// What it has attached to a network.
+    fn has<'r>(&'r self, network: &'r NetworkName) -> impl Iterator<Item = (ContainerId, IfName)> + 'r {
+        let of_name = move |one: &&Network| one.name().is_ok_and(|name| name == *network);
+        let of_pod = |one: &Network| (self.intent.key.container.clone(), one.ifname.clone());
+        self.intent.networks.iter().filter(of_name).map(of_pod)
+    }
+
+    /// Takes in a line after the intent.
+    fn read(&mut self, line: &str) -> Result<(), String> {
+        match serde_json::from_str(line).map_err(|e| e.to_string())? {
+            Line::Intent(_) => return Err("a second intent".to_owned()),
+            Line::Begun(network) => self.begun = network.saturating_add(1),
+            Line::Told { network, result } => match self.told.get_mut(network) {
+                Some(told) => *told = Some(result),
+                None => return Err(format!("there is no network of number {network}")),
+            },
+            Line::Steering(steering) => self.steering = Some(steering),
+            Line::Done(done) => self.done = Some(done),
+        }
+        Ok(())
     }
 }
 
@@ -127,18 +163,17 @@ impl Records {
         self.0.open_entry(key.id())?.map(Held::of).transpose()
     }
 
-    /// What all records say that can be read, without their locks.
-    pub(super) fn all(&self) -> Result<Vec<Record>, JournalError> {
-        let mut records = Vec::new();
+    /// What all records say, without their locks.
+    pub(super) fn all(&self) -> Result<All, JournalError> {
+        let mut all = All::default();
         for id in self.0.ids()? {
             let Some(text) = self.0.text(id)? else { continue };
-            match parse(&text, Path::new(&id.to_string())) {
-                Ok(record) => records.extend(record),
-                // Whose it is cannot be told; it must not stand in the way of all others.
-                Err(error) => tracing::warn!(%error, "record left out"),
+            match parse(&text, &self.0.path(id)) {
+                Ok(record) => all.records.extend(record),
+                Err(error) => all.unreadable.push(error),
             }
         }
-        Ok(records)
+        Ok(all)
     }
 }
 
@@ -200,28 +235,31 @@ impl Drop for Held {
 }
 
 /// Reads a record. A last line without its end was being written by a process that was killed, and says nothing.
+///
+/// # Errors
+/// Where the intent cannot be read. What can be read before another bad line is known.
 fn parse(text: &str, path: &Path) -> Result<Option<Record>, JournalError> {
-    let mut record: Option<Record> = None;
-    for (number, line) in text.split_inclusive('\n').enumerate().filter(|(_, line)| line.ends_with('\n')) {
-        let malformed = |reason: String| JournalError::Malformed { path: path.to_owned(), line: number + 1, reason };
-        let line: Line = serde_json::from_str(line).map_err(|e| malformed(e.to_string()))?;
-        match (line, &mut record) {
-            (Line::Intent(intent), _) => record = Some(Record::of(*intent)),
-            (_, None) => return Err(malformed("progress without its intent".to_owned())),
-            (Line::Begun(network), Some(record)) => record.begun = network.saturating_add(1),
-            (Line::Told { network, result }, Some(record)) => match record.told.get_mut(network) {
-                Some(told) => *told = Some(result),
-                None => return Err(malformed(format!("there is no network of number {network}"))),
-            },
-            (Line::Steering(steering), Some(record)) => record.steering = Some(steering),
-            (Line::Done(done), Some(record)) => record.done = Some(done),
+    let mut lines = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+    let Some(first) = lines.next() else { return Ok(None) };
+    let malformed = |reason: String| JournalError::Malformed { path: path.to_owned(), line: 1, reason };
+    let mut record = match serde_json::from_str(first) {
+        Ok(Line::Intent(intent)) => Record::of(*intent),
+        Ok(_) => return Err(malformed("progress without its intent".to_owned())),
+        Err(error) => return Err(malformed(error.to_string())),
+    };
+    for (number, line) in lines.enumerate() {
+        if let Err(reason) = record.read(line) {
+            (record.begun, record.done) = (record.intent.networks.len(), None);
+            record.damage = Some((number + 2, reason));
+            break;
         }
     }
-    Ok(record)
+    Ok(Some(record))
 }
 
 /// Whether an attachment of this key, or any of the network where there is none, was made as one of several networks: it
-/// is removed as such, whatever the configuration is by now.
+/// is removed as such, whatever the configuration is by now, and is in no runtime's list where its network has another name
+/// than its configuration. A record that cannot be read may be of any network.
 pub(in crate::cni) fn is_recorded(
     state: &Path,
     network: &NetworkName,
@@ -230,7 +268,23 @@ pub(in crate::cni) fn is_recorded(
     let records = Records::open(state)?;
     match key {
         Some(key) => records.0.exists(key.id()),
-        None => Ok(records.all()?.iter().any(|record| record.intent.key.network == *network)),
+        None => {
+            let All { records, unreadable } = records.all()?;
+            let is_of = |record: &Record| record.intent.key.network == *network || record.has(network).next().is_some();
+            Ok(!unreadable.is_empty() || records.iter().any(is_of))
+        }
+    }
+}
+
+/// The attachments of a network that pods of several networks have, whatever their configurations are called.
+///
+/// # Errors
+/// Where a record cannot be read: it may have any.
+pub(in crate::cni) fn alive(state: &Path, network: &NetworkName) -> Result<Vec<(ContainerId, IfName)>, JournalError> {
+    let All { records, unreadable } = Records::open(state)?.all()?;
+    match unreadable.into_iter().next() {
+        Some(error) => Err(error),
+        None => Ok(records.iter().flat_map(|record| record.has(network)).collect()),
     }
 }
 
@@ -242,12 +296,53 @@ pub(in crate::cni) fn is_recorded(
 /// Where the record cannot be read, or another process works on the attachment now.
 pub fn network_status(state: &Path, key: &AttachmentKey) -> Result<Option<Vec<Value>>, JournalError> {
     let Some(held) = Records::open(state)?.find(key)? else { return Ok(None) };
-    let record = match &held.record {
-        Ok(record) => record.as_ref().filter(|record| record.intent.key == *key),
-        Err(JournalError::Malformed { path, line, reason }) => {
-            return Err(JournalError::Malformed { path: path.clone(), line: *line, reason: reason.clone() });
-        }
-        Err(_) => None,
+    let malformed = |line: usize, reason: &str| {
+        Err(JournalError::Malformed { path: held.entry.path().to_owned(), line, reason: reason.to_owned() })
     };
-    Ok(record.and_then(|record| record.done.as_ref()).map(|done| done.status.clone()))
+    match &held.record {
+        Ok(Some(Record { damage: Some((line, reason)), .. })) => malformed(*line, reason),
+        Ok(record) => {
+            let own = record.as_ref().filter(|record| record.intent.key == *key);
+            Ok(own.and_then(|record| record.done.as_ref()).map(|done| done.status.clone()))
+        }
+        Err(JournalError::Malformed { line, reason, .. }) => malformed(*line, reason),
+        Err(_) => Ok(None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn read(lines: &[&str]) -> Result<Option<Record>, JournalError> {
+        parse(&lines.iter().map(|line| format!("{line}\n")).collect::<String>(), Path::new("/state/networks/x"))
+    }
+
+    #[test]
+    fn a_bad_line_leaves_what_stands_before_it() {
+        let network =
+            |ifname: &str| json!({ "label": ifname, "ifname": ifname, "default": false, "by": { "own": {} } });
+        let intent = json!({ "intent": {
+            "key": { "network": "pods", "container": "c1", "ifname": "eth0" }, "boot": "b", "netns_path": "/run/netns/p",
+            "netns": NetNsId { dev: 1, inode: 2 }, "fingerprint": "f", "networks": [network("eth0"), network("net1")],
+        } })
+        .to_string();
+        let (begun, told) = ("{\"begun\":0}", "{\"told\":{\"network\":0,\"result\":{\"ips\":[]}}}");
+        let done = "{\"done\":{\"result\":{},\"status\":[]}}";
+        let whole = read(&[&intent, begun, told, done]).unwrap().unwrap();
+        assert_eq!((whole.begun, whole.done.is_some(), &whole.damage), (1, true, &None));
+        for bad in ["{\"told\":{\"network\":2,\"result\":{}}}", "\0\0", "{\"begun\":0,\"newer\":1}", &intent] {
+            let damaged = read(&[&intent, begun, told, bad, done]).unwrap().unwrap();
+            assert_eq!(damaged.intent, whole.intent);
+            assert_eq!((damaged.begun, damaged.done.is_some()), (2, false), "any of them may have been begun");
+            assert_eq!(damaged.told, whole.told);
+            assert_eq!(damaged.damage.unwrap().0, 4, "{bad}");
+        }
+        for bad in ["{}", begun, ""] {
+            assert!(matches!(read(&[bad, begun]), Err(JournalError::Malformed { line: 1, .. })), "{bad}");
+        }
+        assert_eq!(parse(&intent, Path::new("/x")).unwrap(), None, "nothing was begun before its end was written");
+    }
 }

@@ -7,12 +7,13 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::config::{By, Network, configured, resolve};
-use super::record::{Done, Held, Intent, Line, Record, Records};
+use super::record::{All, Done, Held, Intent, Line, Record, Records};
 use super::result;
 use crate::cni::serve::Backends;
-use crate::cni::verbs::{Call, engine, journal, netns};
+use crate::cni::verbs::{Call, detach, engine, journal, netns};
 use crate::cni::{CniError, ErrorCode, Invocation, NetConf, PluginCall, Plugins, SpecVersion};
 use crate::engine::{AttachError, Engine, PodInterface, SteerError, Steering};
+use crate::link::LinkConfig;
 use crate::model::{AttachmentKey, ContainerId, IfName, MacAddr, NetworkName};
 use crate::netlink::Family;
 use crate::netns::NetNs;
@@ -254,20 +255,45 @@ impl<'a> Networks<'a> {
     }
 
     /// Removes what has no record of several networks: runtimes repeat DEL, and a configuration of one network may have got
-    /// further ones while pods stood.
+    /// further ones while pods stood, or have had its sections moved into `networks`. Its addresses are under its own name
+    /// still, in the store of whichever network of ours has it.
     async fn remove_single(&self, key: &AttachmentKey) -> Result<(), CniError> {
-        if self.conf.key("link").is_none_or(Value::is_null) {
+        let mut networks = configured(self.conf, self.invocation, &key.ifname).unwrap_or_else(|error| {
+            tracing::warn!(%error, "going without the configuration");
+            Vec::new()
+        });
+        networks.sort_by_key(|network| !network.default);
+        let mut calls = Vec::new();
+        for network in &networks {
+            let By::Own(conf) = &network.by else { continue };
+            let mut conf = conf.clone();
+            conf["name"] = json!(key.network);
+            let (mut invocation, conf) = self.single(network, &conf, Some(key))?;
+            invocation.ifname = Some(key.ifname.clone());
+            calls.push((invocation, conf));
+        }
+        let mut holder = 0;
+        for (i, (invocation, conf)) in calls.iter().enumerate() {
+            if Call::new(invocation, conf, self.backends)?.held(key).await?.is_some() {
+                holder = i;
+                break;
+            }
+        }
+        if let Some((invocation, conf)) = calls.get(holder) {
+            return Call::new(invocation, conf, self.backends)?.del().await;
+        }
+        let attached = self.engine.attached(key).map_err(journal)?;
+        self.engine.detach(key, None).map_err(detach)?;
+        let leased: Vec<_> = attached.iter().flat_map(|a| &a.lease.addresses).map(|a| a.address.to_string()).collect();
+        if leased.is_empty() {
             return Ok(());
         }
-        let networks = configured(self.conf, self.invocation, &key.ifname)?;
-        let Some((network, conf)) = networks.iter().find_map(|network| match &network.by {
-            By::Own(conf) if network.default => Some((network, conf)),
-            _ => None,
-        }) else {
-            return Ok(());
-        };
-        let (invocation, conf) = self.single(network, conf, Some(key))?;
-        Call::new(&invocation, &conf, self.backends)?.del().await
+        let message = format!(
+            "the devices of {key} are removed, and its addresses ({}) are not released: no network of the configuration has a \
+             link, with the section ipam that it had; add it, and collect (GC)",
+            leased.join(", ")
+        );
+        Err(CniError::new(ErrorCode::InvalidConfig, message))
     }
 
     /// Takes back what a record says, then removes it.
@@ -278,7 +304,14 @@ impl<'a> Networks<'a> {
                 let message = format!("the record of id {} belongs to {}", key.id(), record.intent.key);
                 return Err(CniError::new(ErrorCode::Failed, message));
             }
-            Ok(Some(record)) => self.take_back(record).await,
+            Ok(Some(record)) => {
+                let errors = self.take_back(record).await;
+                if let Some((line, reason)) = record.damage.as_ref().filter(|_| errors.is_empty()) {
+                    tracing::warn!(%key, line, reason, "a record was damaged after its intent; all of it was taken back");
+                    return held.set_aside().map_err(journal);
+                }
+                errors
+            }
             Err(error) => {
                 // All that is known is what the configuration says of every pod.
                 tracing::warn!(%error, "record unreadable; going by the configuration");
@@ -358,6 +391,11 @@ impl<'a> Networks<'a> {
         if own && !self.invocation.netns_override { None } else { Some((path, pod)) }
     }
 
+    /// Frees what the runtime does not list.
+    ///
+    /// Attachments of several networks are taken back one by one, by their records. By list only the network is collected
+    /// that has the configuration's own name: whoever else attaches to networks of other names, by this program or not, is
+    /// known to no list that is here.
     pub(in crate::cni) async fn gc(&self) -> Result<(), CniError> {
         // Without a list nothing is known to be stale; an empty list says that all is.
         let Some(runtimes) = &self.conf.valid_attachments else { return Ok(()) };
@@ -369,29 +407,75 @@ impl<'a> Networks<'a> {
             errors.push(error);
             Vec::new()
         });
-        for record in self.records.all().map_err(journal)? {
-            known.extend(record.intent.networks.iter().cloned());
-            if !stale(&record.intent.key) {
+        for record in self.records.all().map_err(journal)?.records {
+            let key = &record.intent.key;
+            if key.network == self.conf.name {
+                known.extend(record.intent.networks.iter().cloned());
+            }
+            if !stale(key) {
                 continue;
             }
-            let removed = match self.records.find(&record.intent.key).map_err(journal) {
-                Ok(Some(held)) => self.remove(&record.intent.key, held).await,
+            let removed = match self.records.find(key).map_err(journal) {
+                Ok(Some(held)) => self.remove(key, held).await,
                 Ok(None) => Ok(()),
                 Err(error) => Err(error),
             };
-            let key = &record.intent.key;
             errors.extend(removed.err().map(|e| CniError { message: format!("{key}: {}", e.message), ..e }));
         }
-        // What is alive of each network: whatever a record has, of whichever configuration it is.
+        let All { records, unreadable } = self.records.all().map_err(journal)?;
+        if unreadable.is_empty() {
+            self.collect(&known, &records, runtimes, &mut errors).await?;
+        }
+        // What it holds is alive for all that is known.
+        errors.extend(unreadable.into_iter().map(|error| {
+            let message = format!("{error}; nothing is collected by list until it is repaired, or deleted by hand");
+            CniError::new(ErrorCode::Io, message)
+        }));
+        if errors.is_empty() { Ok(()) } else { Err(CniError::new(ErrorCode::TryAgain, joined(&errors))) }
+    }
+
+    /// Has the networks that bear the configuration's name free what is neither in the runtime's list nor in a record, and
+    /// removes devices that networks shared of which nothing is left.
+    async fn collect(
+        &self,
+        known: &[Network],
+        records: &[Record],
+        runtimes: &[(ContainerId, IfName)],
+        errors: &mut Vec<CniError>,
+    ) -> Result<(), CniError> {
         let mut alive: Vec<(NetworkName, ContainerId, IfName)> = Vec::new();
-        for record in self.records.all().map_err(journal)? {
+        for record in records {
             for network in &record.intent.networks {
                 alive.push((network.name()?, record.intent.key.container.clone(), network.ifname.clone()));
             }
         }
+        // The runtime's are of this network too where they were attached before it had company.
+        alive.extend(runtimes.iter().map(|(c, i)| (self.conf.name.clone(), c.clone(), i.clone())));
+        let bears_the_name = |network: &Network| {
+            matches!(network.by, By::Own(_)) && network.name().is_ok_and(|name| name == self.conf.name)
+        };
+        if !known.iter().any(bears_the_name) {
+            // Attached by the sections of one network, before these were moved into `networks`.
+            for record in self.engine.attachments(&self.conf.name).map_err(journal)? {
+                let key = &record.key;
+                let lives = |(n, c, i): &(NetworkName, ContainerId, IfName)| {
+                    *n == key.network && *c == key.container && *i == key.ifname
+                };
+                if !alive.iter().any(lives) {
+                    errors.extend(self.remove_single(key).await.err());
+                }
+            }
+        }
         let mut seen = Vec::new();
-        for network in &known {
+        for network in known {
             let name = network.name()?;
+            let mut valid: Vec<Value> = Vec::new();
+            for (_, container, ifname) in alive.iter().filter(|(network, ..)| *network == name) {
+                let one = json!({ "containerID": container, "ifname": ifname });
+                if !valid.contains(&one) {
+                    valid.push(one);
+                }
+            }
             let what = match &network.by {
                 By::Own(_) => (name.clone(), None),
                 By::Plugins { chain, .. } => (name.clone(), Some(chain.clone())),
@@ -400,20 +484,8 @@ impl<'a> Networks<'a> {
                 continue;
             }
             seen.push(what);
-            let of_network = || alive.iter().filter(|(network, ..)| *network == name);
-            let list = |(_, c, i): &(NetworkName, ContainerId, IfName)| json!({ "containerID": c, "ifname": i });
             match &network.by {
-                By::Own(conf) => {
-                    let mut valid: Vec<Value> = of_network().map(list).collect();
-                    if name == self.conf.name {
-                        // The runtime's list is of this network, also of what was attached before it had company.
-                        valid.extend(runtimes.iter().map(|(c, i)| json!({ "containerID": c, "ifname": i })));
-                    } else {
-                        // Who uses the network without us is not ours to judge.
-                        let records = self.engine.attachments(&name).map_err(journal)?;
-                        let keys = records.iter().map(|record| &record.key);
-                        valid.extend(keys.map(|key| json!({ "containerID": key.container, "ifname": key.ifname })));
-                    }
+                By::Own(conf) if name == self.conf.name => {
                     let mut conf = conf.clone();
                     conf["cni.dev/valid-attachments"] = Value::Array(valid);
                     let collected = async {
@@ -422,14 +494,24 @@ impl<'a> Networks<'a> {
                     };
                     errors.extend(collected.await.err().map(|e| network.blame(e)));
                 }
-                By::Plugins { chain, .. } => {
-                    let valid = Value::Array(of_network().map(list).collect());
-                    let left = chain.gc(&self.plugins, &PluginCall::default(), &valid);
+                By::Plugins { chain, .. } if name == self.conf.name => {
+                    let left = chain.gc(&self.plugins, &PluginCall::default(), &Value::Array(valid));
                     errors.extend(left.into_iter().map(|e| network.blame(e)));
                 }
+                By::Own(conf)
+                    if valid.is_empty()
+                        && runtimes.is_empty()
+                        && self.engine.attachments(&name).map_err(journal)?.is_empty() =>
+                {
+                    let link = conf.get("link").map(LinkConfig::read).transpose()?;
+                    let shared = link.iter().flat_map(|link| link.driver().shared());
+                    let removed = shared.filter_map(|shared| self.engine.remove_idle(&shared).err());
+                    errors.extend(removed.map(|e| network.blame(CniError::new(ErrorCode::Failed, e.to_string()))));
+                }
+                By::Own(_) | By::Plugins { .. } => {}
             }
         }
-        if errors.is_empty() { Ok(()) } else { Err(CniError::new(ErrorCode::TryAgain, joined(&errors))) }
+        Ok(())
     }
 
     pub(in crate::cni) async fn status(&self) -> Result<(), CniError> {
