@@ -1,6 +1,8 @@
 //! A network whose plugins are others: one, or a list of them (CNI 1.1.0, section 1), and their verbs in the order of the
 //! specification (section 3, "Lifecycle & Ordering"), as libcni calls them.
 
+use std::io;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -8,6 +10,15 @@ use super::{DelegateError, PluginCall, PluginName, Plugins};
 use crate::cni::{CniError, ErrorCode, SpecVersion, Verb};
 use crate::model::NetworkName;
 use crate::section::{self, SectionError};
+
+/// What happens while a network is attached.
+#[derive(Debug, Clone, Copy)]
+pub enum Progress<'a> {
+    /// A plugin was started, as the leader of this process group, and has yet to get its configuration.
+    Started(u32),
+    /// A plugin answered with this result.
+    Told(&'a Value),
+}
 
 /// The plugins of a network, in the order in which ADD calls them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,29 +126,31 @@ impl Chain {
         self.plugins.iter().any(|plugin| declares(plugin, capability))
     }
 
-    /// ADD: each plugin gets the result of the one before. `told` hears each result before the next plugin runs; what it
-    /// hears last is the network's result, which is returned.
+    /// ADD: each plugin gets the result of the one before. `progress` hears of each plugin before it can do anything, and each
+    /// result before the next plugin runs; the last of them is the network's, which is returned.
     ///
     /// # Errors
-    /// Of the first plugin that fails, and of `told`. Nothing is taken back.
+    /// Of the first plugin that fails, and of `progress`. Nothing is taken back.
     pub fn add(
         &self,
         plugins: &Plugins,
         call: &PluginCall,
         capabilities: &Map<String, Value>,
-        mut told: impl FnMut(&Value) -> Result<(), CniError>,
+        mut progress: impl FnMut(Progress<'_>) -> Result<(), CniError>,
     ) -> Result<Value, CniError> {
         let mut result = None;
         for plugin in &self.plugins {
             let conf = self.conf(plugin, capabilities, result.as_ref());
-            let mut answer = self.run(plugins, plugin, Verb::Add, call, &conf)?.unwrap_or_default();
+            let mut noted = |group| progress(Progress::Started(group)).map_err(io::Error::other);
+            let answer = plugins.run_noting(&name_of(plugin), Verb::Add, call, &conf, &mut noted)?;
+            let mut answer = answer.unwrap_or_default();
             self.check_result(plugin, &answer)?;
             // Written in the version of the configuration (containernetworking/cni issue 895). The plugins to which it is handed
             // on refuse a result that does not say so.
             if answer.get("cniVersion").is_none_or(|version| version == "") {
                 answer["cniVersion"] = json!(self.version);
             }
-            told(&answer)?;
+            progress(Progress::Told(&answer))?;
             result = Some(answer);
         }
         Ok(result.unwrap_or_default())

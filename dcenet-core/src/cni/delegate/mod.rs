@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use serde_json::Value;
 
-pub use self::chain::Chain;
+pub use self::chain::{Chain, Progress};
 use super::{CniError, ErrorCode, Verb};
 use crate::model::{ContainerId, IfName, ParseError};
 use crate::netlink::{Gate, gate};
@@ -109,8 +109,8 @@ impl Plugins {
     }
 
     /// Runs a plugin as libcni does: the configuration on stdin, the call in the environment beside what this process has
-    /// there, the answer from stdout. It ends with this process's thread, and within the time limit with everything that
-    /// it started.
+    /// there, the answer from stdout. Within the time limit it ends with everything that it started in its process group.
+    /// When this process's thread ends it is killed too, but not what it has started: see [`end_group`](Self::end_group).
     ///
     /// Returns what it answered: the result of ADD and VERSION, else nothing.
     ///
@@ -125,6 +125,19 @@ impl Plugins {
         verb: Verb,
         call: &PluginCall,
         conf: &Value,
+    ) -> Result<Option<Value>, DelegateError> {
+        self.run_noting(plugin, verb, call, conf, &mut |_| Ok(()))
+    }
+
+    /// As [`run`](Self::run); `noted` hears the process group before the plugin gets its configuration, and thus before it
+    /// can have done anything.
+    fn run_noting(
+        &self,
+        plugin: &PluginName,
+        verb: Verb,
+        call: &PluginCall,
+        conf: &Value,
+        noted: &mut dyn FnMut(u32) -> io::Result<()>,
     ) -> Result<Option<Value>, DelegateError> {
         let program = self.find(plugin)?;
         let span = tracing::debug_span!("delegate", %plugin, verb = verb.as_str());
@@ -148,26 +161,61 @@ impl Plugins {
         }
         let started = |source| DelegateError::Start { plugin: plugin.clone(), source };
         let said = match gate(&format!("run plugin {plugin} {}", verb.as_str())) {
-            Gate::Pass => self.converse(&mut command, conf),
+            Gate::Pass => self.converse(&mut command, conf, noted),
             Gate::Fail(errno) => Err(io::Error::from_raw_os_error(errno)),
-            Gate::Lose => {
-                self.converse(&mut command, conf).and_then(|_| Err(io::Error::other("injected: outcome unknown")))
-            }
+            Gate::Lose => self
+                .converse(&mut command, conf, noted)
+                .and_then(|_| Err(io::Error::other("injected: outcome unknown"))),
             Gate::DieAfter => {
                 // Whatever came of it: the process ends before it could tell.
-                drop(self.converse(&mut command, conf));
+                drop(self.converse(&mut command, conf, noted));
                 std::process::abort()
             }
         };
         self.judge(plugin, verb, said.map_err(started)?)
     }
 
-    fn converse(&self, command: &mut Command, conf: &Value) -> io::Result<Said> {
+    /// Ends what is left of a plugin's process group whose caller was killed: an IPAM plugin that waits for its lock would
+    /// take an address after everything was taken back. Of a group whose number is another's by now nothing is touched: what
+    /// a plugin starts has the container's id in its environment.
+    ///
+    /// # Errors
+    /// Where `/proc` cannot be read, and where a process outlives the signal for 10 s.
+    pub fn end_group(group: u32, container: &ContainerId) -> io::Result<()> {
+        let variable = format!("CNI_CONTAINERID={container}");
+        let begin = Instant::now();
+        loop {
+            match members(group, &variable)? {
+                Members::None => return Ok(()),
+                // One that executes a program has no environment for a moment; one that never has any is not known to be ours.
+                Members::Unclear if begin.elapsed() > Duration::from_millis(200) => return Ok(()),
+                Members::Unclear => {}
+                Members::Ours if begin.elapsed() > Duration::from_secs(10) => {
+                    let message = format!("process group {group} does not end");
+                    return Err(io::Error::new(io::ErrorKind::TimedOut, message));
+                }
+                Members::Ours => match sys::kill_group(group) {
+                    // The last one may have ended meanwhile.
+                    Err(error) if error.raw_os_error() != Some(libc::ESRCH) => return Err(error),
+                    _ => {}
+                },
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    fn converse(
+        &self,
+        command: &mut Command,
+        conf: &Value,
+        noted: &mut dyn FnMut(u32) -> io::Result<()>,
+    ) -> io::Result<Said> {
         let mut input = VecDeque::from(serde_json::to_vec(conf)?);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
         sys::die_with_this_thread(command);
         let mut child = Started(command.spawn()?);
         let ended = sys::process_fd(child.0.id())?;
+        noted(child.0.id())?;
         let (mut stdin, stdout, stderr) = (child.0.stdin.take(), child.0.stdout.take(), child.0.stderr.take());
         let (mut out, mut err) = (Stream::new(stdout), Stream::new(stderr));
         for end in [stdin.as_ref().map(AsFd::as_fd), out.fd(), err.fd()].into_iter().flatten() {
@@ -243,6 +291,39 @@ impl Plugins {
             }
         }
     }
+}
+
+/// Who is in a process group, zombies left out.
+#[derive(Clone, Copy)]
+enum Members {
+    None,
+    /// Processes without any environment.
+    Unclear,
+    /// One has the variable in its environment.
+    Ours,
+}
+
+fn members(group: u32, variable: &str) -> io::Result<Members> {
+    let mut members = Members::None;
+    for entry in std::fs::read_dir("/proc")? {
+        let directory = entry?.path();
+        // Processes end while they are looked at, and what is no process has no such files.
+        let Ok(stat) = std::fs::read_to_string(directory.join("stat")) else { continue };
+        // State and group, the third and the fifth field (proc_pid_stat(5)); the second may hold anything but a later ')'.
+        let mut fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+        let (state, own) = (fields.next(), fields.nth(1).and_then(|field| field.parse::<u32>().ok()));
+        if own != Some(group) || matches!(state, Some("Z" | "X")) {
+            continue;
+        }
+        let environment = std::fs::read(directory.join("environ")).unwrap_or_default();
+        if environment.split(|byte| *byte == 0).any(|one| one == variable.as_bytes()) {
+            return Ok(Members::Ours);
+        }
+        if environment.is_empty() {
+            members = Members::Unclear;
+        }
+    }
+    Ok(members)
 }
 
 /// A child that is never left unwaited for, nor alive.

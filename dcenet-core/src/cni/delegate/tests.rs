@@ -283,12 +283,16 @@ fn a_list_is_added_in_order_and_deleted_in_reverse_with_results_handed_on() {
     .unwrap();
     let capabilities = Map::from_iter([("mac".to_owned(), json!("02:00:00:00:00:01"))]);
     let mut heard = Vec::new();
-    let result = list.add(&plugins, &call(), &capabilities, |r| {
-        heard.push(r["interfaces"][0]["name"].clone());
+    let result = list.add(&plugins, &call(), &capabilities, |progress| {
+        heard.push(match progress {
+            Progress::Started(group) if group > 1 => json!("starts"),
+            Progress::Started(_) => json!("no group"),
+            Progress::Told(result) => result["interfaces"][0]["name"].clone(),
+        });
         Ok(())
     });
     let result = result.unwrap();
-    assert_eq!(heard, ["a", "b", "c"]);
+    assert_eq!(heard, ["starts", "a", "starts", "b", "starts", "c"]);
     assert_eq!((&result["interfaces"][0]["name"], &result["theirs"]["kept"]), (&json!("c"), &json!(true)));
     let conf = |file: &str| serde_json::from_str::<Value>(&directory.read(file)).unwrap();
     assert_eq!(conf("a.ADD"), json!({ "type": "a", "name": "list", "cniVersion": "1.1.0" }));
@@ -363,8 +367,10 @@ fn a_result_without_its_version_is_handed_on_in_that_of_the_configuration() {
         let plugins = directory.plugins(GENEROUS);
         let list = chain(json!({ "cniVersion": "0.4.0", "plugins": [{ "type": "a" }, { "type": "b" }] })).unwrap();
         let mut heard = Vec::new();
-        list.add(&plugins, &call(), &Map::new(), |result| {
-            heard.push(result["cniVersion"].clone());
+        list.add(&plugins, &call(), &Map::new(), |progress| {
+            if let Progress::Told(result) = progress {
+                heard.push(result["cniVersion"].clone());
+            }
             Ok(())
         })
         .unwrap();
@@ -389,4 +395,33 @@ fn arguments_of_the_runtime_go_before_those_of_the_configuration() {
     for ours in [json!({ "type": "dcenet" }), json!({ "type": "bridge", "ipam": { "type": "dcenet" } })] {
         assert!(chain(json!({ "plugins": [{ "type": "a" }, ours] })).unwrap().asks_us());
     }
+}
+
+#[test]
+fn nothing_is_done_before_the_group_is_noted_and_what_is_left_of_it_can_be_ended() {
+    // As Go's plugins do: it acts when it has read its configuration.
+    let directory = scripted(&[("a", "cat >/dev/null; touch ran; echo '{}'")]);
+    let plugins = directory.plugins(GENEROUS);
+    let one = chain(json!({ "type": "a" })).unwrap();
+    let error =
+        one.add(&plugins, &call(), &Map::new(), |_| Err(CniError::new(ErrorCode::Io, "disk full"))).unwrap_err();
+    assert!(error.message.contains("disk full"), "{error}");
+    assert!(!directory.path().join("ran").exists());
+
+    directory.install("a", "cat >/dev/null; sleep 1000 & echo $! >grandchild; echo '{}'");
+    let mut group = 0;
+    one.add(&plugins, &call(), &Map::new(), |progress| {
+        if let Progress::Started(started) = progress {
+            group = started;
+        }
+        Ok(())
+    })
+    .unwrap();
+    assert!(alive(&directory, "grandchild"));
+    // Another container's is let be.
+    Plugins::end_group(group, &"other".parse().unwrap()).unwrap();
+    assert!(alive(&directory, "grandchild"));
+    Plugins::end_group(group, &"c1".parse().unwrap()).unwrap();
+    assert!(!alive(&directory, "grandchild"));
+    Plugins::end_group(group, &"c1".parse().unwrap()).unwrap();
 }

@@ -2,7 +2,7 @@
 //! `<state dir>/networks/<id>`.
 //!
 //! ```text
-//!  (no file) --create--> {"intent": ..} -> {"begun": 0} {"told": ..} {"begun": 1} .. -> {"done": ..}
+//!  (no file) --create--> {"intent": ..} -> {"begun": 0} {"started": ..} {"told": ..} {"begun": 1} .. -> {"done": ..}
 //!  any of these --all is taken back--> (no file)
 //! ```
 //!
@@ -58,6 +58,8 @@ pub(super) struct Record {
     pub(super) intent: Intent,
     /// How many networks were begun.
     pub(super) begun: usize,
+    /// The process group of the plugin that was started last and has not answered.
+    pub(super) running: Option<u32>,
     /// The last result of each network, where there is one.
     pub(super) told: Vec<Option<Value>>,
     /// What decides where its packets go.
@@ -82,6 +84,8 @@ pub(super) enum Line {
     Intent(Box<Intent>),
     /// The network of this number is attached next.
     Begun(usize),
+    /// A plugin of it was started, in this process group.
+    Started(u32),
     /// A plugin of the network answered.
     Told {
         network: usize,
@@ -106,7 +110,7 @@ impl Record {
     /// Of what is about to be done.
     pub(super) fn of(intent: Intent) -> Self {
         let told = vec![None; intent.networks.len()];
-        Self { begun: 0, told, steering: None, done: None, damage: None, intent }
+        Self { begun: 0, running: None, told, steering: None, done: None, damage: None, intent }
     }
 }
 
@@ -123,8 +127,9 @@ impl Record {
         match serde_json::from_str(line).map_err(|e| e.to_string())? {
             Line::Intent(_) => return Err("a second intent".to_owned()),
             Line::Begun(network) => self.begun = network.saturating_add(1),
+            Line::Started(group) => self.running = Some(group),
             Line::Told { network, result } => match self.told.get_mut(network) {
-                Some(told) => *told = Some(result),
+                Some(told) => (*told, self.running) = (Some(result), None),
                 None => return Err(format!("there is no network of number {network}")),
             },
             Line::Steering(steering) => self.steering = Some(steering),

@@ -11,7 +11,7 @@ use super::record::{All, Done, Held, Intent, Line, Record, Records};
 use super::result;
 use crate::cni::serve::Backends;
 use crate::cni::verbs::{Call, detach, engine, journal, netns};
-use crate::cni::{CniError, ErrorCode, Invocation, NetConf, PluginCall, Plugins, SpecVersion};
+use crate::cni::{CniError, ErrorCode, Invocation, NetConf, PluginCall, Plugins, Progress, SpecVersion};
 use crate::engine::{AttachError, Engine, PodInterface, SteerError, Steering};
 use crate::link::LinkConfig;
 use crate::model::{AttachmentKey, ContainerId, IfName, MacAddr, NetworkName};
@@ -122,11 +122,14 @@ impl<'a> Networks<'a> {
                 }
                 By::Plugins { chain, capabilities, .. } => {
                     let call = self.plugin_call(network, &record.intent, Some(record.intent.netns_path.clone()));
-                    let told = |result: &Value| {
-                        record.told[i] = Some(result.clone());
-                        held.note(&Line::Told { network: i, result: result.clone() }).map_err(journal)
+                    let progress = |progress: Progress<'_>| match progress {
+                        Progress::Started(group) => held.note(&Line::Started(group)).map_err(journal),
+                        Progress::Told(result) => {
+                            record.told[i] = Some(result.clone());
+                            held.note(&Line::Told { network: i, result: result.clone() }).map_err(journal)
+                        }
                     };
-                    let added = chain.add(&self.plugins, &call, capabilities, told);
+                    let added = chain.add(&self.plugins, &call, capabilities, progress);
                     added.and_then(|r| self.honoured(network, r)).map_err(|e| network.blame(e))?
                 }
             };
@@ -355,6 +358,13 @@ impl<'a> Networks<'a> {
         if let Some((steering, (_, netns))) = record.steering.as_ref().zip(pod.as_ref()) {
             let left = self.engine.unsteer(netns, steering).err();
             errors.extend(left.map(|e| CniError::new(ErrorCode::Failed, format!("routing of the pod: {e}"))));
+        }
+        if let Some(group) = record.running.filter(|_| same_boot) {
+            // What goes on working would undo what is taken back here.
+            if let Err(error) = Plugins::end_group(group, &record.intent.key.container) {
+                let message = format!("ending what a killed call left at work: {error}");
+                return vec![CniError::new(ErrorCode::TryAgain, message)];
+            }
         }
         let begun = if same_boot { record.begun } else { record.intent.networks.len() };
         for (network, told) in record.intent.networks.iter().zip(&record.told).take(begun).rev() {
