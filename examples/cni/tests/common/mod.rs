@@ -64,6 +64,18 @@ impl Node {
         self.del(&pod).expect("the first pod is deleted");
     }
 
+    /// Puts a plugin where the node finds it before Debian's. A child writes it: what a process has open for writing cannot be
+    /// executed, nor can it while a child that another test's thread forks meanwhile has the descriptor too.
+    pub fn install(&self, name: &str, script: &str) {
+        let directory = self.host.directory().join("bin");
+        std::fs::create_dir_all(&directory).expect("the directory is ours");
+        let mut writer = Command::new("/bin/sh");
+        writer.args(["-c", "cat >\"$1\" && chmod 755 \"$1\"", "sh"]).arg(directory.join(name));
+        let mut writer = writer.stdin(Stdio::piped()).spawn().expect("sh starts");
+        writer.stdin.take().expect("stdin is piped").write_all(script.as_bytes()).expect("it reads");
+        assert!(writer.wait().expect("it ends").success(), "{name} is written");
+    }
+
     /// A pod of the namespace `shop`, in a new container.
     pub fn pod(&self, name: &str) -> Pod {
         static COUNT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
@@ -141,7 +153,14 @@ impl Node {
 
     /// Who has which address, and what claims record, as lines of text in order.
     pub fn store(&self) -> Vec<String> {
-        let ipam = self.ipam();
+        self.store_of(&self.config)
+    }
+
+    /// As [`store`](Self::store), by the section `ipam` of this configuration.
+    pub fn store_of(&self, config: &Value) -> Vec<String> {
+        let section: IpamConfig = serde_json::from_value(config["ipam"].clone()).expect("the section is right");
+        let state: PathBuf = config["stateDir"].as_str().expect("a path").into();
+        let ipam = Ipam::open(&section, &state).expect("the store opens");
         let bindings = pollster::block_on(ipam.bindings(None)).expect("the store answers");
         let bound = |b: &Binding| format!("{} has {}", b.attachment, b.address);
         let mut lines: Vec<String> = bindings.iter().map(bound).collect();
