@@ -149,7 +149,7 @@ fn each_call_of_several_networks_may_fail_or_be_the_last_and_nothing_is_left() {
                 "{verb} {kind}: {met_any} calls met, {plugins} of plugins, something left for the next call by {left_any}"
             );
             // A dump that is read once more has the numbers of later calls differ between two runs.
-            assert!(met_any > 2 && (stride > 1 || plugins >= 1), "{verb} {kind}: {met_any}, {plugins} of plugins");
+            assert!(met_any > 1 && (stride > 1 || plugins >= 1), "{verb} {kind}: {met_any}, {plugins} of plugins");
             // The twin: kills do leave something, which the next call removes.
             assert!(!kind.starts_with("abort") || left_any > 0, "{verb} {kind}");
             assert!(!kind.starts_with("abort") || verb == "DEL" || repaired > 0, "{verb} {kind}");
