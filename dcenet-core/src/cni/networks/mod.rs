@@ -57,6 +57,7 @@
 //! pod's address from the interface that they asked for. The record has the standard's `network-status` too:
 //! [`network_status`] reads it.
 
+mod collect;
 mod config;
 mod record;
 mod result;

@@ -1,4 +1,4 @@
-//! ADD, CHECK, DEL, GC and STATUS of several networks.
+//! ADD, CHECK, DEL and STATUS of several networks.
 
 use std::fmt::Display;
 use std::path::PathBuf;
@@ -7,25 +7,24 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::config::{By, Network, configured, resolve};
-use super::record::{All, Done, Held, Intent, Line, Record, Records};
+use super::record::{Done, Held, Intent, Line, Record, Records};
 use super::result;
 use crate::cni::serve::Backends;
 use crate::cni::verbs::{Call, detach, engine, journal, netns};
 use crate::cni::{CniError, ErrorCode, Invocation, NetConf, PluginCall, Plugins, Progress, SpecVersion};
 use crate::engine::{AttachError, Engine, PodInterface, SteerError, Steering};
-use crate::link::LinkConfig;
-use crate::model::{AttachmentKey, ContainerId, IfName, MacAddr, NetworkName};
+use crate::model::{AttachmentKey, MacAddr};
 use crate::netlink::Family;
 use crate::netns::NetNs;
 
 /// A call about a pod of several networks.
 pub(in crate::cni) struct Networks<'a> {
     invocation: &'a Invocation,
-    conf: &'a NetConf,
-    backends: &'a dyn Backends,
-    engine: Engine,
-    plugins: Plugins,
-    records: Records,
+    pub(super) conf: &'a NetConf,
+    pub(super) backends: &'a dyn Backends,
+    pub(super) engine: Engine,
+    pub(super) plugins: Plugins,
+    pub(super) records: Records,
 }
 
 impl<'a> Networks<'a> {
@@ -260,7 +259,7 @@ impl<'a> Networks<'a> {
     /// Removes what has no record of several networks: runtimes repeat DEL, and a configuration of one network may have got
     /// further ones while pods stood, or have had its sections moved into `networks`. Its addresses are under its own name
     /// still, in the store of whichever network of ours has it.
-    async fn remove_single(&self, key: &AttachmentKey) -> Result<(), CniError> {
+    pub(super) async fn remove_single(&self, key: &AttachmentKey) -> Result<(), CniError> {
         let mut networks = configured(self.conf, self.invocation, &key.ifname).unwrap_or_else(|error| {
             tracing::warn!(%error, "going without the configuration");
             Vec::new()
@@ -300,7 +299,7 @@ impl<'a> Networks<'a> {
     }
 
     /// Takes back what a record says, then removes it.
-    async fn remove(&self, key: &AttachmentKey, held: Held) -> Result<(), CniError> {
+    pub(super) async fn remove(&self, key: &AttachmentKey, held: Held) -> Result<(), CniError> {
         let errors = match &held.record {
             Ok(None) => Vec::new(),
             Ok(Some(record)) if record.intent.key != *key => {
@@ -401,129 +400,6 @@ impl<'a> Networks<'a> {
         if own && !self.invocation.netns_override { None } else { Some((path, pod)) }
     }
 
-    /// Frees what the runtime does not list.
-    ///
-    /// Attachments of several networks are taken back one by one, by their records. By list only the network is collected
-    /// that has the configuration's own name: whoever else attaches to networks of other names, by this program or not, is
-    /// known to no list that is here.
-    pub(in crate::cni) async fn gc(&self) -> Result<(), CniError> {
-        // Without a list nothing is known to be stale; an empty list says that all is.
-        let Some(runtimes) = &self.conf.valid_attachments else { return Ok(()) };
-        let mut errors = Vec::new();
-        let stale = |key: &AttachmentKey| {
-            key.network == self.conf.name && !runtimes.iter().any(|(c, i)| *c == key.container && *i == key.ifname)
-        };
-        let mut known = self.networks_of_all().unwrap_or_else(|error| {
-            errors.push(error);
-            Vec::new()
-        });
-        for record in self.records.all().map_err(journal)?.records {
-            let key = &record.intent.key;
-            if key.network == self.conf.name {
-                known.extend(record.intent.networks.iter().cloned());
-            }
-            if !stale(key) {
-                continue;
-            }
-            let removed = match self.records.find(key).map_err(journal) {
-                Ok(Some(held)) => self.remove(key, held).await,
-                Ok(None) => Ok(()),
-                Err(error) => Err(error),
-            };
-            errors.extend(removed.err().map(|e| CniError { message: format!("{key}: {}", e.message), ..e }));
-        }
-        let All { records, unreadable } = self.records.all().map_err(journal)?;
-        if unreadable.is_empty() {
-            self.collect(&known, &records, runtimes, &mut errors).await?;
-        }
-        // What it holds is alive for all that is known.
-        errors.extend(unreadable.into_iter().map(|error| {
-            let message = format!("{error}; nothing is collected by list until it is repaired, or deleted by hand");
-            CniError::new(ErrorCode::Io, message)
-        }));
-        if errors.is_empty() { Ok(()) } else { Err(CniError::new(ErrorCode::TryAgain, joined(&errors))) }
-    }
-
-    /// Has the networks that bear the configuration's name free what is neither in the runtime's list nor in a record, and
-    /// removes devices that networks shared of which nothing is left.
-    async fn collect(
-        &self,
-        known: &[Network],
-        records: &[Record],
-        runtimes: &[(ContainerId, IfName)],
-        errors: &mut Vec<CniError>,
-    ) -> Result<(), CniError> {
-        let mut alive: Vec<(NetworkName, ContainerId, IfName)> = Vec::new();
-        for record in records {
-            for network in &record.intent.networks {
-                alive.push((network.name()?, record.intent.key.container.clone(), network.ifname.clone()));
-            }
-        }
-        // The runtime's are of this network too where they were attached before it had company.
-        alive.extend(runtimes.iter().map(|(c, i)| (self.conf.name.clone(), c.clone(), i.clone())));
-        let bears_the_name = |network: &Network| {
-            matches!(network.by, By::Own(_)) && network.name().is_ok_and(|name| name == self.conf.name)
-        };
-        if !known.iter().any(bears_the_name) {
-            // Attached by the sections of one network, before these were moved into `networks`.
-            for record in self.engine.attachments(&self.conf.name).map_err(journal)? {
-                let key = &record.key;
-                let lives = |(n, c, i): &(NetworkName, ContainerId, IfName)| {
-                    *n == key.network && *c == key.container && *i == key.ifname
-                };
-                if !alive.iter().any(lives) {
-                    errors.extend(self.remove_single(key).await.err());
-                }
-            }
-        }
-        let mut seen = Vec::new();
-        for network in known {
-            let name = network.name()?;
-            let mut valid: Vec<Value> = Vec::new();
-            for (_, container, ifname) in alive.iter().filter(|(network, ..)| *network == name) {
-                let one = json!({ "containerID": container, "ifname": ifname });
-                if !valid.contains(&one) {
-                    valid.push(one);
-                }
-            }
-            let what = match &network.by {
-                By::Own(_) => (name.clone(), None),
-                By::Plugins { chain, .. } => (name.clone(), Some(chain.clone())),
-            };
-            if seen.contains(&what) {
-                continue;
-            }
-            seen.push(what);
-            match &network.by {
-                By::Own(conf) if name == self.conf.name => {
-                    let mut conf = conf.clone();
-                    conf["cni.dev/valid-attachments"] = Value::Array(valid);
-                    let collected = async {
-                        let (invocation, conf) = self.single(network, &conf, None)?;
-                        Call::new(&invocation, &conf, self.backends)?.gc().await
-                    };
-                    errors.extend(collected.await.err().map(|e| network.blame(e)));
-                }
-                By::Plugins { chain, .. } if name == self.conf.name => {
-                    let left = chain.gc(&self.plugins, &PluginCall::default(), &Value::Array(valid));
-                    errors.extend(left.into_iter().map(|e| network.blame(e)));
-                }
-                By::Own(conf)
-                    if valid.is_empty()
-                        && runtimes.is_empty()
-                        && self.engine.attachments(&name).map_err(journal)?.is_empty() =>
-                {
-                    let link = conf.get("link").map(LinkConfig::read).transpose()?;
-                    let shared = link.iter().flat_map(|link| link.driver().shared());
-                    let removed = shared.filter_map(|shared| self.engine.remove_idle(&shared).err());
-                    errors.extend(removed.map(|e| network.blame(CniError::new(ErrorCode::Failed, e.to_string()))));
-                }
-                By::Own(_) | By::Plugins { .. } => {}
-            }
-        }
-        Ok(())
-    }
-
     pub(in crate::cni) async fn status(&self) -> Result<(), CniError> {
         let unavailable = |error: CniError| CniError { code: ErrorCode::Unavailable, ..error };
         self.records.ready().map_err(|e| unavailable(journal(e)))?;
@@ -547,12 +423,12 @@ impl<'a> Networks<'a> {
     }
 
     /// The networks of every pod, where no pod is meant.
-    fn networks_of_all(&self) -> Result<Vec<Network>, CniError> {
+    pub(super) fn networks_of_all(&self) -> Result<Vec<Network>, CniError> {
         configured(self.conf, self.invocation, &"eth0".parse()?)
     }
 
     /// A network of our own as a call of its own.
-    fn single(
+    pub(super) fn single(
         &self,
         network: &Network,
         conf: &Value,
@@ -664,6 +540,6 @@ fn fingerprint(networks: &[Network]) -> String {
     digest[..16].iter().map(|b| format!("{b:02x}")).collect()
 }
 
-fn joined(errors: &[CniError]) -> String {
+pub(super) fn joined(errors: &[CniError]) -> String {
     errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }
