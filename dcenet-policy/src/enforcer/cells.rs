@@ -27,6 +27,8 @@ pub(crate) struct Cells {
     slots: Slots,
     /// Whose slots are to be given back when they are gone.
     holders: BTreeSet<AttachmentKey>,
+    /// Those of them that are gone: whoever has such a name next is another.
+    gone: BTreeSet<AttachmentKey>,
     /// How many endpoints there may be: slot 0 is nobody's.
     room: usize,
 }
@@ -42,6 +44,7 @@ impl Cells {
             map: maps.get(abi::ENDPOINTS)?,
             slots: Slots::new(sizes.endpoints, used),
             holders: BTreeSet::new(),
+            gone: BTreeSet::new(),
             room: sizes.endpoints.saturating_sub(1) as usize,
         })
     }
@@ -55,14 +58,14 @@ impl Cells {
     /// is its own.
     pub(crate) fn settle(&mut self, endpoint: &Endpoint, fresh: bool) -> Result<(u16, abi::Endpoint), EnforcerError> {
         let full = || EnforcerError::Full { what: "endpoints", found: self.room + 1, room: self.room };
-        let held = self.slots.of(endpoint.attachment.id()).is_some();
+        let another = self.gone.remove(&endpoint.attachment) || self.slots.of(endpoint.attachment.id()).is_none();
         let slot = self.slots.take(endpoint.attachment.id()).ok_or_else(full)?;
         self.holders.insert(endpoint.attachment.clone());
         let mut cell = of_addresses(&endpoint.addresses, endpoint.mac);
         let old = self.load(slot)?;
         cell.generation_ingress = old.generation_ingress;
         cell.generation_egress = old.generation_egress;
-        cell.tenure = old.tenure.wrapping_add(u16::from(!held));
+        cell.tenure = old.tenure.wrapping_add(u16::from(another));
         if fresh {
             cell.generation_ingress = cell.generation_ingress.wrapping_add(1);
             cell.generation_egress = cell.generation_egress.wrapping_add(1);
@@ -90,6 +93,13 @@ impl Cells {
             attacher.replace_tagged(hook, &program, Tag { label: &label, class: slot })?;
         }
         Ok(())
+    }
+
+    /// Notes that an endpoint is gone. Its slot is given back when nothing is carried out any more that knows it.
+    pub(crate) fn forget(&mut self, attachment: &AttachmentKey) {
+        if self.slots.of(attachment.id()).is_some() {
+            self.gone.insert(attachment.clone());
+        }
     }
 
     /// Lets established flows of these directions be judged anew. The larger of the slot's generations.
@@ -123,6 +133,7 @@ impl Cells {
                 self.slots.give_back(key.id());
             }
             self.holders.remove(&key);
+            self.gone.remove(&key);
         }
         Ok(())
     }

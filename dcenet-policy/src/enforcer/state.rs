@@ -302,7 +302,9 @@ impl Shared {
                 state.set_faults(faults);
                 for (attachment, outcome) in outcomes {
                     retry |= matches!(outcome, Outcome::Failed { .. });
-                    state.settle(&attachment, &endpoints[&attachment], outcome);
+                    if state.settle(&attachment, &endpoints[&attachment], outcome) {
+                        self.cells.lock().forget(&attachment);
+                    }
                 }
                 state.applied = revision;
                 state.retry_at = retry.then(|| Instant::now() + RETRY);
@@ -340,14 +342,21 @@ impl Shared {
     fn admit(&self, endpoint: &Endpoint, again: bool) -> Result<(), EnforcerError> {
         let attacher = &*self.tools.attacher;
         let _change = again.then(|| self.applier.lock());
-        let mut found = false;
+        let state = self.state.lock();
+        if state.endpoints.get(&endpoint.attachment).is_none_or(|known| known.endpoint.ifindex != endpoint.ifindex) {
+            // It went in the meantime.
+            return Ok(());
+        }
+        let mut cells = self.cells.lock();
+        drop(state);
+        let (cells_held, mut found) = (&mut *cells, false);
         let admitted = self.host.0.run_here_or_there(|| {
-            let mut cells = self.cells.lock();
             let bare = bare_hooks(attacher, endpoint)?;
             found = !bare.is_empty();
-            if found { cells.admit(attacher, endpoint, bare) } else { Ok(()) }
+            if found { cells_held.admit(attacher, endpoint, bare) } else { Ok(()) }
         });
-        if found && again {
+        drop(cells);
+        if found {
             self.note(|state| state.lost(&endpoint.attachment));
         }
         admitted?
@@ -485,7 +494,10 @@ impl Answer for Shared {
                 Reply::Noted
             }
             Request::Gone { attachment } => {
-                self.note(|state| state.forget(&attachment));
+                self.note(|state| {
+                    state.forget(&attachment);
+                    self.cells.lock().forget(&attachment);
+                });
                 self.changed.notify_all();
                 Reply::Noted
             }
@@ -501,12 +513,13 @@ impl Answer for Shared {
 }
 
 impl State {
-    /// Records what a change did, unless the endpoint has become another in the meantime.
-    fn settle(&mut self, attachment: &AttachmentKey, then: &Known, outcome: Outcome) {
-        let Some(known) = self.endpoints.get_mut(attachment) else { return };
+    /// Records what a change did, unless the endpoint has become another in the meantime. Returns whether it is gone.
+    fn settle(&mut self, attachment: &AttachmentKey, then: &Known, outcome: Outcome) -> bool {
+        let Some(known) = self.endpoints.get_mut(attachment) else { return false };
         if known.endpoint.ifindex != then.endpoint.ifindex {
-            return;
+            return false;
         }
+        let gone = matches!(outcome, Outcome::Gone);
         match outcome {
             Outcome::Enforced { slot, generation } => {
                 (known.phase, known.slot, known.generation) = (Phase::Enforced, Some(slot), generation);
@@ -520,6 +533,7 @@ impl State {
                 self.revision += 1;
             }
         }
+        gone
     }
 }
 

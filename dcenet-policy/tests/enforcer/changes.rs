@@ -6,8 +6,10 @@ use std::sync::{Arc, Mutex, TryLockError};
 use std::time::{Duration, Instant};
 
 use dcenet_core::test_support::{Rung, effort, require};
-use dcenet_ebpf::abi::Sizes;
+use dcenet_ebpf::abi::{self, Sizes};
 use dcenet_ebpf::loader::{AyaLoader, LoadError, LoadRequest, Loaded, Loader};
+use dcenet_ebpf::maps::{Array, Map};
+use dcenet_ebpf::pin::Pins;
 use dcenet_policy::enforcer::flows::{Flow, FlowKind, FlowSink, JsonLines, LastFlows, Losses};
 use dcenet_policy::enforcer::{Enforcer, Phase, Tools};
 use dcenet_policy::isolation::Fault;
@@ -414,10 +416,16 @@ fn an_endpoint_is_admitted_while_a_change_is_under_way() {
     world.add("web", 2, &[("app", "web")]);
     let [from_pod, to_pod] = slots(&world, "web");
     assert!(from_pod != 0 && from_pod == to_pod, "{from_pod} {to_pod}");
-    // One that goes and comes again with another address, as after a conflict, is known by that one.
+    // One that goes and comes again with another address, as after a conflict, is known by that one, and is another.
+    let pins = Pins::at(world.host.directory().join("bpf"));
+    let cells = Map::from_fd(pins.get(abi::ENDPOINTS).unwrap().unwrap()).unwrap();
+    let cells = Array::<abi::Endpoint>::new(cells).unwrap();
+    let tenure = || cells.load(from_pod.into()).unwrap().tenure;
+    let first = tenure();
     world.delete("web");
     world.add("web", 4, &[("app", "web")]);
     assert_eq!(slots(&world, "web"), [from_pod; 2]);
+    assert_eq!(tenure(), first + 1);
     for address in [world.address("node", false), world.address("node", true)] {
         let begun = Instant::now();
         world.pod("web").run(|| {
@@ -437,6 +445,7 @@ fn an_endpoint_is_admitted_while_a_change_is_under_way() {
     for name in ["db", "web"] {
         world.await_enforced(name, ALLOWED).unwrap();
     }
+    assert_eq!(tenure(), first + 1, "the change is no other");
     world.udp("web", "db", 5353, true);
     world.udp("web", "db", 5354, false);
     owner.uninstall().unwrap();
