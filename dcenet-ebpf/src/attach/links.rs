@@ -48,7 +48,15 @@ pub trait Linked: Send + Sync {
     type Place: fmt::Debug + Clone + Copy + Default + Send + Sync;
 
     /// What is on the hook, in the order in which it runs; none where there is no such device.
-    fn entries(hook: Hook, pins: &Pins) -> Result<Option<Vec<Entry>>, AttachError>;
+    ///
+    /// # Errors
+    /// [`AttachError::Raced`] and [`AttachError::Ambiguous`] where which of them is ours cannot be told.
+    fn entries(hook: Hook, pins: &Pins, look: Look) -> Result<Option<Vec<Entry>>, AttachError>;
+
+    /// Told before a link is made where ours has none: pins that seem to be of this hook are not.
+    fn retire(_hook: Hook, _pins: &Pins) -> Result<(), AttachError> {
+        Ok(())
+    }
 
     /// Makes a link, which lives as long as its descriptor.
     fn create(hook: Hook, program: &Program, place: Self::Place) -> Result<OwnedFd, AttachError>;
@@ -62,6 +70,15 @@ pub trait Linked: Send + Sync {
     fn label(mark: &str) -> Option<&str> {
         Some(mark)
     }
+}
+
+/// Whether others with the same pins may change links while one looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Look {
+    /// They may.
+    Unlocked,
+    /// They wait.
+    Locked,
 }
 
 /// A program on a hook.
@@ -113,7 +130,7 @@ pub(super) struct PinName<'a> {
 
 impl<'a> PinName<'a> {
     /// The link's number makes it exact: while the pin is there the link is, and no other has the number.
-    fn write<K: Linked>(direction: Direction, link: u32, mark: &str) -> String {
+    pub(super) fn write<K: Linked>(direction: Direction, link: u32, mark: &str) -> String {
         pinned::name(K::NAME, word(direction), link, mark)
     }
 
@@ -229,6 +246,7 @@ impl<K: Linked> LinkAttacher<K> {
 
     fn create(&self, hook: Hook, program: &Program, label: &str) -> Result<(), AttachError> {
         let mark = K::mark(label)?;
+        K::retire(hook, &self.pins)?;
         let link = K::create(hook, program, self.place)?;
         // Without its pin it ends with this descriptor: what fails or dies here leaves the hook as it was.
         let info = sys::link_info(link.as_fd())?.ok_or_else(pinned::no_link)?;
@@ -252,7 +270,7 @@ impl<K: Linked> LinkAttacher<K> {
     }
 
     fn ours(&self, hook: Hook) -> Result<Option<Ours>, AttachError> {
-        let Some(entries) = K::entries(hook, &self.pins)? else { return Ok(None) };
+        let Some(entries) = K::entries(hook, &self.pins, Look::Locked)? else { return Ok(None) };
         let pins = self.names()?;
         for (place, entry) in entries.into_iter().enumerate() {
             if let Some((pin, label)) = pin_of::<K>(hook, &entry, &pins) {
@@ -260,6 +278,17 @@ impl<K: Linked> LinkAttacher<K> {
             }
         }
         Ok(None)
+    }
+
+    /// As [`Linked::entries`], and again while nobody changes links where it cannot be told whose they are.
+    fn entries(&self, hook: Hook) -> Result<Option<Vec<Entry>>, AttachError> {
+        match K::entries(hook, &self.pins, Look::Unlocked) {
+            Err(AttachError::Raced { .. } | AttachError::Ambiguous { .. }) => {
+                let _lock = self.lock()?;
+                K::entries(hook, &self.pins, Look::Locked)
+            }
+            entries => entries,
+        }
     }
 
     /// The names of our pins, of this kind.
@@ -320,11 +349,15 @@ impl<K: Linked> Attacher for LinkAttacher<K> {
         for device in links.into_iter().map(|link| link.index) {
             for direction in [Direction::Ingress, Direction::Egress] {
                 let hook = Hook { device, direction };
-                let entries = match K::entries(hook, &self.pins) {
-                    Err(AttachError::WrongDevice { .. }) => None,
-                    entries => entries?,
+                let has_ours = match self.entries(hook) {
+                    Err(AttachError::WrongDevice { .. }) => false,
+                    // It may.
+                    Err(AttachError::Ambiguous { .. }) => true,
+                    entries => {
+                        entries?.is_some_and(|all| all.iter().any(|entry| pin_of::<K>(hook, entry, &pins).is_some()))
+                    }
                 };
-                if entries.is_some_and(|all| all.iter().any(|entry| pin_of::<K>(hook, entry, &pins).is_some())) {
+                if has_ours {
                     devices.push(device);
                     break;
                 }
@@ -334,7 +367,7 @@ impl<K: Linked> Attacher for LinkAttacher<K> {
     }
 
     fn chain(&self, hook: Hook) -> Result<Vec<Attached>, AttachError> {
-        let Some(entries) = K::entries(hook, &self.pins)? else { return Ok(Vec::new()) };
+        let Some(entries) = self.entries(hook)? else { return Ok(Vec::new()) };
         let pins = self.names()?;
         let entries = entries.into_iter().enumerate();
         entries

@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
-use super::links::{Entry, LinkAttacher, Linked, same_program};
+use super::links::{Entry, LinkAttacher, Linked, Look, same_program};
 use super::pinned::ATTEMPTS;
 use super::{AttachError, Attached, Direction, Hook, Via};
 use crate::object::ProgramKind;
@@ -42,7 +42,7 @@ impl<K: Chained> Linked for K {
 
     type Place = Placement;
 
-    fn entries(hook: Hook, _: &Pins) -> Result<Option<Vec<Entry>>, AttachError> {
+    fn entries(hook: Hook, _: &Pins, _: Look) -> Result<Option<Vec<Entry>>, AttachError> {
         K::KIND.entries(hook)
     }
 

@@ -12,13 +12,13 @@ use dcenet_core::model::IfIndex;
 use dcenet_core::netlink::{Attributes, Family, Message, Socket};
 use dcenet_core::netns::NetNs;
 
-use super::links::{Entry, LinkAttacher, Linked, PinName};
-use super::pinned::ATTEMPTS;
+use super::links::{Entry, LinkAttacher, Linked, Look, PinName};
+use super::pinned::{self, ATTEMPTS};
 use super::{AttachError, Attached, Direction, Hook, Via};
 use crate::object::ProgramKind;
 use crate::pin::Pins;
 use crate::program::Program;
-use crate::sys::{self, SysError};
+use crate::sys::{self, LinkInfo, SysError};
 
 /// Attaches XDP programs, to [`Direction::Ingress`] alone: [`AttachError::IngressOnly`] for the other.
 ///
@@ -26,7 +26,9 @@ use crate::sys::{self, SysError};
 /// [`Attacher::attached`](super::Attacher::attached) tells whether the driver runs it.
 ///
 /// A device that moves takes its program along. It is found again in the namespace where it was attached, and in another
-/// where no second link of the same pins fits: the kernel tells of a link no more than its program and its device's index.
+/// where no second link fits, whosever it is: the kernel tells of a link no more than its program and its device's index.
+/// Where several fit every call answers [`AttachError::Ambiguous`] and changes nothing, also for the moment that it takes the
+/// link of a process that died to end; [`LinkAttacher::release`] takes off by label.
 ///
 /// # Minimum kernel version
 /// 5.14 (links came with 5.9, `SO_NETNS_COOKIE` with 5.14).
@@ -99,24 +101,37 @@ impl Linked for Xdp {
 
     type Place = XdpPlace;
 
-    fn entries(hook: Hook, pins: &Pins) -> Result<Option<Vec<Entry>>, AttachError> {
-        let mut seen = None;
-        for _ in 0..LOOKS {
-            let Some(mut entries) = on_hook(hook)? else { return Ok(None) };
-            if entries.is_empty() {
-                return Ok(Some(entries));
-            }
-            match ours(hook.device, &entries, pins)? {
-                Ours::At { place, link } => {
-                    entries[place].link = Some(link);
-                    return Ok(Some(entries));
-                }
-                Ours::Nowhere => return Ok(Some(entries)),
-                // Its program was replaced between the two looks; or it has gone elsewhere, and this one is foreign.
-                Ours::Changed => seen = Some(entries),
+    fn entries(hook: Hook, pins: &Pins, look: Look) -> Result<Option<Vec<Entry>>, AttachError> {
+        let Some(mut entries) = on_hook(hook)? else { return Ok(None) };
+        if entries.is_empty() {
+            return Ok(Some(entries));
+        }
+        match ours(hook, &entries, pins)? {
+            Ours::At { place, link } => entries[place].link = Some(link),
+            // Its program was replaced between the two looks.
+            Ours::Changed if look == Look::Unlocked => return Err(AttachError::Raced { hook }),
+            // It has gone elsewhere, and this one is foreign.
+            Ours::Nowhere | Ours::Changed => {}
+        }
+        Ok(Some(entries))
+    }
+
+    /// Such a pin is of a device that has gone elsewhere: it may not be taken for one of the device that has its index now.
+    fn retire(hook: Hook, pins: &Pins) -> Result<(), AttachError> {
+        if hook.direction == Direction::Egress {
+            return Ok(());
+        }
+        let here = format!("{:x}", sys::netns_cookie()?);
+        for pin in pins.list()? {
+            let Some(name) = PinName::read::<Self>(&pin) else { continue };
+            let Some((_, label)) = name.mark.split_once('-').filter(|(cookie, _)| *cookie == here) else { continue };
+            let info = pinned::open::<AttachError>(pins, Self::LINK_TYPE, &pin)?.map(|(_, info)| info);
+            if info.is_some_and(|info| info.device == hook.device.get()) {
+                // No namespace has the cookie 0 (net/core/net_namespace.c, `net_gen_cookie`).
+                pins.rename(&pin, &PinName::write::<Self>(hook.direction, name.link, &format!("0-{label}")))?;
             }
         }
-        Ok(seen)
+        Ok(())
     }
 
     fn create(hook: Hook, program: &Program, place: XdpPlace) -> Result<OwnedFd, AttachError> {
@@ -152,7 +167,9 @@ enum Ours {
     Changed,
 }
 
-fn ours(device: IfIndex, entries: &[Entry], pins: &Pins) -> Result<Ours, AttachError> {
+/// A pin that was made in this namespace, or the one link of all namespaces that fits: to take a pod's link for that of another
+/// opens the other pod.
+fn ours(hook: Hook, entries: &[Entry], pins: &Pins) -> Result<Ours, AttachError> {
     let names = match pins.list() {
         Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(Ours::Nowhere),
         names => names?,
@@ -164,22 +181,27 @@ fn ours(device: IfIndex, entries: &[Entry], pins: &Pins) -> Result<Ours, AttachE
         let Some(pin) = PinName::read::<Xdp>(name) else { continue };
         let Some(fd) = pins.get(name)? else { continue };
         let Some(info) = sys::link_info(fd.as_fd())?.filter(|info| info.kind == Xdp::LINK_TYPE) else { continue };
-        if info.device != device.get() {
+        if info.device != hook.device.get() {
             continue;
         }
         if pin.mark.split_once('-').is_some_and(|(cookie, _)| cookie == here) {
             // An older one of this index is of a device that has moved away, or it would have been replaced.
             newest = newest.max(Some((info.id, info.program)));
         } else if let Some(place) = place_of(info.program) {
-            moved.push(Ours::At { place, link: info.id });
+            moved.push((place, info));
         }
     }
-    Ok(match (newest, place_of(newest.map_or(0, |(_, program)| program))) {
-        (Some((link, _)), Some(place)) => Ours::At { place, link },
-        (Some(_), None) => Ours::Changed,
-        (None, _) if moved.len() == 1 => moved.swap_remove(0),
-        (None, _) => Ours::Nowhere,
-    })
+    match (newest, place_of(newest.map_or(0, |(_, program)| program))) {
+        (Some((link, _)), Some(place)) => return Ok(Ours::At { place, link }),
+        (Some(_), None) => return Ok(Ours::Changed),
+        (None, _) => {}
+    }
+    let Some((place, LinkInfo { id, program, .. })) = moved.first().copied() else { return Ok(Ours::Nowhere) };
+    // A link that has lost its pin, or has none yet, may be the one that is here.
+    match holders(hook.device, program)?.len() {
+        0 | 1 => Ok(Ours::At { place, link: id }),
+        links => Err(AttachError::Ambiguous { hook, program, links }),
+    }
 }
 
 /// What runs before tc and netfilter see a packet, as who knows no pins sees it.
@@ -236,7 +258,12 @@ pub(super) fn evict(hook: Hook, program: u32, mode: XdpMode) -> Result<bool, Att
                 _ => return Err(e.into()),
             },
         }
-        match &holders(hook.device, program)?[..] {
+        let holders = holders(hook.device, program)?;
+        // The link that was here may have ended since, and then the one found is of another namespace.
+        if !there()? {
+            return Ok(false);
+        }
+        match &holders[..] {
             [link] => {
                 sys::detach_link(link.as_fd())?;
                 if !there()? {
@@ -308,8 +335,6 @@ fn header(device: IfIndex) -> [u8; IFINFOMSG_BYTES] {
     bytes
 }
 
-/// How often a device is looked at of which ours has another program than is on it.
-const LOOKS: usize = 4;
 const IFINFOMSG_BYTES: usize = 16;
 /// `IFLA_XDP_*` and `XDP_FLAGS_REPLACE` (include/uapi/linux/if_link.h).
 const IFLA_XDP_FD: u16 = 1;

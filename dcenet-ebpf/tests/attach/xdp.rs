@@ -301,6 +301,88 @@ fn a_shared_program_is_found_where_it_is_and_follows_its_device() {
     assert_eq!(scene.pins.list().unwrap(), [""; 0]);
 }
 
+/// One program, one index, two namespaces, and the link of one has lost its pin, as when its owner dies while it detaches:
+/// the other's is neither taken off nor replaced in its stead.
+#[test]
+fn the_link_of_another_namespace_is_not_taken_for_ours() {
+    if !ready() {
+        return;
+    }
+    let scene = Scene::new();
+    let (one, two) = (Pair::default(), Pair::default());
+    assert_eq!(one.device, two.device);
+    let hook = one.hook(Direction::Ingress);
+    let deny = xdp("deny", verdict::SHOT);
+    one.on_host(|| scene.attacher.attach(hook, &deny, "one")).unwrap();
+    let pin = scene.pins.list().unwrap().remove(0);
+    two.on_host(|| scene.attacher.attach(hook, &deny, "two")).unwrap();
+    // The link lives as long as this, without its pin.
+    let unpinned = scene.pins.get(&pin).unwrap().unwrap();
+    assert!(scene.pins.remove(&pin).unwrap());
+    let stands = || two.on_host(|| scene.attacher.attached(hook)).unwrap().map(|a| (a.owner, a.program));
+    let before = stands();
+    assert_eq!(before, Some((Owner::Ours("two".into()), Some(deny.info().id))));
+    let pass = xdp("pass", verdict::UNSPEC);
+    for operation in ["attach", "replace", "detach", "attached"] {
+        let refused = one.on_host(|| match operation {
+            "attach" => scene.attacher.attach(hook, &pass, "new").map(drop),
+            "replace" => scene.attacher.replace(hook, &pass, "new").map(drop),
+            "detach" => scene.attacher.detach(hook).map(drop),
+            _ => scene.attacher.attached(hook).map(drop),
+        });
+        assert!(matches!(refused, Err(AttachError::Ambiguous { links: 2, .. })), "{operation}: {refused:?}");
+        assert_eq!(stands(), before, "{operation}");
+    }
+    assert_eq!(one.on_host(|| scene.attacher.devices()).unwrap(), [one.device], "it may be");
+    // Once it has ended, which takes an RCU grace period, there is nothing to be mistaken.
+    drop(unpinned);
+    let begun = std::time::Instant::now();
+    let attached = loop {
+        let attached = one.on_host(|| scene.attacher.attach(hook, &pass, "new"));
+        if attached.is_ok() || begun.elapsed() > std::time::Duration::from_secs(60) {
+            break attached;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    };
+    assert_eq!(attached.unwrap(), None);
+    assert_eq!(stands(), before);
+    assert!(
+        two.on_host(|| scene.attacher.detach(hook)).unwrap() && one.on_host(|| scene.attacher.detach(hook)).unwrap()
+    );
+}
+
+/// As before, and the other link was made in the same namespace, for a device that has moved and keeps its index.
+#[test]
+fn the_link_of_a_moved_device_is_not_taken_for_that_of_the_next() {
+    if !ready() {
+        return;
+    }
+    let scene = Scene::new();
+    let pair = Pair::default();
+    let (root, pod) = (pair.host.root(), pair.host.new_pod());
+    let hook = pair.hook(Direction::Ingress);
+    let deny = xdp("deny", verdict::SHOT);
+    pair.on_host(|| scene.attacher.attach(hook, &deny, "moved")).unwrap();
+    let moved = scene.pins.list().unwrap();
+    root.sh(&format!("ip link set h0 netns {}", pod.path().display()));
+    assert_eq!(pod.link("h0").unwrap().index, pair.device);
+    root.sh(&format!("ip link add h0 index {} type veth peer name x0", pair.device));
+    root.run(|| scene.attacher.attach(hook, &deny, "new")).unwrap();
+    let link = |label: &str| scene.attacher.links().unwrap().into_iter().find(|l| l.label == label).unwrap().link;
+    let pins = scene.pins.list().unwrap();
+    let pin = pins.iter().find(|pin| pin.contains(&format!("-{}-", link("new")))).unwrap();
+    let unpinned = scene.pins.get(pin).unwrap().unwrap();
+    assert!(scene.pins.remove(pin).unwrap());
+    let refused = root.run(|| scene.attacher.detach(hook));
+    assert!(matches!(refused, Err(AttachError::Ambiguous { links: 2, .. })), "{refused:?}, {moved:?} {pins:?}");
+    drop(unpinned);
+    root.sh("ip link del h0");
+    let attached = pod.run(|| scene.attacher.attached(hook)).unwrap().expect("it stands");
+    assert_eq!((attached.owner, attached.program), (Owner::Ours("moved".into()), Some(deny.info().id)));
+    assert!(pod.run(|| scene.attacher.detach(hook)).unwrap());
+    assert_eq!(scene.pins.list().unwrap(), [""; 0]);
+}
+
 /// A classifier that counts the packets that it sees.
 fn counting() -> (Program, Array<u64>) {
     let mut code = Asm::program("counts", ProgramKind::Classifier);
