@@ -1,15 +1,24 @@
 //! Programs on cgroups: what the processes of a cgroup and of those below it may connect to, send and receive.
 //!
-//! A cgroup is no device, and its programs no chain: the kernel asks all programs of the cgroup and of those above it,
-//! and each can only deny (kernel/bpf/cgroup.c, `bpf_prog_run_array_cg`). So nobody runs ahead of ours to let pass what
-//! it would drop, and [`CgroupAttacher`] has the verbs of [`Attacher`](super::Attacher) without `before` and `evict`, on
-//! a [`CgroupHook`]. What a program makes of an address the next one sees.
+//! A cgroup is no device, and no program ends the chain: the kernel asks all programs of the cgroup and then those above it
+//! (kernel/bpf/cgroup.c, `bpf_prog_run_array_cg`), and denies what one of them denies. So [`CgroupAttacher`] has the verbs of
+//! [`Attacher`](super::Attacher) without `before` and `evict`, on a [`CgroupHook`].
+//!
+//! Two things that programs of others, who run behind ours, can do all the same at connect(2) and sendmsg(2): rewrite the
+//! address that ours has let pass, and, with `bpf_set_retval` (Linux 5.18), take a denial back. Who may attach such programs
+//! has CAP_NET_ADMIN in the first user namespace. Packets have neither.
+//!
+//! A program that was attached with `BPF_F_ALLOW_OVERRIDE`, as older agents do, is no longer asked for a cgroup below it once
+//! that has one of its own. Ours does not do that to it: [`CgroupAttacher::attach`] refuses.
 //!
 //! A program answers 1 to let pass and 0 to deny: connect(2) and sendmsg(2) then fail with `EPERM`, as does a send
 //! whose packet an egress program drops; a packet that comes in is dropped in silence.
 //!
 //! # Example
-//! No process of a cgroup talks to the metadata service of a cloud.
+//! No IPv4 socket of a cgroup's processes connects to the metadata service of a cloud. The point goes by the socket's family
+//! and not by the address: an IPv6 socket that connects to `::ffff:169.254.169.254` is asked at
+//! [`ProgramKind::Connect6`], a datagram that is sent without a connection at [`ProgramKind::SendMsg4`], and a raw socket's
+//! packets at [`ProgramKind::CgroupSkbEgress`] alone, which sees the packets of all.
 //!
 //! ```no_run
 //! use dcenet_ebpf::asm::Asm;
@@ -41,9 +50,9 @@
 //! ```
 
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::Owner;
@@ -52,7 +61,7 @@ use crate::object::ProgramKind;
 use crate::pin::{PinError, Pins};
 use crate::program::{self, Program};
 use crate::sys::fault::gated;
-use crate::sys::{self, SysError};
+use crate::sys::{self, Asked, SysError};
 
 /// A cgroup of version 2, held open.
 #[derive(Debug)]
@@ -66,12 +75,17 @@ impl Cgroup {
     /// Opens a cgroup by its directory.
     ///
     /// # Errors
-    /// [`CgroupError::NotACgroup`] for a directory elsewhere, also in a hierarchy of version 1.
+    /// [`CgroupError::NotACgroup`] for a file, and for a directory elsewhere, also in a hierarchy of version 1.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self, CgroupError> {
         let path = path.into();
         let failed = |source| CgroupError::Open { path: path.clone(), source };
-        let directory = gated("open", || File::open(&path)).map_err(failed)?;
-        if !sys::is_cgroup2(&path).map_err(failed)? {
+        // Else the other end of a named pipe would be waited for.
+        let open = || File::options().read(true).custom_flags(libc::O_DIRECTORY).open(&path);
+        let directory = match gated("open", open) {
+            Err(e) if e.is(libc::ENOTDIR) => return Err(CgroupError::NotACgroup(path)),
+            directory => directory.map_err(failed)?,
+        };
+        if !sys::is_cgroup2(directory.as_fd()).map_err(failed)? {
             return Err(CgroupError::NotACgroup(path));
         }
         // The number of a cgroup is that of its inode (include/linux/kernfs.h, `kernfs_id_ino`).
@@ -186,7 +200,7 @@ pub struct CgroupLink {
 /// CAP_BPF and CAP_NET_ADMIN, and CAP_SYS_ADMIN to look at programs by their numbers, all in the first user namespace.
 ///
 /// # Minimum kernel version
-/// 5.7.
+/// 5.9 (`BPF_LINK_DETACH`).
 #[derive(Debug, Clone)]
 pub struct CgroupAttacher {
     pins: Pins,
@@ -203,7 +217,8 @@ impl CgroupAttacher {
     ///
     /// # Errors
     /// On any error the hook is as before. [`CgroupError::Occupied`] where somebody holds the cgroup, or one above it, for
-    /// programs of their own alone.
+    /// programs of their own alone, or has a program above that would not be asked any more. [`CgroupError::WrongProgram`] for
+    /// a program that was loaded for another point.
     pub fn attach(
         &self,
         hook: CgroupHook<'_>,
@@ -246,7 +261,7 @@ impl CgroupAttacher {
     /// Every program of the cgroup itself, without those of cgroups above it.
     pub fn chain(&self, hook: CgroupHook<'_>) -> Result<Vec<CgroupAttached>, CgroupError> {
         let ours = self.attached(hook)?;
-        let programs = sys::query_cgroup(hook.cgroup.as_fd(), program::attach_type(hook.point))?;
+        let (programs, _) = sys::query_cgroup(hook.cgroup.as_fd(), program::attach_type(hook.point), Asked::Own)?;
         let mut chain = Vec::new();
         for program in programs {
             match &ours {
@@ -293,22 +308,37 @@ impl CgroupAttacher {
 
     fn create(&self, hook: CgroupHook<'_>, program: &Program, label: &str) -> Result<(), CgroupError> {
         let attach_type = program::attach_type(hook.point);
+        if gives_way(hook.cgroup, attach_type)? {
+            return Err(occupied(hook));
+        }
+        let effective = || Ok::<_, SysError>(sys::query_cgroup(hook.cgroup.as_fd(), attach_type, Asked::Effective)?.0);
+        let before = effective()?;
         let link = sys::create_cgroup_link(program.as_fd(), hook.cgroup.as_fd(), attach_type).map_err(|e| {
             match e.raw_os_error() {
                 // kernel/bpf/cgroup.c, `hierarchy_allows_attach`.
-                Some(libc::EPERM) => CgroupError::Occupied { cgroup: hook.cgroup.path.clone(), point: hook.point },
+                Some(libc::EPERM) => occupied(hook),
                 // The verifier was told of another point than this (kernel/bpf/syscall.c, `bpf_prog_attach_check_attach_type`).
                 Some(libc::EINVAL) => wrong_program(hook, program),
                 _ => e.into(),
             }
         })?;
         // Without its pin it ends with this descriptor: what fails or dies here leaves the hook as it was.
+        let all_of = |before: &[u32], now: &[u32]| before.iter().all(|program| now.contains(program));
+        if !all_of(&before, &effective()?) {
+            // One above that this mount does not show gives way; or somebody has taken one off at this moment.
+            sys::detach_link(link.as_fd())?;
+            return Err(if all_of(&before, &effective()?) { occupied(hook) } else { raced(hook) });
+        }
         let info = sys::link_info(link.as_fd())?.ok_or_else(pinned::no_link)?;
         self.pins.pin(&name(hook.point, info.id, label), &link)?;
         Ok(())
     }
 
     fn swap(&self, hook: CgroupHook<'_>, pin: &str, program: &Program, label: &str) -> Result<(), CgroupError> {
+        // An exchange of programs compares their types alone (kernel/bpf/cgroup.c, `__cgroup_bpf_replace`).
+        if !sys::is_for_cgroup_point(program.as_fd(), program::attach_type(hook.point))? {
+            return Err(wrong_program(hook, program));
+        }
         let fresh = |link| Ok::<_, CgroupError>(name(hook.point, link, label));
         match pinned::swap(&self.pins, sys::LINK_TYPE_CGROUP, pin, program, fresh)? {
             Swap::Done => Ok(()),
@@ -354,6 +384,30 @@ impl CgroupAttacher {
             lock => Ok(Some(lock?)),
         }
     }
+}
+
+/// Whether a program above is asked for this cgroup only until it has one of its own (kernel/bpf/cgroup.c,
+/// `compute_effective_progs`).
+fn gives_way(cgroup: &Cgroup, attach_type: u32) -> Result<bool, CgroupError> {
+    let failed = |source| CgroupError::Open { path: cgroup.path.clone(), source };
+    let mut at = gated("dup", || cgroup.directory.try_clone()).map_err(failed)?;
+    for _ in 0..DEEPEST {
+        let (programs, flags) = sys::query_cgroup(at.as_fd(), attach_type, Asked::Own)?;
+        if !programs.is_empty() {
+            return Ok(flags & sys::ALLOW_MULTI == 0);
+        }
+        // By the descriptor, for the path may lead elsewhere by now.
+        let above = format!("/proc/self/fd/{}/..", at.as_raw_fd());
+        at = match gated("open", || File::open(above)) {
+            // It is removed at this moment.
+            Err(e) if e.is(libc::ENOENT) => return Ok(false),
+            above => above.map_err(failed)?,
+        };
+        if !sys::is_cgroup2(at.as_fd()).map_err(failed)? {
+            break;
+        }
+    }
+    Ok(false)
 }
 
 /// What a hook is called in the name of a pin.
@@ -404,6 +458,10 @@ fn check(hook: CgroupHook<'_>, program: &Program, label: &str) -> Result<(), Cgr
 
 fn wrong_program(hook: CgroupHook<'_>, program: &Program) -> CgroupError {
     CgroupError::WrongProgram { program: program.info().name.clone(), kind: program.info().kind, point: hook.point }
+}
+
+fn occupied(hook: CgroupHook<'_>) -> CgroupError {
+    CgroupError::Occupied { cgroup: hook.cgroup.path.clone(), point: hook.point }
 }
 
 fn not_attached(hook: CgroupHook<'_>) -> CgroupError {
@@ -500,6 +558,8 @@ impl CgroupError {
 
 /// Stands first in the names of pins.
 const NAME: &str = "cgroup";
+/// How many cgroups above one are looked at: a path of 4 KiB has no more.
+const DEEPEST: usize = 2048;
 
 #[cfg(test)]
 mod tests {

@@ -34,11 +34,11 @@ pub enum ProgramKind {
     CgroupSkbIngress,
     /// A cgroup's leaving packets (`BPF_PROG_TYPE_CGROUP_SKB`); section `cgroup_skb/egress`.
     CgroupSkbEgress,
-    /// connect(2) of a cgroup's processes to an IPv4 address (`BPF_PROG_TYPE_CGROUP_SOCK_ADDR`); section `cgroup/connect4`.
+    /// connect(2) on an IPv4 socket of a cgroup's processes (`BPF_PROG_TYPE_CGROUP_SOCK_ADDR`); section `cgroup/connect4`.
     Connect4,
-    /// The same to an IPv6 address; section `cgroup/connect6`.
+    /// The same on an IPv6 socket, also to an IPv4 address mapped into one of IPv6 (`::ffff:0:0/96`); section `cgroup/connect6`.
     Connect6,
-    /// sendto(2) and sendmsg(2) without a connection to an IPv4 address; section `cgroup/sendmsg4`.
+    /// sendto(2) and sendmsg(2) of a datagram to an IPv4 address, without a connection; section `cgroup/sendmsg4`.
     SendMsg4,
     /// The same to an IPv6 address; section `cgroup/sendmsg6`.
     SendMsg6,

@@ -1,5 +1,6 @@
 //! Mounts of bpffs, and what file system a path is in.
 
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
 
 use super::fault::gated;
@@ -10,9 +11,16 @@ pub(crate) fn is_bpffs(path: &Path) -> Result<bool, SysError> {
     Ok(file_system(path)? == libc::BPF_FS_MAGIC)
 }
 
-/// Whether the path is inside a cgroup hierarchy of version 2.
-pub(crate) fn is_cgroup2(path: &Path) -> Result<bool, SysError> {
-    Ok(file_system(path)? == libc::CGROUP2_SUPER_MAGIC)
+/// Whether the directory is in a cgroup hierarchy of version 2.
+pub(crate) fn is_cgroup2(directory: BorrowedFd<'_>) -> Result<bool, SysError> {
+    gated("fstatfs", || {
+        let mut about = std::mem::MaybeUninit::<libc::statfs>::uninit();
+        // SAFETY: the descriptor is open, and there is room for the one structure that the call fills.
+        done(unsafe { libc::fstatfs(directory.as_raw_fd(), about.as_mut_ptr()) })?;
+        // SAFETY: the call succeeded, so it has filled the structure.
+        let about = unsafe { about.assume_init() };
+        Ok(about.f_type == libc::CGROUP2_SUPER_MAGIC)
+    })
 }
 
 fn file_system(path: &Path) -> Result<libc::__fsword_t, SysError> {

@@ -76,18 +76,44 @@ pub(crate) fn create_cgroup_link(
     unsafe { attr.call_for_fd(Command::LINK_CREATE) }
 }
 
-/// The numbers of the programs that are attached to a cgroup itself.
-pub(crate) fn query_cgroup(cgroup: BorrowedFd<'_>, attach_type: u32) -> Result<Vec<u32>, SysError> {
-    let mut programs = [0_u32; LONGEST_CHAIN];
+/// Whether the program was loaded for this point of a cgroup: the kernel compares before it looks for the cgroup
+/// (kernel/bpf/syscall.c, `link_create`), and here there is none.
+pub(crate) fn is_for_cgroup_point(program: BorrowedFd<'_>, attach_type: u32) -> Result<bool, SysError> {
+    match create_cgroup_link(program, program, attach_type) {
+        Err(e) if e.is(libc::EBADF) => Ok(true),
+        Err(e) if e.is(libc::EINVAL) => Ok(false),
+        Err(e) => Err(e),
+        Ok(_) => Err(SysError { call: Command::LINK_CREATE.1, source: std::io::ErrorKind::InvalidData.into() }),
+    }
+}
+
+/// Which programs of a cgroup are asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Asked {
+    /// Those that are attached to it.
+    Own,
+    /// Those that run for it, also from above.
+    Effective,
+}
+
+/// The numbers of a cgroup's programs, and the flags that its own were attached with.
+pub(crate) fn query_cgroup(
+    cgroup: BorrowedFd<'_>,
+    attach_type: u32,
+    asked: Asked,
+) -> Result<(Vec<u32>, u32), SysError> {
+    let mut programs = [0_u32; MOST_OF_A_CGROUP];
     let mut attr = Attr::new()
         .fd(0, cgroup)
         .u32(4, attach_type)
+        .u32(8, if asked == Asked::Effective { QUERY_EFFECTIVE } else { 0 })
         .u64(16, programs.as_mut_ptr() as u64)
-        .u32(24, LONGEST_CHAIN as u32);
+        .u32(24, MOST_OF_A_CGROUP as u32);
     // SAFETY: the pointer leads to room for as many numbers as the count behind it says, exclusively ours, and lives past
     // the call.
     unsafe { attr.call(Command::PROG_QUERY) }?;
-    Ok(programs.into_iter().take(attr.read_u32(24) as usize).collect())
+    let flags = attr.read_u32(12);
+    Ok((programs.into_iter().take(attr.read_u32(24) as usize).collect(), flags))
 }
 
 /// Puts `new` in the place of `old`, and fails with `EPERM` where the link holds another by now.
@@ -220,4 +246,10 @@ const REPLACE: u32 = 1 << 2;
 const ID: u32 = 1 << 5;
 /// `BPF_MPROG_MAX` (include/linux/bpf_mprog.h).
 const LONGEST_CHAIN: usize = 64;
+/// More than 64 (`BPF_CGROUP_MAX_PROGS`) for each of the cgroups above.
+const MOST_OF_A_CGROUP: usize = 1024;
+/// `BPF_F_QUERY_EFFECTIVE`.
+const QUERY_EFFECTIVE: u32 = 1;
+/// `BPF_F_ALLOW_MULTI`.
+pub(crate) const ALLOW_MULTI: u32 = 1 << 1;
 const LINK_INFO_BYTES: usize = 64;

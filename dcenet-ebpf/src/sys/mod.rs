@@ -23,9 +23,10 @@ pub(crate) use fs::{is_bpffs, is_cgroup2, mount_bpffs, unmount};
 #[cfg(test)]
 pub(crate) use link::attach_program;
 pub(crate) use link::{
-    AFTER, BEFORE, Chain, LINK_TYPE_CGROUP, LINK_TYPE_NETKIT, LINK_TYPE_TCX, LINK_TYPE_XDP, LinkInfo, NETKIT_PEER,
-    NETKIT_PRIMARY, Position, TCX_EGRESS, TCX_INGRESS, create_cgroup_link, create_link, create_xdp_link, detach_link,
-    detach_program, device_link_known, link_by_id, link_info, next_link_id, query_cgroup, query_chain, update_link,
+    AFTER, ALLOW_MULTI, Asked, BEFORE, Chain, LINK_TYPE_CGROUP, LINK_TYPE_NETKIT, LINK_TYPE_TCX, LINK_TYPE_XDP,
+    LinkInfo, NETKIT_PEER, NETKIT_PRIMARY, Position, TCX_EGRESS, TCX_INGRESS, create_cgroup_link, create_link,
+    create_xdp_link, detach_link, detach_program, device_link_known, is_for_cgroup_point, link_by_id, link_info,
+    next_link_id, query_cgroup, query_chain, update_link,
 };
 pub use map::{Map, MapInfo, Put};
 pub(crate) use netns::netns_cookie;

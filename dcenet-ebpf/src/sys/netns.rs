@@ -1,8 +1,8 @@
 //! The calling thread's network namespace.
 
 use std::io;
-use std::net::UdpSocket;
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixDatagram;
 
 use super::fault::gated;
 use super::{SysError, done};
@@ -13,7 +13,7 @@ use super::{SysError, done};
 /// 5.14 (`SO_NETNS_COOKIE`).
 pub(crate) fn netns_cookie() -> Result<u64, SysError> {
     gated("getsockopt(SO_NETNS_COOKIE)", || {
-        let socket = UdpSocket::bind(("0.0.0.0", 0))?;
+        let socket = UnixDatagram::unbound()?;
         let mut cookie = 0_u64;
         let mut length = size_of::<u64>() as libc::socklen_t;
         // SAFETY: the kernel writes at most `length` bytes to `cookie` and the length to `length`, both exclusively ours.

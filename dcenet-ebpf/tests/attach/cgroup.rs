@@ -344,6 +344,79 @@ fn every_program_is_asked() {
     });
 }
 
+/// A program above that suffers others below it only in its own stead stays in force: ours is refused.
+#[test]
+fn a_program_above_is_not_switched_off() {
+    if !ready() {
+        return;
+    }
+    let pins = TestPins::new();
+    let a = CgroupAttacher::new(pins.clone());
+    let servers = Servers::new();
+    let above = TestCgroup::new();
+    let nested = |path: PathBuf| {
+        std::fs::create_dir(&path).unwrap();
+        TestCgroup { cgroup: Cgroup::open(&path).unwrap(), path }
+    };
+    let between = nested(above.path.join("between"));
+    let below = nested(between.path.join("below"));
+    let point = ProgramKind::Connect4;
+    let (theirs, ours) = (constant(point, 0), constant(point, 1));
+    let address = servers.address(true, b'a');
+    let legacy = |verb: &str, flags: &str| {
+        let id = theirs.info().id;
+        let path = above.path.display();
+        let command = format!("bpftool cgroup {verb} {path} cgroup_inet4_connect id {id} {flags}");
+        let done = Command::new("sh").args(["-c", &command]).output().unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    };
+    servers.while_serving(|| {
+        legacy("attach", "override");
+        for cgroup in [&below, &between, &above] {
+            let refused = a.attach(cgroup.hook(point), &ours, "ours").unwrap_err();
+            assert!(matches!(refused, CgroupError::Occupied { .. }), "{refused}");
+            assert_eq!(servers.asked(&below, "tcp", address, LONG), "EPERM");
+        }
+        assert_eq!(pins.list().unwrap(), [""; 0]);
+        // The twin: another below, and it is no longer asked.
+        let path = below.path.display();
+        let command = format!("bpftool cgroup attach {path} cgroup_inet4_connect id {} multi", ours.info().id);
+        assert!(Command::new("sh").args(["-c", &command]).status().unwrap().success());
+        assert_eq!(servers.asked(&below, "tcp", address, LONG), "a");
+        // There is nothing to switch off any more.
+        a.attach(below.hook(point), &constant(point, 1), "ours").unwrap();
+        assert!(a.detach(below.hook(point)).unwrap());
+        legacy("detach", "");
+        legacy("attach", "multi");
+        a.attach(between.hook(point), &ours, "ours").unwrap();
+        assert_eq!(servers.asked(&below, "tcp", address, LONG), "EPERM", "it goes with others");
+        assert!(a.detach(between.hook(point)).unwrap());
+    });
+    // From the lowest, for a cgroup with others in it stays.
+    drop((below, between));
+}
+
+/// The point goes by the socket's family, and not by the address.
+#[test]
+fn a_mapped_address_is_asked_for_as_ipv6() {
+    if !ready() {
+        return;
+    }
+    let pins = TestPins::new();
+    let a = CgroupAttacher::new(pins.clone());
+    let servers = Servers::new();
+    let inside = TestCgroup::new();
+    servers.while_serving(|| {
+        let SocketAddr::V4(v4) = servers.address(true, b'a') else { panic!("an IPv4 address") };
+        let mapped = SocketAddr::from((v4.ip().to_ipv6_mapped(), v4.port()));
+        for (point, told) in [(ProgramKind::Connect4, "a"), (ProgramKind::Connect6, "EPERM")] {
+            a.attach(inside.hook(point), &judge(point, v4.port(), &Act::Deny), "pod").unwrap();
+            assert_eq!(servers.asked(&inside, "tcp", mapped, LONG), told, "{point:?}");
+            assert!(a.detach(inside.hook(point)).unwrap());
+        }
+    });
+}
+
 #[test]
 fn a_cgroup_is_left_as_it_was() {
     if !ready() {
@@ -414,6 +487,19 @@ fn unfit_requests_are_told_apart() {
     // Of the right type, for another point.
     let refused = a.attach(hook, &constant(ProgramKind::Connect6, 1), "x").unwrap_err();
     assert!(matches!(refused, CgroupError::WrongProgram { kind: 18, .. }), "{refused}");
+    // Also where it would replace ours: the kernel compares the types alone.
+    a.attach(hook, &program, "x").unwrap();
+    for other in [ProgramKind::Connect6, ProgramKind::SendMsg4, ProgramKind::SendMsg6] {
+        for attach in [true, false] {
+            let wrong = constant(other, 1);
+            let outcome =
+                if attach { a.attach(hook, &wrong, "y").map(drop) } else { a.replace(hook, &wrong, "y").map(drop) };
+            assert!(matches!(outcome, Err(CgroupError::WrongProgram { kind: 18, .. })), "{other:?}: {outcome:?}");
+            let stands = a.attached(hook).unwrap().unwrap();
+            assert_eq!((stands.owner, stands.program), (Owner::Ours("x".into()), program.info().id), "{other:?}");
+        }
+    }
+    assert!(a.detach(hook).unwrap());
     let refused = a.attach(cgroup.hook(ProgramKind::Classifier), &deny(), "x").unwrap_err();
     assert!(matches!(refused, CgroupError::WrongProgram { point: ProgramKind::Classifier, .. }), "{refused}");
     for label in ["a b", "a/b", "ä", &"x".repeat(161)] {
@@ -424,6 +510,7 @@ fn unfit_requests_are_told_apart() {
     assert_eq!(a.attached(hook).unwrap().unwrap().owner, Owner::Ours(longest));
     assert!(a.detach(hook).unwrap());
     assert!(matches!(Cgroup::open("/proc"), Err(CgroupError::NotACgroup(_))));
+    assert!(matches!(Cgroup::open(cgroup.path.join("cgroup.procs")), Err(CgroupError::NotACgroup(_))));
     let missing = Cgroup::open(cgroup.path.join("missing")).unwrap_err();
     assert_eq!(missing.raw_os_error(), Some(libc::ENOENT), "{missing}");
     // Pins that are nowhere.
