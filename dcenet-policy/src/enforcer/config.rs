@@ -64,12 +64,16 @@ impl DefaultVerdict {
 /// A program of somebody else that the operator knows to let every packet go on, such as a tracer: as text, its tag or its
 /// name.
 ///
-/// A tag says what the program does and changes with it. A name says only what its owner called it.
+/// Neither proves what the program does. A tag is a hash of its instructions with the numbers of its maps left out
+/// (kernel/bpf/core.c, `bpf_prog_calc_tag`): a program that reads verdicts or a configuration from maps, calls another by a tail
+/// call, or is extended by one (`freplace`), as a dispatcher of XDP programs is, does something else under the same tag. A name
+/// says only what its owner called it. So list only programs whose owner is trusted to let packets go on.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Ahead {
     /// The hash of its instructions, 16 hexadecimal digits, as `bpftool prog` shows it.
     Tag([u8; 8]),
-    /// Its name, of which the kernel keeps 15 bytes, or that of its filter.
+    /// Its name, or that of its filter. The kernel keeps 15 bytes of a program's name: a longer one here stands also for what
+    /// is called by its first 15.
     Name(String),
 }
 
@@ -78,10 +82,18 @@ impl Ahead {
     pub fn is(&self, attached: &Attached) -> bool {
         match self {
             Self::Tag(tag) => attached.tag == Some(*tag),
-            Self::Name(name) => matches!(&attached.owner, Owner::Foreign(Some(other)) if other == name),
+            Self::Name(name) => match &attached.owner {
+                Owner::Foreign(Some(other)) => {
+                    other == name || other.len() == KERNEL_NAME_BYTES && name.starts_with(other.as_str())
+                }
+                _ => false,
+            },
         }
     }
 }
+
+/// `BPF_OBJ_NAME_LEN` without its zero (include/uapi/linux/bpf.h).
+const KERNEL_NAME_BYTES: usize = 15;
 
 impl fmt::Display for Ahead {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

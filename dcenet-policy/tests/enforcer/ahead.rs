@@ -49,20 +49,29 @@ fn a_check_names_what_packets_meet_before_policy() {
     world.udp("scan", "db", 5353, false);
 
     if Features::probe().unwrap().tcx {
-        let mut code = Asm::program("agent", ProgramKind::Classifier);
+        // The kernel keeps 15 bytes of it.
+        let (name, kept) = ("agent_of_the_mesh", "agent_of_the_me");
+        let mut code = Asm::program(name, ProgramKind::Classifier);
         code.ret(verdict::OK);
         let agent =
-            Program::load(ProgramKind::Classifier, "agent", &insn::encode(code.finish().unwrap().insns())).unwrap();
+            Program::load(ProgramKind::Classifier, name, &insn::encode(code.finish().unwrap().insns())).unwrap();
         // Somebody else's, for its pins are others.
         let pins = Pins::open(world.host.directory().join("agent")).unwrap();
         let tcx = TcxAttacher::new(pins.clone());
         root.run(|| tcx.attach(hook, &agent, "agent")).unwrap();
         world.udp("scan", "db", 5353, true);
         let told = missing().expect("it is told");
-        assert!(told.contains("\"agent\" on tcx") && told.contains("policy.ahead"), "{told}");
+        assert!(told.contains(&format!("\"{kept}\" on tcx")) && told.contains("policy.ahead"), "{told}");
         // The operator knows it, by its name or by its tag.
         let tag: String = agent.info().tag.iter().map(|byte| format!("{byte:02x}")).collect();
-        for (known, accepted) in [("agent", true), (&*tag, true), ("agen", false), ("0123456789abcdef", false)] {
+        for (known, accepted) in [
+            (name, true),
+            (kept, true),
+            (&*tag, true),
+            ("agent_of_the_m", false),
+            ("agent_of_the_mob", false),
+            ("0123456789abcdef", false),
+        ] {
             let ahead = vec![known.parse().unwrap()];
             let policy = PolicyConfig { pins: world.host.directory().join("bpf"), ahead, ..PolicyConfig::default() };
             let sink = PinnedDefault::new(&policy, &world.host.run_dir());
