@@ -10,7 +10,7 @@ use dcenet_core::netlink::Family;
 use dcenet_core::netns::NetNs;
 
 use super::pinned::{self, Swap};
-use super::{AttachError, Attached, Attacher, Direction, Hook, Owner, Tag, Via, check_kind};
+use super::{AttachError, Attached, Attacher, Direction, Hook, Owner, Tag, Via, XdpMode, check_kind};
 use crate::object::ProgramKind;
 use crate::pin::Pins;
 use crate::program::Program;
@@ -52,6 +52,11 @@ pub trait Linked: Send + Sync {
     /// # Errors
     /// [`AttachError::Raced`] and [`AttachError::Ambiguous`] where which of them is ours cannot be told.
     fn entries(hook: Hook, pins: &Pins, look: Look) -> Result<Option<Vec<Entry>>, AttachError>;
+
+    /// Whether a link that is there is where a new one is wanted; a replacement leaves it where it is.
+    fn fits(_via: &Via, _place: Self::Place) -> Result<(), XdpMode> {
+        Ok(())
+    }
 
     /// Told before a link is made where ours has none: pins that seem to be of this hook are not.
     fn retire(_hook: Hook, _pins: &Pins) -> Result<(), AttachError> {
@@ -255,6 +260,7 @@ impl<K: Linked> LinkAttacher<K> {
     }
 
     fn swap(&self, hook: Hook, ours: &Ours, program: &Program, label: &str) -> Result<(), AttachError> {
+        K::fits(&ours.attached.via, self.place).map_err(|mode| AttachError::OtherMode { hook, mode })?;
         let fresh = |link| Ok::<_, AttachError>(PinName::write::<K>(hook.direction, link, &K::mark(label)?));
         match pinned::swap(&self.pins, K::LINK_TYPE, &ours.pin, program, fresh)? {
             Swap::Done => Ok(()),

@@ -425,6 +425,14 @@ pub enum AttachError {
         /// How many they are.
         links: usize,
     },
+    /// Ours runs in another place than is wanted, and a replacement would leave it there.
+    #[error("device {} ({:?}): ours is there as {mode} XDP, and another is wanted; detach it first", hook.device, hook.direction)]
+    OtherMode {
+        /// The hook.
+        hook: Hook,
+        /// Where it runs.
+        mode: XdpMode,
+    },
     /// What was to be removed as somebody else's is ours.
     #[error("device {} ({:?}): the program is dcenet's; detach it", hook.device, hook.direction)]
     NotForeign {

@@ -44,9 +44,9 @@ pub enum XdpPlace {
     /// In the driver, and in the stack where the driver cannot, or not as the device is set up now (its MTU, its queues).
     #[default]
     Best,
-    /// In the driver or nowhere.
+    /// In the driver or nowhere. Where ours is in the stack already it stays: [`AttachError::OtherMode`].
     Native,
-    /// In the stack.
+    /// In the stack. Where ours is in the driver already it stays: [`AttachError::OtherMode`].
     Generic,
 }
 
@@ -116,6 +116,14 @@ impl Linked for Xdp {
         Ok(Some(entries))
     }
 
+    fn fits(via: &Via, place: XdpPlace) -> Result<(), XdpMode> {
+        match (via, place) {
+            (Via::Xdp { mode: mode @ XdpMode::Generic }, XdpPlace::Native) => Err(*mode),
+            (Via::Xdp { mode: mode @ (XdpMode::Native | XdpMode::Offloaded) }, XdpPlace::Generic) => Err(*mode),
+            _ => Ok(()),
+        }
+    }
+
     /// Such a pin is of a device that has gone elsewhere: it may not be taken for one of the device that has its index now.
     fn retire(hook: Hook, pins: &Pins) -> Result<(), AttachError> {
         if hook.direction == Direction::Egress {
@@ -143,7 +151,10 @@ impl Linked for Xdp {
             XdpPlace::Native => create(XdpMode::Native),
             XdpPlace::Generic => create(XdpMode::Generic),
             XdpPlace::Best => create(XdpMode::Native).or_else(|e| match e.raw_os_error() {
-                Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ERANGE) => create(XdpMode::Generic),
+                // A veth pair misses queues with ENOSPC, and its other end with ENOTCONN (drivers/net/veth.c, `veth_xdp_set`).
+                Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ERANGE | libc::E2BIG | libc::ENOSPC | libc::ENOTCONN) => {
+                    create(XdpMode::Generic)
+                }
                 _ => Err(e),
             }),
         };
@@ -238,6 +249,7 @@ fn programs(device: IfIndex) -> Result<Option<Vec<(XdpMode, u32)>>, AttachError>
 
 /// Takes a program of somebody else off, if it is there still, whether a link holds it or not.
 pub(super) fn evict(hook: Hook, program: u32, mode: XdpMode) -> Result<bool, AttachError> {
+    let mut refusal = None;
     let there = || Ok::<_, AttachError>(programs(hook.device)?.is_some_and(|all| all.contains(&(mode, program))));
     for _ in 0..ATTEMPTS {
         if !there()? {
@@ -251,8 +263,11 @@ pub(super) fn evict(hook: Hook, program: u32, mode: XdpMode) -> Result<bool, Att
             Ok(_) => return Ok(true),
             Err(e) => match e.errno() {
                 Some(libc::ENODEV) => return Ok(false),
-                // Another is there by now: look again.
-                Some(libc::EEXIST) => continue,
+                // Another is there by now: look again. Or a device above it has one, and that will be so the next time, too.
+                Some(libc::EEXIST) => {
+                    refusal = Some(e);
+                    continue;
+                }
                 // A link holds it.
                 Some(libc::EBUSY) => {}
                 _ => return Err(e.into()),
@@ -274,7 +289,7 @@ pub(super) fn evict(hook: Hook, program: u32, mode: XdpMode) -> Result<bool, Att
             several => return Err(AttachError::Ambiguous { hook, program, links: several.len() }),
         }
     }
-    Err(AttachError::Raced { hook })
+    Err(refusal.map_or(AttachError::Raced { hook }, AttachError::from))
 }
 
 /// The XDP links of every namespace that hold the program on a device of this index.

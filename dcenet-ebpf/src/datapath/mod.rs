@@ -77,7 +77,10 @@ pub const TO_POD: &str = "to_pod";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Slot {
     /// From the class id of the attachment ([`Tag::class`](crate::attach::Tag::class)), so that endpoints with equal policies
-    /// share their programs. Only clsact carries one: by another attacher every packet is one of slot 0, and dropped.
+    /// share their programs. Only clsact carries one: **never attach such programs by tcx or netkit**, which leave in
+    /// `tc_classid` what is there (kernel/bpf/tcx.c does not set it): 0 as a rule, and then every packet is dropped, but a
+    /// classifier before, also one on the pod's own end where the pod has CAP_NET_ADMIN, may have left the slot of another
+    /// endpoint.
     #[default]
     Class,
     /// It is a constant of the programs, 1 to 65,535: they serve this endpoint alone, by any attacher, in any namespace.

@@ -138,7 +138,8 @@ fn the_driver_runs_it_where_it_can_and_the_report_says_so() {
     let scene = Scene::new();
     let host = TestHost::new();
     let root = host.root();
-    root.sh("ip link add h0 type veth peer name p0; ip link add b0 type bridge");
+    root.sh("ip link add h0 type veth peer name p0; ip link add b0 type bridge
+             ip link add q0 numrxqueues 1 numtxqueues 1 type veth peer name q1 numrxqueues 1 numtxqueues 4");
     let program = xdp("deny", verdict::SHOT);
     for (device, place, expected) in [
         ("h0", XdpPlace::Best, Some(XdpMode::Native)),
@@ -147,6 +148,8 @@ fn the_driver_runs_it_where_it_can_and_the_report_says_so() {
         ("b0", XdpPlace::Best, Some(XdpMode::Generic)),
         ("b0", XdpPlace::Native, None),
         ("b0", XdpPlace::Generic, Some(XdpMode::Generic)),
+        // Its driver wants a queue for each of the other end's.
+        ("q0", XdpPlace::Best, Some(XdpMode::Generic)),
     ] {
         let hook = Hook { device: root.link(device).unwrap().index, direction: Direction::Ingress };
         let attacher = XdpAttacher::placed(scene.pins.clone(), place);
@@ -166,6 +169,37 @@ fn the_driver_runs_it_where_it_can_and_the_report_says_so() {
         }
     }
     assert_eq!(scene.pins.list().unwrap(), [""; 0]);
+}
+
+/// A replacement stays where the link is, so one for another place is refused.
+#[test]
+fn ours_in_another_place_is_not_replaced_there() {
+    if !ready() {
+        return;
+    }
+    let scene = Scene::new();
+    let pair = Pair::default();
+    let hook = pair.hook(Direction::Ingress);
+    let (one, two) = (xdp("one", verdict::SHOT), xdp("two", verdict::SHOT));
+    let placed = |place| XdpAttacher::placed(scene.pins.clone(), place);
+    let (native, generic, best) = (placed(XdpPlace::Native), placed(XdpPlace::Generic), placed(XdpPlace::Best));
+    for (first, second, there) in [(&native, &generic, XdpMode::Native), (&generic, &native, XdpMode::Generic)] {
+        pair.on_host(|| first.attach(hook, &one, "one")).unwrap();
+        for attach in [true, false] {
+            let refused = pair.on_host(|| {
+                if attach {
+                    second.attach(hook, &two, "two").map(drop)
+                } else {
+                    second.replace(hook, &two, "two").map(drop)
+                }
+            });
+            assert!(matches!(refused, Err(AttachError::OtherMode { mode, .. }) if mode == there), "{refused:?}");
+            let stands = pair.on_host(|| first.attached(hook)).unwrap().unwrap();
+            assert_eq!((stands.owner, stands.program), (Owner::Ours("one".into()), Some(one.info().id)));
+        }
+        pair.on_host(|| best.replace(hook, &two, "two")).unwrap();
+        assert!(pair.on_host(|| second.detach(hook)).unwrap(), "wherever it is");
+    }
 }
 
 #[test]
@@ -425,7 +459,14 @@ fn xdp_decides_before_tc_does() {
     for place in [XdpPlace::Native, XdpPlace::Generic] {
         let attacher = XdpAttacher::placed(scene.pins.clone(), place);
         pair.on_host(|| attacher.attach(hook, &xdp("deny", verdict::SHOT), "ours")).unwrap();
-        let before = seen();
+        // What came before is through.
+        let mut before = seen();
+        loop {
+            std::thread::sleep(short);
+            if seen() == std::mem::replace(&mut before, seen()) {
+                break;
+            }
+        }
         assert!(!echo(short), "{place:?}");
         assert_eq!(seen(), before, "{place:?}");
         // The twin.
