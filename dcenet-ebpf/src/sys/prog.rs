@@ -154,8 +154,9 @@ pub(crate) struct RawRunOutcome {
 }
 
 pub(crate) fn test_run(program: BorrowedFd<'_>, run: &RawRun<'_>) -> Result<RawRunOutcome, SysError> {
-    // Helpers may grow the packet; 256 bytes above is more than any headroom that the kernel gives a test run.
-    let mut data = vec![0; run.data.len() + 256];
+    // Helpers may grow the packet at both ends; what the kernel gives a test run of one buffer is a page
+    // (net/bpf/test_run.c), and a packet that needs more has no room to grow but in front.
+    let mut data = vec![0; (run.data.len() + 256).max(PAGE)];
     let mut context = vec![0; run.context.len()];
     let mut attr = Attr::new()
         .fd(0, program)
@@ -186,6 +187,7 @@ pub(crate) fn test_run(program: BorrowedFd<'_>, run: &RawRun<'_>) -> Result<RawR
 
 /// What the crate's programs are under; helpers marked `gpl_only` ask for it.
 const LICENSE: &[u8; 13] = b"Dual MIT/GPL\0";
+const PAGE: usize = 4096;
 const LOG_BYTES: usize = 256 * 1024;
 const INFO_BYTES: usize = 232;
 

@@ -56,7 +56,7 @@ fn by_kernel(object: &Object) -> (u32, u64) {
     targets.set(OTHER as u32, &other).unwrap();
     let run = entry.test_run(&TestRun { packet: &PACKET, context: &[], repeat: 1 }).unwrap();
     let runs = Array::<u64>::new(loaded.take_map("runs").unwrap()).unwrap().load(0).unwrap();
-    // A program in the array holds the array: without this neither would ever go.
+    // The array held the program, as the program holds the array; the last descriptor's end would empty it too.
     assert!(targets.clear(ITSELF as u32).unwrap());
     (run.retval, runs)
 }
