@@ -5,7 +5,6 @@
 use dcenet_core::test_support::{Rung, require};
 use dcenet_ebpf::asm::{Asm, AsmError, Function, SAFE_SPAN, UnsetRead};
 use dcenet_ebpf::insn::{AtomicOp, Cond, Helper, Insn, IsaLevel, Reg, Reg::*, Size, disassemble, parse};
-use dcenet_ebpf::loader::{AyaLoader, LoadRequest, Loader};
 use dcenet_ebpf::object::{CallChain, MapSpec, Object, ObjectError, ProgramKind};
 use proptest::prelude::*;
 
@@ -331,9 +330,13 @@ fn a_listing_reads_as_written() {
 }
 
 /// What the verifier says of a program `test` with these functions beside it; nothing where it takes all.
+#[cfg(feature = "aya")]
 fn verifier(functions: impl IntoIterator<Item = Function>) -> Option<String> {
+    use dcenet_ebpf::loader::{AyaLoader, LoadRequest, Loader};
+
     let mut object = Object::new();
     object.add_map(MapSpec::hash("seen", 4, 8, 1)).unwrap().add_map(MapSpec::prog_array("jumps", 1)).unwrap();
+    object.add_map(MapSpec::ringbuf("ring", 4096)).unwrap();
     for function in functions {
         object.add(function).unwrap();
     }
@@ -341,12 +344,22 @@ fn verifier(functions: impl IntoIterator<Item = Function>) -> Option<String> {
     Some(error.log().to_owned())
 }
 
+#[cfg(not(feature = "aya"))]
+fn verifier(_: impl IntoIterator<Item = Function>) -> Option<String> {
+    unreachable!("there is a verifier only with a loader")
+}
+
+/// Whether [`verifier`] can be asked.
+fn has_verifier() -> bool {
+    cfg!(feature = "aya") && require(Rung::Kernel)
+}
+
 #[test]
 fn registers_that_hold_nothing_are_found_as_by_the_verifier() {
     type Write = fn(&mut Asm);
     let unset = |slot, reg| Some(UnsetRead { slot, reg, after_call: false });
     let lost = |slot, reg| Some(UnsetRead { slot, reg, after_call: true });
-    let cases: [(&str, Write, Option<UnsetRead>); 14] = [
+    let cases: [(&str, Write, Option<UnsetRead>); 16] = [
         (
             "sum of nothing",
             |a| {
@@ -422,7 +435,25 @@ fn registers_that_hold_nothing_are_found_as_by_the_verifier() {
             |a| {
                 a.mov(R0, 1).load_map(R2, "jumps").mov(R3, 0).call(Helper::TailCall).exit();
             },
-            unset(5, R0),
+            lost(5, R0),
+        ),
+        (
+            "the end of a record has no result",
+            |a| {
+                let full = a.label();
+                a.load_map(R1, "ring").mov(R2, 8).mov(R3, 0).call(Helper::RingbufReserve);
+                a.jump_if(Cond::Eq, R0, 0, full).mov(R1, R0).mov(R2, 0).call(Helper::RingbufSubmit).bind(full).exit();
+            },
+            lost(9, R0),
+        ),
+        (
+            "nor has that of a record thrown away",
+            |a| {
+                let full = a.label();
+                a.load_map(R1, "ring").mov(R2, 8).mov(R3, 0).call(Helper::RingbufReserve);
+                a.jump_if(Cond::Eq, R0, 0, full).mov(R1, R0).mov(R2, 0).call(Helper::RingbufDiscard).bind(full).exit();
+            },
+            lost(9, R0),
         ),
         (
             "set on one of two ways",
@@ -449,7 +480,7 @@ fn registers_that_hold_nothing_are_found_as_by_the_verifier() {
             unset(2, R0),
         ),
     ];
-    let kernel = require(Rung::Kernel);
+    let kernel = has_verifier();
     for (name, write, expected) in cases {
         let mut asm = program();
         write(&mut asm);
@@ -511,7 +542,7 @@ fn the_stack_of_a_chain_of_calls_is_added_up_as_by_the_verifier() {
         (&[0; 8], 8 * 32, true, ""),
         (&[0; 9], 9 * 32, false, "the call stack of 9 frames is too deep"),
     ];
-    let kernel = require(Rung::Kernel);
+    let kernel = has_verifier();
     for (stacks, bytes, fits, reason) in cases {
         let functions = chain(stacks);
         let mut object = Object::new();

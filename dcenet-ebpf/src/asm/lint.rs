@@ -31,7 +31,7 @@ pub struct UnsetRead {
     pub slot: usize,
     /// What it reads.
     pub reg: Reg,
-    /// Whether a call lost it (`R1` to `R5`); otherwise nothing was ever written to it.
+    /// Whether a call lost it (`R1` to `R5`, and `R0` to a helper without a result); otherwise nothing was ever written to it.
     pub after_call: bool,
 }
 

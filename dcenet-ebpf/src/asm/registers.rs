@@ -107,9 +107,10 @@ fn step(insn: &Insn, known: Known) -> Known {
         lost = lost.and(Set::ARGUMENTS.both(set));
         set = set.without(Set::ARGUMENTS);
     }
-    // A tail call that comes back has no result.
+    // Neither these nor a tail call that comes back have a result.
     let written = match insn {
-        Insn::Call { helper: Helper::TailCall } => {
+        Insn::Call { helper: Helper::TailCall | Helper::RingbufSubmit | Helper::RingbufDiscard } => {
+            lost = lost.and(Set::of(Reg::R0).both(set));
             set = set.without(Set::of(Reg::R0));
             Set::NONE
         }
