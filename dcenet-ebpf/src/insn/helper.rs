@@ -68,7 +68,7 @@ helpers! {
     CsumUpdate = 40 "bpf_csum_update";
     /// `(xdp, delta)`: moves the frame's first byte; packet addresses are lost. Since Linux 4.10.
     XdpAdjustHead = 44 "bpf_xdp_adjust_head";
-    /// `(xdp, delta)`: moves the first byte of the metadata in front of the frame. Since Linux 4.15.
+    /// `(xdp, delta)`: moves the first byte of the metadata in front of the frame; packet addresses are lost. Since Linux 4.15.
     XdpAdjustMeta = 54 "bpf_xdp_adjust_meta";
     /// `(xdp, delta)`: moves the frame's end; packet addresses are lost. Since Linux 4.18.
     XdpAdjustTail = 65 "bpf_xdp_adjust_tail";

@@ -63,7 +63,8 @@ pub enum ParseErrorKind {
 }
 
 /// Reads a listing as [`disassemble`](super::disassemble) writes it: an instruction a line, the slot with a colon in front
-/// if wanted. Empty lines, and all from `;` to the end of a line, are passed over.
+/// if wanted. Empty lines, and all from `;` to the end of a line, are passed over. What [`disassemble`](super::disassemble)
+/// writes of an [`Insn`] that has no encoding is refused: atomic operations on 1 or 2 bytes, and sign extension of 8.
 ///
 /// # Errors
 /// At the first character that cannot be; see [`ParseErrorKind`].
@@ -102,7 +103,8 @@ pub fn parse(text: &str) -> Result<Vec<Insn>, ParseError> {
 impl FromStr for Insn {
     type Err = ParseError;
 
-    /// Reads one instruction as `Display` writes it.
+    /// Reads one instruction as `Display` writes it. Unlike in [`parse`], the end of a line is a space as others are, so that
+    /// all counts as line 1, and there are no comments.
     fn from_str(text: &str) -> Result<Self, ParseError> {
         let mut cursor = Cursor { line: 1, text, at: 0 };
         cursor.skip_spaces();

@@ -33,7 +33,7 @@ impl<const N: usize> Plain for LpmKey<N> {
 /// Prefixes of up to `8 * N` bits to values.
 ///
 /// # Minimum kernel version
-/// 4.11; listing 4.20. Before 6.13 (and the stable kernels of December 2024) the kernel takes no notice of [`Put`] here.
+/// 4.11; listing 4.16. Before 6.13 (and the stable kernels of December 2024) the kernel takes no notice of [`Put`] here.
 #[derive(Debug)]
 pub struct PrefixTable<const N: usize, V> {
     map: Map,

@@ -16,13 +16,24 @@ pub struct Program {
     functions: Vec<(usize, String)>,
     parts: Vec<(usize, String)>,
     maps: Vec<MapSpec>,
+    /// Length in slots.
+    slots: usize,
 }
 
 impl Program {
     /// A program of instructions that no assembler has seen, for tests of what reads and runs them.
     #[cfg(any(test, feature = "test-support"))]
     pub fn from_insns(name: &str, kind: ProgramKind, insns: Vec<Insn>, maps: Vec<MapSpec>) -> Self {
-        Self { name: name.to_owned(), kind, insns, functions: vec![(0, name.to_owned())], parts: Vec::new(), maps }
+        let slots = insns.iter().map(Insn::slots).sum();
+        Self {
+            name: name.to_owned(),
+            kind,
+            insns,
+            functions: vec![(0, name.to_owned())],
+            parts: Vec::new(),
+            maps,
+            slots,
+        }
     }
 
     /// Its name.
@@ -53,7 +64,7 @@ impl Program {
     /// The part that the instruction at a slot is of: the nearest mark before it in its function, or the function's name.
     /// None beyond the program's end.
     pub fn part_of(&self, slot: usize) -> Option<&str> {
-        if slot >= self.insns.iter().map(Insn::slots).sum() {
+        if slot >= self.slots {
             return None;
         }
         let nearest = |parts: &'_ [(usize, String)]| parts.partition_point(|(start, _)| *start <= slot).checked_sub(1);
@@ -128,5 +139,5 @@ pub(super) fn link(object: &Object, name: &str) -> Result<Program, ObjectError> 
         }
     }
     let functions = order.iter().map(|f| (starts[f.name()], f.name().to_owned())).collect();
-    Ok(Program { name: name.to_owned(), kind, insns, functions, parts, maps: object.maps.clone() })
+    Ok(Program { name: name.to_owned(), kind, insns, functions, parts, maps: object.maps.clone(), slots: slot })
 }
