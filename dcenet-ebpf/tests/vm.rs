@@ -8,7 +8,8 @@ use dcenet_ebpf::asm::Asm;
 use dcenet_ebpf::insn::{AtomicOp, Cond, Helper, Imm64, Insn, IsaLevel, Reg::*, Size};
 use dcenet_ebpf::object::{MapFlags, MapSpec, Object, Program, ProgramKind};
 use dcenet_ebpf::vm::{
-    Environment, Map, MapError, Maps, Memory, Redirect, Run, Skb, Trap, TrapKind, Update, Vlan, Vm, VmError, Xdp,
+    Environment, Map, MapError, Maps, Memory, Redirect, Run, Skb, TailTarget, Trap, TrapKind, Update, Vlan, Vm,
+    VmError, Xdp,
 };
 
 /// A program with one map of each kind, and a VM for it.
@@ -32,7 +33,10 @@ fn fixture(write: impl FnOnce(&mut Asm)) -> Fixture {
     object.add_map(MapSpec::lru_hash("lru", 4, 8, 2)).unwrap();
     object.add_map(MapSpec::ringbuf("ring", 4096)).unwrap();
     object.add_map(MapSpec::array("constants", 8, 1).with_flags(MapFlags::RDONLY_PROG)).unwrap();
-    for function in [asm, callee, deeper] {
+    object.add_map(MapSpec::prog_array("jumps", 1)).unwrap();
+    let mut jump = Asm::subprogram("jump");
+    jump.call(Helper::TailCall).ret(0);
+    for function in [asm, callee, deeper, jump] {
         object.add(function.finish().unwrap()).unwrap();
     }
     let vm = Vm::new(&object.link("test").unwrap()).unwrap();
@@ -263,6 +267,31 @@ fn an_address_in_a_packet_that_may_have_moved_is_stale() {
 }
 
 #[test]
+fn a_tail_call_that_falls_through_leaves_no_packet_address_and_no_result() {
+    let fall_through = |a: &mut Asm| {
+        a.load(Size::W, R7, R1, 76).load_map(R2, "jumps").mov(R3, 0).call(Helper::TailCall);
+    };
+    assert_eq!(
+        trap(|a| {
+            fall_through(a);
+            a.load(Size::B, R0, R7, 0);
+        }),
+        TrapKind::StalePacket
+    );
+    assert_eq!(
+        trap(|a| {
+            fall_through(a);
+            a.mov(R1, R0);
+        }),
+        TrapKind::UninitRegister(R0)
+    );
+    let callback = trap(|a| {
+        a.mov(R1, 1).load_function(R2, "jump").mov(R3, 0).mov(R4, 0).call(Helper::Loop);
+    });
+    assert_eq!(callback, TrapKind::TailCallInCallback);
+}
+
+#[test]
 fn only_the_linear_part_is_in_reach_until_it_is_pulled() {
     let mut fixture = fixture(|a| {
         let short = a.label();
@@ -332,6 +361,29 @@ fn records_are_submitted_or_the_run_traps() {
         }),
         TrapKind::OutOfBounds { memory: Memory::Stack, offset: 0, size: 8, len: 512 }
     );
+}
+
+#[test]
+fn the_end_of_a_record_has_no_result() {
+    for helper in [Helper::RingbufSubmit, Helper::RingbufDiscard] {
+        let kind = trap(|a| {
+            let full = a.label();
+            a.load_map(R1, "ring").mov(R2, 8).mov(R3, 0).call(Helper::RingbufReserve).jump_if(Cond::Eq, R0, 0, full);
+            a.mov(R1, R0).mov(R2, 0).call(helper).mov(R1, R0).bind(full);
+        });
+        assert_eq!(kind, TrapKind::UninitRegister(R0), "{helper}");
+    }
+}
+
+#[test]
+fn clones_of_a_run_have_a_bound() {
+    let mut fixture = fixture(|a| {
+        let again = a.label();
+        a.mov(R6, R1).bind(again).mov(R1, R6).mov(R2, 1).mov(R3, 0).call(Helper::CloneRedirect).jump(again);
+    });
+    let mut skb = Skb::new(vec![0; 16 << 20]);
+    let trap = fixture.vm.run(&mut skb, &mut fixture.maps, &mut fixture.env).unwrap_err();
+    assert_eq!((trap.kind, fixture.env.clones.len()), (TrapKind::Clones, 3));
 }
 
 #[test]
@@ -600,4 +652,82 @@ fn a_frame_of_xdp_has_bounds_and_its_context_is_read_only() {
         a.mov(R2, 4).call(Helper::SkbPullData);
     });
     assert_eq!(skb, Err(TrapKind::Helper(Helper::SkbPullData)));
+}
+
+#[test]
+fn a_failed_load_from_a_frame_writes_nothing() {
+    const SECRET: i32 = 0x5ec7;
+    let mut asm = Asm::program("test", ProgramKind::Xdp);
+    let second = asm.label();
+    asm.mov(R6, R1).load(Size::W, R2, R1, 16).jump_if(Cond::Ne, R2, 0, second);
+    asm.store(Size::Dw, R10, -8, SECRET).ret(2).bind(second);
+    asm.mov(R2, 9999).mov(R3, R10).add(R3, -8).mov(R4, 8).call(Helper::XdpLoadBytes);
+    asm.load(Size::Dw, R0, R10, -8).exit();
+    let mut object = Object::new();
+    object.add(asm.finish().unwrap()).unwrap();
+    let mut vm = Vm::new(&object.link("test").unwrap()).unwrap();
+    let mut run = |queue| {
+        let mut frame = Xdp { rx_queue_index: queue, ..Xdp::new([0; 64]) };
+        vm.run_xdp(&mut frame, &mut Maps::new(&[]), &mut Environment::default()).map_err(|trap| trap.kind)
+    };
+    assert_eq!(run(0).unwrap().value, 2);
+    assert_eq!(run(2), Err(TrapKind::UninitStack(-8)));
+
+    // What the program wrote itself it still has, but no address.
+    let load = |a: &mut Asm| {
+        a.mov(R1, R6).mov(R2, 9999).mov(R3, R10).add(R3, -8).mov(R4, 8).call(Helper::XdpLoadBytes);
+        a.load(Size::Dw, R0, R10, -8).exit();
+    };
+    let number = xdp(|a| {
+        a.mov(R6, R1).store(Size::Dw, R10, -8, 7);
+        load(a);
+    });
+    assert_eq!(number.unwrap().value, 7);
+    let address = xdp(|a| {
+        a.mov(R6, R1).store(Size::Dw, R10, -8, R1);
+        load(a);
+    });
+    assert_eq!(address, Err(TrapKind::UninitStack(-8)));
+}
+
+#[test]
+fn packet_addresses_are_no_arguments_of_helpers_that_write_frames() {
+    let from_packet = xdp(|a| {
+        a.load(Size::W, R3, R1, 0).mov(R2, 0).mov(R4, 4).call(Helper::XdpStoreBytes);
+    });
+    assert!(matches!(from_packet, Err(TrapKind::Argument { argument: 3, .. })), "{from_packet:?}");
+    let params = xdp(|a| {
+        a.load(Size::W, R2, R1, 0).mov(R3, 64).mov(R4, 0).call(Helper::FibLookup);
+    });
+    assert!(matches!(params, Err(TrapKind::Argument { argument: 2, .. })), "{params:?}");
+}
+
+#[test]
+fn a_frame_larger_than_any_is_refused() {
+    let mut asm = Asm::program("test", ProgramKind::Xdp);
+    asm.ret(2);
+    let mut object = Object::new();
+    object.add(asm.finish().unwrap()).unwrap();
+    let mut vm = Vm::new(&object.link("test").unwrap()).unwrap();
+    let mut kind = |headroom, tailroom| {
+        let mut frame = Xdp { headroom, tailroom, ..Xdp::new([0; 64]) };
+        let run = vm.run_xdp(&mut frame, &mut Maps::new(&[]), &mut Environment::default());
+        run.map(|run| run.value).map_err(|trap| trap.kind)
+    };
+    const ALL: usize = 1 << 20;
+    assert_eq!(kind(ALL - 64, 0), Ok(2));
+    for (headroom, tailroom) in [(ALL - 63, 0), (0, ALL), (usize::MAX, 0), (0, usize::MAX), (usize::MAX, usize::MAX)] {
+        assert_eq!(kind(headroom, tailroom), Err(TrapKind::FrameSize));
+    }
+}
+
+#[test]
+fn an_array_of_programs_has_room_for_any_index() {
+    let mut maps = Maps::new(&[MapSpec::prog_array("jumps", u32::MAX)]);
+    let jumps = maps.get_mut("jumps").unwrap();
+    jumps.set_program(u32::MAX - 1, Some(TailTarget::ENTRY)).unwrap();
+    assert_eq!(jumps.len(), 1);
+    jumps.set_program(u32::MAX - 1, None).unwrap();
+    assert!(jumps.is_empty());
+    assert_eq!(jumps.set_program(u32::MAX, None), Err(MapError::Full));
 }

@@ -27,7 +27,8 @@ impl Machine<'_, '_> {
         })
     }
 
-    /// `bpf_l4_csum_replace(skb, offset, from, to, flags)`.
+    /// `bpf_l4_csum_replace(skb, offset, from, to, flags)`, with `BPF_F_IPV6`, which Linux has since 6.16; earlier ones but
+    /// stable kernels that took it refuse it.
     pub(super) fn l4_csum_replace(&mut self) -> Result<u64, TrapKind> {
         let flags = FIELD_MASK | PSEUDO_HDR | MARK_MANGLED_0 | MARK_ENFORCE | IPV6;
         self.csum_replace(Helper::L4CsumReplace, flags, |sum, from, to| {

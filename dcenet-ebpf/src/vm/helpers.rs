@@ -34,11 +34,13 @@ impl Machine<'_, '_> {
             Helper::FibLookup => self.fib_lookup()?,
             Helper::RingbufOutput => self.ringbuf_output()?,
             Helper::RingbufReserve => return self.ringbuf_reserve(),
-            Helper::RingbufSubmit => self.ringbuf_release(true)?,
-            Helper::RingbufDiscard => self.ringbuf_release(false)?,
-            Helper::XdpAdjustHead => self.xdp_adjust(|buffer, by, _| status_of(buffer.adjust_head(by)))?,
-            Helper::XdpAdjustTail => self.xdp_adjust(|buffer, by, clear| status_of(buffer.adjust_tail(by, clear)))?,
-            Helper::XdpAdjustMeta => self.xdp_adjust(|buffer, by, _| match buffer.adjust_meta(by) {
+            Helper::RingbufSubmit => return self.ringbuf_release(true),
+            Helper::RingbufDiscard => return self.ringbuf_release(false),
+            Helper::XdpAdjustHead => self.xdp_adjust(helper, |buffer, by, _| status_of(buffer.adjust_head(by)))?,
+            Helper::XdpAdjustTail => {
+                self.xdp_adjust(helper, |buffer, by, clear| status_of(buffer.adjust_tail(by, clear)))?
+            }
+            Helper::XdpAdjustMeta => self.xdp_adjust(helper, |buffer, by, _| match buffer.adjust_meta(by) {
                 Ok(()) => 0,
                 Err(AdjustMeta::NoRoom) => errno(EINVAL),
                 Err(AdjustMeta::Size) => errno(EACCES),
@@ -100,7 +102,11 @@ impl Machine<'_, '_> {
     }
 
     /// `bpf_xdp_adjust_*(xdp, delta)`. The last argument of `adjust` is whether new bytes are cleared.
-    fn xdp_adjust(&mut self, adjust: impl FnOnce(&mut Buffer, i32, bool) -> u64) -> Result<u64, TrapKind> {
+    fn xdp_adjust(
+        &mut self,
+        helper: Helper,
+        adjust: impl FnOnce(&mut Buffer, i32, bool) -> u64,
+    ) -> Result<u64, TrapKind> {
         self.context_argument()?;
         let by = self.number(Reg::R2)? as i32;
         #[cfg(not(feature = "test-support"))]
@@ -108,34 +114,32 @@ impl Machine<'_, '_> {
         #[cfg(feature = "test-support")]
         let clear = self.bug != Some(super::PlantedBug::GrownTailKept);
         self.epoch += 1;
-        Ok(adjust(self.xdp(Helper::XdpAdjustHead)?, by, clear))
+        Ok(adjust(self.xdp(helper)?, by, clear))
     }
 
     /// `bpf_xdp_load_bytes(xdp, offset, to, len)`.
     fn xdp_load_bytes(&mut self) -> Result<u64, TrapKind> {
         self.context_argument()?;
         let offset = self.number(Reg::R2)? as u32;
-        let to = self.address(Reg::R3)?;
+        let to = self.outside_packet(Reg::R3)?;
         let len = self.length(Reg::R4)?;
-        if matches!(to.region, Region::Packet { .. }) {
-            return Err(TrapKind::Argument { argument: 3, reason: "stack, map value or record" });
-        }
-        let found = xdp_range(self.xdp(Helper::XdpLoadBytes)?, offset, len).map(|bytes| bytes.to_vec());
-        let to = self.bytes_mut(to, len)?;
-        Ok(match found {
+        match xdp_range(self.xdp(Helper::XdpLoadBytes)?, offset, len).map(|bytes| bytes.to_vec()) {
             Ok(bytes) => {
-                to.copy_from_slice(&bytes);
-                0
+                self.bytes_mut(to, len)?.copy_from_slice(&bytes);
+                Ok(0)
             }
-            Err(number) => errno(number),
-        })
+            Err(number) => {
+                self.leave_as_is(to, len)?;
+                Ok(errno(number))
+            }
+        }
     }
 
     /// `bpf_xdp_store_bytes(xdp, offset, from, len)`; unlike the other writers it keeps packet addresses valid.
     fn xdp_store_bytes(&mut self) -> Result<u64, TrapKind> {
         self.context_argument()?;
         let offset = self.number(Reg::R2)? as u32;
-        let from = self.address(Reg::R3)?;
+        let from = self.outside_packet(Reg::R3)?;
         let len = self.length(Reg::R4)?;
         let bytes = self.bytes(from, len)?.to_vec();
         Ok(match xdp_range(self.xdp(Helper::XdpStoreBytes)?, offset, len) {
@@ -151,11 +155,8 @@ impl Machine<'_, '_> {
     fn skb_load_bytes(&mut self) -> Result<u64, TrapKind> {
         self.context_argument()?;
         let offset = self.number(Reg::R2)? as u32 as usize;
-        let to = self.address(Reg::R3)?;
+        let to = self.outside_packet(Reg::R3)?;
         let len = self.length(Reg::R4)?;
-        if matches!(to.region, Region::Packet { .. }) {
-            return Err(TrapKind::Argument { argument: 3, reason: "stack, map value or record" });
-        }
         // Taken out of the machine for the time of the copy, as the other side is in the machine too.
         let packet = std::mem::take(&mut self.skb(Helper::SkbLoadBytes)?.packet);
         let copied = self.bytes_mut(to, len).map(|to| match packet.get(offset..offset + len) {
@@ -178,7 +179,7 @@ impl Machine<'_, '_> {
     fn skb_store_bytes(&mut self) -> Result<u64, TrapKind> {
         self.context_argument()?;
         let offset = self.number(Reg::R2)? as u32 as usize;
-        let from = self.address(Reg::R3)?;
+        let from = self.outside_packet(Reg::R3)?;
         let len = self.length(Reg::R4)?;
         const FLAGS: u64 = 0b11;
         if self.number(Reg::R5)? & !FLAGS != 0 {
@@ -212,9 +213,13 @@ impl Machine<'_, '_> {
 
     /// `bpf_tail_call(ctx, array, index)`: the program to go on in; none where this one goes on instead.
     ///
-    /// Here as in the x86 JIT since Linux 6.10 an empty place does not count towards the limit
+    /// One that falls through leaves no packet address valid, as in the verifier since Linux 6.13 and some stable kernels
+    /// (`bpf_helper_changes_pkt_data`, `net/core/filter.c`). Here as in the x86 JIT since Linux 6.12 an empty place does not count towards the limit
     /// (`arch/x86/net/bpf_jit_comp.c`, `emit_bpf_tail_call_indirect`); earlier, and in the interpreter, it does.
     pub(super) fn tail_call(&mut self) -> Result<Option<TailTarget>, TrapKind> {
+        if self.in_callback() {
+            return Err(TrapKind::TailCallInCallback);
+        }
         self.context_argument()?;
         let wrong = TrapKind::Argument { argument: 2, reason: "an array of programs, from Asm::load_map" };
         let Address { region: Region::Map(map), .. } = self.address(Reg::R2)? else { return Err(wrong) };
@@ -223,6 +228,7 @@ impl Machine<'_, '_> {
             return Err(wrong);
         }
         let index = self.number(Reg::R3)? as u32;
+        self.epoch += 1;
         if self.reserved > 0 {
             return Err(TrapKind::UnreleasedRecord);
         }
@@ -274,7 +280,8 @@ impl Machine<'_, '_> {
         })
     }
 
-    fn ringbuf_release(&mut self, submit: bool) -> Result<u64, TrapKind> {
+    /// As a function without a result (`RET_VOID`), of which the verifier lets nobody read `R0`.
+    fn ringbuf_release(&mut self, submit: bool) -> Result<Value, TrapKind> {
         let Address { region: Region::Record { map, index }, offset: 0 } = self.address(Reg::R1)? else {
             return Err(TrapKind::Argument { argument: 1, reason: "the record as bpf_ringbuf_reserve gave it" });
         };
@@ -285,7 +292,7 @@ impl Machine<'_, '_> {
             return Err(TrapKind::Dangling);
         }
         self.reserved -= 1;
-        Ok(0)
+        Ok(Value::Nothing)
     }
 
     /// The map in `R1`, of one of the kinds that the helper takes.
@@ -313,6 +320,16 @@ impl Machine<'_, '_> {
             Address { region: Region::Context, offset: 0 } => Ok(()),
             _ => Err(TrapKind::Argument { argument: 1, reason: "the context as the program got it" }),
         }
+    }
+
+    /// An address that is not in the packet: the verifier gives packet addresses only to helpers that are marked for it
+    /// (`may_access_direct_pkt_data`, `kernel/bpf/verifier.c`).
+    pub(super) fn outside_packet(&self, reg: Reg) -> Result<Address, TrapKind> {
+        let address = self.address(reg)?;
+        if matches!(address.region, Region::Packet { .. }) {
+            return Err(TrapKind::Argument { argument: reg.index() as u8, reason: "stack, map value or record" });
+        }
+        Ok(address)
     }
 
     /// A size in bytes, which the verifier wants to be positive and bounded.

@@ -48,6 +48,8 @@ pub(super) struct Machine<'a, 'p> {
     /// Raised by every helper that may move the packet.
     pub(super) epoch: u32,
     pub(super) redirect: Option<Redirect>,
+    /// Bytes that clones took.
+    pub(super) cloned: usize,
     /// Records reserved and not yet released.
     pub(super) reserved: usize,
     pub(super) scratch: Vec<u8>,
@@ -77,6 +79,7 @@ impl<'a, 'p> Machine<'a, 'p> {
             env,
             epoch: 0,
             redirect: None,
+            cloned: 0,
             reserved: 0,
             scratch,
             #[cfg(feature = "test-support")]
@@ -413,6 +416,11 @@ impl<'a, 'p> Machine<'a, 'p> {
         self.forget_kept();
         self.enter_stack();
         Ok(())
+    }
+
+    /// Whether `bpf_loop` is under way.
+    pub(super) fn in_callback(&self) -> bool {
+        self.frames.iter().take(self.depth).flatten().any(|frame| frame.repeat.is_some())
     }
 
     fn enter_stack(&mut self) {

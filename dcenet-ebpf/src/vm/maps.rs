@@ -1,5 +1,6 @@
 //! Maps in memory.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 
 use super::TailTarget;
@@ -111,12 +112,14 @@ pub struct Map {
     stride: usize,
     slots: HashMap<Box<[u8]>, u32>,
     free: Vec<u32>,
+    /// Tries only: how many entries have a prefix of this length.
+    lengths: BTreeMap<u32, usize>,
     /// LRU only: entries by the time of their last use, and that time by slot.
     uses: BTreeMap<u64, (u32, Box<[u8]>)>,
     used_at: Vec<u64>,
     clock: u64,
     /// Array of programs only: by index, the number that [`Vm::add`](super::Vm::add) gave.
-    programs: Vec<Option<TailTarget>>,
+    programs: HashMap<u32, TailTarget>,
     records: Vec<Record>,
     /// Bytes of records that were not drained yet, headers included.
     occupied: usize,
@@ -137,22 +140,22 @@ enum RecordState {
 
 impl Map {
     fn new(spec: &MapSpec) -> Self {
-        let stride = (spec.value_size as usize).next_multiple_of(8);
+        let stride = (spec.value_size as usize).next_multiple_of(8).max(8);
         let values = match spec.kind {
             MapKind::Array | MapKind::PercpuArray => vec![0; stride * spec.max_entries as usize],
             _ => Vec::new(),
         };
-        let places = if spec.kind == MapKind::ProgArray { spec.max_entries as usize } else { 0 };
         Self {
             spec: spec.clone(),
             values,
             stride,
             slots: HashMap::new(),
             free: Vec::new(),
+            lengths: BTreeMap::new(),
             uses: BTreeMap::new(),
             used_at: Vec::new(),
             clock: 0,
-            programs: vec![None; places],
+            programs: HashMap::new(),
             records: Vec::new(),
             occupied: 0,
         }
@@ -168,7 +171,7 @@ impl Map {
         match self.spec.kind {
             MapKind::Array | MapKind::PercpuArray => self.spec.max_entries as usize,
             MapKind::Hash | MapKind::PercpuHash | MapKind::LruHash | MapKind::LpmTrie => self.slots.len(),
-            MapKind::ProgArray => self.programs.iter().flatten().count(),
+            MapKind::ProgArray => self.programs.len(),
             MapKind::Ringbuf => self.records.iter().filter(|r| r.state == RecordState::Submitted).count(),
         }
     }
@@ -228,7 +231,13 @@ impl Map {
         if self.spec.kind != MapKind::ProgArray {
             return Err(MapError::Invalid);
         }
-        *self.programs.get_mut(index as usize).ok_or(MapError::Full)? = program;
+        if index >= self.spec.max_entries {
+            return Err(MapError::Full);
+        }
+        match program {
+            Some(program) => self.programs.insert(index, program),
+            None => self.programs.remove(&index),
+        };
         Ok(())
     }
 
@@ -239,7 +248,17 @@ impl Map {
     pub fn delete(&mut self, key: &[u8]) -> Result<(), MapError> {
         let slot = match self.spec.kind {
             MapKind::Hash | MapKind::PercpuHash | MapKind::LruHash => self.slots.remove(key),
-            MapKind::LpmTrie => self.slots.remove(&self.prefix_of(key).ok_or(MapError::Invalid)?),
+            MapKind::LpmTrie => {
+                let prefix = self.prefix_of(key).ok_or(MapError::Invalid)?;
+                let slot = self.slots.remove(&prefix);
+                if let (Some(_), Entry::Occupied(mut count)) = (slot, self.lengths.entry(length_of(&prefix))) {
+                    *count.get_mut() -= 1;
+                    if *count.get() == 0 {
+                        count.remove();
+                    }
+                }
+                slot
+            }
             _ => return Err(MapError::Invalid),
         };
         let slot = slot.ok_or(MapError::NotFound)?;
@@ -315,7 +334,7 @@ impl Map {
 
     /// The program at an index; none where the place is empty or beyond the array.
     pub(super) fn program(&self, index: u32) -> Option<TailTarget> {
-        self.programs.get(index as usize).copied().flatten()
+        self.programs.get(&index).copied()
     }
 
     fn slot_of(&self, key: &[u8]) -> Option<u32> {
@@ -323,10 +342,9 @@ impl Map {
             return self.slot_of_exactly(key);
         }
         let mut prefix = self.prefix_of(key)?;
-        let (length, _) = prefix.split_first_chunk()?;
-        let longest = u32::from_le_bytes(*length);
-        (0..=longest).rev().find_map(|length| {
-            shorten(&mut prefix, length);
+        // Only lengths that are there: each costs a hash of the whole key.
+        self.lengths.range(..=length_of(&prefix)).rev().find_map(|(length, _)| {
+            shorten(&mut prefix, *length);
             self.slots.get(&prefix).copied()
         })
     }
@@ -372,6 +390,9 @@ impl Map {
             self.used_at.push(0);
         }
         self.slots.insert(key.into(), slot);
+        if self.spec.kind == MapKind::LpmTrie {
+            *self.lengths.entry(length_of(key)).or_insert(0) += 1;
+        }
         Ok(slot)
     }
 
@@ -384,6 +405,11 @@ impl Map {
         self.uses.insert(self.clock, entry.unwrap_or_else(|| (slot, key.into())));
         self.used_at[slot as usize] = self.clock;
     }
+}
+
+/// The length in bits of a trie's prefix.
+fn length_of(prefix: &[u8]) -> u32 {
+    prefix.first_chunk().map_or(0, |length| u32::from_le_bytes(*length))
 }
 
 /// Makes a trie's key one of a prefix that is no longer than it was.

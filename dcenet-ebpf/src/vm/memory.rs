@@ -61,13 +61,17 @@ impl Stack {
         }
     }
 
-    /// Bytes are about to be written: what was spilled under them is lost.
-    fn overwrite(&mut self, at: usize, len: usize) -> &mut [u8] {
+    fn forget_spills(&mut self, at: usize, len: usize) {
         if self.spilled {
             for spill in &mut self.spills[at / 8..(at + len).div_ceil(8)] {
                 *spill = None;
             }
         }
+    }
+
+    /// Bytes are about to be written: what was spilled under them is lost.
+    fn overwrite(&mut self, at: usize, len: usize) -> &mut [u8] {
+        self.forget_spills(at, len);
         let (word, bit) = (at / 64, at % 64);
         if len > 0 && bit + len <= 64 {
             self.written[word] |= (u64::MAX >> (64 - len)) << bit;
@@ -188,6 +192,17 @@ impl Machine<'_, '_> {
             Region::Context => Err(TrapKind::Context { offset, size: len }),
             Region::Map(_) | Region::Function(_) => out_of_bounds(Memory::Opaque, offset, len, 0),
         }
+    }
+
+    /// Where a helper could have written but did not: bytes that held nothing go on so. The verifier, which does not know
+    /// the outcome, forgets what was spilled there.
+    pub(super) fn leave_as_is(&mut self, address: Address, len: usize) -> Result<(), TrapKind> {
+        let Address { region: Region::Stack { depth, serial }, offset } = address else {
+            return self.bytes_mut(address, len).map(drop);
+        };
+        let at = stack_offset(offset, len)?;
+        self.stack_mut(depth, serial)?.forget_spills(at, len);
+        Ok(())
     }
 
     fn load_context(&self, offset: i64, len: usize) -> Result<Value, TrapKind> {

@@ -350,12 +350,18 @@ impl Vm {
     pub fn run_xdp(&mut self, xdp: &mut Xdp, maps: &mut Maps, env: &mut Environment) -> Result<Run, Trap> {
         let mut context = [0; CONTEXT_BYTES];
         xdp::to_context(xdp, &mut context);
-        let mut packet = Packet::Xdp(Buffer::new(xdp));
+        let mut packet = Packet::Xdp(Buffer::new(xdp).map_err(|kind| self.refuse(kind))?);
         let result = self.run_on(ProgramKind::Xdp, &mut packet, &mut context, maps, env);
         if let Packet::Xdp(buffer) = packet {
             buffer.give_back(xdp);
         }
         result
+    }
+
+    /// The trap of a run that cannot begin.
+    fn refuse(&self, kind: TrapKind) -> Trap {
+        let program = self.programs.first().map(|code| code.name.clone()).unwrap_or_default();
+        Trap { program, slot: 0, insn: Insn::Exit, kind }
     }
 
     fn run_on(
@@ -374,8 +380,7 @@ impl Vm {
             None
         };
         if let Some(kind) = wrong {
-            let program = self.programs.first().map(|code| code.name.clone()).unwrap_or_default();
-            return Err(Trap { program, slot: 0, insn: Insn::Exit, kind });
+            return Err(self.refuse(kind));
         }
         let mut machine = Machine::new(&mut self.stacks, packet, context, maps, env, std::mem::take(&mut self.scratch));
         #[cfg(feature = "test-support")]

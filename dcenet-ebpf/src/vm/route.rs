@@ -17,6 +17,8 @@ pub struct Route {
     pub source_mac: [u8; 6],
     /// `dmac`: the neighbour's address.
     pub destination_mac: [u8; 6],
+    /// `rt_metric`: the route's metric, which takes the place of type of service or flow label.
+    pub metric: u32,
 }
 
 const BPF_F_INGRESS: u64 = 1;
@@ -43,19 +45,26 @@ impl Machine<'_, '_> {
         self.context_argument()?;
         let (ifindex, flags) = (self.number(Reg::R2)? as u32, self.number(Reg::R3)?);
         self.epoch += 1;
-        let packet = self.skb(Helper::CloneRedirect)?.packet.clone();
+        let bytes = self.skb(Helper::CloneRedirect)?.packet.len();
         if flags & !BPF_F_INGRESS != 0 || !self.env.devices.contains(&ifindex) {
             return Ok(errno(EINVAL));
         }
+        const MAX_CLONED: usize = 64 << 20;
+        // What is kept of an empty one takes room too.
+        self.cloned += bytes + size_of::<SentClone>();
+        if self.cloned > MAX_CLONED {
+            return Err(TrapKind::Clones);
+        }
+        let packet = self.skb(Helper::CloneRedirect)?.packet.clone();
         let redirect = Redirect { ifindex, ingress: flags == BPF_F_INGRESS };
         self.env.clones.push(SentClone { redirect, packet });
         Ok(0)
     }
 
-    /// `bpf_fib_lookup(ctx, params, size, flags)`.
+    /// `bpf_fib_lookup(ctx, params, size, flags)`, with the flags of Linux 6.10; earlier ones refuse some.
     pub(super) fn fib_lookup(&mut self) -> Result<u64, TrapKind> {
         self.context_argument()?;
-        let params = self.address(Reg::R2)?;
+        let params = self.outside_packet(Reg::R2)?;
         let len = self.length(Reg::R3)?;
         let flags = self.number(Reg::R4)? as u32;
         // struct bpf_fib_lookup (include/uapi/linux/bpf.h).
@@ -64,7 +73,11 @@ impl Machine<'_, '_> {
         const VLAN: usize = 48;
         const SOURCE_MAC: usize = 52;
         const DESTINATION_MAC: usize = 58;
+        const METRIC: usize = 12;
         const FLAGS: u32 = 0x3f;
+        const SKIP_NEIGH: u32 = 4;
+        // BPF_FIB_LOOKUP_TBID, _SRC and _MARK, with which more is read or written.
+        const NOT_SIMULATED: u32 = 0x38;
         const FAMILIES: [u8; 2] = [2, 10];
         const NOT_FWDED: u64 = 4;
         const ENODEV: i32 = 19;
@@ -73,6 +86,9 @@ impl Machine<'_, '_> {
         let given = self.bytes(params, len)?.to_vec();
         if len < BYTES || flags & !FLAGS != 0 {
             return Ok(errno(EINVAL));
+        }
+        if flags & NOT_SIMULATED != 0 {
+            return Err(TrapKind::Argument { argument: 4, reason: "no flags but DIRECT, OUTPUT and SKIP_NEIGH" });
         }
         if !FAMILIES.contains(&given[0]) {
             return Ok(errno(EAFNOSUPPORT));
@@ -85,8 +101,11 @@ impl Machine<'_, '_> {
         let found = self.bytes_mut(params, BYTES)?;
         found[IFINDEX..IFINDEX + 4].copy_from_slice(&route.ifindex.to_le_bytes());
         found[VLAN..SOURCE_MAC].fill(0);
-        found[SOURCE_MAC..DESTINATION_MAC].copy_from_slice(&route.source_mac);
-        found[DESTINATION_MAC..BYTES].copy_from_slice(&route.destination_mac);
+        found[METRIC..METRIC + 4].copy_from_slice(&route.metric.to_le_bytes());
+        if flags & SKIP_NEIGH == 0 {
+            found[SOURCE_MAC..DESTINATION_MAC].copy_from_slice(&route.source_mac);
+            found[DESTINATION_MAC..BYTES].copy_from_slice(&route.destination_mac);
+        }
         Ok(0)
     }
 }

@@ -100,6 +100,15 @@ pub enum TrapKind {
     /// An array of programs holds a program of another VM.
     #[error("the array of programs holds one that this VM does not have; take targets from its own Vm::add")]
     UnknownProgram,
+    /// A tail call in what `bpf_loop` calls, of which the verifier says "cannot tail call within callback".
+    #[error("no tail call within a callback")]
+    TailCallInCallback,
+    /// More bytes than one run may clone: 64 MiB.
+    #[error("bpf_clone_redirect has sent 64 MiB in one run")]
+    Clones,
+    /// Headroom, metadata, frame and tailroom are more than 1 MiB together.
+    #[error("headroom, metadata, frame and tailroom are more than 1 MiB together; the kernel has a page")]
+    FrameSize,
     /// A classifier was given a frame of XDP, or the other way round.
     #[error("classifiers run by Vm::run, XDP programs by Vm::run_xdp")]
     WrongContext,

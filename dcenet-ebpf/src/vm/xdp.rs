@@ -11,7 +11,8 @@ pub struct Xdp {
     pub packet: Vec<u8>,
     /// Metadata in front of the frame (`data_meta` to `data`), which takes of the headroom.
     pub meta: Vec<u8>,
-    /// Bytes in front of the frame that `bpf_xdp_adjust_head` and metadata can take together.
+    /// Bytes in front of the frame that `bpf_xdp_adjust_head` and metadata can take together. All of the frame, with what
+    /// is before and behind it, has at most 1 MiB, or the run is [`TrapKind::FrameSize`].
     pub headroom: usize,
     /// Bytes behind the frame that `bpf_xdp_adjust_tail` can take.
     pub tailroom: usize,
@@ -71,14 +72,15 @@ pub(super) struct Buffer {
 }
 
 impl Buffer {
-    pub(super) fn new(xdp: &Xdp) -> Self {
+    pub(super) fn new(xdp: &Xdp) -> Result<Self, TrapKind> {
         let data = xdp.headroom.max(xdp.meta.len());
-        let end = data + xdp.packet.len();
         let meta = data - xdp.meta.len();
-        let mut bytes = vec![0; end + xdp.tailroom];
+        let end = data.checked_add(xdp.packet.len()).ok_or(TrapKind::FrameSize)?;
+        let size = end.checked_add(xdp.tailroom).filter(|size| *size <= MAX_FRAME).ok_or(TrapKind::FrameSize)?;
+        let mut bytes = vec![0; size];
         bytes[meta..data].copy_from_slice(&xdp.meta);
         bytes[data..end].copy_from_slice(&xdp.packet);
-        Self { bytes, meta, data, end }
+        Ok(Self { bytes, meta, data, end })
     }
 
     /// Takes over what the program made of it.
@@ -191,6 +193,7 @@ pub(super) fn to_context(xdp: &Xdp, bytes: &mut [u8]) {
     }
 }
 
+const MAX_FRAME: usize = 1 << 20;
 const ETH_HLEN: usize = 14;
 /// The length of metadata must fit in `meta_len` of `struct skb_shared_info`, a byte (`xdp_metalen_invalid`,
 /// `include/net/xdp.h`); older kernels, 6.1 for one, allow 32.

@@ -174,7 +174,7 @@ fn clones_are_kept_and_routes_answered() {
     let mut object = Object::new();
     object.add(asm.finish().unwrap()).unwrap();
     let mut vm = Vm::new(&object.link("test").unwrap()).unwrap();
-    let route = Route { ifindex: 9, source_mac: [2, 0, 0, 0, 0, 1], destination_mac: [2, 0, 0, 0, 0, 2] };
+    let route = Route { ifindex: 9, source_mac: [2, 0, 0, 0, 0, 1], destination_mac: [2, 0, 0, 0, 0, 2], metric: 77 };
     let mut env = Environment { devices: vec![3], route: Some(route), ..Environment::default() };
     let mut skb = Skb::new(PACKET);
     let run = vm.run(&mut skb, &mut Maps::new(&[]), &mut env).unwrap();
@@ -182,6 +182,30 @@ fn clones_are_kept_and_routes_answered() {
     assert_eq!(skb.packet[..16], [0, 0, 0, 0, 2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2], "no VLAN, both addresses");
     let redirect = Redirect { ifindex: 3, ingress: true };
     assert_eq!(env.clones, [SentClone { redirect, packet: PACKET.to_vec() }]);
+
+    // Nothing of the neighbour where none is asked for, but the metric; other flags are not simulated.
+    let fib = |flags: i32, env: &mut Environment| {
+        let mut asm = Asm::program("test", ProgramKind::Classifier);
+        for off in (-64..0).step_by(8) {
+            asm.store(Size::Dw, R10, off, -1);
+        }
+        asm.store(Size::B, R10, -64, 2).store(Size::W, R10, -56, 3);
+        asm.mov(R6, R1).mov(R2, R10).add(R2, -64).mov(R3, 64).mov(R4, flags).call(Helper::FibLookup);
+        asm.mov(R1, R6).mov(R2, 0).mov(R3, R10).add(R3, -56).mov(R4, 56).mov(R5, 0).call(Helper::SkbStoreBytes).ret(0);
+        let mut object = Object::new();
+        object.add(asm.finish().unwrap()).unwrap();
+        let (mut skb, mut vm) = (Skb::new(PACKET), Vm::new(&object.link("test").unwrap()).unwrap());
+        let run = vm.run(&mut skb, &mut Maps::new(&[]), env);
+        run.map(|_| skb.packet[..56].to_vec()).map_err(|trap| trap.kind)
+    };
+    for (flags, neighbour) in [(0, [2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2]), (4, [0xff; 12]), (5, [0xff; 12])] {
+        let found = fib(flags, &mut env).unwrap();
+        assert_eq!(found[..8], [9, 0, 0, 0, 77, 0, 0, 0], "device and metric");
+        assert_eq!(found[44..], neighbour, "flags {flags}");
+    }
+    for flags in [8, 0x10, 0x20] {
+        assert!(matches!(fib(flags, &mut env), Err(TrapKind::Argument { argument: 4, .. })), "flags {flags}");
+    }
 
     env.route = None;
     let run = vm.run(&mut Skb::new(PACKET), &mut Maps::new(&[]), &mut env).unwrap();
