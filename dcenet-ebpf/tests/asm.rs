@@ -534,6 +534,7 @@ fn chain(stacks: &[i16]) -> Vec<Function> {
 
 #[test]
 fn the_stack_of_a_chain_of_calls_is_added_up_as_by_the_verifier() {
+    // All false ones are so however the kernel rounds.
     let cases: [(&[i16], u32, bool, &str); 6] = [
         (&[512], 512, true, ""),
         (&[256, 256], 512, true, ""),
@@ -551,13 +552,74 @@ fn the_stack_of_a_chain_of_calls_is_added_up_as_by_the_verifier() {
         }
         let chain = object.deepest_chain("test").unwrap();
         let names: Vec<_> = functions.iter().map(|function| function.name().to_owned()).collect();
-        assert_eq!(chain, CallChain { functions: names, stack_bytes: bytes, frames: stacks.len() });
+        assert_eq!(
+            chain,
+            CallChain { functions: names, stack_bytes: bytes, frames: stacks.len(), above_tail_calls: 0 }
+        );
         assert_eq!(chain.fits(), fits, "{stacks:?}");
         if kernel {
             match verifier(functions) {
                 None => assert!(fits, "the verifier takes {stacks:?}"),
                 Some(log) => assert!(!fits && log.contains(reason), "{stacks:?}: {log}"),
             }
+        }
+    }
+}
+
+/// Kernels that round to 16 take it, others do not.
+#[test]
+fn a_chain_that_fits_only_when_rounded_to_16_is_not_said_to_fit() {
+    let functions = chain(&[240, 240, 16]);
+    let mut object = Object::new();
+    for function in &functions {
+        object.add(function.clone()).unwrap();
+    }
+    let chain = object.deepest_chain("test").unwrap();
+    assert_eq!((chain.stack_bytes, chain.fits()), (256 + 256 + 32, false));
+    if has_verifier() {
+        let log = verifier(functions);
+        assert!(log.is_none_or(|log| log.contains("combined stack size")), "nothing else is wrong with it");
+    }
+}
+
+#[test]
+fn tail_calls_below_much_stack_do_not_fit() {
+    let kernel = has_verifier();
+    // Bytes of the program and of a function between, and whether the lowest one makes a tail call.
+    for (stacks, tail_call, above, fits) in [
+        ([224, 0], true, 256, false),
+        ([192, 0], true, 224, true),
+        ([256, 64], true, 320, false),
+        ([256, 64], false, 0, true),
+        ([128, 200], true, 352, false),
+    ] {
+        let mut main = program();
+        main.store(Size::B, R10, -stacks[0], 1).call_function("between").ret(0);
+        let mut between = Asm::subprogram("between");
+        if stacks[1] > 0 {
+            between.store(Size::B, R10, -stacks[1], 1);
+        }
+        between.call_function("lowest").ret(0);
+        let mut lowest = Asm::subprogram("lowest");
+        if tail_call {
+            lowest.load_map(R2, "jumps").mov(R3, 0).call(Helper::TailCall);
+        }
+        lowest.ret(0);
+        let functions = [main, between, lowest].map(|asm| asm.finish().unwrap());
+        let mut object = Object::new();
+        object.add_map(MapSpec::prog_array("jumps", 1)).unwrap();
+        for function in &functions {
+            object.add(function.clone()).unwrap();
+        }
+        let chain = object.deepest_chain("test").unwrap();
+        assert_eq!((chain.above_tail_calls, chain.fits()), (above, fits), "{stacks:?}");
+        if !kernel {
+            continue;
+        }
+        match verifier(functions) {
+            // Rounded to 16, what is between takes less.
+            None => assert!(fits || stacks == [224, 0], "the verifier takes {stacks:?}"),
+            Some(log) => assert!(!fits && log.contains("tail_calls are not allowed"), "{stacks:?}: {log}"),
         }
     }
 }

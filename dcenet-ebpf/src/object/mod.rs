@@ -14,7 +14,7 @@ mod map;
 
 use crate::asm::{Function, Role, Symbol};
 
-pub use chain::{CallChain, MAX_CALL_FRAMES};
+pub use chain::{CallChain, MAX_ABOVE_TAIL_CALLS, MAX_CALL_FRAMES};
 pub use link::Program;
 pub(crate) use map::LPM_PREFIX_BYTES;
 pub use map::{MapFlags, MapKind, MapSpec, Pinning};
@@ -216,7 +216,7 @@ impl Object {
     }
 
     /// The chain of calls from a program that takes the most stack, callbacks of helpers counted as calls;
-    /// [`CallChain::fits`] tells whether the verifier takes it.
+    /// [`CallChain::fits`] tells whether the verifier of every kernel takes it.
     ///
     /// # Errors
     /// [`ObjectError::NoProgram`], [`ObjectError::Unresolved`] and [`ObjectError::Recursion`].
