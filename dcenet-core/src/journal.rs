@@ -241,10 +241,10 @@ impl Journal {
     }
 
     /// What a record's file holds, without its lock; `None` where there is none.
-    pub(crate) fn text(&self, id: AttachmentId) -> Result<Option<String>, JournalError> {
+    pub(crate) fn bytes(&self, id: AttachmentId) -> Result<Option<Vec<u8>>, JournalError> {
         let path = self.path(id);
-        match std::fs::read_to_string(&path) {
-            Ok(text) => Ok(Some(text)),
+        match std::fs::read(&path) {
+            Ok(bytes) => Ok(Some(bytes)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(JournalError::io(&path, error)),
         }
@@ -254,8 +254,8 @@ impl Journal {
     pub(crate) fn records(&self, network: &NetworkName) -> Result<Vec<Record>, JournalError> {
         let mut records = Vec::new();
         for id in self.ids()? {
-            let Some(text) = self.text(id)? else { continue };
-            match parse(&text, &self.path(id)) {
+            let Some(bytes) = self.bytes(id)? else { continue };
+            match parse(&bytes, &self.path(id)) {
                 Ok(record) => records.extend(record.filter(|r| r.key.network == *network)),
                 // Whose it is cannot be told; it must not stand in the way of all others.
                 Err(error) => tracing::warn!(%error, "record left out"),
@@ -284,15 +284,15 @@ impl Entry {
 
     /// What it says. Called once, for reading goes on where it ended.
     pub(crate) fn read(&mut self) -> Result<Option<Record>, JournalError> {
-        let text = self.text()?;
-        parse(&text, &self.path)
+        let bytes = self.bytes()?;
+        parse(&bytes, &self.path)
     }
 
     /// What it says, as it is written. As for [`read`](Self::read).
-    pub(crate) fn text(&mut self) -> Result<String, JournalError> {
-        let mut text = String::new();
-        self.file.read_to_string(&mut text).map_err(|e| JournalError::io(&self.path, e))?;
-        Ok(text)
+    pub(crate) fn bytes(&mut self) -> Result<Vec<u8>, JournalError> {
+        let mut bytes = Vec::new();
+        self.file.read_to_end(&mut bytes).map_err(|e| JournalError::io(&self.path, e))?;
+        Ok(bytes)
     }
 
     /// Writes what is about to be done.
@@ -346,11 +346,13 @@ impl Entry {
 }
 
 /// Reads a record. A last line without its end was being written by a process that was killed, and says nothing.
-fn parse(text: &str, path: &Path) -> Result<Option<Record>, JournalError> {
+///
+/// Bytes that are no text make a line malformed as anything else does, and are not replaced: a name would become another.
+fn parse(bytes: &[u8], path: &Path) -> Result<Option<Record>, JournalError> {
     let mut record: Option<Record> = None;
-    for (number, line) in text.split_inclusive('\n').enumerate().filter(|(_, line)| line.ends_with('\n')) {
+    for (number, line) in whole_lines(bytes).enumerate() {
         let malformed = |reason: String| JournalError::Malformed { path: path.to_owned(), line: number + 1, reason };
-        match serde_json::from_str(line).map_err(|e| malformed(e.to_string()))? {
+        match serde_json::from_slice(line).map_err(|e| malformed(e.to_string()))? {
             ReadLine::Intent(intent) => record = Some(*intent),
             ReadLine::Done(done) => match &mut record {
                 Some(record) => record.done = Some(done),
@@ -361,10 +363,15 @@ fn parse(text: &str, path: &Path) -> Result<Option<Record>, JournalError> {
     Ok(record)
 }
 
+/// The lines of a file whose end was written.
+pub(crate) fn whole_lines(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
+    bytes.split_inclusive(|byte| *byte == b'\n').filter(|line| line.ends_with(b"\n"))
+}
+
 /// Reads a record whatever is in its file. For fuzzing: it must not panic.
 #[cfg(feature = "test-support")]
 pub fn read_hostile_record(text: &str) -> Result<Option<Record>, JournalError> {
-    parse(text, Path::new("record"))
+    parse(text.as_bytes(), Path::new("record"))
 }
 
 struct After(Gate);
@@ -466,15 +473,20 @@ mod tests {
                 _ if cut < text.len() => Some(&begun),
                 _ => Some(&finished),
             };
-            assert_eq!(parse(&text[..cut], Path::new("r")).unwrap().as_ref(), expected, "cut at {cut}");
+            assert_eq!(parse(&text.as_bytes()[..cut], Path::new("r")).unwrap().as_ref(), expected, "cut at {cut}");
         }
         // An attach that was taken back inside the same file begins anew.
-        assert_eq!(parse(&(text + &intent), Path::new("r")).unwrap(), Some(begun));
+        assert_eq!(parse((text + &intent).as_bytes(), Path::new("r")).unwrap(), Some(begun));
     }
 
     #[test]
     fn what_is_no_record_is_named_with_its_line() {
-        for (text, line) in [("x\n", 1), ("{\"done\": {\"interfaces\": []}}\n", 1), ("{\"intent\": {}}\n", 1)] {
+        let mut bad_byte = serde_json::to_vec(&WriteLine::Intent(&record())).unwrap();
+        *bad_byte.iter_mut().rfind(|byte| byte.is_ascii_alphabetic()).unwrap() = 0xff;
+        bad_byte.push(b'\n');
+        for (text, line) in
+            [(&b"x\n"[..], 1), (b"{\"done\": {\"interfaces\": []}}\n", 1), (b"{\"intent\": {}}\n", 1), (&bad_byte, 1)]
+        {
             match parse(text, Path::new("r")) {
                 Err(JournalError::Malformed { line: at, .. }) => assert_eq!(at, line),
                 other => panic!("{other:?}"),

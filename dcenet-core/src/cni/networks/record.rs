@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use super::config::Network;
 use crate::engine::Steering;
-use crate::journal::{Entered, Entry, Journal, JournalError};
+use crate::journal::{Entered, Entry, Journal, JournalError, whole_lines};
 use crate::model::{AttachmentKey, ContainerId, IfName, NetworkName};
 use crate::netns::NetNsId;
 
@@ -65,8 +65,8 @@ pub(super) struct Record {
     /// What decides where its packets go.
     pub(super) steering: Option<Steering>,
     pub(super) done: Option<Done>,
-    /// The line after the intent that cannot be read, and why. Nobody knows then how far it came: every network was begun,
-    /// and it is not finished.
+    /// The first line after the intent that cannot be read, and why. Nobody knows then how far it came: every network was
+    /// begun, and it is not finished.
     pub(super) damage: Option<(usize, String)>,
 }
 
@@ -123,8 +123,8 @@ impl Record {
     }
 
     /// Takes in a line after the intent.
-    fn read(&mut self, line: &str) -> Result<(), String> {
-        match serde_json::from_str(line).map_err(|e| e.to_string())? {
+    fn read(&mut self, line: &[u8]) -> Result<(), String> {
+        match serde_json::from_slice(line).map_err(|e| e.to_string())? {
             Line::Intent(_) => return Err("a second intent".to_owned()),
             Line::Begun(network) => self.begun = network.saturating_add(1),
             Line::Started(group) => self.running = Some(group),
@@ -172,8 +172,8 @@ impl Records {
     pub(super) fn all(&self) -> Result<All, JournalError> {
         let mut all = All::default();
         for id in self.0.ids()? {
-            let Some(text) = self.0.text(id)? else { continue };
-            match parse(&text, &self.0.path(id)) {
+            let read = self.0.bytes(id).and_then(|bytes| bytes.map_or(Ok(None), |b| parse(&b, &self.0.path(id))));
+            match read {
                 Ok(record) => all.records.extend(record),
                 Err(error) => all.unreadable.push(error),
             }
@@ -184,8 +184,8 @@ impl Records {
 
 impl Held {
     fn of(mut entry: Entry) -> Result<Self, JournalError> {
-        let text = entry.text()?;
-        let record = parse(&text, entry.path());
+        let bytes = entry.bytes()?;
+        let record = parse(&bytes, entry.path());
         let empty = matches!(record, Ok(None));
         Ok(Self { entry, record, empty })
     }
@@ -242,22 +242,23 @@ impl Drop for Held {
 /// Reads a record. A last line without its end was being written by a process that was killed, and says nothing.
 ///
 /// # Errors
-/// Where the intent cannot be read. What can be read before another bad line is known.
-fn parse(text: &str, path: &Path) -> Result<Option<Record>, JournalError> {
-    let mut lines = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+/// Where the intent cannot be read. What can be read before and after another bad line is known.
+fn parse(bytes: &[u8], path: &Path) -> Result<Option<Record>, JournalError> {
+    let mut lines = whole_lines(bytes);
     let Some(first) = lines.next() else { return Ok(None) };
     let malformed = |reason: String| JournalError::Malformed { path: path.to_owned(), line: 1, reason };
-    let mut record = match serde_json::from_str(first) {
+    let mut record = match serde_json::from_slice(first) {
         Ok(Line::Intent(intent)) => Record::of(*intent),
         Ok(_) => return Err(malformed("progress without its intent".to_owned())),
         Err(error) => return Err(malformed(error.to_string())),
     };
     for (number, line) in lines.enumerate() {
         if let Err(reason) = record.read(line) {
-            (record.begun, record.done) = (record.intent.networks.len(), None);
-            record.damage = Some((number + 2, reason));
-            break;
+            record.damage.get_or_insert((number + 2, reason));
         }
+    }
+    if record.damage.is_some() {
+        (record.begun, record.done) = (record.intent.networks.len(), None);
     }
     Ok(Some(record))
 }
@@ -321,12 +322,13 @@ mod tests {
 
     use super::*;
 
-    fn read(lines: &[&str]) -> Result<Option<Record>, JournalError> {
-        parse(&lines.iter().map(|line| format!("{line}\n")).collect::<String>(), Path::new("/state/networks/x"))
+    fn read<L: AsRef<[u8]>>(lines: &[L]) -> Result<Option<Record>, JournalError> {
+        let lines: Vec<u8> = lines.iter().flat_map(|line| [line.as_ref(), b"\n"].concat()).collect();
+        parse(&lines, Path::new("/state/networks/x"))
     }
 
     #[test]
-    fn a_bad_line_leaves_what_stands_before_it() {
+    fn a_bad_line_leaves_what_stands_before_and_after_it() {
         let network =
             |ifname: &str| json!({ "label": ifname, "ifname": ifname, "default": false, "by": { "own": {} } });
         let intent = json!({ "intent": {
@@ -336,18 +338,36 @@ mod tests {
         .to_string();
         let (begun, told) = ("{\"begun\":0}", "{\"told\":{\"network\":0,\"result\":{\"ips\":[]}}}");
         let done = "{\"done\":{\"result\":{},\"status\":[]}}";
+        let steering = "{\"steering\":{\"routes\":[],\"rules\":[]}}";
         let whole = read(&[&intent, begun, told, done]).unwrap().unwrap();
         assert_eq!((whole.begun, whole.done.is_some(), &whole.damage), (1, true, &None));
-        for bad in ["{\"told\":{\"network\":2,\"result\":{}}}", "\0\0", "{\"begun\":0,\"newer\":1}", &intent] {
-            let damaged = read(&[&intent, begun, told, bad, done]).unwrap().unwrap();
+        let bad_byte = b"{\"told\":{\"network\":0,\"result\":{\"ips\":\"\xff\"}}}";
+        for bad in [
+            &b"{\"told\":{\"network\":2,\"result\":{}}}"[..],
+            b"\0\0",
+            b"{\"begun\":0,\"newer\":1}",
+            intent.as_bytes(),
+            bad_byte,
+        ] {
+            let lines =
+                [intent.as_bytes(), begun.as_bytes(), told.as_bytes(), bad, steering.as_bytes(), done.as_bytes()];
+            let damaged = read(&lines).unwrap().unwrap();
+            assert!(damaged.steering.is_some(), "{bad:?}");
             assert_eq!(damaged.intent, whole.intent);
             assert_eq!((damaged.begun, damaged.done.is_some()), (2, false), "any of them may have been begun");
             assert_eq!(damaged.told, whole.told);
-            assert_eq!(damaged.damage.unwrap().0, 4, "{bad}");
+            assert_eq!(damaged.damage.unwrap().0, 4, "{bad:?}");
         }
-        for bad in ["{}", begun, ""] {
-            assert!(matches!(read(&[bad, begun]), Err(JournalError::Malformed { line: 1, .. })), "{bad}");
+        let bad_intent = intent.replace("pods", "p\u{7f}ds").into_bytes();
+        let bad_intent: Vec<u8> = bad_intent.into_iter().map(|byte| if byte == 0x7f { 0xff } else { byte }).collect();
+        for bad in [b"{}", begun.as_bytes(), b"", &bad_intent] {
+            let read = read(&[bad, begun.as_bytes()]);
+            assert!(matches!(read, Err(JournalError::Malformed { line: 1, .. })), "{bad:?}");
         }
-        assert_eq!(parse(&intent, Path::new("/x")).unwrap(), None, "nothing was begun before its end was written");
+        assert_eq!(
+            parse(intent.as_bytes(), Path::new("/x")).unwrap(),
+            None,
+            "nothing was begun before its end was written"
+        );
     }
 }
