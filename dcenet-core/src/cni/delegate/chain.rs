@@ -51,7 +51,7 @@ impl Chain {
         let version = match keys.get("cniVersion") {
             None => version,
             // What is published is often of this version, whose text alone 0.3.1 mends: every plugin of it serves both.
-            Some(Value::String(own)) if own == "0.3.0" => SpecVersion::V0_3_1,
+            Some(Value::String(own)) if own == TEXT_MENDED => SpecVersion::V0_3_1,
             Some(Value::String(own)) => {
                 own.parse().map_err(|e: CniError| at(format!("{path}.cniVersion"), e.message))?
             }
@@ -104,12 +104,30 @@ impl Chain {
             return;
         }
         for plugin in &mut self.plugins {
-            let args = plugin.entry("args").or_insert_with(|| json!({}));
-            if !args.get("cni").is_some_and(Value::is_object) {
-                *args = json!({ "cni": {} });
+            let args = plugin.entry("args").or_insert(Value::Null);
+            // Other namespaces of it are the plugin's own.
+            if !args.is_object() {
+                *args = json!({});
+            }
+            if !args["cni"].is_object() {
+                args["cni"] = json!({});
             }
             args["cni"].as_object_mut().into_iter().for_each(|cni| cni.extend(arguments.clone()));
         }
+    }
+
+    /// The same without arguments: those that a pod was given are of no other one.
+    pub(in crate::cni) fn without_args(&self) -> Self {
+        let mut bare = self.clone();
+        for args in bare.plugins.iter_mut().filter_map(|plugin| plugin.get_mut("args")?.as_object_mut()) {
+            args.remove("cni");
+        }
+        for plugin in &mut bare.plugins {
+            if plugin.get("args").and_then(Value::as_object).is_some_and(Map::is_empty) {
+                plugin.remove("args");
+            }
+        }
+        bare
     }
 
     /// Whether any of its plugins has its addresses from this program, or is it.
@@ -147,7 +165,7 @@ impl Chain {
             self.check_result(plugin, &answer)?;
             // Written in the version of the configuration (containernetworking/cni issue 895). The plugins to which it is handed
             // on refuse a result that does not say so.
-            if answer.get("cniVersion").is_none_or(|version| version == "") {
+            if answer.get("cniVersion").is_none_or(|v| v.is_null() || v == "" || v == TEXT_MENDED) {
                 answer["cniVersion"] = json!(self.version);
             }
             progress(Progress::Told(&answer))?;
@@ -271,8 +289,9 @@ impl Chain {
             ))
         };
         match answer.get("cniVersion") {
-            None => {}
-            Some(Value::String(text)) if text.is_empty() => {}
+            // Go reads null as an empty text.
+            None | Some(Value::Null) => {}
+            Some(Value::String(text)) if text.is_empty() || text == TEXT_MENDED => {}
             Some(Value::String(text)) => {
                 if let Err(error) = text.parse::<SpecVersion>() {
                     return refuse(error.message);
@@ -290,6 +309,9 @@ impl Chain {
         Ok(())
     }
 }
+
+/// A version whose text alone 0.3.1 mends.
+const TEXT_MENDED: &str = "0.3.0";
 
 /// Checked when it was read; in a record that somebody changed it may be the name of no program.
 fn name_of(plugin: &Map<String, Value>) -> PluginName {

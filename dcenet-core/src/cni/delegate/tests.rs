@@ -362,7 +362,7 @@ fn a_failing_list_stops_and_a_result_that_is_none_is_refused() {
 /// Go's plugins refuse a result of no version (`types/100`, `NewResult`).
 #[test]
 fn a_result_without_its_version_is_handed_on_in_that_of_the_configuration() {
-    for answer in ["{}", r#"{"cniVersion": ""}"#] {
+    for answer in ["{}", r#"{"cniVersion": ""}"#, r#"{"cniVersion": null}"#, r#"{"cniVersion": "0.3.0"}"#] {
         let directory = scripted(&[("a", &format!("echo '{answer}'")), ("b", NOTES)]);
         let plugins = directory.plugins(GENEROUS);
         let list = chain(json!({ "cniVersion": "0.4.0", "plugins": [{ "type": "a" }, { "type": "b" }] })).unwrap();
@@ -382,7 +382,10 @@ fn a_result_without_its_version_is_handed_on_in_that_of_the_configuration() {
 
 #[test]
 fn arguments_of_the_runtime_go_before_those_of_the_configuration() {
-    let list = json!({ "plugins": [{ "type": "a", "args": { "cni": { "labels": [], "own": 1 } } }, { "type": "b", "args": 3 }] });
+    let list = json!({ "plugins": [
+        { "type": "a", "args": { "cni": { "labels": [], "own": 1 } } }, { "type": "b", "args": 3 },
+        { "type": "c", "args": { "com.example": { "vlan": 7 } } },
+    ] });
     let mut list = chain(list).unwrap();
     let before = list.clone();
     list.give_args(&Map::new());
@@ -391,6 +394,7 @@ fn arguments_of_the_runtime_go_before_those_of_the_configuration() {
     list.give_args(labels.as_object().unwrap());
     assert_eq!(json!(list)["plugins"][0]["args"]["cni"], json!({ "labels": labels["labels"], "own": 1 }));
     assert_eq!(json!(list)["plugins"][1]["args"]["cni"], labels);
+    assert_eq!(json!(list)["plugins"][2]["args"], json!({ "com.example": { "vlan": 7 }, "cni": labels }));
     assert!(!list.asks_us());
     for ours in [json!({ "type": "dcenet" }), json!({ "type": "bridge", "ipam": { "type": "dcenet" } })] {
         assert!(chain(json!({ "plugins": [{ "type": "a" }, ours] })).unwrap().asks_us());

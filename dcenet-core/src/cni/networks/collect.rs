@@ -30,7 +30,12 @@ impl Networks<'_> {
         for record in self.records.all().map_err(journal)?.records {
             let key = &record.intent.key;
             if key.network == self.conf.name {
-                known.extend(record.intent.networks.iter().cloned());
+                known.extend(record.intent.networks.iter().cloned().map(|mut network| {
+                    if let By::Plugins { chain, .. } = &mut network.by {
+                        *chain = chain.without_args();
+                    }
+                    network
+                }));
             }
             if !stale(key) {
                 continue;
@@ -98,7 +103,7 @@ impl Networks<'_> {
             }
             let what = match &network.by {
                 By::Own(_) => (name.clone(), None),
-                By::Plugins { chain, .. } => (name.clone(), Some(chain.clone())),
+                By::Plugins { chain, .. } => (name.clone(), Some(chain.without_args())),
             };
             if seen.contains(&what) {
                 continue;
