@@ -3,6 +3,8 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use ipnet::IpNet;
+
 use crate::journal::JournalError;
 use crate::link::PlanError;
 use crate::model::{AttachmentKey, IfName};
@@ -158,6 +160,18 @@ pub enum StepError {
     /// Somebody else on the segment has addresses that the attachment was to get.
     #[error("{}", InUse(.0))]
     InUse(Vec<Conflict>),
+    /// A route of a pod of several networks cannot be copied into the tables of its interfaces, so that packets would go
+    /// elsewhere, or go where they are refused.
+    #[error(
+        "route {destination} of the pod has {what}, which the tables of several networks cannot have; have its plugin make \
+         it otherwise, or attach its network alone"
+    )]
+    Route {
+        /// Where it leads.
+        destination: IpNet,
+        /// What it has.
+        what: &'static str,
+    },
     /// Gateways did not answer, and the configuration wants them to.
     #[error(
         "{} does not answer on {link}: is this the right segment, and is it up? link.underlay.gatewayProbe \"warn\" goes \

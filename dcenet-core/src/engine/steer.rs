@@ -10,6 +10,9 @@
 //!
 //! A table's number comes from the interface's name alone, not from what else the pod has: it is the same each time.
 //!
+//! What cannot be copied, routes that refuse (`unreachable` and its kind) and those over several next hops, is refused: an own
+//! table's default route would be asked before it.
+//!
 //! Two kinds of default routes are left to the plugins: one that the kernel learns from router advertisements comes back
 //! with the next of them (have the plugin set `accept_ra_defrtr` to 0), and one over several next hops stays in the main
 //! table, where ours is refused.
@@ -70,13 +73,8 @@ impl Steering {
             }
         }
         let mut steering = Self::default();
-        let mut tables: Vec<u32> = Vec::new();
-        for interface in interfaces {
-            let mut table = table_of(&interface.name);
-            while tables.contains(&table) {
-                table += 1;
-            }
-            tables.push(table);
+        let tables = tables_of(interfaces.iter().map(|interface| &interface.name));
+        for (interface, table) in interfaces.iter().zip(tables) {
             for route in interface.table() {
                 steering.routes.push((interface.name.clone(), RouteSpec { table: Some(table), ..route }));
             }
@@ -110,6 +108,12 @@ fn winner(interfaces: &[PodInterface], ipv4: bool) -> Option<(&PodInterface, Vec
 }
 
 impl PodInterface {
+    /// One that has nothing.
+    pub fn none(name: &IfName) -> Self {
+        let (addresses, routes, gateways) = (Vec::new(), Vec::new(), Vec::new());
+        Self { name: name.clone(), addresses, routes, gateways, default_route: None }
+    }
+
     /// Its default routes of a family, as they shall be.
     fn defaults(&self, ipv4: bool) -> Vec<RouteSpec> {
         let wished = self.default_route.iter().flatten().find(|gateway| gateway.is_ipv4() == ipv4);
@@ -135,6 +139,10 @@ impl PodInterface {
         let direct = self.routes.iter().any(|r| r.gateway.is_none() && is_part(r) && r.destination.contains(&gateway));
         if used.is_none() && !direct && !is_link_local(&gateway.into()) {
             return None;
+        }
+        // What its network says of the path (MTU, source, metric) is so whoever asks for the gateway.
+        if let Some(own) = self.own_defaults(gateway.is_ipv4()).find(|r| r.gateway == Some(gateway)) {
+            return Some(own.clone());
         }
         let on_link = used.is_some_and(|r| r.on_link);
         Some(RouteSpec { gateway: Some(gateway), on_link, ..RouteSpec::direct(destination) })
@@ -201,11 +209,13 @@ impl Engine {
     /// Reads an interface of a pod, and takes its default routes out of the main table: where several interfaces have one,
     /// the kernel refuses the second, or shares traffic between them.
     ///
+    /// `None` where there is no such interface.
+    ///
     /// # Errors
-    /// Where the kernel refuses, and where there is no such interface.
-    pub fn take_defaults(&self, pod: &NetNs, name: &IfName) -> Result<PodInterface, SteerError> {
+    /// Where the kernel refuses, and [`StepError::Route`] for a route whose copy would lead elsewhere.
+    pub fn take_defaults(&self, pod: &NetNs, name: &IfName) -> Result<Option<PodInterface>, SteerError> {
         let mut socket = self.pod_socket(pod)?;
-        let link = look_up(&mut socket, name)?.map(|link| link.index);
+        let Some(link) = look_up(&mut socket, name)?.map(|link| Some(link.index)) else { return Ok(None) };
         let addresses = socket.addresses()?.into_iter().filter(|a| Some(a.index) == link).map(|a| a.address);
         let addresses: Vec<_> = addresses.filter(|a| !is_link_local(a)).collect();
         let mut routes = Vec::new();
@@ -213,7 +223,11 @@ impl Engine {
             let main = r.table == u32::from(libc::RT_TABLE_MAIN) && r.kind == libc::RTN_UNICAST;
             main && r.link.is_some() && r.link == link && !is_link_local(&r.destination)
         };
-        for route in socket.routes()?.iter().filter(|r| of_link(r)) {
+        let found: Vec<_> = socket.routes()?.into_iter().filter(of_link).collect();
+        if let Some((route, what)) = found.iter().find_map(|route| Some((route, route.unread?))) {
+            return Err(StepError::Route { destination: route.destination, what });
+        }
+        for route in &found {
             routes.push(RouteSpec {
                 destination: route.destination,
                 gateway: route.gateway,
@@ -233,20 +247,30 @@ impl Engine {
                 }
             }
         }
-        Ok(PodInterface { name: name.clone(), addresses, routes, gateways: Vec::new(), default_route: None })
+        Ok(Some(PodInterface { addresses, routes, ..PodInterface::none(name) }))
     }
 
     /// Adds the routes and the rules. What was added before an error is taken back by [`unsteer`](Self::unsteer), routes with
     /// their interfaces.
     ///
     /// # Errors
-    /// Where the kernel refuses.
+    /// Where the kernel refuses, where an interface is gone, and [`StepError::Route`] for a route of the pod of which the own
+    /// tables have no copy, so that their default routes would go before it.
     pub fn steer(&self, pod: &NetNs, steering: &Steering) -> Result<(), SteerError> {
         let mut socket = self.pod_socket(pod)?;
+        for route in socket.routes()? {
+            let passed_by =
+                steering.rules.iter().any(|rule| rule.from.addr().is_ipv4() == route.destination.addr().is_ipv4());
+            if let Some(what) = not_copied(&route).filter(|_| passed_by) {
+                return Err(StepError::Route { destination: route.destination, what });
+            }
+        }
         let mut messages = Vec::new();
         for (name, route) in &steering.routes {
-            // One that is gone meanwhile is told by the kernel's refusal.
-            let Some(link) = look_up(&mut socket, name)? else { continue };
+            let Some(link) = look_up(&mut socket, name)? else {
+                let source = std::io::Error::from(std::io::ErrorKind::NotFound);
+                return Err(StepError::Local { what: format!("interface {name} of the pod"), source });
+            };
             messages.push(netlink::add_route(name.as_str(), &new_route(link.index, route)));
         }
         messages.extend(steering.rules.iter().map(netlink::add_rule));
@@ -270,6 +294,25 @@ impl Engine {
         let gone = |outcome| gone_is_fine(outcome, &[libc::ENOENT, libc::ESRCH]);
         let errors: Vec<TeardownError> = outcomes.filter_map(|outcome| gone(outcome).err()).collect();
         DetachErrors::or_ok(errors)
+    }
+
+    /// Removes the rules that lead to the tables of these interfaces, where what was added is not known.
+    ///
+    /// # Errors
+    /// All that went wrong.
+    pub fn unsteer_tables(&self, pod: &NetNs, interfaces: &[IfName]) -> Result<(), DetachErrors> {
+        let tables = tables_of(interfaces);
+        let mut rules = Vec::new();
+        let listed: Result<_, TeardownError> = (|| Ok(self.pod_socket(pod)?.rules()?))();
+        for rule in listed.map_err(|error| DetachErrors(vec![error]))? {
+            if let Some(from) = rule.from
+                && rule.priority == PRIORITY
+                && tables.contains(&rule.table)
+            {
+                rules.push(RuleSpec { from, table: rule.table, priority: rule.priority });
+            }
+        }
+        self.unsteer(pod, &Steering { routes: Vec::new(), rules })
     }
 
     /// What of it is missing, for people.
@@ -302,9 +345,37 @@ impl Engine {
     }
 }
 
+/// What a route of the main table to a part of a family has that keeps it from being an interface's own.
+fn not_copied(route: &RouteView) -> Option<&'static str> {
+    let of_main = route.table == u32::from(libc::RT_TABLE_MAIN) && route.protocol != libc::RTPROT_KERNEL;
+    if !of_main || route.destination.prefix_len() == 0 || is_link_local(&route.destination) {
+        return None;
+    }
+    match route.kind {
+        libc::RTN_BLACKHOLE | libc::RTN_UNREACHABLE | libc::RTN_PROHIBIT | libc::RTN_THROW => {
+            Some("no next hop (blackhole, unreachable, prohibit, throw)")
+        }
+        libc::RTN_UNICAST => route.unread,
+        _ => None,
+    }
+}
+
 /// Every destination of a family.
 fn any(ipv4: bool) -> IpNet {
     if ipv4 { IpNet::V4(Ipv4Net::default()) } else { IpNet::V6(Ipv6Net::default()) }
+}
+
+/// The tables of a pod's interfaces, of which the first is the default one.
+fn tables_of<'i>(interfaces: impl IntoIterator<Item = &'i IfName>) -> Vec<u32> {
+    let mut tables: Vec<u32> = Vec::new();
+    for name in interfaces {
+        let mut table = table_of(name);
+        while tables.contains(&table) {
+            table += 1;
+        }
+        tables.push(table);
+    }
+    tables
 }
 
 /// An interface's table, of 2^16 that nobody else uses.
@@ -429,6 +500,19 @@ mod tests {
         net1.gateways = vec!["10.2.0.1".parse().unwrap()];
         let steering = Steering::plan(&[eth0, net1]).unwrap();
         assert!(text(&steering).contains(&"0.0.0.0/0 via 10.2.0.1 dev net1 own".to_owned()));
+    }
+
+    #[test]
+    fn an_override_by_the_networks_own_gateway_keeps_what_the_route_says() {
+        let mut eth0 =
+            interface("eth0", &["10.63.0.5/24"], &[("0.0.0.0/0", Some("10.63.0.1")), ("10.63.0.0/24", None)]);
+        eth0.routes[0].metrics.mtu = Some(1400);
+        eth0.routes[0].source = "10.63.0.6".parse().ok();
+        let own = eth0.routes[0].clone();
+        eth0.default_route = Some(vec!["10.63.0.1".parse().unwrap()]);
+        let steering = Steering::plan(&[eth0]).unwrap();
+        let defaults: Vec<_> = steering.routes.into_iter().map(|(_, r)| r).filter(|r| !is_part(r)).collect();
+        assert_eq!(defaults, [RouteSpec { table: defaults[0].table, ..own.clone() }, own]);
     }
 
     #[test]

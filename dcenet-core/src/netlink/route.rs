@@ -34,6 +34,8 @@ pub struct RouteView {
     pub on_link: bool,
     /// What it says of the path.
     pub metrics: RouteMetrics,
+    /// What else it says of its next hop that is not read here; without it the route would lead elsewhere.
+    pub unread: Option<&'static str>,
 }
 
 /// What a route says of the path to its destination (`RTA_METRICS`), as far as plugins set it.
@@ -86,6 +88,7 @@ impl RouteView {
             source: address(libc::RTA_PREFSRC),
             on_link: flags & RTNH_F_ONLINK != 0,
             metrics: attributes.find(libc::RTA_METRICS).map(RouteMetrics::parse).unwrap_or_default(),
+            unread: UNREAD.iter().find(|(attribute, _)| attributes.find(*attribute).is_some()).map(|(_, what)| *what),
         })
     }
 }
@@ -265,6 +268,12 @@ impl std::fmt::Display for Via {
 
 const HEADER: usize = 12;
 const RTNH_F_ONLINK: u32 = 4;
+/// `RTA_VIA`, `RTA_ENCAP` and `RTA_MULTIPATH` of `include/uapi/linux/rtnetlink.h`.
+const UNREAD: [(u16, &str); 3] = [
+    (18, "a router of the other family (via inet6, RFC 5549)"),
+    (22, "an encapsulation (encap)"),
+    (9, "several next hops (multipath)"),
+];
 const RTAX_MTU: u16 = 2;
 const RTAX_ADVMSS: u16 = 8;
 const FRA_DST: u16 = 1;

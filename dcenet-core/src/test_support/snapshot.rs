@@ -57,6 +57,7 @@ impl HostState {
                 source,
                 on_link,
                 metrics,
+                unread,
             } = route;
             let follows = destination == IPV6_MULTICAST
                 || matches!(destination, IpNet::V6(_)) && table == u32::from(libc::RT_TABLE_LOCAL);
@@ -67,7 +68,7 @@ impl HostState {
             let link = link.map(|l| name(l.get()));
             lines.insert(format!(
                 "route {destination} via {gateway:?} dev {link:?} table {table} protocol {protocol} scope {scope} \
-                 type {kind} metric {metric} src {source:?} on link {on_link} {metrics:?}"
+                 type {kind} metric {metric} src {source:?} on link {on_link} {metrics:?} {unread:?}"
             ));
         }
         for rule in whole(socket.rules()) {

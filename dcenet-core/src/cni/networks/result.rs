@@ -109,7 +109,9 @@ pub(super) fn status(parts: &[(&Network, &Value)], steering: Option<&Steering>) 
 pub(super) fn set_default(result: &mut Value, ipv4: bool, default: Option<Option<IpAddr>>) {
     let destination = if ipv4 { "0.0.0.0/0" } else { "::/0" };
     let mut routes = list(result, "routes").to_vec();
-    let is_default = |route: &Value| route["dst"] == destination;
+    // A route of another table (CNI 1.1.0) is none of those that are moved.
+    let is_main = |table: &Value| table.is_null() || *table == 0 || *table == 254;
+    let is_default = |route: &Value| route["dst"] == destination && route.get("table").is_none_or(is_main);
     let before = routes.iter().find(|r| is_default(r)).cloned();
     routes.retain(|route| !is_default(route));
     if let Some(gateway) = default {

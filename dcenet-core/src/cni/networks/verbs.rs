@@ -13,6 +13,7 @@ use crate::cni::serve::Backends;
 use crate::cni::verbs::{Call, detach, engine, journal, netns};
 use crate::cni::{CniError, ErrorCode, Invocation, NetConf, PluginCall, Plugins, Progress, SpecVersion};
 use crate::engine::{AttachError, Engine, PodInterface, SteerError, Steering};
+use crate::link::Policy;
 use crate::model::{AttachmentKey, MacAddr};
 use crate::netlink::Family;
 use crate::netns::NetNs;
@@ -134,6 +135,12 @@ impl<'a> Networks<'a> {
             };
             if steered {
                 let found = self.engine.take_defaults(pod, &network.ifname).map_err(|e| network.blame(steer(e)))?;
+                if found.is_none() && !result::addresses(&result).is_empty() {
+                    let message =
+                        format!("its plugins tell of addresses, and the pod has no interface {}", network.ifname);
+                    return Err(network.blame(CniError::new(ErrorCode::Failed, message)));
+                }
+                let found = found.unwrap_or_else(|| PodInterface::none(&network.ifname));
                 let gateways = result::gateways(network, &result);
                 interfaces.push(PodInterface { gateways, default_route: network.default_route.clone(), ..found });
             }
@@ -274,14 +281,38 @@ impl<'a> Networks<'a> {
             invocation.ifname = Some(key.ifname.clone());
             calls.push((invocation, conf));
         }
-        let mut holder = 0;
+        let (mut holder, mut free, mut unread) = (None, None, None);
         for (i, (invocation, conf)) in calls.iter().enumerate() {
-            if Call::new(invocation, conf, self.backends)?.held(key).await?.is_some() {
-                holder = i;
-                break;
+            match Call::new(invocation, conf, self.backends)?.held(key).await {
+                Ok(Some(_)) => {
+                    holder = Some(i);
+                    break;
+                }
+                Ok(None) => free = free.or(Some(i)),
+                Err(error) => unread = unread.or(Some(error)),
             }
         }
-        if let Some((invocation, conf)) = calls.get(holder) {
+        let record = self.engine.attachments(&key.network).map_err(journal)?.into_iter().find(|r| r.key == *key);
+        // Which addresses are whose cannot be told; of what is long gone DEL must not fail.
+        if let Some(error) = unread.filter(|_| holder.is_none() && (record.is_some() || free.is_none())) {
+            return Err(error);
+        }
+        let mut chosen = holder.or(free);
+        if record.is_some_and(|record| record.policy == Policy::Wanted) && !calls.is_empty() {
+            let has_policy = |i: &usize| calls.get(*i).is_some_and(|(_, conf)| has_section(conf, "policy"));
+            chosen = match holder {
+                Some(_) => holder.filter(has_policy),
+                None => (0..calls.len()).find(has_policy),
+            };
+            if chosen.is_none() {
+                let message = format!(
+                    "{key} is under policy, and no network of the configuration that may hold its addresses has a section \
+                     policy, so that nobody can take that back; add it"
+                );
+                return Err(CniError::new(ErrorCode::InvalidConfig, message));
+            }
+        }
+        if let Some((invocation, conf)) = chosen.and_then(|i| calls.get(i)) {
             return Call::new(invocation, conf, self.backends)?.del().await;
         }
         let attached = self.engine.attached(key).map_err(journal)?;
@@ -354,8 +385,16 @@ impl<'a> Networks<'a> {
         let mut errors = Vec::new();
         // The machine's end may have taken the lines that say how far it came.
         let same_boot = record.intent.boot == self.records.boot();
-        if let Some((steering, (_, netns))) = record.steering.as_ref().zip(pod.as_ref()) {
-            let left = self.engine.unsteer(netns, steering).err();
+        if let Some((_, netns)) = &pod {
+            let mut names: Vec<_> = record.intent.networks.iter().collect();
+            names.sort_by_key(|network| !network.default);
+            let names: Vec<_> = names.into_iter().map(|network| network.ifname.clone()).collect();
+            let left = match (&record.steering, &record.damage) {
+                // The line that tells of them may be the damaged one.
+                (None, Some(_)) => self.engine.unsteer_tables(netns, &names).err(),
+                (None, None) => None,
+                (Some(steering), _) => self.engine.unsteer(netns, steering).err(),
+            };
             errors.extend(left.map(|e| CniError::new(ErrorCode::Failed, format!("routing of the pod: {e}"))));
         }
         if let Some(group) = record.running.filter(|_| same_boot) {
@@ -516,6 +555,10 @@ impl<'a> Networks<'a> {
         let path = self.invocation.netns.clone();
         path.ok_or_else(|| CniError::new(ErrorCode::InvalidEnvironment, "CNI_NETNS is needed"))
     }
+}
+
+fn has_section(conf: &NetConf, name: &str) -> bool {
+    conf.section::<Value>(name).is_ok_and(|section| section.is_some())
 }
 
 fn steer(error: SteerError) -> CniError {
