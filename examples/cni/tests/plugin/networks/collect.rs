@@ -249,3 +249,89 @@ fn a_damaged_record_still_tells_what_to_take_back() {
     node.gc(Some(&[])).unwrap();
     assert_eq!(calls(&node), [""; 0]);
 }
+
+/// A byte that is no text, as a bad block leaves, is damage as any other is, and stands in nobody else's way.
+#[test]
+fn a_record_with_a_byte_that_is_no_text_holds_up_neither_del_nor_what_gc_knows() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let node = noting();
+    let (whole, progress, intent) = (node.pod("whole"), node.pod("progress"), node.pod("intent"));
+    for pod in [&whole, &progress, &intent] {
+        node.add(pod).unwrap();
+    }
+    for (pod, in_intent) in [(&progress, false), (&intent, true)] {
+        let path = records(&node).join(key(&node, pod).id().to_string());
+        let mut bytes = std::fs::read(&path).unwrap();
+        let end = bytes.iter().position(|byte| *byte == b'\n').unwrap();
+        bytes[if in_intent { end / 2 } else { end + 4 }] = 0xff;
+        std::fs::write(path, bytes).unwrap();
+    }
+    calls(&node);
+    // Of nobody but who can be read it is known whether they are stale.
+    let error = node.gc(Some(&[&progress])).unwrap_err();
+    assert!(error["msg"].as_str().unwrap().contains("nothing is collected by list"), "{error}");
+    assert_eq!(calls(&node), ["shared", "whole"].map(|plugin| format!("DEL {plugin} {}", whole.container)));
+    for pod in [&progress, &intent] {
+        node.del(pod).unwrap();
+        assert_eq!(calls(&node), ["shared", "whole"].map(|plugin| format!("DEL {plugin} {}", pod.container)));
+    }
+    node.gc(Some(&[])).unwrap();
+    assert_eq!(calls(&node), ["GC whole"]);
+}
+
+/// Rules do not go with interfaces: who does not know of them leaves them, or finds them in the way.
+#[test]
+fn rules_are_taken_back_by_a_damaged_record_too() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let mut node = node(json!([ours(), { "name": "more", "link": { "kind": "veth" } }]));
+    node.config["networks"][0]["ipam"]["cooldown"] = json!("0s");
+    warm(&node);
+    let pod = node.pod("web");
+    let before = Everything::of(&node, &pod);
+    let rules = || pod.netns.sh("ip -4 rule show pref 2200; ip -6 rule show pref 2200").lines().count();
+    for damaged in ["{\"begun\"", "{\"steering\""] {
+        let damage = || {
+            let path = records(&node).join(key(&node, &pod).id().to_string());
+            let text = std::fs::read_to_string(&path).unwrap();
+            assert!(text.contains(damaged), "{text}");
+            std::fs::write(&path, text.replace(damaged, "{\"?\"")).unwrap();
+        };
+        node.add(&pod).unwrap();
+        assert_eq!(rules(), 2);
+        damage();
+        node.add(&pod).unwrap();
+        assert_eq!(rules(), 2, "{damaged}");
+        damage();
+        node.del(&pod).unwrap();
+        assert_eq!(rules(), 0, "{damaged}");
+        for file in files(&records(&node)) {
+            std::fs::remove_file(file).unwrap();
+        }
+        assert_eq!(before.diff(&Everything::of(&node, &pod)), "");
+    }
+}
+
+/// What a pod was given is of no other one: a plugin's configuration is the same for all.
+#[test]
+fn labels_of_pods_make_one_collection_of_a_network_and_not_one_for_each() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let node = noting();
+    let pods = [node.pod("a"), node.pod("b"), node.pod("c")];
+    for (i, pod) in pods.iter().enumerate() {
+        let mut conf = node.config.clone();
+        conf["args"] = json!({ "cni": { "labels": [{ "key": "pod", "value": i.to_string() }] } });
+        node.call("ADD", pod, &conf.to_string()).unwrap();
+    }
+    calls(&node);
+    node.gc(Some(&pods.each_ref())).unwrap();
+    assert_eq!(calls(&node), ["GC whole"]);
+    let given = std::fs::read_to_string(node.host.directory().join("bin/whole.gc")).unwrap();
+    assert!(!given.contains("labels"), "{given}");
+    node.gc(Some(&[])).unwrap();
+}

@@ -1,5 +1,7 @@
 //! Where packets of a pod of several interfaces go.
 
+use std::time::{Duration, Instant};
+
 use dcenet_core::test_support::{Rung, TestNetNs, ping, require};
 use serde_json::{Value, json};
 
@@ -70,10 +72,29 @@ fn default_links(pod: &Pod) -> Vec<String> {
     text.lines().map(|l| l.split(" dev ").nth(1).unwrap().split(' ').next().unwrap().to_owned()).collect()
 }
 
+/// Whether somebody has an answer from the address: at the first try, or at any of a minute, where neighbours are asked and
+/// addresses become usable on a busy machine.
+fn answered(client: &TestNetNs, address: &str, patient: bool) -> bool {
+    let (begin, pause) = (Instant::now(), Duration::from_millis(200));
+    loop {
+        if ping(client, address.parse().unwrap(), Duration::from_secs(2)).is_ok() {
+            return true;
+        }
+        if !patient || begin.elapsed() > Duration::from_secs(60) {
+            return false;
+        }
+        std::thread::sleep(pause);
+    }
+}
+
 /// Whether somebody far away has an answer from the address.
 fn answers(behind: &Behind, address: &str) -> bool {
-    let limit = std::time::Duration::from_secs(2);
-    (0..3).any(|_| ping(&behind.far, address.parse().unwrap(), limit).is_ok())
+    answered(&behind.far, address, true)
+}
+
+/// Whether nobody far away has one, of whom others have been answered before.
+fn is_silent(behind: &Behind, address: &str) -> bool {
+    (0..3).all(|_| !answered(&behind.far, address, false))
 }
 
 /// What routes where, for who reads of a failure.
@@ -117,7 +138,7 @@ fn answers_leave_by_the_interface_that_was_asked() {
         for address in &second {
             let family = if address.contains(':') { "-6" } else { "-4" };
             pod.netns.sh(&format!("ip {family} rule del from {address}"));
-            assert!(!answers(&behind, address), "{address} {delegated}");
+            assert!(is_silent(&behind, address), "{address} {delegated}");
         }
         for address in &first {
             assert!(answers(&behind, address), "{address}");
@@ -228,11 +249,9 @@ fn pods_of_a_subnet_behind_a_router_reach_each_other_with_a_second_network() {
     }
     let (a, b) = (node.pod("a"), node.pod("b"));
     let results = [node.add(&a).unwrap(), node.add(&b).unwrap()];
-    let limit = std::time::Duration::from_secs(2);
-    let reaches = |address: &str| (0..3).any(|_| ping(&a.netns, address.parse().unwrap(), limit).is_ok());
     for address in addresses_of(&results[1], "eth0") {
         assert!(
-            reaches(&address),
+            answered(&a.netns, &address, true),
             "{address}: {}",
             b.netns.sh("ip rule; ip route show table all; ip -6 route show table all")
         );
@@ -242,7 +261,9 @@ fn pods_of_a_subnet_behind_a_router_reach_each_other_with_a_second_network() {
     let rule = b.netns.sh("ip -4 rule show pref 2200");
     let table = rule.split("lookup ").nth(1).unwrap().split_whitespace().next().unwrap().to_owned();
     b.netns.sh(&format!("ip route replace 10.62.0.0/24 dev eth0 table {table}"));
-    assert!(!reaches(addresses_of(&results[1], "eth0").iter().find(|a| a.contains('.')).unwrap()));
+    let addresses = addresses_of(&results[1], "eth0");
+    let ipv4 = addresses.iter().find(|a| a.contains('.')).unwrap();
+    assert!((0..3).all(|_| !answered(&a.netns, ipv4, false)));
     node.del(&a).unwrap();
     node.del(&b).unwrap();
 }
@@ -276,4 +297,46 @@ fn a_default_route_keeps_mtu_segment_size_and_source() {
     }
     node.del(&pod).unwrap();
     assert_eq!(before.diff(&Everything::of(&node, &pod)), "");
+}
+
+/// What the tables of interfaces cannot have would be passed by there.
+#[test]
+fn routes_that_cannot_be_copied_are_refused_by_name() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let node = node(json!([
+        { "name": "a", "delegate": { "cniVersion": "1.0.0", "type": "maker" } }, { "name": "more", "link": { "kind": "veth" } },
+    ]));
+    for (routes, says) in [
+        ("$n ip route add 10.64.0.0/16 via 10.63.0.1", None),
+        ("$n ip route add unreachable 169.254.169.254", Some("route 169.254.169.254/32 of the pod has no next hop")),
+        (
+            "$n ip route add 10.64.0.0/16 nexthop via 10.63.0.1 nexthop via 10.63.0.2",
+            Some("route 10.64.0.0/16 of the pod has several next hops"),
+        ),
+        (
+            "$n ip -4 route add default via inet6 fe80::1 dev $CNI_IFNAME",
+            Some("route 0.0.0.0/0 of the pod has a router of the other family"),
+        ),
+    ] {
+        // The namespace outlives the interface, and a route that leads to none outlives it too.
+        let script = format!(
+            "#!/bin/sh\nexport PATH=/usr/sbin:/usr/bin:/sbin:/bin\nn=\"nsenter --net=$CNI_NETNS\"\n\
+            [ $CNI_COMMAND = DEL ] && {{ $n ip route flush type unreachable; $n ip link del $CNI_IFNAME; exit 0; }}\n\
+            [ $CNI_COMMAND = ADD ] || exit 0\nset -e\n\
+            $n ip link add $CNI_IFNAME type veth peer name far\n$n ip link set far up\n$n ip link set $CNI_IFNAME up\n\
+            $n ip addr add 10.63.0.5/24 dev $CNI_IFNAME\n{routes}\n\
+            echo '{{\"cniVersion\": \"1.0.0\", \"ips\": [{{\"address\": \"10.63.0.5/24\"}}]}}'\n"
+        );
+        node.install("maker", &script);
+        let pod = node.pod("web");
+        let before = Everything::of(&node, &pod);
+        match (node.add(&pod), says) {
+            (Ok(_), None) => drop(node.del(&pod).unwrap()),
+            (Err(error), Some(says)) => assert!(error["msg"].as_str().unwrap().contains(says), "{error}"),
+            (outcome, says) => panic!("{outcome:?}, {says:?}"),
+        }
+        assert_eq!(before.diff(&Everything::of(&node, &pod)), "", "{routes}");
+    }
 }
