@@ -177,19 +177,22 @@ impl Plugins {
 
     /// Ends what is left of a plugin's process group whose caller was killed: an IPAM plugin that waits for its lock would
     /// take an address after everything was taken back. Of a group whose number is another's by now nothing is touched: what
-    /// a plugin starts has the container's id in its environment.
+    /// a plugin starts has the container's id in its environment. What empties its environment (`env -i`) is not known, and
+    /// goes on.
     ///
     /// # Errors
-    /// Where `/proc` cannot be read, and where a process outlives the signal for 10 s.
+    /// Where `/proc` cannot be read, or the environment of one of the group, and where a process outlives the signal for 10 s.
     pub fn end_group(group: u32, container: &ContainerId) -> io::Result<()> {
         let variable = format!("CNI_CONTAINERID={container}");
         let begin = Instant::now();
         loop {
             match members(group, &variable)? {
                 Members::None => return Ok(()),
-                // One that executes a program has no environment for a moment; one that never has any is not known to be ours.
-                Members::Unclear if begin.elapsed() > Duration::from_millis(200) => return Ok(()),
-                Members::Unclear => {}
+                // One that executes a program has no environment for a moment, which is long on a busy machine; one that never
+                // has any is not known to be ours.
+                Members::Unclear if begin.elapsed() > SETTLED => return Ok(()),
+                Members::Unreadable(error) if begin.elapsed() > SETTLED => return Err(error),
+                Members::Unclear | Members::Unreadable(_) => {}
                 Members::Ours if begin.elapsed() > Duration::from_secs(10) => {
                     let message = format!("process group {group} does not end");
                     return Err(io::Error::new(io::ErrorKind::TimedOut, message));
@@ -293,12 +296,16 @@ impl Plugins {
     }
 }
 
+/// How long a process may be without its environment while it executes a program.
+const SETTLED: Duration = Duration::from_secs(5);
+
 /// Who is in a process group, zombies left out.
-#[derive(Clone, Copy)]
 enum Members {
     None,
     /// Processes without any environment.
     Unclear,
+    /// The environment of one cannot be read.
+    Unreadable(io::Error),
     /// One has the variable in its environment.
     Ours,
 }
@@ -315,11 +322,19 @@ fn members(group: u32, variable: &str) -> io::Result<Members> {
         if own != Some(group) || matches!(state, Some("Z" | "X")) {
             continue;
         }
-        let environment = std::fs::read(directory.join("environ")).unwrap_or_default();
+        let environment = match std::fs::read(directory.join("environ")) {
+            Ok(environment) => environment,
+            // It ended meanwhile.
+            Err(e) if e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH) => continue,
+            Err(error) => {
+                members = Members::Unreadable(error);
+                continue;
+            }
+        };
         if environment.split(|byte| *byte == 0).any(|one| one == variable.as_bytes()) {
             return Ok(Members::Ours);
         }
-        if environment.is_empty() {
+        if environment.is_empty() && matches!(members, Members::None) {
             members = Members::Unclear;
         }
     }
