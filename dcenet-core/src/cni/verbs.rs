@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 
 use super::error::causes;
 use super::serve::{Backends, PolicyChoice};
-use super::{Asked, CniError, CniResult, ErrorCode, Interface, Invocation, NetConf, Role};
+use super::{Asked, CniError, CniResult, ErrorCode, Interface, Invocation, NetConf, Role, networks};
 use crate::engine::{
     AttachError, AttachRequest, Attached, DetachErrors, Engine, Hold, InUse, NamespaceEntry, StepError,
 };
@@ -186,10 +186,16 @@ impl<'a> Call<'a> {
         let mut errors = Vec::new();
         let records = self.engine.attachments(network).map_err(journal)?;
         let stale = |key: &AttachmentKey| !valid.iter().any(|(c, i)| *c == key.container && *i == key.ifname);
+        let lives = |key: &AttachmentKey| {
+            let alive = networks::alive(&self.conf.state_dir, network)?;
+            Ok::<_, JournalError>(alive.iter().any(|(c, i)| *c == key.container && *i == key.ifname))
+        };
         // Held until their addresses are released: an ADD of the same container would get them meanwhile.
         let (mut kept, mut holds) = (Vec::new(), Vec::new());
         for record in records.iter().filter(|r| stale(&r.key)) {
             let detached = self.engine.hold_remains(&record.key, None).and_then(|hold| match hold {
+                // Attached since as one of several networks, which are in no list of the runtime's.
+                Some(_) if lives(&record.key)? => Ok(None),
                 Some(mut hold) => hold.detach(None).map(|()| Some(hold)),
                 None => Ok(None),
             });
@@ -203,6 +209,7 @@ impl<'a> Call<'a> {
             }
         }
         kept.extend(valid.iter().cloned());
+        kept.extend(networks::alive(&self.conf.state_dir, network).map_err(journal)?);
         match self.addresses() {
             Ok(None) => {}
             Ok(Some(addresses)) => {
