@@ -33,8 +33,9 @@ pub trait AddressSource: Send + Sync {
     /// repeated; so is 0, the sequence of no lease.
     async fn release(&self, attachment: &AttachmentKey, sequence: u64) -> Result<(), LeaseError>;
 
-    /// Releases every attachment of the network that is not in `valid`, and returns those. Called by GC; other
-    /// networks are left alone.
+    /// Releases every attachment of the network on this node that is not in `valid`, and returns those. Called by GC with
+    /// what one node's runtime knows: other networks are left alone, and so is what other nodes have in a store that they
+    /// share.
     async fn retain(
         &self,
         network: &NetworkName,

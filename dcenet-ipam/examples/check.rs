@@ -137,7 +137,7 @@ impl Asked {
             StoreConfig::Log { path: Some(path.to_owned()) }
         };
         let store = store.open(Path::new("."))?;
-        let Some(file) = &self.config else { return Ok(Ipam::without_pools(store)) };
+        let Some(file) = &self.config else { return Ok(Ipam::without_pools(store)?) };
         let text = std::fs::read_to_string(file).map_err(|error| format!("{file}: {error}"))?;
         let mut config: Value = serde_json::from_str(&text).map_err(|error| format!("{file}: {error}"))?;
         if let Some(section) = config.get_mut("ipam") {

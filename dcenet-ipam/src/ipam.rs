@@ -25,7 +25,9 @@ use crate::record::{
     AttachmentRecord, ClaimRecord, SlotRecord, attachment_key, attachment_of, claim_prefix, network_prefix, slot_prefix,
 };
 use crate::select::Node;
-use crate::store::{Batch, Entry, Key, Outcome, Sharing, Store, StoreError, Write, number_of, numbered};
+use crate::store::{
+    Batch, Entry, Key, Outcome, Sharing, Store, StoreError, Write, number_of, numbered, require_atomic,
+};
 
 /// Hands out the addresses of one configuration from a store that others may share.
 pub struct Ipam {
@@ -116,19 +118,19 @@ pub struct RecordedClaim {
 
 impl Ipam {
     /// Over a store that is open.
-    pub fn new(config: &IpamConfig, store: Arc<dyn Store>) -> Result<Self, ConfigError> {
-        Ok(Self::over(config.layout()?, store))
+    pub fn new(config: &IpamConfig, store: Arc<dyn Store>) -> Result<Self, OpenError> {
+        Self::over(config.layout()?, store)
     }
 
     /// Opens the store that the configuration names; `state_dir` is where it goes if it has no path of its own.
     pub fn open(config: &IpamConfig, state_dir: &Path) -> Result<Self, OpenError> {
         let layout = config.layout()?;
-        Ok(Self::over(layout, config.store.open(state_dir)?))
+        Self::over(layout, config.store.open(state_dir)?)
     }
 
     /// Without a configuration, for tools that look at what a store holds, as [`Ipam::check`]: there is no pool to lease
     /// from, no history is looked at, and what is excluded or reserved by configurations is not known.
-    pub fn without_pools(store: Arc<dyn Store>) -> Self {
+    pub fn without_pools(store: Arc<dyn Store>) -> Result<Self, OpenError> {
         let layout = Layout {
             pools: Vec::new(),
             routes: Vec::new(),
@@ -141,9 +143,10 @@ impl Ipam {
         Self::over(layout, store)
     }
 
-    fn over(layout: Layout, store: Arc<dyn Store>) -> Self {
+    fn over(layout: Layout, store: Arc<dyn Store>) -> Result<Self, OpenError> {
+        require_atomic(&*store)?;
         let lately = (store.caps().sharing == Sharing::Machines).then(Mutex::default);
-        Self { layout, store, clock: Arc::new(wall_clock), entropy: Arc::new(random), lately, index: None }
+        Ok(Self { layout, store, clock: Arc::new(wall_clock), entropy: Arc::new(random), lately, index: None })
     }
 
     /// Keeps an index of the pools in memory, for a process that lives long and has many callers: the node's daemon, an
@@ -251,20 +254,32 @@ impl Ipam {
         }
     }
 
-    /// Releases every attachment of the network that is not in `valid` and whose sequence is at most `fence`: bindings
-    /// made after the evidence was collected stay. Returns what was released.
+    /// Releases every attachment of the network, on any node, that is not in `valid` and whose sequence is at most
+    /// `fence`: bindings made after the evidence was collected stay. Returns what was released.
     pub async fn retain_since(
         &self,
         network: &NetworkName,
         valid: &[(ContainerId, IfName)],
         fence: u64,
     ) -> Result<Vec<AttachmentKey>, LeaseError> {
+        self.release_stale(network, valid, fence, |_| true).await
+    }
+
+    async fn release_stale(
+        &self,
+        network: &NetworkName,
+        valid: &[(ContainerId, IfName)],
+        fence: u64,
+        judged: impl Fn(&AttachmentRecord) -> bool + Send,
+    ) -> Result<Vec<AttachmentKey>, LeaseError> {
         let mut released = Vec::new();
         for (key, entry) in self.scan_all(&network_prefix(Some(network))).await? {
             let Some(attachment) = attachment_of(&key) else { continue };
             let alive = valid.iter().any(|(c, i)| *c == attachment.container && *i == attachment.ifname);
-            let sequence = decode::<AttachmentRecord>(&key, &entry)?.sequence(entry.version);
-            if !alive && sequence <= fence && self.release_sequence(&attachment, sequence).await? {
+            let record = decode::<AttachmentRecord>(&key, &entry)?;
+            let sequence = record.sequence(entry.version);
+            let stale = !alive && sequence <= fence && judged(&record);
+            if stale && self.release_sequence(&attachment, sequence).await? {
                 released.push(attachment);
             }
         }
@@ -701,12 +716,25 @@ impl AddressSource for Ipam {
         self.release_sequence(attachment, sequence).await.map(drop)
     }
 
+    /// A runtime knows what runs on its own node: where machines share the store, only what was leased on this node
+    /// ([`Ipam::on_node`]) is released. What no node is told of, or another, is left to [`reclaim`](crate::reclaim).
     async fn retain(
         &self,
         network: &NetworkName,
         valid: &[(ContainerId, IfName)],
     ) -> Result<Vec<AttachmentKey>, LeaseError> {
-        self.retain_since(network, valid, u64::MAX).await
+        if self.store.caps().sharing != Sharing::Machines {
+            return self.retain_since(network, valid, u64::MAX).await;
+        }
+        let Some(node) = &self.layout.node else {
+            return Err(LeaseError::Invalid {
+                field: "ipam.node".to_owned(),
+                reason: "it is not given, and other nodes use the same store: what is stale here cannot be told from \
+                         what runs there; name the node"
+                    .to_owned(),
+            });
+        };
+        self.release_stale(network, valid, u64::MAX, |record| record.node.as_ref() == Some(&node.name)).await
     }
 
     /// The other address is of the same pool; the one in conflict goes into quarantine for an hour. `None` for one that the

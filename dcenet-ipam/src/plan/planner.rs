@@ -22,7 +22,7 @@ use super::table::Tree;
 use crate::config::PoolConfig;
 use crate::ipam::random_id;
 use crate::model::AddressSpace;
-use crate::store::{Entry, Key, Outcome, Store};
+use crate::store::{Entry, Key, Outcome, Store, require_atomic};
 
 /// The prefixes that one authority owns, in its store.
 ///
@@ -62,9 +62,10 @@ impl Plan {
     /// here, such as a cluster's name.
     ///
     /// # Errors
-    /// The name is malformed.
+    /// The name is malformed, or the store's batches are not atomic.
     pub fn new(store: Arc<dyn Store>, authority: &str) -> Result<Self, PlanError> {
         check_name("authority", authority)?;
+        require_atomic(&*store)?;
         Ok(Self { store, authority: authority.to_owned(), view: Mutex::default() })
     }
 

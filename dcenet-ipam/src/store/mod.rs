@@ -115,7 +115,8 @@ pub struct Caps {
     pub max_operations: usize,
     /// The most bytes of keys and values in one batch.
     pub max_bytes: usize,
-    /// Whether a batch with several keys is atomic. Where it is not, only the first write and its guard are.
+    /// Whether a batch with several keys is atomic. Where it is not, only the first write and its guard are, and
+    /// [`Ipam`](crate::Ipam) and [`Plan`](crate::plan::Plan) refuse the store: a lease and its claim are two keys.
     pub multi_key_atomic: bool,
     /// Who may open it at once.
     pub sharing: Sharing,
@@ -178,7 +179,8 @@ pub trait Store: Send + Sync + fmt::Debug {
 
     /// Applies batches one after the other, and answers each as [`Store::commit`] would have if it had been sent when
     /// the one before was answered. A later one sees what an earlier one did, and an earlier failure stops no later one.
-    /// They are several commits, not one: each has a revision of its own, and a crash may leave only the first of them.
+    /// They are several commits, not one: a crash may leave some of them without the others. Each has a revision of its
+    /// own, but for those that have no key in common: these have no order between them, and may share one.
     ///
     /// The default does just that. A backend overrides it where many batches can share a flush or a trip.
     async fn commit_many(&self, batches: &[Batch]) -> Vec<Result<Outcome, StoreError>> {
@@ -329,6 +331,20 @@ pub fn number_of(prefix: &[u8], key: &[u8]) -> Result<u128, StoreError> {
         .and_then(|rest| <[u8; 16]>::try_from(rest).ok())
         .map(u128::from_be_bytes)
         .ok_or_else(|| StoreError::Misuse(format!("key {:?} is not its prefix and 16 bytes", key.escape_ascii())))
+}
+
+/// Refuses a store whose batches could come apart.
+///
+/// # Errors
+/// [`StoreError::Misuse`].
+pub(crate) fn require_atomic(store: &dyn Store) -> Result<(), StoreError> {
+    if store.caps().multi_key_atomic {
+        return Ok(());
+    }
+    Err(StoreError::Misuse(format!(
+        "{store:?}: its caps() say multi_key_atomic: false, and half a batch is an address with two holders or none; \
+         use a store that applies a batch whole or not at all"
+    )))
 }
 
 /// Checks a batch against limits. Backends call it before anything else.
