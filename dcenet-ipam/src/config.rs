@@ -118,7 +118,8 @@ pub struct IpamConfig {
     /// take it for the old holder for a moment. Claims and requests for one address do not wait.
     #[serde(default, skip_serializing_if = "Option::is_none", with = "duration_text")]
     pub cooldown: Option<Duration>,
-    /// The node that asks, for pools that select by node; `Ipam::on_node` goes before it.
+    /// The node that asks, for pools that select by node and for blocks; `Ipam::on_node` goes before it. The CNI plugin
+    /// takes the host name where nothing is said, so that one configuration serves all nodes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node: Option<Node>,
     /// Keeps who held each address, and when: `{ "keep": "720h", "count": 64 }`. Nothing is kept unless told.

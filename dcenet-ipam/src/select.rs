@@ -19,6 +19,15 @@ pub struct Node {
     pub labels: LabelSet,
 }
 
+impl Node {
+    /// This machine under its host name, without labels; `None` where the host name is none that a node may have.
+    /// Orchestrators name nodes so unless told otherwise.
+    pub fn of_this_machine() -> Option<Self> {
+        let name = rustix::system::uname().nodename().to_str().ok()?.to_lowercase();
+        Some(Self { name: name.parse().ok()?, labels: LabelSet::default() })
+    }
+}
+
 /// Whom a pool is for. Every condition that is given must hold; a condition that is left out or empty says nothing.
 ///
 /// ```json

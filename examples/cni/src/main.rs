@@ -8,6 +8,7 @@ use std::sync::Arc;
 use dcenet_core::cni::{Backends, CniError, ErrorCode, NetConf, PolicyChoice, serve};
 use dcenet_core::provider::{AddressSource, LeaseError};
 use dcenet_ipam::config::{IpamConfig, StoreConfig};
+use dcenet_ipam::select::Node;
 use dcenet_ipam::{Ipam, OpenError};
 use dcenet_policy::enforcer::{PinnedDefault, PolicyConfig};
 
@@ -25,7 +26,11 @@ impl Backends for Dcenet {
             return Err(invalid("ipam.store.kind: \"memory\" forgets between two calls; say \"log\"".to_owned()));
         }
         let open = |error: OpenError| CniError::from(LeaseError::from(error));
-        Ok(Some(Box::new(Ipam::open(&config, &conf.state_dir).map_err(open)?)))
+        let ipam = Ipam::open(&config, &conf.state_dir).map_err(open)?;
+        Ok(Some(Box::new(match Node::of_this_machine().filter(|_| config.node.is_none()) {
+            Some(node) => ipam.on_node(node.name, node.labels),
+            None => ipam,
+        })))
     }
 
     fn policy(&self, conf: &NetConf) -> Result<Option<PolicyChoice>, CniError> {

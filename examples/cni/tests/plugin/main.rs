@@ -9,6 +9,7 @@ mod networks;
 mod owner;
 mod pools;
 mod races;
+mod shared;
 mod underlay;
 
 use common::Node;
