@@ -26,13 +26,15 @@ use crate::store::StoreError;
 pub(super) struct Client {
     members: Vec<Member>,
     current: AtomicUsize,
-    user: Option<AuthenticateRequest>,
+    /// Its files are read for each connection and for each token, so that a rotation needs no restart.
+    config: EtcdConfig,
     token: Mutex<Option<MetadataValue<Ascii>>>,
     /// For one try at one member, the connection included.
     patience: Duration,
 }
 
 struct Member {
+    /// Without what the files of TLS say.
     endpoint: Endpoint,
     channel: tokio::sync::Mutex<Option<Channel>>,
 }
@@ -69,20 +71,20 @@ impl Client {
                      https://HOST:PORT with ipam.store.ca"
                 ))
             };
-            let mut endpoint = Endpoint::from_shared(text.clone()).map_err(|e| wrong(&e.to_string()))?;
+            let endpoint = Endpoint::from_shared(text.clone()).map_err(|e| wrong(&e.to_string()))?;
             let uri = endpoint.uri();
             if uri.host().is_none_or(str::is_empty) || uri.path() != "/" || uri.query().is_some() {
                 return Err(wrong("it is not a host and a port"));
             }
-            endpoint = match (uri.scheme_str(), &tls) {
-                (Some("http"), None) => endpoint,
+            match (uri.scheme_str(), &tls) {
+                (Some("http"), None) => {}
                 (Some("http"), Some(_)) => return Err(wrong("certificates are given, and it would not use them")),
-                (Some("https"), Some(tls)) => endpoint
-                    .tls_config(tls.clone())
-                    .map_err(|e| StoreError::Misuse(format!("{}: {}", files(config), causes(&e))))?,
+                (Some("https"), Some(tls)) => {
+                    secured(endpoint.clone(), tls.clone(), config)?;
+                }
                 (Some("https"), None) => return Err(wrong("no CA certificate is given to know the server by")),
                 _ => return Err(wrong("its scheme is neither http nor https")),
-            };
+            }
             let endpoint = endpoint
                 .connect_timeout(patience)
                 // etcd cuts off who pings more often than every 5 s (--grpc-keepalive-min-time).
@@ -97,26 +99,8 @@ impl Client {
         }
         // Processes begin at different members.
         let current = AtomicUsize::new(RandomState::new().build_hasher().finish() as usize % members.len());
-        let user = match (&config.username, &config.password_file) {
-            (Some(name), Some(file)) => {
-                let password = read(file, "ipam.store.passwordFile")?;
-                let password = password.strip_suffix('\n').unwrap_or(&password).to_owned();
-                Some(AuthenticateRequest { name: name.clone(), password })
-            }
-            (None, None) => None,
-            (Some(name), None) => {
-                return Err(StoreError::Misuse(format!(
-                    "ipam.store.username: {name:?} has no password; name its file in ipam.store.passwordFile"
-                )));
-            }
-            (None, Some(file)) => {
-                return Err(StoreError::Misuse(format!(
-                    "ipam.store.passwordFile: {:?} is nobody's; name the user in ipam.store.username",
-                    file.display()
-                )));
-            }
-        };
-        Ok(Self { members, current, user, token: Mutex::default(), patience })
+        user(config)?;
+        Ok(Self { members, current, config: config.clone(), token: Mutex::default(), patience })
     }
 
     /// Calls until there is an answer or the deadline is over. Only for what may be carried out twice.
@@ -168,7 +152,7 @@ impl Client {
             let codec = ProstCodec::<Q, A>::default();
             match timeout(patience, grpc.unary(sent, PathAndQuery::from_static(path), codec)).await {
                 Ok(Ok(answer)) => return Ok(answer.into_inner()),
-                Ok(Err(status)) if !renewed && self.user.is_some() && is_token_fault(&status) => {
+                Ok(Err(status)) if !renewed && self.config.username.is_some() && is_token_fault(&status) => {
                     renewed = true;
                     self.forget_token(token);
                 }
@@ -221,15 +205,21 @@ impl Client {
             let mut slot = member.channel.lock().await;
             let channel = match &*slot {
                 Some(channel) => channel.clone(),
-                None => slot.insert(member.endpoint.connect().await?).clone(),
+                None => {
+                    let mut endpoint = member.endpoint.clone();
+                    if let Some(tls) = tls(&self.config).map_err(|e| e.to_string())? {
+                        endpoint = secured(endpoint, tls, &self.config).map_err(|e| e.to_string())?;
+                    }
+                    slot.insert(endpoint.connect().await.map_err(|e| causes(&e))?).clone()
+                }
             };
             let mut grpc = Grpc::new(channel).max_decoding_message_size(usize::MAX);
-            grpc.ready().await?;
+            grpc.ready().await.map_err(|e| causes(&e))?;
             Ok(grpc)
         };
-        let reason = match timeout(patience, connected).await {
+        let reason: String = match timeout(patience, connected).await {
             Ok(Ok(grpc)) => return Ok((at, grpc)),
-            Ok(Err(error)) => causes::<tonic::transport::Error>(&error),
+            Ok(Err(reason)) => reason,
             Err(_) => format!("no connection within {patience:?}"),
         };
         self.leave(at).await;
@@ -243,10 +233,14 @@ impl Client {
         at: usize,
         patience: Duration,
     ) -> Result<Option<MetadataValue<Ascii>>, Failure> {
-        let Some(user) = &self.user else { return Ok(None) };
+        if self.config.username.is_none() {
+            return Ok(None);
+        }
         if let Some(token) = &*self.token.lock() {
             return Ok(Some(token.clone()));
         }
+        // A file that is being replaced is there in a moment.
+        let Some(user) = user(&self.config).map_err(|e| Failure::Unsent(e.to_string()))? else { return Ok(None) };
         let codec = ProstCodec::<AuthenticateRequest, AuthenticateResponse>::default();
         let path = PathAndQuery::from_static(method::AUTHENTICATE);
         let answer = match timeout(patience, grpc.unary(Request::new(user.clone()), path, codec)).await {
@@ -338,7 +332,30 @@ fn is_token_fault(status: &Status) -> bool {
     status.code() == Code::Unauthenticated || status.message().contains("revision of auth store is old")
 }
 
-/// The files that TLS uses.
+/// Who asks for a token, with the password that its file holds now.
+fn user(config: &EtcdConfig) -> Result<Option<AuthenticateRequest>, StoreError> {
+    match (&config.username, &config.password_file) {
+        (Some(name), Some(file)) => {
+            let password = read(file, "ipam.store.passwordFile")?;
+            let password = password.strip_suffix('\n').unwrap_or(&password).to_owned();
+            Ok(Some(AuthenticateRequest { name: name.clone(), password }))
+        }
+        (None, None) => Ok(None),
+        (Some(name), None) => Err(StoreError::Misuse(format!(
+            "ipam.store.username: {name:?} has no password; name its file in ipam.store.passwordFile"
+        ))),
+        (None, Some(file)) => Err(StoreError::Misuse(format!(
+            "ipam.store.passwordFile: {:?} is nobody's; name the user in ipam.store.username",
+            file.display()
+        ))),
+    }
+}
+
+fn secured(endpoint: Endpoint, tls: ClientTlsConfig, config: &EtcdConfig) -> Result<Endpoint, StoreError> {
+    endpoint.tls_config(tls).map_err(|e| StoreError::Misuse(format!("{}: {}", files(config), causes(&e))))
+}
+
+/// What the files of TLS hold now.
 fn tls(config: &EtcdConfig) -> Result<Option<ClientTlsConfig>, StoreError> {
     let Some(ca) = &config.ca else {
         return match config.cert.as_ref().or(config.key.as_ref()) {

@@ -135,7 +135,7 @@ fn users_are_let_in_by_password_and_no_further_than_their_role() {
 }
 
 /// A certificate for 127.0.0.1, signed by an authority of the same directory, or the authority itself.
-fn certificate(dir: &Path, name: &str, authority: Option<&str>) -> (PathBuf, PathBuf) {
+pub(super) fn certificate(dir: &Path, name: &str, authority: Option<&str>) -> (PathBuf, PathBuf) {
     let path = |file: String| dir.join(file);
     let (cert, key) = (path(format!("{name}.pem")), path(format!("{name}.key")));
     let mut command = Command::new("openssl");
