@@ -30,6 +30,11 @@
 //! reaped, by a lease that costs each short-lived plugin two more commits of the cluster. Two requests that meet in one
 //! lane cost a second trip, and a request that must be settled after another has used its lane stays unknown.
 //!
+//! # Many batches
+//! [`Store::commit_many`] puts batches that have no key in common into one transaction of etcd, as transactions within it:
+//! one trip and one entry of its log for all, each committed or refused by itself. Those that are committed together have
+//! one revision.
+//!
 //! # First gap
 //! What was seen to be taken is remembered for ten seconds, and own commits are noted, so that a search begins beyond
 //! what is known to be taken and costs one trip for a page of keys without values. What is not known is not walked
@@ -42,6 +47,10 @@
 //! generator and a server stack to build (133 packages against 90), and hides from which member an answer came and
 //! whether a request was sent, on which the outcome of a commit depends.
 //!
+//! # Rotation
+//! Certificates and keys are read for each new connection, the password for each new token: a file that is replaced needs
+//! no restart. Connections and tokens that are in use stay until the cluster ends them.
+//!
 //! The store runs its connections on one thread of its own, so that it can be used with any executor.
 
 #[cfg(feature = "etcd")]
@@ -50,6 +59,8 @@ mod client;
 pub mod cluster;
 #[cfg(feature = "etcd")]
 mod gaps;
+#[cfg(feature = "etcd")]
+mod many;
 #[cfg(feature = "etcd")]
 mod store;
 #[cfg(feature = "etcd")]
@@ -124,7 +135,9 @@ impl EtcdConfig {
     #[cfg(not(feature = "etcd"))]
     pub fn open(&self) -> Result<Arc<dyn Store>, StoreError> {
         Err(StoreError::Misuse(
-            "ipam.store.kind: \"etcd\" is not in this build; build dcenet-ipam with the feature etcd".to_owned(),
+            "ipam.store.kind: \"etcd\" is not in this build; build it with the feature etcd, of dcenet-ipam or of \
+             the CNI plugin"
+                .to_owned(),
         ))
     }
 

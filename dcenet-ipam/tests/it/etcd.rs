@@ -1,6 +1,7 @@
 //! The store on etcd: real members, killed, stopped and cut off.
 
 mod faults;
+mod many;
 mod rotation;
 mod secure;
 

@@ -45,7 +45,7 @@ pub(super) struct Inner {
     timeout: Duration,
     max_operations: usize,
     /// The newest revision that an answer showed.
-    seen: AtomicI64,
+    pub(super) seen: AtomicI64,
     requests: Mutex<Requests>,
     gaps: Mutex<Gaps>,
 }
@@ -153,6 +153,17 @@ impl Store for EtcdStore {
         }
     }
 
+    async fn commit_many(&self, batches: &[Batch]) -> Vec<Result<Outcome, StoreError>> {
+        let (caps, batches) = (self.caps(), batches.to_vec());
+        let count = batches.len();
+        let work = |inner: Arc<Inner>| async move { Ok(inner.commit_many(batches, &caps).await) };
+        // Whatever stops the work on the way, the batches may have been sent.
+        self.run(work).await.unwrap_or_else(|error| {
+            let unknown = || Ok(Outcome::Unknown { reason: error.to_string() });
+            (0..count).map(|_| unknown()).collect()
+        })
+    }
+
     async fn first_gap(&self, prefix: &[u8], range: RangeInclusive<u128>) -> Result<Option<u128>, StoreError> {
         let prefix = prefix.to_vec();
         self.run(|inner| async move { inner.first_gap(&prefix, *range.start(), *range.end()).await }).await
@@ -189,7 +200,7 @@ struct Requests {
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Request {
+pub(super) enum Request {
     Committed(u64),
     /// Tries are under way that may be carried out as long as the lane is not written after this revision.
     Unsettled(i64),
@@ -210,7 +221,7 @@ impl Requests {
 
 /// What an answer to a transaction amounts to.
 #[derive(Debug, PartialEq, Eq)]
-enum Verdict {
+pub(super) enum Verdict {
     Committed(u64),
     Conflict(Vec<Option<Entry>>),
     /// Another request has written the lane since; nothing was applied. Try again behind this revision.
@@ -233,7 +244,7 @@ impl Inner {
         Instant::now() + self.timeout
     }
 
-    fn see(&self, header: Option<&ResponseHeader>) -> i64 {
+    pub(super) fn see(&self, header: Option<&ResponseHeader>) -> i64 {
         let revision = header.map_or(0, |h| h.revision);
         self.seen.fetch_max(revision, Ordering::Relaxed).max(revision)
     }
@@ -242,8 +253,25 @@ impl Inner {
         [&self.entries, key].concat()
     }
 
+    pub(super) fn lane_number(id: u128) -> u128 {
+        id % LANES
+    }
+
     fn lane(&self, id: u128) -> Vec<u8> {
-        [&self.lanes, format!("{:04x}", id % LANES).as_bytes()].concat()
+        [&self.lanes, format!("{:04x}", Self::lane_number(id)).as_bytes()].concat()
+    }
+
+    pub(super) fn most_operations(&self) -> usize {
+        self.max_operations
+    }
+
+    /// Whether the request was sent before.
+    pub(super) fn is_known(&self, id: u128) -> bool {
+        self.requests.lock().known.contains_key(&id)
+    }
+
+    pub(super) fn remember(&self, id: u128, request: Request) {
+        self.requests.lock().remember(id, request);
     }
 
     async fn range(&self, request: &RangeRequest, deadline: Instant) -> Result<RangeResponse, Failure> {
@@ -269,7 +297,7 @@ impl Inner {
                         let range = one.next().unwrap_or_default();
                         self.range(&range, deadline)
                             .await
-                            .map(|r| (r.header.clone(), vec![ResponseOp { range: Some(r) }]))
+                            .map(|r| (r.header.clone(), vec![ResponseOp { range: Some(r), ..Default::default() }]))
                     }
                     _ => {
                         let success = ranges.map(|r| Operation::Range(r).into()).collect();
@@ -350,7 +378,7 @@ impl Inner {
 
     /// A transaction that only reads. It is linearizable because of the read in it: etcd takes one with nothing in the
     /// branches for serializable, and answers from what the member happens to know.
-    async fn barrier(&self, batch: &Batch) -> Result<Outcome, StoreError> {
+    pub(super) async fn barrier(&self, batch: &Batch) -> Result<Outcome, StoreError> {
         let request = TxnRequest {
             compare: self.compares(&batch.guards),
             success: vec![read_op(self.lane(batch.request_id))],
@@ -363,7 +391,8 @@ impl Inner {
         Ok(Outcome::Conflict(answer.responses.into_iter().map(only_entry).collect()))
     }
 
-    async fn commit(&self, batch: &Batch) -> Result<Outcome, StoreError> {
+    /// One that writes.
+    pub(super) async fn commit(&self, batch: &Batch) -> Result<Outcome, StoreError> {
         let id = batch.request_id;
         let known = self.requests.lock().known.get(&id).copied();
         let (mut fence, mut doubtful) = match known {
@@ -378,18 +407,8 @@ impl Inner {
                 Ok(answer) => {
                     let now = self.see(answer.header.as_ref());
                     match judge(answer, batch, fence, doubtful) {
-                        Verdict::Committed(revision) => {
-                            self.requests.lock().remember(id, Request::Committed(revision));
-                            let put = |write: &Write| matches!(write, Write::Put(..));
-                            self.gaps.lock().found(batch.writes.iter().map(|w| (w.key(), put(w))));
-                            return Ok(Outcome::Committed { revision });
-                        }
-                        Verdict::Conflict(current) if !doubtful => {
-                            let found =
-                                batch.guards.iter().zip(&current).map(|(g, now)| (g.key.as_slice(), now.is_some()));
-                            self.gaps.lock().found(found);
-                            return Ok(Outcome::Conflict(current));
-                        }
+                        Verdict::Committed(revision) => return Ok(self.committed(batch, revision)),
+                        Verdict::Conflict(current) if !doubtful => return Ok(self.refused(batch, current)),
                         // An earlier try that is still under way could yet be applied.
                         Verdict::Conflict(current) => match self.close_lane(id, fence, deadline).await {
                             Ok(Verdict::Committed(revision)) => {
@@ -430,7 +449,20 @@ impl Inner {
         Ok(Outcome::Unknown { reason })
     }
 
-    fn transaction(&self, batch: &Batch, fence: i64) -> TxnRequest {
+    pub(super) fn committed(&self, batch: &Batch, revision: u64) -> Outcome {
+        self.requests.lock().remember(batch.request_id, Request::Committed(revision));
+        let put = |write: &Write| matches!(write, Write::Put(..));
+        self.gaps.lock().found(batch.writes.iter().map(|w| (w.key(), put(w))));
+        Outcome::Committed { revision }
+    }
+
+    pub(super) fn refused(&self, batch: &Batch, current: Vec<Option<Entry>>) -> Outcome {
+        let found = batch.guards.iter().zip(&current).map(|(g, now)| (g.key.as_slice(), now.is_some()));
+        self.gaps.lock().found(found);
+        Outcome::Conflict(current)
+    }
+
+    pub(super) fn transaction(&self, batch: &Batch, fence: i64) -> TxnRequest {
         let lane = self.lane(batch.request_id);
         let mut compare = self.compares(&batch.guards);
         compare.push(Compare::not_written_after(lane.clone(), fence));
@@ -605,7 +637,7 @@ impl Inner {
 }
 
 /// What an answer to [`Inner::transaction`] says. `doubtful`: earlier tries with the same fence may be under way.
-fn judge(answer: TxnResponse, batch: &Batch, fence: i64, doubtful: bool) -> Verdict {
+pub(super) fn judge(answer: TxnResponse, batch: &Batch, fence: i64, doubtful: bool) -> Verdict {
     if answer.succeeded {
         return Verdict::Committed(revision_of(answer.header.as_ref()));
     }

@@ -63,7 +63,7 @@ pub(super) struct DeleteRangeRequest {
 
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct RequestOp {
-    #[prost(oneof = "Operation", tags = "1, 2, 3")]
+    #[prost(oneof = "Operation", tags = "1, 2, 3, 4")]
     pub(super) request: Option<Operation>,
 }
 
@@ -75,6 +75,9 @@ pub(super) enum Operation {
     Put(PutRequest),
     #[prost(message, tag = "3")]
     Delete(DeleteRangeRequest),
+    /// Its compares are made before anything of the whole is carried out.
+    #[prost(message, tag = "4")]
+    Txn(TxnRequest),
 }
 
 impl From<Operation> for RequestOp {
@@ -88,6 +91,9 @@ pub(super) struct ResponseOp {
     /// Absent where the operation was a put or a deletion, whose answers say nothing of use.
     #[prost(message, optional, tag = "1")]
     pub(super) range: Option<RangeResponse>,
+    /// Of a transaction in a transaction.
+    #[prost(message, optional, tag = "4")]
+    pub(super) txn: Option<TxnResponse>,
 }
 
 /// A condition on the revision that last wrote a key, 0 for an absent key.
