@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use parking_lot::{Condvar, Mutex};
 
 use super::{Batch, Caps, Change, Entry, Guard, Key, Outcome, Store, StoreError, Watch};
 
@@ -173,6 +174,66 @@ impl Store for UnguardedStore {
             }
             outcome => Ok(outcome),
         }
+    }
+
+    async fn first_gap(&self, prefix: &[u8], range: RangeInclusive<u128>) -> Result<Option<u128>, StoreError> {
+        self.inner.first_gap(prefix, range).await
+    }
+
+    async fn watch(&self, prefix: &[u8], after: u64) -> Result<Box<dyn Watch>, StoreError> {
+        self.inner.watch(prefix, after).await
+    }
+
+    fn caps(&self) -> Caps {
+        self.inner.caps()
+    }
+}
+
+/// Holds the first two commits that write a key with a prefix until both have come: both were decided from the same
+/// state. Each must come from a thread of its own.
+#[derive(Debug)]
+pub struct MeetingStore {
+    inner: Arc<dyn Store>,
+    prefix: &'static [u8],
+    come: Mutex<usize>,
+    both: Condvar,
+}
+
+impl MeetingStore {
+    /// How long the first waits for the second; then it goes on alone, so that a test fails rather than hangs.
+    pub const PATIENCE: Duration = Duration::from_secs(60);
+
+    /// A meeting before commits that write a key with the prefix.
+    pub fn over(inner: Arc<dyn Store>, prefix: &'static [u8]) -> Arc<Self> {
+        Arc::new(Self { inner, prefix, come: Mutex::new(0), both: Condvar::new() })
+    }
+
+    /// Whether two have met.
+    pub fn met(&self) -> bool {
+        *self.come.lock() >= 2
+    }
+}
+
+#[async_trait]
+impl Store for MeetingStore {
+    async fn read(&self, keys: &[Key]) -> Result<Vec<Option<Entry>>, StoreError> {
+        self.inner.read(keys).await
+    }
+
+    async fn scan(&self, prefix: &[u8], after: Option<&[u8]>, limit: usize) -> Result<Vec<(Key, Entry)>, StoreError> {
+        self.inner.scan(prefix, after, limit).await
+    }
+
+    async fn commit(&self, batch: &Batch) -> Result<Outcome, StoreError> {
+        if batch.writes.iter().any(|write| write.key().starts_with(self.prefix)) {
+            let mut come = self.come.lock();
+            if *come < 2 {
+                *come += 1;
+                self.both.notify_all();
+                self.both.wait_while_for(&mut come, |come| *come < 2, Self::PATIENCE);
+            }
+        }
+        self.inner.commit(batch).await
     }
 
     async fn first_gap(&self, prefix: &[u8], range: RangeInclusive<u128>) -> Result<Option<u128>, StoreError> {

@@ -11,14 +11,13 @@ use dcenet_core::model::LabelSet;
 use dcenet_core::provider::{AddressSource, LeaseError};
 use dcenet_ipam::groups::{GroupFeed, Grouping, ListForm};
 use dcenet_ipam::model::{AddressSpace, KeepPolicy};
-use dcenet_ipam::store::flaky::{Failure, FlakyStore, UnguardedStore};
+use dcenet_ipam::store::flaky::{Failure, FlakyStore, MeetingStore, UnguardedStore};
 use dcenet_ipam::store::memory::MemoryStore;
 use dcenet_ipam::store::{Batch, Store, Write};
 use dcenet_ipam::{Ipam, Quarantine};
 use pollster::block_on;
 
 use crate::capacity::Dice;
-use crate::races::MeetingStore;
 use crate::{attachment, config, each_store, ipam, lease, release, request};
 
 /// Eight blocks of four; the first lacks the network address, the last the broadcast address.
@@ -201,7 +200,7 @@ fn borrowing_from_applications_is_refused_by_field() {
 /// The addresses that two pods were given at once, both allocators having decided from the same state.
 fn two_first_leases(store: &Arc<dyn Store>, workloads: [&str; 2]) -> Vec<IpAddr> {
     block_on(ipam(DMZ, store).ready()).unwrap();
-    let meeting = MeetingStore::over(store.clone(), b"b/");
+    let meeting: Arc<dyn Store> = MeetingStore::over(store.clone(), b"b/");
     thread::scope(|scope| {
         let racers = [("a", workloads[0]), ("b", workloads[1])].map(|(node, workload)| {
             let meeting = &meeting;

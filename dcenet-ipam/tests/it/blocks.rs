@@ -8,13 +8,12 @@ use std::thread;
 use dcenet_core::model::LabelSet;
 use dcenet_core::provider::{AddressSource, LeaseError};
 use dcenet_ipam::store::Store;
-use dcenet_ipam::store::flaky::UnguardedStore;
+use dcenet_ipam::store::flaky::{MeetingStore, UnguardedStore};
 use dcenet_ipam::store::memory::MemoryStore;
 use dcenet_ipam::{Ipam, OwnedBlock};
 use ipnet::IpNet;
 use pollster::block_on;
 
-use crate::races::MeetingStore;
 use crate::{attachment, each_store, ipam, later, lease, release, request};
 
 fn node(json: &str, store: &Arc<dyn Store>, name: &str) -> Ipam {
@@ -182,7 +181,7 @@ fn wrong_blocks_are_refused_by_field() {
 fn two_first_leases(store: &Arc<dyn Store>) -> Vec<IpNet> {
     let json = r#"{ "pools": [ { "name": "p", "subnet": "10.0.0.0/24", "block": { "size": 16 } } ] }"#;
     block_on(node(json, store, "setup").ready()).unwrap();
-    let meeting = MeetingStore::over(store.clone(), b"b/");
+    let meeting: Arc<dyn Store> = MeetingStore::over(store.clone(), b"b/");
     thread::scope(|scope| {
         let racers = ["a", "b"].map(|name| {
             let meeting = &meeting;

@@ -7,11 +7,10 @@ use dcenet_core::provider::{AddressSource, LeaseError};
 use dcenet_ipam::config::AddressRange;
 use dcenet_ipam::model::{AddressSpace, KeepPolicy};
 use dcenet_ipam::store::Store;
-use dcenet_ipam::store::flaky::{Failure, FlakyStore, UnguardedStore};
+use dcenet_ipam::store::flaky::{Failure, FlakyStore, MeetingStore, UnguardedStore};
 use dcenet_ipam::store::memory::MemoryStore;
 use pollster::block_on;
 
-use crate::races::MeetingStore;
 use crate::{attachment, config, each_store, ipam, lease, release, request};
 
 const POOL: &str = r#"{ "cooldown": "0s", "pools": [ { "name": "p", "subnet": "10.0.0.0/28" } ] }"#;
@@ -173,7 +172,7 @@ fn a_thousand_reservations_side_by_side_are_crossed() {
 fn lease_beside_reservation(store: &Arc<dyn Store>) -> (Result<Vec<String>, LeaseError>, Result<bool, LeaseError>) {
     let json = r#"{ "pools": [ { "name": "p", "subnet": "10.0.0.0/24", "ranges": ["10.0.0.1-10.0.0.2"] } ] }"#;
     block_on(ipam(json, store).ready()).unwrap();
-    let meeting = MeetingStore::over(store.clone(), b"");
+    let meeting: Arc<dyn Store> = MeetingStore::over(store.clone(), b"");
     thread::scope(|scope| {
         let lessee = scope.spawn(|| lease(&ipam(json, &meeting), "c1", None));
         let space = AddressSpace::default();

@@ -6,7 +6,7 @@ use std::time::Duration;
 use dcenet_core::provider::{AddressSource, LeaseError};
 use dcenet_ipam::Ipam;
 use dcenet_ipam::store::Store;
-use dcenet_ipam::store::flaky::UnguardedStore;
+use dcenet_ipam::store::flaky::{MeetingStore, UnguardedStore};
 use dcenet_ipam::store::memory::MemoryStore;
 use pollster::block_on;
 
@@ -203,7 +203,7 @@ fn two_targets(store: Arc<dyn Store>) -> usize {
     let ours = ipam(&json, &store);
     lease(&ours, "source", VM).unwrap();
     begin(&ours, "source", None).unwrap();
-    let meeting = crate::races::MeetingStore::over(store, b"t/");
+    let meeting: Arc<dyn Store> = MeetingStore::over(store, b"t/");
     let start = Barrier::new(2);
     std::thread::scope(|scope| {
         let racers = ["t1", "t2"].map(|target| {

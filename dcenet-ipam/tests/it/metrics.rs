@@ -7,13 +7,12 @@ use dcenet_core::provider::{AddressSource, LeaseError};
 use dcenet_ipam::Ipam;
 use dcenet_ipam::metrics::{Cause, MeasuredSource, Metrics};
 use dcenet_ipam::store::Store;
-use dcenet_ipam::store::flaky::{Failure, FlakyStore};
+use dcenet_ipam::store::flaky::{Failure, FlakyStore, MeetingStore};
 use dcenet_ipam::store::measured::MeasuredStore;
 use dcenet_ipam::store::memory::MemoryStore;
 use pollster::block_on;
 use prometheus_client::registry::Registry;
 
-use crate::races::MeetingStore;
 use crate::{attachment, config, each_store, request};
 
 const POOLS: &str = r#"{ "pools": [ { "name": "db", "subnet": "10.0.0.0/29", "gateway": "10.0.0.1",

@@ -1,18 +1,16 @@
 //! What a user of the fleet plan sees, on every backend, and rivals at one store.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Barrier};
+use std::sync::Arc;
 use std::thread;
 
-use async_trait::async_trait;
 use dcenet_ipam::model::AddressSpace;
 use dcenet_ipam::plan::{
     Advice, Claim, ConflictKind, Document, Level, Place, Plan, PlanError, Prefix, Purpose, Receipt, State, Surrender,
 };
-use dcenet_ipam::store::flaky::{Failure, FlakyStore, UnguardedStore};
+use dcenet_ipam::store::flaky::{Failure, FlakyStore, MeetingStore, UnguardedStore};
 use dcenet_ipam::store::memory::MemoryStore;
-use dcenet_ipam::store::{Batch, Caps, Entry, Key, Outcome, Store, StoreError};
+use dcenet_ipam::store::{Key, Store};
 use ipnet::IpNet;
 use pollster::block_on;
 
@@ -480,42 +478,10 @@ fd00::/8         fleet    corp    net     any      held       2      -      -
     assert_eq!(table, expected, "{table}");
 }
 
-/// Holds the first two commits that claim a prefix until both have come: both were decided from the same state.
-#[derive(Debug)]
-struct Meeting {
-    inner: Arc<dyn Store>,
-    met: AtomicUsize,
-    barrier: Barrier,
-}
-
-#[async_trait]
-impl Store for Meeting {
-    async fn read(&self, keys: &[Key]) -> Result<Vec<Option<Entry>>, StoreError> {
-        self.inner.read(keys).await
-    }
-
-    async fn scan(&self, prefix: &[u8], after: Option<&[u8]>, limit: usize) -> Result<Vec<(Key, Entry)>, StoreError> {
-        self.inner.scan(prefix, after, limit).await
-    }
-
-    async fn commit(&self, batch: &Batch) -> Result<Outcome, StoreError> {
-        let claims = batch.writes.iter().any(|w| w.key().starts_with(b"plan/p/"));
-        if claims && self.met.fetch_add(1, Ordering::SeqCst) < 2 {
-            self.barrier.wait();
-        }
-        self.inner.commit(batch).await
-    }
-
-    fn caps(&self) -> Caps {
-        self.inner.caps()
-    }
-}
-
 /// Two claims that overlap under different keys, decided from the same state.
 fn two_claims(store: &Arc<dyn Store>) -> Vec<Result<Prefix, PlanError>> {
     fleet(store);
-    let meeting: Arc<dyn Store> =
-        Arc::new(Meeting { inner: store.clone(), met: AtomicUsize::new(0), barrier: Barrier::new(2) });
+    let meeting: Arc<dyn Store> = MeetingStore::over(store.clone(), b"plan/p/");
     thread::scope(|scope| {
         let racers = [("10.0.0.0/16", "big"), ("10.0.7.0/24", "small")].map(|(cidr, name)| {
             let meeting = &meeting;

@@ -7,55 +7,12 @@ use std::thread;
 
 use async_trait::async_trait;
 use dcenet_core::provider::{AddressSource, LeaseError};
-use dcenet_ipam::store::flaky::UnguardedStore;
+use dcenet_ipam::store::flaky::{MeetingStore, UnguardedStore};
 use dcenet_ipam::store::memory::MemoryStore;
 use dcenet_ipam::store::{Batch, Caps, Entry, Key, Outcome, Store, StoreError};
 use pollster::block_on;
 
 use crate::{each_store, ipam, lease, release, request, texts};
-
-/// Holds the first two commits that write a key with the prefix until both have come: both were decided from the same
-/// state.
-#[derive(Debug)]
-pub(crate) struct MeetingStore {
-    inner: Arc<dyn Store>,
-    prefix: &'static [u8],
-    met: AtomicUsize,
-    barrier: Barrier,
-}
-
-impl MeetingStore {
-    pub(crate) fn over(inner: Arc<dyn Store>, prefix: &'static [u8]) -> Arc<dyn Store> {
-        Arc::new(Self { inner, prefix, met: AtomicUsize::new(0), barrier: Barrier::new(2) })
-    }
-}
-
-#[async_trait]
-impl Store for MeetingStore {
-    async fn read(&self, keys: &[Key]) -> Result<Vec<Option<Entry>>, StoreError> {
-        self.inner.read(keys).await
-    }
-
-    async fn scan(&self, prefix: &[u8], after: Option<&[u8]>, limit: usize) -> Result<Vec<(Key, Entry)>, StoreError> {
-        self.inner.scan(prefix, after, limit).await
-    }
-
-    async fn commit(&self, batch: &Batch) -> Result<Outcome, StoreError> {
-        let meets = batch.writes.iter().any(|w| w.key().starts_with(self.prefix));
-        if meets && self.met.fetch_add(1, Ordering::SeqCst) < 2 {
-            self.barrier.wait();
-        }
-        self.inner.commit(batch).await
-    }
-
-    async fn first_gap(&self, prefix: &[u8], range: RangeInclusive<u128>) -> Result<Option<u128>, StoreError> {
-        self.inner.first_gap(prefix, range).await
-    }
-
-    fn caps(&self) -> Caps {
-        self.inner.caps()
-    }
-}
 
 /// Holds the first commit that writes a key with the prefix until it is let go: what it was decided from may have changed.
 #[derive(Debug)]
@@ -120,7 +77,7 @@ const POOL: &str = r#"{ "pools": [ { "name": "p", "subnet": "10.0.0.0/24" } ] }"
 fn two_leases(store: &Arc<dyn Store>) -> Vec<Vec<String>> {
     // Registered before, lest that be what they race for.
     block_on(ipam(POOL, store).ready()).unwrap();
-    let meeting = MeetingStore::over(store.clone(), b"t/");
+    let meeting: Arc<dyn Store> = MeetingStore::over(store.clone(), b"t/");
     thread::scope(|scope| {
         let racers = ["c1", "c2"].map(|c| {
             let meeting = &meeting;
@@ -148,7 +105,7 @@ fn without_the_slots_guard_they_get_one_address() {
 
 /// Two configurations that overlap under different names and were both checked against the same state.
 fn two_registrations(store: &Arc<dyn Store>) -> Vec<Result<Vec<String>, LeaseError>> {
-    let meeting = MeetingStore::over(store.clone(), b"e/");
+    let meeting: Arc<dyn Store> = MeetingStore::over(store.clone(), b"e/");
     thread::scope(|scope| {
         let racers = [("c1", "big", "10.0.0.0/16"), ("c2", "small", "10.0.0.0/24")].map(|(container, name, subnet)| {
             let meeting = &meeting;
