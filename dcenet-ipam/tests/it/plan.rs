@@ -207,6 +207,43 @@ fn the_same_prefix_may_be_used_in_another_space_unless_its_purpose_is_unique() {
     });
 }
 
+#[test]
+fn a_mesh_prefix_is_one_clusters_in_all_spaces_and_nothing_else_is_in_it() {
+    each_store(|store, _| {
+        let plan = fleet(&store);
+        for (name, unique) in [("blue", &[Purpose::Mesh][..]), ("green", &[])] {
+            block_on(plan.add_space(&space(name), unique)).unwrap();
+            block_on(plan.own(&Claim::at(net("10.0.0.0/8"), Level::Fleet, "corp", "net").space(space(name)))).unwrap();
+        }
+        let range = Claim::at(net("10.240.0.0/12"), Level::Region, "mesh", "net").purpose(Purpose::Mesh);
+        block_on(plan.claim(&range)).unwrap();
+        let of = |name: &str| Claim::within(net("10.240.0.0/12"), 16, Level::Cluster, name, name);
+        for (name, cidr) in [("a", "10.240.0.0/16"), ("b", "10.241.0.0/16")] {
+            let claimed = block_on(plan.claim(&of(name).purpose(Purpose::Mesh))).unwrap();
+            assert_eq!((claimed.cidr, claimed.purpose), (net(cidr), Purpose::Mesh));
+        }
+        let pods = block_on(plan.claim(&of("c").purpose(Purpose::Pod))).unwrap_err();
+        assert!(matches!(pods, PlanError::Purpose { wanted: Purpose::Mesh, .. }), "{pods}");
+        assert!(pods.to_string().contains("mesh"), "{pods}");
+        // In a space that keeps mesh prefixes apart from those of others, and in one that does not.
+        let there = |name: &str, purpose: Purpose| {
+            let claim = Claim::at(net("10.241.0.0/16"), Level::Cluster, "x", "x").purpose(purpose).space(space(name));
+            block_on(plan.claim(&claim))
+        };
+        let refused = there("blue", Purpose::Mesh).unwrap_err();
+        assert!(refused.holder().unwrap().path.starts_with("corp/mesh"), "{refused}");
+        there("blue", Purpose::Pod).unwrap();
+        there("green", Purpose::Mesh).unwrap();
+        // The purpose goes through a document.
+        let text = serde_json::to_string(&block_on(plan.document(&default())).unwrap()).unwrap();
+        let copy = Plan::new(memory(), "fleet").unwrap();
+        block_on(copy.add_space(&default(), &[])).unwrap();
+        assert!(block_on(copy.import(&serde_json::from_str(&text).unwrap())).unwrap().applied);
+        let copied = block_on(copy.get(&default(), net("10.241.0.0/16"), Level::Cluster)).unwrap().unwrap();
+        assert_eq!((copied.purpose, copied.path.as_str()), (Purpose::Mesh, "corp/mesh/b"));
+    });
+}
+
 /// A cluster that has 10.0.0.0/16.
 fn cluster(parent: &Plan) -> (Plan, Prefix) {
     let prefix = within(parent, "10.0.0.0/8", 16, Level::Cluster, "prod-1").unwrap();
