@@ -3,15 +3,15 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dcenet_ipam::IpamConfig;
-use dcenet_ipam::store::StoreError;
 use dcenet_ipam::store::etcd::cluster::Cluster;
 use dcenet_ipam::store::etcd::{EtcdConfig, EtcdStore};
+use dcenet_ipam::store::{Change, Outcome, Store, StoreError, Watch};
 use pollster::block_on;
 
-use super::{can_run, commit, memory_dir, open, put, read};
+use super::{SOON, can_run, commit, memory_dir, open, put, read};
 
 fn refused(config: &EtcdConfig) -> String {
     EtcdStore::open(config).unwrap_err().to_string()
@@ -94,22 +94,12 @@ fn users_are_let_in_by_password_and_no_further_than_their_role() {
         fs::write(dir.path().join(name), text).unwrap();
         Some(dir.path().join(name))
     };
-    for arguments in [
-        &["user", "add", "root:root"][..],
-        &["user", "grant-role", "root", "root"],
-        &["user", "add", "ipam:secret-7"],
-        &["role", "add", "ipam"],
-        &["role", "grant-permission", "ipam", "readwrite", "/dcenet/ipam/", "--prefix"],
-        &["user", "grant-role", "ipam", "ipam"],
-        &["auth", "enable"],
-    ] {
-        cluster.etcdctl(arguments);
-    }
     let user = |name: &str, file: Option<PathBuf>| EtcdConfig {
         username: Some(name.to_owned()),
         password_file: file,
         ..cluster.config()
     };
+    guard_by_password(&cluster);
     let good = user("ipam", password("good", "secret-7\n"));
     let store = open(&good);
     let mut watch = block_on(store.watch(b"", 0)).unwrap();
@@ -132,6 +122,151 @@ fn users_are_let_in_by_password_and_no_further_than_their_role() {
     std::thread::sleep(Duration::from_secs(5));
     assert_eq!(read(&*store, "a").map(|e| e.version), Some(revision));
     assert_eq!(block_on(watch.next(super::SOON)).unwrap().map(|c| c.revision()), Some(revision));
+}
+
+/// From now on the user `ipam` with the password `secret-7` may do what it likes below the prefix, and nobody else may
+/// do anything but `root` with the password `root`.
+fn guard_by_password(cluster: &Cluster) {
+    for arguments in [
+        &["user", "add", "root:root"][..],
+        &["user", "grant-role", "root", "root"],
+        &["user", "add", "ipam:secret-7"],
+        &["role", "add", "ipam"],
+        &["role", "grant-permission", "ipam", "readwrite", "/dcenet/ipam/", "--prefix"],
+        &["user", "grant-role", "ipam", "ipam"],
+        &["auth", "enable"],
+    ] {
+        cluster.etcdctl(arguments);
+    }
+}
+
+fn as_root(cluster: &Cluster, arguments: &[&str]) {
+    cluster.etcdctl(&[&["--user", "root:root"], arguments].concat());
+}
+
+/// What a watch tells up to and with a revision: each at most once, in order, and errors only of being let in.
+fn told_up_to(watch: &mut dyn Watch, last: u64) -> Vec<u64> {
+    let deadline = Instant::now() + SOON;
+    let mut told: Vec<u64> = Vec::new();
+    while told.last().is_none_or(|newest| *newest < last) {
+        assert!(Instant::now() < deadline, "{last} was not told after {told:?}");
+        match block_on(watch.next(Duration::from_secs(5))) {
+            Ok(Some(Change::Writes { revision, .. })) => told.push(revision),
+            Ok(Some(gap)) => panic!("{gap:?} after {told:?}, and nothing was compacted"),
+            Ok(None) | Err(StoreError::Denied(_) | StoreError::Unavailable(_)) => {}
+            Err(error) => panic!("{error} after {told:?}"),
+        }
+    }
+    told
+}
+
+#[test]
+fn a_role_that_is_revoked_and_granted_again_stops_and_resumes_what_is_open() {
+    if !can_run() {
+        return;
+    }
+    let dir = memory_dir();
+    let cluster = Cluster::start(1, dir.path());
+    guard_by_password(&cluster);
+    fs::write(dir.path().join("password"), "secret-7").unwrap();
+    let config = EtcdConfig {
+        username: Some("ipam".to_owned()),
+        password_file: Some(dir.path().join("password")),
+        ..cluster.config()
+    };
+    let store = open(&config);
+    let mut watch = block_on(store.watch(b"", 0)).unwrap();
+    let mut made = vec![commit(&*store, &put("a", "0"))];
+    assert_eq!(told_up_to(&mut *watch, made[0]), made);
+    for round in 1..=3 {
+        as_root(&cluster, &["user", "revoke-role", "ipam", "ipam"]);
+        // Denied, and not applied: neither unknown nor a fault of the caller, however often it is tried.
+        for _ in 0..2 {
+            let refused = block_on(store.commit(&put("a", "refused")));
+            assert!(matches!(refused, Err(StoreError::Denied(_))), "round {round}: {refused:?}");
+            let refused = block_on(store.read(&[b"a".to_vec()]));
+            assert!(matches!(refused, Err(StoreError::Denied(_))), "round {round}: {refused:?}");
+        }
+        let refused = block_on(store.watch(b"", made[0])).map(drop);
+        assert!(matches!(refused, Err(StoreError::Denied(_))), "round {round}: {refused:?}");
+        // Written by another meanwhile.
+        as_root(&cluster, &["put", "/dcenet/ipam/k/b", &format!("by root {round}")]);
+        as_root(&cluster, &["user", "grant-role", "ipam", "ipam"]);
+        let by_root = read(&*store, "b").expect("it may be read again").version;
+        made.push(by_root);
+        made.push(commit(&*store, &put("a", &round.to_string())));
+        assert_eq!(read(&*store, "a").unwrap().value, round.to_string().into_bytes());
+        let last = *made.last().unwrap();
+        assert_eq!(told_up_to(&mut *watch, last), made[made.len() - 2..], "round {round}");
+        let mut late = block_on(store.watch(b"", made[0])).unwrap();
+        assert_eq!(told_up_to(&mut *late, last), made[1..], "round {round}");
+    }
+    assert!(cluster_holds(&cluster, b"by root 3") && !cluster_holds(&cluster, b"refused"));
+}
+
+/// Whether any value below the prefix is this, as etcdctl reads it.
+fn cluster_holds(cluster: &Cluster, value: &[u8]) -> bool {
+    let text = cluster.etcdctl(&["--user", "root:root", "get", "--prefix", "/dcenet/ipam/k/", "--print-value-only"]);
+    text.lines().any(|line| line.as_bytes() == value)
+}
+
+#[test]
+fn a_user_stays_let_in_while_leaders_change() {
+    if !can_run() {
+        return;
+    }
+    let dir = memory_dir();
+    let mut cluster = Cluster::start(3, dir.path());
+    guard_by_password(&cluster);
+    fs::write(dir.path().join("password"), "secret-7").unwrap();
+    fs::write(dir.path().join("wrong"), "secret-8").unwrap();
+    let user = |file: &str| EtcdConfig {
+        username: Some("ipam".to_owned()),
+        password_file: Some(dir.path().join(file)),
+        timeout: Some(Duration::from_secs(20)),
+        ..cluster.config()
+    };
+    let (store, wrong) = (open(&user("password")), user("wrong"));
+    let mut watch = block_on(store.watch(b"n", 0)).unwrap();
+    // Sent again as it is until it is known; a user that is let in is never denied.
+    let increment = |store: &dyn Store, number: usize| -> u64 {
+        let (batch, deadline) = (put("n", &number.to_string()), Instant::now() + SOON);
+        loop {
+            match block_on(store.commit(&batch)) {
+                Ok(Outcome::Committed { revision }) => return revision,
+                Ok(Outcome::Unknown { .. }) | Err(StoreError::Unavailable(_)) => {}
+                other => panic!("commit {number}: {other:?}"),
+            }
+            assert!(Instant::now() < deadline, "commit {number}");
+        }
+    };
+    let mut made = vec![increment(&*store, 0)];
+    let mut leaders = Vec::new();
+    for round in 0..3 {
+        let deadline = Instant::now() + SOON;
+        let leader = loop {
+            assert!(Instant::now() < deadline, "there is no leader");
+            match cluster.leader() {
+                Some(leader) => break leader,
+                None => std::thread::sleep(Duration::from_millis(50)),
+            }
+        };
+        cluster.kill(leader);
+        for _ in 0..5 {
+            made.push(increment(&*store, made.len()));
+        }
+        let next = cluster.leader();
+        assert!(next.is_some_and(|next| next != leader), "round {round}: {next:?} after {leader}");
+        leaders.push(leader);
+        // Tokens are in a member's memory: it has none when it is back.
+        cluster.restart(leader);
+        assert!(cluster.wait());
+        made.push(increment(&*store, made.len()));
+        let denied = block_on(open(&wrong).read(&[b"n".to_vec()]));
+        assert!(matches!(denied, Err(StoreError::Denied(_))), "round {round}: {denied:?}");
+    }
+    assert_eq!(told_up_to(&mut *watch, *made.last().unwrap()), made, "{leaders:?} were killed");
+    assert_eq!(read(&*store, "n").unwrap().value, (made.len() - 1).to_string().into_bytes());
 }
 
 /// A certificate for 127.0.0.1, signed by an authority of the same directory, or the authority itself.
