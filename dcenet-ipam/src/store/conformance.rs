@@ -20,7 +20,10 @@ use std::thread::{self, Thread};
 
 use dcenet_core::provider::{AddressSource, LeaseError, LeaseRequest};
 
+use super::flaky::{MeetingStore, UnguardedStore};
 use super::{Batch, Entry, Guard, Key, MAX_KEY, Outcome, Store, StoreError, Write, numbered};
+use crate::model::AddressSpace;
+use crate::plan::{Claim, Level, Plan, PlanError, Prefix};
 use crate::{Ipam, IpamConfig};
 
 /// Checks the whole contract. `make` gives a new, empty store at each call.
@@ -40,6 +43,7 @@ pub fn all(make: impl Fn() -> Arc<dyn Store>) {
     racers_never_both_win(&make());
     increments_are_not_lost(&make());
     overlapping_pools_are_refused_to_one_racer(&make());
+    overlapping_claims_are_refused_to_one_racer(&make);
     watches(make);
 }
 
@@ -219,9 +223,10 @@ fn gaps_agree_with_counting(store: &dyn Store) {
         let found = block_on(store.first_gap(b"n/", low..=high)).unwrap();
         assert_eq!(found, expected, "round {round}, {low}..={high} of {taken:?}");
     }
-    // A long dense run, through several pages and blocks.
-    for start in (5000_u128..7000).step_by(500) {
-        let writes = (start..start + 500).map(|n| Write::Put(numbered(b"n/", n), vec![7; 40])).collect();
+    // A long dense run, through several pages and blocks, in batches as large as they may be.
+    let run: Vec<u128> = (5000..7000).collect();
+    for some in run.chunks(store.caps().max_operations.min(500)) {
+        let writes = some.iter().map(|n| Write::Put(numbered(b"n/", *n), vec![7; 40])).collect();
         commit(store, &Batch { writes, ..batch(&[], vec![]) });
     }
     let gap = |range| block_on(store.first_gap(b"n/", range)).unwrap();
@@ -364,6 +369,59 @@ fn overlapping_pools_are_refused_to_one_racer(store: &Arc<dyn Store>) {
         }
     }
     assert_eq!(refused, 10);
+}
+
+/// Two claims of overlapping prefixes, which are different keys, both decided before either is committed: the store lets
+/// one in, and the other learns who has it. Without the guard on the epoch of the space both get it.
+fn overlapping_claims_are_refused_to_one_racer(make: impl Fn() -> Arc<dyn Store>) {
+    let rounds = [["10.0.0.0/16", "10.0.7.0/24"], ["10.1.9.0/24", "10.1.0.0/16"], ["fd00:1::/32", "fd00:1:8000::/33"]];
+    for (round, rivals) in rounds.iter().enumerate() {
+        let store = make();
+        let outcomes = two_claims(&store, rivals);
+        let refused: Vec<&PlanError> = outcomes.iter().filter_map(|o| o.as_ref().err()).collect();
+        assert!(matches!(refused[..], [PlanError::Overlap { .. }]), "round {round}: {outcomes:?}");
+        let winner = outcomes.iter().find_map(|o| o.as_ref().ok()).unwrap();
+        assert_eq!(refused[0].holder().unwrap().path, winner.path, "round {round}");
+        assert_eq!(claimed(&*store).len(), 1, "round {round}");
+
+        let unguarded: Arc<dyn Store> =
+            Arc::new(UnguardedStore::new(make(), |guard| guard.key.starts_with(b"plan/e/")));
+        let outcomes = two_claims(&unguarded, rivals);
+        assert!(outcomes.iter().all(Result::is_ok), "round {round}, without the guard: {outcomes:?}");
+        assert_eq!(claimed(&*unguarded).len(), 2, "round {round}, without the guard");
+    }
+}
+
+/// What two authorities that share a store are told when they claim at the same time.
+fn two_claims(store: &Arc<dyn Store>, rivals: &[&str; 2]) -> Vec<Result<Prefix, PlanError>> {
+    let plan = Plan::new(store.clone(), "fleet").unwrap();
+    block_on(plan.add_space(&AddressSpace::default(), &[])).unwrap();
+    for cidr in ["10.0.0.0/8", "fd00::/8"] {
+        block_on(plan.own(&Claim::at(cidr.parse().unwrap(), Level::Fleet, "corp", "net"))).unwrap();
+    }
+    let meeting = MeetingStore::over(store.clone(), b"plan/p/");
+    let outcomes = thread::scope(|scope| {
+        let racers: Vec<_> = rivals
+            .iter()
+            .zip(["one", "two"])
+            .map(|(cidr, name)| {
+                let meeting = meeting.clone();
+                scope.spawn(move || {
+                    let claim = Claim::at(cidr.parse().unwrap(), Level::Cluster, name, name);
+                    block_on(Plan::new(meeting, "fleet").unwrap().claim(&claim))
+                })
+            })
+            .collect();
+        racers.into_iter().map(|r| r.join().unwrap()).collect()
+    });
+    assert!(meeting.met(), "one was decided after the other was committed: {outcomes:?}");
+    outcomes
+}
+
+/// The keys of the prefixes of clusters, read without the plan: the last byte is the level.
+fn claimed(store: &dyn Store) -> Vec<Key> {
+    let all = block_on(store.scan(b"plan/p/", None, usize::MAX)).unwrap();
+    all.into_iter().map(|(key, _)| key).filter(|key| key.last() == Some(&2)).collect()
 }
 
 /// Numbers that look random and are the same in each run (xorshift64*, Vigna 2016).
