@@ -9,6 +9,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a suite of tests fails by panicking")]
 
+mod failures;
 mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,6 +21,7 @@ use std::thread::{self, Thread};
 
 use dcenet_core::provider::{AddressSource, LeaseError, LeaseRequest};
 
+pub use self::failures::failures_leave_all_or_nothing;
 use super::flaky::{MeetingStore, UnguardedStore};
 use super::{Batch, Entry, Guard, Key, MAX_KEY, Outcome, Store, StoreError, Write, numbered};
 use crate::model::AddressSpace;
@@ -44,6 +46,7 @@ pub fn all(make: impl Fn() -> Arc<dyn Store>) {
     increments_are_not_lost(&make());
     overlapping_pools_are_refused_to_one_racer(&make());
     overlapping_claims_are_refused_to_one_racer(&make);
+    failures_leave_all_or_nothing(&make);
     watches(make);
 }
 
