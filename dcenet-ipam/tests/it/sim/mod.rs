@@ -6,7 +6,7 @@
 //! ([`history`]) knows only what callers were told, and reads the store's content by itself.
 //!
 //! ```text
-//!   runtime slots, collector      world.rs       what a runtime does: ADD, DEL, lost DEL, GC
+//!   runtimes, collector, operator world.rs       ADD, DEL, lost DEL, GC, migration, quarantine, expiry, blocks
 //!        |                                            |
 //!   Ipam (under test)                            history.rs   the judge
 //!        |
@@ -40,9 +40,20 @@ fn nothing_is_doubled_freed_or_leaked() {
     }
     println!("{seed} worlds: {total:?}");
     // A world in which nothing goes wrong proves nothing.
-    for (what, count) in total.faults() {
+    for (what, count) in total.faults().into_iter().chain(total.kinds()) {
         assert!(count > 20, "{what} happened {count} times only: {total:?}");
     }
+}
+
+#[test]
+fn blocks_change_hands_and_nothing_is_doubled_freed_or_leaked() {
+    let mut total = world::Tally::default();
+    for seed in 0..if std::env::var_os("DCENET_SOAK").is_some() { 400 } else { 12 } {
+        let setup = Setup { seed, blocks: true, ..Setup::default() };
+        total += run(&setup).unwrap_or_else(|fault| panic!("seed {seed}: {fault}"));
+    }
+    println!("{total:?}");
+    assert!(total.blocks > 10 && total.completed > 5, "{total:?}");
 }
 
 #[test]
@@ -79,7 +90,7 @@ fn must_be_found(plant: Plant, words: &[&str]) {
 /// whereabouts#110: concurrent read, change and write of one record.
 #[test]
 fn planted_lost_update_is_found() {
-    must_be_found(Plant::NoSlotGuards, &["two holders", "is alive, and the store"]);
+    must_be_found(Plant::NoSlotGuards, &["two holders", "in quarantine", "is alive, and the store"]);
 }
 
 /// whereabouts#162 and #207: the list of the living was older than the reservations that it judged.
@@ -97,19 +108,25 @@ fn planted_release_by_name_is_found() {
 /// spiderpool#412 and #4867: two records, and a crash between them.
 #[test]
 fn planted_half_batches_are_found() {
-    must_be_found(Plant::HalfBatches, &["is alive, and the store", "leaked", "two holders", "cannot"]);
+    must_be_found(Plant::HalfBatches, &["is alive, and the store", "leaked", "two holders", "in quarantine", "cannot"]);
 }
 
 /// cilium#42920: who held a lock acts after it has lapsed.
 #[test]
 fn planted_late_lock_holder_is_found() {
-    must_be_found(Plant::LockInsteadOfGuards, &["two holders", "is alive, and the store", "given again"]);
+    must_be_found(
+        Plant::LockInsteadOfGuards,
+        &["two holders", "in quarantine", "is alive, and the store", "given again"],
+    );
 }
 
 /// kube-ovn#4304, amazon-vpc-cni-k8s#711: rebuilt after a restart from a source that was not complete.
 #[test]
 fn planted_incomplete_rebuild_is_found() {
-    must_be_found(Plant::IncompleteRebuild, &["two holders", "is alive, and the store", "is kept for"]);
+    must_be_found(
+        Plant::IncompleteRebuild,
+        &["two holders", "in quarantine", "is alive, and the store", "is kept for"],
+    );
 }
 
 /// cilium#46952, whereabouts#83: IPv6 addresses as 64-bit numbers.

@@ -230,3 +230,6 @@ pub(super) fn put(store: &dyn Store, writes: Vec<Write>, request_id: u128) {
 }
 
 pub(super) const COOLDOWN: Duration = Duration::from_secs(30);
+
+/// How long a claim of [`super::history::KEPT_FOR_A_TIME`] keeps its address.
+pub(super) const KEPT: Duration = Duration::from_secs(120);

@@ -1,13 +1,19 @@
 //! A world: runtimes that add and delete containers, processes that die, collectors, and time.
 
+use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
+use dcenet_core::model::{AttachmentKey, LabelSet};
 use dcenet_core::provider::{AddressSource, LeaseError, LeaseRequest};
 use dcenet_ipam::Ipam;
+use dcenet_ipam::machine::{MAX_HANDOVER, Quarantine};
+use dcenet_ipam::model::AddressSpace;
+use dcenet_ipam::reclaim::{Alive, Policy, Reclaimer, Scope, Snapshot};
 use parking_lot::Mutex;
 
-use super::history::{Ground, History, Life};
-use super::network::{COOLDOWN, Plant, Server, SimStore};
+use super::history::{Ground, History, KEPT_FOR_A_TIME, Life};
+use super::network::{COOLDOWN, KEPT, Plant, Server, SimStore};
 use super::scheduler::{Clock, Scheduler, Turn};
 use crate::attachment;
 
@@ -20,13 +26,15 @@ pub(super) struct Setup {
     pub(super) on_disk: bool,
     /// Containers live for milliseconds, so that all places write at the same time.
     pub(super) busy: bool,
+    /// Nodes own blocks of the IPv4 pool.
+    pub(super) blocks: bool,
     /// Turns of the scheduler before the world comes to rest.
     pub(super) steps: u64,
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { seed: 0, plant: None, on_disk: false, busy: false, steps: 6_000 }
+        Self { seed: 0, plant: None, on_disk: false, busy: false, blocks: false, steps: 6_000 }
     }
 }
 
@@ -37,6 +45,12 @@ pub(super) struct Tally {
     pub(super) refused: u64,
     pub(super) released: u64,
     pub(super) collected: u64,
+    pub(super) reclaimed: u64,
+    pub(super) completed: u64,
+    pub(super) aborted: u64,
+    pub(super) quarantined: u64,
+    pub(super) expired: u64,
+    pub(super) blocks: u64,
     pub(super) killed: u64,
     pub(super) late: u64,
     pub(super) jumps: u64,
@@ -51,11 +65,32 @@ pub(super) struct Tally {
 impl Tally {
     /// Commands that came to an end.
     pub(super) fn operations(&self) -> u64 {
-        self.leased + self.refused + self.released + self.collected
+        self.leased
+            + self.refused
+            + self.released
+            + self.collected
+            + self.reclaimed
+            + self.completed
+            + self.aborted
+            + self.quarantined
+            + self.expired
+            + self.blocks
+    }
+
+    /// What was done beside leases and releases.
+    pub(super) fn kinds(&self) -> [(&'static str, u64); 6] {
+        [
+            ("a collection", self.collected),
+            ("a collection after two observations", self.reclaimed),
+            ("a handover that was completed", self.completed),
+            ("a handover that was aborted", self.aborted),
+            ("a quarantine", self.quarantined),
+            ("the end of what was kept or in quarantine", self.expired),
+        ]
     }
 
     /// What went wrong on purpose.
-    pub(super) fn faults(&self) -> [(&'static str, u64); 8] {
+    pub(super) fn faults(&self) -> [(&'static str, u64); 7] {
         [
             ("a kill", self.killed),
             ("a late DEL", self.late),
@@ -64,7 +99,6 @@ impl Tally {
             ("a lost reply", self.unknown),
             ("a doubled request", self.doubled),
             ("a restart", self.restarts),
-            ("a collection", self.collected),
         ]
     }
 }
@@ -75,6 +109,12 @@ impl std::ops::AddAssign for Tally {
         self.refused += other.refused;
         self.released += other.released;
         self.collected += other.collected;
+        self.reclaimed += other.reclaimed;
+        self.completed += other.completed;
+        self.aborted += other.aborted;
+        self.quarantined += other.quarantined;
+        self.expired += other.expired;
+        self.blocks += other.blocks;
         self.killed += other.killed;
         self.late += other.late;
         self.jumps += other.jumps;
@@ -93,6 +133,11 @@ enum Place {
     Empty,
     Adding(Life),
     Running(Life),
+    /// Both may run.
+    Migrating {
+        from: Life,
+        to: Life,
+    },
     Deleting(Life),
 }
 
@@ -111,6 +156,9 @@ struct World {
     closing: Mutex<bool>,
     plant: Option<Plant>,
     busy: bool,
+    blocks: bool,
+    /// Whether clocks run true.
+    timely: bool,
 }
 
 /// A DEL that has looked and not yet released.
@@ -121,18 +169,23 @@ struct Late {
 }
 
 const PLACES: usize = 12;
+/// The name of the task that does what operators do.
+const OPERATOR: usize = PLACES + 2;
 const NETWORK: &str = "net";
 
 /// A /28 has 13 addresses and there are as many places for containers: sometimes there is none left. IPv6 lies beyond 64
 /// bits.
-fn config(length: u8, cooldown: u128) -> String {
+fn config(length: u8, cooldown: u128, options: &str) -> String {
+    let kept = KEPT.as_secs();
     format!(
         r#"{{ "cooldown": "{cooldown}ms", "pools": [
-            {{ "name": "v4", "subnet": "10.0.0.0/{length}", "gateway": "10.0.0.1",
-               "claims": {{ "shop/db": {{ "address": "10.0.0.5" }}, "shop/queue": {{}} }} }},
+            {{ "name": "v4", "subnet": "10.0.0.0/{length}", "gateway": "10.0.0.1" {options},
+               "claims": {{ "shop/db": {{ "address": "10.0.0.5" }}, "shop/queue": {{}},
+                            "{KEPT_FOR_A_TIME}": {{ "keep": "{kept}s" }} }} }},
             {{ "name": "v6", "subnet": "fd00:1::/32", "gateway": "fd00:1::1",
                "ranges": ["fd00:1:0:1::1-fd00:1:0:1::20"],
-               "claims": {{ "shop/db": {{}}, "shop/queue": {{ "address": "fd00:1:ffff::5" }} }} }} ] }}"#
+               "claims": {{ "shop/db": {{}}, "shop/queue": {{ "address": "fd00:1:ffff::5" }},
+                            "{KEPT_FOR_A_TIME}": {{ "keep": "{kept}s" }} }} }} ] }}"#
     )
 }
 
@@ -142,8 +195,11 @@ pub(super) fn run(setup: &Setup) -> Result<Tally, String> {
     let directory = setup.on_disk.then(|| tempfile::tempdir().unwrap());
     let path = directory.as_ref().map(|d| d.path().to_owned());
     let server = Arc::new(Server::new(clock.clone(), setup.plant, path));
-    let ground = [(if setup.busy { "10.0.0.0/24" } else { "10.0.0.0/28" }, "10.0.0.1"), ("fd00:1::/32", "fd00:1::1")]
-        .map(|(subnet, gateway)| Ground { subnet: subnet.parse().unwrap(), gateway: gateway.parse().unwrap() });
+    let ground = [
+        (if setup.busy || setup.blocks { "10.0.0.0/24" } else { "10.0.0.0/28" }, "10.0.0.1"),
+        ("fd00:1::/32", "fd00:1::1"),
+    ]
+    .map(|(subnet, gateway)| Ground { subnet: subnet.parse().unwrap(), gateway: gateway.parse().unwrap() });
     // Half of the worlds have true clocks, so that the time between two uses can be judged.
     let timely = setup.seed.is_multiple_of(2) && !setup.busy;
     let world = Arc::new(World {
@@ -158,12 +214,17 @@ pub(super) fn run(setup: &Setup) -> Result<Tally, String> {
         closing: Mutex::new(false),
         plant: setup.plant,
         busy: setup.busy,
+        blocks: setup.blocks,
+        timely,
     });
     let mut scheduler = Scheduler::new(clock.clone());
     for place in 0..PLACES {
         scheduler.spawn(place, runtime(world.clone(), place));
     }
     scheduler.spawn(PLACES, collector(world.clone()));
+    if !setup.busy {
+        scheduler.spawn(OPERATOR, operator(world.clone()));
+    }
 
     for step in 0..setup.steps {
         if let Turn::Killed(name) = scheduler.turn(20) {
@@ -224,12 +285,13 @@ async fn at_once<T: Send + 'static>(future: impl Future<Output = T> + Send + 'st
 impl World {
     fn ipam(self: &Arc<Self>, node: usize) -> Ipam {
         let cooldown = if self.busy || self.plant == Some(Plant::NoCooldown) { 0 } else { COOLDOWN.as_millis() };
-        let length = if self.busy { 24 } else { 28 };
+        let length = if self.busy || self.blocks { 24 } else { 28 };
+        let options = if self.blocks { r#", "block": { "size": 4 }"# } else { "" };
         let store = SimStore { server: self.server.clone(), node, hot: Arc::default() };
         let (world, clock) = (self.clone(), self.clock.clone());
-        Ipam::new(&crate::config(&config(length, cooldown)), Arc::new(store))
-            .unwrap()
-            .with_clock(move || world.clock.now().saturating_add_signed(world.skew.lock()[node]))
+        let ipam = Ipam::new(&crate::config(&config(length, cooldown, options)), Arc::new(store)).unwrap();
+        let ipam = if self.blocks { ipam.on_node(node_name(node).parse().unwrap(), LabelSet::new()) } else { ipam };
+        ipam.with_clock(move || world.clock.now().saturating_add_signed(world.skew.lock()[node]))
             .with_entropy(move || clock.bits())
     }
 
@@ -269,6 +331,7 @@ impl World {
             // One place each, for a claim is one container's at a time.
             0 if place == 0 => Some("shop/db".to_owned()),
             0 if place == 1 => Some("shop/queue".to_owned()),
+            0 | 1 if place == 2 => Some(KEPT_FOR_A_TIME.to_owned()),
             1 => Some(format!("shop/web-{place}")),
             _ => None,
         };
@@ -280,6 +343,9 @@ impl World {
         if name == PLACES {
             return scheduler.spawn(PLACES, collector(self.clone()));
         }
+        if name == OPERATOR {
+            return scheduler.spawn(OPERATOR, operator(self.clone()));
+        }
         if name > PLACES {
             return;
         }
@@ -290,7 +356,135 @@ impl World {
             self.ends(&life);
             self.set(name, Place::Deleting(life));
         }
+        // It does not know how far it came: both go, the target as if its node had died.
+        if let Place::Migrating { from, to } = self.place(name) {
+            self.ends(&from);
+            self.ends(&to);
+            self.history.lock().is_over(&from, &to);
+            self.set(name, Place::Deleting(from));
+        }
         scheduler.spawn(name, runtime(self.clone(), name));
+    }
+
+    /// Every container that somebody has begun to make and that is not gone.
+    fn alive(&self) -> Vec<AttachmentKey> {
+        let places = self.places.lock();
+        let lives = places.iter().flat_map(|place| match place {
+            Place::Empty => vec![],
+            Place::Adding(life) | Place::Running(life) | Place::Deleting(life) => vec![life],
+            Place::Migrating { from, to } => vec![from, to],
+        });
+        lives.map(|life| attachment(&life.container)).collect()
+    }
+
+    /// A container for the workload of another, elsewhere.
+    fn bear_twin(&self, place: usize, of: &Life) -> Life {
+        let mut lives = self.lives.lock();
+        *lives += 1;
+        Life { container: format!("p{place}-{}", *lives), number: *lives, workload: of.workload.clone() }
+    }
+}
+
+fn node_name(node: usize) -> String {
+    format!("n{node}")
+}
+
+/// ADD. What comes of it is judged.
+async fn add(world: &World, ipam: &Ipam, life: &Life) -> Result<(), LeaseError> {
+    let workload = life.workload.as_ref().map(|w| w.parse().unwrap());
+    let request = LeaseRequest { workload, ..LeaseRequest::new(attachment(&life.container)) };
+    let asked = world.clock.now();
+    match ipam.lease(&request).await {
+        Ok(lease) => {
+            world.server.tally.lock().leased += 1;
+            let verdict = world.history.lock().leased(life, &lease, asked, world.clock.now());
+            world.judge(verdict);
+            Ok(())
+        }
+        Err(error) => {
+            if let LeaseError::Damaged(_) | LeaseError::Invalid { .. } = error {
+                world.judge(Err(format!("{life:?} cannot be: {error}")));
+            }
+            world.server.tally.lock().refused += 1;
+            Err(error)
+        }
+    }
+}
+
+/// Live migration to another node, there or half way and back. Returns who has the address in the end, once the other
+/// has surely nothing.
+async fn migrate(world: &Arc<World>, ipam: &Ipam, place: usize, from: &Life, to: &Life) -> Life {
+    let there = world.ipam((place + 5) % PLACES);
+    let (source, target) = (attachment(&from.container), attachment(&to.container));
+    world.history.lock().declares(from, to);
+    let begun = ipam.begin_handover(&source, None, Some(&target), MAX_HANDOVER).await;
+    let joined = matches!(begun, Ok(true)) && add(world, &there, to).await.is_ok();
+    if joined {
+        world.live(20_000).await;
+    }
+    let complete = joined && world.clock.dice(5_000);
+    let (stays, goes) = if complete { (to, from) } else { (from, to) };
+    world.ends(goes);
+    world.history.lock().is_over(from, to);
+    // If this fails, the release of who goes does it.
+    let ended = if complete { ipam.complete_handover(&source).await } else { ipam.abort_handover(&source).await };
+    if matches!(ended, Ok(true)) && joined {
+        let mut tally = world.server.tally.lock();
+        if complete {
+            tally.completed += 1;
+        } else {
+            tally.aborted += 1;
+        }
+    }
+    while delete(world, ipam, goes).await.is_err() {
+        world.clock.sleep(1_000).await;
+    }
+    stays.clone()
+}
+
+/// What operators do: quarantine, what ends by time, blocks.
+async fn operator(world: Arc<World>) {
+    let ipam = world.ipam(PLACES);
+    while !*world.closing.lock() {
+        world.clock.sleep(5_000 + world.clock.below(60_000)).await;
+        match world.clock.below(3) {
+            0 => {
+                if let Ok(count) = ipam.expire().await {
+                    world.server.tally.lock().expired += count as u64;
+                }
+            }
+            1 => confine(&world, &ipam).await,
+            _ if world.blocks => {
+                // Of the living and of the dead: it makes no difference.
+                let owner = node_name(world.clock.below(PLACES as u64) as usize);
+                if let Ok(blocks) = ipam.reclaim_blocks(&owner).await {
+                    world.server.tally.lock().blocks += blocks.len() as u64;
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Puts an address into quarantine: for a time that can be judged, or until it is lifted.
+async fn confine(world: &World, ipam: &Ipam) {
+    let address = IpAddr::from([10, 0, 0, 10 + world.clock.below(4) as u8]);
+    let time = world.timely.then_some(Duration::from_secs(90));
+    let begun = world.clock.now();
+    world.history.lock().may_be_lost(address);
+    let why = Quarantine { reason: "somebody else answers for it".to_owned(), time, seen: None };
+    if ipam.quarantine(&AddressSpace::default(), address, &why).await.is_err() {
+        return;
+    }
+    world.server.tally.lock().quarantined += 1;
+    let until = time.map_or(u64::MAX, |time| begun + time.as_millis() as u64);
+    world.history.lock().is_quarantined(address, world.clock.now(), until);
+    if time.is_none() {
+        world.clock.sleep(world.clock.below(120_000)).await;
+        world.history.lock().is_lifted(address);
+        while ipam.lift(&AddressSpace::default(), address).await.is_err() {
+            world.clock.sleep(1_000).await;
+        }
     }
 }
 
@@ -309,28 +503,22 @@ async fn runtime(world: Arc<World>, place: usize) {
                 world.set(place, Place::Adding(life));
             }
             Place::Adding(life) => {
-                let workload = life.workload.as_ref().map(|w| w.parse().unwrap());
-                let request = LeaseRequest { workload, ..LeaseRequest::new(attachment(&life.container)) };
-                match ipam.lease(&request).await {
-                    Ok(lease) => {
-                        world.server.tally.lock().leased += 1;
-                        let verdict = world.history.lock().leased(&life, &lease, world.clock.now());
-                        world.judge(verdict);
-                        world.set(place, Place::Running(life));
-                    }
-                    Err(error) => {
-                        if let LeaseError::Damaged(_) | LeaseError::Invalid { .. } = error {
-                            world.judge(Err(format!("{life:?} cannot be: {error}")));
-                        }
-                        world.server.tally.lock().refused += 1;
-                        world.set(place, Place::Deleting(life));
-                    }
-                }
+                let to = match add(&world, &ipam, &life).await {
+                    Ok(()) => Place::Running(life),
+                    Err(_) => Place::Deleting(life),
+                };
+                world.set(place, to);
             }
             Place::Running(life) => {
                 world.live(400_000).await;
                 if *world.closing.lock() && world.clock.dice(5_000) {
                     return;
+                }
+                let migrates = matches!(life.workload.as_deref(), Some("shop/db" | "shop/queue"));
+                if migrates && world.clock.dice(5_000) {
+                    let to = world.bear_twin(place, &life);
+                    world.set(place, Place::Migrating { from: life, to });
+                    continue;
                 }
                 world.ends(&life);
                 if world.clock.dice(500) {
@@ -340,6 +528,10 @@ async fn runtime(world: Arc<World>, place: usize) {
                 } else {
                     world.set(place, Place::Deleting(life));
                 }
+            }
+            Place::Migrating { from, to } => {
+                let life = migrate(&world, &ipam, place, &from, &to).await;
+                world.set(place, Place::Running(life));
             }
             Place::Deleting(life) => match delete(&world, &ipam, &life).await {
                 Ok(()) => {
@@ -379,12 +571,22 @@ async fn finish(world: Arc<World>, late: Late) {
     }
 }
 
-/// Takes back what the dead have left, again and again.
+/// Takes back what the dead have left, again and again: by the runtime's list, and by two observations.
 async fn collector(world: Arc<World>) {
+    let ipam = world.ipam(PLACES);
+    let mut reclaimer = Reclaimer::new(&ipam, Policy::default());
     while !*world.closing.lock() {
         world.clock.sleep(30_000 + world.clock.below(60_000)).await;
-        if let Ok(count) = collect(&world).await {
-            world.server.tally.lock().collected += count;
+        if world.plant.is_some() || world.clock.dice(3_000) {
+            if let Ok(count) = collect(&world).await {
+                world.server.tally.lock().collected += count;
+            }
+            continue;
+        }
+        let Ok(begun) = Snapshot::begin(&ipam).await else { continue };
+        let alive = world.alive().into_iter().collect();
+        if let Ok(reclaimed) = reclaimer.observe(&begun.complete(Scope::default(), Alive::Attachments(alive))).await {
+            world.server.tally.lock().reclaimed += reclaimed.released.len() as u64;
         }
     }
 }
@@ -393,14 +595,7 @@ fn collect(world: &Arc<World>) -> impl Future<Output = Result<u64, LeaseError>> 
     let world = world.clone();
     async move {
         let ipam = world.ipam(PLACES);
-        let alive = || -> Vec<_> {
-            let places = world.places.lock();
-            let lives = places.iter().filter_map(|place| match place {
-                Place::Empty => None,
-                Place::Adding(life) | Place::Running(life) | Place::Deleting(life) => Some(attachment(&life.container)),
-            });
-            lives.map(|key| (key.container, key.ifname)).collect()
-        };
+        let alive = || world.alive().into_iter().map(|key| (key.container, key.ifname)).collect::<Vec<_>>();
         let (valid, fence);
         if world.plant == Some(Plant::StaleEvidence) {
             valid = alive();
