@@ -11,6 +11,7 @@ use dcenet_core::netns::NetNs;
 
 use super::pinned::{self, Swap};
 use super::{AttachError, Attached, Attacher, Direction, Hook, Owner, Tag, Via, XdpMode, check_kind};
+use crate::datapath;
 use crate::object::ProgramKind;
 use crate::pin::Pins;
 use crate::program::Program;
@@ -161,7 +162,8 @@ fn word(direction: Direction) -> &'static str {
 /// 500 pins, which are looked through by name.
 ///
 /// Labels have at most 160 letters, digits, `-` and `_`. A tag's class is refused, for the kernel has no place for one: a
-/// program that must know its device reads `ifindex`, or holds a constant.
+/// program that must know its device reads `ifindex`, or holds a constant. So are programs of [`crate::datapath`] that would
+/// read a class ([`AttachError::ReadsClass`]): the pod itself may have set it.
 ///
 /// # After a restart
 /// [`Attacher::attached`] asks the chain of the device that is meant, in the calling thread's namespace, for links that are
@@ -414,6 +416,10 @@ fn check<K: Linked>(program: &Program, tag: Tag<'_>) -> Result<(), AttachError> 
     }
     if tag.class != 0 {
         return Err(AttachError::NoClass { class: tag.class });
+    }
+    let name = &program.info().name;
+    if K::PROGRAM == ProgramKind::Classifier && datapath::reads_class(name) {
+        return Err(AttachError::ReadsClass { program: name.clone() });
     }
     Ok(())
 }

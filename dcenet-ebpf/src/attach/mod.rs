@@ -389,6 +389,15 @@ pub enum AttachError {
         /// The class.
         class: u16,
     },
+    /// The program learns whom it judges from a class that only clsact gives.
+    #[error(
+        "program {program:?} reads its endpoint's slot from a class, which links do not set and the pod can; attach it by \
+         clsact, or make it with datapath::Slot::Constant"
+    )]
+    ReadsClass {
+        /// The program's name.
+        program: String,
+    },
     /// The program next to which ours was to go is not there.
     #[error("device {} ({:?}): program {program} is not there to be a neighbour; choose another placement", hook.device, hook.direction)]
     NoNeighbour {

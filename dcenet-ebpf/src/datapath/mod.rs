@@ -1,7 +1,7 @@
 //! The programs on the host's end of a pod's veth: what may pass, by policy and by flow.
 //!
 //! An endpoint has two: [`FROM_POD`] on the ingress hook of the device, where the pod sends, and [`TO_POD`] on the
-//! egress hook, where it receives. Both are written by [`program`] around two classifiers, which a policy compiler
+//! egress hook, where it receives; [`FROM_ONE_POD`] and [`TO_ONE_POD`] the other way round on a device in the pod. Both are written by [`program`] around two classifiers, which a policy compiler
 //! supplies ([`EmitClassifier`]). [`default_program`] is what runs until the policy is known.
 //!
 //! ```text
@@ -67,24 +67,48 @@ use crate::object::{Object, ObjectError};
 
 use self::emitter::Emitter;
 
-/// Name of the program for what the pod sends.
+/// Name of the program for what the pod sends, where its slot comes with the attachment.
 pub const FROM_POD: &str = "from_pod";
 
-/// Name of the program for what the pod receives.
+/// Name of the program for what the pod receives, where its slot comes with the attachment.
 pub const TO_POD: &str = "to_pod";
+
+/// As [`FROM_POD`], where the slot is in the program.
+pub const FROM_ONE_POD: &str = "from_one_pod";
+
+/// As [`TO_POD`], where the slot is in the program.
+pub const TO_ONE_POD: &str = "to_one_pod";
+
+/// Whether a loaded program of this name learns its slot from the class of its attachment ([`Slot::Class`]). The kernel keeps
+/// the name with the program, so that it is known of a pinned one, too.
+pub(crate) fn reads_class(name: &str) -> bool {
+    [FROM_POD, TO_POD].contains(&name)
+}
 
 /// Where an endpoint's programs learn its slot ([`abi::Endpoint`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Slot {
     /// From the class id of the attachment ([`Tag::class`](crate::attach::Tag::class)), so that endpoints with equal policies
-    /// share their programs. Only clsact carries one: **never attach such programs by tcx or netkit**, which leave in
-    /// `tc_classid` what is there (kernel/bpf/tcx.c does not set it): 0 as a rule, and then every packet is dropped, but a
-    /// classifier before, also one on the pod's own end where the pod has CAP_NET_ADMIN, may have left the slot of another
-    /// endpoint.
+    /// share their programs. Only clsact carries one. tcx and netkit leave in `tc_classid` what is there (kernel/bpf/tcx.c
+    /// does not set it): 0 as a rule, but a classifier before, also one on the pod's own end where the pod has CAP_NET_ADMIN,
+    /// may have left the slot of another endpoint. Attachers by links refuse such programs
+    /// ([`AttachError::ReadsClass`](crate::attach::AttachError::ReadsClass)), which they know by their names.
     #[default]
     Class,
     /// It is a constant of the programs, 1 to 65,535: they serve this endpoint alone, by any attacher, in any namespace.
     Constant(u16),
+    /// There is none yet: for default programs alone ([`default_program_of`]), which then let nothing of the pod pass.
+    Nobody,
+}
+
+impl Slot {
+    /// The names of the programs for what the pod sends and for what it receives.
+    pub const fn program_names(self) -> [&'static str; 2] {
+        match self {
+            Self::Class => [FROM_POD, TO_POD],
+            Self::Constant(_) | Self::Nobody => [FROM_ONE_POD, TO_ONE_POD],
+        }
+    }
 }
 
 /// What the programs of an endpoint are made of.
@@ -226,6 +250,9 @@ pub fn program(spec: &Spec<'_>) -> Result<Object, DatapathError> {
     let Spec { sizes, slot, timeouts, denied_events, isa, egress, ingress } = spec;
     check(sizes)?;
     check_slot(*slot, sizes)?;
+    if *slot == Slot::Nobody {
+        return Err(no_such_slot(0, sizes));
+    }
     let mut object = Object::new();
     for map in sizes.shared_maps().into_iter().chain(Direction::ALL.map(|d| sizes.local_ids(d))) {
         object.add_map(map)?;
@@ -235,7 +262,7 @@ pub fn program(spec: &Spec<'_>) -> Result<Object, DatapathError> {
             object.add_map(map)?;
         }
     }
-    for (name, direction) in PROGRAMS {
+    for (name, direction) in slot.program_names().into_iter().zip(PROGRAMS) {
         let judgement = Judgement::Classifiers {
             egress: *egress,
             ingress: *ingress,
@@ -287,7 +314,7 @@ pub fn default_program_of(sizes: &Sizes, slot: Slot) -> Result<Object, DatapathE
             object.add_map(map)?;
         }
     }
-    for (name, direction) in PROGRAMS {
+    for (name, direction) in slot.program_names().into_iter().zip(PROGRAMS) {
         object.add(undecided(name, direction, slot)?)?;
     }
     Ok(object)
@@ -323,11 +350,14 @@ fn check(sizes: &Sizes) -> Result<(), DatapathError> {
 
 fn check_slot(slot: Slot, sizes: &Sizes) -> Result<(), DatapathError> {
     match slot {
-        Slot::Constant(slot) if slot == 0 || u32::from(slot) >= sizes.endpoints => {
-            Err(DatapathError::Slot { slot, last: sizes.endpoints.saturating_sub(1) })
-        }
-        Slot::Constant(_) | Slot::Class => Ok(()),
+        Slot::Constant(slot) if slot == 0 || u32::from(slot) >= sizes.endpoints => Err(no_such_slot(slot, sizes)),
+        Slot::Constant(_) | Slot::Class | Slot::Nobody => Ok(()),
     }
 }
 
-const PROGRAMS: [(&str, Direction); 2] = [(FROM_POD, Direction::Egress), (TO_POD, Direction::Ingress)];
+fn no_such_slot(slot: u16, sizes: &Sizes) -> DatapathError {
+    DatapathError::Slot { slot, last: sizes.endpoints.saturating_sub(1) }
+}
+
+/// In the order of [`Slot::program_names`].
+const PROGRAMS: [Direction; 2] = [Direction::Egress, Direction::Ingress];

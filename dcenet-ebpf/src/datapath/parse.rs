@@ -44,6 +44,8 @@ impl Emitter<'_> {
         match self.slot {
             Slot::Class => self.asm.load(Size::W, R8, R6, SKB_TC_CLASSID).and(R8, 0xffff),
             Slot::Constant(slot) => self.asm.mov(R8, i32::from(slot)),
+            // The cell of nobody has no addresses.
+            Slot::Nobody => self.asm.mov(R8, 0),
         };
         self.lookup_index(abi::ENDPOINTS, R8);
     }

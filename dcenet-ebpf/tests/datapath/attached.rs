@@ -6,12 +6,15 @@ use std::time::Duration;
 
 use dcenet_core::test_support::{Rung, TestNetNs, require, tcp_echo, udp_echo};
 use dcenet_ebpf::abi::{Endpoint, Reason};
+use dcenet_ebpf::asm::Asm;
 use dcenet_ebpf::attach::conformance::Pair;
-use dcenet_ebpf::attach::{self, Attacher, ClsactAttacher, Hook, Tag, TcxAttacher};
+use dcenet_ebpf::attach::{self, AttachError, Attacher, ClsactAttacher, Hook, Tag, TcxAttacher};
 use dcenet_ebpf::datapath::{self, AllowAll, DatapathError, DenyAll, EmitClassifier, Slot, Spec};
-use dcenet_ebpf::object::Object;
+use dcenet_ebpf::insn::{self, Cond, Reg, Size};
+use dcenet_ebpf::object::{Object, ProgramKind};
 use dcenet_ebpf::pin::Pins;
 use dcenet_ebpf::probe::Features;
+use dcenet_ebpf::program::Program;
 use dcenet_ebpf::test_support::packet::*;
 use tempfile::TempDir;
 
@@ -226,18 +229,13 @@ fn two_pods_are_judged_by_their_own_slots_by_every_attacher() {
     }
 }
 
-/// Without its slot a program knows no endpoint, and drops everything: what a class id is on tcx, and a constant that is
-/// nobody's.
+/// Without its slot a program knows no endpoint, and drops everything: without a class, and by a constant that is nobody's.
 #[test]
 fn a_program_without_its_slot_lets_nothing_pass() {
     if !require(Rung::Kernel) {
         return;
     }
-    let mut cases = vec![(By::clsact(true), Slot::Constant(7)), (By::clsact(true), Slot::Class)];
-    if Features::probe().unwrap().tcx {
-        cases.push((By::tcx(true), Slot::Class));
-    }
-    for (by, slot) in &cases {
+    for (by, slot) in &[(By::clsact(true), Slot::Constant(7)), (By::clsact(true), Slot::Class)] {
         let maps = Pod::load(&policy(Slot::Class, &ALLOW, &ALLOW), &[]);
         maps.set_endpoint(&Endpoint::default());
         let mut wired = Wired::new(by, 3, &maps);
@@ -250,6 +248,60 @@ fn a_program_without_its_slot_lets_nothing_pass() {
         assert!(maps.reason(Reason::UnknownEndpoint, Egress) > unknown, "{} {slot:?}", by.name);
         wired.detach();
     }
+}
+
+/// What a pod with CAP_NET_ADMIN writes into the class of its packets is what a program on tcx reads there, so that programs
+/// that learn their slot in this way are refused; clsact writes its own.
+#[test]
+fn a_pod_cannot_choose_its_slot() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    /// Which slot the pod chooses.
+    const CHOSEN: u16 = 5;
+    let by = By::clsact(false);
+    let maps = Pod::load(&policy(Slot::Class, &ALLOW, &ALLOW), &[]);
+    maps.set_endpoint(&Endpoint::default());
+    let mut wired = Wired::new(&by, 3, &maps);
+    wired.put(&ALLOW, &ALLOW);
+    let pass = attach::conformance::constant("pass", attach::verdict::UNSPEC);
+    let inside = Hook { device: wired.pair.pod.link("p0").unwrap().index, direction: attach::Direction::Egress };
+    let chosen = Tag { label: "pod", class: CHOSEN };
+    wired.pair.pod.run(|| ClsactAttacher.attach_tagged(inside, &pass, chosen)).unwrap();
+    assert_eq!(wired.reaches_host(LONG), ALL, "by the slot that the host's own filter gives");
+    let slots: Vec<u16> = maps.flows().entries().iter().map(|(key, _)| key.slot).collect();
+    assert!(!slots.is_empty() && slots.iter().all(|slot| *slot == 3), "{slots:?}");
+
+    if !Features::probe().unwrap().tcx {
+        return;
+    }
+    let links = By::tcx(true);
+    let hook = wired.pair.hook(attach::Direction::Ingress);
+    let by_class = wired.pod.program(Egress);
+    let refused = wired.pair.on_host(|| links.attacher.attach(hook, by_class, "pod")).unwrap_err();
+    assert!(matches!(&refused, AttachError::ReadsClass { program } if program == datapath::FROM_POD), "{refused}");
+    assert!(refused.to_string().contains("Slot::Constant"), "{refused}");
+    // The default, which an owner may take from its pin, too.
+    let default = datapath::default_program_of(&small(), Slot::Class).unwrap();
+    let default = maps.beside(3, &default);
+    let by_class = default.program(Ingress);
+    let refused = wired.pair.on_host(|| links.attacher.attach(hook, by_class, "pod")).unwrap_err();
+    assert!(matches!(&refused, AttachError::ReadsClass { program } if program == datapath::TO_POD), "{refused}");
+
+    // The twin: a program that nobody refuses meets the pod's number, where clsact has not been.
+    wired.pair.on_host(|| by.attacher.detach(hook)).unwrap();
+    let mut code = Asm::program("peek", ProgramKind::Classifier);
+    let go_on = code.label();
+    // `tc_classid` of struct __sk_buff.
+    code.load(Size::W, Reg::R0, Reg::R1, 72).jump_if(Cond::Ne, Reg::R0, i32::from(CHOSEN), go_on);
+    code.ret(attach::verdict::SHOT).bind(go_on).ret(attach::verdict::UNSPEC);
+    let code = insn::encode(code.finish().unwrap().insns());
+    let peek = Program::load(ProgramKind::Classifier, "peek", &code).unwrap();
+    wired.pair.on_host(|| links.attacher.attach(hook, &peek, "peek")).unwrap();
+    assert_eq!(wired.reaches_host(SHORT), NONE, "each packet of the pod has the number that the pod chose");
+    assert!(wired.pair.pod.run(|| ClsactAttacher.detach(inside)).unwrap());
+    assert_eq!(wired.reaches_host(LONG), ALL, "without it none has");
+    assert!(wired.pair.on_host(|| links.attacher.detach(hook)).unwrap());
 }
 
 /// Packet by packet a constant changes nothing but where the endpoint is found, in the kernel and in the VM.
@@ -308,4 +360,7 @@ fn a_slot_that_no_endpoint_has_is_refused() {
         assert_eq!(slot_of(datapath::program(&spec)), slot);
     }
     assert!(datapath::default_program_of(&sizes, Slot::Constant(7)).is_ok());
+    let nobody = Spec { slot: Slot::Nobody, ..Spec::new(&sizes, &ALLOW, &ALLOW) };
+    assert!(matches!(datapath::program(&nobody), Err(DatapathError::Slot { slot: 0, last: 7 })));
+    assert!(datapath::default_program_of(&sizes, Slot::Nobody).is_ok());
 }

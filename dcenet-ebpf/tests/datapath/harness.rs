@@ -127,8 +127,15 @@ struct Machine {
 impl Machine {
     fn new(object: &Object) -> Self {
         let vm = |name| Vm::new(&object.link(name).unwrap()).unwrap();
-        Self { from_pod: vm(datapath::FROM_POD), to_pod: vm(datapath::TO_POD), maps: Maps::new(object.maps()) }
+        let [from_pod, to_pod] = names(object).map(vm);
+        Self { from_pod, to_pod, maps: Maps::new(object.maps()) }
     }
+}
+
+/// The names of an object's programs, which tell where they learn their slot.
+fn names(object: &Object) -> [&'static str; 2] {
+    let has = |names: &[&str; 2]| object.functions().iter().any(|f| f.name() == names[0]);
+    [Slot::Class, Slot::Nobody].map(Slot::program_names).into_iter().find(has).unwrap()
 }
 
 pub fn small() -> Sizes {
@@ -337,8 +344,8 @@ impl Pod {
         let twin = self.twin.borrow();
         let machine = twin.machine.as_ref()?;
         let (vm, name) = match direction {
-            Egress => (&machine.from_pod, datapath::FROM_POD),
-            Ingress => (&machine.to_pod, datapath::TO_POD),
+            Egress => (&machine.from_pod, names(&twin.object)[0]),
+            Ingress => (&machine.to_pod, names(&twin.object)[1]),
         };
         let all = twin.object.link(name).unwrap().insns().len();
         Some((all - vm.missed().count(), all))
@@ -428,7 +435,8 @@ fn load(elf: &[u8], shared: &[&Map]) -> Kept {
         Ok(loaded) => loaded,
         Err(error) => panic!("{error}\n{}", error.log()),
     };
-    let programs = [datapath::FROM_POD, datapath::TO_POD].map(|name| loaded.take_program(name).unwrap());
+    let both = [Slot::Class, Slot::Nobody].map(Slot::program_names);
+    let programs = [0, 1].map(|n| both.iter().find_map(|names| loaded.take_program(names[n])).unwrap());
     Kept { programs: Some(programs), loaded }
 }
 
