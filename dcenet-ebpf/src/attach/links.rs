@@ -205,9 +205,17 @@ impl<K: Linked> LinkAttacher<K> {
 
     /// Every link that is pinned here, also those whose device has vanished or is in another namespace.
     pub fn links(&self) -> Result<Vec<PinnedLink>, AttachError> {
+        self.links_of(|_| true)
+    }
+
+    /// As [`LinkAttacher::links`], of the labels that `wanted` takes: other pins are not opened.
+    pub fn links_of(&self, wanted: impl Fn(&str) -> bool) -> Result<Vec<PinnedLink>, AttachError> {
         let mut links = Vec::new();
         for pin in self.names()? {
-            let Some(PinName { direction, label, .. }) = PinName::read::<K>(&pin) else { continue };
+            let Some(PinName { direction, label, .. }) = PinName::read::<K>(&pin).filter(|name| wanted(name.label))
+            else {
+                continue;
+            };
             if let Some((_, info)) = self.open(&pin)? {
                 links.push(PinnedLink {
                     label: label.to_owned(),
@@ -219,6 +227,31 @@ impl<K: Linked> LinkAttacher<K> {
             }
         }
         Ok(links)
+    }
+
+    /// Gives a link another program and label, in whichever namespace its device is: for one who changes the policy of a pod
+    /// without entering it, for as long as the device lives, whatever became of the namespace's path. It is found by its number.
+    ///
+    /// # Errors
+    /// [`AttachError::NoLink`] where it is not pinned any more, or its device has vanished. On any error it is as before.
+    pub fn replace_link(&self, link: &PinnedLink, program: &Program, label: &str) -> Result<(), AttachError> {
+        check::<K>(program, Tag { label, class: 0 })?;
+        let gone = || AttachError::NoLink { link: link.link };
+        let _lock = match self.lock() {
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Err(gone()),
+            lock => lock?,
+        };
+        let names = self.names()?;
+        let is_it = |pin: &&String| {
+            PinName::read::<K>(pin).is_some_and(|name| name.link == link.link && name.direction == link.direction)
+        };
+        let pin = names.iter().find(is_it).ok_or_else(gone)?;
+        let fresh = |number| Ok::<_, AttachError>(PinName::write::<K>(link.direction, number, &K::mark(label)?));
+        match pinned::swap(&self.pins, K::LINK_TYPE, pin, program, fresh)? {
+            Swap::Done => Ok(()),
+            Swap::Gone => Err(gone()),
+            Swap::SameProgram | Swap::Raced => Err(AttachError::LinkBusy { link: link.link }),
+        }
     }
 
     /// Takes off whatever has this label, in whichever namespace its device is, and its pins with it: for one who cleans up

@@ -389,6 +389,18 @@ pub enum AttachError {
         /// The class.
         class: u16,
     },
+    /// There is no such link any more.
+    #[error("link {link} is not pinned any more, or its device has vanished; attach anew")]
+    NoLink {
+        /// The link's number.
+        link: u32,
+    },
+    /// Somebody else has changed the link, or put the same program beside it, at the same time.
+    #[error("link {link}: somebody else changes it, or has put the same program beside it; try again")]
+    LinkBusy {
+        /// The link's number.
+        link: u32,
+    },
     /// The program learns whom it judges from a class that only clsact gives.
     #[error(
         "program {program:?} reads its endpoint's slot from a class, which links do not set and the pod can; attach it by \

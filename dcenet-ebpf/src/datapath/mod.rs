@@ -62,7 +62,7 @@ pub use sweep::{Over, sweep};
 
 use crate::abi::{self, Direction, Reason, Sizes};
 use crate::asm::{AsmError, Function};
-use crate::insn::{Cond, IsaLevel, Reg::*};
+use crate::insn::{self, AluOp, Cond, Insn, IsaLevel, Reg::*, Src};
 use crate::object::{Object, ObjectError};
 
 use self::emitter::Emitter;
@@ -291,6 +291,26 @@ pub fn program(spec: &Spec<'_>) -> Result<Object, DatapathError> {
     Ok(object)
 }
 
+/// Where the slot of [`Slot::Constant`] stands in an object's ELF file: offsets of 32 bits, one of each program. Whoever writes
+/// another slot there has what [`program`] makes of that slot, so that endpoints with equal policies share all but these bytes.
+/// `None` where the file is not the object's, or the object's programs have no such slot.
+pub fn slot_places(object: &Object, elf: &[u8]) -> Option<[usize; 2]> {
+    let names = Slot::Constant(0).program_names();
+    let mut programs = object.functions().iter().filter(|function| names.contains(&function.name()));
+    // Ahead of the first reference to a map, which is written with its relocation.
+    let head = programs.next()?.insns().get(..3)?;
+    if !matches!(head[1], Insn::Alu { op: AluOp::Mov, dst: R8, src: Src::Imm(_), .. })
+        || programs.next()?.insns().get(..3)? != head
+        || programs.next().is_some()
+    {
+        return None;
+    }
+    let head = insn::encode(head);
+    let mut found = (0..elf.len().saturating_sub(head.len())).filter(|at| elf[*at..].starts_with(&head));
+    let places = [found.next()?, found.next()?].map(|at| at + insn::SLOT_BYTES + IMMEDIATE);
+    found.next().is_none().then_some(places)
+}
+
 /// Writes the programs that stand in until the policy is known. Only the maps `endpoints` and `reasons` are used.
 ///
 /// ARP and neighbour discovery from the pod need its own addresses: where the attachment's slot holds no endpoint,
@@ -358,6 +378,9 @@ fn check_slot(slot: Slot, sizes: &Sizes) -> Result<(), DatapathError> {
 fn no_such_slot(slot: u16, sizes: &Sizes) -> DatapathError {
     DatapathError::Slot { slot, last: sizes.endpoints.saturating_sub(1) }
 }
+
+/// Where an instruction's immediate begins in its 8 bytes (include/uapi/linux/bpf.h, `struct bpf_insn`).
+const IMMEDIATE: usize = 4;
 
 /// In the order of [`Slot::program_names`].
 const PROGRAMS: [Direction; 2] = [Direction::Egress, Direction::Ingress];

@@ -346,6 +346,25 @@ fn a_constant_slot_gives_the_verdicts_of_a_class() {
     }
 }
 
+/// What another endpoint's object is made of costs no second lowering: only the slot differs.
+#[test]
+fn an_object_with_another_slot_is_the_one_made_of_that_slot() {
+    let list = List(vec![(0, 17, 53), (7, 6, 80)]);
+    let elf = |slot| policy(Slot::Constant(slot), &list, &DENY).to_elf().unwrap();
+    let object = policy(Slot::Constant(1), &list, &DENY);
+    let mut patched = elf(1);
+    let places = datapath::slot_places(&object, &patched).unwrap();
+    for place in places {
+        patched[place..place + 4].copy_from_slice(&7_i32.to_le_bytes());
+    }
+    assert_eq!(patched, elf(7));
+    assert_ne!(patched, elf(1));
+    for other in [policy(Slot::Class, &list, &DENY), datapath::default_program_of(&small(), Slot::Class).unwrap()] {
+        assert_eq!(datapath::slot_places(&other, &other.to_elf().unwrap()), None);
+    }
+    assert_eq!(datapath::slot_places(&object, &patched), None, "of another slot");
+}
+
 #[test]
 fn a_slot_that_no_endpoint_has_is_refused() {
     let sizes = small();
