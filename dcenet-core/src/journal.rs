@@ -19,12 +19,12 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::link::{LinkConfig, Policy};
+use crate::link::{LinkConfig, Policy, link_local_of_another};
 use crate::model::{AttachmentId, AttachmentKey, IfIndex, LabelSet, MacAddr, Mtu, NetworkName, Workload};
 use crate::netlink::{Gate, gate};
 use crate::netns::NetNsId;
 use crate::plan::{End, Undo};
-use crate::provider::Lease;
+use crate::provider::{Endpoint, Lease, Place};
 
 /// The directory of records.
 #[derive(Debug)]
@@ -70,6 +70,32 @@ pub struct Record {
     pub done: Option<Done>,
 }
 
+impl Record {
+    /// What policy decides for; `None` of an attachment that was not finished, or whose devices' indices are not known.
+    pub fn endpoint(&self) -> Option<Endpoint> {
+        let done = self.done.as_ref()?;
+        let mac = done.interfaces.iter().find(|i| i.sandbox.is_some())?.mac;
+        let (place, ifindex, ifname) = match &self.host_end {
+            Some(end) => (Place::Host, done.host_index?, end.name.clone()),
+            None => {
+                let place = Place::Pod { path: self.netns_path.clone(), netns: self.netns };
+                (place, done.pod_index?, self.key.ifname.clone())
+            }
+        };
+        Some(Endpoint {
+            attachment: self.key.clone(),
+            ifindex,
+            ifname,
+            place,
+            mac,
+            link_local: link_local_of_another(mac, self.mac, &self.key),
+            addresses: self.lease.addresses.iter().map(|a| a.address.addr()).collect(),
+            workload: self.workload.clone(),
+            labels: self.labels.clone(),
+        })
+    }
+}
+
 /// The end of a successful attach.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Done {
@@ -78,6 +104,9 @@ pub struct Done {
     /// The host end's index.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host_index: Option<IfIndex>,
+    /// The index of the pod's device in its namespace, where there is no host's end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod_index: Option<IfIndex>,
 }
 
 /// A device of an attachment.
@@ -463,7 +492,7 @@ mod tests {
     #[test]
     fn a_record_cut_anywhere_says_what_was_written_whole() {
         let begun = record();
-        let done = Done { interfaces: Vec::new(), host_index: IfIndex::new(7) };
+        let done = Done { interfaces: Vec::new(), host_index: IfIndex::new(7), pod_index: None };
         let intent = serde_json::to_string(&WriteLine::Intent(&begun)).unwrap() + "\n";
         let text = intent.clone() + &serde_json::to_string(&WriteLine::Done(&done)).unwrap() + "\n";
         let finished = Record { done: Some(done), ..begun.clone() };

@@ -3,7 +3,8 @@
 //! The engine and the CNI verbs need addresses and policy without knowing who hands them out. A backend implements
 //! these traits; a binary composes.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::model::{
     AttachmentKey, ContainerId, IfIndex, IfName, LabelSet, MacAddr, Mtu, NetworkName, VlanId, Workload,
 };
+use crate::netns::NetNsId;
 use crate::probe::Conflict;
 
 /// Hands out addresses and takes them back.
@@ -274,7 +276,7 @@ impl LeaseError {
 /// Puts a device under policy before it carries its first packet.
 ///
 /// Synchronous: attaching is a few short system calls. Implementations act on the device by index in the namespace of
-/// the calling thread, and hold no descriptor between calls.
+/// the calling thread, which is the one that the device is in ([`Endpoint::place`]), and hold no descriptor between calls.
 pub trait PolicySink: Send + Sync {
     /// Attaches the default program to the endpoint's device, which is still down, and tells the owner of the policy
     /// state of it. Repeating it is allowed and changes nothing.
@@ -298,7 +300,9 @@ pub trait PolicySink: Send + Sync {
         Ok(())
     }
 
-    /// Removes what `attach` made. It must succeed when the device, or all of it, is gone already.
+    /// Removes what `attach` made. It must succeed when the device, or all of it, is gone already. Called in the host's
+    /// namespace, when the attachment's device is gone as far as the caller can tell: one that lives on in a namespace that
+    /// nobody can reach any more must keep its policy.
     fn detach(&self, attachment: &AttachmentKey) -> Result<(), PolicyError>;
 
     /// As [`detach`](Self::detach), for an attachment that has neither a record nor a device on this host: most likely there
@@ -313,18 +317,71 @@ pub trait PolicySink: Send + Sync {
 pub struct Endpoint {
     /// The attachment that the device serves.
     pub attachment: AttachmentKey,
-    /// The device to attach to: the host's end of a veth. What the pod sends enters here.
+    /// The device to attach to, by its index in the namespace where it is.
     pub ifindex: IfIndex,
     /// The same device's name.
     pub ifname: IfName,
+    /// Where it is, and thus which way packets go through it.
+    #[serde(default, skip_serializing_if = "Place::is_host")]
+    pub place: Place,
     /// The Ethernet address of the pod's end.
     pub mac: MacAddr,
+    /// The pod's IPv6 link-local address, where it is not the one that belongs to `mac` (RFC 4291, appendix A): pods that
+    /// share their parent's Ethernet address have others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link_local: Option<Ipv6Addr>,
     /// The pod's addresses.
     pub addresses: Vec<IpAddr>,
     /// The workload, where known: selectors match its namespace and labels.
     pub workload: Option<Workload>,
     /// The workload's labels, where the runtime told them.
     pub labels: LabelSet,
+}
+
+impl Endpoint {
+    /// How much of the pod's traffic its policy can hold.
+    pub const fn enforcement(&self) -> Enforcement {
+        match self.place {
+            Place::Host => Enforcement::Full,
+            Place::Pod { .. } => Enforcement::EgressBypassable,
+        }
+    }
+}
+
+/// Where the device of an [`Endpoint`] is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+pub enum Place {
+    /// In the host's namespace: its end of a pair. What the pod sends comes in there.
+    #[default]
+    Host,
+    /// In the pod's own namespace, as a macvlan or ipvlan, which have no end on the host. What the pod sends goes out there.
+    Pod {
+        /// The path of the pod's namespace, as it was given. Nothing, or another's, may be there by now.
+        path: PathBuf,
+        /// The namespace's identity.
+        netns: NetNsId,
+    },
+}
+
+impl Place {
+    /// Whether it is the host.
+    pub const fn is_host(&self) -> bool {
+        matches!(self, Self::Host)
+    }
+}
+
+/// What a pod's policy holds against the pod itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[non_exhaustive]
+pub enum Enforcement {
+    /// What the pod sends can be passed by: a process of it with CAP_NET_RAW sends past the programs of its own device
+    /// (`PACKET_QDISC_BYPASS`, packet(7)), and one with CAP_NET_ADMIN by a device of its own making beside it. What others
+    /// send to it is judged.
+    EgressBypassable,
+    /// Every packet of the pod is judged, out of the pod's reach.
+    Full,
 }
 
 /// Why a device could not be put under policy.

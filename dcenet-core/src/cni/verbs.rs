@@ -127,7 +127,7 @@ impl<'a> Call<'a> {
     ) -> Result<(), CniError> {
         if attached.repeated {
             // Whoever owns the policy state now may not know of it, and somebody may have taken the programs away.
-            policy.sink.attach(endpoint)?;
+            self.engine.run_at(endpoint, pod, || policy.sink.attach(endpoint)).map_err(netns)??;
         }
         let Some(limit) = policy.await_enforced else { return Ok(()) };
         let Err(error) = policy.sink.await_enforced(endpoint, limit) else { return Ok(()) };
@@ -160,7 +160,7 @@ impl<'a> Call<'a> {
         if let Some(policy) = self.policy()?
             && let Some(endpoint) = attached.as_ref().and_then(|a| self.endpoint(a))
         {
-            drift.extend(policy.sink.missing(&endpoint)?);
+            drift.extend(self.engine.run_at(&endpoint, &pod, || policy.sink.missing(&endpoint)).map_err(netns)??);
         }
         if drift.is_empty() { Ok(()) } else { Err(CniError::new(ErrorCode::Drift, drift.join("; "))) }
     }
@@ -460,13 +460,9 @@ impl<'a> Call<'a> {
 
     fn endpoint(&self, attached: &Attached) -> Option<Endpoint> {
         Some(Endpoint {
-            attachment: attached.key.clone(),
-            ifindex: attached.host_index?,
-            ifname: attached.key.id().host_ifname(),
-            mac: attached.interfaces.get(attached.pod_interface)?.mac,
-            addresses: attached.lease.addresses.iter().map(|a| a.address.addr()).collect(),
             workload: self.invocation.args.workload.clone(),
             labels: self.conf.labels.clone(),
+            ..attached.endpoint.clone()?
         })
     }
 
@@ -554,9 +550,11 @@ fn attach(error: AttachError) -> CniError {
         }
         AttachError::Journal(_) => ErrorCode::Io,
         AttachError::Step { rollback, .. } if !rollback.is_empty() => ErrorCode::RollbackIncomplete,
-        AttachError::Step { cause: StepError::Create(CreateLinkError::UnknownKind { .. }), .. } => {
-            ErrorCode::KernelFeature
-        }
+        AttachError::Step {
+            cause:
+                StepError::Create(CreateLinkError::UnknownKind { .. }) | StepError::Policy(PolicyError::Unsupported(_)),
+            ..
+        } => ErrorCode::KernelFeature,
         AttachError::Leftover { .. } => ErrorCode::RollbackIncomplete,
         AttachError::Step { cause: StepError::InUse(_), .. } => ErrorCode::AddressHeld,
         AttachError::Step { cause: StepError::GatewaySilent { .. }, .. } => ErrorCode::GatewaySilent,

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::error::{StepError, TeardownError};
 use super::{AttachRequest, Engine, NamespaceEntry};
+use crate::link::link_local_of_another;
 use crate::model::{AttachmentKey, IfIndex, IfName, Mtu};
 use crate::netlink::{
     self, Failure, Gate, LinkChange, LinkKind, LinkView, Message, NetkitPolicy, NetlinkError, NewLink, NewRoute,
@@ -14,7 +15,7 @@ use crate::netlink::{
 };
 use crate::netns::{NetNs, NetNsError, NetNsGuard};
 use crate::plan::{Device, Operation, Plan, RouteSpec, Step, Target, Undo, mark};
-use crate::provider::Endpoint;
+use crate::provider::{Endpoint, Place};
 
 /// Sockets and indices of one attach.
 pub(super) struct Session<'a> {
@@ -203,7 +204,7 @@ impl<'a> Session<'a> {
     /// Does what is no netlink message.
     fn do_locally(&mut self, step: &Step, plan: &Plan, request: &AttachRequest<'_>) -> Result<(), StepError> {
         match &step.operation {
-            Operation::AttachPolicy => self.attach_policy(plan, request),
+            Operation::AttachPolicy => self.attach_policy(step.target, plan, request),
             Operation::WriteSetting { name, value } => {
                 let path = Path::new("/proc/sys/net").join(name);
                 let write = || self.engine.run_in(self.netns(step.target), || std::fs::write(&path, value));
@@ -281,21 +282,35 @@ impl<'a> Session<'a> {
         Ok(found.index)
     }
 
-    fn attach_policy(&mut self, plan: &Plan, request: &AttachRequest<'_>) -> Result<(), StepError> {
-        let Some((end, sink)) = plan.host_end.as_ref().zip(self.engine.policy.as_ref()) else {
+    fn attach_policy(&mut self, target: Target, plan: &Plan, request: &AttachRequest<'_>) -> Result<(), StepError> {
+        let (end, place) = match target {
+            Target::Host => (plan.host_end.as_ref(), Place::Host),
+            Target::Pod => {
+                let path = request.pod.path.to_owned();
+                (Some(&plan.pod_end), Place::Pod { path, netns: self.pod_netns.id() })
+            }
+        };
+        let Some((end, sink)) = end.zip(self.engine.policy.as_ref()) else {
             // The engine refuses such requests before it plans.
             return Ok(());
         };
+        let (name, asked_mac) = (end.name.clone(), request.mac.or(request.lease.mac));
         let endpoint = Endpoint {
             attachment: request.key.clone(),
-            ifindex: self.find_index(Target::Host, &end.name)?,
-            ifname: end.name.clone(),
+            ifindex: self.find_index(target, &name)?,
+            ifname: name,
+            place,
             mac: plan.pod_end.mac,
+            link_local: link_local_of_another(
+                plan.pod_end.mac,
+                asked_mac.unwrap_or_else(|| request.key.mac()),
+                &request.key,
+            ),
             addresses: request.lease.addresses.iter().map(|a| a.address.addr()).collect(),
             workload: request.workload.clone(),
             labels: request.labels.clone(),
         };
-        Ok(self.engine.host.0.run_here_or_there(|| sink.attach(&endpoint))??)
+        Ok(self.engine.run_in(self.netns(target), || sink.attach(&endpoint))??)
     }
 
     fn encode(&self, step: &Step) -> Message {
@@ -409,6 +424,16 @@ impl<'a> Session<'a> {
 }
 
 impl Engine {
+    /// Runs `f` where the device of an endpoint is; `pod` is the namespace of its pod.
+    pub(crate) fn run_at<R: Send>(
+        &self,
+        endpoint: &Endpoint,
+        pod: &NetNs,
+        f: impl FnOnce() -> R + Send,
+    ) -> Result<R, NetNsError> {
+        self.run_in(if endpoint.place.is_host() { &self.host.0 } else { pod }, f)
+    }
+
     /// Runs `f` in a namespace, entered as this engine does.
     pub(super) fn run_in<R: Send>(&self, netns: &NetNs, f: impl FnOnce() -> R + Send) -> Result<R, NetNsError> {
         match self.entry {

@@ -282,5 +282,6 @@ fn done(request: &AttachRequest<'_>, plan: &Plan, host: &HostView, session: &Ses
     let sandbox = Some(request.pod.path.to_owned());
     interfaces.push(Interface { name: pod.name.to_string(), mac: pod.mac, mtu, sandbox });
     let host_index = plan.host_end.as_ref().and_then(|end| session.known(Target::Host, &end.name));
-    Done { interfaces, host_index }
+    let pod_index = if plan.host_end.is_none() { session.known(Target::Pod, &plan.pod_end.name) } else { None };
+    Done { interfaces, host_index, pod_index }
 }

@@ -28,7 +28,7 @@ use crate::link::{LinkConfig, Policy};
 use crate::model::{AttachmentKey, IfIndex, LabelSet, MacAddr, NetworkName, Workload};
 use crate::netlink::{Family, Socket};
 use crate::netns::{Host, NetNs, NetNsError, Pod};
-use crate::provider::{Lease, PolicySink};
+use crate::provider::{Endpoint, Lease, PolicySink};
 
 /// Makes and removes attachments on one host.
 ///
@@ -104,6 +104,8 @@ pub struct Attached {
     pub pod_interface: usize,
     /// The host end's index, where there is one.
     pub host_index: Option<IfIndex>,
+    /// What policy decides for, if it does.
+    pub endpoint: Option<Endpoint>,
     /// Addresses and routes, as they were leased.
     pub lease: Lease,
     /// Whether it stood before this call.
@@ -176,6 +178,7 @@ impl Attached {
             interfaces: done.interfaces.clone(),
             pod_interface: done.interfaces.iter().position(|i| i.sandbox.is_some())?,
             host_index: done.host_index,
+            endpoint: record.endpoint(),
             lease: record.lease.clone(),
             repeated,
         })

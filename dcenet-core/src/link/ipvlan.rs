@@ -12,12 +12,15 @@
 //! The pod has the parent's Ethernet address, whatever address was asked for. So have all pods of the parent: whether one
 //! of them, or the host, has an address already is not found by asking the segment. In the modes `l3` and `l3s` packets are
 //! routed in the host's namespace; there are no neighbours, and every route leads straight to the device.
+//!
+//! Policy sits on the device in the pod, as for [macvlan](super::MacvlanConfig), in the modes `l2` and `l3`; `l3s` hands packets
+//! to the pod past its device, and is refused under policy.
 
 use serde::{Deserialize, Serialize};
 
 use super::pod_end::{Neighbours, Parent, PodDevice};
 use super::{
-    HostView, LinkDriver, LinkRequest, Need, PlanError, check_routes, device_mtu, parent_mac, parent_of, refuse_policy,
+    HostView, LinkDriver, LinkRequest, Need, PlanError, Policy, check_routes, device_mtu, parent_mac, parent_of,
     refuse_vlan,
 };
 use crate::model::{IfName, Mtu};
@@ -52,6 +55,24 @@ pub struct IpvlanConfig {
     pub underlay: Option<Underlay>,
 }
 
+impl IpvlanConfig {
+    /// In the mode `l3s` what comes in passes the parent's netfilter hooks and is handed to the pod's sockets behind its
+    /// device's ingress hook (drivers/net/ipvlan/ipvlan_l3s.c, `ipvlan_l3_rcv`).
+    fn check_policy(&self, request: &LinkRequest) -> Result<(), PlanError> {
+        match (self.mode, request.policy) {
+            (IpvlanMode::L3s, Policy::Wanted) => Err(PlanError::Invalid {
+                field: "link.mode",
+                value: "l3s".to_owned(),
+                reason:
+                    "hands the pod packets that its device's programs never see; drop the policy section, or use the \
+                         mode l2 or l3"
+                        .to_owned(),
+            }),
+            _ => Ok(()),
+        }
+    }
+}
+
 impl LinkDriver for IpvlanConfig {
     fn kind(&self) -> &'static str {
         "ipvlan"
@@ -62,7 +83,7 @@ impl LinkDriver for IpvlanConfig {
     }
 
     fn plan(&self, request: &LinkRequest, host: &HostView) -> Result<Plan, PlanError> {
-        refuse_policy(request, self.kind())?;
+        self.check_policy(request)?;
         check_routes(&request.routes)?;
         refuse_vlan(self.kind(), &request.addresses)?;
         let mtu = device_mtu(self.mtu, &request.addresses)?;

@@ -20,6 +20,12 @@
 //! same parent, which all pods share; routes lead over it to each pod and back to the addresses that the parent has when
 //! the pod is attached. All neighbours of that device are entered for good and it answers no ARP, so that the segment
 //! never learns of it.
+//!
+//! # Policy
+//! There is no end on the host: policy sits on the device in the pod, from before it is up, and needs Linux 6.6 (tcx). It holds
+//! what others send to the pod, and what the pod sends by its stack; a pod with CAP_NET_RAW or CAP_NET_ADMIN can send past it
+//! ([`Enforcement::EgressBypassable`](crate::provider::Enforcement::EgressBypassable)). Do not grant those where egress policy
+//! matters, or refuse such devices by `"policy": { "require": "full" }`.
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -27,7 +33,7 @@ use sha2::{Digest, Sha256};
 use super::pod_end::{self, Neighbours, Parent, PodDevice, direct, is_false};
 use super::{
     HostView, LinkDriver, LinkRequest, Need, PlanError, check_routes, device_mtu, is_link_local, parent_mac, parent_of,
-    refuse_policy, refuse_vlan,
+    refuse_vlan,
 };
 use crate::model::{IfName, MacAddr, Mtu};
 use crate::netlink::{LinkView, MacvlanMode};
@@ -178,7 +184,6 @@ impl LinkDriver for MacvlanConfig {
 
     fn plan(&self, request: &LinkRequest, host: &HostView) -> Result<Plan, PlanError> {
         self.check()?;
-        refuse_policy(request, self.kind())?;
         check_routes(&request.routes)?;
         refuse_vlan(self.kind(), &request.addresses)?;
         let mtu = device_mtu(self.mtu, &request.addresses)?;

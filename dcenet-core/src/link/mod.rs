@@ -18,7 +18,7 @@ mod veth;
 mod vlan;
 mod vrf;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -355,9 +355,10 @@ fn refuse_policy(request: &LinkRequest, kind: &str) -> Result<(), PlanError> {
         Policy::Wanted => Err(PlanError::Invalid {
             field: "link.kind",
             value: kind.to_owned(),
-            reason: "has no end on the host that policy could be attached to; drop the policy section, or use veth, \
-                     bridge, netkit or vrf"
-                .to_owned(),
+            reason:
+                "has no device that policy could be attached to before it is up; drop the policy section, or use veth, \
+                     bridge, netkit, vrf, macvlan or ipvlan"
+                    .to_owned(),
         }),
     }
 }
@@ -367,6 +368,15 @@ fn link_local(mac: MacAddr) -> IpNet {
     let [a, b, c, d, e, f] = mac.bytes();
     let address = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f];
     IpNet::new(IpAddr::from(address), 64).expect("64 is at most 128")
+}
+
+/// The link-local address of a pod whose device has another Ethernet address than was asked for, because all devices of its
+/// parent share one; `None` where it belongs to its own.
+pub(crate) fn link_local_of_another(mac: MacAddr, asked: MacAddr, key: &AttachmentKey) -> Option<Ipv6Addr> {
+    match link_local(key.mac()).addr() {
+        IpAddr::V6(address) if mac != asked => Some(address),
+        _ => None,
+    }
 }
 
 /// Whether it is an IPv6 link-local address.

@@ -1,6 +1,6 @@
 //! What the pod's end of every kind has: a mark, addresses, routes, and what tunes it.
 
-use super::{HostView, LinkRequest, gateway_of, link_local};
+use super::{HostView, LinkRequest, Policy, gateway_of, link_local};
 use crate::model::{IfName, MacAddr, Mtu};
 use crate::plan::{Device, End, Operation, Plan, RouteSpec, Step, Target, Tuning, Undo, mark};
 use crate::probe::Underlay;
@@ -77,6 +77,9 @@ impl PodDevice<'_> {
         let name = &self.end.name;
         steps.push(no_link_local(Target::Pod, name));
         tune(name, self.tuning, steps);
+        if self.request.policy == Policy::Wanted {
+            steps.push(Step::new(Target::Pod, Operation::AttachPolicy).undone_by(Undo::DetachPolicy));
+        }
         steps.push(Step::new(Target::Pod, Operation::Up { link: name.clone(), master: None }));
         if let Some(underlay) = &self.underlay {
             let (target, link) = match &self.parent {

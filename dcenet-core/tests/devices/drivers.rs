@@ -424,9 +424,14 @@ fn unfit_parents_are_refused_by_name() {
         routes: Vec::new(),
         policy: Policy::Wanted,
     };
-    let link = LinkConfig::read(&json!({ "kind": "macvlan", "parent": "up0" })).unwrap();
-    let error = link.driver().plan(&wanted, &Default::default());
-    assert!(error.unwrap_err().to_string().contains("no end on the host that policy could be attached to"));
+    for (link, words) in [
+        (json!({ "kind": "vlan", "parent": "up0", "id": 7 }), "no device that policy could be attached to"),
+        (json!({ "kind": "ipvlan", "parent": "up0", "mode": "l3s" }), "that its device's programs never see"),
+    ] {
+        let link = LinkConfig::read(&link).unwrap();
+        let error = link.driver().plan(&wanted, &Default::default()).unwrap_err();
+        assert!(error.to_string().contains(words), "{error}");
+    }
     assert_eq!(before.diff(&host.state()), "");
     assert_eq!(inside.diff(&HostState::capture(pod.netns())), "");
 }

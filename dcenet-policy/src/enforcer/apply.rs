@@ -8,9 +8,10 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use dcenet_core::model::{AttachmentKey, IfIndex};
-use dcenet_core::provider::Endpoint;
+use dcenet_core::provider::{Endpoint, Place};
 use dcenet_ebpf::abi::{self, Sizes, local_ids_element};
-use dcenet_ebpf::attach::{Attacher, Direction as HookDirection, Hook, Tag};
+use dcenet_ebpf::attach::{AttachError, Direction as HookDirection, Hook, Tag};
+use dcenet_ebpf::datapath::Slot;
 use dcenet_ebpf::loader::LoadRequest;
 use dcenet_ebpf::maps::{Array, Map, Put};
 use dcenet_ebpf::program::{Program as Loaded, wait_for_running};
@@ -18,10 +19,11 @@ use parking_lot::Mutex;
 
 use super::cells::Cells;
 use super::flows::{self, Names};
+use super::inside::on_device;
 use super::node::{NodeMaps, create, program_name};
 use super::state::{Known, Outcome, Shared};
 use super::tables::ClassTables;
-use super::{EnforcerError, Phase};
+use super::{EnforcerError, LoweredObject, Phase};
 use crate::classes::{AddressTable, TableChanges};
 use crate::compiler::{CompileError, Compiler, EndpointPlan, Limits, PolicySet, Scope, SetId, Update};
 use crate::isolation::Fault;
@@ -64,9 +66,17 @@ struct SetInForce {
     map: Map,
 }
 
-/// What makes two endpoints' programs the same: code and local ids of both directions.
+/// What makes two endpoints' programs the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct ProgramKey {
+    policy: PolicyKey,
+    /// Of devices in pods, where it is a constant of the programs.
+    slot: Option<u16>,
+}
+
+/// What makes two endpoints' policy the same: code and local ids of both directions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct PolicyKey {
     sets: [SetId; 2],
     /// Addresses of diagrams that the programs keep alive.
     code: [usize; 2],
@@ -90,9 +100,13 @@ impl Programs {
     }
 }
 
+/// Objects whose slot is a constant, by what else makes them; kept for one change.
+type Templates = HashMap<PolicyKey, LoweredObject>;
+
 /// An endpoint under its own verdicts.
 struct InForce {
     device: IfIndex,
+    place: Place,
     slot: u16,
     generation: u32,
     programs: Arc<Programs>,
@@ -189,7 +203,7 @@ impl Applier {
         self.bump(&shared.cells, &mut outcomes);
         let current = |key: &AttachmentKey, endpoint: &InForce| {
             let plan = endpoints.get(key).and_then(Known::pod).and_then(|pod| update.endpoints.get(&pod));
-            plan.is_some_and(|plan| program_key(plan) == endpoint.programs.key)
+            plan.is_some_and(|plan| policy_key(plan) == endpoint.programs.key.policy)
         };
         if self.endpoints.iter().all(|(key, endpoint)| current(key, endpoint)) {
             self.settled = Some((update.generation, Instant::now()));
@@ -215,8 +229,9 @@ impl Applier {
     /// Gives back the slots of endpoints that are no more.
     fn drop_gone(&mut self, shared: &Shared, endpoints: &BTreeMap<AttachmentKey, Known>) -> Result<(), EnforcerError> {
         // A device that was made anew has none of our programs on it.
-        self.endpoints
-            .retain(|key, endpoint| endpoints.get(key).is_some_and(|known| known.endpoint.ifindex == endpoint.device));
+        self.endpoints.retain(|key, endpoint| {
+            endpoints.get(key).is_some_and(|known| known.is_on(endpoint.device, &endpoint.place))
+        });
         shared.give_back_others(endpoints)
     }
 
@@ -253,12 +268,25 @@ impl Applier {
     ) -> Vec<Switch<'a>> {
         let mut switches = Vec::new();
         let mut refused: HashMap<ProgramKey, String> = HashMap::new();
+        let mut templates = Templates::new();
         for (key, known) in endpoints {
             let Some(plan) = known.pod().and_then(|pod| update.endpoints.get(&pod)) else {
                 outcomes.push((key.clone(), Outcome::Hopeless { reason: NO_WORKLOAD.to_owned() }));
                 continue;
             };
-            let wanted = program_key(plan);
+            let slot = if known.endpoint.place.is_host() {
+                None
+            } else {
+                match shared.cells.lock().reserve(&known.endpoint) {
+                    Ok(slot) => Some(slot),
+                    Err(error) => {
+                        let reason = error.to_string();
+                        outcomes.push((key.clone(), Outcome::Failed { reason, phase: known.phase }));
+                        continue;
+                    }
+                }
+            };
+            let wanted = ProgramKey { policy: policy_key(plan), slot };
             let in_force = self.endpoints.get(key);
             if in_force.is_some_and(|e| e.programs.key == wanted && e.addresses == known.endpoint.addresses) {
                 continue;
@@ -267,7 +295,7 @@ impl Applier {
             let loaded = match (cached, refused.get(&wanted)) {
                 (Some(programs), _) => Ok(programs),
                 (None, Some(reason)) => Err(reason.clone()),
-                (None, None) => self.load_one(shared, plan, wanted).map_err(|e| e.to_string()),
+                (None, None) => self.load_one(shared, plan, wanted, &mut templates).map_err(|e| e.to_string()),
             };
             match loaded {
                 Ok(programs) => {
@@ -283,9 +311,25 @@ impl Applier {
         switches
     }
 
-    fn load_one(&self, shared: &Shared, plan: &EndpointPlan, key: ProgramKey) -> Result<Arc<Programs>, EnforcerError> {
+    fn load_one(
+        &self,
+        shared: &Shared,
+        plan: &EndpointPlan,
+        key: ProgramKey,
+        templates: &mut Templates,
+    ) -> Result<Arc<Programs>, EnforcerError> {
         let lowering = &*shared.tools.lowering;
-        let object = lowering.endpoint_object(plan).map_err(EnforcerError::Lowering)?;
+        let slot = key.slot.map_or(Slot::Class, Slot::Constant);
+        let object = match (key.slot, templates.get(&key.policy)) {
+            (Some(slot), Some(template)) => {
+                let no_slot = || EnforcerError::Lowering("the object of a constant slot has none".into());
+                LoweredObject { elf: template.of_slot(slot).ok_or_else(no_slot)?, ..template.clone() }
+            }
+            _ => lowering.endpoint_object(plan, slot).map_err(EnforcerError::Lowering)?,
+        };
+        if key.slot.is_some() && object.slot_places.is_some() {
+            templates.entry(key.policy).or_insert_with(|| object.clone());
+        }
         let has = |name: &str| object.maps.iter().any(|m| m == name);
         let mut maps: Vec<_> =
             shared.maps.all().filter(|(name, _)| has(name)).map(|(name, map)| (name, map.as_fd())).collect();
@@ -307,7 +351,7 @@ impl Applier {
             }
         }
         let mut take = |direction| {
-            let name = program_name(direction);
+            let name = program_name(direction, slot);
             let missing = || EnforcerError::Lowering(format!("the object has no program {name:?}").into());
             loaded.take_program(name).ok_or_else(missing)
         };
@@ -317,28 +361,26 @@ impl Applier {
 
     /// Puts programs on devices.
     fn attach(&mut self, shared: &Shared, switches: &[Switch<'_>], outcomes: &mut Outcomes) -> Vec<Replaced> {
-        let attacher = &*shared.tools.attacher;
         let mut replaced = Vec::new();
         for switch in switches {
             let mut cells = shared.cells.lock();
             // One of the same name may have been admitted since, and the cell is that one's.
-            if !device_exists(&switch.known.endpoint) {
+            if !shared.has_device(&switch.known.endpoint) {
                 outcomes.push((switch.key.clone(), Outcome::Gone));
                 continue;
             }
             let before = self.endpoints.get(switch.key).map(|e| Arc::clone(&e.programs));
-            let error = match self.attach_one(attacher, &mut cells, switch) {
+            let error = match self.attach_one(shared, &mut cells, switch) {
                 Ok((slot, generation)) => {
-                    let device = switch.known.endpoint.ifindex;
-                    replaced.push(Replaced { key: switch.key.clone(), device, slot, generation });
+                    replaced.push(Replaced { key: switch.key.clone(), slot, generation });
                     continue;
                 }
                 Err(error) => error,
             };
-            let outcome = if device_exists(&switch.known.endpoint) {
+            let outcome = if shared.has_device(&switch.known.endpoint) {
                 let mut reason = error.to_string();
                 // One of its hooks may have the new program.
-                let put_back = |before| put_back(attacher, &cells, switch, before);
+                let put_back = |before| put_back(shared, &cells, switch, before);
                 let undone = before.as_deref().map_or(Ok(()), put_back);
                 if let Err(left) = undone {
                     reason = format!("{reason}; and its program before could not be put back: {left}");
@@ -353,21 +395,16 @@ impl Applier {
         replaced
     }
 
-    fn attach_one(
-        &self,
-        attacher: &dyn Attacher,
-        cells: &mut Cells,
-        switch: &Switch<'_>,
-    ) -> Result<(u16, u32), EnforcerError> {
-        let Endpoint { attachment, ifindex, .. } = &switch.known.endpoint;
-        let id = attachment.id();
+    fn attach_one(&self, shared: &Shared, cells: &mut Cells, switch: &Switch<'_>) -> Result<(u16, u32), EnforcerError> {
         let fresh = !self.endpoints.contains_key(switch.key);
         let (slot, cell) = cells.settle(&switch.known.endpoint, fresh)?;
-        let label = id.to_string();
-        for direction in [HookDirection::Ingress, HookDirection::Egress] {
-            let hook = Hook { device: *ifindex, direction };
-            attacher.replace_tagged(hook, switch.programs.on(direction), Tag { label: &label, class: slot })?;
+        let in_programs = switch.programs.key.slot;
+        if in_programs.is_some_and(|constant| constant != slot) {
+            // It went and came again since they were loaded.
+            let what = "the endpoint's slot has changed while its programs were loaded".into();
+            return Err(EnforcerError::Lowering(what));
         }
+        shared.replace(&switch.known.endpoint, &switch.programs, slot)?;
         Ok((slot, cell.generation_ingress.max(cell.generation_egress)))
     }
 
@@ -401,8 +438,10 @@ impl Applier {
 
         for switch in switches {
             let Some(done) = replaced.iter().find(|r| r.key == *switch.key) else { continue };
+            let Endpoint { ifindex, place, .. } = &switch.known.endpoint;
             let in_force = InForce {
-                device: done.device,
+                device: *ifindex,
+                place: place.clone(),
                 slot: done.slot,
                 generation: done.generation,
                 programs: switch.programs,
@@ -467,19 +506,36 @@ impl Applier {
 }
 
 /// Puts the programs before on both hooks.
-fn put_back(
-    attacher: &dyn Attacher,
-    cells: &Cells,
-    switch: &Switch<'_>,
-    before: &Programs,
-) -> Result<(), EnforcerError> {
-    let id = switch.known.endpoint.attachment.id();
-    let tag = Tag { label: &id.to_string(), class: cells.slot(id).unwrap_or_default() };
-    for direction in [HookDirection::Ingress, HookDirection::Egress] {
-        let hook = Hook { device: switch.known.endpoint.ifindex, direction };
-        attacher.replace_tagged(hook, before.on(direction), tag)?;
+fn put_back(shared: &Shared, cells: &Cells, switch: &Switch<'_>, before: &Programs) -> Result<(), EnforcerError> {
+    let endpoint = &switch.known.endpoint;
+    let slot = cells.slot(endpoint.attachment.id()).unwrap_or_default();
+    shared.replace(endpoint, before, slot)
+}
+
+impl Shared {
+    /// Puts an endpoint's programs in the place of those that are there, by the hooks of a host's end. Devices on the host are
+    /// found by their index in the calling thread's namespace.
+    fn replace(&self, endpoint: &Endpoint, programs: &Programs, slot: u16) -> Result<(), EnforcerError> {
+        let id = endpoint.attachment.id();
+        let links = if endpoint.place.is_host() { Vec::new() } else { self.inside.of(id)? };
+        for direction in [HookDirection::Ingress, HookDirection::Egress] {
+            let hook = Hook { device: endpoint.ifindex, direction: on_device(direction, &endpoint.place) };
+            if endpoint.place.is_host() {
+                let tag = Tag { label: &id.to_string(), class: slot };
+                self.tools.attacher.replace_tagged(hook, programs.on(direction), tag)?;
+                continue;
+            }
+            let mut here = links.iter().filter(|link| link.lives() && link.link.direction == hook.direction);
+            let link = here.next().ok_or(AttachError::NotAttached { hook })?;
+            self.inside.replace(link, programs.on(direction), slot)?;
+        }
+        Ok(())
     }
-    Ok(())
+
+    /// Whether an endpoint's device is there still; one on the host is looked for in the calling thread's namespace.
+    fn has_device(&self, endpoint: &Endpoint) -> bool {
+        if endpoint.place.is_host() { is_here(endpoint) } else { self.inside.exists(endpoint) }
+    }
 }
 
 /// Whether a node's maps hold what an update needs.
@@ -495,14 +551,13 @@ fn has_room(update: &Update, sizes: &Sizes, tables: &mut ClassTables) -> Result<
 /// Filters that were replaced, and what was there.
 struct Replaced {
     key: AttachmentKey,
-    device: IfIndex,
     slot: u16,
     generation: u32,
 }
 
-fn program_key(plan: &EndpointPlan) -> ProgramKey {
+fn policy_key(plan: &EndpointPlan) -> PolicyKey {
     let both = [&plan.ingress, &plan.egress];
-    ProgramKey { sets: both.map(|set| set.id), code: both.map(|set| Arc::as_ptr(&set.program) as usize) }
+    PolicyKey { sets: both.map(|set| set.id), code: both.map(|set| Arc::as_ptr(&set.program) as usize) }
 }
 
 fn on_packet(direction: Direction) -> abi::Direction {
@@ -559,7 +614,7 @@ fn judges_otherwise(old: &PolicySet, new: &PolicySet, changes: &TableChanges, be
 }
 
 /// Whether the endpoint's device is still the one in the calling thread's namespace.
-fn device_exists(endpoint: &Endpoint) -> bool {
+pub(crate) fn is_here(endpoint: &Endpoint) -> bool {
     let Ok((socket, _)) = UnixStream::pair() else { return true };
     match rustix::net::netdevice::name_to_index(socket, endpoint.ifname.as_str()) {
         Ok(index) => index == endpoint.ifindex.get(),

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
 
-use dcenet_core::model::{AttachmentId, AttachmentKey, MacAddr};
+use dcenet_core::model::{AttachmentId, AttachmentKey};
 use dcenet_core::provider::Endpoint;
 use dcenet_ebpf::abi::{self, Sizes};
 use dcenet_ebpf::attach::{Attacher, Hook, Owner, Tag};
@@ -57,11 +57,10 @@ impl Cells {
     /// The endpoint's slot, with a cell that tells its addresses; `fresh` where nothing that conntrack knows of the slot
     /// is its own.
     pub(crate) fn settle(&mut self, endpoint: &Endpoint, fresh: bool) -> Result<(u16, abi::Endpoint), EnforcerError> {
-        let full = || EnforcerError::Full { what: "endpoints", found: self.room + 1, room: self.room };
         let another = self.gone.remove(&endpoint.attachment) || self.slots.of(endpoint.attachment.id()).is_none();
-        let slot = self.slots.take(endpoint.attachment.id()).ok_or_else(full)?;
+        let slot = self.slots.take(endpoint.attachment.id()).ok_or_else(|| self.full())?;
         self.holders.insert(endpoint.attachment.clone());
-        let mut cell = of_addresses(&endpoint.addresses, endpoint.mac);
+        let mut cell = of_addresses(endpoint);
         let old = self.load(slot)?;
         cell.generation_ingress = old.generation_ingress;
         cell.generation_egress = old.generation_egress;
@@ -74,6 +73,22 @@ impl Cells {
             self.store(slot, &cell)?;
         }
         Ok((slot, cell))
+    }
+
+    /// The endpoint's slot, for programs that hold it as a constant and are loaded before the endpoint is settled.
+    pub(crate) fn reserve(&mut self, endpoint: &Endpoint) -> Result<u16, EnforcerError> {
+        let id = endpoint.attachment.id();
+        if self.slots.of(id).is_none() {
+            self.slots.take(id).ok_or_else(|| self.full())?;
+            // Its cell is still that of whoever had the slot before.
+            self.gone.insert(endpoint.attachment.clone());
+        }
+        self.holders.insert(endpoint.attachment.clone());
+        self.slots.of(id).ok_or_else(|| self.full())
+    }
+
+    fn full(&self) -> EnforcerError {
+        EnforcerError::Full { what: "endpoints", found: self.room + 1, room: self.room }
     }
 
     /// Gives an endpoint its slot and cell, and tells the slot to the programs on its `bare` hooks, so that they know its
@@ -116,10 +131,11 @@ impl Cells {
         Ok(cell.generation_ingress.max(cell.generation_egress))
     }
 
-    /// Takes back the slots of all that are in neither list.
+    /// Takes back the slots of all that are in neither list, but for those of which programs are in force still.
     pub(crate) fn give_back_others(
         &mut self,
         lists: [&BTreeMap<AttachmentKey, Known>; 2],
+        in_force: impl Fn(AttachmentId) -> bool,
     ) -> Result<(), EnforcerError> {
         let listed = lists.iter().flat_map(|list| list.keys());
         self.holders.extend(listed.filter(|key| self.slots.of(key.id()).is_some()).cloned());
@@ -127,6 +143,9 @@ impl Cells {
         let gone: Vec<AttachmentKey> = self.holders.iter().filter(|key| !is_listed(key)).cloned().collect();
         for key in gone {
             if let Some(slot) = self.slots.of(key.id()) {
+                if in_force(key.id()) {
+                    continue;
+                }
                 let mut cell = self.load(slot)?;
                 cell.flags = 0;
                 self.store(slot, &cell)?;
@@ -174,8 +193,9 @@ pub(crate) fn bare_hooks(attacher: &dyn Attacher, endpoint: &Endpoint) -> Result
 }
 
 /// The endpoint's cell, without its generations. Its link-local address is the one that the kernel makes of the address
-/// of the device (RFC 4291, appendix A).
-fn of_addresses(addresses: &[IpAddr], mac: MacAddr) -> abi::Endpoint {
+/// of the device (RFC 4291, appendix A), unless it is told to have another.
+fn of_addresses(endpoint: &Endpoint) -> abi::Endpoint {
+    let Endpoint { addresses, mac, .. } = endpoint;
     let ipv4 = addresses.iter().find_map(|address| match address {
         IpAddr::V4(address) => Some(*address),
         IpAddr::V6(_) => None,
@@ -186,6 +206,6 @@ fn of_addresses(addresses: &[IpAddr], mac: MacAddr) -> abi::Endpoint {
     });
     let [a, b, c, d, e, f] = mac.bytes();
     let pair = |high, low| u16::from_be_bytes([high, low]);
-    let link_local = Ipv6Addr::new(0xfe80, 0, 0, 0, pair(a ^ 2, b), pair(c, 0xff), pair(0xfe, d), pair(e, f));
-    abi::Endpoint::new(ipv4, ipv6, Some(link_local)).with_mac(mac.bytes())
+    let of_mac = Ipv6Addr::new(0xfe80, 0, 0, 0, pair(a ^ 2, b), pair(c, 0xff), pair(0xfe, d), pair(e, f));
+    abi::Endpoint::new(ipv4, ipv6, Some(endpoint.link_local.unwrap_or(of_mac))).with_mac(mac.bytes())
 }

@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use dcenet_core::model::{AttachmentKey, IfIndex};
+use dcenet_core::model::{AttachmentKey, IfIndex, IfName};
 use dcenet_core::provider::{Endpoint, PolicyError, PolicySink};
 use dcenet_ebpf::attach::{AttachError, Attacher, ClsactAttacher, Direction, Hook, Owner};
 use dcenet_ebpf::pin::Pins;
@@ -15,7 +15,8 @@ use rustix::net::netdevice::name_to_index;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-use super::config::{Ahead, DefaultVerdict, Limit, PolicyConfig};
+use super::config::{Ahead, DefaultVerdict, Limit, PolicyConfig, Require};
+use super::inside::{Inside, is_of, on_device};
 use super::node::default_pin;
 use super::protocol::{self, ProtocolError, Reply, Request};
 
@@ -23,13 +24,18 @@ use super::protocol::{self, ProtocolError, Reply, Request};
 ///
 /// It needs nothing but the pins: whether the owner lives makes no difference to [`PolicySink::attach`].
 ///
+/// On a device that lives in a pod the default that denies drops everything until the owner has taken note of the endpoint, also
+/// what a pod asks and tells its neighbours, for it does not know the pod's addresses before.
+///
 /// # Minimum kernel version
-/// 4.13; what the pinned programs need was checked by the owner.
+/// 4.13, and 6.6 for devices that live in pods; what the pinned programs need was checked by the owner.
 #[derive(Debug)]
 pub struct PinnedDefault<A = ClsactAttacher> {
     pins: Pins,
+    inside: Inside,
     socket: PathBuf,
     default: DefaultVerdict,
+    require: Require,
     known: Vec<Ahead>,
     attacher: A,
 }
@@ -82,12 +88,21 @@ pub enum ClientError {
         /// The label there.
         label: String,
     },
+    /// The pod could pass its policy by, and the configuration wants one that it cannot.
+    #[error(
+        "policy.require \"full\": device {device} lives in the pod, which can send past its policy with CAP_NET_RAW or \
+         CAP_NET_ADMIN; use a bridge, veth or netkit, or say \"any\""
+    )]
+    Bypassable {
+        /// The device.
+        device: IfName,
+    },
 }
 
 impl ClientError {
     /// Whether the same call may succeed later without anybody changing the configuration.
     pub fn is_retryable(&self) -> bool {
-        !matches!(self, Self::Refused { .. } | Self::OtherAttachment { .. })
+        !matches!(self, Self::Refused { .. } | Self::OtherAttachment { .. } | Self::Bypassable { .. })
     }
 
     /// Whether nobody listens: the socket is not there, or what is left of one.
@@ -115,18 +130,25 @@ impl<A: Attacher> PinnedDefault<A> {
     /// As [`PinnedDefault::new`], attaching in another way.
     pub fn with_attacher(config: &PolicyConfig, run_dir: &Path, attacher: A) -> Self {
         let (pins, socket) = (Pins::at(&config.pins), protocol::socket_path(run_dir));
-        Self { pins, socket, default: config.default, known: config.ahead.clone(), attacher }
+        let inside = Inside::new(pins.clone());
+        let (default, require, known) = (config.default, config.require, config.ahead.clone());
+        Self { pins, inside, socket, default, require, known, attacher }
+    }
+
+    /// What holds programs where the endpoint's device is.
+    fn attacher(&self, endpoint: &Endpoint) -> &dyn Attacher {
+        if endpoint.place.is_host() { &self.attacher } else { self.inside.attacher() }
     }
 
     /// The hooks of the endpoint's device that do not carry a program of it.
     fn bare_hooks(&self, endpoint: &Endpoint) -> Result<Vec<Hook>, PolicyError> {
-        let label = endpoint.attachment.id().to_string();
         let mut bare = Vec::new();
         for direction in BOTH {
             let hook = Hook { device: endpoint.ifindex, direction };
-            match self.attacher.attached(hook).map_err(failed(putting(endpoint)))?.map(|a| a.owner) {
+            let attached = self.attacher(endpoint).attached(hook).map_err(unattached(putting(endpoint)))?;
+            match attached.map(|a| a.owner) {
                 // A repeated call: what the owner has put there since is not for us to replace.
-                Some(Owner::Ours(there)) if there == label => {}
+                Some(Owner::Ours(there)) if is_of(&there, endpoint.attachment.id()) => {}
                 Some(Owner::Ours(label)) => {
                     return Err(refused(putting(endpoint), ClientError::OtherAttachment { label }));
                 }
@@ -137,7 +159,8 @@ impl<A: Attacher> PinnedDefault<A> {
     }
 
     fn open_default(&self, endpoint: &Endpoint, direction: Direction) -> Result<Program, PolicyError> {
-        let pin = default_pin(self.default, direction);
+        let at_host = on_device(direction, &endpoint.place);
+        let pin = default_pin(self.default, at_host, endpoint.place.is_host());
         let Some(fd) = self.pins.get(pin).map_err(failed(putting(endpoint)))? else {
             let directory = self.pins.directory().to_owned();
             return Err(refused(putting(endpoint), ClientError::NotPrepared { pin, directory }));
@@ -189,17 +212,21 @@ impl<A: Attacher> PinnedDefault<A> {
 
 impl<A: Attacher> PolicySink for PinnedDefault<A> {
     fn attach(&self, endpoint: &Endpoint) -> Result<(), PolicyError> {
+        if !self.require.is_met_by(endpoint.enforcement()) {
+            let device = endpoint.ifname.clone();
+            return Err(refused(putting(endpoint), ClientError::Bypassable { device }));
+        }
         let bare = self.bare_hooks(endpoint)?;
         let defaults: Vec<Program> =
             bare.iter().map(|hook| self.open_default(endpoint, hook.direction)).collect::<Result<_, _>>()?;
         let label = endpoint.attachment.id().to_string();
         for (hook, program) in bare.iter().zip(&defaults) {
-            if let Err(error) = self.attacher.attach(*hook, program, &label) {
+            if let Err(error) = self.attacher(endpoint).attach(*hook, program, &label) {
                 // Half a policy would be worse than none to whoever looks at the device. What was there before stays.
-                if let Err(left) = self.remove(&bare, &endpoint.attachment) {
+                if let Err(left) = remove(self.attacher(endpoint), &bare, &endpoint.attachment) {
                     tracing::warn!(device = %endpoint.ifname, error = %left, "default programs stay on the device");
                 }
-                return Err(failed(putting(endpoint))(error));
+                return Err(unattached(putting(endpoint))(error));
             }
         }
         let request = Request::Attached { endpoint: Box::new(endpoint.clone()), default: self.default };
@@ -232,15 +259,16 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
     }
 
     fn missing(&self, endpoint: &Endpoint) -> Result<Option<String>, PolicyError> {
-        let label = endpoint.attachment.id().to_string();
+        let id = endpoint.attachment.id();
+        let attacher = self.attacher(endpoint);
         for direction in BOTH {
             let doing = || format!("look at the policy on {} ({direction:?})", endpoint.ifname);
             let hook = Hook { device: endpoint.ifindex, direction };
-            let there = self.attacher.attached(hook).map_err(failed(doing()))?;
-            if there.is_none_or(|a| a.owner != Owner::Ours(label.clone())) {
+            let there = attacher.attached(hook).map_err(failed(doing()))?;
+            if there.is_none_or(|a| !matches!(a.owner, Owner::Ours(label) if is_of(&label, id))) {
                 return Ok(Some(format!("no policy is on {} ({direction:?})", endpoint.ifname)));
             }
-            let mut ahead = self.attacher.before(hook).map_err(failed(doing()))?;
+            let mut ahead = attacher.before(hook).map_err(failed(doing()))?;
             ahead.retain(|attached| !self.known.iter().any(|known| known.is(attached)));
             if !ahead.is_empty() {
                 let list: Vec<_> = ahead.iter().map(ToString::to_string).collect();
@@ -272,7 +300,7 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
     fn ready(&self) -> Result<(), PolicyError> {
         for direction in BOTH {
             let doing = || "look for the default policy".to_owned();
-            let pin = default_pin(self.default, direction);
+            let pin = default_pin(self.default, direction, true);
             if self.pins.get(pin).map_err(failed(doing()))?.is_none() {
                 let directory = self.pins.directory().to_owned();
                 return Err(refused(doing(), ClientError::NotPrepared { pin, directory }));
@@ -293,23 +321,25 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
         };
         if let Some(device) = index {
             let hooks = BOTH.map(|direction| Hook { device, direction });
-            self.remove(&hooks, attachment).map_err(failed(doing()))?;
+            remove(&self.attacher, &hooks, attachment).map_err(failed(doing()))?;
+        }
+        let living = self.inside.forget(attachment.id()).map_err(failed(doing()))?;
+        if living > 0 {
+            // Its namespace may end in the background, or be out of reach; the owner removes the pins when it has.
+            tracing::debug!(%attachment, living, "its device in the pod lives, and keeps its policy until it is gone");
         }
         self.tell(&Request::Gone { attachment: attachment.clone() }, false).map_err(|e| refused(doing(), e))
     }
 }
 
-impl<A: Attacher> PinnedDefault<A> {
-    fn remove(&self, hooks: &[Hook], attachment: &AttachmentKey) -> Result<(), AttachError> {
-        let label = attachment.id().to_string();
-        for hook in hooks {
-            let ours = self.attacher.attached(*hook)?.is_some_and(|a| a.owner == Owner::Ours(label.clone()));
-            if ours {
-                self.attacher.detach(*hook)?;
-            }
+fn remove(attacher: &dyn Attacher, hooks: &[Hook], attachment: &AttachmentKey) -> Result<(), AttachError> {
+    let is_ours = |owner: &Owner| matches!(owner, Owner::Ours(label) if is_of(label, attachment.id()));
+    for hook in hooks {
+        if attacher.attached(*hook)?.is_some_and(|a| is_ours(&a.owner)) {
+            attacher.detach(*hook)?;
         }
-        Ok(())
     }
+    Ok(())
 }
 
 /// Connects within a limit; [`io::ErrorKind::WouldBlock`] where the owner's queue of connections stays full that long.
@@ -342,6 +372,16 @@ fn gated<T, E: From<io::Error>>(call: &str, make: impl FnOnce() -> Result<T, E>)
         Ok(())
     })?;
     outcome.expect("a call that passes the gate was made")
+}
+
+/// What could not be done to a hook; a kernel without tcx is named.
+fn unattached(doing: String) -> impl FnOnce(AttachError) -> PolicyError {
+    move |error| match error {
+        AttachError::Unsupported { feature } => PolicyError::Unsupported(format!(
+            "{doing}: policy on a device that lives in a pod needs {feature}; use a bridge or veth, or drop the policy section"
+        )),
+        error => failed(doing)(error),
+    }
 }
 
 fn failed<E: Into<Box<dyn std::error::Error + Send + Sync>>>(doing: String) -> impl FnOnce(E) -> PolicyError {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use dcenet_core::provider::Enforcement;
 use dcenet_ebpf::attach::{Attached, Owner};
 use dcenet_ebpf::pin::DEFAULT_DIRECTORY;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -21,6 +22,9 @@ pub struct PolicyConfig {
     pub limit: Limit,
     /// The bpffs that holds maps and default programs.
     pub pins: PathBuf,
+    /// What an attachment must offer; others are refused.
+    #[serde(skip_serializing_if = "Require::is_any")]
+    pub require: Require,
     /// Programs of others that may see packets before policy does, without a check telling of them.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub ahead: Vec<Ahead>,
@@ -32,8 +36,31 @@ impl Default for PolicyConfig {
             default: DefaultVerdict::Deny,
             limit: Limit(Duration::from_secs(5)),
             pins: DEFAULT_DIRECTORY.into(),
+            require: Require::Any,
             ahead: Vec::new(),
         }
+    }
+}
+
+/// What an attachment must offer to be made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Require {
+    /// Policy as far as its kind of device allows.
+    #[default]
+    Any,
+    /// [`Enforcement::Full`]: a pod must not be able to pass by its own policy, whatever capabilities it has.
+    Full,
+}
+
+impl Require {
+    const fn is_any(&self) -> bool {
+        matches!(self, Self::Any)
+    }
+
+    /// Whether that is enough.
+    pub const fn is_met_by(self, enforcement: Enforcement) -> bool {
+        matches!((self, enforcement), (Self::Any, _) | (Self::Full, Enforcement::Full))
     }
 }
 
@@ -272,6 +299,7 @@ mod tests {
         assert!(refusal(json!({"await": "5"})).starts_with("policy.await: duration \"5\": without a unit"));
         assert!(refusal(json!({"await": 5})).starts_with("policy.await"));
         assert!(refusal(json!({"ahead": [""]})).contains("program \"\": want its tag"));
+        assert!(refusal(json!({"require": "most"})).starts_with("policy.require: unknown variant"));
         assert!(refusal(json!({"default": "drop"})).starts_with("policy.default: unknown variant"));
     }
 }

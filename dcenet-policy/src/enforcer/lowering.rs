@@ -3,7 +3,7 @@
 use dcenet_ebpf::abi::Sizes;
 use dcenet_ebpf::asm::Asm;
 use dcenet_ebpf::attach::verdict;
-use dcenet_ebpf::datapath;
+use dcenet_ebpf::datapath::{self, Slot};
 use dcenet_ebpf::object::{Object, ObjectError, ProgramKind};
 
 use super::config::DefaultVerdict;
@@ -15,8 +15,7 @@ pub type LoweringError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Turns policy into objects for a [`Loader`](dcenet_ebpf::loader::Loader). Pure: the same input gives the same bytes.
 ///
-/// Every object has the programs [`FROM_POD`](dcenet_ebpf::datapath::FROM_POD) and
-/// [`TO_POD`](dcenet_ebpf::datapath::TO_POD), and names its maps as [`dcenet_ebpf::abi`] does.
+/// Every object has the programs of [`Slot::program_names`], and names its maps as [`dcenet_ebpf::abi`] does.
 pub trait Lowering: Send + Sync {
     /// Sizes of the maps that the objects are made for.
     fn sizes(&self) -> Sizes;
@@ -26,25 +25,25 @@ pub trait Lowering: Send + Sync {
     ///
     /// # Errors
     /// Where the datapath cannot be made of these sizes.
-    fn default_object(&self, verdict: DefaultVerdict) -> Result<LoweredObject, LoweringError> {
+    fn default_object(&self, verdict: DefaultVerdict, slot: Slot) -> Result<LoweredObject, LoweringError> {
         let object = match verdict {
-            DefaultVerdict::Deny => datapath::default_program(&self.sizes())?,
-            DefaultVerdict::Allow => pass_all()?,
+            DefaultVerdict::Deny => datapath::default_program_of(&self.sizes(), slot)?,
+            DefaultVerdict::Allow => pass_all(slot)?,
         };
         Ok(LoweredObject::new(&object)?)
     }
 
-    /// Programs that judge by an endpoint's policies. They hold nothing of the endpoint itself, so that endpoints with
-    /// equal policies share them.
+    /// Programs that judge by an endpoint's policies. By [`Slot::Class`] they hold nothing of the endpoint itself, so that
+    /// endpoints with equal policies share them; by [`Slot::Constant`] its slot alone ([`LoweredObject::of_slot`]).
     ///
     /// # Errors
     /// Where the policies are too large for this target.
-    fn endpoint_object(&self, plan: &EndpointPlan) -> Result<LoweredObject, LoweringError>;
+    fn endpoint_object(&self, plan: &EndpointPlan, slot: Slot) -> Result<LoweredObject, LoweringError>;
 }
 
-fn pass_all() -> Result<Object, LoweringError> {
+fn pass_all(slot: Slot) -> Result<Object, LoweringError> {
     let mut object = Object::new();
-    for name in [datapath::FROM_POD, datapath::TO_POD] {
+    for name in slot.program_names() {
         let mut code = Asm::program(name, ProgramKind::Classifier);
         code.ret(verdict::UNSPEC);
         object.add(code.finish()?)?;
@@ -61,6 +60,8 @@ pub struct LoweredObject {
     pub maps: Vec<String>,
     /// What has to stand in maps that the loader makes, before the programs are attached.
     pub contents: Vec<MapContent>,
+    /// Where the slot stands in the file, if it is a constant ([`datapath::slot_places`]).
+    pub slot_places: Option<[usize; 2]>,
 }
 
 impl LoweredObject {
@@ -69,11 +70,22 @@ impl LoweredObject {
     /// # Errors
     /// As [`Object::to_elf`].
     pub fn new(object: &Object) -> Result<Self, ObjectError> {
+        let elf = object.to_elf()?;
         Ok(Self {
-            elf: object.to_elf()?,
+            slot_places: datapath::slot_places(object, &elf),
+            elf,
             maps: object.maps().iter().map(|map| map.name.clone()).collect(),
             contents: Vec::new(),
         })
+    }
+
+    /// The file for another endpoint with the same policies; `None` where the slot is no constant of it.
+    pub fn of_slot(&self, slot: u16) -> Option<Vec<u8>> {
+        let mut elf = self.elf.clone();
+        for place in self.slot_places? {
+            elf.get_mut(place..place + size_of::<i32>())?.copy_from_slice(&i32::from(slot).to_le_bytes());
+        }
+        Some(elf)
     }
 }
 
@@ -82,9 +94,9 @@ impl Lowering for Tc {
         self.sizes.clone()
     }
 
-    fn endpoint_object(&self, plan: &EndpointPlan) -> Result<LoweredObject, LoweringError> {
+    fn endpoint_object(&self, plan: &EndpointPlan, slot: Slot) -> Result<LoweredObject, LoweringError> {
         let policies = Policies { ingress: &plan.ingress.program, egress: &plan.egress.program };
-        let artefact = self.lower(policies)?;
+        let artefact = self.clone().slot(slot).lower(policies)?;
         Ok(LoweredObject { contents: artefact.contents, ..LoweredObject::new(&artefact.object)? })
     }
 }

@@ -58,6 +58,16 @@
 //! [`Phase`] names them. An owner that starts *adopts* what it finds attached: such endpoints are `Enforced` by their last
 //! verdicts until the owner's sources have told what they know ([`Enforcer::start`]).
 //!
+//! # Where devices are
+//! | Device | What holds its programs | Where the programs learn the slot | What the pod sends | [`Enforcement`] |
+//! |---|---|---|---|---|
+//! | the host's end of a pair | filters of clsact, by [`Tools::attacher`] | the filter's class | comes in | `Full` |
+//! | in the pod: macvlan, ipvlan | pinned tcx links (Linux 6.6) | a constant | goes out | `EgressBypassable` |
+//!
+//! Verdicts, cells, flows and tables are the same for both. Equal policies share one program on the host; in pods they share
+//! the compiled object, in which nothing but the slot differs, and each is loaded by itself. [`PolicyConfig::require`] refuses
+//! endpoints that cannot be enforced in full.
+//!
 //! # One change
 //! 1. Compile the cluster. Sets and programs that did not change are shared with the update before.
 //! 2. Write the local ids of all policy sets: what changes in them is of classes that no table names yet.
@@ -86,6 +96,7 @@ mod cells;
 pub mod client;
 mod config;
 pub mod flows;
+mod inside;
 mod lowering;
 mod node;
 pub mod protocol;
@@ -105,14 +116,14 @@ use dcenet_core::journal::Record;
 use dcenet_core::link::Policy as LinkPolicy;
 use dcenet_core::model::{AttachmentKey, Workload};
 use dcenet_core::netns::{Host, NetNsError};
-use dcenet_core::provider::Endpoint;
+use dcenet_core::provider::{Endpoint, Enforcement};
 use dcenet_ebpf::attach::{AttachError, Attacher};
 use dcenet_ebpf::datapath::classes::ClassError;
 use dcenet_ebpf::loader::{LoadError, Loader};
 use dcenet_ebpf::pin::{PinError, Pins};
 
 pub use self::client::{ClientError, PinnedDefault};
-pub use self::config::{Ahead, AheadError, DefaultVerdict, Limit, LimitError, PolicyConfig};
+pub use self::config::{Ahead, AheadError, DefaultVerdict, Limit, LimitError, PolicyConfig, Require};
 pub use self::lowering::{LoweredObject, Lowering, LoweringError};
 use self::server::{OwnerLock, Server};
 use self::state::Shared;
@@ -178,6 +189,8 @@ pub struct EndpointStatus {
     pub phase: Phase,
     /// The larger of its two generations.
     pub generation: u32,
+    /// What its policy holds against the pod itself, once it is enforced.
+    pub enforcement: Enforcement,
     /// Why the latest change is not in force for it.
     pub failure: Option<String>,
     /// What of its policies is closed instead of enforced as written, and which of its addresses others claim, too.
@@ -390,18 +403,7 @@ impl Drop for Enforcer {
 }
 
 fn endpoint_of(record: &Record) -> Option<Endpoint> {
-    if record.policy != LinkPolicy::Wanted {
-        return None;
-    }
-    Some(Endpoint {
-        attachment: record.key.clone(),
-        ifindex: record.done.as_ref()?.host_index?,
-        ifname: record.host_end.as_ref()?.name.clone(),
-        mac: record.mac,
-        addresses: record.lease.addresses.iter().map(|a| a.address.addr()).collect(),
-        workload: record.workload.clone(),
-        labels: record.labels.clone(),
-    })
+    if record.policy == LinkPolicy::Wanted { record.endpoint() } else { None }
 }
 
 /// Why the owner cannot do its part.

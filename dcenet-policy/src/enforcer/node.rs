@@ -4,7 +4,7 @@ use std::os::fd::AsFd;
 
 use dcenet_ebpf::abi::{self, Sizes};
 use dcenet_ebpf::attach::Direction as HookDirection;
-use dcenet_ebpf::datapath;
+use dcenet_ebpf::datapath::Slot;
 use dcenet_ebpf::loader::{LoadRequest, Loader};
 use dcenet_ebpf::maps::Map;
 use dcenet_ebpf::object::MapSpec;
@@ -14,13 +14,18 @@ use dcenet_ebpf::program::Program;
 use super::config::DefaultVerdict;
 use super::{EnforcerError, Lowering};
 
-/// The pin of a default program. What the pod sends enters the host on its end's ingress hook.
-pub(crate) const fn default_pin(verdict: DefaultVerdict, direction: HookDirection) -> &'static str {
-    match (verdict, direction) {
-        (DefaultVerdict::Deny, HookDirection::Ingress) => "deny_from_pod",
-        (DefaultVerdict::Deny, HookDirection::Egress) => "deny_to_pod",
-        (DefaultVerdict::Allow, HookDirection::Ingress) => "allow_from_pod",
-        (DefaultVerdict::Allow, HookDirection::Egress) => "allow_to_pod",
+/// The pin of a default program, for devices on the host or in pods. What the pod sends enters the host on its end's ingress
+/// hook, and that is the direction for devices in pods, too.
+pub(crate) const fn default_pin(verdict: DefaultVerdict, direction: HookDirection, on_host: bool) -> &'static str {
+    match (verdict, direction, on_host) {
+        (DefaultVerdict::Deny, HookDirection::Ingress, true) => "deny_from_pod",
+        (DefaultVerdict::Deny, HookDirection::Egress, true) => "deny_to_pod",
+        (DefaultVerdict::Allow, HookDirection::Ingress, true) => "allow_from_pod",
+        (DefaultVerdict::Allow, HookDirection::Egress, true) => "allow_to_pod",
+        (DefaultVerdict::Deny, HookDirection::Ingress, false) => "deny_from_one_pod",
+        (DefaultVerdict::Deny, HookDirection::Egress, false) => "deny_to_one_pod",
+        (DefaultVerdict::Allow, HookDirection::Ingress, false) => "allow_from_one_pod",
+        (DefaultVerdict::Allow, HookDirection::Egress, false) => "allow_to_one_pod",
     }
 }
 
@@ -97,17 +102,9 @@ pub(crate) fn pin_defaults(
     loader: &dyn Loader,
     lowering: &dyn Lowering,
 ) -> Result<(), EnforcerError> {
-    for verdict in DefaultVerdict::ALL {
-        let object = lowering.default_object(verdict).map_err(EnforcerError::Lowering)?;
-        let used: Vec<_> =
-            maps.all().filter(|(name, _)| object.maps.iter().any(|m| m == name)).map(|(n, m)| (n, m.as_fd())).collect();
-        let mut loaded = loader.load(&object.elf, &LoadRequest { maps: &used })?;
-        for direction in [HookDirection::Ingress, HookDirection::Egress] {
-            let name = program_name(direction);
-            let program = loaded
-                .take_program(name)
-                .ok_or_else(|| EnforcerError::Lowering(format!("the default object has no program {name:?}").into()))?;
-            let pin = default_pin(verdict, direction);
+    for (verdict, slot) in DefaultVerdict::ALL.into_iter().flat_map(|v| [(v, Slot::Class), (v, Slot::Nobody)]) {
+        for (direction, program) in load_default(maps, loader, lowering, verdict, slot)? {
+            let pin = default_pin(verdict, direction, slot == Slot::Class);
             match pins.get(pin)? {
                 None => pins.pin(pin, &program)?,
                 Some(fd) => {
@@ -123,10 +120,31 @@ pub(crate) fn pin_defaults(
     Ok(())
 }
 
+/// Loads default programs, by the hook of the host's end.
+pub(crate) fn load_default(
+    maps: &NodeMaps,
+    loader: &dyn Loader,
+    lowering: &dyn Lowering,
+    verdict: DefaultVerdict,
+    slot: Slot,
+) -> Result<[(HookDirection, Program); 2], EnforcerError> {
+    let object = lowering.default_object(verdict, slot).map_err(EnforcerError::Lowering)?;
+    let used: Vec<_> =
+        maps.all().filter(|(name, _)| object.maps.iter().any(|m| m == name)).map(|(n, m)| (n, m.as_fd())).collect();
+    let mut loaded = loader.load(&object.elf, &LoadRequest { maps: &used })?;
+    let mut take = |direction| {
+        let name = program_name(direction, slot);
+        let missing = || EnforcerError::Lowering(format!("the default object has no program {name:?}").into());
+        Ok::<_, EnforcerError>((direction, loaded.take_program(name).ok_or_else(missing)?))
+    };
+    Ok([take(HookDirection::Ingress)?, take(HookDirection::Egress)?])
+}
+
 /// The names of the programs in an object of [`Lowering`].
-pub(crate) const fn program_name(direction: HookDirection) -> &'static str {
+pub(crate) const fn program_name(direction: HookDirection, slot: Slot) -> &'static str {
+    let [from_pod, to_pod] = slot.program_names();
     match direction {
-        HookDirection::Ingress => datapath::FROM_POD,
-        HookDirection::Egress => datapath::TO_POD,
+        HookDirection::Ingress => from_pod,
+        HookDirection::Egress => to_pod,
     }
 }

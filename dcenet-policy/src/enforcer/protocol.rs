@@ -4,9 +4,9 @@
 //! order. A message is a length (32 bits, big endian) and as many bytes of JSON:
 //!
 //! ```json
-//! {"version": 1, "body": {"attached": {"endpoint": {"...": "..."}, "default": "deny"}}}
-//! {"version": 1, "body": {"gone": {"attachment": {"network": "shop", "container": "c1", "ifname": "eth0"}}}}
-//! {"version": 1, "body": {"await": {"attachment": {"...": "..."}, "limit": "5s"}}}
+//! {"version": 2, "body": {"attached": {"endpoint": {"...": "..."}, "default": "deny"}}}
+//! {"version": 2, "body": {"gone": {"attachment": {"network": "shop", "container": "c1", "ifname": "eth0"}}}}
+//! {"version": 2, "body": {"await": {"attachment": {"...": "..."}, "limit": "5s"}}}
 //! ```
 //!
 //! | Request | Replies |
@@ -31,7 +31,7 @@ use serde::{Deserialize, Serialize};
 use super::config::{DefaultVerdict, Limit};
 
 /// The version of this protocol.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// The longest message in bytes, its length not counted: room for every label that Kubernetes lets a pod have.
 pub const MAX_MESSAGE: usize = 512 * 1024;
@@ -193,6 +193,8 @@ const LENGTH: usize = size_of::<u32>();
 
 #[cfg(test)]
 mod tests {
+    use dcenet_core::netns::NetNsId;
+    use dcenet_core::provider::Place;
     use proptest::collection::{btree_map, vec};
     use proptest::prelude::*;
 
@@ -206,15 +208,21 @@ mod tests {
         }
     }
 
+    fn a_pod() -> Place {
+        Place::Pod { path: "/run/netns/c1".into(), netns: NetNsId { dev: 4, inode: 4_026_532_000 } }
+    }
+
     fn requests() -> impl Strategy<Value = Request> {
         let labels = btree_map("[a-z./-]{0,20}", ".{0,20}", 0..5);
         let addresses = vec(any::<std::net::IpAddr>(), 0..3);
-        let attached = ("[a-z0-9]{1,20}", labels, addresses, 1u32.., any::<bool>()).prop_map(
-            |(container, labels, addresses, index, named)| Request::Attached {
+        let attached = ("[a-z0-9]{1,20}", labels, addresses, 1u32.., any::<bool>(), any::<bool>()).prop_map(
+            |(container, labels, addresses, index, named, inside)| Request::Attached {
                 endpoint: Box::new(Endpoint {
                     attachment: key(&container),
                     ifindex: dcenet_core::model::IfIndex::new(index).unwrap(),
                     ifname: "dc0".parse().unwrap(),
+                    place: if inside { a_pod() } else { Place::Host },
+                    link_local: inside.then(|| "fe80::1".parse().unwrap()),
                     mac: key(&container).mac(),
                     addresses,
                     workload: named.then(|| "shop/web".parse().unwrap()),
@@ -280,18 +288,18 @@ mod tests {
         let text = |request: &Request| String::from_utf8(encode(request).unwrap()).unwrap();
         assert_eq!(
             text(&Request::Await { attachment: key("c1"), limit: "5s".parse().unwrap() }),
-            r#"{"version":1,"body":{"await":{"attachment":{"network":"shop","container":"c1","ifname":"eth0"},"limit":"5s"}}}"#
+            r#"{"version":2,"body":{"await":{"attachment":{"network":"shop","container":"c1","ifname":"eth0"},"limit":"5s"}}}"#
         );
-        assert_eq!(encode(&Reply::Noted).unwrap(), br#"{"version":1,"body":"noted"}"#);
+        assert_eq!(encode(&Reply::Noted).unwrap(), br#"{"version":2,"body":"noted"}"#);
         let enforced = Reply::Enforced { generation: 7 };
-        assert_eq!(encode(&enforced).unwrap(), br#"{"version":1,"body":{"enforced":{"generation":7}}}"#);
+        assert_eq!(encode(&enforced).unwrap(), br#"{"version":2,"body":{"enforced":{"generation":7}}}"#);
     }
 
     #[test]
     fn another_version_is_named_whatever_its_body() {
+        let error = decode::<Request>(br#"{"version":3,"body":{"something":["new"]}}"#).unwrap_err();
+        assert!(matches!(error, ProtocolError::Version { theirs: 3 }));
         let error = decode::<Request>(br#"{"version":2,"body":{"something":["new"]}}"#).unwrap_err();
-        assert!(matches!(error, ProtocolError::Version { theirs: 2 }));
-        let error = decode::<Request>(br#"{"version":1,"body":{"something":["new"]}}"#).unwrap_err();
         assert!(matches!(error, ProtocolError::Malformed(_)));
     }
 
@@ -306,6 +314,8 @@ mod tests {
             attachment: key("c1"),
             ifindex: dcenet_core::model::IfIndex::new(1).unwrap(),
             ifname: "dc0".parse().unwrap(),
+            place: Place::Host,
+            link_local: None,
             mac: key("c1").mac(),
             addresses: Vec::new(),
             workload: None,

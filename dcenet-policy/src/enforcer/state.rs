@@ -8,15 +8,19 @@ use std::time::{Duration, Instant};
 
 use dcenet_core::model::{AttachmentId, AttachmentKey, IfIndex};
 use dcenet_core::netns::Host;
-use dcenet_core::provider::Endpoint;
+use dcenet_core::provider::{Endpoint, Place};
 use dcenet_ebpf::attach::{AttachError, Attacher, Direction, Hook, Owner};
+use dcenet_ebpf::datapath::Slot;
 use dcenet_ebpf::pin::Pins;
+use dcenet_ebpf::program::Program;
 use parking_lot::{Condvar, Mutex, RwLock};
 
 use super::apply::{Applied, Applier};
 use super::cells::{Cells, bare_hooks};
+use super::config::DefaultVerdict;
 use super::flows::Names;
-use super::node::{NodeMaps, pin_defaults};
+use super::inside::{Inside, InsideLink, on_device};
+use super::node::{NodeMaps, default_pin, load_default, pin_defaults};
 use super::protocol::{Reply, Request};
 use super::server::Answer;
 use super::sweep::{self, Listener};
@@ -31,6 +35,7 @@ pub(crate) struct Shared {
     pub(crate) config: EnforcerConfig,
     pub(crate) tools: Tools,
     pub(crate) pins: Pins,
+    pub(crate) inside: Inside,
     pub(crate) maps: NodeMaps,
     /// Held for moments only.
     pub(crate) state: Mutex<State>,
@@ -95,6 +100,11 @@ impl Known {
         self.noted == 0
     }
 
+    /// Whether its device is this one.
+    pub(crate) fn is_on(&self, device: IfIndex, place: &Place) -> bool {
+        self.endpoint.ifindex == device && self.endpoint.place == *place
+    }
+
     pub(crate) fn pod(&self) -> Option<PodId> {
         self.endpoint.workload.as_ref().map(|w| PodId::new(w.namespace(), w.name()))
     }
@@ -125,7 +135,7 @@ impl State {
             return;
         }
         // A device that was made anew carries the default; the same one keeps what it has.
-        let same_device = before.filter(|known| known.endpoint.ifindex == endpoint.ifindex);
+        let same_device = before.filter(|known| known.is_on(endpoint.ifindex, &endpoint.place));
         // Whoever notes a change counts it afterwards.
         let noted = self.revision + 1;
         let known = match same_device {
@@ -246,8 +256,10 @@ impl Shared {
         let sizes = tools.lowering.sizes();
         let maps = NodeMaps::open(&pins, &sizes)?;
         pin_defaults(&pins, &maps, &*tools.loader, &*tools.lowering)?;
-        let used = host.0.run_here_or_there(|| attached_slots(&*tools.attacher))??;
-        forget_vanished(&*tools.attacher);
+        let inside = Inside::new(pins.clone());
+        let mut used = host.0.run_here_or_there(|| attached_slots(&*tools.attacher))??;
+        used.extend(inside.slots()?);
+        forget_vanished(&*tools.attacher, &inside);
         let names = Names::resume(&config.run_dir);
         let adopted = used.iter().map(|(slot, id)| (*id, *slot)).collect();
         let applier = Applier::new(&maps, &sizes, &config.node, &names)?;
@@ -259,6 +271,7 @@ impl Shared {
             config,
             tools,
             pins,
+            inside,
             maps,
             state: Mutex::new(state),
             changed: Condvar::new(),
@@ -332,7 +345,9 @@ impl Shared {
     /// Gives back the slots of endpoints that are neither listed nor were admitted since the list was made.
     pub(crate) fn give_back_others(&self, listed: &BTreeMap<AttachmentKey, Known>) -> Result<(), EnforcerError> {
         let state = self.state.lock();
-        self.cells.lock().give_back_others([listed, &state.endpoints])
+        // A namespace that ends takes its time, and who gets the slot must not share it with a device that is up.
+        let in_force = |id| self.inside.of(id).map_or(true, |links| links.iter().any(InsideLink::lives));
+        self.cells.lock().give_back_others([listed, &state.endpoints], in_force)
     }
 
     /// Lets the default programs of an endpoint know its addresses, where they are on its hooks. A change that is under way
@@ -343,23 +358,66 @@ impl Shared {
         let attacher = &*self.tools.attacher;
         let _change = again.then(|| self.applier.lock());
         let state = self.state.lock();
-        if state.endpoints.get(&endpoint.attachment).is_none_or(|known| known.endpoint.ifindex != endpoint.ifindex) {
+        let is_it = |known: &Known| known.is_on(endpoint.ifindex, &endpoint.place);
+        if !state.endpoints.get(&endpoint.attachment).is_some_and(is_it) {
             // It went in the meantime.
             return Ok(());
         }
         let mut cells = self.cells.lock();
         drop(state);
         let (cells_held, mut found) = (&mut *cells, false);
-        let admitted = self.host.0.run_here_or_there(|| {
-            let bare = bare_hooks(attacher, endpoint)?;
-            found = !bare.is_empty();
-            if found { cells_held.admit(attacher, endpoint, bare) } else { Ok(()) }
-        });
+        let admitted = if endpoint.place.is_host() {
+            self.host.0.run_here_or_there(|| {
+                let bare = bare_hooks(attacher, endpoint)?;
+                found = !bare.is_empty();
+                if found { cells_held.admit(attacher, endpoint, bare) } else { Ok(()) }
+            })
+        } else {
+            Ok(self.admit_inside(cells_held, endpoint, &mut found))
+        };
         drop(cells);
         if found {
             self.note(|state| state.lost(&endpoint.attachment));
         }
         admitted?
+    }
+
+    /// As [`Shared::admit`], of a device in a pod. Its default programs know no slot: others that do take their place.
+    fn admit_inside(&self, cells: &mut Cells, endpoint: &Endpoint, found: &mut bool) -> Result<(), EnforcerError> {
+        let links = self.inside.of(endpoint.attachment.id())?;
+        let living: Vec<&InsideLink> = links.iter().filter(|link| link.lives()).collect();
+        // Also where somebody has taken one away.
+        *found = living.len() < 2 || living.iter().any(|link| link.slot.is_none());
+        if !*found {
+            return Ok(());
+        }
+        let (slot, _) = cells.settle(endpoint, true)?;
+        let mut deny = None;
+        for link in living.into_iter().filter(|link| link.slot.is_none()) {
+            let there = Program::by_id(link.link.program).map_err(AttachError::from)?;
+            let at_host = on_device(link.link.direction, &endpoint.place);
+            let pin = default_pin(DefaultVerdict::Allow, at_host, false);
+            let allow = self.pins.get(pin)?.map(Program::from_fd).transpose().map_err(AttachError::from)?;
+            if allow.is_some_and(|allow| allow.info().id == there.info().id) {
+                self.inside.replace(link, &there, slot)?;
+                continue;
+            }
+            let programs = match &mut deny {
+                Some(programs) => programs,
+                none => none.insert(load_default(
+                    &self.maps,
+                    &*self.tools.loader,
+                    &*self.tools.lowering,
+                    DefaultVerdict::Deny,
+                    Slot::Constant(slot),
+                )?),
+            };
+            for (direction, program) in programs.iter().filter(|(direction, _)| *direction == at_host) {
+                tracing::debug!(attachment = %endpoint.attachment, ?direction, slot, "admitted");
+                self.inside.replace(link, program, slot)?;
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn statuses(&self) -> Vec<EndpointStatus> {
@@ -370,6 +428,7 @@ impl Shared {
             slot: known.slot,
             phase: known.phase,
             generation: known.generation,
+            enforcement: known.endpoint.enforcement(),
             failure: known.failure.clone(),
             faults: state.faults_of(known),
         };
@@ -400,7 +459,7 @@ impl Shared {
                 }
             } else if sweep_at <= now {
                 drop(state);
-                forget_vanished(&*self.tools.attacher);
+                forget_vanished(&*self.tools.attacher, &self.inside);
                 if let Err(error) = sweep::sweep(self) {
                     tracing::warn!(%error, "flows that are over could not be removed");
                 }
@@ -444,6 +503,9 @@ impl Shared {
         match filters {
             Ok(errors) => first = errors.into_iter().map(EnforcerError::from).next(),
             Err(error) => drop(first.get_or_insert(error.into())),
+        }
+        if let Err(error) = self.inside.clear() {
+            first.get_or_insert(error.into());
         }
         if let Err(error) = self.pins.clone().unmount() {
             first.get_or_insert(error.into());
@@ -516,7 +578,7 @@ impl State {
     /// Records what a change did, unless the endpoint has become another in the meantime. Returns whether it is gone.
     fn settle(&mut self, attachment: &AttachmentKey, then: &Known, outcome: Outcome) -> bool {
         let Some(known) = self.endpoints.get_mut(attachment) else { return false };
-        if known.endpoint.ifindex != then.endpoint.ifindex {
+        if !known.is_on(then.endpoint.ifindex, &then.endpoint.place) {
             return false;
         }
         let gone = matches!(outcome, Outcome::Gone);
@@ -558,8 +620,9 @@ fn attached_slots(attacher: &dyn Attacher) -> Result<BTreeMap<u16, AttachmentId>
 }
 
 /// What is left of devices that are no more does no harm but to those who list it.
-fn forget_vanished(attacher: &dyn Attacher) {
-    match attacher.forget_vanished() {
+fn forget_vanished(attacher: &dyn Attacher, inside: &Inside) {
+    let of_host = attacher.forget_vanished();
+    match of_host.and_then(|count| Ok(count + inside.forget_vanished()?)) {
         Ok(0) => {}
         Ok(count) => tracing::debug!(count, "links of vanished devices are forgotten"),
         Err(error) => tracing::warn!(%error, "links of vanished devices stay pinned until the next attempt"),

@@ -2,7 +2,7 @@
 
 use dcenet_ebpf::abi::Sizes;
 use dcenet_ebpf::asm::{Asm, AsmError, Function, Label};
-use dcenet_ebpf::datapath::{self, DatapathError, EmitClassifier, Exits, Spec, Timeouts};
+use dcenet_ebpf::datapath::{self, DatapathError, EmitClassifier, Exits, Slot, Spec, Timeouts};
 use dcenet_ebpf::insn::{Cond, IsaLevel, Reg::R4};
 use dcenet_ebpf::object::{MapSpec, ProgramKind};
 
@@ -28,14 +28,24 @@ pub struct Tc {
     pub denied_events: u32,
     /// The level of the instruction set; at v4, which `dcenet_ebpf::probe` tells of, far jumps are cheaper.
     pub isa: IsaLevel,
+    /// Where the programs learn their endpoint's slot.
+    pub slot: Slot,
     /// The most arms of a diagram that becomes code, [`MAX_CODE_ARMS`] unless told; others become tables.
     pub code_arms: usize,
 }
 
 impl Tc {
-    /// With the datapath's defaults, at ISA v3.
+    /// With the datapath's defaults, at ISA v3, for attachments with a class.
     pub fn new(sizes: Sizes) -> Self {
-        Self { sizes, timeouts: Timeouts::default(), denied_events: 100, isa: IsaLevel::V3, code_arms: MAX_CODE_ARMS }
+        let (timeouts, slot, isa) = (Timeouts::default(), Slot::Class, IsaLevel::V3);
+        Self { sizes, timeouts, denied_events: 100, isa, slot, code_arms: MAX_CODE_ARMS }
+    }
+
+    /// With the slot from elsewhere.
+    #[must_use]
+    pub fn slot(mut self, slot: Slot) -> Self {
+        self.slot = slot;
+        self
     }
 
     /// At a level of the instruction set.
@@ -68,6 +78,7 @@ impl Tc {
             timeouts: self.timeouts,
             denied_events: self.denied_events,
             isa: self.isa,
+            slot: self.slot,
             ..Spec::new(&self.sizes, &egress, &ingress)
         };
         let object = datapath::program(&spec)?;

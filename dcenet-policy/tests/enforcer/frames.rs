@@ -58,15 +58,15 @@ impl Wire {
 }
 
 /// Frames that arrive somewhere, by the number of their kind.
-struct Arrivals(File);
+pub struct Arrivals(File);
 
 impl Arrivals {
-    fn of(namespace: &TestNetNs) -> Self {
+    pub fn of(namespace: &TestNetNs) -> Self {
         let device = namespace.link("eth0").unwrap().index.get();
         Self(namespace.run(|| packet_socket(device, false)).unwrap())
     }
 
-    fn drain(&mut self, seen: &mut [u64]) {
+    pub fn drain(&mut self, seen: &mut [u64]) {
         let mut frame = [0; 2048];
         loop {
             match self.0.read(&mut frame) {
@@ -84,7 +84,7 @@ impl Arrivals {
 }
 
 /// A UDP datagram, or a frame of no known protocol where there are no addresses (IEEE 802, local experimental EtherType).
-fn frame(source: [u8; 6], destination: [u8; 6], addresses: Option<(IpAddr, IpAddr)>, kind: u8) -> Vec<u8> {
+pub fn frame(source: [u8; 6], destination: [u8; 6], addresses: Option<(IpAddr, IpAddr)>, kind: u8) -> Vec<u8> {
     let data = [MARK, &[kind]].concat();
     let length = (8 + data.len()) as u16;
     let udp = [&40_000_u16.to_be_bytes(), &PORT.to_be_bytes(), &length.to_be_bytes(), &[0, 0][..], &data].concat();

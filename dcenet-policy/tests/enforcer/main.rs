@@ -8,6 +8,7 @@ mod costs;
 mod escapes;
 mod faults;
 mod frames;
+mod inside;
 mod isolation;
 mod restart;
 mod streams;

@@ -19,12 +19,12 @@ use crate::streams::Stream;
 use crate::world::*;
 
 /// An owner in a process of its own, killed when dropped.
-struct OwnerProcess(Child);
+pub struct OwnerProcess(Child);
 
 const DIRECTORY: &str = "DCENET_TEST_OWNER_OF";
 
 impl OwnerProcess {
-    fn start(world: &World) -> Self {
+    pub fn start(world: &World) -> Self {
         let ready = world.host.directory().join("ready");
         let _ = std::fs::remove_file(&ready);
         let mut command = Command::new(std::env::current_exe().unwrap());
@@ -40,7 +40,7 @@ impl OwnerProcess {
         owner
     }
 
-    fn kill(mut self) {
+    pub fn kill(mut self) {
         self.0.kill().unwrap();
         self.0.wait().unwrap();
     }

@@ -12,14 +12,16 @@ use dcenet_core::model::{AttachmentKey, IfIndex, MacAddr};
 use dcenet_core::netns::{Host, NetNs};
 use dcenet_core::provider::{Dns, Endpoint, Lease, LeasedAddress, LeasedRoute, PolicySink};
 use dcenet_core::test_support::{TestHost, TestNetNs, ping};
-use dcenet_ebpf::abi::Sizes;
+use dcenet_ebpf::abi::{self, Reason, Sizes, Traffic, reason_index};
 use dcenet_ebpf::attach::{Attached, Attacher, ClsactAttacher, Direction, Hook};
 use dcenet_ebpf::loader::AyaLoader;
+use dcenet_ebpf::maps::{Map, PerCpuArray};
 use dcenet_ebpf::pin::Pins;
 use dcenet_policy::enforcer::{DefaultVerdict, Enforcer, EnforcerConfig, PinnedDefault, PolicyConfig, Tools};
 use dcenet_policy::model::Policy;
 use dcenet_policy::sources::networkpolicy::from_yaml;
 use dcenet_policy::target::Tc;
+use serde_json::json;
 
 /// Long enough for anything that is allowed.
 pub const ALLOWED: Duration = Duration::from_secs(4);
@@ -39,6 +41,8 @@ pub fn tools() -> Tools {
 pub struct World {
     // Dropped before the host, whose directory they are mounted in.
     pub pods: BTreeMap<String, TestNetNs>,
+    /// Pods have no end on the host: they are macvlans on this device of it.
+    pub parent: Option<&'static str>,
     pub engine: Engine,
     pub sink: Arc<PinnedDefault>,
     pub host: TestHost,
@@ -59,12 +63,25 @@ impl World {
     }
 
     pub fn with_default(default: DefaultVerdict) -> Self {
+        Self::with(PolicyConfig { default, ..PolicyConfig::default() })
+    }
+
+    /// With a device for macvlans, which is one end of a pair.
+    pub fn of_macvlans(policy: PolicyConfig) -> Self {
+        let mut world = Self::with(policy);
+        world.host.root().sh("ip link add up0 type veth peer name far0
+             for end in far0 up0; do ip link set $end addrgenmode none; ip link set $end up; done");
+        world.parent = Some("up0");
+        world
+    }
+
+    pub fn with(policy: PolicyConfig) -> Self {
         let host = TestHost::new();
         host.root().sysctl("ipv6/conf/all/forwarding", "1");
-        let policy = PolicyConfig { pins: host.directory().join("bpf"), default, ..PolicyConfig::default() };
+        let policy = PolicyConfig { pins: host.directory().join("bpf"), ..policy };
         let sink = Arc::new(PinnedDefault::new(&policy, &host.run_dir()));
         let engine = host.engine(Some(Arc::clone(&sink) as _));
-        Self { host, engine, sink, pods: BTreeMap::new() }
+        Self { host, engine, sink, parent: None, pods: BTreeMap::new() }
     }
 
     pub fn open(&self, tools: Tools) -> Enforcer {
@@ -87,10 +104,14 @@ impl World {
         });
         let routes = ["0.0.0.0/0", "::/0"]
             .map(|destination| LeasedRoute { destination: destination.parse().unwrap(), gateway: None });
+        let link = match self.parent {
+            None => json!({ "kind": "bridge", "bridge": "dc0", "isGateway": true }),
+            Some(parent) => json!({ "kind": "macvlan", "parent": parent, "underlay": { "probes": 0 } }),
+        };
         let request = AttachRequest {
             key: key(name),
             pod: pod.pod(),
-            link: serde_json::from_str(r#"{"kind": "bridge", "bridge": "dc0", "isGateway": true}"#).unwrap(),
+            link: serde_json::from_value(link).unwrap(),
             lease: Lease { addresses: addresses.collect(), routes: routes.into(), dns: Dns::default(), mac: None },
             // Not the one that the engine would derive: runtimes choose.
             mac: Some(MacAddr::local([0, 0xdc, 0, 0, (n >> 8) as u8, n as u8])),
@@ -134,16 +155,7 @@ impl World {
 
     pub fn endpoint(&self, name: &str) -> Endpoint {
         let record = self.engine.attachments(&"shop".parse().unwrap()).unwrap();
-        let record = record.into_iter().find(|r| r.key == key(name)).unwrap();
-        Endpoint {
-            attachment: record.key.clone(),
-            ifindex: record.done.unwrap().host_index.unwrap(),
-            ifname: record.host_end.unwrap().name,
-            mac: record.mac,
-            addresses: record.lease.addresses.iter().map(|a| a.address.addr()).collect(),
-            workload: record.workload,
-            labels: record.labels,
-        }
+        record.into_iter().find(|r| r.key == key(name)).and_then(|record| record.endpoint()).unwrap()
     }
 
     pub fn index(&self, name: &str) -> IfIndex {
@@ -219,6 +231,18 @@ impl World {
         passed
     }
 
+    /// Packets by what became of them, of all pods.
+    pub fn reasons(&self) -> BTreeMap<Reason, u64> {
+        let pin = Pins::at(self.host.directory().join("bpf")).get(abi::REASONS).unwrap().unwrap();
+        let map = PerCpuArray::<Traffic>::new(Map::from_fd(pin).unwrap()).unwrap();
+        let packets = |reason, direction| {
+            let cpus = map.load(reason_index(reason, direction)).unwrap();
+            cpus.iter().map(|traffic| traffic.packets).sum::<u64>()
+        };
+        let both = |reason| abi::Direction::ALL.map(|direction| packets(reason, direction)).iter().sum();
+        Reason::ALL.iter().map(|reason| (*reason, both(*reason))).collect()
+    }
+
     fn mac(&self, name: &str) -> String {
         if name != "node" {
             return self.endpoint(name).mac.to_string();
@@ -227,10 +251,14 @@ impl World {
         line.split_whitespace().nth(2).unwrap().to_owned()
     }
 
-    /// How many packets programs on a pod's host end have dropped; 0 for the node, which has none.
+    /// How many packets programs on a pod's host end have dropped; 0 for the node, which has none. Of pods without such an
+    /// end, those of all pods.
     pub fn dropped(&self, name: &str) -> u64 {
         if name == "node" {
             return 0;
+        }
+        if self.parent.is_some() {
+            return self.reasons().iter().filter(|(reason, _)| !reason.passes()).map(|(_, packets)| packets).sum();
         }
         let text = self.host.root().sh(&format!("tc -s -j qdisc show dev {}", self.endpoint(name).ifname));
         let disciplines: serde_json::Value = serde_json::from_str(&text).unwrap();

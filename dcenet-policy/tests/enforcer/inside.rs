@@ -1,0 +1,332 @@
+//! Pods whose device has no end on the host: macvlans, whose programs are on the device in the pod, held by pinned links.
+
+use std::collections::BTreeSet;
+use std::io::Write;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use dcenet_core::netns::NetNs;
+use dcenet_core::provider::{Enforcement, PolicySink};
+use dcenet_core::test_support::{Rung, ping, require_with};
+use dcenet_ebpf::abi::Reason;
+use dcenet_ebpf::attach::{Attacher, Direction, Hook, PinnedLink, TcxAttacher};
+use dcenet_ebpf::pin::Pins;
+use dcenet_ebpf::probe::Features;
+use dcenet_policy::enforcer::{DefaultVerdict, Phase, PinnedDefault, PolicyConfig, Require};
+
+use crate::frames::{Arrivals, frame};
+use crate::restart::OwnerProcess;
+use crate::streams::Stream;
+use crate::sys::packet_socket;
+use crate::world::*;
+
+/// Nothing may leave `app: web`.
+const SHUT_IN: &str = r#"
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: { name: web, namespace: shop }
+spec:
+  podSelector: { matchLabels: { app: web } }
+  policyTypes: [Egress]
+  egress: []
+"#;
+
+/// How long is waited for what a machine that has much else to do must come to.
+const LONG: Duration = Duration::from_secs(60);
+
+fn ready() -> bool {
+    require_with(Rung::Kernel, || {
+        (!Features::probe().is_ok_and(|f| f.tcx)).then(|| "the kernel has no tcx (Linux 6.6)".to_owned())
+    })
+}
+
+fn world() -> World {
+    World::of_macvlans(PolicyConfig::default())
+}
+
+impl World {
+    fn tcx(&self) -> TcxAttacher {
+        TcxAttacher::new(Pins::at(self.host.directory().join("bpf")))
+    }
+
+    /// The links of a pod, found by the id in their names.
+    fn links(&self, name: &str) -> Vec<PinnedLink> {
+        let id = key(name).id().to_string();
+        self.tcx().links_of(|label| label.starts_with(&id)).unwrap()
+    }
+
+    /// What the names of a pod's pins tell of its slot.
+    fn slots(&self, name: &str) -> BTreeSet<Option<u16>> {
+        self.links(name).iter().map(|l| l.label.split_once('_').map(|(_, slot)| slot.parse().unwrap())).collect()
+    }
+
+    /// What a check says of a pod.
+    fn missing(&self, name: &str) -> Option<String> {
+        let endpoint = self.endpoint(name);
+        self.pod(name).run(|| self.sink.missing(&endpoint)).unwrap()
+    }
+
+    fn db_web_scan(&mut self) {
+        self.add_enforced("web", 2, &[("app", "web")]);
+        self.add_enforced("db", 3, &[("app", "db")]);
+        self.add_enforced("scan", 4, &[]);
+    }
+}
+
+fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !holds() {
+        assert!(begun.elapsed() < LONG, "{what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn pods_without_an_end_on_the_host_are_under_their_policies() {
+    if !ready() {
+        return;
+    }
+    let mut world = world();
+    let owner = world.started();
+    world.db_web_scan();
+    assert!(owner.set_policies(policies(DB)).unwrap().is_complete());
+    world.tcp("web", "db", 5432, true);
+    world.udp("web", "db", 5353, true);
+    world.tcp("web", "db", 5433, false);
+    world.tcp("scan", "db", 5432, false);
+    world.ping("scan", "db", false);
+    // Egress is the other hook, and the other pods have no policy.
+    world.tcp("db", "scan", 80, true);
+    for status in owner.endpoints() {
+        assert_eq!(status.phase, Phase::Enforced, "{status:?}");
+        assert_eq!(status.enforcement, Enforcement::EgressBypassable, "{status:?}");
+        let name = status.attachment.container.to_string();
+        assert_eq!(world.slots(&name), [status.slot].into(), "{name}");
+        assert_eq!(world.links(&name).len(), 2, "{name}");
+        assert_eq!(world.missing(&name), None, "{name}");
+    }
+    let slots: BTreeSet<_> = owner.endpoints().iter().map(|status| status.slot).collect();
+    assert_eq!(slots.len(), 3, "{slots:?}");
+
+    // A change reaches the flow that lives, and new ones.
+    let to = SocketAddr::new(world.address("db", false), 5353);
+    let stream = Stream::udp(world.pod("web"), world.pod("db"), to);
+    eventually("the stream runs", || stream.received() > 100);
+    assert!(owner.set_policies(policies(SHUT_IN)).unwrap().is_complete());
+    let revoked = || world.reasons()[&Reason::Revoked] + world.reasons()[&Reason::Denied];
+    let before = revoked();
+    eventually("the stream is cut", || revoked() > before + 100);
+    drop(stream);
+    world.tcp("web", "db", 5432, false);
+    world.udp("web", "scan", 5353, false);
+    world.tcp("scan", "db", 5432, true);
+    world.tcp("db", "web", 80, true);
+    assert!(owner.set_policies([]).unwrap().is_complete());
+    world.tcp("web", "db", 5432, true);
+
+    // What is gone leaves no pin, and its slot is another's in time.
+    world.delete("scan");
+    assert_eq!(world.links("scan").len(), 0);
+    world.add_enforced("scan", 4, &[]);
+    world.tcp("scan", "db", 5432, true);
+
+    // The twin: without its links a pod is under no policy, and a check says so.
+    assert!(owner.set_policies(policies(DB)).unwrap().is_complete());
+    world.tcp("scan", "db", 5432, false);
+    for link in world.links("db") {
+        world.tcx().release(&link.label).unwrap();
+    }
+    world.tcp("scan", "db", 5432, true);
+    assert!(world.missing("db").expect("it is told").contains("no policy is on eth0"));
+    owner.uninstall().unwrap();
+}
+
+/// Before its policy is known a pod may resolve its neighbours, by the default that denies, or anything by the other.
+#[test]
+fn until_policy_is_known_the_default_holds_inside_pods() {
+    if !ready() {
+        return;
+    }
+    for default in DefaultVerdict::ALL {
+        let mut world = World::of_macvlans(PolicyConfig { default, ..PolicyConfig::default() });
+        // Nobody is there to admit the first.
+        drop(world.open(tools()));
+        world.add("early", 9, &[]);
+        assert_eq!(world.slots("early"), [None].into());
+        let owner = world.open(tools());
+        world.add("web", 2, &[("app", "web")]);
+        world.add("db", 3, &[("app", "db")]);
+        assert!(world.slots("web").iter().all(Option::is_some), "admitted: {:?}", world.links("web"));
+        let allowed = default == DefaultVerdict::Allow;
+        let neighbours = world.reasons()[&Reason::Neighbour];
+        world.tcp("web", "db", 5432, allowed);
+        world.tcp("early", "db", 5432, allowed);
+        if !allowed {
+            let to = world.address("db", false);
+            eventually("neighbours are resolved", || {
+                assert!(ping(world.pod("web"), to, DENIED).is_err(), "nothing else passes");
+                world.reasons()[&Reason::Neighbour] > neighbours
+            });
+            assert!(world.reasons()[&Reason::PolicyUnknown] > 0);
+        }
+        let records = world.engine.attachments(&"shop".parse().unwrap()).unwrap();
+        owner.adopt(&records).unwrap();
+        owner.set_policies(policies(DB)).unwrap();
+        let report = owner.start().unwrap();
+        assert!(report.is_complete() && report.enforced == 3, "{report:?}");
+        assert!(world.slots("early").iter().all(Option::is_some));
+        world.tcp("web", "db", 5432, true);
+        world.tcp("early", "db", 5432, false);
+        owner.uninstall().unwrap();
+    }
+}
+
+#[test]
+fn owners_of_pods_without_an_end_on_the_host_are_killed_and_their_endpoints_adopted() {
+    if !ready() {
+        return;
+    }
+    let mut world = world();
+    let owner = OwnerProcess::start(&world);
+    world.db_web_scan();
+    let slots = |world: &World| ["web", "db", "scan"].map(|name| world.slots(name));
+    let before = slots(&world);
+    assert!(before.iter().all(|slots| slots.len() == 1 && !slots.contains(&None)), "{before:?}");
+    let to = |port| SocketAddr::new(world.address("db", false), port);
+    let allowed = Stream::udp(world.pod("web"), world.pod("db"), to(5353));
+    let denied = Stream::udp(world.pod("scan"), world.pod("db"), to(5354));
+    let mut owner = Some(owner);
+    for _ in 0..2 {
+        owner.take().unwrap().kill();
+        world.tcp("web", "db", 5433, false);
+        world.tcp("web", "db", 5432, true);
+        owner = Some(OwnerProcess::start(&world));
+        world.await_enforced("db", ALLOWED).unwrap();
+        assert_eq!(slots(&world), before);
+    }
+    // Who comes now gets a slot that nobody has.
+    world.add_enforced("late", 5, &[]);
+    assert!(before.iter().all(|slots| slots.is_disjoint(&world.slots("late"))));
+    world.tcp("late", "db", 5432, false);
+    owner.take().unwrap().kill();
+    let (sent, received, gap) = allowed.stop();
+    assert!(sent > 1000, "no flood: {sent}");
+    assert!(received + sent / 100 >= sent && gap < Duration::from_secs(1), "{received} of {sent}, gap {gap:?}");
+    let (sent, received, _) = denied.stop();
+    assert!(sent > 1000 && received == 0, "{received} of {sent}");
+}
+
+/// A namespace that ends takes its devices with it: nobody says so, and the owner finds out.
+#[test]
+fn a_pod_whose_namespace_has_gone_is_forgotten_with_its_pins() {
+    if !ready() {
+        return;
+    }
+    let mut world = world();
+    let owner = world.started();
+    world.db_web_scan();
+    // Its path goes, and it lives on, by a descriptor: so does its policy, also where it changes.
+    NetNs::remove(world.pod("db").path()).unwrap();
+    assert!(owner.set_policies(policies(DB)).unwrap().is_complete());
+    world.tcp("scan", "db", 5432, false);
+    world.tcp("web", "db", 5432, true);
+    world.delete("web");
+    drop(world.pods.remove("db"));
+    eventually("its device vanishes", || world.links("db").iter().all(|link| link.device.is_none()));
+    let report = owner.set_policies([]).unwrap();
+    assert!(report.failures.is_empty(), "{report:?}");
+    eventually("it is forgotten", || owner.endpoints().iter().all(|e| e.attachment != key("db")));
+    eventually("its pins go", || world.links("db").is_empty());
+    assert_eq!(owner.endpoints().len(), 1);
+    owner.uninstall().unwrap();
+}
+
+/// The guard of a device in a pod holds what goes through its queues, and what is reported says that there is more: frames
+/// sent past them arrive.
+#[test]
+fn raw_frames_past_the_queues_of_a_pods_own_device_arrive_as_reported() {
+    if !ready() {
+        return;
+    }
+    let mut world = world();
+    let owner = world.started();
+    world.db_web_scan();
+    assert!(owner.set_policies(policies(SHUT_IN)).unwrap().is_complete());
+    let ends = |v6| Some((world.address("web", v6), world.address("scan", v6)));
+    let (from, to) = (world.endpoint("web").mac.bytes(), world.endpoint("scan").mac.bytes());
+    let kinds = [ends(false), ends(true), None];
+    let frames: Vec<_> = (0..).zip(kinds).map(|(kind, ends)| frame(from, to, ends, kind)).collect();
+    let web = world.pod("web");
+    let send = |device: &str, bypass: bool, enough: &dyn Fn(&[u64], u64) -> bool| {
+        let mut arrivals = Arrivals::of(world.pod("scan"));
+        let device = web.link(device).unwrap().index.get();
+        let mut socket = web.run(|| packet_socket(device, bypass)).unwrap();
+        let (mut seen, mut refused, begun) = (vec![0; frames.len()], 0, Instant::now());
+        while !enough(&seen, refused) && begun.elapsed() < LONG {
+            for frame in &frames {
+                match socket.write_all(frame) {
+                    Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => refused += 1,
+                    written => written.unwrap(),
+                }
+            }
+            arrivals.drain(&mut seen);
+        }
+        std::thread::sleep(DENIED);
+        arrivals.drain(&mut seen);
+        (seen, refused)
+    };
+    let all = |seen: &[u64], _| seen.iter().all(|count| *count > 0);
+    let (seen, refused) = send("eth0", false, &|_, refused| refused >= 60);
+    assert!(refused >= 60 && seen.iter().all(|count| *count == 0), "{seen:?}, {refused} dropped at the device");
+    // Past the queue, and by a device that the pod makes for itself, whose parent is the host's (drivers/net/macvlan.c,
+    // `macvlan_common_newlink`): both arrive.
+    web.sh("ip link add mv0 link eth0 address 02:00:00:00:00:66 type macvlan mode bridge; ip link set mv0 up");
+    for (device, bypass) in [("eth0", true), ("mv0", false)] {
+        let (seen, _) = send(device, bypass, &all);
+        assert!(all(&seen, 0), "{device}: EgressBypassable is what it says: {seen:?}");
+    }
+    // The twin of what did not arrive: without its links the pod's device lets all of it go.
+    for link in world.links("web") {
+        world.tcx().release(&link.label).unwrap();
+    }
+    let (seen, _) = send("eth0", false, &all);
+    assert!(all(&seen, 0), "{seen:?}");
+    let statuses = owner.endpoints();
+    assert!(statuses.iter().all(|status| status.enforcement == Enforcement::EgressBypassable));
+    // Who cannot have that is refused, before the device is up, and nothing stays.
+    let full =
+        PolicyConfig { pins: world.host.directory().join("bpf"), require: Require::Full, ..PolicyConfig::default() };
+    world.sink = std::sync::Arc::new(PinnedDefault::new(&full, &world.host.run_dir()));
+    world.engine = world.host.engine(Some(std::sync::Arc::clone(&world.sink) as _));
+    let error = world.try_add("strict", 7, &[]).unwrap_err();
+    assert!(error.contains("policy.require \"full\"") && error.contains("eth0 lives in the pod"), "{error}");
+    assert_eq!(world.links("strict").len(), 0);
+    owner.uninstall().unwrap();
+}
+
+/// The programs are there before the device is up, on both hooks, and nobody's after the attach has failed.
+#[test]
+fn links_inside_a_pod_are_of_its_device_alone() {
+    if !ready() {
+        return;
+    }
+    let mut world = world();
+    let owner = world.started();
+    world.db_web_scan();
+    // Devices of pods have equal indices, and each link is found in its own namespace.
+    for name in ["web", "db", "scan"] {
+        let device = world.endpoint(name).ifindex;
+        for direction in [Direction::Ingress, Direction::Egress] {
+            let hook = Hook { device, direction };
+            let attached = world.pod(name).run(|| world.tcx().attached(hook)).unwrap().unwrap();
+            let link = world.links(name).into_iter().find(|link| link.direction == direction).unwrap();
+            assert_eq!(attached.program, Some(link.program), "{name}");
+        }
+    }
+    let programs: BTreeSet<u32> =
+        ["web", "db", "scan"].iter().flat_map(|n| world.links(n)).map(|l| l.program).collect();
+    assert_eq!(programs.len(), 6, "each holds its own slot");
+    owner.uninstall().unwrap();
+    assert_eq!(world.links("db").len(), 0);
+    world.tcp("scan", "db", 80, true);
+}
