@@ -7,9 +7,10 @@ mod common;
 
 use common::{Faulted, Node, Pod};
 use dcenet_core::provider::{AddressSource, LeaseError, LeaseRequest};
-use dcenet_core::test_support::{HostState, Rung, effort, require};
-use dcenet_ebpf::attach::{Attacher, ClsactAttacher, Direction, Hook, Owner, Tag};
+use dcenet_core::test_support::{HostState, Rung, effort, require, require_with};
+use dcenet_ebpf::attach::{Attacher, ClsactAttacher, Direction, Hook, Owner, Tag, TcxAttacher};
 use dcenet_ebpf::pin::Pins;
+use dcenet_ebpf::probe::Features;
 use dcenet_ebpf::program::Program;
 use serde_json::{Value, json};
 
@@ -111,21 +112,39 @@ const OF_POLICY: [&str; 6] = ["BPF_", "clsact", "filters", "program", "policy ow
 enum Policy {
     None,
     Awaited,
+    /// Awaited, on macvlans, whose programs are on the device in the pod.
+    Inside,
 }
 
 impl Policy {
-    fn rung(self) -> Rung {
-        if self == Self::None { Rung::Netns } else { Rung::Kernel }
+    fn ready(self) -> bool {
+        let no_tcx =
+            || (!Features::probe().is_ok_and(|f| f.tcx)).then(|| "the kernel has no tcx (Linux 6.6)".to_owned());
+        match self {
+            Self::None => require(Rung::Netns),
+            Self::Awaited => require(Rung::Kernel),
+            Self::Inside => require_with(Rung::Kernel, no_tcx),
+        }
     }
 
     /// The verb's name in reports.
     fn name(self, verb: &str) -> String {
-        if self == Self::None { verb.to_owned() } else { format!("{verb} under policy") }
+        match self {
+            Self::None => verb.to_owned(),
+            Self::Awaited => format!("{verb} under policy"),
+            Self::Inside => format!("{verb} under policy inside"),
+        }
     }
 
     /// A node whose smaller pool is so small that a leaked address is missed at once.
     fn node(self) -> Node {
         let mut node = if self == Self::None { Node::new() } else { Node::under_policy() };
+        if self == Self::Inside {
+            node.host.root().sh("ip link add up0 type veth peer name far0
+                 for end in far0 up0; do ip link set $end addrgenmode none; ip link set $end up; done");
+            let underlay = json!({ "probes": 0, "announcements": 0 });
+            node.config["link"] = json!({ "kind": "macvlan", "parent": "up0", "underlay": underlay });
+        }
         node.config["ipam"]["cooldown"] = json!("0s");
         node.config["ipam"]["pools"][0]["subnet"] = json!("10.20.0.0/28");
         node.config["ipam"]["pools"][0]["claims"]["shop/db"]["address"] = json!("10.20.0.7");
@@ -150,6 +169,14 @@ fn exposed(host: &HostState) -> Vec<&str> {
     let names = up.filter_map(|l| l.split(' ').nth(1));
     // The hooks of clsact: include/uapi/linux/pkt_sched.h, `TC_H_MIN_INGRESS` and `TC_H_MIN_EGRESS`.
     names.filter(|name| !filtered(name, "parent 0xfffffff2") || !filtered(name, "parent 0xfffffff3")).collect()
+}
+
+/// Whether a pod's own device is up without a program of ours on both hooks.
+fn is_exposed(node: &Node, pod: &Pod) -> bool {
+    let Some(device) = pod.netns.link("eth0").filter(|link| link.is_up()) else { return false };
+    let links = TcxAttacher::new(Pins::at(node.host.directory().join("bpf")));
+    let hooks = [Direction::Ingress, Direction::Egress].map(|direction| Hook { device: device.index, direction });
+    !pod.netns.run(|| hooks.into_iter().all(|hook| links.attached(hook).unwrap().is_some()))
 }
 
 /// Whatever came of a verb: no pod can be reached without its policy.
@@ -191,7 +218,7 @@ fn forget_all(node: &Node) {
 }
 
 fn first_add_is_all_or_nothing(policy: Policy) {
-    if !require(policy.rung()) {
+    if !policy.ready() {
         return;
     }
     let node = policy.node();
@@ -260,7 +287,7 @@ fn heal(node: &Node, pod: &Pod, what: &str) {
 }
 
 fn add_is_all_or_nothing(policy: Policy, verb: &str, name: &str) {
-    if !require(policy.rung()) {
+    if !policy.ready() {
         return;
     }
     let (node, neighbour, pod) = policy.with_neighbour(name);
@@ -271,6 +298,7 @@ fn add_is_all_or_nothing(policy: Policy, verb: &str, name: &str) {
         |fault| node.faulted("ADD", Some(&pod), &node.config, fault),
         |outcome, what| {
             assert_covered(&node, what);
+            assert!(policy != Policy::Inside || !is_exposed(&node, &pod), "{what}: up without policy");
             odd = !odd;
             match outcome {
                 Outcome::Failed if node.host.records() != before.records => {
@@ -358,7 +386,7 @@ fn add_past_a_conflict_is_all_or_nothing() {
 
 /// Verbs that have nothing to change leave the attachment whole, however they end.
 fn changes_nothing(policy: Policy, name: &str, verb: &str, config: impl Fn(&Node, &Value) -> Value) {
-    if !require(policy.rung()) {
+    if !policy.ready() {
         return;
     }
     let (node, neighbour, pod) = policy.with_neighbour("web");
@@ -415,7 +443,7 @@ fn check_and_status_under_policy_change_nothing() {
 
 /// DEL and GC: what one leaves undone the next does, and no address is free while a device bears it.
 fn the_next_one_finishes(policy: Policy, verb: &str) {
-    if !require(policy.rung()) {
+    if !policy.ready() {
         return;
     }
     let (node, neighbour, pod) = policy.with_neighbour("web");
@@ -429,6 +457,7 @@ fn the_next_one_finishes(policy: Policy, verb: &str) {
         },
         |outcome, what| {
             assert_covered(&node, what);
+            assert!(policy != Policy::Inside || !is_exposed(&node, &pod), "{what}: up without policy");
             if outcome != Outcome::Survived {
                 let bears = pod.state().lines().any(|l| l.starts_with("address eth0 10.20.0."));
                 let held = node.store().iter().any(|l| l.contains(&pod.container));
@@ -463,6 +492,55 @@ fn a_failed_gc_is_finished_by_the_next() {
 #[test]
 fn a_failed_gc_under_policy_is_finished_by_the_next() {
     the_next_one_finishes(Policy::Awaited, "GC");
+}
+
+#[test]
+fn add_under_policy_inside_the_pod_is_all_or_nothing() {
+    add_is_all_or_nothing(Policy::Inside, "ADD", "web");
+}
+
+#[test]
+fn a_repeated_add_under_policy_inside_the_pod_changes_nothing() {
+    repeated_add_changes_nothing(Policy::Inside);
+}
+
+#[test]
+fn check_under_policy_inside_the_pod_changes_nothing() {
+    check_and_status_change_nothing(Policy::Inside);
+}
+
+#[test]
+fn a_failed_del_under_policy_inside_the_pod_is_finished_by_the_next() {
+    the_next_one_finishes(Policy::Inside, "DEL");
+}
+
+#[test]
+fn a_failed_gc_under_policy_inside_the_pod_is_finished_by_the_next() {
+    the_next_one_finishes(Policy::Inside, "GC");
+}
+
+/// What the tests above ask for is seen where it is missing, and CHECK tells of it.
+#[test]
+fn a_pod_without_its_links_is_exposed() {
+    if !Policy::Inside.ready() {
+        return;
+    }
+    let (node, neighbour, pod) = Policy::Inside.with_neighbour("web");
+    let result = node.add(&pod).unwrap();
+    assert!(!is_exposed(&node, &pod) && !is_exposed(&node, &neighbour));
+    let before = Everything::of(&node, &[&pod]);
+    let links = TcxAttacher::new(Pins::at(node.host.directory().join("bpf")));
+    let hook = Hook { device: pod.netns.link("eth0").unwrap().index, direction: Direction::Egress };
+    assert!(pod.netns.run(|| links.detach(hook)).unwrap());
+    assert!(is_exposed(&node, &pod) && !is_exposed(&node, &neighbour));
+    let parts = before.diff(&Everything::of(&node, &[&pod]));
+    assert!(matches!(&parts[..], [("policy", pin)] if pin.contains("- pin tcx-egress-")), "{parts:?}");
+    let error = node.check(&pod, &result).unwrap_err();
+    assert!(error["msg"].as_str().unwrap().contains("no policy is on eth0 (Egress)"), "{error}");
+    // Another ADD puts the default there, and the owner its own.
+    node.add(&pod).unwrap();
+    node.check(&pod, &result).unwrap();
+    assert!(!is_exposed(&node, &pod));
 }
 
 #[test]

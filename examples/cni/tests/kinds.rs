@@ -3,7 +3,8 @@
 mod common;
 
 use common::{Node, Pod};
-use dcenet_core::test_support::{Rung, kernel_is_before, ping, require};
+use dcenet_core::test_support::{Rung, kernel_is_before, ping, require, require_with};
+use dcenet_ebpf::probe::Features;
 use serde_json::{Value, json};
 use std::time::Duration;
 
@@ -72,6 +73,62 @@ fn macvlan_pods_reach_each_other_and_the_host() {
         segment(&node);
         pods_of(&mut node, json!({ "kind": "macvlan", "parent": "up0", "hostAccess": true }), true);
     }
+}
+
+#[test]
+fn macvlan_pods_under_policy_reach_each_other() {
+    if tcx(Rung::Kernel) {
+        let mut node = Node::under_policy();
+        segment(&node);
+        pods_of(&mut node, json!({ "kind": "macvlan", "parent": "up0" }), false);
+    }
+}
+
+#[test]
+fn ipvlan_pods_under_policy_reach_each_other() {
+    if tcx(Rung::Vm) {
+        for mode in ["l2", "l3"] {
+            let mut node = Node::under_policy();
+            segment(&node);
+            pods_of(&mut node, json!({ "kind": "ipvlan", "parent": "up0", "mode": mode }), false);
+        }
+    }
+}
+
+/// Before Linux 6.6 nothing holds programs on a device in a pod out of the pod's reach.
+#[test]
+fn policy_inside_a_pod_needs_tcx_or_says_so() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let mut node = Node::under_policy();
+    segment(&node);
+    node.config["link"] = json!({ "kind": "macvlan", "parent": "up0" });
+    let pod = node.pod("web");
+    match node.add(&pod) {
+        Ok(_) => assert!(has_tcx()),
+        Err(error) => {
+            assert!(!has_tcx(), "{error}");
+            assert_eq!(error["code"], 114, "{error}");
+            assert!(error["msg"].as_str().unwrap().contains("needs tcx (Linux 6.6)"), "{error}");
+            assert_eq!(node.host.records(), Vec::<String>::new());
+        }
+    }
+    node.del(&pod).unwrap();
+    // Who wants what a pod cannot pass by is refused on every kernel.
+    node.config["policy"]["require"] = json!("full");
+    let error = node.add(&pod).unwrap_err();
+    assert!(error["msg"].as_str().unwrap().contains("policy.require \"full\""), "{error}");
+    assert!(pod.netns.link("eth0").is_none());
+    node.del(&pod).unwrap();
+}
+
+fn has_tcx() -> bool {
+    Features::probe().is_ok_and(|f| f.tcx)
+}
+
+fn tcx(rung: Rung) -> bool {
+    require_with(rung, || (!has_tcx()).then(|| "the kernel has no tcx (Linux 6.6)".to_owned()))
 }
 
 #[test]
