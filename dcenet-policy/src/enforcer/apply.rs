@@ -508,7 +508,8 @@ impl Applier {
 /// Puts the programs before on both hooks.
 fn put_back(shared: &Shared, cells: &Cells, switch: &Switch<'_>, before: &Programs) -> Result<(), EnforcerError> {
     let endpoint = &switch.known.endpoint;
-    let slot = cells.slot(endpoint.attachment.id()).unwrap_or_default();
+    // What is a constant of the programs is what their links are called by.
+    let slot = before.key.slot.or_else(|| cells.slot(endpoint.attachment.id())).unwrap_or_default();
     shared.replace(endpoint, before, slot)
 }
 
