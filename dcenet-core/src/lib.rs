@@ -11,6 +11,7 @@ pub mod engine;
 pub mod journal;
 pub mod link;
 pub mod model;
+pub mod nat;
 pub mod netlink;
 pub mod netns;
 pub mod plan;

@@ -9,6 +9,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::model::{AttachmentKey, IfName, MacAddr, Mtu, VlanId};
+use crate::nat::Element;
 use crate::netlink::{IpvlanFlag, IpvlanMode, MacvlanMode, NetkitMode, RouteMetrics, VlanProtocol};
 use crate::probe::{GatewayProbe, Timing};
 
@@ -238,6 +239,11 @@ pub enum Operation {
     },
     /// Puts the host's end, which is still down, under policy.
     AttachPolicy,
+    /// Has the host translate addresses for the attachment.
+    Translate {
+        /// The entries of our sets.
+        elements: Vec<Element>,
+    },
     /// Asks whether somebody else on the link's segment has one of the addresses, which are to be entered next, and fails
     /// if so.
     ProbeConflicts {
@@ -452,6 +458,11 @@ pub enum Undo {
     },
     /// Takes the attachment's device from under policy.
     DetachPolicy,
+    /// Deletes those of these entries of our sets that bear the attachment's mark.
+    DeleteTranslation {
+        /// The entries.
+        elements: Vec<Element>,
+    },
     /// Deletes the link of this name, if it has this address and nobody uses it: no port is left, and no route of ours.
     /// Not part of a normal detach.
     DeleteIdleLink(End),
@@ -476,6 +487,7 @@ impl Undo {
             | Self::ReturnLink(_)
             | Self::DeleteRoute { .. }
             | Self::DeleteNeighbour { .. }
+            | Self::DeleteTranslation { .. }
             | Self::DetachPolicy => false,
             Self::DeleteIdleLink(_) | Self::DeleteIdleBridge(_) | Self::DeleteIdleAddress { .. } => true,
         }
@@ -488,6 +500,7 @@ impl Undo {
             Self::DeleteLink { target: Target::Host, .. }
             | Self::DeleteRoute { .. }
             | Self::DeleteNeighbour { .. }
+            | Self::DeleteTranslation { .. }
             | Self::DetachPolicy
             | Self::DeleteIdleLink(_)
             | Self::DeleteIdleBridge(_)

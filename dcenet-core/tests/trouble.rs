@@ -297,6 +297,7 @@ fn child() {
             workload: None,
             labels: Default::default(),
             policy: dcenet_core::link::Policy::None,
+            nat: Default::default(),
             fingerprint: "1".into(),
         };
         engine.attach(&request).unwrap();

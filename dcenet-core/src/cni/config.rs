@@ -13,6 +13,7 @@ use serde_json::{Map, Value};
 
 use super::{CniError, CniResult, ErrorCode, SpecVersion, networks};
 use crate::model::{ContainerId, IfName, LabelSet, MacAddr, NetworkName};
+use crate::nat::{Nat, NatConfig, PortMapping, Transport};
 use crate::section::{self, SectionError};
 
 /// A network configuration.
@@ -94,7 +95,7 @@ const RUN_DIR: &str = "/run/dcenet";
 const PLUGIN: &str = "dcenet";
 
 /// The keys of ours at the top.
-const OWN_KEYS: [&str; 7] = ["link", "ipam", "policy", "networks", "selection", "stateDir", "runDir"];
+const OWN_KEYS: [&str; 8] = ["link", "ipam", "nat", "policy", "networks", "selection", "stateDir", "runDir"];
 
 /// The specification's keys, libcni's, and those that runtimes add.
 const KNOWN_KEYS: [&str; 15] = [
@@ -121,7 +122,7 @@ const MOVED_KEYS: [(&str, &str); 9] = [
     ("hairpinMode", "say link.hairpinMode"),
     ("isDefaultGateway", "say link.isGateway, and a default route in ipam.pools[].routes"),
     ("isGateway", "say link.isGateway"),
-    ("ipMasq", "masquerading is not offered"),
+    ("ipMasq", "say nat.masquerade"),
     ("master", "say link.parent"),
     ("mode", "say link.mode"),
     ("mtu", "say link.mtu"),
@@ -197,6 +198,24 @@ impl NetConf {
         self.sections.get(name)
     }
 
+    /// What is to be translated: by the section `nat`, and the capability `portMappings`.
+    ///
+    /// # Errors
+    /// Code 7, with the path of the wrong field.
+    pub fn nat(&self) -> Result<Nat, CniError> {
+        let NatConfig { masquerade } = self.section("nat")?.unwrap_or_default();
+        let mappings = self.key("runtimeConfig").and_then(|runtime| runtime.get("portMappings"));
+        let ports = match mappings {
+            None | Some(Value::Null) => Vec::new(),
+            Some(Value::Array(list)) => {
+                let read = |(i, value)| port_mapping(&format!("runtimeConfig.portMappings[{i}]"), value).transpose();
+                list.iter().enumerate().filter_map(read).collect::<Result<_, _>>()?
+            }
+            Some(other) => return Err(field("runtimeConfig.portMappings", format!("{other} is not a list"))),
+        };
+        Ok(Nat { masquerade, ports })
+    }
+
     /// Reads one of our sections: `link`, `ipam` or `policy`. `None` if the configuration has none.
     ///
     /// # Errors
@@ -255,6 +274,17 @@ struct WireRuntime {
     mac: Option<String>,
     ips: Option<Vec<String>>,
     pools: Option<Vec<String>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct WirePort {
+    #[serde(default)]
+    host_port: u16,
+    container_port: u16,
+    protocol: Option<String>,
+    #[serde(rename = "hostIP")]
+    host_ip: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -336,6 +366,30 @@ fn pools(path: &'static str, values: Vec<String>) -> Result<Asked<String>, CniEr
     }
 }
 
+/// An entry of `portMappings`; `None` for one that maps nothing: runtimes list ports of a container that are no ports of
+/// the host with the number 0.
+fn port_mapping(path: &str, value: &Value) -> Result<Option<PortMapping>, CniError> {
+    let WirePort { host_port, container_port, protocol, host_ip } = section::read(path, value)?;
+    if host_port == 0 {
+        return Ok(None);
+    }
+    if container_port == 0 {
+        return Err(field(&format!("{path}.containerPort"), "0 is no port; give one from 1 to 65535"));
+    }
+    let protocol = match protocol.as_deref() {
+        None | Some("") => Transport::Tcp,
+        Some(name) => Transport::of_name(name)
+            .ok_or_else(|| field(&format!("{path}.protocol"), format!("{name:?} is none of tcp, udp, sctp")))?,
+    };
+    let host_ip = match host_ip.as_deref() {
+        None | Some("") => None,
+        Some(text) => Some(text.parse().map_err(|_| {
+            field(&format!("{path}.hostIP"), format!("{text:?} is no IP address; write one, as 192.0.2.1, or drop it"))
+        })?),
+    };
+    Ok(Some(PortMapping { host_ip, host_port, container_port, protocol }))
+}
+
 fn field(path: &str, reason: impl ToString) -> CniError {
     SectionError { field: path.to_owned(), reason: reason.to_string() }.into()
 }
@@ -402,6 +456,38 @@ mod tests {
         assert_eq!((conf.runtime.addresses.values.len(), conf.runtime.addresses.field), (2, "runtimeConfig.ips"));
         let error = with("runtimeConfig", json!({"ips": ["10.0.0"]})).unwrap_err();
         assert!(error.message.starts_with("runtimeConfig.ips[0]"), "{error}");
+    }
+
+    #[test]
+    fn port_mappings_are_read_as_runtimes_write_them() {
+        let nat = |list: Value| with("runtimeConfig", json!({ "portMappings": list })).unwrap().nat();
+        let port = |value: Value| nat(json!([value])).unwrap().ports.remove(0);
+        let read = port(json!({"hostPort": 8080, "containerPort": 80, "protocol": "TCP", "hostIP": "", "range": 1}));
+        let expected = PortMapping { host_ip: None, host_port: 8080, container_port: 80, protocol: Transport::Tcp };
+        assert_eq!(read, expected);
+        assert_eq!(port(json!({"hostPort": 8080, "containerPort": 80})), expected);
+        let read = port(json!({"hostPort": 53, "containerPort": 53, "protocol": "udp", "hostIP": "::1"}));
+        assert_eq!((read.protocol, read.host_ip), (Transport::Udp, Some("::1".parse().unwrap())));
+        assert!(nat(json!([{"hostPort": 0, "containerPort": 80}])).unwrap().is_none());
+        assert!(nat(json!([])).unwrap().is_none() && nat(Value::Null).unwrap().is_none());
+        for (value, path) in [
+            (json!([{"hostPort": 70000, "containerPort": 80}]), "runtimeConfig.portMappings[0].hostPort"),
+            (json!([{"hostPort": 80}]), "runtimeConfig.portMappings[0]"),
+            (json!([{"hostPort": 80, "containerPort": 0}]), "runtimeConfig.portMappings[0].containerPort"),
+            (
+                json!([{"hostPort": 80, "containerPort": 1, "protocol": "icmp"}]),
+                "runtimeConfig.portMappings[0].protocol",
+            ),
+            (json!([{"hostPort": 80, "containerPort": 1, "hostIP": "x"}]), "runtimeConfig.portMappings[0].hostIP"),
+            (json!({}), "runtimeConfig.portMappings"),
+        ] {
+            let error = nat(value).unwrap_err();
+            assert_eq!(error.code.number(), 7);
+            assert!(error.message.starts_with(path), "{error}");
+        }
+        assert!(with("nat", json!({ "masquerade": true })).unwrap().nat().unwrap().masquerade);
+        let error = with("nat", json!({ "masqerade": true })).unwrap().nat().unwrap_err();
+        assert!(error.message.contains("did you mean `masquerade`?"), "{error}");
     }
 
     #[test]

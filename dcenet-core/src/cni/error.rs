@@ -37,6 +37,8 @@ pub enum ErrorCode {
     AddressHeld,
     /// 111: a gateway does not answer, and the configuration wants it to.
     GatewaySilent,
+    /// 112: a port of the host that was asked for leads to another container.
+    PortHeld,
     /// 113: an interface of that name, not of this attachment, is in the container.
     LinkExists,
     /// 114: the kernel lacks a feature that the configuration asks for.
@@ -65,6 +67,7 @@ impl ErrorCode {
             Self::Failed => 100,
             Self::AddressHeld => 110,
             Self::GatewaySilent => 111,
+            Self::PortHeld => 112,
             Self::LinkExists => 113,
             Self::KernelFeature => 114,
             Self::RollbackIncomplete => 115,

@@ -16,6 +16,7 @@ use crate::engine::{
 use crate::journal::JournalError;
 use crate::link::{LinkConfig, PlanError, Policy};
 use crate::model::{AttachmentKey, ContainerId, IfName, MacAddr, NetworkName};
+use crate::nat::Nat;
 use crate::netlink::CreateLinkError;
 use crate::netns::{Host, NetNs, NetNsError, Pod};
 use crate::probe::Conflict;
@@ -96,6 +97,7 @@ impl<'a> Call<'a> {
     pub(super) async fn add(&self) -> Result<CniResult, CniError> {
         let key = self.key()?;
         let link = self.link()?;
+        let nat = self.conf.nat()?;
         let policy = self.policy()?;
         let path = self.netns_path()?;
         let pod = NetNs::open(path).map_err(netns)?;
@@ -107,7 +109,7 @@ impl<'a> Call<'a> {
         }
         let mut hold = self.hold(&key)?;
         let lease = self.lease(&key).await?;
-        let attached = self.attach_unused(&mut hold, &link, Pod { netns: &pod, path }, lease).await?;
+        let attached = self.attach_unused(&mut hold, &link, &nat, Pod { netns: &pod, path }, lease).await?;
         if let Some(policy) = policy
             && let Some(endpoint) = self.endpoint(&attached)
         {
@@ -220,6 +222,11 @@ impl<'a> Call<'a> {
             Err(error) => errors.push(error.to_string()),
         }
         errors.extend(holds.into_iter().filter_map(|hold| hold.close().err()).map(|error| error.to_string()));
+        let alive = |key: &AttachmentKey| kept.iter().any(|(c, i)| *c == key.container && *i == key.ifname);
+        errors.extend(self.engine.collect_translations(network, &alive).err().map(|error| error.to_string()));
+        if valid.is_empty() {
+            errors.extend(self.engine.remove_idle_translation().err().map(|error| error.to_string()));
+        }
         // Nothing of the network is left: what its attachments shared goes too, unless another network uses it.
         if let (true, Ok(link)) = (valid.is_empty(), self.link()) {
             let removed = link.driver().shared().into_iter().map(|shared| self.engine.remove_idle(&shared));
@@ -229,8 +236,9 @@ impl<'a> Call<'a> {
     }
 
     pub(super) async fn status(&self) -> Result<(), CniError> {
-        // Read for its errors: an ADD would fail by them.
+        // Read for their errors: an ADD would fail by them.
         self.link()?;
+        self.conf.nat()?;
         let unavailable = |error: CniError| CniError { code: ErrorCode::Unavailable, ..error };
         self.engine.ready().map_err(|e| unavailable(journal(e)))?;
         if let Some(addresses) = self.addresses().map_err(unavailable)? {
@@ -303,6 +311,7 @@ impl<'a> Call<'a> {
         &self,
         hold: &mut Hold<'_>,
         link: &LinkConfig,
+        nat: &Nat,
         pod: Pod<'_>,
         mut lease: Lease,
     ) -> Result<Attached, CniError> {
@@ -310,7 +319,7 @@ impl<'a> Call<'a> {
         let mut met: Vec<Conflict> = Vec::new();
         let mut replaced = 0;
         loop {
-            let error = match self.attach(hold, link.clone(), pod, &lease) {
+            let error = match self.attach(hold, link.clone(), nat.clone(), pod, &lease) {
                 Ok(attached) => return Ok(attached),
                 Err(error) => error,
             };
@@ -381,6 +390,7 @@ impl<'a> Call<'a> {
         &self,
         hold: &mut Hold<'_>,
         link: LinkConfig,
+        nat: Nat,
         pod: Pod<'_>,
         lease: &Lease,
     ) -> Result<Attached, AttachError> {
@@ -391,7 +401,7 @@ impl<'a> Call<'a> {
         };
         // One that cannot be used has ended the call before.
         let policy = if matches!(self.policy, Ok(None)) { Policy::None } else { Policy::Wanted };
-        let fingerprint = fingerprint(&link, policy);
+        let fingerprint = fingerprint(&link, &nat, policy);
         let request = AttachRequest {
             key: hold.key().clone(),
             pod,
@@ -401,6 +411,7 @@ impl<'a> Call<'a> {
             workload: self.invocation.args.workload.clone(),
             labels: self.conf.labels.clone(),
             policy,
+            nat,
             fingerprint,
         };
         hold.attach(&request)
@@ -523,9 +534,13 @@ fn mac_of(network: &NetworkName, address: IpAddr) -> MacAddr {
     MacAddr::local(bytes)
 }
 
-fn fingerprint(link: &LinkConfig, policy: Policy) -> String {
-    let text = serde_json::json!({ "link": link, "policy": policy }).to_string();
-    let digest: [u8; 32] = Sha256::digest(text).into();
+fn fingerprint(link: &LinkConfig, nat: &Nat, policy: Policy) -> String {
+    let mut text = serde_json::json!({ "link": link, "policy": policy });
+    // Attachments of before there was any stay the same.
+    if !nat.is_none() {
+        text["nat"] = serde_json::json!(nat);
+    }
+    let digest: [u8; 32] = Sha256::digest(text.to_string()).into();
     digest[..16].iter().map(|b| format!("{b:02x}")).collect()
 }
 
@@ -557,6 +572,7 @@ fn attach(error: AttachError) -> CniError {
         } => ErrorCode::KernelFeature,
         AttachError::Leftover { .. } => ErrorCode::RollbackIncomplete,
         AttachError::Step { cause: StepError::InUse(_), .. } => ErrorCode::AddressHeld,
+        AttachError::Step { cause: StepError::PortHeld { .. }, .. } => ErrorCode::PortHeld,
         AttachError::Step { cause: StepError::GatewaySilent { .. }, .. } => ErrorCode::GatewaySilent,
         _ => ErrorCode::Failed,
     };

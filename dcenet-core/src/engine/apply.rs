@@ -205,6 +205,7 @@ impl<'a> Session<'a> {
     fn do_locally(&mut self, step: &Step, plan: &Plan, request: &AttachRequest<'_>) -> Result<(), StepError> {
         match &step.operation {
             Operation::AttachPolicy => self.attach_policy(step.target, plan, request),
+            Operation::Translate { elements } => self.engine.translate(elements, &request.key),
             Operation::WriteSetting { name, value } => {
                 let path = Path::new("/proc/sys/net").join(name);
                 let write = || self.engine.run_in(self.netns(step.target), || std::fs::write(&path, value));
@@ -388,6 +389,7 @@ impl<'a> Session<'a> {
                 netlink::delete_neighbour(link.as_str(), index(link), *address)
             }
             Operation::AttachPolicy
+            | Operation::Translate { .. }
             | Operation::WriteSetting { .. }
             | Operation::CreateTap { .. }
             | Operation::ProbeConflicts { .. }
@@ -478,6 +480,7 @@ fn is_message(operation: &Operation) -> bool {
     !matches!(
         operation,
         Operation::AttachPolicy
+            | Operation::Translate { .. }
             | Operation::WriteSetting { .. }
             | Operation::CreateTap { .. }
             | Operation::ProbeConflicts { .. }
@@ -498,6 +501,7 @@ fn indexed(operation: &Operation) -> Vec<&IfName> {
         | Operation::SettleAddress { .. }
         | Operation::WriteSetting { .. }
         | Operation::CreateTap { .. }
+        | Operation::Translate { .. }
         | Operation::AttachPolicy => Vec::new(),
         Operation::CreateLink { device, .. } => device.parent().into_iter().collect(),
         Operation::Up { link, master: Some(master) } => vec![link, master],
@@ -571,6 +575,9 @@ impl Engine {
         if let Undo::ReturnLink(lent) = undo {
             return self.return_link(lent, pod);
         }
+        if let Undo::DeleteTranslation { elements } = undo {
+            return self.untranslate(elements, key);
+        }
         let mut in_pod = None;
         let socket = match pod {
             None if undo.is_in_pod() => return Ok(()),
@@ -581,7 +588,7 @@ impl Engine {
             },
         };
         match undo {
-            Undo::DetachPolicy | Undo::ReturnLink(_) => Ok(()),
+            Undo::DetachPolicy | Undo::ReturnLink(_) | Undo::DeleteTranslation { .. } => Ok(()),
             Undo::DeletePodLink { link, transit } => {
                 for name in [link, transit] {
                     let Some(found) = look_up(socket, name)? else { continue };

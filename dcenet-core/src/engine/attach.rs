@@ -100,7 +100,8 @@ impl Engine {
         let mut session = Session::new(self, request.pod.netns, self.host_socket()?);
         let mut look = || -> Result<(HostView, Plan), AttachError> {
             let view = view(session.host(), &needs).map_err(AttachError::Look)?;
-            let plan = driver.plan(&link_request, &view)?;
+            let mut plan = driver.plan(&link_request, &view)?;
+            super::translate::add_to(&mut plan, &request.nat, &link_request.addresses)?;
             Ok((view, plan))
         };
         // Who relies on shared devices keeps those from removing them who made them and failed.

@@ -63,6 +63,11 @@ pub enum Drift {
         /// The address.
         address: IpAddr,
     },
+    /// The host does not translate all that it should for the pod.
+    TranslationChanged {
+        /// What is missing, or another's.
+        what: String,
+    },
 }
 
 impl std::fmt::Display for Drift {
@@ -88,6 +93,7 @@ impl std::fmt::Display for Drift {
             Self::NeighbourMissing { target, address } => {
                 write!(f, "{}: neighbour {address} is missing", place(target))
             }
+            Self::TranslationChanged { what } => write!(f, "host: {what}"),
         }
     }
 }
@@ -140,6 +146,8 @@ impl Engine {
             };
             compare(step, here, there, &record, &mut drift);
         }
+        let lacking = self.missing_translation(&record).map_err(AttachError::Look)?;
+        drift.extend(lacking.into_iter().map(|what| Drift::TranslationChanged { what }));
         let mut seen = Vec::new();
         drift.retain(|d| {
             !seen.contains(d) && {
@@ -346,6 +354,7 @@ fn compare(step: &Step, here: &Observed, there: &Observed, record: &Record, drif
         | Operation::ProbeConflicts { .. }
         | Operation::Announce { .. }
         | Operation::ProbeGateways { .. }
+        | Operation::Translate { .. }
         | Operation::AttachPolicy => {}
     }
 }

@@ -61,6 +61,7 @@ impl Engine {
                 Err(error) => errors.push(error),
             }
         }
+        errors.extend(self.untranslate_by_mark(key).err());
         if !errors.is_empty() {
             // The device may be up, and keeps its policy.
             return errors;

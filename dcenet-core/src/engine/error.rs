@@ -172,6 +172,14 @@ pub enum StepError {
         /// What it has.
         what: &'static str,
     },
+    /// A port of the host leads to another attachment.
+    #[error("{port} of the host is held by {holder}; give another hostPort, or remove that attachment")]
+    PortHeld {
+        /// The port.
+        port: String,
+        /// Who has it.
+        holder: String,
+    },
     /// Gateways did not answer, and the configuration wants them to.
     #[error(
         "{} does not answer on {link}: is this the right segment, and is it up? link.underlay.gatewayProbe \"warn\" goes \

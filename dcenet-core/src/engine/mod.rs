@@ -12,6 +12,7 @@ mod hold;
 mod lend;
 mod lock;
 mod steer;
+mod translate;
 mod underlay;
 
 use std::path::Path;
@@ -26,6 +27,7 @@ pub use self::steer::{PodInterface, SteerError, Steering, UnreachableGateway};
 use crate::journal::{Interface, Journal, JournalError, Record};
 use crate::link::{LinkConfig, Policy};
 use crate::model::{AttachmentKey, IfIndex, LabelSet, MacAddr, NetworkName, Workload};
+use crate::nat::Nat;
 use crate::netlink::{Family, Socket};
 use crate::netns::{Host, NetNs, NetNsError, Pod};
 use crate::provider::{Endpoint, Lease, PolicySink};
@@ -72,6 +74,8 @@ pub struct AttachRequest<'a> {
     pub labels: LabelSet,
     /// Whether it goes under policy before it is up.
     pub policy: Policy,
+    /// What the host translates for it.
+    pub nat: Nat,
     /// A digest of the configuration: a repeated attach with another one is not the same.
     pub fingerprint: String,
 }
@@ -88,6 +92,7 @@ impl<'a> AttachRequest<'a> {
             workload: None,
             labels: LabelSet::new(),
             policy: Policy::None,
+            nat: Nat::default(),
             fingerprint: String::new(),
         }
     }

@@ -9,12 +9,14 @@
 
 mod address;
 mod carrier;
+pub(crate) mod conntrack;
 mod device;
 mod fault;
 mod link;
 mod list;
 mod message;
 mod neighbour;
+pub(crate) mod nft;
 #[cfg(test)]
 mod oracle;
 mod route;
@@ -39,6 +41,7 @@ pub use fault::{Fault, Injection, through_gate, with_fault};
 
 pub(crate) use address::{add_address, address_dump, delete_address};
 pub(crate) use carrier::{NO_ROUTE, is_local_route, is_operational};
+pub(crate) use conntrack::Flow;
 pub(crate) use device::{create_link, move_link, refused};
 pub(crate) use fault::{Gate, gate};
 pub(crate) use link::{
@@ -63,6 +66,8 @@ pub fn read_hostile(datagram: &[u8]) {
             RouteView::parse(payload),
             RuleView::parse(payload),
             NeighbourView::parse(payload),
+            nft::Found::parse(payload),
+            Flow::parse(payload),
             socket::acknowledgement(message).is_ok(),
         ));
     }

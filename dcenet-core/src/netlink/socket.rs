@@ -15,7 +15,7 @@ pub enum Family {
     Route,
     /// Generic netlink: families found by name.
     Generic,
-    /// nftables.
+    /// nftables and connection tracking.
     Netfilter,
 }
 
@@ -139,6 +139,71 @@ impl Socket {
                 return;
             }
         }
+    }
+
+    /// Sends an nftables transaction, which takes place whole or not at all. `begin` and `end` are its frame.
+    ///
+    /// # Errors
+    /// The first message that was refused, or `begin` where the transaction as such was.
+    pub(crate) fn transact(
+        &mut self,
+        begin: &Message,
+        messages: &[Message],
+        end: &Message,
+    ) -> Result<(), NetlinkError> {
+        let first = self.sequence.wrapping_add(1);
+        self.sequence = self.sequence.wrapping_add(messages.len() as u32 + 2);
+        let failed = |message: &Message, failure| Err(NetlinkError::new(message.operation(), failure));
+        let gate = gate(begin.operation());
+        if let Gate::Fail(errno) = gate {
+            return failed(begin, Failure::Refused { errno, message: Some("injected".into()), offset: None });
+        }
+        let mut bytes = Vec::with_capacity(messages.len() * 192);
+        begin.encode(first, 0, &mut bytes);
+        for (sequence, message) in (first.wrapping_add(1)..).zip(messages) {
+            message.encode(sequence, libc::NLM_F_ACK as u16, &mut bytes);
+        }
+        // Which kernels acknowledge the frame differs (6.10), but a refusal of the whole comes by its beginning.
+        end.encode(self.sequence, 0, &mut bytes);
+        if let Err(error) = retry(|| self.inner.send(&bytes, 0)) {
+            let errno = error.raw_os_error().unwrap_or(libc::EIO);
+            return failed(begin, Failure::Refused { errno, message: None, offset: None });
+        }
+        let mut whole = None;
+        let mut outcomes: Vec<Option<Result<(), Failure>>> = messages.iter().map(|_| None).collect();
+        let mut lost = gate == Gate::Lose;
+        while whole.is_none() && outcomes.iter().any(Option::is_none) {
+            let received = self.receive(|message| {
+                if message.kind != ERROR {
+                    return;
+                }
+                match message.sequence.wrapping_sub(first) as usize {
+                    0 => whole = acknowledgement(message).err(),
+                    place => {
+                        if let Some(outcome) = outcomes.get_mut(place - 1) {
+                            *outcome = Some(acknowledgement(message));
+                        }
+                    }
+                }
+            });
+            if let Err(failure) = received {
+                tracing::warn!(error = %failure, "netlink replies lost");
+                lost = true;
+                break;
+            }
+        }
+        if gate == Gate::DieAfter {
+            std::process::abort();
+        }
+        if let Some(failure) = whole {
+            return failed(begin, failure);
+        }
+        for (message, outcome) in messages.iter().zip(outcomes) {
+            if let Some(Err(failure)) = outcome {
+                return failed(message, failure);
+            }
+        }
+        if lost { failed(begin, Failure::Lost) } else { Ok(()) }
     }
 
     /// Asks for all objects of a kind. `message` is a get request without `NLM_F_DUMP`, which is added.

@@ -49,6 +49,7 @@ pub(crate) fn request<'a>(container: &str, pod: &'a TestNetNs, link: &LinkConfig
         workload: None,
         labels: LabelSet::new(),
         policy: Policy::None,
+        nat: Default::default(),
         fingerprint: "1".into(),
     }
 }

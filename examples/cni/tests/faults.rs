@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::{Faulted, Node, Pod};
+use common::{Faulted, Node, Pod, elements, has_nft};
 use dcenet_core::provider::{AddressSource, LeaseError, LeaseRequest};
 use dcenet_core::test_support::{HostState, Rung, effort, require, require_with};
 use dcenet_ebpf::attach::{Attacher, ClsactAttacher, Direction, Hook, Owner, Tag, TcxAttacher};
@@ -22,6 +22,7 @@ struct Everything {
     records: Vec<String>,
     store: Vec<String>,
     policy: Vec<String>,
+    translated: Vec<String>,
 }
 
 impl Everything {
@@ -29,7 +30,8 @@ impl Everything {
         let pods = pods.iter().map(|p| p.state()).collect();
         // What the owner knows comes first: it may still be at work on a device.
         let policy = node.policy();
-        Self { host: node.host.state(), pods, records: node.host.records(), store: node.store(), policy }
+        let translated = if node.config.get("nat").is_some() { elements(node) } else { Vec::new() };
+        Self { host: node.host.state(), pods, records: node.host.records(), store: node.store(), policy, translated }
     }
 
     /// In which parts the two differ, each with the difference.
@@ -43,6 +45,7 @@ impl Everything {
             ("store", lists(&self.store, &after.store)),
             ("records", lists(&self.records, &after.records)),
             ("policy", lists(&self.policy, &after.policy)),
+            ("nftables", lists(&self.translated, &after.translated)),
         ];
         parts.extend(self.pods.iter().zip(&after.pods).map(|(before, after)| ("pod", before.diff(after))));
         parts.retain(|(_, difference)| !difference.is_empty());
@@ -328,6 +331,64 @@ fn add_beside_a_neighbour_is_all_or_nothing() {
 #[test]
 fn add_under_policy_is_all_or_nothing() {
     add_is_all_or_nothing(Policy::Awaited, "ADD", "web");
+}
+
+/// Verbs of a pod that is masqueraded and has a port, beside one whose entries must stay.
+fn translated() -> (Node, Pod, Pod) {
+    let (mut node, neighbour, pod) = Policy::None.with_neighbour("web");
+    node.del(&neighbour).unwrap();
+    node.config["nat"] = json!({ "masquerade": true });
+    let ports = |port: u16| {
+        let one = |protocol| json!({ "hostPort": port, "containerPort": 80, "protocol": protocol });
+        json!({ "portMappings": [one("tcp"), one("udp")] })
+    };
+    node.config["runtimeConfig"] = ports(1001);
+    node.add(&neighbour).unwrap();
+    node.config["runtimeConfig"] = ports(1002);
+    (node, neighbour, pod)
+}
+
+#[test]
+fn add_with_translation_is_all_or_nothing() {
+    if !has_nft() {
+        return;
+    }
+    let (node, neighbour, pod) = translated();
+    let before = Everything::of(&node, &[&pod, &neighbour]);
+    assert!(!before.translated.is_empty());
+    let mut odd = false;
+    each_call(
+        "ADD with translation",
+        |fault| node.faulted("ADD", Some(&pod), &node.config, fault),
+        |outcome, what| {
+            odd = !odd;
+            if outcome == Outcome::Survived || outcome == Outcome::Died && odd {
+                heal(&node, &pod, what);
+                assert!(elements(&node).len() > before.translated.len(), "{what}");
+            }
+            node.del(&pod).unwrap();
+            before.assert_same(&Everything::of(&node, &[&pod, &neighbour]), what);
+        },
+    );
+}
+
+#[test]
+fn del_with_translation_is_finished_by_the_next() {
+    if !has_nft() {
+        return;
+    }
+    let (node, neighbour, pod) = translated();
+    let before = Everything::of(&node, &[&pod, &neighbour]);
+    node.add(&pod).unwrap();
+    each_call(
+        "DEL with translation",
+        |fault| node.faulted("DEL", Some(&pod), &node.config, fault),
+        |_, what| {
+            node.del(&pod).unwrap_or_else(|e| panic!("{what}: {e}"));
+            before.assert_same(&Everything::of(&node, &[&pod, &neighbour]), what);
+            heal(&node, &pod, what);
+        },
+    );
 }
 
 #[test]

@@ -73,6 +73,7 @@ struct Entry {
     default_route: Option<DefaultRoute>,
     link: Option<Value>,
     ipam: Option<Value>,
+    nat: Option<Value>,
     policy: Option<Value>,
     delegate: Option<Value>,
 }
@@ -120,7 +121,7 @@ pub(super) fn configured(conf: &NetConf, invocation: &Invocation, first: &IfName
         Some(other) => return Err(wrong("networks", format!("{other} is not a list"))),
     };
     let top = conf.key("link").is_some_and(|link| !link.is_null());
-    if !top && let Some(stray) = ["ipam", "policy"].into_iter().find(|key| conf.key(key).is_some()) {
+    if !top && let Some(stray) = ["ipam", "nat", "policy"].into_iter().find(|key| conf.key(key).is_some()) {
         return Err(wrong(stray, "belongs to one network; move it into networks[], beside its link".to_owned()));
     }
     let marked: Vec<usize> = (0..entries.len()).filter(|i| entries[*i].default).collect();
@@ -141,7 +142,7 @@ pub(super) fn configured(conf: &NetConf, invocation: &Invocation, first: &IfName
     };
     let mut networks = Vec::new();
     if top {
-        let sections = ["link", "ipam", "policy"].map(|key| (key, conf.key(key).cloned()));
+        let sections = ["link", "ipam", "nat", "policy"].map(|key| (key, conf.key(key).cloned()));
         let by = own(conf, &conf.name, sections, &asked_by_runtime(conf), conf.key("args").cloned())?;
         networks.push(Network {
             label: conf.name.to_string(),
@@ -169,7 +170,9 @@ pub(super) fn configured(conf: &NetConf, invocation: &Invocation, first: &IfName
             Some(DefaultRoute::Over(gateways)) => Some(gateways),
         };
         let by = match (entry.delegate, entry.link) {
-            (Some(_), link) if link.is_some() || entry.ipam.is_some() || entry.policy.is_some() => {
+            (Some(_), link)
+                if link.is_some() || entry.ipam.is_some() || entry.nat.is_some() || entry.policy.is_some() =>
+            {
                 let reason = "stands beside sections of our own; a network is made by other plugins or by this one";
                 return Err(wrong(&format!("{path}.delegate"), reason.to_owned()));
             }
@@ -180,7 +183,8 @@ pub(super) fn configured(conf: &NetConf, invocation: &Invocation, first: &IfName
                 By::Plugins { chain, args: args(invocation, is_default, &[]), capabilities }
             }
             (None, Some(link)) => {
-                let sections = [("link", Some(link)), ("ipam", entry.ipam), ("policy", entry.policy)];
+                let sections =
+                    [("link", Some(link)), ("ipam", entry.ipam), ("nat", entry.nat), ("policy", entry.policy)];
                 let asked = if is_default { asked_by_runtime(conf) } else { Map::new() };
                 let arguments = if is_default { arguments(conf) } else { labels(conf) };
                 own(conf, &entry.name, sections, &asked, Some(json!({ "cni": arguments })))
@@ -306,7 +310,7 @@ fn of_definition(
                 }
                 asked.insert(key, value);
             }
-            let sections = ["link", "ipam", "policy"].map(|key| (key, keys.get(key).cloned()));
+            let sections = ["link", "ipam", "nat", "policy"].map(|key| (key, keys.get(key).cloned()));
             own(conf, chain.name(), sections, &asked, keys.get("args").cloned()).map_err(|e| under(&path, e))?
         }
         None => {
@@ -335,7 +339,7 @@ fn of_definition(
 fn own(
     conf: &NetConf,
     name: &NetworkName,
-    sections: [(&str, Option<Value>); 3],
+    sections: [(&str, Option<Value>); 4],
     asked: &Map<String, Value>,
     args: Option<Value>,
 ) -> Result<By, CniError> {
@@ -348,7 +352,7 @@ fn own(
             keys[key] = value;
         }
     }
-    let understood = asked.iter().filter(|(key, _)| ["ips", "mac", "pools"].contains(&key.as_str()));
+    let understood = asked.iter().filter(|(key, _)| ["ips", "mac", "pools", "portMappings"].contains(&key.as_str()));
     let runtime: Map<_, _> = understood.map(|(k, v)| (k.clone(), v.clone())).collect();
     if !runtime.is_empty() {
         keys["runtimeConfig"] = Value::Object(runtime);

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use dcenet_core::test_support::{HostState, TestHost, TestNetNs, ping};
+use dcenet_core::test_support::{HostState, Rung, TestHost, TestNetNs, ping, require_with};
 use dcenet_ipam::Ipam;
 use dcenet_ipam::config::IpamConfig;
 use dcenet_ipam::model::Binding;
@@ -322,4 +322,27 @@ pub fn run_anywhere(environment: &[(&str, &str)], stdin: &str) -> Result<Value, 
     let mut command = plugin();
     command.envs(environment.iter().copied());
     execute(command, stdin)
+}
+
+/// Whether a test can run that makes namespaces and reads nftables by nft(8).
+pub fn has_nft() -> bool {
+    require_with(Rung::Netns, || {
+        let missing = Command::new("nft").arg("--version").output().is_err();
+        missing.then(|| "nft is missing: install nftables".to_owned())
+    })
+}
+
+/// The elements of the sets and maps of our nftables table, as nft(8) prints them, each with its set's name; in order.
+pub fn elements(node: &Node) -> Vec<String> {
+    let listed: Value = serde_json::from_str(&node.host.root().sh("nft -j list ruleset")).expect("nft prints JSON");
+    let objects = listed["nftables"].as_array().expect("a list").iter();
+    let sets = objects.filter_map(|o| o.get("set").or(o.get("map"))).filter(|set| set["table"] == "dcenet");
+    let mut lines: Vec<String> = sets
+        .flat_map(|set| {
+            let name = set["name"].as_str().expect("a set has a name");
+            set["elem"].as_array().into_iter().flatten().map(move |element| format!("{name} {element}"))
+        })
+        .collect();
+    lines.sort();
+    lines
 }

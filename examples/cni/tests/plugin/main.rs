@@ -5,6 +5,7 @@ mod common;
 
 mod ipam;
 mod link;
+mod nat;
 mod networks;
 mod owner;
 mod pools;
@@ -175,7 +176,7 @@ fn bad_input_is_refused_by_field_and_changes_nothing() {
         ("/ipam/pools/0/gateway", json!("10.21.0.1"), 7, "ipam.pools[0].gateway"),
         ("/ipam/pools/1/subnet", json!("10.20.0.0/25"), 7, "ipam.pools[1]"),
         ("/ipam/pools/0/claims/shop~1db/address", json!("10.99.0.1"), 7, "10.99.0.1"),
-        ("/ipMasq", json!(true), 2, "ipMasq: true"),
+        ("/ipMasq", json!(true), 2, "say nat.masquerade"),
         ("/policy", json!({ "await": "5 weeks" }), 7, "policy.await"),
         ("/policy", json!({ "defualt": "deny" }), 7, "did you mean `default`"),
     ];

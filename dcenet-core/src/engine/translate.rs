@@ -1,0 +1,349 @@
+//! Entering and removing what is translated for attachments: elements of the sets of our nftables table.
+//!
+//! Every change is decided on what was read and takes place only if nothing has changed since, or is decided anew: no
+//! lock is needed among attachments, and no port is given twice.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::Engine;
+use super::error::{StepError, TeardownError};
+use crate::journal::{JournalError, Record};
+use crate::link::PlanError;
+use crate::model::{AttachmentKey, NetworkName};
+use crate::nat::{self, Element, HostPort, Nat, Transport};
+use crate::netlink::{Failure, Family, Flow, Message, NetlinkError, Socket, conntrack, nft};
+use crate::netns::NetNsError;
+use crate::plan::{MARK, Operation, Plan, Step, Target, Undo, mark};
+use crate::provider::LeasedAddress;
+
+/// Adds to a plan what translates for the attachment.
+///
+/// # Errors
+/// Where its packets do not pass the host, and as [`nat::elements`].
+pub(super) fn add_to(plan: &mut Plan, nat: &Nat, addresses: &[LeasedAddress]) -> Result<(), PlanError> {
+    if nat.is_none() {
+        return Ok(());
+    }
+    let Some(end) = &plan.host_end else {
+        let (field, value) = match nat.ports.first() {
+            Some(port) => ("runtimeConfig.portMappings", port.to_string()),
+            None => ("nat.masquerade", "true".to_owned()),
+        };
+        let reason = "packets of this link.kind do not pass the host, so that it cannot translate them; use bridge, veth, \
+                      vrf or netkit, or drop it";
+        return Err(PlanError::Invalid { field, value, reason: reason.to_owned() });
+    };
+    let addresses: Vec<IpNet> = addresses.iter().map(|a| a.address).collect();
+    let elements = nat::elements(nat, &addresses, plan.bridge.is_some())?;
+    let mut settings = Vec::new();
+    for (ipv4, name) in [(true, "ipv4/ip_forward"), (false, "ipv6/conf/all/forwarding")] {
+        if elements.iter().any(|element| element.is_ipv4() == ipv4) {
+            settings.push(name.to_owned());
+        }
+    }
+    if nat.ports.iter().any(|port| nat::reached_by_loopback(port.host_ip))
+        && addresses.iter().any(|a| a.addr().is_ipv4())
+    {
+        // Over this link answers to 127.0.0.1 come in: what others send there from outside our table drops.
+        settings.push(format!("ipv4/conf/{}/route_localnet", plan.bridge.as_ref().unwrap_or(&end.name)));
+    }
+    let port = end.name.clone();
+    let write = |name| Step::new(Target::Host, Operation::WriteSetting { name, value: "1" });
+    plan.steps.extend(settings.into_iter().map(write));
+    if !nat.ports.is_empty() && plan.bridge.is_some() {
+        // With `bridge-nf-call-iptables` the bridge itself sends a pod's packets to its own mapped port back to it
+        // (`br_nf_pre_routing_finish` in `net/bridge/br_netfilter_hooks.c`).
+        plan.steps.push(Step::new(Target::Host, Operation::Hairpin { port }));
+    }
+    if !elements.is_empty() {
+        // First, for a port that another has is reason enough not to begin.
+        let undo = Undo::DeleteTranslation { elements: elements.clone() };
+        plan.steps.insert(0, Step::new(Target::Host, Operation::Translate { elements }).undone_by(undo));
+    }
+    Ok(())
+}
+
+/// The comment of an attachment's elements: its mark, or its short form where that does not fit (`NFT_USERDATA_MAXLEN` of
+/// `include/uapi/linux/netfilter/nf_tables.h` is 256).
+fn owner(key: &AttachmentKey) -> String {
+    let mark = mark(key);
+    if mark.len() <= 250 { mark } else { format!("{MARK}{}", key.id()) }
+}
+
+/// The attachment that a comment names.
+fn owned_by(comment: &str) -> Option<AttachmentKey> {
+    let mut parts = comment.strip_prefix(MARK)?.splitn(3, '/');
+    Some(AttachmentKey {
+        network: parts.next()?.parse().ok()?,
+        container: parts.next()?.parse().ok()?,
+        ifname: parts.next()?.parse().ok()?,
+    })
+}
+
+impl Engine {
+    fn netfilter_socket(&self) -> Result<Socket, NetNsError> {
+        self.host.0.socket(Family::Netfilter)
+    }
+
+    /// Enters elements, making the table where it is missing or not whole. What another attachment left at an address that
+    /// is this one's now is taken over.
+    pub(super) fn translate(&self, elements: &[Element], key: &AttachmentKey) -> Result<(), StepError> {
+        let mut socket = self.netfilter_socket()?;
+        let owner = owner(key);
+        change(&mut socket, &format!("translate for {key}"), |socket| {
+            let mut messages = if is_whole(socket)? { Vec::new() } else { nft::layout() };
+            for ipv4 in [true, false] {
+                refuse_held(socket, elements, ipv4, &owner, &mut messages)?;
+            }
+            for (element, found) in elements.iter().zip(look_up(socket, elements)?) {
+                let taken = |found: nft::Found| nft::delete_listed(&nft::set_of(element), &found);
+                messages.extend(found.filter(|_| !matches!(element, Element::Port { .. })).map(taken));
+                messages.push(nft::add_element(element, &owner));
+            }
+            Ok::<_, StepError>(messages)
+        })?;
+        let mut own = None;
+        for (address, port, to) in elements.iter().filter_map(udp_port) {
+            let own = match &own {
+                Some(own) => own,
+                none => {
+                    debug_assert!(none.is_none());
+                    let listed = self.host_socket()?.addresses()?;
+                    own.insert(listed.iter().map(|a| a.address.addr()).collect::<Vec<IpAddr>>())
+                }
+            };
+            let here = |to: IpAddr| address.map_or_else(|| to.is_loopback() || own.contains(&to), |at| at == to);
+            // Of before the port was mapped: their packets would go on to where they went.
+            forget_flows(&mut socket, to.is_ipv4(), port, |flow| flow.answerer != to && here(flow.destination))?;
+        }
+        Ok(())
+    }
+
+    /// Removes those of the elements that are the attachment's.
+    pub(super) fn untranslate(&self, elements: &[Element], key: &AttachmentKey) -> Result<(), TeardownError> {
+        let mut socket = self.netfilter_socket()?;
+        let owner = owner(key);
+        change(&mut socket, &format!("end translating for {key}"), |socket| {
+            let found = elements.iter().zip(look_up(socket, elements)?);
+            let ours = found.filter_map(|(element, found)| {
+                let found = found.filter(|found| found.owner.as_ref() == Some(&owner))?;
+                Some(nft::delete_listed(&nft::set_of(element), &found))
+            });
+            Ok::<_, NetlinkError>(ours.collect())
+        })?;
+        for (_, port, to) in elements.iter().filter_map(udp_port) {
+            forget_flows(&mut socket, to.is_ipv4(), port, |flow| flow.answerer == to)?;
+        }
+        Ok(())
+    }
+
+    /// Removes all elements that bear the attachment's mark, where no record lists them.
+    pub(super) fn untranslate_by_mark(&self, key: &AttachmentKey) -> Result<(), TeardownError> {
+        let owner = owner(key);
+        self.remove_elements(&format!("end translating for {key}"), |found| Ok(found.owner.as_ref() == Some(&owner)))
+    }
+
+    /// Removes elements of attachments of a network that have no record, but for those that are `kept`: what a lost run
+    /// directory leaves. Called by GC.
+    ///
+    /// # Errors
+    /// Where the table or the journal cannot be read, or the elements not be deleted.
+    pub fn collect_translations(
+        &self,
+        network: &NetworkName,
+        kept: &dyn Fn(&AttachmentKey) -> bool,
+    ) -> Result<(), TeardownError> {
+        self.remove_elements(&format!("collect what is translated for {network}"), |found| {
+            let Some(key) = found.owner.as_deref().and_then(owned_by) else { return Ok(false) };
+            // Its record is written before and removed after its elements.
+            Ok(key.network == *network && !kept(&key) && !self.journal.exists(key.id())?)
+        })
+    }
+
+    /// Removes our table if nothing is translated for anybody. Called when a network goes away for good.
+    ///
+    /// # Errors
+    /// Where it cannot be read or deleted.
+    pub fn remove_idle_translation(&self) -> Result<(), TeardownError> {
+        let mut socket = self.netfilter_socket()?;
+        change(&mut socket, "remove the idle table", |socket| {
+            if socket.dump(&nft::rule_dump())?.iter().all(|reply| nft::rule_chain(&reply.payload).is_none()) {
+                return Ok(Vec::new());
+            }
+            for set in nft::set_names() {
+                if !list(socket, &set)?.is_empty() {
+                    return Ok(Vec::new());
+                }
+            }
+            Ok::<_, NetlinkError>(vec![nft::delete_table()])
+        })?;
+        Ok(())
+    }
+
+    fn remove_elements(
+        &self,
+        what: &str,
+        mut wanted: impl FnMut(&nft::Found) -> Result<bool, JournalError>,
+    ) -> Result<(), TeardownError> {
+        let mut socket = self.netfilter_socket()?;
+        change(&mut socket, what, |socket| {
+            let mut messages = Vec::new();
+            for set in nft::set_names() {
+                for found in list(socket, &set)? {
+                    if wanted(&found)? {
+                        messages.push(nft::delete_listed(&set, &found));
+                    }
+                }
+            }
+            Ok::<_, TeardownError>(messages)
+        })?;
+        Ok(())
+    }
+
+    /// What an attachment lacks of its translation, in words.
+    pub(super) fn missing_translation(&self, record: &Record) -> Result<Vec<String>, NetlinkError> {
+        let elements = record.undo.iter().find_map(|undo| match undo {
+            Undo::DeleteTranslation { elements } => Some(elements),
+            _ => None,
+        });
+        let Some(elements) = elements else { return Ok(Vec::new()) };
+        let mut socket = self
+            .netfilter_socket()
+            .map_err(|error| NetlinkError::new("open netlink socket", Failure::Socket(std::io::Error::other(error))))?;
+        let mut missing = Vec::new();
+        if !is_whole(&mut socket)? {
+            missing.push(format!("rules of nftables table inet {} are gone", nft::TABLE));
+        }
+        let owner = owner(&record.key);
+        for (element, found) in elements.iter().zip(look_up(&mut socket, elements)?) {
+            match found {
+                Some(found) if found.is(element) && found.owner.as_ref() == Some(&owner) => {}
+                Some(_) => missing.push(format!("{element} is another's")),
+                None => missing.push(format!("{element} is missing")),
+            }
+        }
+        Ok(missing)
+    }
+}
+
+/// Refuses ports that others have. Those of others that lead to addresses of ours by now are deleted.
+fn refuse_held(
+    socket: &mut Socket,
+    elements: &[Element],
+    ipv4: bool,
+    owner: &str,
+    messages: &mut Vec<Message>,
+) -> Result<(), StepError> {
+    let ports: Vec<_> = elements
+        .iter()
+        .filter(|element| element.is_ipv4() == ipv4)
+        .filter_map(|element| match *element {
+            Element::Port { address, protocol, port, to, .. } => Some((element, address, protocol, port, to)),
+            _ => None,
+        })
+        .collect();
+    if ports.is_empty() {
+        return Ok(());
+    }
+    let [at, everywhere] = nft::port_maps(ipv4);
+    for (set, is_everywhere) in [(at, false), (everywhere, true)] {
+        for found in list(socket, &set)? {
+            let meets =
+                |(element, address, protocol, port, _): &&(&Element, Option<IpAddr>, Transport, u16, IpAddr)| {
+                    let includes = is_everywhere || address.is_none() || found.has_key_of(element);
+                    found.is_same_port(*protocol, *port) && includes
+                };
+            let Some((_, address, protocol, port, to)) = ports.iter().find(meets) else { continue };
+            if found.owner.as_deref() == Some(owner) || found.leads_to(*to) {
+                messages.push(nft::delete_listed(&set, &found));
+                continue;
+            }
+            let holder = found.owner.unwrap_or_else(|| "somebody who left no name".to_owned());
+            let holder = holder.strip_prefix(MARK).map(str::to_owned).unwrap_or(holder);
+            let port = HostPort { address: *address, protocol: *protocol, port: *port }.to_string();
+            return Err(StepError::PortHeld { port, holder });
+        }
+    }
+    Ok(())
+}
+
+/// The address, the port and the pod's address of a UDP port.
+fn udp_port(element: &Element) -> Option<(Option<IpAddr>, u16, IpAddr)> {
+    match *element {
+        Element::Port { address, protocol: Transport::Udp, port, to, .. } => Some((address, port, to)),
+        _ => None,
+    }
+}
+
+/// Has the kernel forget UDP flows to a port.
+fn forget_flows(socket: &mut Socket, ipv4: bool, port: u16, stale: impl Fn(&Flow) -> bool) -> Result<(), NetlinkError> {
+    let udp = Transport::Udp.number();
+    let flows = socket.dump(&conntrack::flow_dump(ipv4, udp, port))?;
+    let flows = flows.iter().filter_map(|reply| Flow::parse(&reply.payload));
+    for flow in flows.filter(|flow| flow.is_to(udp, port) && stale(flow)) {
+        match socket.request(&conntrack::delete_flow(&flow)) {
+            Err(error) if error.errno() != Some(libc::ENOENT) => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Whether our table has all of its rules.
+fn is_whole(socket: &mut Socket) -> Result<bool, NetlinkError> {
+    let rules = socket.dump(&nft::rule_dump())?;
+    let mut there: Vec<String> = rules.iter().filter_map(|reply| nft::rule_chain(&reply.payload)).collect();
+    let mut wanted = nft::chains_of_rules();
+    there.sort();
+    wanted.sort_unstable();
+    Ok(there == wanted)
+}
+
+/// What is there of these elements.
+fn look_up(socket: &mut Socket, elements: &[Element]) -> Result<Vec<Option<nft::Found>>, NetlinkError> {
+    let messages: Vec<Message> = elements.iter().map(nft::get_element).collect();
+    let one = |answer: Result<Vec<crate::netlink::Reply>, NetlinkError>| match answer {
+        Ok(replies) => Ok(replies.iter().flat_map(|reply| nft::Found::parse(&reply.payload)).next()),
+        Err(error) if error.errno() == Some(libc::ENOENT) => Ok(None),
+        Err(error) => Err(error),
+    };
+    socket.batch(&messages).into_iter().map(one).collect()
+}
+
+/// The elements of a set; none where there is no such set.
+fn list(socket: &mut Socket, set: &str) -> Result<Vec<nft::Found>, NetlinkError> {
+    match socket.dump(&nft::element_dump(set)) {
+        Ok(replies) => Ok(replies.iter().flat_map(|reply| nft::Found::parse(&reply.payload)).collect()),
+        Err(error) if error.errno() == Some(libc::ENOENT) => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Makes the changes that `decide` finds necessary, all or none, on the state on which it decided. Of those who change
+/// something at once one succeeds, so that all do after as many rounds as they are.
+fn change<E: From<NetlinkError>>(
+    socket: &mut Socket,
+    what: &str,
+    mut decide: impl FnMut(&mut Socket) -> Result<Vec<Message>, E>,
+) -> Result<(), E> {
+    for _ in 0..ATTEMPTS {
+        let reply = socket.request(&nft::get_generation())?;
+        let Some(generation) = reply.iter().find_map(|reply| nft::generation(&reply.payload)) else {
+            let failure = Failure::Malformed("a generation of nftables without its number");
+            return Err(NetlinkError::new(what, failure).into());
+        };
+        let messages = decide(socket)?;
+        if messages.is_empty() {
+            return Ok(());
+        }
+        match socket.transact(&nft::begin(generation, what), &messages, &nft::end()) {
+            Err(error) if error.errno() == Some(libc::ERESTART) => tracing::debug!(what, "nftables changed; again"),
+            done => return Ok(done?),
+        }
+    }
+    Err(NetlinkError::new(what, Failure::Interrupted { attempts: ATTEMPTS }).into())
+}
+
+const ATTEMPTS: u32 = 200;
