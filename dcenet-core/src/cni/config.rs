@@ -48,6 +48,9 @@ pub enum Role {
     /// It hands out addresses to another plugin, whose configuration this is (CNI 1.1.0, section 4, "Plugin Delegation"):
     /// `ipam.type` names us, `type` names another, and there is no section `link`.
     Ipam,
+    /// It adds policy and translation to what a plugin before it in the list has made: there is no section `link`, and no
+    /// `ipam` either.
+    Chained,
     /// It attaches several networks, some of them by the plugins of others: there is a key `networks` or `selection`.
     Meta,
 }
@@ -138,7 +141,7 @@ impl NetConf {
     pub fn parse(stdin: &[u8]) -> Result<Self, CniError> {
         let value: Value = serde_json::from_slice(stdin)
             .map_err(|e| CniError::new(ErrorCode::Decode, format!("the network configuration is not JSON: {e}")))?;
-        let Value::Object(mut keys) = value else {
+        let Value::Object(keys) = value else {
             return Err(CniError::new(ErrorCode::Decode, "the network configuration is JSON, but not an object"));
         };
         let version = version(&keys)?;
@@ -169,9 +172,9 @@ impl NetConf {
             runtime.addresses = addresses("runtimeConfig.ips", wire.ips.unwrap_or_default())?.or(runtime.addresses);
             runtime.pools = pools("runtimeConfig.pools", wire.pools.unwrap_or_default())?.or(runtime.pools);
         }
-        let previous = match keys.remove("prevResult") {
+        let previous = match keys.get("prevResult") {
             None | Some(Value::Null) => None,
-            Some(value) => Some(section::read("prevResult", &value)?),
+            Some(value) => Some(section::read("prevResult", value)?),
         };
         let valid_attachments = ["cni.dev/valid-attachments", "cni.dev/attachments"]
             .into_iter()
@@ -234,6 +237,7 @@ fn role(keys: &Map<String, Value>) -> Role {
     match delegated && anothers && !keys.contains_key("link") {
         true => Role::Ipam,
         false if networks::is_meta(keys) => Role::Meta,
+        false if !keys.contains_key("link") && !keys.contains_key("ipam") => Role::Chained,
         false => Role::Main,
     }
 }
@@ -527,9 +531,11 @@ mod tests {
             json!({ "ipam": { "type": "dcenet" } }),
             json!({ "type": "renamed", "link": {}, "ipam": { "type": "dcenet" } }),
             json!({ "type": "bridge", "ipam": { "type": "host-local" } }),
-            json!({ "type": "bridge" }),
         ] {
             assert_eq!(conf(ours).unwrap().role, Role::Main);
+        }
+        for behind in [json!({ "type": "dcenet", "policy": {} }), json!({ "type": "renamed" })] {
+            assert_eq!(conf(behind).unwrap().role, Role::Chained);
         }
     }
 

@@ -9,6 +9,7 @@
 //! environment, stdin -> Invocation, NetConf -> Backends -> verb -> result or error on stdout, exit code
 //! ```
 
+mod chained;
 mod config;
 mod delegate;
 mod environment;

@@ -116,13 +116,14 @@ async fn answer(
         (Verb::Add, Role::Ipam) => {
             return call.lease_for_another().await.map(|result| Some(result.to_json(conf.version)));
         }
-        (Verb::Check, Role::Main) => call.check().await,
+        (Verb::Add, Role::Chained) => return call.add_to_chain().await.map(Some),
+        (Verb::Check, Role::Main | Role::Chained) => call.check().await,
         (Verb::Check, Role::Ipam) => call.check_for_another().await,
-        (Verb::Del, Role::Main) => call.del().await,
+        (Verb::Del, Role::Main | Role::Chained) => call.del().await,
         (Verb::Del, Role::Ipam) => call.release_for_another().await,
-        (Verb::Gc, Role::Main) => call.gc().await,
+        (Verb::Gc, Role::Main | Role::Chained) => call.gc().await,
         (Verb::Gc, Role::Ipam) => call.collect_for_another().await,
-        (Verb::Status, Role::Main) => call.status().await,
+        (Verb::Status, Role::Main | Role::Chained) => call.status().await,
         (Verb::Status, Role::Ipam) => call.status_for_another().await,
         (Verb::Version, _) | (_, Role::Meta) => unreachable!("answered above"),
     };
@@ -133,7 +134,7 @@ async fn answer(
 /// this one.
 fn is_left_of_several(invocation: &Invocation, conf: &NetConf) -> Result<bool, CniError> {
     let key = match (invocation.verb, &invocation.container, &invocation.ifname) {
-        _ if conf.role != Role::Main => return Ok(false),
+        _ if !matches!(conf.role, Role::Main | Role::Chained) => return Ok(false),
         (Verb::Gc, ..) => None,
         (Verb::Del, Some(container), Some(ifname)) => {
             Some(AttachmentKey { network: conf.name.clone(), container: container.clone(), ifname: ifname.clone() })

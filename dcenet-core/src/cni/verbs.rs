@@ -119,7 +119,7 @@ impl<'a> Call<'a> {
     }
 
     /// Waits for verdicts as far as the configuration asks for it.
-    async fn enforce(
+    pub(super) async fn enforce(
         &self,
         policy: &PolicyChoice,
         mut hold: Hold<'_>,
@@ -237,7 +237,9 @@ impl<'a> Call<'a> {
 
     pub(super) async fn status(&self) -> Result<(), CniError> {
         // Read for their errors: an ADD would fail by them.
-        self.link()?;
+        if self.conf.role == Role::Main {
+            self.link()?;
+        }
         self.conf.nat()?;
         let unavailable = |error: CniError| CniError { code: ErrorCode::Unavailable, ..error };
         self.engine.ready().map_err(|e| unavailable(journal(e)))?;
@@ -261,7 +263,7 @@ impl<'a> Call<'a> {
         self.addresses.as_ref().map(Option::as_deref).map_err(Clone::clone)
     }
 
-    fn policy(&self) -> Result<Option<&PolicyChoice>, CniError> {
+    pub(super) fn policy(&self) -> Result<Option<&PolicyChoice>, CniError> {
         self.policy.as_ref().map(Option::as_ref).map_err(Clone::clone)
     }
 
@@ -386,7 +388,7 @@ impl<'a> Call<'a> {
         self.conf.runtime.addresses.clone().or(args)
     }
 
-    fn attach(
+    pub(super) fn attach(
         &self,
         hold: &mut Hold<'_>,
         link: LinkConfig,
@@ -469,7 +471,7 @@ impl<'a> Call<'a> {
         Ok(())
     }
 
-    fn endpoint(&self, attached: &Attached) -> Option<Endpoint> {
+    pub(super) fn endpoint(&self, attached: &Attached) -> Option<Endpoint> {
         Some(Endpoint {
             workload: self.invocation.args.workload.clone(),
             labels: self.conf.labels.clone(),
@@ -488,7 +490,7 @@ impl<'a> Call<'a> {
         }
     }
 
-    fn netns_path(&self) -> Result<&Path, CniError> {
+    pub(super) fn netns_path(&self) -> Result<&Path, CniError> {
         self.invocation
             .netns
             .as_deref()
@@ -553,7 +555,7 @@ pub(super) fn journal(error: JournalError) -> CniError {
     CniError::new(code, error.to_string()).with_details(causes(&error))
 }
 
-fn attach(error: AttachError) -> CniError {
+pub(super) fn attach(error: AttachError) -> CniError {
     let code = match &error {
         _ if error.is_retryable() => ErrorCode::TryAgain,
         AttachError::Plan(PlanError::Invalid { .. } | PlanError::Conflict { .. })

@@ -3,6 +3,7 @@
 //! A driver plans and recognises; it touches nothing. One file beside this one per kind of link.
 
 mod bridge;
+mod chained;
 #[cfg(feature = "test-support")]
 pub mod conformance;
 mod dummy;
@@ -25,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use self::bridge::BridgeConfig;
+pub use self::chained::ChainedConfig;
 pub use self::dummy::DummyConfig;
 pub use self::host_device::HostDeviceConfig;
 pub use self::ipvlan::IpvlanConfig;
@@ -142,6 +144,9 @@ macro_rules! kinds {
         #[non_exhaustive]
         pub enum LinkConfig {
             $($(#[$doc])+ #[serde(rename = $word)] $variant($config),)+
+            /// A device that a plugin before us in the chain made. No configuration names it.
+            #[serde(rename = "chained")]
+            Chained(ChainedConfig),
         }
 
         impl LinkConfig {
@@ -159,6 +164,7 @@ macro_rules! kinds {
             pub fn driver(&self) -> &dyn LinkDriver {
                 match self {
                     $(Self::$variant(config) => config,)+
+                    Self::Chained(config) => config,
                 }
             }
         }
@@ -197,7 +203,7 @@ impl LinkConfig {
             Self::Ipvlan(config) => (config.mode == IpvlanMode::L2).then(|| config.underlay.unwrap_or_default()),
             Self::Vlan(config) => Some(config.underlay.unwrap_or_default()),
             Self::HostDevice(config) => Some(config.underlay.unwrap_or_default()),
-            Self::Veth(_) | Self::Vrf(_) | Self::Netkit(_) | Self::Dummy(_) | Self::Tap(_) => None,
+            Self::Veth(_) | Self::Vrf(_) | Self::Netkit(_) | Self::Dummy(_) | Self::Tap(_) | Self::Chained(_) => None,
         }
     }
 

@@ -361,7 +361,7 @@ fn own(
         keys["args"] = args;
     }
     let parsed = NetConf::parse(keys.to_string().as_bytes())?;
-    debug_assert_eq!(parsed.role, Role::Main);
+    debug_assert!(matches!(parsed.role, Role::Main | Role::Chained));
     match parsed.key("link") {
         Some(link) => LinkConfig::read(link)?,
         None => return Err(wrong("link", "missing; give { \"kind\": .. }".to_owned())),
