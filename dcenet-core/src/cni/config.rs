@@ -14,6 +14,7 @@ use serde_json::{Map, Value};
 use super::{CniError, CniResult, ErrorCode, SpecVersion, networks};
 use crate::model::{ContainerId, IfName, LabelSet, MacAddr, NetworkName};
 use crate::nat::{Nat, NatConfig, PortMapping, Transport};
+use crate::provider::Dns;
 use crate::section::{self, SectionError};
 
 /// A network configuration.
@@ -119,6 +120,14 @@ const KNOWN_KEYS: [&str; 15] = [
     "cni.dev/valid-attachments",
 ];
 
+/// Capabilities of the conventions that are not honoured, each with what to do instead.
+const LOST_CAPABILITIES: [(&str, &str); 4] = [
+    ("bandwidth", "put the reference plugin `bandwidth` behind this one in the list"),
+    ("ipRanges", "write the ranges into ipam.pools[].ranges"),
+    ("deviceID", "name the device in a link of kind host-device"),
+    ("infinibandGUID", "set the address on the device before the pod gets it"),
+];
+
 /// Keys of the reference plugins which would be lost without a word.
 const MOVED_KEYS: [(&str, &str); 9] = [
     ("bridge", "say link.bridge"),
@@ -201,6 +210,42 @@ impl NetConf {
         self.sections.get(name)
     }
 
+    /// The capability `dns` (CNI conventions): resolver settings of the runtime's, which go before those of the pools, each
+    /// list by itself. `None` where it asks for nothing.
+    ///
+    /// # Errors
+    /// Code 7, with the path of the wrong field.
+    pub fn dns(&self) -> Result<Option<Dns>, CniError> {
+        let Some(value) = self.asked("dns") else { return Ok(None) };
+        let WireDns { servers, searches, options } = section::read("runtimeConfig.dns", value)?;
+        if let Some((i, text)) = servers.iter().enumerate().find(|(_, text)| text.parse::<IpAddr>().is_err()) {
+            return Err(field(
+                &format!("runtimeConfig.dns.servers[{i}]"),
+                format!("{text:?} is no IP address; write one, as 10.0.0.53"),
+            ));
+        }
+        Ok(Some(Dns { nameservers: servers, domain: None, search: searches, options }))
+    }
+
+    /// Refuses capabilities that nothing here honours: a runtime that is not told would believe that they are.
+    ///
+    /// # Errors
+    /// Code 2, with the field and the remedy.
+    pub(super) fn refuse_lost(&self) -> Result<(), CniError> {
+        match LOST_CAPABILITIES.iter().find_map(|(name, remedy)| Some((name, self.asked(name)?, remedy))) {
+            None => Ok(()),
+            Some((name, value, remedy)) => Err(CniError::new(
+                ErrorCode::UnsupportedField,
+                format!("runtimeConfig.{name}: {value} cannot be honoured; {remedy}, and drop capabilities.{name}"),
+            )),
+        }
+    }
+
+    /// A capability that asks for something.
+    fn asked(&self, capability: &str) -> Option<&Value> {
+        self.key("runtimeConfig")?.get(capability).filter(|value| !says_nothing(value))
+    }
+
     /// What is to be translated: by the section `nat`, and the capability `portMappings`.
     ///
     /// # Errors
@@ -278,6 +323,16 @@ struct WireRuntime {
     mac: Option<String>,
     ips: Option<Vec<String>>,
     pools: Option<Vec<String>>,
+}
+
+#[derive(Deserialize)]
+struct WireDns {
+    #[serde(default)]
+    servers: Vec<String>,
+    #[serde(default)]
+    searches: Vec<String>,
+    #[serde(default)]
+    options: Vec<String>,
 }
 
 #[derive(Deserialize)]
@@ -367,6 +422,18 @@ fn pools(path: &'static str, values: Vec<String>) -> Result<Asked<String>, CniEr
             Err(field(&format!("{path}[{i}]"), "\"\" names no pool; write a name or a pattern, or drop the entry"))
         }
         None => Ok(Asked { field: path, values }),
+    }
+}
+
+/// Whether a capability asks for nothing: runtimes send zero rates and empty lists.
+fn says_nothing(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Bool(true) => false,
+        Value::Number(number) => number.as_f64() == Some(0.0),
+        Value::String(text) => text.is_empty(),
+        Value::Array(list) => list.iter().all(says_nothing),
+        Value::Object(keys) => keys.values().all(says_nothing),
     }
 }
 
@@ -460,6 +527,40 @@ mod tests {
         assert_eq!((conf.runtime.addresses.values.len(), conf.runtime.addresses.field), (2, "runtimeConfig.ips"));
         let error = with("runtimeConfig", json!({"ips": ["10.0.0"]})).unwrap_err();
         assert!(error.message.starts_with("runtimeConfig.ips[0]"), "{error}");
+    }
+
+    #[test]
+    fn resolvers_are_read_and_lost_capabilities_refused() {
+        let asked = |value: Value| with("runtimeConfig", value).unwrap();
+        let dns =
+            asked(json!({ "dns": { "servers": ["10.0.0.53"], "searches": ["a.example"], "options": ["ndots:5"] } }));
+        let dns = dns.dns().unwrap().unwrap();
+        assert_eq!(
+            (&dns.nameservers[..], &dns.search[..]),
+            (&["10.0.0.53".to_owned()][..], &["a.example".to_owned()][..])
+        );
+        assert_eq!(dns.options, ["ndots:5"]);
+        for nothing in [json!({}), json!({ "dns": null }), json!({ "dns": { "servers": [] } })] {
+            assert_eq!(asked(nothing).dns().unwrap(), None);
+        }
+        let error = asked(json!({ "dns": { "servers": ["10.0.0.53", "x"] } })).dns().unwrap_err();
+        assert!(error.message.starts_with("runtimeConfig.dns.servers[1]"), "{error}");
+
+        for (name, value) in [
+            ("bandwidth", json!({ "ingressRate": 1_000_000, "ingressBurst": 1_000_000 })),
+            ("ipRanges", json!([[{ "subnet": "10.0.0.0/24" }]])),
+            ("deviceID", json!("0000:00:02.0")),
+            ("infinibandGUID", json!("c2:11:22:33:44:55:66:77")),
+        ] {
+            let error = asked(json!({ name: value })).refuse_lost().unwrap_err();
+            assert_eq!(error.code.number(), 2);
+            assert!(error.message.starts_with(&format!("runtimeConfig.{name}: ")), "{error}");
+        }
+        let zero = json!({ "bandwidth": { "ingressRate": 0, "egressRate": 0 }, "ipRanges": [], "deviceID": "" });
+        asked(zero).refuse_lost().unwrap();
+        asked(json!({ "aliases": ["db"], "cgroupPath": "/x", "io.kubernetes.cri.pod-annotations": { "a": "b" } }))
+            .refuse_lost()
+            .unwrap();
     }
 
     #[test]

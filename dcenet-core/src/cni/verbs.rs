@@ -98,6 +98,8 @@ impl<'a> Call<'a> {
         let key = self.key()?;
         let link = self.link()?;
         let nat = self.conf.nat()?;
+        let dns = self.conf.dns()?;
+        self.conf.refuse_lost()?;
         let policy = self.policy()?;
         let path = self.netns_path()?;
         let pod = NetNs::open(path).map_err(netns)?;
@@ -115,7 +117,20 @@ impl<'a> Call<'a> {
         {
             self.enforce(policy, hold, &attached, &endpoint, &pod).await?;
         }
-        Ok(result(&attached))
+        let mut result = result(&attached);
+        if let Some(Dns { nameservers, domain: _, search, options }) = dns {
+            let of_pools = &mut result.dns;
+            for (asked, list) in [
+                (nameservers, &mut of_pools.nameservers),
+                (search, &mut of_pools.search),
+                (options, &mut of_pools.options),
+            ] {
+                if !asked.is_empty() {
+                    *list = asked;
+                }
+            }
+        }
+        Ok(result)
     }
 
     /// Waits for verdicts as far as the configuration asks for it.

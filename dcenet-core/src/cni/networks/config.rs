@@ -352,7 +352,8 @@ fn own(
             keys[key] = value;
         }
     }
-    let understood = asked.iter().filter(|(key, _)| ["ips", "mac", "pools", "portMappings"].contains(&key.as_str()));
+    let understood =
+        asked.iter().filter(|(key, _)| ["dns", "ips", "mac", "pools", "portMappings"].contains(&key.as_str()));
     let runtime: Map<_, _> = understood.map(|(k, v)| (k.clone(), v.clone())).collect();
     if !runtime.is_empty() {
         keys["runtimeConfig"] = Value::Object(runtime);

@@ -155,6 +155,30 @@ fn requested_addresses_are_given_or_refused_by_name() {
 }
 
 #[test]
+fn resolvers_of_the_runtime_go_before_those_of_the_pools() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let mut node = Node::new();
+    node.config["ipam"]["dns"] = json!({ "nameservers": ["10.20.0.1"], "search": ["pools.example"] });
+    let pod = node.pod("web");
+    node.config["runtimeConfig"] = json!({ "dns": { "servers": ["10.0.0.53"], "options": ["ndots:5"] } });
+    let result = node.add(&pod).unwrap();
+    let expected = json!({ "nameservers": ["10.0.0.53"], "search": ["pools.example"], "options": ["ndots:5"] });
+    assert_eq!(result["dns"], expected);
+    // A repeated ADD answers the same.
+    assert_eq!(node.add(&pod).unwrap(), result);
+    let before = node.host.state();
+    let rival = node.pod("cache");
+    for runtime in [json!({ "dns": { "servers": ["x"] } }), json!({ "bandwidth": { "ingressRate": 1000 } })] {
+        node.config["runtimeConfig"] = runtime;
+        let error = node.add(&rival).unwrap_err();
+        assert!(error["msg"].as_str().unwrap().starts_with("runtimeConfig."), "{error}");
+    }
+    assert_eq!(before.diff(&node.host.state()), "");
+}
+
+#[test]
 fn bad_input_is_refused_by_field_and_changes_nothing() {
     if !require(Rung::Netns) {
         return;
