@@ -183,6 +183,22 @@ impl<V: Plain> Array<V> {
         }
     }
 
+    /// Reads `count` values from `first` on, many in one call where the kernel can (Linux 5.6), one by one otherwise. They
+    /// are not of one moment: programs may write between two of them.
+    ///
+    /// # Errors
+    /// [`MapError::OutOfBounds`] where the range goes beyond the array.
+    pub fn load_range(&self, first: u32, count: u32) -> Result<Vec<V>, MapError> {
+        let mut values = Vec::with_capacity(count as usize);
+        read_range(&self.map, first, count, |bytes| values.push(V::read(bytes)))?;
+        Ok(values)
+    }
+
+    /// All values, as [`Array::load_range`] reads them.
+    pub fn load_all(&self) -> Result<Vec<V>, MapError> {
+        self.load_range(0, self.entries())
+    }
+
     /// Stores a value. A program that reads it meanwhile may see a part of it, but for numbers of at most 8 bytes
     /// (kernel/bpf/arraymap.c, `array_map_update_elem` copies).
     pub fn store(&self, index: u32, value: &V) -> Result<(), MapError> {
@@ -281,13 +297,31 @@ impl<V: Plain> PerCpuArray<V> {
 impl<const N: usize> PerCpuArray<[u64; N]> {
     /// The counts of all CPUs added up, wrapping as the kernel's own do.
     pub fn sum(&self, index: u32) -> Result<[u64; N], MapError> {
-        Ok(self.load(index)?.iter().fold([0; N], |mut sum, one| {
-            for (total, count) in sum.iter_mut().zip(one) {
-                *total = total.wrapping_add(*count);
-            }
-            sum
-        }))
+        Ok(add_up(self.load(index)?))
     }
+
+    /// The sums of `count` indices from `first` on, many in one call where the kernel can (Linux 5.13), one by one
+    /// otherwise.
+    ///
+    /// # Errors
+    /// [`MapError::OutOfBounds`] where the range goes beyond the array.
+    pub fn sum_range(&self, first: u32, count: u32) -> Result<Vec<[u64; N]>, MapError> {
+        let mut sums = Vec::with_capacity(count as usize);
+        let size = <[u64; N]>::SIZE;
+        read_range(&self.map, first, count, |bytes| {
+            sums.push(add_up(bytes.chunks_exact(size.max(1)).map(<[u64; N]>::read)));
+        })?;
+        Ok(sums)
+    }
+}
+
+fn add_up<const N: usize>(counts: impl IntoIterator<Item = [u64; N]>) -> [u64; N] {
+    counts.into_iter().fold([0; N], |mut sum, one| {
+        for (total, count) in sum.iter_mut().zip(one) {
+            *total = total.wrapping_add(count);
+        }
+        sum
+    })
 }
 
 /// A hash table, evicting (LRU) or not.
@@ -422,6 +456,42 @@ impl<K: Plain, V: Plain> HashTable<K, V> {
     }
 }
 
+/// Hands the values of an array to `each`, in batches or one by one where the kernel knows none.
+fn read_range(map: &Map, first: u32, count: u32, mut each: impl FnMut(&[u8])) -> Result<(), MapError> {
+    let (entries, size) = (map.info().max_entries, map.value_bytes());
+    let beyond = |index| MapError::OutOfBounds { name: map.info().name.clone(), index, entries };
+    let end = u64::from(first) + u64::from(count);
+    if end > u64::from(entries) {
+        return Err(beyond(u32::try_from(end - 1).unwrap_or(u32::MAX)));
+    }
+    let (mut index, end, most) = (first, end as u32, (BATCH_BYTES / size.max(1)).clamp(1, BATCH));
+    let mut batches = true;
+    while index < end {
+        if batches {
+            // The cursor of an array is the index before.
+            let cursor = index.checked_sub(1).map(u32::to_ne_bytes);
+            let wanted = most.min((end - index) as usize);
+            match map.read_batch(cursor.as_ref().map(<[u8; 4]>::as_slice), wanted) {
+                Ok(batch) if batch.count > 0 => {
+                    batch.values.chunks_exact(size).for_each(&mut each);
+                    index += batch.count as u32;
+                }
+                Ok(_) => return Err(beyond(index)),
+                Err(e) if is_unknown(&e) => batches = false,
+                Err(e) => return Err(MapError::of(map, e)),
+            }
+        } else {
+            let mut bytes = vec![0; size];
+            if !map.lookup(&index.to_ne_bytes(), &mut bytes).map_err(|e| MapError::of(map, e))? {
+                return Err(beyond(index));
+            }
+            each(&bytes);
+            index += 1;
+        }
+    }
+    Ok(())
+}
+
 /// Stores a batch, or one by one where the kernel knows no batches.
 fn put_all(map: &Map, keys: &[u8], values: &[u8]) -> Result<(), MapError> {
     if keys.is_empty() {
@@ -508,3 +578,6 @@ pub fn cpus() -> Result<usize, SysError> {
 /// Entries in one call: large enough that the call's cost vanishes, small enough for the stack of pages that the kernel
 /// copies.
 const BATCH: usize = 4096;
+
+/// Bytes of values in one call: those of per-CPU maps are large where there are many CPUs.
+const BATCH_BYTES: usize = 1 << 20;

@@ -152,6 +152,44 @@ fn batches_that_are_unknown_are_done_one_by_one() {
 }
 
 #[test]
+fn ranges_of_arrays_are_read_in_few_calls_or_one_by_one() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let array = Array::<u64>::new(Map::create(&MapSpec::array("a", 8, 10_000)).unwrap()).unwrap();
+    let values: Vec<u64> = (0..10_000).map(|n| n * 3).collect();
+    array.store_all(0, &values).unwrap();
+    // The array ends with a batch, within one, and before one.
+    for (first, count, calls) in [(0, 10_000, 3), (1, 9_999, 3), (5_000, 4_096, 1), (9_999, 1, 1), (4_096, 0, 0)] {
+        let faults = Faults::count();
+        let read = array.load_range(first, count).unwrap();
+        assert_eq!(faults.calls(), calls, "{first} {count}");
+        assert_eq!(read, values[first as usize..(first + count) as usize], "{first} {count}");
+    }
+    assert_eq!(array.load_all().unwrap(), values);
+    for (first, count, index) in [(0, 10_001, 10_000), (9_999, 2, 10_000), (u32::MAX, 1, u32::MAX)] {
+        let refused = array.load_range(first, count);
+        assert!(matches!(refused, Err(MapError::OutOfBounds { index: i, .. }) if i == index), "{refused:?}");
+    }
+    let unknown = Faults::at(0, Fault::Fail(libc::EINVAL));
+    assert_eq!(array.load_range(100, 50).unwrap(), values[100..150]);
+    assert_eq!(unknown.calls(), 51);
+    drop(unknown);
+
+    let counts = PerCpuArray::<[u64; 2]>::new(Map::create(&MapSpec::percpu_array("c", 16, 500)).unwrap()).unwrap();
+    (0..500).for_each(|n| counts.store(n, &[n.into(), 1]).unwrap());
+    let cpus = cpus().unwrap() as u64;
+    let sums: Vec<[u64; 2]> = (0..500).map(|n| [n * cpus, cpus]).collect();
+    let faults = Faults::count();
+    assert_eq!(counts.sum_range(0, 500).unwrap(), sums);
+    let calls = faults.calls();
+    drop(faults);
+    // Kernels before 5.13 know no batches of such a map.
+    assert!((1..=500 / 16).contains(&calls) || calls == 501, "{calls}");
+    assert_eq!(counts.sum_range(7, 3).unwrap(), sums[7..10]);
+}
+
+#[test]
 fn per_cpu_counts_are_added_up() {
     if !require(Rung::Kernel) {
         return;
