@@ -14,6 +14,9 @@ pub enum EventKind {
     /// The first FIN or RST of a TCP flow. The counters are those up to this packet. A flow that ends by silence, or is
     /// evicted, has no such event.
     Closed = 2,
+    /// A packet of a known flow, picked at random ([`Spec::sample`](crate::datapath::Spec::sample)). The counters are those
+    /// up to this packet.
+    Sampled = 3,
 }
 
 impl EventKind {
@@ -23,6 +26,7 @@ impl EventKind {
             0 => Some(Self::New),
             1 => Some(Self::Denied),
             2 => Some(Self::Closed),
+            3 => Some(Self::Sampled),
             _ => None,
         }
     }

@@ -1,5 +1,7 @@
 //! Connection tracking: find the flow, believe it while its policy is that of now, make new ones.
 
+use std::num::NonZeroU32;
+
 use super::emitter::{Emitter, SKB_LEN, TC_ACT_UNSPEC, TCP, UDP};
 use super::frame;
 use super::{Judgement, Timeouts};
@@ -11,7 +13,7 @@ impl Emitter<'_> {
     /// Finds the flow of the key and passes its packet; all else goes to the judge.
     ///
     /// `R7` is the flow, `R8` the time, `R1` the direction that admitted the flow.
-    pub(super) fn flow(&mut self, timeouts: &Timeouts) {
+    pub(super) fn flow(&mut self, timeouts: &Timeouts, sample: Option<NonZeroU32>) {
         let [begun, found, over, miss, stale, hit, special, advance] = self.labels();
         self.asm.bind(self.places.lookup);
         self.lookup(abi::CONNTRACK, frame::KEY);
@@ -36,7 +38,7 @@ impl Emitter<'_> {
             .load(Size::W, R2, R10, frame::FLAGS)
             .jump_if(Cond::Set, R2, frame::RELATED | frame::BEGUN, special)
             .bind(advance);
-        self.advance(timeouts);
+        self.advance(timeouts, sample);
 
         let related = self.pass(Reason::Related);
         self.asm
@@ -185,7 +187,7 @@ impl Emitter<'_> {
     }
 
     /// A packet of a known flow: state, time, counters, verdict.
-    fn advance(&mut self, timeouts: &Timeouts) {
+    fn advance(&mut self, timeouts: &Timeouts, sample: Option<NonZeroU32>) {
         let own = self.direction as i32;
         let [not_tcp, closing, answered, refresh, datagram] = self.labels();
         self.asm
@@ -217,12 +219,33 @@ impl Emitter<'_> {
         self.asm.bind(refresh);
         self.count_in_flow();
         self.note_head();
+        if let Some(one_in) = sample {
+            self.sample(one_in);
+        }
         self.asm.ret(TC_ACT_UNSPEC);
 
         self.asm.bind(closing).jump_if(Cond::Eq, R5, FlowState::Closing as i32, refresh);
         self.state(FlowState::Closing, timeouts.tcp_closing_ns());
         self.count_in_flow();
         self.note_head();
+        self.tell_flow(EventKind::Closed);
+    }
+
+    /// Goes on with all but one in so many packets, and tells of that one.
+    fn sample(&mut self, one_in: NonZeroU32) {
+        let other = self.asm.label();
+        self.asm
+            .call(Helper::GetPrandomU32)
+            .lsh(R0, 32)
+            .rsh(R0, 32)
+            .load_imm64(R1, u64::from(u32::MAX / one_in))
+            .jump_if(Cond::Gt, R0, R1, other);
+        self.tell_flow(EventKind::Sampled);
+        self.asm.bind(other);
+    }
+
+    /// Sends an event about a packet of the flow in `R7` at the time in `R8`, and ends the program.
+    fn tell_flow(&mut self, kind: EventKind) {
         let counters = [
             (Flow::EGRESS_PACKETS, Event::EGRESS_PACKETS),
             (Flow::EGRESS_OCTETS, Event::EGRESS_OCTETS),
@@ -237,7 +260,7 @@ impl Emitter<'_> {
             .store(Size::W, R10, frame::RULE, R1)
             .store(Size::Dw, R10, frame::NOW, R8)
             .store(Size::W, R10, frame::REASON, Reason::Allowed as i32);
-        self.send_event(EventKind::Closed);
+        self.send_event(kind);
     }
 
     /// Uses `R2`.

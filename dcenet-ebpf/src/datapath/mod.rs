@@ -55,6 +55,7 @@ mod neighbour;
 mod parse;
 mod sweep;
 
+use std::num::NonZeroU32;
 use std::time::Duration;
 
 pub use classifier::{AllowAll, DenyAll, EmitClassifier, Exits};
@@ -122,6 +123,11 @@ pub struct Spec<'a> {
     pub timeouts: Timeouts,
     /// Events about dropped packets for each endpoint in 2^30 ns (1.07 s); the others are counted.
     pub denied_events: u32,
+    /// Tells of one in so many packets of known flows, each packet picked by chance (RFC 5475, section 5.2.2.2: uniform
+    /// probabilistic sampling) and independently of others: [`EventKind::Sampled`](abi::EventKind::Sampled). Packets that
+    /// other events tell of are not picked. `None` adds no instruction; a random number costs each packet some
+    /// nanoseconds.
+    pub sample: Option<NonZeroU32>,
     /// Level of the instruction set. [`IsaLevel::V4`] spares islands in programs of more than 10,900 slots.
     pub isa: IsaLevel,
     /// Judges what the pod opens.
@@ -131,13 +137,14 @@ pub struct Spec<'a> {
 }
 
 impl<'a> Spec<'a> {
-    /// With default timeouts, 100 events about drops in each window, ISA v3, for attachments with a class id.
+    /// With default timeouts, 100 events about drops in each window, no sampling, ISA v3, for attachments with a class id.
     pub fn new(sizes: &'a Sizes, egress: &'a dyn EmitClassifier, ingress: &'a dyn EmitClassifier) -> Self {
         Self {
             sizes,
             slot: Slot::Class,
             timeouts: Timeouts::default(),
             denied_events: 100,
+            sample: None,
             isa: IsaLevel::V3,
             egress,
             ingress,
@@ -247,7 +254,7 @@ pub(crate) enum Judgement<'a> {
 /// # Errors
 /// See [`DatapathError`].
 pub fn program(spec: &Spec<'_>) -> Result<Object, DatapathError> {
-    let Spec { sizes, slot, timeouts, denied_events, isa, egress, ingress } = spec;
+    let Spec { sizes, slot, timeouts, denied_events, sample, isa, egress, ingress } = spec;
     check(sizes)?;
     check_slot(*slot, sizes)?;
     if *slot == Slot::Nobody {
@@ -276,7 +283,7 @@ pub fn program(spec: &Spec<'_>) -> Result<Object, DatapathError> {
         emitter.asm.mark("parse by address");
         emitter.fast();
         emitter.asm.mark("the flow and its verdict");
-        emitter.flow(timeouts);
+        emitter.flow(timeouts, *sample);
         emitter.asm.mark("parse by copies");
         emitter.slow();
         emitter.asm.mark("events and verdicts");

@@ -1,10 +1,12 @@
 //! What user space hears.
 
 use std::net::IpAddr;
+use std::num::NonZeroU32;
 
 use dcenet_core::test_support::{Rung, require};
 use dcenet_ebpf::abi::{self, Be16, Direction, Event, EventKind, Reason, Sizes};
 use dcenet_ebpf::datapath::{AllowAll, DenyAll, Spec};
+use dcenet_ebpf::program::TestRun;
 use dcenet_ebpf::test_support::packet::*;
 
 use crate::harness::*;
@@ -97,6 +99,57 @@ fn a_new_flow_a_denied_packet_and_a_close_are_told_in_full() {
             }
             assert_eq!(pod.events().into_iter().map(timeless).collect::<Vec<_>>(), [denied]);
         }
+    }
+}
+
+#[test]
+fn packets_of_known_flows_are_sampled_where_that_is_asked_for() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let sizes = small();
+    let sampling = |one_in: u32| Spec { sample: NonZeroU32::new(one_in), ..Spec::new(&sizes, &ALLOW, &ALLOW) };
+    for direction in [Egress, Ingress] {
+        for addresses in VERSIONS {
+            let (from, to) = way(direction, addresses);
+            let (there, back) = (eth().ip(from, to).udp(4000, 53), eth().ip(to, from).udp(53, 4000).payload(7));
+            let every = Pod::with(&sampling(1));
+            every.expect(direction, &there, Some(Reason::Allowed));
+            every.expect(direction.opposite(), &back, None);
+            every.expect(direction, &there, None);
+            let events = every.events();
+            let kinds: Vec<_> = events.iter().map(|e| (e.kind, e.direction)).collect();
+            let sampled = EventKind::Sampled as u8;
+            let (own, other) = (direction as u8, direction.opposite() as u8);
+            assert_eq!(kinds, [(EventKind::New as u8, own), (sampled, other), (sampled, own)]);
+            let bytes = |p: &Packet, n: u64| p.bytes().len() as u64 * n;
+            let mut last = expected(direction, addresses, 0);
+            (last.kind, last.protocol, last.rule) = (sampled, 17, 1);
+            let (mine, theirs) = ((2, bytes(&there, 2)), (1, bytes(&back, 1)));
+            let (egress, ingress) = if direction == Egress { (mine, theirs) } else { (theirs, mine) };
+            (last.egress_packets, last.egress_bytes) = egress;
+            (last.ingress_packets, last.ingress_bytes) = ingress;
+            let ports = if direction == Egress { (4000, 53) } else { (53, 4000) };
+            (last.pod_port, last.peer_port) = (Be16(ports.0), Be16(ports.1));
+            assert_eq!(timeless(events[2]), last);
+        }
+    }
+    // By chance: of 20,000 packets 1 in 10, give or take ten standard deviations.
+    let there = eth().ipv4(POD4, PEER4).udp(4000, 53);
+    for (spec, range) in
+        [(sampling(10), 1576..=2424), (sampling(u32::MAX), 0..=2), (Spec::new(&sizes, &ALLOW, &ALLOW), 0..=0)]
+    {
+        let pod = Pod::with(&spec);
+        pod.expect(Egress, &there, Some(Reason::Allowed));
+        pod.events();
+        let mut told = 0;
+        for _ in 0..100 {
+            let frame = there.bytes();
+            pod.program(Egress).test_run(&TestRun { packet: &frame, context: &[], repeat: 200 }).unwrap();
+            told += pod.events().len();
+        }
+        assert!(range.contains(&told), "{told} events, {:?}", spec.sample);
+        assert_eq!((pod.limit().lost, pod.flow().1.egress_packets), (0, 20_001));
     }
 }
 
