@@ -59,7 +59,7 @@ use std::num::NonZeroU32;
 use std::time::Duration;
 
 pub use classifier::{AllowAll, DenyAll, EmitClassifier, Exits};
-pub use sweep::{Over, sweep};
+pub use sweep::{Found, sweep};
 
 use crate::abi::{self, Direction, Reason, Sizes};
 use crate::asm::{AsmError, Function};

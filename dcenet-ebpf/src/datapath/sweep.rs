@@ -7,17 +7,19 @@
 use crate::abi::{Flow, FlowKey};
 use crate::maps::{HashTable, MapError};
 
-/// What a sweep found of a flow that it removed.
+/// What a sweep found of a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Over {
-    /// Its time is up.
-    Silent,
-    /// Its endpoint is gone.
+pub enum Found {
+    /// It is under way, and was left.
+    Live,
+    /// Its endpoint is gone; it was removed.
     Orphan,
+    /// Its time is up; it was removed.
+    Silent,
 }
 
-/// Removes the flows that are over at the time `now`, and tells of each. `lives` says whether an endpoint of a slot and
-/// tenure is there. Returns how many flows were left.
+/// Removes the flows that are over at the time `now`, and tells of each flow that it finds. `lives` says whether an
+/// endpoint of a slot and tenure is there.
 ///
 /// `now` is CLOCK_MONOTONIC_COARSE in nanoseconds, read before the call.
 ///
@@ -30,33 +32,31 @@ pub fn sweep(
     flows: &HashTable<FlowKey, Flow>,
     now: u64,
     lives: &dyn Fn(u16, u16) -> bool,
-    tell: &mut dyn FnMut(&FlowKey, &Flow, Over),
-) -> Result<usize, MapError> {
-    let over = |key: &FlowKey, flow: &Flow| {
+    tell: &mut dyn FnMut(&FlowKey, &Flow, Found),
+) -> Result<(), MapError> {
+    let look = |key: &FlowKey, flow: &Flow| {
         if !lives(key.slot, flow.tenure) {
-            Some(Over::Orphan)
+            Found::Orphan
         } else if now.saturating_sub(flow.last_seen) > flow.timeout {
-            Some(Over::Silent)
+            Found::Silent
         } else {
-            None
+            Found::Live
         }
     };
-    let mut left = 0;
     for (key, flow) in flows.entries()? {
-        left += 1;
-        if over(&key, &flow).is_none() {
+        if look(&key, &flow) == Found::Live {
+            tell(&key, &flow, Found::Live);
             continue;
         }
-        let Some(flow) = flows.load(&key)? else {
-            left -= 1;
-            continue;
-        };
-        if let Some(why) = over(&key, &flow)
-            && flows.remove(&key)?
-        {
-            left -= 1;
-            tell(&key, &flow, why);
+        let Some(flow) = flows.load(&key)? else { continue };
+        match look(&key, &flow) {
+            Found::Live => tell(&key, &flow, Found::Live),
+            over => {
+                if flows.remove(&key)? {
+                    tell(&key, &flow, over);
+                }
+            }
         }
     }
-    Ok(left)
+    Ok(())
 }

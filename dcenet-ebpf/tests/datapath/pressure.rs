@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use dcenet_core::test_support::{Rung, effort, require};
 use dcenet_ebpf::abi::{Flow, FlowKey, FlowState, FullTable, Reason, Sizes};
-use dcenet_ebpf::datapath::{AllowAll, Over, Spec, Timeouts, sweep};
+use dcenet_ebpf::datapath::{AllowAll, Found, Spec, Timeouts, sweep};
 use dcenet_ebpf::maps::Put;
 use dcenet_ebpf::program::TestRun;
 use dcenet_ebpf::test_support::packet::*;
@@ -284,11 +284,13 @@ fn a_full_table_refuses_until_what_is_over_is_swept() {
     std::thread::sleep(Duration::from_millis(20));
 
     let mut told = Vec::new();
-    let left = sweep(&pod.flows().begun, uptime_ns(), &lives, &mut |key, flow, over| {
-        told.push((key.protocol, key.pod_port.0, flow.egress_packets, over));
-    });
+    sweep(&pod.flows().begun, uptime_ns(), &lives, &mut |key, flow, found| {
+        told.push((key.protocol, key.pod_port.0, flow.egress_packets, found));
+    })
+    .unwrap();
     told.sort_unstable();
-    assert_eq!((left.unwrap(), told), (2, vec![(6, 3, 1, Over::Silent), (6, 4, 1, Over::Silent)]));
+    let (live, silent) = (Found::Live, Found::Silent);
+    assert_eq!(told, [(6, 3, 1, silent), (6, 4, 1, silent), (17, 1, 2, live), (17, 2, 1, live)]);
     for packet in [udp(5), syn(6)] {
         pod.expect(Egress, &packet, Some(Reason::Allowed));
     }
@@ -304,10 +306,9 @@ fn a_full_table_refuses_until_what_is_over_is_swept() {
         pod.expect(Egress, &udp(1), None);
     }
     assert_eq!(count(&pod), (2, 4));
-    let mut told = 0;
-    let left =
-        sweep(&pod.flows().settled, uptime_ns(), &lives, &mut |_, _, over| told += usize::from(over == Over::Orphan));
-    assert_eq!((left.unwrap(), told), (0, 2));
+    let mut told = Vec::new();
+    sweep(&pod.flows().settled, uptime_ns(), &lives, &mut |_, _, found| told.push(found)).unwrap();
+    assert_eq!(told, [Found::Orphan; 2]);
     pod.expect(Egress, &udp(1), None);
     assert_eq!(count(&pod), (1, 3));
 }

@@ -321,7 +321,8 @@ impl Enforcer {
     }
 
     /// Removes the flows that are over, which the owner does by itself every ten seconds. Programs pass over them, but they
-    /// take room; those that ended without a FIN or RST are told of ([`flows::FlowKind::Ended`]).
+    /// take room; those that ended without a FIN or RST are told of ([`flows::FlowKind::Ended`]), and those that live where a
+    /// report is due ([`flows::FlowReader::report_every`]).
     ///
     /// # Errors
     /// What the kernel refuses.
@@ -370,6 +371,14 @@ impl Enforcer {
     /// Packets and bytes of the new flows that each rule decided on since the maps were made, by the rule's name.
     pub fn rule_counters(&self) -> Result<Vec<flows::RuleCounter>, EnforcerError> {
         flows::rule_counters(&self.shared)
+    }
+
+    /// Packets and bytes by the reason for their verdict, since the maps were made.
+    ///
+    /// # Errors
+    /// What the kernel refuses.
+    pub fn reason_counters(&self) -> Result<Vec<flows::ReasonCounter>, EnforcerError> {
+        flows::reason_counters(&self.shared)
     }
 
     /// Removes everything from the host: filters, pins with their maps and programs, the mount, socket and lock.

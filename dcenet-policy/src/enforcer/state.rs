@@ -435,6 +435,12 @@ impl Shared {
         state.endpoints.values().map(status).collect()
     }
 
+    /// The devices of slots.
+    pub(crate) fn devices(&self) -> BTreeMap<u16, IfIndex> {
+        let state = self.state.lock();
+        state.endpoints.values().filter_map(|known| Some((known.slot?, known.endpoint.ifindex))).collect()
+    }
+
     #[cfg(feature = "test-support")]
     pub(crate) fn plant_bug(&self, bug: crate::test_support::PlantedBug) {
         self.applier.lock().plant_bug(bug);

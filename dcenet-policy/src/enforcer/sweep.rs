@@ -1,22 +1,22 @@
 //! Flows that are over: removed from the datapath's tables, and told to whoever reads flows.
 
-use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use dcenet_ebpf::abi::{self, Endpoint, Event, EventKind, Flow, FlowKey, FlowState, Reason};
-use dcenet_ebpf::datapath::{self, Over};
+use dcenet_ebpf::datapath::{self, Found};
 use dcenet_ebpf::maps::{Array, HashTable};
 use parking_lot::Mutex;
 use rustix::time::{ClockId, clock_gettime};
 
 use super::EnforcerError;
+use super::flows::FlowKind;
 use super::state::Shared;
 
 /// How often the owner sweeps.
 pub(crate) const INTERVAL: Duration = Duration::from_secs(10);
 
-/// Ended flows that wait for their reader: 768 KiB.
+/// Ended flows that wait for their reader: 832 KiB.
 const ROOM: usize = 8192;
 
 /// What a sweep of the flows found.
@@ -30,83 +30,136 @@ pub struct Sweep {
     pub orphans: usize,
 }
 
-/// Flows that ended by silence, on their way to a reader.
+/// What sweeps tell, on its way to a reader.
 #[derive(Debug, Default)]
-pub(crate) struct Ended(Mutex<Waiting>);
+pub(crate) struct Swept(Mutex<Waiting>);
 
 #[derive(Debug, Default)]
 struct Waiting {
-    events: VecDeque<Event>,
+    /// Flows that ended by silence.
+    ended: Vec<Told>,
+    /// The latest report of active flows.
+    active: Vec<Told>,
     lost: u64,
+    reports: Option<Reports>,
 }
 
-impl Ended {
-    /// All that wait, and how many found no room since the last call.
-    pub(crate) fn take(&self) -> (VecDeque<Event>, u64) {
+/// A kind that the datapath does not tell, and what it would tell.
+pub(crate) type Told = (Option<FlowKind>, Event);
+
+/// When active flows are told of; in nanoseconds of the datapath's clock.
+#[derive(Debug, Clone, Copy)]
+struct Reports {
+    every: u64,
+    last: u64,
+}
+
+impl Swept {
+    /// All that waits, and how much found no room since the last call.
+    pub(crate) fn take(&self) -> (Vec<Told>, u64) {
         let mut waiting = self.0.lock();
-        (std::mem::take(&mut waiting.events), std::mem::take(&mut waiting.lost))
+        let mut told = std::mem::take(&mut waiting.ended);
+        told.append(&mut waiting.active);
+        waiting.active = Vec::new();
+        (told, std::mem::take(&mut waiting.lost))
     }
 
-    /// Whether none waits.
+    /// Whether nothing waits.
     pub(crate) fn is_empty(&self) -> bool {
-        self.0.lock().events.is_empty()
+        let waiting = self.0.lock();
+        waiting.ended.is_empty() && waiting.active.is_empty()
+    }
+
+    /// Wants reports of active flows at such intervals.
+    pub(crate) fn report_every(&self, interval: Option<Duration>) {
+        let reports = interval
+            .map(|interval| Reports { every: u64::try_from(interval.as_nanos()).unwrap_or(u64::MAX), last: now() });
+        self.0.lock().reports = reports;
+    }
+
+    /// Since when flows must have had a packet to be told of in a report that is due at the time `now`.
+    fn due(&self, now: u64) -> Option<u64> {
+        let reports = self.0.lock().reports?;
+        (now.saturating_sub(reports.last) >= reports.every).then_some(reports.last)
     }
 
     fn push(&self, event: Event) {
         let mut waiting = self.0.lock();
-        if waiting.events.len() < ROOM {
-            waiting.events.push_back(event);
+        if waiting.ended.len() < ROOM {
+            waiting.ended.push((Some(FlowKind::Ended), event));
         } else {
             waiting.lost += 1;
+        }
+    }
+
+    /// Puts a report in the place of the one before, which is lost if nobody took it.
+    fn report(&self, active: Vec<Told>, begun: u64) {
+        let mut waiting = self.0.lock();
+        waiting.lost += waiting.active.len() as u64;
+        waiting.active = active;
+        if let Some(reports) = &mut waiting.reports {
+            reports.last = begun;
         }
     }
 }
 
 /// Whoever reads flows now.
 #[derive(Debug, Default)]
-pub(crate) struct Listener(Mutex<Weak<Ended>>);
+pub(crate) struct Listener(Mutex<Weak<Swept>>);
 
 impl Listener {
-    /// Ended flows go to this reader from now on.
-    pub(crate) fn subscribe(&self) -> Arc<Ended> {
-        let ended = Arc::default();
-        *self.0.lock() = Arc::downgrade(&ended);
-        ended
+    /// What sweeps tell goes to this reader from now on.
+    pub(crate) fn subscribe(&self) -> Arc<Swept> {
+        let swept = Arc::default();
+        *self.0.lock() = Arc::downgrade(&swept);
+        swept
     }
 }
 
-/// Removes what is over.
+/// Removes what is over, and tells of active flows where a report is due.
 pub(crate) fn sweep(shared: &Shared) -> Result<Sweep, EnforcerError> {
     let failed = |name: &'static str| move |e| EnforcerError::map(name, e);
     let cells = Array::<Endpoint>::new(shared.maps.get(abi::ENDPOINTS)?).map_err(failed(abi::ENDPOINTS))?;
-    let mut endpoints = BTreeMap::new();
-    for slot in 0..cells.entries() {
-        let endpoint = cells.load(slot).map_err(failed(abi::ENDPOINTS))?;
-        endpoints.insert(slot as u16, endpoint);
-    }
+    let endpoints = cells.load_all().map_err(failed(abi::ENDPOINTS))?;
     let has = |endpoint: &Endpoint, tenure| endpoint.flags & Endpoint::ACTIVE != 0 && endpoint.tenure == tenure;
     // A slot may have been given away since: its new endpoint's flows are not orphans; nor is what cannot be asked after.
     let lives = |slot: u16, tenure: u16| {
-        endpoints.get(&slot).is_some_and(|endpoint| has(endpoint, tenure))
+        endpoints.get(usize::from(slot)).is_some_and(|endpoint| has(endpoint, tenure))
             || cells.load(u32::from(slot)).map_or(true, |endpoint| has(&endpoint, tenure))
     };
+    let devices = shared.devices();
+    let told = |key: &FlowKey, flow: &Flow| {
+        let endpoint = endpoints.get(usize::from(key.slot)).copied().unwrap_or_default();
+        Event { ifindex: devices.get(&key.slot).map_or(0, |device| device.get()), ..event(key, flow, &endpoint) }
+    };
     let listener = shared.listener.0.lock().upgrade();
-    let mut found = Sweep::default();
+    let begun = now();
+    let since = listener.as_ref().and_then(|listener| listener.due(begun));
+    let (mut found, mut active) = (Sweep::default(), Vec::new());
     for name in abi::FLOW_TABLES {
         let flows = HashTable::<FlowKey, Flow>::new(shared.maps.get(name)?).map_err(failed(name))?;
-        let mut tell = |key: &FlowKey, flow: &Flow, over: Over| match over {
-            Over::Orphan => found.orphans += 1,
-            Over::Silent => {
+        let mut tell = |key: &FlowKey, flow: &Flow, what: Found| match what {
+            Found::Orphan => found.orphans += 1,
+            Found::Live => {
+                found.live += 1;
+                if since.is_some_and(|since| flow.last_seen >= since) {
+                    active.push((Some(FlowKind::Active), told(key, flow)));
+                }
+            }
+            Found::Silent => {
                 found.ended += 1;
                 // One that closed was told by its FIN or RST.
                 if flow.state != FlowState::Closing as u8
                     && let Some(listener) = &listener
                 {
-                    listener.push(event(key, flow, &endpoints.get(&key.slot).copied().unwrap_or_default()));
+                    listener.push(told(key, flow));
                 }
             }
         };
-        found.live += datapath::sweep(&flows, now(), &lives, &mut tell).map_err(failed(name))?;
+        datapath::sweep(&flows, now(), &lives, &mut tell).map_err(failed(name))?;
+    }
+    if let (Some(listener), Some(_)) = (listener, since) {
+        listener.report(active, begun);
     }
     Ok(found)
 }

@@ -1,5 +1,7 @@
 //! The classifier hook of traffic control, on the host's end of a pod's veth.
 
+use std::num::NonZeroU32;
+
 use dcenet_ebpf::abi::Sizes;
 use dcenet_ebpf::asm::{Asm, AsmError, Function, Label};
 use dcenet_ebpf::datapath::{self, DatapathError, EmitClassifier, Exits, Slot, Spec, Timeouts};
@@ -26,6 +28,8 @@ pub struct Tc {
     pub timeouts: Timeouts,
     /// Events about dropped packets for each endpoint; see [`Spec::denied_events`].
     pub denied_events: u32,
+    /// Tells of one in so many packets of known flows; see [`Spec::sample`]. None unless told.
+    pub sample: Option<NonZeroU32>,
     /// The level of the instruction set; at v4, which `dcenet_ebpf::probe` tells of, far jumps are cheaper.
     pub isa: IsaLevel,
     /// Where the programs learn their endpoint's slot.
@@ -37,8 +41,15 @@ pub struct Tc {
 impl Tc {
     /// With the datapath's defaults, at ISA v3, for attachments with a class.
     pub fn new(sizes: Sizes) -> Self {
-        let (timeouts, slot, isa) = (Timeouts::default(), Slot::Class, IsaLevel::V3);
-        Self { sizes, timeouts, denied_events: 100, isa, slot, code_arms: MAX_CODE_ARMS }
+        Self {
+            sizes,
+            timeouts: Timeouts::default(),
+            denied_events: 100,
+            sample: None,
+            isa: IsaLevel::V3,
+            slot: Slot::Class,
+            code_arms: MAX_CODE_ARMS,
+        }
     }
 
     /// With the slot from elsewhere.
@@ -77,6 +88,7 @@ impl Tc {
         let spec = Spec {
             timeouts: self.timeouts,
             denied_events: self.denied_events,
+            sample: self.sample,
             isa: self.isa,
             slot: self.slot,
             ..Spec::new(&self.sizes, &egress, &ingress)

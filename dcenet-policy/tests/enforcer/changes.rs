@@ -1,6 +1,7 @@
 //! Policy and pods that change under running traffic.
 
 use std::net::{SocketAddr, UdpSocket};
+use std::num::NonZeroU32;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, TryLockError};
 use std::time::{Duration, Instant};
@@ -167,6 +168,84 @@ fn flows_and_counters_have_names() {
     assert_eq!(count("shop/db ingress[0] from[0] ports[0]"), 2, "{counters:#?}");
     assert_eq!(count("shop/db ingress[0] from[0] ports[1]"), 0);
     assert!(count("isolated; no rule matches") >= 2);
+    owner.uninstall().unwrap();
+}
+
+/// A flow that goes on is seen, with its counts, before its end, but only while somebody asks and while it has packets.
+#[test]
+fn flows_that_go_on_are_told_at_intervals_and_samples_of_their_packets() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let mut world = World::new();
+    let mut lowering = Tc::new(Sizes::small());
+    lowering.sample = NonZeroU32::new(1);
+    let owner = world.open(Tools { lowering: Arc::new(lowering), ..tools() });
+    owner.start().unwrap();
+    world.add_enforced("web", 2, &[("app", "web")]);
+    world.add_enforced("db", 3, &[("app", "db")]);
+    owner.set_policies(policies(DB)).unwrap();
+    let mut reader = owner.flows().unwrap();
+    world.udp("web", "db", 5353, true);
+    let mut told = |kind: FlowKind| {
+        let kept = LastFlows::new(1000);
+        reader.drain(&mut &kept).unwrap();
+        assert_eq!(kept.losses(), Losses::default());
+        let of_db = |f: &Flow| f.kind == kind && f.pod.workload == Some(PodId::new("shop", "db")) && f.pod.port == 5353;
+        kept.flows().into_iter().filter(of_db).collect::<Vec<_>>()
+    };
+    let device = Some(world.index("db"));
+    let rule = "shop/db ingress[0] from[0] ports[1]";
+    let sampled = told(FlowKind::Sampled);
+    // The answer, of either family; the question opened the flow.
+    assert_eq!(sampled.len(), 2, "{sampled:#?}");
+    for flow in &sampled {
+        assert_eq!((flow.direction, flow.interface, flow.tcp_flags), (Direction::Egress, device, None));
+        assert_eq!((flow.egress_packets, flow.ingress_packets, flow.rule.as_deref()), (1, 1, Some(rule)));
+        assert!(flow.rule_number.is_some());
+    }
+    owner.sweep().unwrap();
+    assert_eq!(told(FlowKind::Active), [], "nobody asked");
+
+    let to = SocketAddr::new(world.address("db", false), 5353);
+    let stream = Stream::udp(world.pod("web"), world.pod("db"), to);
+    let mut reader = owner.flows().unwrap();
+    reader.report_every(Some(Duration::ZERO));
+    let mut told = || {
+        let kept = LastFlows::new(10_000);
+        reader.drain(&mut &kept).unwrap();
+        let of_db = |f: &Flow| f.kind == FlowKind::Active && f.pod.address == Some(to.ip()) && f.pod.port == 5353;
+        (kept.flows().into_iter().filter(of_db).collect::<Vec<_>>(), kept.losses().full)
+    };
+    assert!(stream.moves(20));
+    owner.sweep().unwrap();
+    let (first, _) = told();
+    let [one] = &first[..] else { panic!("{first:#?}") };
+    assert_eq!((one.verdict, one.direction, one.interface), (Verdict::Allow, Direction::Ingress, device));
+    assert_eq!((one.rule.as_deref(), one.peer.workload.clone()), (Some(rule), Some(PodId::new("shop", "web"))));
+    assert!(one.ingress_packets >= 20 && one.ingress_bytes > 20 * 42 && one.time > 0, "{one:#?}");
+    assert!(stream.moves(20));
+    owner.sweep().unwrap();
+    let (second, _) = told();
+    let [two] = &second[..] else { panic!("{second:#?}") };
+    assert!(two.ingress_packets >= one.ingress_packets + 20 && two.time >= one.time, "{two:#?} after {one:#?}");
+    // Reports that nobody reads do not pile up: the last is told, the others are counted.
+    for _ in 0..3 {
+        assert!(stream.moves(1));
+        owner.sweep().unwrap();
+    }
+    let (third, lost) = told();
+    assert_eq!(third.len(), 1);
+    assert!(lost >= 2, "{lost}");
+    drop(stream);
+    // Its last packet may be as late as the report before.
+    owner.sweep().unwrap();
+    told();
+    std::thread::sleep(Duration::from_millis(20));
+    owner.sweep().unwrap();
+    told();
+    owner.sweep().unwrap();
+    assert_eq!(told().0, [], "a flow without packets");
     owner.uninstall().unwrap();
 }
 

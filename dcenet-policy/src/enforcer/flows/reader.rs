@@ -1,0 +1,234 @@
+//! From the ring buffer and the sweeps to a sink.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use dcenet_core::model::{AttachmentKey, IfIndex};
+use dcenet_ebpf::abi::{self, Direction as PodDirection, Event, EventKind, EventLimit, Reason};
+use dcenet_ebpf::maps::{Array, RingBuffer};
+use parking_lot::RwLock;
+
+use super::super::EnforcerError;
+use super::super::state::Shared;
+use super::super::sweep::Swept;
+use super::names::Names;
+use super::{Flow, FlowEnd, FlowKind, FlowSink, Losses, direction_of};
+use crate::ir::RuleId;
+use crate::isolation;
+use crate::model::{PodId, Protocol, Verdict};
+
+/// Reads the node's flow events.
+#[derive(Debug)]
+pub struct FlowReader {
+    shared: Arc<Shared>,
+    ring: RingBuffer,
+    swept: Arc<Swept>,
+    limits: Array<[u64; 4]>,
+    unreadable: u64,
+    undelivered: u64,
+    /// What sweeps told and found no room.
+    full: u64,
+    told: Losses,
+}
+
+impl FlowReader {
+    pub(crate) fn new(shared: &Arc<Shared>) -> Result<Self, EnforcerError> {
+        let failed = |name: &'static str| move |e| EnforcerError::map(name, e);
+        let ring = RingBuffer::new(shared.maps.get(abi::EVENTS)?).map_err(failed(abi::EVENTS))?;
+        let limits = Array::new(shared.maps.get(abi::EVENT_LIMITS)?).map_err(failed(abi::EVENT_LIMITS))?;
+        let mut reader = Self {
+            shared: Arc::clone(shared),
+            ring,
+            swept: shared.listener.subscribe(),
+            limits,
+            unreadable: 0,
+            undelivered: 0,
+            full: 0,
+            told: Losses::default(),
+        };
+        // Losses before this reader are not its own.
+        reader.told = reader.losses()?;
+        Ok(reader)
+    }
+
+    /// Tells of flows while they live, each so often as it had packets in the meantime ([`FlowKind::Active`]): long flows are
+    /// seen, with their counts, before their end. Every sweep of the owner looks whether a report is due, so intervals are
+    /// those of the sweeps, ten seconds, at the least. `None`, as at first, tells of none.
+    ///
+    /// A report that is not read before the next one is lost, and counted. It takes 104 bytes for each flow: 16 MiB where the
+    /// tables of default size are full.
+    pub fn report_every(&self, interval: Option<Duration>) {
+        self.swept.report_every(interval);
+    }
+
+    /// Waits until an event is there, at most for `limit`; `false` when none came. What sweeps tell does not end the wait,
+    /// and is found after it.
+    ///
+    /// # Errors
+    /// What the kernel refuses.
+    pub fn wait(&self, limit: Duration) -> Result<bool, EnforcerError> {
+        let waited = self.ring.wait(limit).map_err(|e| EnforcerError::map(abi::EVENTS, e))?;
+        Ok(waited || !self.swept.is_empty())
+    }
+
+    /// Hands all events that wait now to the sink, then what was lost, and returns how many there were. What comes
+    /// meanwhile is for the next call, so that this one ends however fast events come.
+    ///
+    /// # Errors
+    /// The sink's, and what the kernel refuses.
+    pub fn drain(&mut self, sink: &mut dyn FlowSink) -> Result<usize, EnforcerError> {
+        let Self { shared, ring, swept, unreadable, undelivered, full, .. } = self;
+        let mut handed = 0;
+        let mut waiting = ring.pending();
+        let mut resolver = None;
+        while waiting > 0 {
+            let mut events = Vec::new();
+            let read = ring.drain(BATCH, |bytes| {
+                waiting = waiting.saturating_sub((bytes.len() as u64).next_multiple_of(8) + 8);
+                match Event::decode(bytes) {
+                    Some(event) => events.push((None, event)),
+                    None => *unreadable += 1,
+                }
+            });
+            let read = read.map_err(|e| EnforcerError::map(abi::EVENTS, e))?;
+            if read == 0 {
+                break;
+            }
+            let resolver = resolver.get_or_insert_with(|| Resolver::new(shared));
+            handed += hand_over(resolver, &events, sink, unreadable, undelivered)?;
+        }
+        let (told, lost) = swept.take();
+        *full += lost;
+        if !told.is_empty() {
+            let resolver = resolver.get_or_insert_with(|| Resolver::new(shared));
+            handed += hand_over(resolver, &told, sink, unreadable, undelivered)?;
+        }
+        let losses = self.losses()?;
+        let new = losses.since(self.told);
+        if new != Losses::default() {
+            sink.lost(new).map_err(sink_failed)?;
+            self.told = losses;
+        }
+        sink.flush().map_err(sink_failed)?;
+        Ok(handed)
+    }
+
+    /// Losses since the maps were made, of all slots: what those have lost whose endpoint is gone counts as well, and a
+    /// sum over those that are there now would fall when one goes.
+    fn losses(&self) -> Result<Losses, EnforcerError> {
+        let Self { unreadable, undelivered, full, .. } = *self;
+        let mut losses = Losses { unreadable, undelivered, full, ..Losses::default() };
+        for words in self.limits.load_all().map_err(|e| EnforcerError::map(abi::EVENT_LIMITS, e))? {
+            let word = |offset: i16| words[offset as usize / 8];
+            losses.full += word(EventLimit::LOST);
+            losses.limited += word(EventLimit::LIMITED);
+        }
+        Ok(losses)
+    }
+}
+
+/// Hands events to a sink; those that it did not take are counted. Returns how many it took.
+fn hand_over(
+    resolver: &Resolver,
+    events: &[(Option<FlowKind>, Event)],
+    sink: &mut dyn FlowSink,
+    unreadable: &mut u64,
+    undelivered: &mut u64,
+) -> Result<usize, EnforcerError> {
+    let mut handed = 0;
+    for (index, (kind, event)) in events.iter().enumerate() {
+        let Some(flow) = resolver.flow(*kind, event) else {
+            *unreadable += 1;
+            continue;
+        };
+        if let Err(error) = sink.flow(&flow) {
+            *undelivered += (events.len() - index) as u64;
+            return Err(sink_failed(error));
+        }
+        handed += 1;
+    }
+    Ok(handed)
+}
+
+fn sink_failed(source: std::io::Error) -> EnforcerError {
+    EnforcerError::File { path: "flow sink".into(), source }
+}
+
+/// Names at one moment.
+struct Resolver {
+    endpoints: BTreeMap<u16, AttachmentKey>,
+    pods: BTreeMap<IpAddr, PodId>,
+    nodes: BTreeMap<IpAddr, String>,
+    names: Arc<RwLock<Names>>,
+}
+
+impl Resolver {
+    fn new(shared: &Shared) -> Self {
+        let slots = shared.statuses().into_iter().filter_map(|status| Some((status.slot?, status.attachment)));
+        let cluster = shared.state.lock().cluster();
+        let ambiguous = isolation::ambiguous(&cluster);
+        let mut pods: BTreeMap<IpAddr, PodId> =
+            cluster.pods.iter().flat_map(|(id, pod)| pod.addresses.iter().map(|a| (*a, id.clone()))).collect();
+        // Whose flow it is, nobody can tell.
+        pods.retain(|address, _| !ambiguous.contains_key(address));
+        let nodes =
+            cluster.nodes.iter().flat_map(|(node, addresses)| addresses.iter().map(|a| (*a, node.clone()))).collect();
+        Self { endpoints: slots.collect(), pods, nodes, names: Arc::clone(&shared.names) }
+    }
+
+    /// A kind is given where sweeps tell, and no packet is told of.
+    fn flow(&self, swept: Option<FlowKind>, event: &Event) -> Option<Flow> {
+        let reason = Reason::from_number(event.reason)?;
+        let kind = match (swept, EventKind::from_number(event.kind)?) {
+            (Some(kind), _) => kind,
+            (None, EventKind::New) => FlowKind::New,
+            (None, EventKind::Denied) => FlowKind::Denied,
+            (None, EventKind::Closed) => FlowKind::Closed,
+            (None, EventKind::Sampled) => FlowKind::Sampled,
+            (None, _) => return None,
+        };
+        let direction = direction_of(PodDirection::from_number(event.direction)?);
+        let rule = (event.rule != Event::NO_RULE).then_some(RuleId(event.rule));
+        let names = self.names.read();
+        let protocol = Protocol(event.protocol);
+        let icmp = matches!(protocol, Protocol::ICMP | Protocol::ICMPV6);
+        let [icmp_type, icmp_code] = event.icmp.to_be_bytes();
+        Some(Flow {
+            time: event.time,
+            kind,
+            verdict: if reason.passes() { Verdict::Allow } else { Verdict::Deny },
+            reason: reason.name(),
+            direction,
+            attachment: self.endpoints.get(&event.slot).cloned(),
+            pod: self.end(event.pod, event.pod_port.0),
+            peer: self.end(event.peer, event.peer_port.0),
+            protocol,
+            interface: IfIndex::new(event.ifindex),
+            tcp_flags: (protocol == Protocol::TCP && swept.is_none()).then_some(event.tcp_flags),
+            icmp: (icmp && swept.is_none()).then_some((icmp_type, icmp_code)),
+            policy: rule.and_then(|id| names.policy(id)),
+            rule: rule.map(|id| names.text(id)),
+            rule_number: rule.map(|id| id.0),
+            egress_packets: event.egress_packets,
+            egress_bytes: event.egress_bytes,
+            ingress_packets: event.ingress_packets,
+            ingress_bytes: event.ingress_bytes,
+        })
+    }
+
+    fn end(&self, address: [u8; 16], port: u16) -> FlowEnd {
+        let address = Ipv6Addr::from(address);
+        let address = (!address.is_unspecified()).then(|| address.to_canonical());
+        FlowEnd {
+            address,
+            port,
+            workload: address.and_then(|a| self.pods.get(&a).cloned()),
+            node: address.and_then(|a| self.nodes.get(&a).cloned()),
+        }
+    }
+}
+
+/// Events between two looks at the names.
+const BATCH: usize = 1024;
