@@ -1,16 +1,25 @@
 //! Flows by name: the datapath's events and counters, with workloads and rules instead of numbers.
 //!
-//! A [`FlowReader`] hands what the datapath tells to a [`FlowSink`]:
+//! A [`FlowReader`] hands what the datapath tells to a [`FlowSink`], of which there are:
 //!
 //! | Sink | Makes of flows |
 //! |---|---|
 //! | [`JsonLines`] | a line of JSON each |
 //! | [`LastFlows`] | the last ones, in memory |
+//! | `prometheus::FlowMetrics` (feature `metrics`) | counters |
+//! | [`ipfix::IpfixExporter`] | records for a collector (RFC 7011) |
+//!
+//! What every sink must do is written down as a test in `conformance` (feature `test-support`).
 
+#[cfg(any(test, feature = "test-support"))]
+pub mod conformance;
 mod counters;
+pub mod ipfix;
 mod json;
 mod last;
 mod names;
+#[cfg(feature = "metrics")]
+pub mod prometheus;
 mod reader;
 
 use std::io;
