@@ -1,0 +1,28 @@
+//! Virtual functions of network adapters (SR-IOV) that always come back clean.
+//!
+//! ```text
+//!   inventory   what there is                      reads sysfs below a root
+//! ```
+//!
+//! An embedder brings its own tree by [`sysfs::Sysfs`].
+//!
+//! # What was tried where
+//! Every public function names its bed:
+//! - *igb*: QEMU's igb with Linux's igb and igbvf, in a guest of `make vm-test`;
+//! - *netdevsim*: the kernel's simulated device, in such a guest;
+//! - *fixture*: a tree of files that looks like sysfs;
+//! - *modelled*: only a model of the kernel, for want of the adapter.
+
+#![forbid(unsafe_code)]
+// A library neither prints nor panics on its caller's input.
+#![warn(unreachable_pub, clippy::print_stderr, clippy::print_stdout, clippy::unwrap_used)]
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+mod address;
+pub mod inventory;
+pub mod sysfs;
+#[cfg(feature = "test-support")]
+#[cfg_attr(docsrs, doc(cfg(feature = "test-support")))]
+pub mod test_support;
+
+pub use address::{Distance, Location, PciAddress, PciIds, VfIndex};

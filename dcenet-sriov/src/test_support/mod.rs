@@ -1,0 +1,5 @@
+//! What tests share.
+
+mod fixture;
+
+pub use fixture::{Port, Tree, VfOf};

@@ -1,0 +1,3 @@
+//! Virtual functions in trees of files and over a modelled kernel: no privileges, no adapters.
+
+mod inventory;
