@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   inventory   what there is                      reads sysfs below a root
+//!   pool        which of it is handed out           configuration against an inventory
 //! ```
 //!
 //! An embedder brings its own tree by [`sysfs::Sysfs`].
@@ -20,6 +21,7 @@
 
 mod address;
 pub mod inventory;
+pub mod pool;
 pub mod sysfs;
 #[cfg(feature = "test-support")]
 #[cfg_attr(docsrs, doc(cfg(feature = "test-support")))]

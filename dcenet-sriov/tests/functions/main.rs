@@ -1,3 +1,4 @@
 //! Virtual functions in trees of files and over a modelled kernel: no privileges, no adapters.
 
 mod inventory;
+mod pools;
