@@ -3,6 +3,7 @@
 //! ```text
 //!   inventory   what there is                      reads sysfs below a root
 //!   pool        which of it is handed out           configuration against an inventory
+//!   allocate    which functions somebody gets       pure
 //! ```
 //!
 //! An embedder brings its own tree by [`sysfs::Sysfs`].
@@ -20,6 +21,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod address;
+pub mod allocate;
 pub mod inventory;
 pub mod pool;
 pub mod sysfs;
