@@ -118,6 +118,7 @@ impl World {
             workload: Some(format!("shop/{name}").parse().unwrap()),
             labels: labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
             policy: LinkPolicy::Wanted,
+            nat: Default::default(),
             fingerprint: "1".into(),
         };
         self.engine.attach(&request).map_err(|e| {
