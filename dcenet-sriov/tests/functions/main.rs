@@ -1,5 +1,6 @@
-//! Virtual functions in trees of files and over a modelled kernel: no privileges, no adapters.
+//! Virtual functions in trees of files, without privileges or adapters; and in the guest, of igb.
 
 mod allocation;
+mod igb;
 mod inventory;
 mod pools;
