@@ -141,8 +141,15 @@ impl Work<'_> {
     }
 
     /// Whether a claim without a fixed address still has the one that it was recorded with: nobody took it since it was
-    /// no longer kept, and it is neither in quarantine nor, while nothing is attached, reserved.
-    pub(super) fn has_not_lost(&self, pool: &Pool, address: Addr, claim: &ClaimKey) -> Result<bool, Halt> {
+    /// no longer kept, or whoever did has left it to rest long enough; and it is neither in quarantine nor, while nothing
+    /// is attached, reserved.
+    pub(super) fn has_not_lost(
+        &self,
+        pool: &Pool,
+        address: Addr,
+        claim: &ClaimKey,
+        recorded: &ClaimRecord,
+    ) -> Result<bool, Halt> {
         let slot = self.record::<SlotRecord>(&slot_key(&pool.space, address))?;
         let in_use = slot.as_ref().is_some_and(|(slot, _)| slot.claim() == Some(claim) && slot.holder().is_some());
         if !in_use
@@ -152,7 +159,10 @@ impl Work<'_> {
             return Ok(false);
         }
         Ok(match slot {
-            None | Some((SlotRecord::Freed { .. }, _)) => true,
+            None => true,
+            // The claim's own release would have kept it, so another has had it since.
+            Some((SlotRecord::Freed { at, .. }, _)) if self.kept_after(claim, recorded).is_some() => !self.cooling(at),
+            Some((SlotRecord::Freed { .. }, _)) => true,
             Some((slot @ SlotRecord::Quarantined { .. }, _)) => self.has_ended_for(&slot, Some(claim)),
             Some((slot, _)) => slot.claim() == Some(claim) || self.has_ended(&slot),
         })

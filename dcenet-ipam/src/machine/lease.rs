@@ -190,12 +190,16 @@ impl Work<'_> {
         }
         let before = recorded.as_ref().map(|(record, _)| Addr::from(record.address));
         let kept = before.filter(|before| pool.allowed.contains(before.bits));
+        let has_not_lost = |kept| match &recorded {
+            Some((record, _)) => self.has_not_lost(pool, kept, name, record),
+            None => Ok(false),
+        };
         let address = match (fixed, kept) {
             (Some(fixed), _) => {
                 self.allow(pool, fixed)?;
                 fixed
             }
-            (None, Some(kept)) if self.has_not_lost(pool, kept, name)? => kept,
+            (None, Some(kept)) if has_not_lost(kept)? => kept,
             (None, _) => match first.filter(|first| pool.free.contains(first.bits)) {
                 Some(first) => {
                     self.allow(pool, first)?;

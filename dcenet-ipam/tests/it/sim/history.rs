@@ -127,7 +127,7 @@ impl History {
                         && self.timely
                         && last != life
                         // Its claim may find what it had again at any time.
-                        && !for_a_time(life)
+                        && !(for_a_time(last) && for_a_time(life))
                         && now.saturating_sub(*ended)
                             < if for_a_time(last) { KEPT } else { COOLDOWN }.as_millis() as u64
                     {
