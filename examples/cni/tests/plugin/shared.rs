@@ -95,6 +95,8 @@ fn two_nodes_share_a_pool_and_a_claim_follows_its_pod() {
         given.extend(addresses(&node.add(&pod).unwrap()));
         pods.push(pod);
     }
+    let freed = given[0].clone();
+    // Allocators that share a store with other machines do not all begin at the first.
     given.sort();
     assert_eq!(given, ["10.20.0.2/29", "10.20.0.3/29", "10.20.0.4/29", "10.20.0.5/29"]);
     let late = two.pod("late");
@@ -102,7 +104,7 @@ fn two_nodes_share_a_pool_and_a_claim_follows_its_pod() {
     assert!(code == 11 && text.contains("pods"), "{code}: {text}");
     // What one node frees the other gets.
     one.del(&pods[0]).unwrap();
-    assert_eq!(addresses(&two.add(&late).unwrap()), ["10.20.0.2/29"]);
+    assert_eq!(addresses(&two.add(&late).unwrap()), [freed]);
 
     let before = one.pod("db");
     assert_eq!(addresses(&one.add(&before).unwrap()), ["10.20.0.6/29"]);
