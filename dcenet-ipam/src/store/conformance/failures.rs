@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use dcenet_core::model::{AttachmentKey, ContainerId, IfName, NetworkName};
+use dcenet_core::model::{AttachmentKey, ContainerId, IfName, LabelSet, NetworkName};
 use dcenet_core::provider::{AddressSource, LeaseError, LeaseRequest};
 
 use super::block_on;
@@ -44,7 +44,8 @@ fn lease(ipam: &Ipam, container: &str, workload: Option<&str>, asked: Option<[&s
 
 fn ipam(store: Arc<dyn Store>) -> Ipam {
     let config: IpamConfig = serde_json::from_str(JSON).unwrap();
-    Ipam::new(&config, store).unwrap().with_clock(|| 1_000_000)
+    // GC asks where, on a store that machines share.
+    Ipam::new(&config, store).unwrap().on_node("n1".parse().unwrap(), LabelSet::default()).with_clock(|| 1_000_000)
 }
 
 /// Keys and values, without versions, which differ where a commit was repeated.
