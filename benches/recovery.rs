@@ -1,13 +1,8 @@
-//! How long a process needs from opening the log to its first lease, by the number of addresses in use.
+//! `recovery`: how long a process needs from opening the log to its first durable lease, with 65,000 addresses in use and
+//! with a million (in a full run).
 //!
-//! ```text
-//! cargo run --release -p dcenet-ipam --example recovery -- DIRECTORY [IN_USE...]
-//! ```
-//!
-//! Once with all in the snapshot, once with the log as long as it gets before a merge, and once with a torn record at
-//! its end, as a writer that was killed leaves it. The files are in the page cache.
-
-#![expect(clippy::print_stdout, reason = "a tool for people")]
+//! Three states of the files: all in the snapshot; the log as long as it gets before a merge; and with a torn record at
+//! its end, as a writer that was killed leaves it. The files are in the page cache, the flush of the lease is in the time.
 
 use std::error::Error;
 use std::fs;
@@ -16,41 +11,48 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+use dcenet_benches::{Row, Sample, Summary, rounds, say, target};
 use dcenet_core::provider::{AddressSource, LeaseRequest};
 use dcenet_ipam::store::log::LogStore;
 use dcenet_ipam::store::{Batch, Entry, Key, Outcome, Store, Write, numbered};
 use dcenet_ipam::{Ipam, IpamConfig};
 use pollster::block_on;
 
-const ROUNDS: usize = 21;
+const ID: &str = "recovery";
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let mut arguments = std::env::args().skip(1);
-    let base = arguments.next().ok_or("name a directory")?;
-    let sizes: Vec<usize> = arguments.map(|a| a.parse()).collect::<Result<_, _>>()?;
-    let sizes = if sizes.is_empty() { vec![65_000, 1_000_000] } else { sizes };
     let config: IpamConfig =
         serde_json::from_str(r#"{ "pools": [ { "name": "p", "subnet": "10.0.0.0/8", "gateway": "10.0.0.1" } ] }"#)?;
-    println!(
-        "in use   files MB  log records  open p50    max         open to first lease p50  max         torn end max"
-    );
-    for size in sizes {
-        let dir = tempfile::tempdir_in(&base)?;
+    let mut summary = Summary::default();
+    // Addresses in use, and the most milliseconds that serving them again may take.
+    let sizes: &[(usize, f64)] =
+        if rounds(1, 0) == 1 { &[(65_000, 50.0), (1_000_000, 400.0)] } else { &[(65_000, 50.0)] };
+    for &(size, goal) in sizes {
+        // On the disk, as the log is.
+        let dir = tempfile::Builder::new().prefix("recovery-").tempdir_in(target())?;
         fill(dir.path(), &config, 1..size)?;
-        measure(dir.path(), &config, size, 0)?;
+        measure(&mut summary, dir.path(), &config, size, 0, goal)?;
         // A merge comes at 1/128 of the records, of which a binding has two; what is measured adds some.
-        let tail = (size / 128).saturating_sub(ROUNDS * 8);
+        let tail = (size / 128).saturating_sub(400);
         fill(dir.path(), &config, size + 1..size + 1 + tail)?;
-        measure(dir.path(), &config, size, tail)?;
+        measure(&mut summary, dir.path(), &config, size, tail, goal)?;
     }
+    summary.write();
     Ok(())
 }
 
-fn measure(dir: &Path, config: &IpamConfig, size: usize, tail: usize) -> Result<(), Box<dyn Error>> {
+fn measure(
+    summary: &mut Summary,
+    dir: &Path,
+    config: &IpamConfig,
+    size: usize,
+    tail: usize,
+    goal: f64,
+) -> Result<(), Box<dyn Error>> {
     let (mut opens, mut firsts, mut torn) = (Vec::new(), Vec::new(), Vec::new());
-    for i in 0..ROUNDS * 2 {
+    for i in 0..rounds(21, 5) * 2 {
         let tears = i % 2 == 1;
         if tears {
             tear(dir)?;
@@ -61,32 +63,24 @@ fn measure(dir: &Path, config: &IpamConfig, size: usize, tail: usize) -> Result<
         let open = start.elapsed();
         let ipam = Ipam::new(config, store)?;
         block_on(ipam.lease(&request))?;
-        let first = start.elapsed();
+        let first = start.elapsed().as_secs_f64() * 1000.0;
         if tears {
             torn.push(first);
         } else {
-            opens.push(open);
+            opens.push(open.as_secs_f64() * 1000.0);
             firsts.push(first);
         }
         // What is measured does not grow.
         block_on(ipam.release_current(&request.attachment))?;
     }
     let megabytes: u64 = fs::read_dir(dir)?.filter_map(|e| Some(e.ok()?.metadata().ok()?.len())).sum();
-    let middle_and_most = |times: &mut [Duration]| {
-        times.sort_unstable();
-        (times[times.len() / 2], times[times.len() - 1])
-    };
-    let (open, first, torn) = (middle_and_most(&mut opens), middle_and_most(&mut firsts), middle_and_most(&mut torn));
-    println!(
-        "{size:<8} {:<9} {:<12} {:<11.2?} {:<11.2?} {:<24.2?} {:<11.2?} {:.2?}",
-        megabytes >> 20,
-        tail,
-        open.0,
-        open.1,
-        first.0,
-        first.1,
-        torn.1
-    );
+    let open = Sample::new(opens).median();
+    say(format_args!("{ID}: {size} in use, {} MB, {tail} in the log: opened in {open:.2} ms", megabytes >> 20));
+    for (state, times) in [("", &firsts), (", torn end", &torn)] {
+        let limit = vec![goal; times.len()];
+        let variant = format!("{size} in use, log of {tail}{state}");
+        summary.add(Row::compare(ID, &variant, 1.0, times, (&format!("{goal} ms"), &limit)));
+    }
     Ok(())
 }
 
