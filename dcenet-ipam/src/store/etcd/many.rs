@@ -36,7 +36,9 @@ impl<'b> Pack<'b> {
         let bytes = self.bytes + values.chain(batch.guards.iter().map(|g| g.key.len())).sum::<usize>();
         // etcd counts the operations of the outer transaction against those within each.
         let fits = self.batches.len() + 1 + operations <= most_operations && bytes <= caps.max_bytes;
-        if !self.batches.is_empty() && !(apart && fits) {
+        // A batch that fits nowhere goes alone.
+        let taken = self.batches.is_empty() || apart && fits;
+        if !taken {
             return false;
         }
         (self.operations, self.bytes) = (operations, bytes);
