@@ -177,6 +177,13 @@ impl RuleTable {
     }
 }
 
+#[cfg(test)]
+impl FromIterator<(RuleId, RuleRef)> for RuleTable {
+    fn from_iter<I: IntoIterator<Item = (RuleId, RuleRef)>>(rules: I) -> Self {
+        Self { rules: rules.into_iter().collect() }
+    }
+}
+
 /// The result of a compilation.
 #[derive(Debug, Clone)]
 pub struct Update {

@@ -321,8 +321,8 @@ impl Enforcer {
     }
 
     /// Removes the flows that are over, which the owner does by itself every ten seconds. Programs pass over them, but they
-    /// take room; those that ended without a FIN or RST are told of ([`flows::FlowKind::Ended`]), and those that live where a
-    /// report is due ([`flows::FlowReader::report_every`]).
+    /// take room; they are told of ([`flows::FlowKind::Ended`]), and those that live where a report is due
+    /// ([`flows::FlowReader::report_every`]).
     ///
     /// # Errors
     /// What the kernel refuses.

@@ -36,9 +36,9 @@ pub(crate) struct Swept(Mutex<Waiting>);
 
 #[derive(Debug, Default)]
 struct Waiting {
-    /// Flows that ended by silence.
+    /// Flows that are over.
     ended: Vec<Told>,
-    /// The latest report of active flows.
+    /// The report of active flows that nobody has taken yet. Until then there is no other.
     active: Vec<Told>,
     lost: u64,
     reports: Option<Reports>,
@@ -77,10 +77,13 @@ impl Swept {
         self.0.lock().reports = reports;
     }
 
-    /// Since when flows must have had a packet to be told of in a report that is due at the time `now`.
+    /// Since when flows must have had a packet to be told of in a report that is due at the time `now`. One is due at the
+    /// sweep that is nearest to its time, and the earlier one has been taken.
     fn due(&self, now: u64) -> Option<u64> {
-        let reports = self.0.lock().reports?;
-        (now.saturating_sub(reports.last) >= reports.every).then_some(reports.last)
+        let waiting = self.0.lock();
+        let Reports { every, last } = waiting.reports?;
+        let soon = now.saturating_add(INTERVAL.as_nanos() as u64 / 2);
+        (waiting.active.is_empty() && soon >= last.saturating_add(every)).then_some(last)
     }
 
     fn push(&self, event: Event) {
@@ -88,14 +91,13 @@ impl Swept {
         if waiting.ended.len() < ROOM {
             waiting.ended.push((Some(FlowKind::Ended), event));
         } else {
-            waiting.lost += 1;
+            waiting.lost = waiting.lost.saturating_add(1);
         }
     }
 
-    /// Puts a report in the place of the one before, which is lost if nobody took it.
+    /// A report that was [`due`](Self::due), of flows as they were at `begun`.
     fn report(&self, active: Vec<Told>, begun: u64) {
         let mut waiting = self.0.lock();
-        waiting.lost += waiting.active.len() as u64;
         waiting.active = active;
         if let Some(reports) = &mut waiting.reports {
             reports.last = begun;
@@ -105,19 +107,24 @@ impl Swept {
 
 /// Whoever reads flows now.
 #[derive(Debug, Default)]
-pub(crate) struct Listener(Mutex<Weak<Swept>>);
+pub(crate) struct Listener {
+    reader: Mutex<Weak<Swept>>,
+    /// Held by a sweep: of two at once, both would find the same report due.
+    sweeping: Mutex<()>,
+}
 
 impl Listener {
     /// What sweeps tell goes to this reader from now on.
     pub(crate) fn subscribe(&self) -> Arc<Swept> {
         let swept = Arc::default();
-        *self.0.lock() = Arc::downgrade(&swept);
+        *self.reader.lock() = Arc::downgrade(&swept);
         swept
     }
 }
 
 /// Removes what is over, and tells of active flows where a report is due.
 pub(crate) fn sweep(shared: &Shared) -> Result<Sweep, EnforcerError> {
+    let _alone = shared.listener.sweeping.lock();
     let failed = |name: &'static str| move |e| EnforcerError::map(name, e);
     let cells = Array::<Endpoint>::new(shared.maps.get(abi::ENDPOINTS)?).map_err(failed(abi::ENDPOINTS))?;
     let endpoints = cells.load_all().map_err(failed(abi::ENDPOINTS))?;
@@ -132,7 +139,7 @@ pub(crate) fn sweep(shared: &Shared) -> Result<Sweep, EnforcerError> {
         let endpoint = endpoints.get(usize::from(key.slot)).copied().unwrap_or_default();
         Event { ifindex: devices.get(&key.slot).map_or(0, |device| device.get()), ..event(key, flow, &endpoint) }
     };
-    let listener = shared.listener.0.lock().upgrade();
+    let listener = shared.listener.reader.lock().upgrade();
     let begun = now();
     let since = listener.as_ref().and_then(|listener| listener.due(begun));
     let (mut found, mut active) = (Sweep::default(), Vec::new());
@@ -142,16 +149,14 @@ pub(crate) fn sweep(shared: &Shared) -> Result<Sweep, EnforcerError> {
             Found::Orphan => found.orphans += 1,
             Found::Live => {
                 found.live += 1;
-                if since.is_some_and(|since| flow.last_seen >= since) {
+                if since.is_some_and(|since| flow.last_seen >= since) && flow.state != FlowState::Closing as u8 {
                     active.push((Some(FlowKind::Active), told(key, flow)));
                 }
             }
             Found::Silent => {
                 found.ended += 1;
-                // One that closed was told by its FIN or RST.
-                if flow.state != FlowState::Closing as u8
-                    && let Some(listener) = &listener
-                {
+                // Of one that closed as well: packets came after its first FIN.
+                if let Some(listener) = &listener {
                     listener.push(told(key, flow));
                 }
             }
@@ -196,5 +201,40 @@ fn event(key: &FlowKey, flow: &Flow, endpoint: &Endpoint) -> Event {
         ingress_packets: flow.ingress_packets,
         ingress_bytes: flow.ingress_bytes,
         ..Event::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: u64 = 1_000_000_000;
+
+    #[test]
+    fn a_report_waits_for_its_reader_and_the_next_begins_where_it_ended() {
+        let swept = Swept::default();
+        assert_eq!(swept.due(u64::MAX), None, "nobody asked");
+        swept.report_every(Some(Duration::ZERO));
+        let begun = now() + SECOND;
+        assert!(swept.due(begun).is_some());
+        swept.report(vec![(Some(FlowKind::Active), Event::default())], begun);
+        assert_eq!(swept.due(begun + SECOND), None, "another would take its place");
+        assert!(!swept.is_empty());
+        let (told, lost) = swept.take();
+        assert_eq!((told.len(), lost), (1, 0));
+        assert_eq!(swept.due(begun + SECOND), Some(begun));
+        swept.report(Vec::new(), begun + SECOND);
+        assert_eq!(swept.due(begun + 2 * SECOND), Some(begun + SECOND), "nobody takes nothing");
+    }
+
+    #[test]
+    fn a_report_is_due_at_the_sweep_that_is_nearest() {
+        let swept = Swept::default();
+        swept.report_every(Some(Duration::from_secs(30)));
+        let begun = now() + SECOND;
+        swept.report(Vec::new(), begun);
+        assert_eq!(swept.due(begun + 20 * SECOND), None);
+        // A sweep is as early as the clock's tick is long.
+        assert_eq!(swept.due(begun + 30 * SECOND - 4_000_000), Some(begun));
     }
 }

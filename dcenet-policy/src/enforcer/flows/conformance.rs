@@ -81,6 +81,7 @@ pub fn flows() -> Vec<Flow> {
         Flow { kind: FlowKind::Denied, verdict: Verdict::Deny, reason: "denied", tcp_flags: None, ..plain.clone() };
     flows.extend([
         Flow {
+            kind: FlowKind::Active,
             direction: Direction::Ingress,
             pod: end(Some("fd00::1"), 53, None),
             peer: end(Some("fd00::2"), 50_000, Some("db")),
@@ -113,6 +114,7 @@ pub fn flows() -> Vec<Flow> {
         },
         // The largest that there can be, with names as long as Kubernetes allows, and characters that formats quote.
         Flow {
+            kind: FlowKind::Ended,
             time: i64::MAX as u64,
             pod: FlowEnd { workload: Some(PodId::new("n".repeat(63), "p".repeat(253))), ..plain.pod.clone() },
             rule: Some("a \"quoted\" \\ rule\nof two lines".to_owned()),

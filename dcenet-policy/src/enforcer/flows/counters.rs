@@ -18,6 +18,9 @@ pub struct RuleCounter {
     /// The policy, where the rule is one's.
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "as_optional_text")]
     pub policy: Option<PolicyId>,
+    /// Whether the rule is in force. One that is not keeps its counts until its number is given to another rule, or it
+    /// comes back with another number.
+    pub in_use: bool,
     /// Packets that began a flow, or were dropped.
     pub packets: u64,
     /// Their bytes, Ethernet headers included.
@@ -53,7 +56,7 @@ pub(crate) fn rule_counters(shared: &Shared) -> Result<Vec<RuleCounter>, Enforce
     let sums = map.sum_range(0, end).map_err(|e| EnforcerError::map(abi::RULES, e))?;
     let counter = |id: RuleId| {
         let [packets, bytes] = sums[id.0 as usize];
-        RuleCounter { rule: names.text(id), policy: names.policy(id), packets, bytes }
+        RuleCounter { rule: names.text(id), policy: names.policy(id), in_use: names.in_use(id), packets, bytes }
     };
     Ok(ids.into_iter().map(counter).collect())
 }

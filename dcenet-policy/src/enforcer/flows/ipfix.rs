@@ -16,8 +16,11 @@
 //! | forwardingStatus | 64 forwarded, 128 dropped, 129 dropped by policy |
 //! | biflowDirection | 1 where the source opened the flow, 0 where that is not known |
 //! | ingressInterface, egressInterface | the interface on the host, as the one by which the pod's packet came or went |
-//! | packetTotalCount, octetTotalCount, and reversed | counts of the flow so far, of octets without Ethernet headers |
+//! | packetTotalCount, octetTotalCount, and reversed | counts of the flow so far, of octets without Ethernet headers; in records with flowEndReason |
 //! | virtualStationName | the pod's namespace and name, empty where it is not known |
+//!
+//! Counts are totals since the flow began: sum those with flowEndReason 1, which are final, and no others; those with 2 and
+//! 3 are of flows that such a record will follow.
 //!
 //! The rule has no element of IANA's, and is left out. Losses are records of an options template: notSentFlowTotalCount
 //! by exportingProcessId, of all losses since the exporter was made, its own included.
@@ -38,8 +41,9 @@ pub struct IpfixConfig {
     /// Number of the observation domain: what tells the nodes of a cluster apart at a collector that sees them behind one
     /// address. 0 says nothing (RFC 7011, section 3.1).
     pub observation_domain: u32,
-    /// The largest message, in bytes. A record that is longer than this with its headers goes in a message of its own.
-    /// 512 where the path's MTU is not known (RFC 7011, section 10.3.3), which is the default.
+    /// The largest message, in bytes, without the headers of UDP and IP; 65,507 at most. A record that is longer than this
+    /// with its headers goes in a message of its own. 464 where the path's MTU is not known, which is the default: a packet
+    /// of 512 over IPv6 (RFC 7011, section 10.3.3).
     pub most_bytes: u16,
     /// After how long templates are sent again, as datagrams get lost and collectors start anew (RFC 7011, section 8.4).
     /// A minute; collectors forget them after half an hour.
@@ -48,7 +52,7 @@ pub struct IpfixConfig {
 
 impl Default for IpfixConfig {
     fn default() -> Self {
-        Self { observation_domain: 0, most_bytes: 512, templates_every: Duration::from_secs(60) }
+        Self { observation_domain: 0, most_bytes: 464, templates_every: Duration::from_secs(60) }
     }
 }
 
@@ -56,14 +60,19 @@ impl Default for IpfixConfig {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum IpfixError {
-    /// A message would have no room for a template.
-    #[error("most_bytes is {value}: want {least} at least, 512 where the path's MTU is not known")]
+    /// A message would have no room for a template, or a datagram of UDP none for a message.
+    #[error("most_bytes is {value}: want {least} to {most}, 464 where the path's MTU is not known")]
     MostBytes {
         /// What was asked for.
         value: u16,
         /// The least.
         least: u16,
+        /// The most.
+        most: u16,
     },
+    /// The socket cannot be made non-blocking.
+    #[error("the exporter's socket cannot be made non-blocking: {0}; hand over a UDP socket that is open")]
+    Blocking(#[source] io::Error),
     /// The socket has no peer.
     #[error("the exporter's socket is not connected to a collector: {0}; connect it, to port 4739 as a rule")]
     NotConnected(#[source] io::Error),
@@ -72,7 +81,8 @@ pub enum IpfixError {
 /// Sends flows to a collector.
 ///
 /// Nothing fails because a collector does not listen: messages that the socket refuses are dropped, and their flows counted
-/// ([`IpfixExporter::unsent`]). Whoever reads flows must not wait either: make the socket non-blocking.
+/// ([`IpfixExporter::unsent`]). Whoever reads flows does not wait either: the socket is non-blocking from then on, with all
+/// that share its file description.
 #[derive(Debug)]
 pub struct IpfixExporter {
     socket: UdpSocket,
@@ -81,6 +91,8 @@ pub struct IpfixExporter {
     /// Data records sent.
     sequence: u32,
     templates_at: Option<Instant>,
+    /// Flows in the message that was sent last.
+    last: u64,
     lost: u64,
     unsent: u64,
 }
@@ -103,15 +115,18 @@ impl IpfixExporter {
     /// See [`IpfixError`].
     pub fn new(socket: UdpSocket, config: IpfixConfig) -> Result<Self, IpfixError> {
         let least = MESSAGE_HEADER + SET_HEADER + templates().map(|t| t.len()).max().unwrap_or_default();
-        if usize::from(config.most_bytes) < least {
-            return Err(IpfixError::MostBytes { value: config.most_bytes, least: least as u16 });
+        let (value, least) = (config.most_bytes, least as u16);
+        if !(least..=MOST_BYTES).contains(&value) {
+            return Err(IpfixError::MostBytes { value, least, most: MOST_BYTES });
         }
         socket.peer_addr().map_err(IpfixError::NotConnected)?;
+        socket.set_nonblocking(true).map_err(IpfixError::Blocking)?;
         let message = Message::default();
-        Ok(Self { socket, config, message, sequence: 0, templates_at: None, lost: 0, unsent: 0 })
+        Ok(Self { socket, config, message, sequence: 0, templates_at: None, last: 0, lost: 0, unsent: 0 })
     }
 
-    /// Flows in messages that could not be sent. The collector is told of them, too, once it can be.
+    /// Flows in messages that could not be sent, or that the collector's host has refused (ICMP port unreachable), as far
+    /// as the system says. The collector is told of them, too, once it can be.
     pub fn unsent(&self) -> u64 {
         self.unsent
     }
@@ -152,11 +167,23 @@ impl IpfixExporter {
         bytes[4..8].copy_from_slice(&seconds.to_be_bytes());
         bytes[8..12].copy_from_slice(&self.sequence.to_be_bytes());
         bytes[12..16].copy_from_slice(&self.config.observation_domain.to_be_bytes());
-        match self.socket.send(&bytes) {
+        let mut sent = self.socket.send(&bytes);
+        if sent.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
+            // That is of the message before, which nobody has read; this one was not tried.
+            self.unsent = self.unsent.saturating_add(std::mem::take(&mut self.last));
+            self.templates_at = None;
+            sent = self.socket.send(&bytes);
+        }
+        match sent {
             // Datagrams go out whole.
-            Ok(_) => self.sequence = self.sequence.wrapping_add(records),
+            Ok(_) => {
+                self.sequence = self.sequence.wrapping_add(records);
+                self.last = flows;
+            }
             Err(error) => {
-                self.unsent += flows;
+                self.unsent = self.unsent.saturating_add(flows);
+                // They may have been in it.
+                self.templates_at = None;
                 tracing::debug!(%error, flows, "a message to the IPFIX collector was not sent");
             }
         }
@@ -171,7 +198,7 @@ impl IpfixExporter {
         for template in templates() {
             self.append(template.set(), &template.record());
         }
-        if self.lost + self.unsent > 0 {
+        if self.lost > 0 || self.unsent > 0 {
             self.append_losses();
         }
     }
@@ -266,7 +293,8 @@ fn template_number(ends: bool, version: Version) -> u16 {
     FIRST_TEMPLATE + if ends { 3 } else { 0 } + version as u16
 }
 
-/// Whether a record bears flowEndReason in the place of flowStartMilliseconds.
+/// Whether a record bears flowEndReason in the place of flowStartMilliseconds, and counts: collectors add up those of all
+/// records, and more than one record would count the same packets.
 fn end_reason(kind: FlowKind) -> Option<u8> {
     match kind {
         FlowKind::Ended => Some(1),
@@ -290,7 +318,7 @@ fn templates() -> impl Iterator<Item = Template> {
             elements.extend([own(7, 2), own(11, 2), own(4, 1)]);
             elements.extend(icmp);
             elements.extend([own(6, 2), own(10, 4), own(14, 4), own(233, 1), own(89, 1), own(239, 1)]);
-            for reversed in [false, true] {
+            for reversed in [false, true].into_iter().filter(|_| ends) {
                 elements.extend([Element(86, 8, reversed), Element(85, 8, reversed)]);
             }
             elements.push(own(350, VARIABLE));
@@ -350,15 +378,16 @@ fn encode(flow: &Flow, boot: SystemTime) -> (u16, Vec<u8>) {
         (Verdict::Deny, "denied" | "revoked") => 129,
         (Verdict::Deny, _) => 128,
     });
-    // A FIN comes from either side, as do packets of a known flow.
-    record.push(u8::from(!matches!(kind, FlowKind::Closed | FlowKind::Sampled)));
+    // A FIN comes from either side, as do packets of a known flow, one that is no longer allowed among them.
+    let opener = !matches!(kind, FlowKind::Closed | FlowKind::Sampled) && flow.reason != "revoked";
+    record.push(u8::from(opener));
     let egress = (flow.egress_packets, flow.egress_bytes);
     let ingress = (flow.ingress_packets, flow.ingress_bytes);
     let (there, back) = match direction {
         Direction::Egress => (egress, ingress),
         Direction::Ingress => (ingress, egress),
     };
-    for (packets, bytes) in [there, back] {
+    for (packets, bytes) in [there, back].into_iter().filter(|_| end_reason(*kind).is_some()) {
         record.extend(packets.to_be_bytes());
         record.extend(bytes.saturating_sub(packets.saturating_mul(ETHERNET_HEADER)).to_be_bytes());
     }
@@ -400,6 +429,8 @@ fn milliseconds(time: SystemTime) -> u64 {
 }
 
 const VERSION: u16 = 10;
+/// What a datagram of UDP over IPv4 has room for.
+const MOST_BYTES: u16 = 65_507;
 const MESSAGE_HEADER: usize = 16;
 const SET_HEADER: usize = 4;
 /// Numbers below are of sets of other kinds.

@@ -40,6 +40,7 @@ use crate::model::{Direction, PodId, PolicyId, Protocol, Verdict};
 
 /// What happened to a packet or flow.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct Flow {
     /// Nanoseconds since the machine started (CLOCK_MONOTONIC), at the resolution of the kernel's tick.
     pub time: u64,
@@ -94,20 +95,25 @@ pub struct Flow {
 /// What a [`Flow`] tells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum FlowKind {
     /// A flow was admitted.
     New,
     /// A packet was dropped.
     Denied,
-    /// A TCP flow ends.
+    /// A TCP flow ends: its first FIN or RST was seen, and the counts are those of that moment. [`FlowKind::Ended`] follows
+    /// with the final ones.
     Closed,
     /// A flow is under way: told at intervals where that is asked for ([`FlowReader::report_every`]), of each flow that had
-    /// a packet since the report before, with the time of its last packet and all its counts.
+    /// a packet since the report before and that no FIN or RST has closed, with the time of its last packet and its counts
+    /// so far.
     Active,
     /// A packet of a known flow, one of so many as the lowering says ([`Tc::sample`](crate::target::Tc::sample)).
     Sampled,
-    /// A flow is over by silence: no packet came for its time. Told up to ten seconds later, with the time of its last
-    /// packet, all its counts and the direction that admitted it. A flow that had to make room for others is not told of.
+    /// A flow is over: no packet came for its time, which is short after a FIN or RST
+    /// ([`Timeouts`](dcenet_ebpf::datapath::Timeouts)). Told up to ten seconds later, with the time of its last packet, its
+    /// final counts and the direction that admitted it. Sums of traffic are those of these counts and no others. A flow that
+    /// had to make room for others, whose ports another flow took within its time, or whose endpoint went is not told of.
     Ended,
 }
 
@@ -146,7 +152,8 @@ pub struct FlowEnd {
 
 /// Takes flows.
 pub trait FlowSink {
-    /// One flow, in the order in which the datapath saw them.
+    /// One flow. Those of a drain come by their [`time`](Flow::time), as far as packets on several CPUs have an order; what a
+    /// sweep tells bears the time of a packet before, and so may be older than what an earlier drain handed over.
     ///
     /// # Errors
     /// Ends the drain. Events that had left the ring by then and were not handed over count as lost
@@ -170,9 +177,9 @@ pub trait FlowSink {
 
 /// Events that nobody will see.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct Losses {
-    /// The ring buffer, or the list of flows that ended by silence, was full; or a report of active flows was not read
-    /// before the next one.
+    /// The ring buffer, or the list of flows that are over, was full.
     pub full: u64,
     /// Beyond the limit of events about dropped packets.
     pub limited: u64,
@@ -202,10 +209,10 @@ impl Losses {
 impl AddAssign for Losses {
     fn add_assign(&mut self, more: Self) {
         let Self { full, limited, unreadable, undelivered } = self;
-        *full += more.full;
-        *limited += more.limited;
-        *unreadable += more.unreadable;
-        *undelivered += more.undelivered;
+        *full = full.saturating_add(more.full);
+        *limited = limited.saturating_add(more.limited);
+        *unreadable = unreadable.saturating_add(more.unreadable);
+        *undelivered = undelivered.saturating_add(more.undelivered);
     }
 }
 

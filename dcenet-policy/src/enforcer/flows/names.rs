@@ -1,6 +1,6 @@
 //! What the numbers of rules stand for.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -13,10 +13,13 @@ use crate::compiler::RuleTable;
 use crate::ir::RuleId;
 use crate::model::{PolicyId, RuleRef};
 
-/// What numbers stand for. Rules that fell out of use keep their names until their number is given to another.
+/// What numbers stand for. Rules that fell out of use keep their names until their number is given to another, or they
+/// come back with another number.
 #[derive(Debug, Default)]
 pub(crate) struct Names {
     rules: BTreeMap<RuleId, RuleRef>,
+    /// The numbers of the last update.
+    used: BTreeSet<RuleId>,
     /// Numbers that an earlier owner gave to rules and that now stand for something else.
     taken_back: Vec<RuleId>,
 }
@@ -44,7 +47,7 @@ impl Names {
                 let rules = rules.into_iter().map(|(id, rule)| (RuleId(id), rule));
                 let (rules, taken_back): (BTreeMap<_, _>, BTreeMap<_, _>) =
                     rules.partition(|(id, _)| *id >= RuleId::FIRST);
-                Self { rules, taken_back: taken_back.into_keys().collect() }
+                Self { rules, used: BTreeSet::new(), taken_back: taken_back.into_keys().collect() }
             }
             Err(error) => {
                 tracing::warn!(path = %path.display(), %error, "the names of rules are lost");
@@ -67,13 +70,20 @@ impl Names {
         run_dir: &Path,
     ) -> Result<(), EnforcerError> {
         let learnt: Vec<_> = table.iter().filter(|(id, rule)| self.rules.get(id) != Some(*rule)).collect();
-        if !learnt.is_empty() || !self.taken_back.is_empty() {
+        let named: BTreeSet<&RuleRef> = table.iter().map(|(_, rule)| rule).collect();
+        // A rule that comes back may have another number than before, and counts by that one alone.
+        let left: BTreeSet<RuleId> = {
+            let left = self.rules.iter().filter(|(id, rule)| table.rule(**id).is_none() && named.contains(*rule));
+            left.map(|(id, _)| *id).collect()
+        };
+        if !learnt.is_empty() || !left.is_empty() || !self.taken_back.is_empty() {
             for id in learnt.iter().map(|(id, _)| *id).chain(self.taken_back.iter().copied()) {
                 if id.0 < counters.entries() {
                     counters.store(id.0, &[0; 2]).map_err(|e| EnforcerError::map(abi::RULES, e))?;
                 }
             }
             let mut rules = self.rules.clone();
+            rules.retain(|id, _| !left.contains(id));
             rules.extend(learnt.into_iter().map(|(id, rule)| (id, rule.clone())));
             let path = Self::path(run_dir);
             let failed = |source| EnforcerError::File { path: path.clone(), source };
@@ -82,9 +92,16 @@ impl Names {
             let text = serde_json::to_vec(&text).map_err(|e| failed(e.into()))?;
             fs::write(&fresh, text).and_then(|()| fs::rename(&fresh, &path)).map_err(failed)?;
             // Only now: what is not written down is learnt again by the next attempt.
-            *self = Self { rules, taken_back: Vec::new() };
+            self.rules = rules;
+            self.taken_back.clear();
         }
+        self.used = table.iter().map(|(id, _)| id).collect();
         Ok(())
+    }
+
+    /// Whether the last update has the rule, or the number stands for no rule of a policy.
+    pub(super) fn in_use(&self, id: RuleId) -> bool {
+        id < RuleId::FIRST || self.used.contains(&id)
     }
 
     pub(super) fn ids(&self) -> impl Iterator<Item = RuleId> + '_ {
@@ -100,5 +117,55 @@ impl Names {
             Some(rule) => rule.to_string(),
             None => RuleTable::default().name(id),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use dcenet_core::test_support::{Rung, require};
+    use dcenet_ebpf::abi::Sizes;
+
+    use super::super::super::node::create;
+    use super::*;
+    use crate::model::Direction;
+
+    fn rule(policy: &str, index: usize) -> RuleRef {
+        RuleRef {
+            policy: PolicyId::new("shop", policy),
+            direction: Direction::Ingress,
+            rule: index,
+            peer: None,
+            port: None,
+        }
+    }
+
+    fn table<const N: usize>(rules: [(u32, RuleRef); N]) -> RuleTable {
+        rules.into_iter().map(|(id, rule)| (RuleId(id), rule)).collect()
+    }
+
+    #[test]
+    fn a_rule_that_comes_back_with_another_number_leaves_the_old_one() {
+        if !require(Rung::Kernel) {
+            return;
+        }
+        let spec = Sizes::small().shared_maps().into_iter().find(|spec| spec.name == abi::RULES).unwrap();
+        let counters = PerCpuArray::new(create(&spec).unwrap()).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let mut names = Names::default();
+        let learn = |names: &mut Names, table: RuleTable| {
+            names.learn(&table, &counters, directory.path()).unwrap();
+            let resumed: Vec<_> = Names::resume(directory.path()).rules().collect();
+            assert!(resumed.into_iter().eq(names.rules()), "the next owner has the same");
+            let numbers: Vec<_> = names.ids().map(|id| (id.0, names.in_use(id))).collect();
+            numbers
+        };
+        assert_eq!(learn(&mut names, table([(5, rule("a", 0)), (6, rule("a", 1))])), [(5, true), (6, true)]);
+        assert_eq!(learn(&mut names, table([(7, rule("b", 0))])), [(5, false), (6, false), (7, true)]);
+        assert_eq!(
+            learn(&mut names, table([(7, rule("b", 0)), (8, rule("a", 0))])),
+            [(6, false), (7, true), (8, true)]
+        );
+        assert_eq!(learn(&mut names, table([(8, rule("a", 0))])), [(6, false), (7, false), (8, true)]);
+        assert!(names.in_use(RuleId::ISOLATED));
     }
 }

@@ -5,7 +5,7 @@
 //! | Name | Labels | Of |
 //! |---|---|---|
 //! | `flow_events_total` | kind, direction, verdict, reason | what the sink was told |
-//! | `flow_packets_total` | direction | packets of the flows that are over, by the direction in which they went |
+//! | `flow_packets_total` | direction | packets of the flows that are over ([`FlowKind::Ended`]), by the direction in which they went |
 //! | `flow_bytes_total` | direction | their bytes, Ethernet headers included |
 //! | `flow_events_lost_total` | cause | [`Losses`] |
 //! | `reason_packets_total` | direction, verdict, reason | packets that a reason decided on: exact, whatever events were lost |
@@ -17,10 +17,10 @@
 //! [`Enforcer::rule_counters`](crate::enforcer::Enforcer::rule_counters) as of the last [`FlowMetrics::publish`].
 //!
 //! No label is an address, a port or a pod. Rules have a series each up to a limit, in the order in which they are first
-//! published; the others are counted together under the rule `other`. A rule that is no more gives its place back.
+//! published; the others are counted together under the rule `other`. A rule that is not in use gives its place back.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
@@ -94,7 +94,8 @@ impl FlowMetrics {
         metrics
     }
 
-    /// Shows these counts until the next call. A count that is less than before began anew.
+    /// Shows these counts until the next call. A count that is less than before began anew; those of one name are added up.
+    /// Without any rules, those of the last call stand; of some, a rule that is not among them is no more.
     pub fn publish(&self, reasons: &[ReasonCounter], rules: &[RuleCounter]) {
         let mut published = self.published.lock();
         for counter in reasons {
@@ -108,9 +109,19 @@ impl FlowMetrics {
             let before = published.reasons.insert((reason, *direction), now).unwrap_or_default();
             add(&self.reasons, &labels, since(now, before));
         }
-        let names: BTreeSet<&str> = rules.iter().map(|counter| counter.rule.as_str()).collect();
+        if rules.is_empty() {
+            return;
+        }
+        let mut sums: BTreeMap<&str, (bool, [u64; 2])> = BTreeMap::new();
+        for RuleCounter { rule, in_use, packets, bytes, .. } in rules {
+            let (used, [all_packets, all_bytes]) = sums.entry(rule).or_default();
+            *used |= in_use;
+            *all_packets = all_packets.saturating_add(*packets);
+            *all_bytes = all_bytes.saturating_add(*bytes);
+        }
         published.rules.retain(|name, rule| {
-            let kept = names.contains(name.as_str());
+            // What has been counted with others is remembered, or it would be added to them again.
+            let kept = sums.get(name.as_str()).is_some_and(|(used, _)| *used || rule.own.is_none());
             if let (false, Some(labels)) = (kept, &rule.own) {
                 for family in &self.rules {
                     family.remove(labels);
@@ -120,14 +131,17 @@ impl FlowMetrics {
         });
         let mut room =
             published.most_rules.saturating_sub(published.rules.values().filter(|rule| rule.own.is_some()).count());
-        for RuleCounter { rule: name, policy, packets, bytes } in rules {
+        for RuleCounter { rule: name, policy, .. } in rules {
+            let Some((used, now)) = sums.remove(name.as_str()) else { continue };
+            if !used && !published.rules.contains_key(name) {
+                continue;
+            }
             let rule = published.rules.entry(name.clone()).or_insert_with(|| {
                 let own = room > 0;
                 room -= usize::from(own);
                 let policy = policy.as_ref().map_or_else(String::new, ToString::to_string);
                 Rule { counts: [0; 2], own: own.then(|| rule_labels(policy, name.clone())) }
             });
-            let now = [*packets, *bytes];
             let more = since(now, rule.counts);
             rule.counts = now;
             match &rule.own {
@@ -147,7 +161,8 @@ impl FlowSink for FlowMetrics {
             ("reason", flow.reason.into()),
         ];
         self.events.get_or_create(&labels).inc();
-        if matches!(flow.kind, FlowKind::Closed | FlowKind::Ended) {
+        // Counts at a FIN are not the last ones.
+        if flow.kind == FlowKind::Ended {
             let egress = [flow.egress_packets, flow.egress_bytes];
             let ingress = [flow.ingress_packets, flow.ingress_bytes];
             for (direction, counts) in [(Direction::Egress, egress), (Direction::Ingress, ingress)] {
@@ -221,9 +236,14 @@ mod tests {
         let mut sink = FlowMetrics::register(&mut registry, 10);
         let flows = conformance::flows();
         let denied = flows.iter().find(|f| f.reason == "other-ethertype").unwrap();
-        let ended = flows.iter().find(|f| f.kind == FlowKind::Ended).unwrap();
+        let of_kind = |kind| flows.iter().find(|f| f.kind == kind).unwrap();
+        let ended = of_kind(FlowKind::Ended);
         (0..3).for_each(|_| sink.flow(denied).unwrap());
         (0..2).for_each(|_| sink.flow(ended).unwrap());
+        // Of a flow that ends later, or was counted already.
+        for kind in [FlowKind::New, FlowKind::Sampled, FlowKind::Active, FlowKind::Closed] {
+            sink.flow(of_kind(kind)).unwrap();
+        }
         let text = text(&registry);
         for line in [
             r#"dcenet_policy_flow_events_total{kind="denied",direction="ingress",verdict="deny",reason="other-ethertype"} 3"#,
@@ -242,6 +262,7 @@ mod tests {
         let rule = |name: &str, packets| RuleCounter {
             rule: name.to_owned(),
             policy: Some(PolicyId::new("shop", "db")),
+            in_use: true,
             packets,
             bytes: packets * 100,
         };
@@ -272,6 +293,47 @@ mod tests {
         metrics.publish(&[reason(7)], &[]);
         let line = r#"dcenet_policy_reason_packets_total{direction="egress",verdict="deny",reason="spoofed"} 7"#;
         assert!(text(&registry).lines().any(|l| l == line));
-        assert!(seen().eq([None, None, None, None, Some(15)]));
+        assert!(seen().eq([Some(6), Some(6), None, None, Some(15)]), "nothing was said of rules");
+        metrics.publish(&[], &[rule("b", 2), rule("c", 11), rule("a", 6)]);
+        assert!(seen().eq([Some(6), Some(7), None, None, Some(15)]));
+    }
+
+    #[test]
+    fn counts_of_one_name_are_added_up_once() {
+        let mut registry = Registry::default();
+        let metrics = FlowMetrics::register(&mut registry, 2);
+        let rule = |packets| RuleCounter { rule: "a".to_owned(), policy: None, in_use: true, packets, bytes: packets };
+        for _ in 0..3 {
+            metrics.publish(&[], &[rule(100), rule(3)]);
+            assert_eq!(sum(&text(&registry), "dcenet_policy_rule_packets_total"), 103);
+        }
+        metrics.publish(&[], &[rule(100), rule(4)]);
+        assert_eq!(sum(&text(&registry), "dcenet_policy_rule_packets_total"), 104);
+    }
+
+    #[test]
+    fn rules_out_of_use_have_no_series() {
+        let mut registry = Registry::default();
+        let metrics = FlowMetrics::register(&mut registry, 1);
+        let rule = |name: &str, in_use, packets| RuleCounter {
+            rule: name.to_owned(),
+            policy: None,
+            in_use,
+            packets,
+            bytes: packets,
+        };
+        let series = |rule: &str| {
+            let start = format!("dcenet_policy_rule_packets_total{{policy=\"\",rule=\"{rule}\"}} ");
+            text(&registry).lines().find_map(|line| line.strip_prefix(&start).map(|n| n.parse::<u64>().unwrap()))
+        };
+        let seen = || ["old", "new", "more", "other"].map(series);
+        metrics.publish(&[], &[rule("old", false, 9), rule("new", true, 1)]);
+        assert_eq!(seen(), [None, Some(1), None, None]);
+        metrics.publish(&[], &[rule("old", true, 9), rule("new", true, 1)]);
+        assert_eq!(seen(), [None, Some(1), None, Some(9)]);
+        metrics.publish(&[], &[rule("old", false, 9), rule("new", false, 2), rule("more", true, 5)]);
+        assert_eq!(seen(), [None, None, Some(5), Some(9)], "a rule gives its place to the next");
+        metrics.publish(&[], &[rule("old", true, 10), rule("new", false, 2), rule("more", true, 5)]);
+        assert_eq!(seen(), [None, None, Some(5), Some(10)], "what was counted with others is not counted again");
     }
 }

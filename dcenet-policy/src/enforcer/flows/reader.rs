@@ -1,6 +1,6 @@
 //! From the ring buffer and the sweeps to a sink.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use parking_lot::RwLock;
 
 use super::super::EnforcerError;
 use super::super::state::Shared;
-use super::super::sweep::Swept;
+use super::super::sweep::{Swept, Told};
 use super::names::Names;
 use super::{Flow, FlowEnd, FlowKind, FlowSink, Losses, direction_of};
 use crate::ir::RuleId;
@@ -57,8 +57,8 @@ impl FlowReader {
     /// seen, with their counts, before their end. Every sweep of the owner looks whether a report is due, so intervals are
     /// those of the sweeps, ten seconds, at the least. `None`, as at first, tells of none.
     ///
-    /// A report that is not read before the next one is lost, and counted. It takes 104 bytes for each flow: 16 MiB where the
-    /// tables of default size are full.
+    /// While a report waits for [`FlowReader::drain`] there is no other; the next one then tells of the time since that one.
+    /// It takes 104 bytes for each flow: 16 MiB where the tables of default size are full.
     pub fn report_every(&self, interval: Option<Duration>) {
         self.swept.report_every(interval);
     }
@@ -79,7 +79,27 @@ impl FlowReader {
     /// # Errors
     /// The sink's, and what the kernel refuses.
     pub fn drain(&mut self, sink: &mut dyn FlowSink) -> Result<usize, EnforcerError> {
-        let Self { shared, ring, swept, unreadable, undelivered, full, .. } = self;
+        // Before the ring is looked at: what told of the flow's beginning is in there by now.
+        let (mut told, lost) = self.swept.take();
+        self.full = self.full.saturating_add(lost);
+        told.sort_by_key(time_of);
+        let mut told = VecDeque::from(told);
+        let handed = self.hand_over_all(&mut told, sink);
+        self.undelivered = self.undelivered.saturating_add(told.len() as u64);
+        let handed = handed?;
+        let losses = self.losses()?;
+        let new = losses.since(self.told);
+        if new != Losses::default() {
+            sink.lost(new).map_err(sink_failed)?;
+            self.told = losses;
+        }
+        sink.flush().map_err(sink_failed)?;
+        Ok(handed)
+    }
+
+    /// What waits in the ring, and what sweeps told, of which that is left which no attempt was made to hand over.
+    fn hand_over_all(&mut self, told: &mut VecDeque<Told>, sink: &mut dyn FlowSink) -> Result<usize, EnforcerError> {
+        let Self { shared, ring, unreadable, undelivered, .. } = self;
         let mut handed = 0;
         let mut waiting = ring.pending();
         let mut resolver = None;
@@ -97,21 +117,13 @@ impl FlowReader {
                 break;
             }
             let resolver = resolver.get_or_insert_with(|| Resolver::new(shared));
-            handed += hand_over(resolver, &events, sink, unreadable, undelivered)?;
+            handed += hand_over(resolver, &merged(events, told), sink, unreadable, undelivered)?;
         }
-        let (told, lost) = swept.take();
-        *full += lost;
-        if !told.is_empty() {
+        let rest: Vec<Told> = std::mem::take(told).into();
+        if !rest.is_empty() {
             let resolver = resolver.get_or_insert_with(|| Resolver::new(shared));
-            handed += hand_over(resolver, &told, sink, unreadable, undelivered)?;
+            handed += hand_over(resolver, &rest, sink, unreadable, undelivered)?;
         }
-        let losses = self.losses()?;
-        let new = losses.since(self.told);
-        if new != Losses::default() {
-            sink.lost(new).map_err(sink_failed)?;
-            self.told = losses;
-        }
-        sink.flush().map_err(sink_failed)?;
         Ok(handed)
     }
 
@@ -122,17 +134,31 @@ impl FlowReader {
         let mut losses = Losses { unreadable, undelivered, full, ..Losses::default() };
         for words in self.limits.load_all().map_err(|e| EnforcerError::map(abi::EVENT_LIMITS, e))? {
             let word = |offset: i16| words[offset as usize / 8];
-            losses.full += word(EventLimit::LOST);
-            losses.limited += word(EventLimit::LIMITED);
+            losses.full = losses.full.saturating_add(word(EventLimit::LOST));
+            losses.limited = losses.limited.saturating_add(word(EventLimit::LIMITED));
         }
         Ok(losses)
     }
 }
 
+fn time_of((_, event): &Told) -> u64 {
+    event.time
+}
+
+/// Events of the ring, with those before the last of them that sweeps told, by time. Of one time, the ring's come first.
+fn merged(mut events: Vec<Told>, told: &mut VecDeque<Told>) -> Vec<Told> {
+    if let Some(last) = events.iter().map(time_of).max() {
+        let until = told.partition_point(|one| time_of(one) <= last);
+        events.extend(told.drain(..until));
+        events.sort_by_key(time_of);
+    }
+    events
+}
+
 /// Hands events to a sink; those that it did not take are counted. Returns how many it took.
 fn hand_over(
     resolver: &Resolver,
-    events: &[(Option<FlowKind>, Event)],
+    events: &[Told],
     sink: &mut dyn FlowSink,
     unreadable: &mut u64,
     undelivered: &mut u64,
@@ -232,3 +258,21 @@ impl Resolver {
 
 /// Events between two looks at the names.
 const BATCH: usize = 1024;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_sweeps_told_comes_at_its_time() {
+        let told = |kind, times: &[u64]| -> Vec<Told> {
+            times.iter().map(|time| (kind, Event { time: *time, ..Event::default() })).collect()
+        };
+        let ended = Some(FlowKind::Ended);
+        let mut swept = VecDeque::from(told(ended, &[1, 20, 21, 30]));
+        let seen: Vec<_> = merged(told(None, &[10, 21, 20]), &mut swept).iter().map(|t| (t.0, t.1.time)).collect();
+        assert_eq!(seen, [(ended, 1), (None, 10), (None, 20), (ended, 20), (None, 21), (ended, 21)]);
+        assert_eq!(swept.len(), 1);
+        assert!(merged(Vec::new(), &mut swept).is_empty() && swept.len() == 1, "no event says what time it is");
+    }
+}
