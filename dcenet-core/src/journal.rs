@@ -281,11 +281,16 @@ impl Journal {
 
     /// Reads all finished and unfinished records of a network, without their locks.
     pub(crate) fn records(&self, network: &NetworkName) -> Result<Vec<Record>, JournalError> {
+        self.records_that(|record| record.key.network == *network)
+    }
+
+    /// As [`Journal::records`], of whatever network.
+    pub(crate) fn records_that(&self, wanted: impl Fn(&Record) -> bool) -> Result<Vec<Record>, JournalError> {
         let mut records = Vec::new();
         for id in self.ids()? {
             let Some(bytes) = self.bytes(id)? else { continue };
             match parse(&bytes, &self.path(id)) {
-                Ok(record) => records.extend(record.filter(|r| r.key.network == *network)),
+                Ok(record) => records.extend(record.filter(&wanted)),
                 // Whose it is cannot be told; it must not stand in the way of all others.
                 Err(error) => tracing::warn!(%error, "record left out"),
             }

@@ -4,8 +4,8 @@ use super::apply::{Session, look_up};
 use super::error::{AttachError, StepError};
 use super::{AttachRequest, Attached, Engine};
 use crate::journal::{Done, Entry, Interface, Record};
-use crate::link::{HostView, LinkRequest, PlanError, Policy};
-use crate::netlink::{self, AddressView, CreateLinkError, Socket};
+use crate::link::{HostView, LinkConfig, LinkRequest, PlanError, Policy};
+use crate::netlink::{self, AddressView, CreateLinkError, IpvlanMode, Socket};
 use crate::netns::NetNs;
 use crate::plan::{Device, Operation, Plan, Target, Undo, is_mark_of, mark};
 
@@ -80,6 +80,21 @@ impl Engine {
         Ok(link.is_some_and(|l| l.alias.is_some_and(|alias| is_mark_of(&record.key, &alias))))
     }
 
+    /// Refuses an ipvlan device whose mode would take a pod's policy away. Nobody attaches in the mode `l3s` meanwhile.
+    fn check_port(&self, request: &AttachRequest<'_>) -> Result<(), AttachError> {
+        let LinkConfig::Ipvlan(config) = &request.link else { return Ok(()) };
+        if request.policy == Policy::None && config.mode != IpvlanMode::L3s {
+            return Ok(());
+        }
+        let is_other = |record: &Record| record.key != request.key && record.boot == self.journal.boot();
+        for record in self.journal.records_that(is_other)? {
+            if let LinkConfig::Ipvlan(other) = &record.link {
+                config.check_beside(request.policy, &record.key, other, record.policy)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Attaches where nothing is recorded. `recorded` is what the record says afterwards, if that is anything.
     pub(super) fn attach_new(
         &self,
@@ -107,11 +122,13 @@ impl Engine {
         // Who relies on shared devices keeps those from removing them who made them and failed.
         let mut lock = if needs.is_empty() { None } else { Some(self.shared.relying(&self.host)?) };
         let (mut host, mut plan) = look()?;
-        if plan.makes_shared() {
+        let opens_port = matches!(&request.link, LinkConfig::Ipvlan(config) if config.mode == IpvlanMode::L3s);
+        if plan.makes_shared() || opens_port {
             drop(lock.take());
             lock = Some(self.shared.changing(&self.host)?);
             (host, plan) = look()?;
         }
+        self.check_port(request)?;
         for link in &host.links {
             session.know(Target::Host, link);
         }

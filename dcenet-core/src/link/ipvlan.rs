@@ -14,7 +14,8 @@
 //! routed in the host's namespace; there are no neighbours, and every route leads straight to the device.
 //!
 //! Policy sits on the device in the pod, as for [macvlan](super::MacvlanConfig), in the modes `l2` and `l3`; `l3s` hands packets
-//! to the pod past its device, and is refused under policy.
+//! to the pod past its device, and is refused under policy, and beside a pod under policy on the same parent: all ipvlan devices
+//! of a parent share the mode. Who makes such devices by other means must keep to that.
 
 use serde::{Deserialize, Serialize};
 
@@ -23,7 +24,7 @@ use super::{
     HostView, LinkDriver, LinkRequest, Need, PlanError, Policy, check_routes, device_mtu, parent_mac, parent_of,
     refuse_vlan,
 };
-use crate::model::{IfName, Mtu};
+use crate::model::{AttachmentKey, IfName, Mtu};
 use crate::netlink::{IpvlanFlag, IpvlanMode};
 use crate::plan::{Device, End, Plan, Tuning};
 use crate::probe::Underlay;
@@ -68,6 +69,32 @@ impl IpvlanConfig {
                          mode l2 or l3"
                         .to_owned(),
             }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses the mode `l3s` beside a pod under policy, and policy beside that mode: mode and flag are of the parent's port, and
+    /// the latest device sets them for all (drivers/net/ipvlan/ipvlan_main.c, `ipvlan_link_new`, `ipvlan_set_port_mode`).
+    pub(crate) fn check_beside(
+        &self,
+        policy: Policy,
+        other: &AttachmentKey,
+        config: &Self,
+        others_policy: Policy,
+    ) -> Result<(), PlanError> {
+        let conflict = |reason: String| Err(PlanError::Conflict { link: self.parent.clone(), reason });
+        if config.parent != self.parent {
+            return Ok(());
+        }
+        match ((self.mode, policy), (config.mode, others_policy)) {
+            ((IpvlanMode::L3s, _), (_, Policy::Wanted)) => conflict(format!(
+                "the mode l3s would take {other}, which is on it under policy, out of that, for all ipvlan devices of a parent \
+                 share the mode; use another parent, or the mode l2 or l3"
+            )),
+            ((_, Policy::Wanted), (IpvlanMode::L3s, _)) => conflict(format!(
+                "its ipvlan devices have the mode l3s for {other}, which hands pods packets that their devices' programs never \
+                 see; use another parent, or detach that first"
+            )),
             _ => Ok(()),
         }
     }
@@ -125,4 +152,37 @@ impl LinkDriver for IpvlanConfig {
 
 fn l2() -> IpvlanMode {
     IpvlanMode::L2
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_device_takes_a_pod_of_its_parent_out_of_policy() {
+        let other = AttachmentKey {
+            network: "shop".parse().unwrap(),
+            container: "c1".parse().unwrap(),
+            ifname: "eth0".parse().unwrap(),
+        };
+        let config = |parent: &str, mode: &str| {
+            serde_json::from_value::<IpvlanConfig>(serde_json::json!({ "parent": parent, "mode": mode })).unwrap()
+        };
+        let check = |(parent, mode, policy), (others_mode, others_policy)| {
+            config(parent, mode).check_beside(policy, &other, &config("up0", others_mode), others_policy)
+        };
+        let (free, held) = (Policy::None, Policy::Wanted);
+        for mode in ["l2", "l3"] {
+            let error = check(("up0", "l3s", free), (mode, held)).unwrap_err().to_string();
+            assert!(error.contains("up0") && error.contains("c1") && error.contains("under policy"), "{error}");
+            let error = check(("up0", mode, held), ("l3s", free)).unwrap_err().to_string();
+            assert!(error.contains("up0") && error.contains("c1") && error.contains("l3s"), "{error}");
+            check(("up1", "l3s", free), (mode, held)).unwrap();
+            check(("up0", "l3s", free), (mode, free)).unwrap();
+            check(("up0", mode, held), (mode, held)).unwrap();
+            check(("up0", mode, free), ("l3s", free)).unwrap();
+            // Would change the mode, and to one that policy sees.
+            check(("up0", mode, free), (mode, held)).unwrap();
+        }
+    }
 }
