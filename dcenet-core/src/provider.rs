@@ -376,9 +376,15 @@ impl Place {
 #[serde(rename_all = "camelCase")]
 #[non_exhaustive]
 pub enum Enforcement {
-    /// What the pod sends can be passed by: a process of it with CAP_NET_RAW sends past the programs of its own device
-    /// (`PACKET_QDISC_BYPASS`, packet(7)), and one with CAP_NET_ADMIN by a device of its own making beside it. What others
-    /// send to it is judged.
+    /// What the pod's stack sends by its device, and what that hands to the stack, is judged. Not so what privileges of the pod
+    /// go around:
+    /// * A process with CAP_NET_RAW sends past the programs of the pod's own device (`PACKET_QDISC_BYPASS`, packet(7)), and a
+    ///   packet socket of it reads frames that ingress policy denies, for the kernel hands them to it before the programs
+    ///   (net/core/dev.c, `__netif_receive_skb_core`).
+    /// * A process with CAP_NET_ADMIN makes another device on the same parent (drivers/net/macvlan.c,
+    ///   `macvlan_common_newlink`), which no program is on: it is judged in neither direction.
+    ///
+    /// Without these capabilities both directions hold.
     EgressBypassable,
     /// Every packet of the pod is judged, out of the pod's reach.
     Full,

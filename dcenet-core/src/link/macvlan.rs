@@ -23,9 +23,13 @@
 //!
 //! # Policy
 //! There is no end on the host: policy sits on the device in the pod, from before it is up, and needs Linux 6.6 (tcx). It holds
-//! what others send to the pod, and what the pod sends by its stack; a pod with CAP_NET_RAW or CAP_NET_ADMIN can send past it
-//! ([`Enforcement::EgressBypassable`](crate::provider::Enforcement::EgressBypassable)). Do not grant those where egress policy
+//! what the pod sends by its stack and what comes to its stack. A pod with CAP_NET_RAW can send past it, and read by packet
+//! sockets what it denies; one with CAP_NET_ADMIN can make another macvlan on the same parent, which is judged in neither
+//! direction ([`Enforcement::EgressBypassable`](crate::provider::Enforcement::EgressBypassable)). Do not grant those where policy
 //! matters, or refuse such devices by `"policy": { "require": "full" }`.
+//!
+//! What has the address of the pod's node as its source is not let in for that, as it is on a host's end: on a segment anybody can
+//! send from it. Where the host shall reach an isolated pod by `hostAccess`, a policy must allow its address.
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
