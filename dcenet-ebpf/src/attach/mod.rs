@@ -487,6 +487,15 @@ pub enum AttachError {
 }
 
 impl AttachError {
+    /// Whether somebody else works on the same links or hook, so that the same call may succeed later.
+    pub fn is_busy(&self) -> bool {
+        match self {
+            Self::Raced { .. } | Self::LinkBusy { .. } => true,
+            Self::Pin(e) => e.raw_os_error() == Some(libc::EWOULDBLOCK),
+            _ => false,
+        }
+    }
+
     /// The errno behind the error, where there is one.
     pub fn raw_os_error(&self) -> Option<i32> {
         match self {

@@ -1,9 +1,10 @@
 //! Links that pins hold: what links to devices and to cgroups have in common.
 
-use std::fs::{File, Metadata};
+use std::fs::{File, Metadata, TryLockError};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, Instant};
 
 use crate::pin::{PinError, Pins};
 use crate::program::Program;
@@ -91,14 +92,28 @@ where
     Ok(Swap::Done)
 }
 
-/// Keeps other processes with the same pins from changing links, until it is dropped. A process that dies loses it.
+/// Keeps other processes with the same pins from changing links, until it is dropped. A process that dies loses it; one that
+/// is stopped does not, so it is waited for no longer than [`PATIENCE`], and the errno is then `EWOULDBLOCK`.
 pub(super) fn lock(pins: &Pins) -> Result<File, PinError> {
+    lock_within(pins, PATIENCE)
+}
+
+fn lock_within(pins: &Pins, limit: Duration) -> Result<File, PinError> {
+    let begun = Instant::now();
     let path = pins.directory();
     let file = |metadata: Metadata| (metadata.dev(), metadata.ino());
     let locked = gated("lock", || {
         for _ in 0..ATTEMPTS {
             let directory = File::open(path)?;
-            directory.lock()?;
+            let mut pause = SHORTEST_PAUSE;
+            while let Err(error) = directory.try_lock() {
+                match error {
+                    TryLockError::WouldBlock if begun.elapsed() < limit => std::thread::sleep(pause),
+                    TryLockError::WouldBlock => return Err(io::Error::from_raw_os_error(libc::EWOULDBLOCK)),
+                    TryLockError::Error(error) => return Err(error),
+                }
+                pause = (pause * 2).min(LONGEST_PAUSE);
+            }
             // While this one waited, another bpffs may have been mounted here, which others lock.
             if file(directory.metadata()?) == file(std::fs::metadata(path)?) {
                 return Ok(directory);
@@ -124,5 +139,32 @@ pub(super) fn no_link() -> SysError {
 
 /// Leaves room for the rest of a pin's name ([`Pins`] takes 200 bytes).
 const LABEL_BYTES: usize = 160;
+/// How long others are waited for who change links, of whom each needs some tens of milliseconds.
+const PATIENCE: Duration = Duration::from_secs(5);
+const SHORTEST_PAUSE: Duration = Duration::from_micros(100);
+const LONGEST_PAUSE: Duration = Duration::from_millis(5);
 /// How often a chain is looked at again that others keep changing.
 pub(super) const ATTEMPTS: usize = 16;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_holds_the_lock_is_not_waited_for_for_ever() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let pins = Pins::at(directory.path());
+        let held = lock(&pins).expect("nobody has it");
+        let (said, heard) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            let pins = &pins;
+            scope.spawn(move || said.send(lock_within(pins, Duration::from_millis(20)).map(drop)));
+            let waited = heard.recv_timeout(Duration::from_secs(60));
+            // Ends a wait that has no limit.
+            drop(held);
+            let error = waited.expect("it waits without a limit").expect_err("it is held");
+            assert_eq!(error.raw_os_error(), Some(libc::EWOULDBLOCK));
+        });
+        lock(&pins).expect("nobody has it");
+    }
+}
