@@ -4,9 +4,10 @@
 //! order. A message is a length (32 bits, big endian) and as many bytes of JSON:
 //!
 //! ```json
-//! {"version": 2, "body": {"attached": {"endpoint": {"...": "..."}, "default": "deny"}}}
-//! {"version": 2, "body": {"gone": {"attachment": {"network": "shop", "container": "c1", "ifname": "eth0"}}}}
-//! {"version": 2, "body": {"await": {"attachment": {"...": "..."}, "limit": "5s"}}}
+//! {"version": 1, "body": {"attached": {"endpoint": {"...": "..."}, "default": "deny"}}}
+//! {"version": 2, "body": {"attached": {"endpoint": {"...": "...", "place": {"pod": {"...": "..."}}}, "default": "deny"}}}
+//! {"version": 1, "body": {"gone": {"attachment": {"network": "shop", "container": "c1", "ifname": "eth0"}}}}
+//! {"version": 1, "body": {"await": {"attachment": {"...": "..."}, "limit": "5s"}}}
 //! ```
 //!
 //! | Request | Replies |
@@ -16,8 +17,9 @@
 //! | `await` | `{"enforced": {"generation": 7}}` or `{"waiting": {"reason": ".."}}`, within the request's limit |
 //! | any | `{"refused": {"reason": ".."}}`, or `{"busy": {"reason": ".."}}`: the same later may be taken |
 //!
-//! Whoever changes the meaning of a message changes [`VERSION`]; each side refuses another version than its own, with
-//! both numbers in the reason. Reading is pure and bounded: no input makes it panic or allocate more than
+//! A message bears the lowest version that has its meaning, so that releases which differ understand each other as far as they
+//! can: version 2 tells of devices in pods ([`Place::Pod`](dcenet_core::provider::Place)), and everything else is of version 1.
+//! Each side reads all versions up to [`VERSION`] and refuses others, with both numbers in the reason. Reading is pure and bounded: no input makes it panic or allocate more than
 //! [`MAX_MESSAGE`] bytes and what serde makes of them.
 
 use std::io::{self, Read, Write};
@@ -30,7 +32,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config::{DefaultVerdict, Limit};
 
-/// The version of this protocol.
+/// The latest version of this protocol.
 pub const VERSION: u32 = 2;
 
 /// The longest message in bytes, its length not counted: room for every label that Kubernetes lets a pod have.
@@ -40,6 +42,26 @@ pub const MAX_MESSAGE: usize = 512 * 1024;
 pub fn socket_path(run_dir: &Path) -> PathBuf {
     run_dir.join("policy.sock")
 }
+
+/// What is sent.
+pub trait Message: Serialize {
+    /// The lowest version of the protocol that has its meaning.
+    fn version(&self) -> u32 {
+        FIRST_VERSION
+    }
+}
+
+impl Message for Request {
+    fn version(&self) -> u32 {
+        match self {
+            // A reader of version 1 would look for the device on the host.
+            Self::Attached { endpoint, .. } if !endpoint.place.is_host() => VERSION,
+            Self::Attached { .. } | Self::Gone { .. } | Self::Await { .. } => FIRST_VERSION,
+        }
+    }
+}
+
+impl Message for Reply {}
 
 /// What a client says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -105,7 +127,9 @@ pub enum ProtocolError {
         length: usize,
     },
     /// The other side speaks another version.
-    #[error("protocol version {theirs}, and this side speaks {VERSION}; run the same release of both programs")]
+    #[error(
+        "protocol version {theirs}, and this side speaks those up to {VERSION}; run the same release of both programs"
+    )]
     Version {
         /// What it speaks.
         theirs: u32,
@@ -129,8 +153,8 @@ struct Envelope<T> {
 ///
 /// # Errors
 /// [`ProtocolError::TooLong`].
-pub fn encode<T: Serialize>(body: &T) -> Result<Vec<u8>, ProtocolError> {
-    let bytes = serde_json::to_vec(&Envelope { version: VERSION, body }).map_err(ProtocolError::Malformed)?;
+pub fn encode<T: Message>(body: &T) -> Result<Vec<u8>, ProtocolError> {
+    let bytes = serde_json::to_vec(&Envelope { version: body.version(), body }).map_err(ProtocolError::Malformed)?;
     if bytes.len() > MAX_MESSAGE { Err(ProtocolError::TooLong { length: bytes.len() }) } else { Ok(bytes) }
 }
 
@@ -144,7 +168,7 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ProtocolError> {
     }
     // Another version's body may look like anything: its number is read first.
     let version = serde_json::from_slice::<Envelope<IgnoredAny>>(bytes).map_err(ProtocolError::Malformed)?.version;
-    if version != VERSION {
+    if !(FIRST_VERSION..=VERSION).contains(&version) {
         return Err(ProtocolError::Version { theirs: version });
     }
     Ok(serde_json::from_slice::<Envelope<T>>(bytes).map_err(ProtocolError::Malformed)?.body)
@@ -154,7 +178,7 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ProtocolError> {
 ///
 /// # Errors
 /// [`ProtocolError::TooLong`] and [`ProtocolError::Io`].
-pub fn send<T: Serialize>(to: &mut impl Write, body: &T) -> Result<(), ProtocolError> {
+pub fn send<T: Message>(to: &mut impl Write, body: &T) -> Result<(), ProtocolError> {
     let bytes = encode(body)?;
     let length = u32::try_from(bytes.len()).map_err(|_| ProtocolError::TooLong { length: bytes.len() })?;
     let mut message = Vec::with_capacity(LENGTH + bytes.len());
@@ -190,6 +214,7 @@ pub fn receive<T: DeserializeOwned>(from: &mut impl Read) -> Result<Option<T>, P
 }
 
 const LENGTH: usize = size_of::<u32>();
+const FIRST_VERSION: u32 = 1;
 
 #[cfg(test)]
 mod tests {
@@ -288,11 +313,41 @@ mod tests {
         let text = |request: &Request| String::from_utf8(encode(request).unwrap()).unwrap();
         assert_eq!(
             text(&Request::Await { attachment: key("c1"), limit: "5s".parse().unwrap() }),
-            r#"{"version":2,"body":{"await":{"attachment":{"network":"shop","container":"c1","ifname":"eth0"},"limit":"5s"}}}"#
+            r#"{"version":1,"body":{"await":{"attachment":{"network":"shop","container":"c1","ifname":"eth0"},"limit":"5s"}}}"#
         );
-        assert_eq!(encode(&Reply::Noted).unwrap(), br#"{"version":2,"body":"noted"}"#);
+        assert_eq!(encode(&Reply::Noted).unwrap(), br#"{"version":1,"body":"noted"}"#);
         let enforced = Reply::Enforced { generation: 7 };
-        assert_eq!(encode(&enforced).unwrap(), br#"{"version":2,"body":{"enforced":{"generation":7}}}"#);
+        assert_eq!(encode(&enforced).unwrap(), br#"{"version":1,"body":{"enforced":{"generation":7}}}"#);
+    }
+
+    #[test]
+    fn what_version_1_can_say_is_of_version_1() {
+        let attached = |place: Place| {
+            let endpoint = Endpoint {
+                attachment: key("c1"),
+                ifindex: dcenet_core::model::IfIndex::new(7).unwrap(),
+                ifname: "dc0".parse().unwrap(),
+                place,
+                link_local: None,
+                mac: dcenet_core::model::MacAddr::new([2, 0, 0, 0, 0, 1]),
+                addresses: vec!["10.0.0.1".parse().unwrap()],
+                workload: None,
+                labels: Default::default(),
+            };
+            Request::Attached { endpoint: Box::new(endpoint), default: DefaultVerdict::Deny }
+        };
+        // The very bytes of a release that knew no places.
+        let old = concat!(
+            r#"{"version":1,"body":{"attached":{"endpoint":{"attachment":{"network":"shop","container":"c1","ifname":"eth0"},"#,
+            r#""ifindex":7,"ifname":"dc0","mac":"02:00:00:00:00:01","addresses":["10.0.0.1"],"workload":null,"labels":{}},"#,
+            r#""default":"deny"}}}"#
+        );
+        assert_eq!(String::from_utf8(encode(&attached(Place::Host)).unwrap()).unwrap(), old);
+        assert_eq!(decode::<Request>(old.as_bytes()).unwrap(), attached(Place::Host));
+        let new = String::from_utf8(encode(&attached(a_pod())).unwrap()).unwrap();
+        assert!(new.starts_with(r#"{"version":2,"#), "{new}");
+        let none = decode::<Request>(br#"{"version":0,"body":"noted"}"#).unwrap_err();
+        assert!(matches!(none, ProtocolError::Version { theirs: 0 }));
     }
 
     #[test]
