@@ -629,7 +629,9 @@ impl Compiler {
             let keys = Direction::ALL.map(|direction| {
                 let with_rules = governing.iter().filter(|policy| policy.rules(direction).is_some());
                 let policies: Vec<PolicyId> = with_rules.map(|policy| policy.id.clone()).collect();
-                let node = pod.node.clone().filter(|node| !policies.is_empty() && cluster.nodes.contains_key(node));
+                let is_believed = !(pod.on_segment && direction == Direction::Ingress);
+                let applies = |node: &String| !policies.is_empty() && is_believed && cluster.nodes.contains_key(node);
+                let node = pod.node.clone().filter(applies);
                 let mut named_ports = BTreeMap::new();
                 if direction == Direction::Ingress {
                     let used = names

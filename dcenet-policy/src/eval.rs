@@ -142,7 +142,8 @@ pub fn evaluate_without(
     for tier in Tier::ALL {
         let policies: Vec<&Policy> = governing.iter().copied().filter(|policy| policy.id.tier == tier).collect();
         let isolates = tier == Tier::NetworkPolicy && !policies.is_empty();
-        if isolates && is_own_node(cluster, pod, tuple.peer) {
+        let may_be_forged = pod.on_segment && tuple.direction == Direction::Ingress;
+        if isolates && !may_be_forged && is_own_node(cluster, pod, tuple.peer) {
             return Ok(Decision { verdict: Verdict::Allow, reason: Reason::OwnNode });
         }
         'tier: for policy in &policies {

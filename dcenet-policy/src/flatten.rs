@@ -17,7 +17,7 @@ pub(crate) struct SetKey {
     pub(crate) direction: Direction,
     /// The governing policies, in order.
     pub(crate) policies: Vec<PolicyId>,
-    /// The endpoint's node, if anything governs it and the node is known.
+    /// The endpoint's node, if anything governs it, the node is known, and its address is believed.
     pub(crate) node: Option<String>,
     /// On ingress, what the names that the rules use mean on the endpoint.
     pub(crate) named_ports: BTreeMap<(String, Protocol), BTreeSet<u16>>,

@@ -497,6 +497,9 @@ pub struct Pod {
     pub node: Option<String>,
     /// Whose network namespace it uses.
     pub network: PodNetwork,
+    /// Whether its device is straight on a segment, as a macvlan or ipvlan is. There anybody may send from the address of
+    /// the pod's node, which is then no reason to let a packet in.
+    pub on_segment: bool,
 }
 
 impl Pod {

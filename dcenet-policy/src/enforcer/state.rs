@@ -187,6 +187,7 @@ impl State {
             let pod = pod.get_or_insert_with(labels);
             pod.addresses.extend(&known.endpoint.addresses);
             pod.node = Some(self.node.clone());
+            pod.on_segment |= !known.endpoint.place.is_host();
         }
         let held = self.addresses_of_endpoints();
         let cluster = Arc::make_mut(&mut self.cluster);

@@ -424,7 +424,7 @@ fn pod(fields: &Fields<'_>) -> Result<ReadPod, SourceError> {
     }
     let phase = status.field("phase");
     let finished = phase.value.is_some() && ["Succeeded", "Failed"].contains(&phase.text()?);
-    let pod = Pod { labels: labels(&metadata)?, addresses, ports, node, network };
+    let pod = Pod { labels: labels(&metadata)?, addresses, ports, node, network, on_segment: false };
     Ok(ReadPod { id, pod, node_addresses, finished })
 }
 
