@@ -112,7 +112,9 @@ impl AttachError {
                 ..
             } => error.is_retryable(),
             Self::Step {
-                cause: StepError::Policy(PolicyError::TimedOut { .. } | PolicyError::NotReady { .. }),
+                cause:
+                    StepError::Policy(PolicyError::TimedOut { .. } | PolicyError::NotReady { .. })
+                    | StepError::Unsent { .. },
                 ..
             } => true,
             _ => false,
@@ -142,6 +144,16 @@ pub enum StepError {
     /// What is done by other means than netlink failed.
     #[error("{what}: {source}")]
     Local {
+        /// What was attempted.
+        what: String,
+        /// What the system answered.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The device took no frame (`ENOBUFS`): its queue is full, or programs on it drop all of them, as the default policy of a
+    /// device in a pod does before the policy owner has taken note of the pod.
+    #[error("{what}: {source}: nothing passed the device; where the pod is under policy, does the policy owner run?")]
+    Unsent {
         /// What was attempted.
         what: String,
         /// What the system answered.

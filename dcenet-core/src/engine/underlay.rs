@@ -22,7 +22,10 @@ impl Session<'_> {
                 let what = "probe for conflicts";
                 let probe = |segment: &Segment| segment.conflicts(addresses, *timing);
                 let (what, found) = self.on_segment(step, what, link, *mac, addresses, probe)?;
-                let found = found.map_err(|source| StepError::Local { what, source })?;
+                let found = found.map_err(|source| match source.raw_os_error() {
+                    Some(libc::ENOBUFS) => StepError::Unsent { what, source },
+                    _ => StepError::Local { what, source },
+                })?;
                 if found.is_empty() { Ok(()) } else { Err(StepError::InUse(found)) }
             }
             Operation::Announce { link, mac, addresses, times } => {

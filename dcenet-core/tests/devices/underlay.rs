@@ -584,7 +584,11 @@ fn a_full_queue_fails_probes_of_which_none_went_and_nothing_else() {
         [(json!({}), "probe for conflicts"), (json!({ "probes": 0, "gatewayProbe": "fail" }), "probe the gateway")]
     {
         let error = attach(underlay).unwrap_err();
-        let AttachError::Step { cause: StepError::Local { what: failed, source }, .. } = &error else {
+        let AttachError::Step {
+            cause: StepError::Local { what: failed, source } | StepError::Unsent { what: failed, source },
+            ..
+        } = &error
+        else {
             panic!("{error}");
         };
         assert!(failed.starts_with(what), "{error}");
