@@ -19,7 +19,7 @@ use parking_lot::Mutex;
 
 use super::cells::Cells;
 use super::flows::{self, Names};
-use super::inside::on_device;
+use super::inside::{Holds, on_device};
 use super::node::{NodeMaps, create, program_name};
 use super::state::{Known, Outcome, Shared};
 use super::tables::ClassTables;
@@ -363,9 +363,13 @@ impl Applier {
     fn attach(&mut self, shared: &Shared, switches: &[Switch<'_>], outcomes: &mut Outcomes) -> Vec<Replaced> {
         let mut replaced = Vec::new();
         for switch in switches {
+            let state = shared.state.lock();
+            // The links of one in a pod may live on after it was told to be gone, and are shut since.
+            let is_told = switch.known.endpoint.place.is_host() || state.has(&switch.known.endpoint);
             let mut cells = shared.cells.lock();
+            drop(state);
             // One of the same name may have been admitted since, and the cell is that one's.
-            if !shared.has_device(&switch.known.endpoint) {
+            if !is_told || !shared.has_device(&switch.known.endpoint) {
                 outcomes.push((switch.key.clone(), Outcome::Gone));
                 continue;
             }
@@ -515,22 +519,38 @@ fn put_back(shared: &Shared, cells: &Cells, switch: &Switch<'_>, before: &Progra
 
 impl Shared {
     /// Puts an endpoint's programs in the place of those that are there, by the hooks of a host's end. Devices on the host are
-    /// found by their index in the calling thread's namespace.
+    /// found by their index in the calling thread's namespace. In pods an earlier device of the attachment may live beside the
+    /// present one, and takes the same programs. The first error is told when all is tried.
     fn replace(&self, endpoint: &Endpoint, programs: &Programs, slot: u16) -> Result<(), EnforcerError> {
         let id = endpoint.attachment.id();
         let links = if endpoint.place.is_host() { Vec::new() } else { self.inside.of(id)? };
+        let mut first: Option<EnforcerError> = None;
         for direction in [HookDirection::Ingress, HookDirection::Egress] {
             let hook = Hook { device: endpoint.ifindex, direction: on_device(direction, &endpoint.place) };
             if endpoint.place.is_host() {
                 let tag = Tag { label: &id.to_string(), class: slot };
-                self.tools.attacher.replace_tagged(hook, programs.on(direction), tag)?;
+                if let Err(error) = self.tools.attacher.replace_tagged(hook, programs.on(direction), tag) {
+                    first.get_or_insert(error.into());
+                }
                 continue;
             }
-            let mut here = links.iter().filter(|link| link.lives() && link.link.direction == hook.direction);
-            let link = here.next().ok_or(AttachError::NotAttached { hook })?;
-            self.inside.replace(link, programs.on(direction), slot)?;
+            let mut replaced = 0;
+            for link in links.iter().filter(|link| link.lives() && link.link.direction == hook.direction) {
+                match self.inside.replace(link, programs.on(direction), Holds::Own(slot)) {
+                    Ok(()) => replaced += 1,
+                    // Its device has vanished since the links were listed.
+                    Err(AttachError::NoLink { .. }) => {}
+                    Err(error) => {
+                        replaced += 1;
+                        first.get_or_insert(error.into());
+                    }
+                }
+            }
+            if replaced == 0 {
+                first.get_or_insert(AttachError::NotAttached { hook }.into());
+            }
         }
-        Ok(())
+        first.map_or(Ok(()), Err)
     }
 
     /// Whether an endpoint's device is there still; one on the host is looked for in the calling thread's namespace.

@@ -90,7 +90,7 @@ pub enum ClientError {
     },
     /// The pod could pass its policy by, and the configuration wants one that it cannot.
     #[error(
-        "policy.require \"full\": device {device} lives in the pod, which can send past its policy with CAP_NET_RAW or \
+        "policy.require \"full\": device {device} lives in the pod, which can pass its policy by with CAP_NET_RAW or \
          CAP_NET_ADMIN; use a bridge, veth or netkit, or say \"any\""
     )]
     Bypassable {
@@ -323,10 +323,11 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
             let hooks = BOTH.map(|direction| Hook { device, direction });
             remove(&self.attacher, &hooks, attachment).map_err(failed(doing()))?;
         }
-        let living = self.inside.forget(attachment.id()).map_err(failed(doing()))?;
+        self.inside.forget(attachment.id()).map_err(failed(doing()))?;
+        let living = self.inside.shut(&self.pins, attachment.id()).map_err(failed(doing()))?;
         if living > 0 {
             // Its namespace may end in the background, or be out of reach; the owner removes the pins when it has.
-            tracing::debug!(%attachment, living, "its device in the pod lives, and keeps its policy until it is gone");
+            tracing::debug!(%attachment, living, "its device in the pod lives, and is shut until it is gone");
         }
         self.tell(&Request::Gone { attachment: attachment.clone() }, false).map_err(|e| refused(doing(), e))
     }
@@ -385,7 +386,11 @@ fn unattached(doing: String) -> impl FnOnce(AttachError) -> PolicyError {
 }
 
 fn failed<E: Into<Box<dyn std::error::Error + Send + Sync>>>(doing: String) -> impl FnOnce(E) -> PolicyError {
-    move |error| PolicyError::Failed { doing, source: error.into() }
+    move |error| {
+        let source: Box<dyn std::error::Error + Send + Sync> = error.into();
+        let is_busy = source.downcast_ref::<AttachError>().is_some_and(AttachError::is_busy);
+        if is_busy { PolicyError::NotReady { doing, source } } else { PolicyError::Failed { doing, source } }
+    }
 }
 
 fn refused(doing: String, error: ClientError) -> PolicyError {

@@ -19,7 +19,7 @@ use super::apply::{Applied, Applier};
 use super::cells::{Cells, bare_hooks};
 use super::config::DefaultVerdict;
 use super::flows::Names;
-use super::inside::{Inside, InsideLink, on_device};
+use super::inside::{Holds, Inside, InsideLink, on_device};
 use super::node::{NodeMaps, default_pin, load_default, pin_defaults};
 use super::protocol::{Reply, Request};
 use super::server::Answer;
@@ -151,6 +151,11 @@ impl State {
         old.into_iter().chain(new).collect::<BTreeSet<_>>().into_iter().for_each(|pod| self.join(pod));
     }
 
+    /// Whether the endpoint is known, on this device.
+    pub(crate) fn has(&self, endpoint: &Endpoint) -> bool {
+        self.endpoints.get(&endpoint.attachment).is_some_and(|known| known.is_on(endpoint.ifindex, &endpoint.place))
+    }
+
     /// Notes that the default stands in for an endpoint's own programs.
     fn lost(&mut self, attachment: &AttachmentKey) {
         if let Some(known) = self.endpoints.get_mut(attachment) {
@@ -259,10 +264,13 @@ impl Shared {
         pin_defaults(&pins, &maps, &*tools.loader, &*tools.lowering)?;
         let inside = Inside::new(pins.clone());
         let mut used = host.0.run_here_or_there(|| attached_slots(&*tools.attacher))??;
-        used.extend(inside.slots()?);
+        let in_pods = inside.slots()?;
+        used.extend(in_pods.iter().map(|(slot, holder)| (*slot, holder.id)));
         forget_vanished(&*tools.attacher, &inside);
         let names = Names::resume(&config.run_dir);
-        let adopted = used.iter().map(|(slot, id)| (*id, *slot)).collect();
+        // Who was admitted and nothing else is under no verdicts yet.
+        let is_judged = |slot: &u16| in_pods.get(slot).is_none_or(|holder| holder.is_judged);
+        let adopted = used.iter().filter(|(slot, _)| is_judged(slot)).map(|(slot, id)| (*id, *slot)).collect();
         let applier = Applier::new(&maps, &sizes, &config.node, &names)?;
         let cells = Cells::new(&maps, &sizes, used)?;
         let mut state = State { node: config.node.clone(), adopted, ..State::default() };
@@ -359,8 +367,7 @@ impl Shared {
         let attacher = &*self.tools.attacher;
         let _change = again.then(|| self.applier.lock());
         let state = self.state.lock();
-        let is_it = |known: &Known| known.is_on(endpoint.ifindex, &endpoint.place);
-        if !state.endpoints.get(&endpoint.attachment).is_some_and(is_it) {
+        if !state.has(endpoint) {
             // It went in the meantime.
             return Ok(());
         }
@@ -388,19 +395,19 @@ impl Shared {
         let links = self.inside.of(endpoint.attachment.id())?;
         let living: Vec<&InsideLink> = links.iter().filter(|link| link.lives()).collect();
         // Also where somebody has taken one away.
-        *found = living.len() < 2 || living.iter().any(|link| link.slot.is_none());
+        *found = living.len() < 2 || living.iter().any(|link| link.slot().is_none());
         if !*found {
             return Ok(());
         }
         let (slot, _) = cells.settle(endpoint, true)?;
         let mut deny = None;
-        for link in living.into_iter().filter(|link| link.slot.is_none()) {
+        for link in living.into_iter().filter(|link| link.slot().is_none()) {
             let there = Program::by_id(link.link.program).map_err(AttachError::from)?;
             let at_host = on_device(link.link.direction, &endpoint.place);
             let pin = default_pin(DefaultVerdict::Allow, at_host, false);
             let allow = self.pins.get(pin)?.map(Program::from_fd).transpose().map_err(AttachError::from)?;
             if allow.is_some_and(|allow| allow.info().id == there.info().id) {
-                self.inside.replace(link, &there, slot)?;
+                self.inside.replace(link, &there, Holds::Default(slot))?;
                 continue;
             }
             let programs = match &mut deny {
@@ -415,10 +422,25 @@ impl Shared {
             };
             for (direction, program) in programs.iter().filter(|(direction, _)| *direction == at_host) {
                 tracing::debug!(attachment = %endpoint.attachment, ?direction, slot, "admitted");
-                self.inside.replace(link, program, slot)?;
+                self.inside.replace(link, program, Holds::Default(slot))?;
             }
         }
         Ok(())
+    }
+
+    /// Has the links of an attachment that is gone judge by no policy of it, where their device lives on.
+    fn shut(&self, attachment: &AttachmentKey) {
+        let state = self.state.lock();
+        if state.endpoints.contains_key(attachment) {
+            // It is there again.
+            return;
+        }
+        // Whoever puts programs on it now has begun before it was told to be gone.
+        let _cells = self.cells.lock();
+        drop(state);
+        if let Err(error) = self.inside.shut(&self.pins, attachment.id()) {
+            tracing::warn!(%attachment, %error, "its device in the pod keeps the policy that it had");
+        }
     }
 
     pub(crate) fn statuses(&self) -> Vec<EndpointStatus> {
@@ -567,6 +589,7 @@ impl Answer for Shared {
                     state.forget(&attachment);
                     self.cells.lock().forget(&attachment);
                 });
+                self.shut(&attachment);
                 self.changed.notify_all();
                 Reply::Noted
             }

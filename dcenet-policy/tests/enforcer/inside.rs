@@ -57,7 +57,13 @@ impl World {
 
     /// What the names of a pod's pins tell of its slot.
     fn slots(&self, name: &str) -> BTreeSet<Option<u16>> {
-        self.links(name).iter().map(|l| l.label.split_once('_').map(|(_, slot)| slot.parse().unwrap())).collect()
+        let slot = |label: &str| label.split_once('_').map(|(_, slot)| slot.trim_end_matches('d').parse().unwrap());
+        self.links(name).iter().map(|link| slot(&link.label)).collect()
+    }
+
+    /// Whether the names say that a pod has default programs alone.
+    fn is_on_default(&self, name: &str) -> bool {
+        self.links(name).iter().all(|link| !link.label.contains('_') || link.label.ends_with('d'))
     }
 
     /// What a check says of a pod.
@@ -157,6 +163,14 @@ fn until_policy_is_known_the_default_holds_inside_pods() {
         world.add("web", 2, &[("app", "web")]);
         world.add("db", 3, &[("app", "db")]);
         assert!(world.slots("web").iter().all(Option::is_some), "admitted: {:?}", world.links("web"));
+        assert!(world.is_on_default("web") && world.is_on_default("early"), "{:?}", world.links("web"));
+        // The next owner takes nobody for enforced who never was.
+        drop(owner);
+        let owner = world.open(tools());
+        let records = world.engine.attachments(&"shop".parse().unwrap()).unwrap();
+        owner.adopt(&records).unwrap();
+        let phases: BTreeSet<_> = owner.endpoints().iter().map(|status| format!("{:?}", status.phase)).collect();
+        assert_eq!((owner.endpoints().len(), phases), (3, ["Default".to_owned()].into()));
         let allowed = default == DefaultVerdict::Allow;
         let neighbours = world.reasons()[&Reason::Neighbour];
         world.tcp("web", "db", 5432, allowed);
@@ -169,12 +183,11 @@ fn until_policy_is_known_the_default_holds_inside_pods() {
             });
             assert!(world.reasons()[&Reason::PolicyUnknown] > 0);
         }
-        let records = world.engine.attachments(&"shop".parse().unwrap()).unwrap();
-        owner.adopt(&records).unwrap();
         owner.set_policies(policies(DB)).unwrap();
         let report = owner.start().unwrap();
         assert!(report.is_complete() && report.enforced == 3, "{report:?}");
         assert!(world.slots("early").iter().all(Option::is_some));
+        assert!(!world.is_on_default("early") && !world.is_on_default("web"));
         world.tcp("web", "db", 5432, true);
         world.tcp("early", "db", 5432, false);
         owner.uninstall().unwrap();
@@ -329,4 +342,77 @@ fn links_inside_a_pod_are_of_its_device_alone() {
     owner.uninstall().unwrap();
     assert_eq!(world.links("db").len(), 0);
     world.tcp("scan", "db", 80, true);
+}
+
+/// On a segment anybody can have the node's address, so that it opens nothing. The twin is a pod with an end on the host, where
+/// it is the node's alone.
+#[test]
+fn on_a_segment_the_address_of_the_node_opens_nothing() {
+    if !ready() {
+        return;
+    }
+    for on_segment in [true, false] {
+        let mut world = if on_segment { world() } else { World::new() };
+        let owner = world.started();
+        world.add_enforced("db", 3, &[("app", "db")]);
+        if on_segment {
+            // Somebody on the segment, on the other side of the pods' parent.
+            world.host.root().sh("ip addr add 10.20.0.1/24 dev far0");
+        }
+        let to = world.address("db", false);
+        ping(world.host.root(), to, LONG).expect("no policy is there yet");
+        assert!(owner.set_policies(policies(DB)).unwrap().is_complete());
+        if on_segment {
+            let denied = world.reasons()[&Reason::Denied];
+            eventually("it is denied", || {
+                assert!(ping(world.host.root(), to, DENIED).is_err(), "the node's address is believed");
+                world.reasons()[&Reason::Denied] > denied
+            });
+        } else {
+            ping(world.host.root(), to, LONG).expect("the node is let in");
+        }
+        owner.uninstall().unwrap();
+    }
+}
+
+/// The default knows no addresses before an owner has noted the pod, and lets no probe for them pass.
+#[test]
+fn probes_without_an_owner_fail_with_the_reason_and_pass_with_one() {
+    if !ready() {
+        return;
+    }
+    let mut world = world();
+    world.probes = 1;
+    drop(world.open(tools()));
+    let error = world.try_add("db", 3, &[]).unwrap_err();
+    assert!(error.contains("does the policy owner run?"), "{error}");
+    let owner = world.started();
+    world.add_enforced("web", 2, &[]);
+    owner.uninstall().unwrap();
+}
+
+/// Whoever detaches a pod whose device lives on leaves it nothing that later policy would make wrong.
+#[test]
+fn a_device_that_outlives_its_attachment_is_shut() {
+    if !ready() {
+        return;
+    }
+    let mut world = world();
+    let owner = world.started();
+    world.db_web_scan();
+    world.tcp("web", "db", 5432, true);
+    // Told to an owner, and below without one.
+    let default = |name: &str| world.links(name).iter().all(|link| !link.label.contains('_'));
+    world.sink.detach(&key("db")).unwrap();
+    assert!(default("db") && world.links("db").len() == 2, "{:?}", world.links("db"));
+    assert!(owner.endpoints().iter().all(|status| status.attachment != key("db")));
+    world.tcp("web", "db", 5432, false);
+    world.tcp("web", "scan", 5432, true);
+    assert!(owner.set_policies(policies(DB)).unwrap().is_complete());
+    assert!(default("db"), "{:?}", world.links("db"));
+    drop(owner);
+    world.sink.detach(&key("scan")).unwrap();
+    assert!(default("scan") && world.links("scan").len() == 2, "{:?}", world.links("scan"));
+    world.tcp("web", "scan", 5432, false);
+    world.open(tools()).uninstall().unwrap();
 }
