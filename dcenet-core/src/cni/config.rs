@@ -218,6 +218,7 @@ impl NetConf {
     pub fn dns(&self) -> Result<Option<Dns>, CniError> {
         let Some(value) = self.asked("dns") else { return Ok(None) };
         let WireDns { servers, searches, options } = section::read("runtimeConfig.dns", value)?;
+        let [servers, searches, options] = [servers, searches, options].map(Option::unwrap_or_default);
         if let Some((i, text)) = servers.iter().enumerate().find(|(_, text)| text.parse::<IpAddr>().is_err()) {
             return Err(field(
                 &format!("runtimeConfig.dns.servers[{i}]"),
@@ -325,24 +326,29 @@ struct WireRuntime {
     pools: Option<Vec<String>>,
 }
 
+/// As the conventions name the keys, and as containerd's go-cni does, whose types `DNS` and `PortMapping` have no JSON tags
+/// and nil slices.
 #[derive(Deserialize)]
 struct WireDns {
-    #[serde(default)]
-    servers: Vec<String>,
-    #[serde(default)]
-    searches: Vec<String>,
-    #[serde(default)]
-    options: Vec<String>,
+    #[serde(alias = "Servers")]
+    servers: Option<Vec<String>>,
+    #[serde(alias = "Searches")]
+    searches: Option<Vec<String>>,
+    #[serde(alias = "Options")]
+    options: Option<Vec<String>>,
 }
 
+/// As [`WireDns`].
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct WirePort {
-    #[serde(default)]
+    #[serde(default, alias = "HostPort")]
     host_port: u16,
+    #[serde(alias = "ContainerPort")]
     container_port: u16,
+    #[serde(alias = "Protocol")]
     protocol: Option<String>,
-    #[serde(rename = "hostIP")]
+    #[serde(rename = "hostIP", alias = "HostIP")]
     host_ip: Option<String>,
 }
 
@@ -454,7 +460,7 @@ fn port_mapping(path: &str, value: &Value) -> Result<Option<PortMapping>, CniErr
     };
     let host_ip = match host_ip.as_deref() {
         None | Some("") => None,
-        Some(text) => Some(text.parse().map_err(|_| {
+        Some(text) => Some(text.parse::<IpAddr>().map(|ip| ip.to_canonical()).map_err(|_| {
             field(&format!("{path}.hostIP"), format!("{text:?} is no IP address; write one, as 192.0.2.1, or drop it"))
         })?),
     };
@@ -573,6 +579,8 @@ mod tests {
         assert_eq!(port(json!({"hostPort": 8080, "containerPort": 80})), expected);
         let read = port(json!({"hostPort": 53, "containerPort": 53, "protocol": "udp", "hostIP": "::1"}));
         assert_eq!((read.protocol, read.host_ip), (Transport::Udp, Some("::1".parse().unwrap())));
+        let read = port(json!({"hostPort": 53, "containerPort": 53, "hostIP": "::ffff:192.0.2.1"}));
+        assert_eq!(read.host_ip, Some("192.0.2.1".parse().unwrap()));
         assert!(nat(json!([{"hostPort": 0, "containerPort": 80}])).unwrap().is_none());
         assert!(nat(json!([])).unwrap().is_none() && nat(Value::Null).unwrap().is_none());
         for (value, path) in [
@@ -593,6 +601,30 @@ mod tests {
         assert!(with("nat", json!({ "masquerade": true })).unwrap().nat().unwrap().masquerade);
         let error = with("nat", json!({ "masqerade": true })).unwrap().nat().unwrap_err();
         assert!(error.message.contains("did you mean `masquerade`?"), "{error}");
+    }
+
+    /// The bytes of `json.Marshal` for go-cni's `[]PortMapping` and `DNS`.
+    #[test]
+    fn capabilities_are_read_as_containerd_writes_them() {
+        let conf = NetConf::parse(
+            br#"{"cniVersion":"1.1.0","name":"shop","type":"dcenet","runtimeConfig":{"dns":{"Servers":["10.0.0.53"],"Searches":["a.example"],"Options":null},"portMappings":[{"HostPort":8080,"ContainerPort":80,"Protocol":"tcp","HostIP":""},{"HostPort":53,"ContainerPort":5353,"Protocol":"udp","HostIP":"192.0.2.1"},{"HostPort":0,"ContainerPort":81,"Protocol":"tcp","HostIP":""}]}}"#,
+        )
+        .unwrap();
+        let mapping = |ip: Option<&str>, host_port, container_port, protocol| PortMapping {
+            host_ip: ip.map(|ip| ip.parse().unwrap()),
+            host_port,
+            container_port,
+            protocol,
+        };
+        assert_eq!(
+            conf.nat().unwrap().ports,
+            [mapping(None, 8080, 80, Transport::Tcp), mapping(Some("192.0.2.1"), 53, 5353, Transport::Udp)]
+        );
+        let dns = conf.dns().unwrap().unwrap();
+        assert_eq!(
+            (dns.nameservers, dns.search, dns.options.len()),
+            (vec!["10.0.0.53".into()], vec!["a.example".into()], 0)
+        );
     }
 
     #[test]
