@@ -160,8 +160,12 @@ impl Socket {
         }
         let mut bytes = Vec::with_capacity(messages.len() * 192);
         begin.encode(first, 0, &mut bytes);
-        for (sequence, message) in (first.wrapping_add(1)..).zip(messages) {
-            message.encode(sequence, libc::NLM_F_ACK as u16, &mut bytes);
+        // The kernel queues all answers before the first can be read: of success the last one tells, and refusals come
+        // unasked, before it (`nfnetlink_rcv_batch` in `net/netfilter/nfnetlink.c`).
+        let last = messages.len().saturating_sub(1);
+        for (place, (sequence, message)) in (first.wrapping_add(1)..).zip(messages).enumerate() {
+            let flags = if place == last { libc::NLM_F_ACK as u16 } else { 0 };
+            message.encode(sequence, flags, &mut bytes);
         }
         // Which kernels acknowledge the frame differs (6.10), but a refusal of the whole comes by its beginning.
         end.encode(self.sequence, 0, &mut bytes);
@@ -172,7 +176,7 @@ impl Socket {
         let mut whole = None;
         let mut outcomes: Vec<Option<Result<(), Failure>>> = messages.iter().map(|_| None).collect();
         let mut lost = gate == Gate::Lose;
-        while whole.is_none() && outcomes.iter().any(Option::is_none) {
+        while whole.is_none() && outcomes.last().is_some_and(Option::is_none) {
             let received = self.receive(|message| {
                 if message.kind != ERROR {
                     return;
