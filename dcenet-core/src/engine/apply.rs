@@ -208,7 +208,12 @@ impl<'a> Session<'a> {
             Operation::Translate { elements } => self.engine.translate(elements, &request.key),
             Operation::WriteSetting { name, value } => {
                 let path = Path::new("/proc/sys/net").join(name);
-                let write = || self.engine.run_in(self.netns(step.target), || std::fs::write(&path, value));
+                // Writing to `all/forwarding` what it is sets every link of the host all the same.
+                let write_if_other = || match std::fs::read_to_string(&path) {
+                    Ok(is) if is.trim_end() == *value => Ok(()),
+                    _ => std::fs::write(&path, value),
+                };
+                let write = || self.engine.run_in(self.netns(step.target), write_if_other);
                 match gated("write setting", write)? {
                     Err(source) if source.raw_os_error().is_none_or(|e| !step.tolerate.contains(&e)) => {
                         Err(StepError::Local { what: format!("write {value} to {}", path.display()), source })
