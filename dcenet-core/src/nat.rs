@@ -37,18 +37,30 @@ impl Nat {
 pub struct NatConfig {
     /// Whether packets from the pod's addresses to places outside the networks of these addresses, multicast excepted, are
     /// sent on with an address of the link by which they leave the host, and answers come back; both families. It is what
-    /// `ipMasq` of the reference plugin `bridge` does. The host is made to forward packets of the families that the pod
-    /// has (`net.ipv4.ip_forward`, `net.ipv6.conf.all.forwarding`), and is left so when the pod goes.
+    /// `ipMasq` of the reference plugin `bridge` does. What is sent to an address of another pod of this host for which
+    /// anything is translated keeps its source, for policy would take an address of the host for the host.
+    ///
+    /// The host is made to forward packets of the families that the pod has (`net.ipv4.ip_forward`,
+    /// `net.ipv6.conf.all.forwarding`) where it does not yet, and is left so when the pod goes. **A host that forwards
+    /// IPv6 takes no router advertisements** (`accept_ra`, `Documentation/networking/ip-sysctl.rst`): one that has its own
+    /// addresses or default route from them loses them when they expire, unless `net.ipv6.conf.LINK.accept_ra` of its
+    /// uplink is 2.
     #[serde(default)]
     pub masquerade: bool,
 }
 
 /// A port of the host that leads to a port of the pod: an entry of the capability `portMappings` (CNI conventions).
+///
+/// The host is made to forward packets, which has the consequence for router advertisements that
+/// [`NatConfig::masquerade`] tells. Processes of the host reach the port at `127.0.0.1`, but not at `::1`, for Linux routes
+/// no packet with that source. Of a pod on a bridge that is under policy, other pods of its network do not reach the mapped
+/// port but at the pod's own address: they would have to bear the host's address, and pass for the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PortMapping {
     /// The address of the host at which the port is; every address of the host where absent, loopback included. An
-    /// unspecified one (`0.0.0.0`, `::`) means every address of its family.
+    /// unspecified one (`0.0.0.0`, `::`) means every address of its family, and maps nothing where the pod has none of
+    /// that family. `::1` is refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host_ip: Option<IpAddr>,
     /// The host's port.
@@ -131,6 +143,11 @@ pub enum Element {
         /// The pod's address.
         to: IpAddr,
     },
+    /// A pod's address, towards which nobody is masqueraded.
+    Pod {
+        /// The address.
+        address: IpAddr,
+    },
     /// A pod's address that is masqueraded.
     Masquerade {
         /// The address.
@@ -150,7 +167,7 @@ impl Element {
     pub fn is_ipv4(&self) -> bool {
         match self {
             Self::Port { to, .. } | Self::Hairpin { to, .. } => to.is_ipv4(),
-            Self::Masquerade { source } | Self::Home { source, .. } => source.is_ipv4(),
+            Self::Masquerade { source } | Self::Home { source, .. } | Self::Pod { address: source } => source.is_ipv4(),
         }
     }
 }
@@ -165,6 +182,7 @@ impl fmt::Display for Element {
             Self::Hairpin { protocol, port, callers, to } => {
                 write!(f, "the way back from {to} to {callers} for port {port}/{}", protocol.as_str())
             }
+            Self::Pod { address } => write!(f, "{address} being called by whoever it is"),
             Self::Masquerade { source } => write!(f, "masquerading of {source}"),
             Self::Home { source, network } => write!(f, "{source} reaching {network} as itself"),
         }
@@ -186,12 +204,13 @@ impl fmt::Display for HostPort {
     }
 }
 
-/// The entries of an attachment with these addresses. `bridged`: whether the pod answers others of its networks past the
-/// host, over a bridge.
+/// The entries of an attachment with these addresses, each once. `neighbours`: whether others of the pod's networks get an
+/// address of the host when they call a mapped port. They need it where the pod would answer them past the host, over a
+/// bridge, and must not have it where policy decides by who calls.
 ///
 /// # Errors
-/// Where a port is at an address of a family that the pod does not have, or twice.
-pub fn elements(nat: &Nat, addresses: &[IpNet], bridged: bool) -> Result<Vec<Element>, PlanError> {
+/// Where a port is at an address of a family that the pod does not have, at `::1`, or twice.
+pub fn elements(nat: &Nat, addresses: &[IpNet], neighbours: bool) -> Result<Vec<Element>, PlanError> {
     let mut elements = Vec::new();
     for (i, mapping) in nat.ports.iter().enumerate() {
         let invalid = |reason: String| PlanError::Invalid {
@@ -211,7 +230,12 @@ pub fn elements(nat: &Nat, addresses: &[IpNet], bridged: bool) -> Result<Vec<Ele
         if let Some(other) = nat.ports[..i].iter().find(overlaps) {
             return Err(invalid(format!("{other} is mapped too, and includes it or is included; drop one of the two")));
         }
-        let mut found = false;
+        if host_ip.is_some_and(|ip| ip.is_ipv6() && ip.is_loopback()) {
+            let reason = "no packet leaves the host with a loopback address of IPv6; give 127.0.0.1, or drop hostIP";
+            return Err(invalid(reason.to_owned()));
+        }
+        // An unspecified address asks for what there is of its family.
+        let mut found = host_ip.is_some_and(|ip| ip.is_unspecified());
         for family in [true, false] {
             if host_ip.is_some_and(|ip| ip.is_ipv4() != family) {
                 continue;
@@ -221,7 +245,7 @@ pub fn elements(nat: &Nat, addresses: &[IpNet], bridged: bool) -> Result<Vec<Ele
             found = true;
             let (network, to) = (to.trunc(), to.addr());
             elements.push(Element::Port { address: specific(host_ip), protocol, port, to, to_port });
-            let mut callers = vec![if bridged { network } else { IpNet::from(to) }];
+            let mut callers = vec![if neighbours { network } else { IpNet::from(to) }];
             if reached_by_loopback(host_ip) && family {
                 callers.push(LOOPBACK);
             }
@@ -240,7 +264,17 @@ pub fn elements(nat: &Nat, addresses: &[IpNet], bridged: bool) -> Result<Vec<Ele
             elements.extend(same_family.map(|network| Element::Home { source, network: *network }));
         }
     }
-    Ok(elements)
+    if !nat.is_none() {
+        elements.extend(addresses.iter().map(|address| Element::Pod { address: address.addr() }));
+    }
+    // The way back of a port is the same at each of its addresses.
+    let mut each = Vec::with_capacity(elements.len());
+    for element in elements {
+        if !each.contains(&element) {
+            each.push(element);
+        }
+    }
+    Ok(each)
 }
 
 /// Whether a process of the host may call the port at a loopback address of IPv4.
@@ -264,9 +298,13 @@ mod tests {
         PortMapping { host_ip, host_port, container_port: 80, protocol: Transport::Tcp }
     }
 
-    fn listed(nat: &Nat, addresses: &[&str], bridged: bool) -> Vec<String> {
+    /// All but the pod's addresses, one each at the end.
+    fn listed(nat: &Nat, addresses: &[&str], neighbours: bool) -> Vec<String> {
         let addresses: Vec<IpNet> = addresses.iter().map(|a| a.parse().unwrap()).collect();
-        elements(nat, &addresses, bridged).unwrap().iter().map(ToString::to_string).collect()
+        let mut elements = elements(nat, &addresses, neighbours).unwrap();
+        let pods = elements.split_off(elements.len() - addresses.len());
+        assert_eq!(pods, addresses.iter().map(|a| Element::Pod { address: a.addr() }).collect::<Vec<_>>());
+        elements.iter().map(ToString::to_string).collect()
     }
 
     #[test]
@@ -330,6 +368,19 @@ mod tests {
         assert!(refused(&[port(None, 80), port(Some("192.0.2.1"), 80)], &["10.1.0.5/24"]).contains("drop one"));
         let apart = [port(Some("192.0.2.1"), 80), port(Some("192.0.2.2"), 80), port(Some("::"), 80)];
         let nat = Nat { masquerade: false, ports: apart.to_vec() };
-        assert_eq!(listed(&nat, &["10.1.0.5/24", "2001:db8::5/64"], true).len(), 6);
+        // The first two have one way back.
+        assert_eq!(
+            listed(&nat, &["10.1.0.5/24", "2001:db8::5/64"], true),
+            [
+                "port 80/tcp of 192.0.2.1 to 80 of 10.1.0.5",
+                "the way back from 10.1.0.5 to 10.1.0.0/24 for port 80/tcp",
+                "port 80/tcp of 192.0.2.2 to 80 of 10.1.0.5",
+                "port 80/tcp to 80 of 2001:db8::5",
+                "the way back from 2001:db8::5 to 2001:db8::/64 for port 80/tcp",
+            ]
+        );
+        assert!(refused(&[port(Some("::1"), 80)], &["2001:db8::5/64"]).contains("127.0.0.1"));
+        let any6 = Nat { masquerade: false, ports: vec![port(Some("::"), 80)] };
+        assert_eq!(listed(&any6, &["10.1.0.5/24"], true), [""; 0]);
     }
 }

@@ -584,7 +584,9 @@ pub(super) fn attach(error: AttachError) -> CniError {
         AttachError::Step { rollback, .. } if !rollback.is_empty() => ErrorCode::RollbackIncomplete,
         AttachError::Step {
             cause:
-                StepError::Create(CreateLinkError::UnknownKind { .. }) | StepError::Policy(PolicyError::Unsupported(_)),
+                StepError::Create(CreateLinkError::UnknownKind { .. })
+                | StepError::Policy(PolicyError::Unsupported(_))
+                | StepError::NoTranslation { .. },
             ..
         } => ErrorCode::KernelFeature,
         AttachError::Leftover { .. } => ErrorCode::RollbackIncomplete,

@@ -55,6 +55,11 @@ impl Engine {
         } else if record.fingerprint != request.fingerprint {
             "another configuration"
         } else {
+            // Whoever loads a rule set of his own often flushes all others first.
+            if !self.missing_translation(record).map_err(AttachError::Look)?.is_empty() {
+                let entered = self.translate(record.translation(), key);
+                entered.map_err(|cause| AttachError::Step { cause, rollback: Vec::new() })?;
+            }
             return Ok(Some(attached));
         };
         Err(AttachError::AlreadyAttached { key: key.clone(), difference })
@@ -116,7 +121,7 @@ impl Engine {
         let mut look = || -> Result<(HostView, Plan), AttachError> {
             let view = view(session.host(), &needs).map_err(AttachError::Look)?;
             let mut plan = driver.plan(&link_request, &view)?;
-            super::translate::add_to(&mut plan, &request.nat, &link_request.addresses)?;
+            super::translate::add_to(&mut plan, &request.nat, request.policy, &link_request.addresses)?;
             Ok((view, plan))
         };
         // Who relies on shared devices keeps those from removing them who made them and failed.

@@ -192,6 +192,18 @@ pub enum StepError {
         /// Who has it.
         holder: String,
     },
+    /// The host's kernel cannot translate.
+    #[error(
+        "the kernel has no {subsystem}, which masquerading and mapped ports need: load its module, or drop nat.masquerade \
+         and runtimeConfig.portMappings: {source}"
+    )]
+    NoTranslation {
+        /// What it lacks.
+        subsystem: &'static str,
+        /// What it answered.
+        #[source]
+        source: NetlinkError,
+    },
     /// Gateways did not answer, and the configuration wants them to.
     #[error(
         "{} does not answer on {link}: is this the right segment, and is it up? link.underlay.gatewayProbe \"warn\" goes \

@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use super::Engine;
 use super::error::{StepError, TeardownError};
 use crate::journal::{JournalError, Record};
-use crate::link::PlanError;
+use crate::link::{PlanError, Policy};
 use crate::model::{AttachmentKey, NetworkName};
 use crate::nat::{self, Element, HostPort, Nat, Transport};
 use crate::netlink::{Failure, Family, Flow, Message, NetlinkError, Socket, conntrack, nft};
@@ -22,7 +22,7 @@ use crate::provider::LeasedAddress;
 ///
 /// # Errors
 /// Where its packets do not pass the host, and as [`nat::elements`].
-pub(super) fn add_to(plan: &mut Plan, nat: &Nat, addresses: &[LeasedAddress]) -> Result<(), PlanError> {
+pub(super) fn add_to(plan: &mut Plan, nat: &Nat, policy: Policy, addresses: &[LeasedAddress]) -> Result<(), PlanError> {
     if nat.is_none() {
         return Ok(());
     }
@@ -36,7 +36,8 @@ pub(super) fn add_to(plan: &mut Plan, nat: &Nat, addresses: &[LeasedAddress]) ->
         return Err(PlanError::Invalid { field, value, reason: reason.to_owned() });
     };
     let addresses: Vec<IpNet> = addresses.iter().map(|a| a.address).collect();
-    let elements = nat::elements(nat, &addresses, plan.bridge.is_some())?;
+    // Policy lets the host in, and would let in whoever bears its address.
+    let elements = nat::elements(nat, &addresses, plan.bridge.is_some() && policy == Policy::None)?;
     let mut settings = Vec::new();
     for (ipv4, name) in [(true, "ipv4/ip_forward"), (false, "ipv6/conf/all/forwarding")] {
         if elements.iter().any(|element| element.is_ipv4() == ipv4) {
@@ -87,10 +88,32 @@ impl Engine {
         self.host.0.socket(Family::Netfilter)
     }
 
+    /// A socket for removing elements; `None` where the kernel has no nftables, and so nothing of ours.
+    fn removal_socket(&self) -> Result<Option<Socket>, TeardownError> {
+        match self.netfilter_socket() {
+            Err(NetNsError::Socket(error)) if lacks_subsystem(&error) => return Ok(None),
+            opened => {
+                let mut socket = opened?;
+                match socket.request(&nft::get_generation()) {
+                    Err(error) if lacks_subsystem(&error) => Ok(None),
+                    Err(error) => Err(error.into()),
+                    Ok(_) => Ok(Some(socket)),
+                }
+            }
+        }
+    }
+
     /// Enters elements, making the table where it is missing or not whole. What another attachment left at an address that
     /// is this one's now is taken over.
     pub(super) fn translate(&self, elements: &[Element], key: &AttachmentKey) -> Result<(), StepError> {
-        let mut socket = self.netfilter_socket()?;
+        let mut socket = match self.netfilter_socket() {
+            Err(NetNsError::Socket(source)) if lacks_subsystem(&source) => return Err(no_translation(source)),
+            opened => opened?,
+        };
+        match socket.request(&nft::get_generation()) {
+            Err(source) if lacks_subsystem(&source) => return Err(no_translation(source)),
+            other => other?,
+        };
         let owner = owner(key);
         change(&mut socket, &format!("translate for {key}"), |socket| {
             let mut messages = if is_whole(socket)? { Vec::new() } else { nft::layout() };
@@ -116,25 +139,34 @@ impl Engine {
             };
             let here = |to: IpAddr| address.map_or_else(|| to.is_loopback() || own.contains(&to), |at| at == to);
             // Of before the port was mapped: their packets would go on to where they went.
-            forget_flows(&mut socket, to.is_ipv4(), port, |flow| flow.answerer != to && here(flow.destination))?;
+            forget_flows(&mut socket, to.is_ipv4(), port, |flow| flow.answerer != to && here(flow.destination))
+                .map_err(|error| match lacks_subsystem(&error) {
+                    true => StepError::NoTranslation { subsystem: "ctnetlink (CONFIG_NF_CT_NETLINK)", source: error },
+                    false => error.into(),
+                })?;
         }
         Ok(())
     }
 
     /// Removes those of the elements that are the attachment's.
     pub(super) fn untranslate(&self, elements: &[Element], key: &AttachmentKey) -> Result<(), TeardownError> {
-        let mut socket = self.netfilter_socket()?;
+        let Some(mut socket) = self.removal_socket()? else { return Ok(()) };
         let owner = owner(key);
-        change(&mut socket, &format!("end translating for {key}"), |socket| {
-            let found = elements.iter().zip(look_up(socket, elements)?);
-            let ours = found.filter_map(|(element, found)| {
-                let found = found.filter(|found| found.owner.as_ref() == Some(&owner))?;
-                Some(nft::delete_listed(&nft::set_of(element), &found))
-            });
-            Ok::<_, NetlinkError>(ours.collect())
-        })?;
+        for elements in elements.chunks(DELETIONS) {
+            change(&mut socket, &format!("end translating for {key}"), |socket| {
+                let found = elements.iter().zip(look_up(socket, elements)?);
+                let ours = found.filter_map(|(element, found)| {
+                    let found = found.filter(|found| found.owner.as_ref() == Some(&owner))?;
+                    Some(nft::delete_listed(&nft::set_of(element), &found))
+                });
+                Ok::<_, NetlinkError>(ours.collect())
+            })?;
+        }
         for (_, port, to) in elements.iter().filter_map(udp_port) {
-            forget_flows(&mut socket, to.is_ipv4(), port, |flow| flow.answerer == to)?;
+            match forget_flows(&mut socket, to.is_ipv4(), port, |flow| flow.answerer == to) {
+                Err(error) if lacks_subsystem(&error) => break,
+                done => done?,
+            }
         }
         Ok(())
     }
@@ -167,7 +199,7 @@ impl Engine {
     /// # Errors
     /// Where it cannot be read or deleted.
     pub fn remove_idle_translation(&self) -> Result<(), TeardownError> {
-        let mut socket = self.netfilter_socket()?;
+        let Some(mut socket) = self.removal_socket()? else { return Ok(()) };
         change(&mut socket, "remove the idle table", |socket| {
             if socket.dump(&nft::rule_dump())?.iter().all(|reply| nft::rule_chain(&reply.payload).is_none()) {
                 return Ok(Vec::new());
@@ -187,28 +219,31 @@ impl Engine {
         what: &str,
         mut wanted: impl FnMut(&nft::Found) -> Result<bool, JournalError>,
     ) -> Result<(), TeardownError> {
-        let mut socket = self.netfilter_socket()?;
-        change(&mut socket, what, |socket| {
-            let mut messages = Vec::new();
-            for set in nft::set_names() {
-                for found in list(socket, &set)? {
-                    if wanted(&found)? {
-                        messages.push(nft::delete_listed(&set, &found));
+        let Some(mut socket) = self.removal_socket()? else { return Ok(()) };
+        let mut full = true;
+        while full {
+            change(&mut socket, what, |socket| {
+                let mut messages = Vec::new();
+                for set in nft::set_names() {
+                    for found in list(socket, &set)? {
+                        if messages.len() < DELETIONS && wanted(&found)? {
+                            messages.push(nft::delete_listed(&set, &found));
+                        }
                     }
                 }
-            }
-            Ok::<_, TeardownError>(messages)
-        })?;
+                full = messages.len() == DELETIONS;
+                Ok::<_, TeardownError>(messages)
+            })?;
+        }
         Ok(())
     }
 
     /// What an attachment lacks of its translation, in words.
     pub(super) fn missing_translation(&self, record: &Record) -> Result<Vec<String>, NetlinkError> {
-        let elements = record.undo.iter().find_map(|undo| match undo {
-            Undo::DeleteTranslation { elements } => Some(elements),
-            _ => None,
-        });
-        let Some(elements) = elements else { return Ok(Vec::new()) };
+        let elements = record.translation();
+        if elements.is_empty() {
+            return Ok(Vec::new());
+        }
         let mut socket = self
             .netfilter_socket()
             .map_err(|error| NetlinkError::new("open netlink socket", Failure::Socket(std::io::Error::other(error))))?;
@@ -226,6 +261,31 @@ impl Engine {
         }
         Ok(missing)
     }
+}
+
+impl Record {
+    /// What the host translates for the attachment.
+    pub(super) fn translation(&self) -> &[Element] {
+        let elements = self.undo.iter().find_map(|undo| match undo {
+            Undo::DeleteTranslation { elements } => Some(&elements[..]),
+            _ => None,
+        });
+        elements.unwrap_or_default()
+    }
+}
+
+/// Whether the kernel answers so for want of the subsystem: without nfnetlink, and without what it leads to
+/// (`nfnetlink_rcv_msg` in `net/netfilter/nfnetlink.c`).
+fn lacks_subsystem(error: &NetlinkError) -> bool {
+    let errno = match &error.failure {
+        Failure::Socket(source) => source.raw_os_error(),
+        _ => error.errno(),
+    };
+    matches!(errno, Some(libc::EINVAL | libc::EOPNOTSUPP | libc::EPROTONOSUPPORT | libc::ENOENT))
+}
+
+fn no_translation(source: NetlinkError) -> StepError {
+    StepError::NoTranslation { subsystem: "nftables (CONFIG_NF_TABLES)", source }
 }
 
 /// Refuses ports that others have. Those of others that lead to addresses of ours by now are deleted.
@@ -309,7 +369,8 @@ fn look_up(socket: &mut Socket, elements: &[Element]) -> Result<Vec<Option<nft::
         Err(error) if error.errno() == Some(libc::ENOENT) => Ok(None),
         Err(error) => Err(error),
     };
-    socket.batch(&messages).into_iter().map(one).collect()
+    // The kernel queues all answers to a batch before the first can be read.
+    messages.chunks(32).flat_map(|chunk| socket.batch(chunk)).map(one).collect()
 }
 
 /// The elements of a set; none where there is no such set.
@@ -347,3 +408,26 @@ fn change<E: From<NetlinkError>>(
 }
 
 const ATTEMPTS: u32 = 200;
+
+/// How many elements one transaction deletes at most: it is one datagram, and must fit the socket's buffer.
+const DELETIONS: usize = 256;
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[test]
+    fn a_kernel_without_nftables_is_told_from_one_that_refuses() {
+        let refused = |errno| NetlinkError::new("x", Failure::Refused { errno, message: None, offset: None });
+        let unopened = |errno| NetlinkError::new("x", Failure::Socket(io::Error::from_raw_os_error(errno)));
+        for errno in [libc::EINVAL, libc::EOPNOTSUPP, libc::EPROTONOSUPPORT, libc::ENOENT] {
+            assert!(lacks_subsystem(&refused(errno)) && lacks_subsystem(&unopened(errno)), "{errno}");
+        }
+        for errno in [libc::EPERM, libc::ENOBUFS, libc::EMFILE] {
+            assert!(!lacks_subsystem(&refused(errno)) && !lacks_subsystem(&unopened(errno)), "{errno}");
+        }
+        assert!(!lacks_subsystem(&NetlinkError::new("x", Failure::Lost)));
+    }
+}

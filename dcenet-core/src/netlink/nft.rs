@@ -4,10 +4,10 @@
 //!  table inet dcenet
 //!    guard        raw prerouting  drops 127.0.0.0/8 from the wire: `route_localnet` would let it in
 //!    prerouting   dstnat          to an address of this host: jump ports
-//!    output       dstnat          the same, of the host's own processes
+//!    output       dstnat          the same, of the host's own processes; ::1 is itself
 //!    ports                        dnat by @at4 @at6 (address . protocol . port), else by @ports4 @ports6
 //!    postrouting  srcnat          translated by ports, and caller and pod in @hairpin4 @hairpin6: masquerade
-//!                                 source and destination in @home4 @home6: as it is
+//!                                 source and destination in @home4 @home6, or destination in @pods4 @pods6: as it is
 //!                                 source in @masquerade4 @masquerade6, destination no multicast: masquerade
 //! ```
 //!
@@ -309,6 +309,7 @@ fn encode(element: &Element) -> Encoded {
             Encoded { key_end, ..at(3, [octets(*source), first].concat()) }
         }
         Element::Masquerade { source } => at(4, octets(*source)),
+        Element::Pod { address } => at(5, octets(*address)),
     }
 }
 
@@ -366,7 +367,7 @@ impl Set {
     }
 }
 
-const SETS: [Set; 5] = {
+const SETS: [Set; 6] = {
     use Field::{Address, Port, Protocol};
     [
         Set { name: "at", key: &[Address, Protocol, Port], intervals: false, data: &[Address, Port] },
@@ -374,6 +375,7 @@ const SETS: [Set; 5] = {
         Set { name: "hairpin", key: &[Protocol, Port, Address, Address], intervals: true, data: &[] },
         Set { name: "home", key: &[Address, Address], intervals: true, data: &[] },
         Set { name: "masquerade", key: &[Address], intervals: false, data: &[] },
+        Set { name: "pods", key: &[Address], intervals: false, data: &[] },
     ]
 };
 
@@ -598,6 +600,12 @@ fn rules() -> Vec<(&'static str, Vec<Expression>)> {
     guard.push(Verdict { code: libc::NF_DROP, chain: None });
     rules.push(("guard", guard));
 
+    // Routed elsewhere it would be dropped for its source, and here it is answered, if only with a refusal.
+    let mut loopback = Vec::from(family(false));
+    loopback.push(address(false, false, 0));
+    loopback.push(Compare { equal: true, at: 0, value: std::net::Ipv6Addr::LOCALHOST.octets().to_vec() });
+    loopback.push(Verdict { code: libc::NFT_RETURN, chain: None });
+    rules.push(("output", loopback));
     for chain in ["prerouting", "output"] {
         rules.push((
             chain,
@@ -640,6 +648,11 @@ fn rules() -> Vec<(&'static str, Vec<Expression>)> {
         home.push(Lookup { set: SETS[3].name(ipv4), from: 0, to: None });
         home.push(Verdict { code: libc::NFT_RETURN, chain: None });
         rules.push(("postrouting", home));
+
+        let mut local = Vec::from(family(ipv4));
+        local.extend([address(ipv4, false, 0), Lookup { set: SETS[5].name(ipv4), from: 0, to: None }]);
+        local.push(Verdict { code: libc::NFT_RETURN, chain: None });
+        rules.push(("postrouting", local));
 
         let mut leaving = Vec::from(family(ipv4));
         leaving.extend([address(ipv4, true, 0), Lookup { set: SETS[4].name(ipv4), from: 0, to: None }]);

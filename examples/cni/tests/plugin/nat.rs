@@ -181,7 +181,11 @@ fn a_masqueraded_pod_bears_the_hosts_address_outside_and_its_own_at_home() {
     node.config["nat"] = json!({ "masquerade": true });
     let result = node.add(&pod).unwrap();
     let own = addresses(&result);
+    // What is on already is not written again: that would set every link.
+    let host = node.host.root();
+    host.sh("ip link add keep0 type dummy; sysctl -qw net.ipv6.conf.keep0.forwarding=0");
     node.add(&other).unwrap();
+    assert_eq!(host.sh("sysctl -n net.ipv6.conf.all.forwarding net.ipv6.conf.keep0.forwarding"), "1\n0\n");
     for (to, host) in OUTSIDE.iter().zip(HOST) {
         assert_answers(&pod.netns, to, 7000, &format!("outside {host}"));
     }
@@ -192,11 +196,11 @@ fn a_masqueraded_pod_bears_the_hosts_address_outside_and_its_own_at_home() {
     }
     node.check(&pod, &result).unwrap();
     let listed = elements(&node);
-    assert_eq!(listed.len(), 8, "{listed:?}");
+    assert_eq!(listed.len(), 12, "{listed:?}");
     assert!(listed.iter().any(|l| l.starts_with("home4 ") && l.contains(&own[0]) && l.contains("24")), "{listed:?}");
 
     node.del(&pod).unwrap();
-    assert_eq!(elements(&node).len(), 4);
+    assert_eq!(elements(&node).len(), 6);
     node.del(&other).unwrap();
     assert_eq!(elements(&node), [""; 0]);
     node.gc(Some(&[])).unwrap();
@@ -370,6 +374,10 @@ fn check_tells_what_is_missing_and_add_makes_the_table_whole() {
     assert!(error["msg"].as_str().unwrap().contains("port 8080/tcp"), "{error}");
     node.host.root().sh("nft flush table inet dcenet");
     assert!(drift(&node)["msg"].as_str().unwrap().contains("rules of nftables table inet dcenet are gone"));
+    // As a reload of somebody's rule set does.
+    node.host.root().sh("nft flush ruleset");
+    assert_eq!(node.add(&pod).unwrap(), result);
+    node.check(&pod, &result).unwrap();
     // What is gone with the table is no reason not to go.
     node.host.root().sh("nft delete table inet dcenet");
     node.del(&pod).unwrap();
