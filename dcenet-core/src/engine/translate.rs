@@ -91,7 +91,7 @@ impl Engine {
     /// A socket for removing elements; `None` where the kernel has no nftables, and so nothing of ours.
     fn removal_socket(&self) -> Result<Option<Socket>, TeardownError> {
         match self.netfilter_socket() {
-            Err(NetNsError::Socket(error)) if lacks_subsystem(&error) => return Ok(None),
+            Err(NetNsError::Socket(error)) if lacks_subsystem(&error) => Ok(None),
             opened => {
                 let mut socket = opened?;
                 match socket.request(&nft::get_generation()) {
