@@ -183,7 +183,7 @@ fn a_masqueraded_pod_bears_the_hosts_address_outside_and_its_own_at_home() {
     let own = addresses(&result);
     // What is on already is not written again: that would set every link.
     let host = node.host.root();
-    host.sh("ip link add keep0 type dummy; sysctl -qw net.ipv6.conf.keep0.forwarding=0");
+    host.sh("ip link add keep0 type bridge; sysctl -qw net.ipv6.conf.keep0.forwarding=0");
     node.add(&other).unwrap();
     assert_eq!(host.sh("sysctl -n net.ipv6.conf.all.forwarding net.ipv6.conf.keep0.forwarding"), "1\n0\n");
     for (to, host) in OUTSIDE.iter().zip(HOST) {

@@ -5,8 +5,11 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use dcenet_core::test_support::{Rung, require, require_with};
+use dcenet_ipam::Ipam;
+use dcenet_ipam::store::etcd::EtcdStore;
 use dcenet_ipam::store::etcd::cluster::Cluster;
 use serde_json::json;
 
@@ -32,7 +35,8 @@ impl Bridge {
                 if told.load(Ordering::Relaxed) {
                     return;
                 }
-                let called = TcpStream::connect(there).unwrap();
+                // Nobody at home: the caller is hung up on.
+                let Ok(called) = TcpStream::connect(there) else { continue };
                 for (mut from, mut to) in [
                     (caller.try_clone().unwrap(), called.try_clone().unwrap()),
                     (called.try_clone().unwrap(), caller.try_clone().unwrap()),
@@ -116,10 +120,17 @@ fn two_nodes_share_a_pool_and_a_claim_follows_its_pod() {
     assert_eq!(addresses(&seated), ["10.20.0.6/29"]);
 
     // A runtime lists what runs on its own node: the first node's GC frees what is stale there, and nothing of the second's.
-    let held = |node: &Node| node.store().into_iter().filter(|line| !line.starts_with("claim")).count();
-    assert_eq!(held(one), 5, "{:?}", one.store());
+    let store = Arc::new(EtcdStore::open(&cluster.config()).unwrap());
+    let ipam = Ipam::without_pools(store).unwrap();
+    let held = || {
+        let bindings = pollster::block_on(ipam.bindings(None)).unwrap();
+        let mut nodes: Vec<String> = bindings.into_iter().map(|b| b.node.unwrap().to_string()).collect();
+        nodes.sort();
+        nodes.join(" ")
+    };
+    assert_eq!(held(), "n1 n2 n2 n2 n2");
     one.gc(Some(&[])).unwrap();
-    assert_eq!(held(two), 4, "{:?}", two.store());
+    assert_eq!(held(), "n2 n2 n2 n2");
     two.check(&after, &seated).unwrap();
 
     // Nobody at home: an error that may be tried again, and nothing left behind.
@@ -129,7 +140,14 @@ fn two_nodes_share_a_pool_and_a_claim_follows_its_pod() {
     assert_eq!(code, 11, "{text}");
     assert_eq!(host.diff(&one.host.state()), "");
     cluster.restart(0);
-    assert_eq!(addresses(&one.add(&lost).unwrap()).len(), 1);
+    let begun = Instant::now();
+    let given = loop {
+        match one.add(&lost) {
+            Ok(result) => break result,
+            Err(error) => assert!(begun.elapsed() < Duration::from_secs(120), "{error}"),
+        }
+    };
+    assert_eq!(addresses(&given).len(), 1);
     one.del(&lost).unwrap();
     two.del(&late).unwrap();
     for (bridge, node) in bridges.into_iter().zip(&nodes) {
