@@ -557,7 +557,7 @@ fn the_own_node_belongs_to_the_tier_of_namespaces() {
     assert_eq!(told(&cluster, 80)[1], "allow: the peer is the pod's own node");
     // On a segment anybody may have the node's address.
     cluster.pods.get_mut(&pod("p1")).unwrap().on_segment = true;
-    assert_eq!(told(&cluster, 80)[1], "deny: isolated; no rule matches");
+    assert_eq!(told(&cluster, 80)[1], "deny: isolated by n/np; no rule matches");
     let update = Compiler::default().update(&cluster).unwrap();
     compare(&cluster, &update, tuples(&mut Rng::new(3), &cluster, 200), &mut Tally::default()).unwrap();
 }
