@@ -181,9 +181,18 @@ impl<A: Attacher> PinnedDefault<A> {
         })?;
         let left = Some(limit.saturating_sub(begun.elapsed()).max(SHORTEST));
         stream.set_read_timeout(left).and_then(|()| stream.set_write_timeout(left)).map_err(no_owner)?;
-        gated("ask the policy owner", || protocol::send(&mut stream, request)).map_err(ClientError::NoAnswer)?;
-        let answer = gated("hear the policy owner", || protocol::receive(&mut stream));
-        match answer.map_err(ClientError::NoAnswer)? {
+        let sent = gated("ask the policy owner", || protocol::send(&mut stream, request)).map_err(ClientError::NoAnswer);
+        // An owner with too many connections answers and closes without waiting for the question.
+        let sent = match sent {
+            Err(error) if !error.is_hang_up() => return Err(error),
+            sent => sent,
+        };
+        let answer = gated("hear the policy owner", || protocol::receive(&mut stream)).map_err(ClientError::NoAnswer);
+        let answer = match (sent, answer) {
+            (_, Ok(Some(reply))) => Some(reply),
+            (sent, answer) => sent.and(answer)?,
+        };
+        match answer {
             Some(Reply::Refused { reason }) => Err(ClientError::Refused { reason }),
             Some(Reply::Busy { reason }) => Err(ClientError::Busy { reason }),
             Some(reply) => Ok(reply),
