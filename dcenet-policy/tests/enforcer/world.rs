@@ -24,7 +24,7 @@ use dcenet_policy::target::Tc;
 use serde_json::json;
 
 /// Long enough for anything that is allowed.
-pub const ALLOWED: Duration = Duration::from_secs(4);
+pub const ALLOWED: Duration = Duration::from_secs(20);
 /// How long a test waits for what must not come. That it did not come in that time proves nothing, as resolving an address
 /// may take longer (1 s between two tries): see [`World::denied`].
 pub const DENIED: Duration = Duration::from_millis(150);
