@@ -181,7 +181,8 @@ impl<A: Attacher> PinnedDefault<A> {
         })?;
         let left = Some(limit.saturating_sub(begun.elapsed()).max(SHORTEST));
         stream.set_read_timeout(left).and_then(|()| stream.set_write_timeout(left)).map_err(no_owner)?;
-        let sent = gated("ask the policy owner", || protocol::send(&mut stream, request)).map_err(ClientError::NoAnswer);
+        let sent =
+            gated("ask the policy owner", || protocol::send(&mut stream, request)).map_err(ClientError::NoAnswer);
         // An owner with too many connections answers and closes without waiting for the question.
         let sent = match sent {
             Err(error) if !error.is_hang_up() => return Err(error),

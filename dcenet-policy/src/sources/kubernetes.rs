@@ -7,6 +7,7 @@
 //! | `v1` Pod | `metadata`: name, namespace (`default` where missing), labels; `spec`: `nodeName`, `hostNetwork`, named ports of containers and of init containers that restart always; `status`: `phase`, `podIP`, `podIPs`, `hostIP`, `hostIPs` |
 //! | `networking.k8s.io/v1` NetworkPolicy | everything, strictly: see [`networkpolicy`] |
 //! | `policy.networking.k8s.io` ClusterNetworkPolicy, AdminNetworkPolicy, BaselineAdminNetworkPolicy | everything, strictly: see [`clusternetworkpolicy`]; rules that are closed are told by [`Documents::closed`] |
+//! | `dcenet.io/v1alpha1` Policy | everything, strictly: see [`native`]; another version of it is refused |
 //! | any `List`, also typed ones such as `PodList` | its `items` |
 //! | another kind that is called `...NetworkPolicy` | refused: without it, verdicts would be others than in the cluster |
 //! | any other kind | counted in [`Documents::unused`] |
@@ -60,6 +61,7 @@ use serde_json::Value;
 use super::SourceError;
 use super::clusternetworkpolicy::{self, Closed};
 use super::fields::{At, Fields};
+use super::native;
 use super::networkpolicy::{self, KindNeeded, dns_name, one_of, port_number};
 pub use super::notes::{Note, NoteKind};
 use super::text::{self, Lines};
@@ -354,6 +356,10 @@ fn read<'a>(at: &At<'a>, item: Option<ItemKind<'a>>, objects: &mut Objects<'a>) 
         (CORE, "Pod") => Object::Pod(Box::new(pod(&fields)?)),
         (networkpolicy::API_VERSION, networkpolicy::KIND) => {
             Object::Policy(networkpolicy::read_policy(at, kind_needed)?)
+        }
+        (native::API_VERSION, native::KIND) => Object::Policy(native::read_policy(at, kind_needed)?),
+        (version, native::KIND) if version.starts_with("dcenet.io/") => {
+            return Err(fields.field("apiVersion").invalid(format!("must be {}", native::API_VERSION)));
         }
         (version, policy) if policy.ends_with("NetworkPolicy") => {
             let Some(of_cluster) = clusternetworkpolicy::Kind::of(version, policy) else {

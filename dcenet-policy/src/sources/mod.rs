@@ -7,6 +7,7 @@
 pub mod clusternetworkpolicy;
 mod fields;
 pub mod kubernetes;
+pub mod native;
 pub mod networkpolicy;
 mod notes;
 mod text;

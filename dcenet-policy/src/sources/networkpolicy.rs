@@ -360,7 +360,7 @@ pub(super) fn one_of<'a>(at: &At<'a>, accepted: &[&str]) -> Result<&'a str, Sour
 }
 
 /// IANA service name (RFC 6335, section 5.1), in lower case.
-fn is_port_name(text: &str) -> bool {
+pub(super) fn is_port_name(text: &str) -> bool {
     (1..=15).contains(&text.len())
         && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
         && text.bytes().any(|b| b.is_ascii_lowercase())

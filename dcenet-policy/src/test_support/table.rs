@@ -13,7 +13,7 @@
 //! outside far 198.51.100.7          an address that nobody holds
 //! remove x/a                        takes a pod away
 //!
-//! == apply                          NetworkPolicy objects in YAML; same name replaces
+//! == apply                          policies in YAML, of any kind that is read; same name replaces
 //! kind: NetworkPolicy
 //! ...
 //! == delete x/policy
@@ -39,7 +39,7 @@ use std::net::IpAddr;
 use crate::compiler::Limits;
 use crate::eval::Refused;
 use crate::model::{Cluster, Direction, NamedPort, Pod, PodId, PodNetwork, PolicyId, Protocol, Tuple, Verdict};
-use crate::sources::networkpolicy;
+use crate::sources::kubernetes::Documents;
 
 /// A parsed file.
 #[derive(Debug, Clone)]
@@ -151,8 +151,9 @@ impl Table {
                 }
                 ["apply"] => {
                     let yaml: Vec<&str> = lines.iter().map(|(_, line)| *line).collect();
-                    let policies = networkpolicy::from_yaml(&yaml.join("\n"));
-                    for policy in policies.map_err(|e| error(number, &e.to_string()))? {
+                    let read = Documents::default().with_yaml("apply", &yaml.join("\n"));
+                    let read = read.map_err(|e| error(number, &e.to_string()))?;
+                    for policy in read.policies.into_values() {
                         state.cluster.insert_policy(policy);
                     }
                 }

@@ -1,0 +1,567 @@
+//! Policies in the model's own terms, `dcenet.io/v1alpha1` Policy: what the kinds of Kubernetes cannot say.
+//!
+//! | Wish | Field |
+//! |---|---|
+//! | a rule that denies, in a namespace's own policy too | `action: deny` |
+//! | an order | `spec.tier`, `spec.priority`, and that of the rules |
+//! | ICMP by type and code, any protocol by its number | `services` |
+//! | everything but some prefixes, everything but some ports | `notCidrs`, `notPorts` |
+//! | prefixes on ingress, above the policies of namespaces | `cidrs` in `from`, in the tier `admin` |
+//!
+//! # Objects
+//!
+//! An object with `metadata.namespace` governs pods of that namespace, in the tier NetworkPolicy: like a NetworkPolicy it
+//! isolates the pods that it selects, in each direction that it has a list for, be it empty. All objects of the kind
+//! NetworkPolicy have priority 0; one of this kind has `spec.priority` from 1, and 1000 where it says nothing: it is asked
+//! after them. What shall come before belongs to the tier `admin`.
+//!
+//! An object without a namespace is the cluster's. It names its `spec.tier`, `admin` or `baseline`, and its
+//! `spec.priority`; lower ones are asked first, those of ClusterNetworkPolicy among them. What no rule of it matches is
+//! for others to decide ([`model`](crate::model)).
+//!
+//! | Field | Meaning |
+//! |---|---|
+//! | `spec.subject` | `podSelector`, and for the cluster's `namespaceSelector`; what is missing selects all |
+//! | `spec.ingress[].from`, `spec.egress[].to` | missing: anybody. A list of `pods`, `cidrs` or `notCidrs` |
+//! | `pods` | `namespaceSelector` and `podSelector`; without the former the policy's namespace, and for the cluster's all |
+//! | `cidrs`, `except` | addresses of pods or not, but those of the exceptions |
+//! | `notCidrs` | addresses of either family, but these |
+//! | `services` | missing: everything. A list of `protocol` with `ports`, `notPorts`, or `type` and `code` |
+//! | `protocol` | `tcp`, `udp`, `sctp`, `icmp`, `icmpv6` or a number (IANA, Assigned Internet Protocol Numbers) |
+//! | `ports`, `notPorts` | numbers, ranges as `8000-8100`; `ports` also names that pods give to theirs |
+//! | `type`, `code` | of ICMP (RFC 792) and ICMPv6 (RFC 4443); without `code` all of the type |
+//! | `action` | `allow`, `deny`, or `pass`: the rest of the tier is not asked |
+//!
+//! In a [`RuleRef`](crate::model::RuleRef) each prefix of `cidrs` counts as a peer of its own, `notCidrs` as two (IPv4,
+//! IPv6), and each port or gap between ports as a port of its own. A [`PolicyId`] begins with `policy/`, as objects of
+//! other kinds may have the same name: `shop/policy/db`, `admin:policy/no-telnet`.
+//!
+//! ```
+//! # #[cfg(feature = "yaml")] {
+//! use dcenet_policy::sources::native;
+//!
+//! let policies = native::from_yaml(
+//!     r#"
+//! apiVersion: dcenet.io/v1alpha1
+//! kind: Policy
+//! metadata: { name: perimeter }
+//! spec:
+//!   tier: admin
+//!   priority: 10
+//!   ingress:
+//!   - action: deny
+//!     from: [ { notCidrs: [ 10.0.0.0/8, "fd00::/8" ] } ]
+//!     services: [ { protocol: tcp, notPorts: [ 443 ] }, { protocol: icmp, type: 8 } ]
+//! "#,
+//! )
+//! .unwrap();
+//! assert_eq!(policies[0].id.to_string(), "admin:policy/perimeter");
+//!
+//! let error = native::from_yaml(
+//!     r#"
+//! apiVersion: dcenet.io/v1alpha1
+//! kind: Policy
+//! metadata: { name: ping }
+//! spec: { tier: admin, priority: 1, ingress: [ { action: allow, services: [ { protocol: tcp, type: 8 } ] } ] }
+//! "#,
+//! )
+//! .unwrap_err();
+//! assert_eq!(
+//!     error.to_string(),
+//!     "document 0: spec.ingress[0].services[0].type: 8: only icmp and icmpv6 have types; remove it or change protocol"
+//! );
+//! # }
+//! ```
+
+use std::collections::BTreeSet;
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use serde_json::Value;
+
+use super::fields::At;
+use super::networkpolicy::{
+    KindNeeded, MAX_COMBINATIONS, METADATA, dns_name, is_port_name, one_of, prefix, selector, within,
+};
+use super::{SourceError, text};
+use crate::model::{
+    Action, IpBlock, NamespaceMatch, Peer, Peers, PodMatch, Policy, PolicyId, PortMatch, PortSpec, Ports, Protocol,
+    Rule, Tier, Tuple,
+};
+
+/// Reads all policies of a YAML text. It may hold several documents, and `List` or `PolicyList` objects.
+///
+/// # Errors
+///
+/// The first [`SourceError`]; nothing is read in part. Two policies of one name in a tier and namespace are an error.
+/// Limits are those of [`networkpolicy`](super::networkpolicy::from_yaml).
+#[cfg(feature = "yaml")]
+pub fn from_yaml(text: &str) -> Result<Vec<Policy>, SourceError> {
+    from_documents(&text::yaml(text)?)
+}
+
+/// Reads all policies of a JSON text: one object, which may be a list.
+///
+/// # Errors
+///
+/// As [`from_yaml`].
+pub fn from_json(text: &str) -> Result<Vec<Policy>, SourceError> {
+    from_documents(&[text::json(text)?])
+}
+
+/// Reads policies from documents that are parsed already, such as objects of a Kubernetes watch.
+///
+/// # Errors
+///
+/// As [`from_yaml`].
+pub fn from_documents(documents: &[Value]) -> Result<Vec<Policy>, SourceError> {
+    let (mut policies, mut seen) = (Vec::new(), BTreeSet::new());
+    for (index, document) in documents.iter().enumerate().filter(|(_, document)| !document.is_null()) {
+        read_object(&At::root(index, document), KindNeeded::Yes, &mut seen, &mut policies)?;
+    }
+    Ok(policies)
+}
+
+fn read_object(
+    at: &At<'_>,
+    kind_needed: KindNeeded,
+    seen: &mut BTreeSet<PolicyId>,
+    policies: &mut Vec<Policy>,
+) -> Result<(), SourceError> {
+    let kind = at.some_fields()?.field("kind");
+    if let (Some(list @ ("List" | "PolicyList")), KindNeeded::Yes) = (kind.value.and_then(Value::as_str), kind_needed) {
+        let fields = at.fields(&["apiVersion", "kind", "metadata", "items"])?;
+        let (version, items) = if list == "List" { ("v1", KindNeeded::Yes) } else { (API_VERSION, KindNeeded::No) };
+        one_of(&fields.field("apiVersion"), &[version])?;
+        return fields.field("items").elements()?.iter().try_for_each(|item| read_object(item, items, seen, policies));
+    }
+    let policy = read_policy(at, kind_needed)?;
+    if !seen.insert(policy.id.clone()) {
+        let twice = format!("{} is there twice; remove or rename one", policy.id);
+        return Err(at.some_fields()?.field("metadata").invalid(twice));
+    }
+    policies.push(policy);
+    Ok(())
+}
+
+/// Where a policy belongs.
+#[derive(Clone, Copy)]
+enum Owner<'a> {
+    Namespace(&'a str),
+    Cluster,
+}
+
+impl Owner<'_> {
+    /// The namespaces of a selector, which may leave them out.
+    fn namespaces(self, at: &At<'_>) -> Result<NamespaceMatch, SourceError> {
+        match (self, at.value) {
+            (Owner::Namespace(own), None) => Ok(NamespaceMatch::Named(own.to_owned())),
+            _ => selector(at).map(NamespaceMatch::Selected),
+        }
+    }
+}
+
+pub(super) fn read_policy(at: &At<'_>, kind_needed: KindNeeded) -> Result<Policy, SourceError> {
+    let object = at.fields(&["apiVersion", "kind", "metadata", "spec"])?;
+    for (field, wanted) in [("kind", KIND), ("apiVersion", API_VERSION)] {
+        let field = object.field(field);
+        if kind_needed == KindNeeded::Yes || field.value.is_some() {
+            one_of(&field, &[wanted])?;
+        }
+    }
+    let metadata = object.field("metadata").fields(METADATA)?;
+    let name = PREFIX.to_owned() + dns_name(&metadata.field("name"), 253)?;
+    let namespace = metadata.field("namespace");
+    let owner = match namespace.value {
+        Some(_) => Owner::Namespace(dns_name(&namespace, 63)?),
+        None => Owner::Cluster,
+    };
+
+    let spec = object.field("spec").fields(&["tier", "priority", "subject", "ingress", "egress"])?;
+    let (tier, priority, subject) = (spec.field("tier"), spec.field("priority"), spec.field("subject"));
+    let (id, priority) = match owner {
+        Owner::Namespace(namespace) => {
+            if tier.value.is_some() {
+                one_of(&tier, &["network-policy"]).map_err(|_| {
+                    tier.invalid("must be network-policy in a namespace; remove the namespace for another tier")
+                })?;
+            }
+            let priority = if priority.value.is_none() { DEFAULT_PRIORITY } else { number(&priority, 1, u16::MAX)? };
+            (PolicyId::new(namespace, name), priority)
+        }
+        Owner::Cluster => {
+            let tier = match one_of(&tier, &["admin", "baseline"])? {
+                "admin" => Tier::Admin,
+                _ => Tier::Baseline,
+            };
+            (PolicyId::cluster(tier, name), number(&priority, 0, u16::MAX)?)
+        }
+    };
+    let known: &[&str] = match owner {
+        Owner::Namespace(_) => &["podSelector"],
+        Owner::Cluster => &["namespaceSelector", "podSelector"],
+    };
+    let fields = subject.fields(known)?;
+    let namespaces = owner.namespaces(&fields.field("namespaceSelector"))?;
+    let subject = PodMatch { namespaces, pods: selector(&fields.field("podSelector"))? };
+    let rules = |field, peers| {
+        let list = spec.field(field);
+        list.value.map(|_| rules(&list, peers, owner)).transpose()
+    };
+    let (ingress, egress) = (rules("ingress", "from")?, rules("egress", "to")?);
+    if ingress.is_none() && egress.is_none() {
+        return Err(object.field("spec").invalid("must have ingress or egress; an empty list is one"));
+    }
+    Ok(Policy { id, priority, subject, ingress, egress })
+}
+
+fn rules(at: &At<'_>, peers_field: &'static str, owner: Owner<'_>) -> Result<Vec<Rule>, SourceError> {
+    let known: &[&str] = if peers_field == "from" {
+        &["name", "action", "from", "services"]
+    } else {
+        &["name", "action", "to", "services"]
+    };
+    let mut rules = Vec::new();
+    for rule in at.elements()? {
+        let fields = rule.fields(known)?;
+        if fields.field("name").value.is_some() {
+            fields.field("name").text()?;
+        }
+        let action = match one_of(&fields.field("action"), &["allow", "deny", "pass"])? {
+            "allow" => Action::Allow,
+            "deny" => Action::Deny,
+            _ => Action::Pass,
+        };
+        let peers = some(&fields.field(peers_field), "for anybody", |item, peers| peer(item, owner, peers))?;
+        let ports = some(&fields.field("services"), "for everything", service)?;
+        let combinations = peers.as_ref().map_or(1, Vec::len).saturating_mul(ports.as_ref().map_or(1, Vec::len));
+        within(&rule.path, rule.document, "combinations of peer and port", combinations, MAX_COMBINATIONS)?;
+        rules.push(Rule {
+            action,
+            peers: peers.map_or(Peers::Any, Peers::OneOf),
+            ports: ports.map_or(Ports::Any, Ports::OneOf),
+        });
+    }
+    Ok(rules)
+}
+
+/// What the elements of a list stand for; none where there is no list.
+fn some<T>(
+    list: &At<'_>,
+    without: &str,
+    mut read: impl FnMut(&At<'_>, &mut Vec<T>) -> Result<(), SourceError>,
+) -> Result<Option<Vec<T>>, SourceError> {
+    if list.value.is_none() {
+        return Ok(None);
+    }
+    let elements = list.elements()?;
+    if elements.is_empty() {
+        return Err(list.invalid(format!("must have at least one element; leave it out {without}")));
+    }
+    let mut found = Vec::new();
+    elements.iter().try_for_each(|element| read(element, &mut found))?;
+    Ok(Some(found))
+}
+
+fn peer(at: &At<'_>, owner: Owner<'_>, peers: &mut Vec<Peer>) -> Result<(), SourceError> {
+    let fields = at.fields(&["pods", "cidrs", "except", "notCidrs"])?;
+    let (pods, cidrs, except, not) =
+        (fields.field("pods"), fields.field("cidrs"), fields.field("except"), fields.field("notCidrs"));
+    if [&pods, &cidrs, &not].iter().filter(|field| field.value.is_some()).count() != 1 {
+        return Err(at.invalid("must have exactly one of pods, cidrs, notCidrs; make several elements of it"));
+    }
+    if except.value.is_some() && cidrs.value.is_none() {
+        return Err(except.invalid("belongs to cidrs; remove it"));
+    }
+    if pods.value.is_some() {
+        let fields = pods.fields(&["namespaceSelector", "podSelector"])?;
+        let namespaces = owner.namespaces(&fields.field("namespaceSelector"))?;
+        peers.push(Peer::Pods(PodMatch { namespaces, pods: selector(&fields.field("podSelector"))? }));
+    } else if not.value.is_some() {
+        let holes = prefixes(&not)?;
+        for cidr in [IpNet::V4(Ipv4Net::default()), IpNet::V6(Ipv6Net::default())] {
+            let except: Vec<IpNet> = holes.iter().copied().filter(|hole| cidr.contains(hole)).collect();
+            // Where all of a family is excluded nothing is left of it.
+            if !except.contains(&cidr) {
+                peers.push(Peer::Block(IpBlock { cidr, except }));
+            }
+        }
+    } else {
+        let blocks = prefixes(&cidrs)?;
+        let holes = if except.value.is_some() { prefixes(&except)? } else { Vec::new() };
+        for (index, hole) in holes.iter().enumerate() {
+            let inside = |block: &&IpNet| block.contains(hole) && *block != hole;
+            if !blocks.iter().any(|block| inside(&block)) {
+                let items = except.elements()?;
+                return Err(items[index].invalid("must be a strict subset of one of cidrs"));
+            }
+        }
+        for cidr in blocks {
+            let except =
+                holes.iter().copied().filter(|hole| cidr.contains(hole) || hole.contains(&cidr)).collect::<Vec<_>>();
+            if !except.iter().any(|hole| hole.contains(&cidr)) {
+                peers.push(Peer::Block(IpBlock { cidr, except }));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn prefixes(list: &At<'_>) -> Result<Vec<IpNet>, SourceError> {
+    let items = list.elements()?;
+    if items.is_empty() {
+        return Err(list.invalid("must have at least one prefix"));
+    }
+    items.iter().map(prefix).collect()
+}
+
+fn service(at: &At<'_>, ports: &mut Vec<PortMatch>) -> Result<(), SourceError> {
+    let fields = at.fields(&["protocol", "ports", "notPorts", "type", "code"])?;
+    let protocol = protocol(&fields.field("protocol"))?;
+    let (list, not) = (fields.field("ports"), fields.field("notPorts"));
+    let (kind, code) = (fields.field("type"), fields.field("code"));
+    let icmp = matches!(protocol, Protocol::ICMP | Protocol::ICMPV6);
+    for (field, allowed, what) in [
+        (&list, protocol.has_ports() && !icmp, "only tcp, udp and sctp have ports; remove it or change protocol"),
+        (&not, protocol.has_ports() && !icmp, "only tcp, udp and sctp have ports; remove it or change protocol"),
+        (&kind, icmp, "only icmp and icmpv6 have types; remove it or change protocol"),
+        (&code, icmp && kind.value.is_some(), "needs a type beside it, of icmp or icmpv6; set type or remove it"),
+    ] {
+        if field.value.is_some() && !allowed {
+            return Err(field.invalid(what));
+        }
+    }
+    let range = |first, last| PortMatch { protocol, port: PortSpec::Range { first, last } };
+    if kind.value.is_some() {
+        let kind = octet(&kind)?;
+        let (first, last) = if code.value.is_some() { (octet(&code)?, octet(&code)?) } else { (0, u8::MAX) };
+        ports.push(range(Tuple::icmp_port(kind, first), Tuple::icmp_port(kind, last)));
+    } else if list.value.is_some() && not.value.is_some() {
+        return Err(not.invalid("excludes ports; make two elements of it"));
+    } else if let Some(items) = some(&list, "for every port", port)? {
+        ports.extend(items.into_iter().map(|port| PortMatch { protocol, port }));
+    } else if let Some(items) = some(&not, "for every port", port)? {
+        gaps(&not, &items)?.into_iter().for_each(|(first, last)| ports.push(range(first, last)));
+    } else {
+        ports.push(PortMatch { protocol, port: PortSpec::Any });
+    }
+    Ok(())
+}
+
+/// The ports that no element of the list covers.
+fn gaps(at: &At<'_>, items: &[PortSpec]) -> Result<Vec<(u16, u16)>, SourceError> {
+    let mut covered = Vec::new();
+    for (item, spec) in at.elements()?.iter().zip(items) {
+        match spec {
+            PortSpec::Range { first, last } => covered.push((*first, *last)),
+            _ => return Err(item.invalid("must be a number or a range: what a name stands for differs by pod")),
+        }
+    }
+    covered.sort_unstable();
+    let (mut gaps, mut next) = (Vec::new(), Some(0_u16));
+    for (first, last) in covered {
+        if let Some(from) = next
+            && from < first
+        {
+            gaps.push((from, first - 1));
+        }
+        next = next.and_then(|from| Some(from.max(last.checked_add(1)?)));
+    }
+    gaps.extend(next.map(|from| (from, u16::MAX)));
+    if gaps.is_empty() {
+        return Err(at.invalid("leaves no port; name the ports that are meant"));
+    }
+    Ok(gaps)
+}
+
+fn protocol(at: &At<'_>) -> Result<Protocol, SourceError> {
+    let found = match at.value {
+        Some(Value::String(name)) => Protocol::parse(&name.to_ascii_lowercase()),
+        Some(Value::Number(number)) => number.as_u64().and_then(|number| u8::try_from(number).ok()).map(Protocol),
+        _ => None,
+    };
+    found.ok_or_else(|| at.invalid("must be tcp, udp, sctp, icmp, icmpv6 or a number from 0 to 255"))
+}
+
+/// A number, a range in text, or a name.
+fn port(at: &At<'_>, ports: &mut Vec<PortSpec>) -> Result<(), SourceError> {
+    const RULE: &str = "must be a number from 1 to 65535, a range such as 8000-8100, or the name of a port";
+    let text = match at.value {
+        Some(Value::String(text)) => text.as_str(),
+        _ => {
+            let port = number(at, 1, u16::MAX).map_err(|_| at.invalid(RULE))?;
+            ports.push(PortSpec::Range { first: port, last: port });
+            return Ok(());
+        }
+    };
+    let numbers =
+        |text: &str| -> Option<u16> { text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok())? };
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    ports.push(match (numbers(first), numbers(last)) {
+        (Some(first @ 1..), Some(last)) if first <= last => PortSpec::Range { first, last },
+        _ if is_port_name(text) => PortSpec::Named(text.to_owned()),
+        _ => return Err(at.invalid(RULE)),
+    });
+    Ok(())
+}
+
+fn octet(at: &At<'_>) -> Result<u8, SourceError> {
+    let number = at.value.and_then(Value::as_u64).and_then(|number| u8::try_from(number).ok());
+    number.ok_or_else(|| at.invalid("must be a number from 0 to 255"))
+}
+
+fn number(at: &At<'_>, least: u16, most: u16) -> Result<u16, SourceError> {
+    let number = at.value.and_then(Value::as_u64).and_then(|number| u16::try_from(number).ok());
+    let number = number.filter(|number| (least..=most).contains(number));
+    number.ok_or_else(|| at.invalid(format!("must be a number from {least} to {most}")))
+}
+
+pub(super) const KIND: &str = "Policy";
+pub(super) const API_VERSION: &str = "dcenet.io/v1alpha1";
+/// What comes before the name of an object in a [`PolicyId`].
+const PREFIX: &str = "policy/";
+const DEFAULT_PRIORITY: u16 = 1000;
+
+#[cfg(all(test, feature = "yaml"))]
+mod tests {
+    use super::*;
+
+    fn with_spec(namespace: &str, spec: &str) -> String {
+        format!("{{apiVersion: dcenet.io/v1alpha1, kind: Policy, metadata: {{name: p{namespace}}}, spec: {{{spec}}}}}")
+    }
+
+    #[test]
+    fn ports_and_their_gaps_are_exact() {
+        let ports = |service: &str| {
+            let rule = format!("tier: admin, priority: 0, ingress: [{{action: deny, services: [{service}]}}]");
+            let policy = from_yaml(&with_spec("", &rule)).unwrap().remove(0);
+            let Ports::OneOf(ports) = policy.ingress.unwrap().remove(0).ports else { panic!("all ports of {service}") };
+            let text = |port: &PortMatch| match &port.port {
+                PortSpec::Any => format!("{}", port.protocol),
+                PortSpec::Range { first, last } => format!("{} {first}-{last}", port.protocol),
+                PortSpec::Named(name) => format!("{} {name}", port.protocol),
+            };
+            ports.iter().map(text).collect::<Vec<_>>().join(", ")
+        };
+        assert_eq!(ports("{protocol: tcp}"), "tcp");
+        assert_eq!(
+            ports("{protocol: UDP, ports: [53, 60-70, '99', http-alt]}"),
+            "udp 53-53, udp 60-70, udp 99-99, udp http-alt"
+        );
+        assert_eq!(ports("{protocol: tcp, notPorts: [443]}"), "tcp 0-442, tcp 444-65535");
+        assert_eq!(ports("{protocol: tcp, notPorts: [80-90, 1-79, 85, 65535]}"), "tcp 0-0, tcp 91-65534");
+        assert_eq!(ports("{protocol: sctp, notPorts: [1-65535]}"), "sctp 0-0");
+        assert_eq!(ports("{protocol: icmp, type: 3}"), "icmp 768-1023");
+        assert_eq!(ports("{protocol: icmpv6, type: 1, code: 4}"), "icmpv6 260-260");
+        assert_eq!(ports("{protocol: 47}, {protocol: 6, ports: [1]}"), "47, tcp 1-1");
+    }
+
+    #[test]
+    fn prefixes_and_their_complements_are_exact() {
+        let blocks = |peer: &str| {
+            let rule = format!("tier: admin, priority: 0, ingress: [{{action: deny, from: [{peer}]}}]");
+            let policy = from_yaml(&with_spec("", &rule)).unwrap().remove(0);
+            let Peers::OneOf(peers) = policy.ingress.unwrap().remove(0).peers else { panic!("anybody of {peer}") };
+            let text = |peer: &Peer| match peer {
+                Peer::Block(IpBlock { cidr, except }) => format!("{cidr} but {except:?}"),
+                Peer::Pods(pods) => panic!("{pods:?}"),
+            };
+            peers.iter().map(text).collect::<Vec<_>>().join(", ")
+        };
+        assert_eq!(blocks("{cidrs: [10.0.0.1/8, 'fd00::/8']}"), "10.0.0.0/8 but [], fd00::/8 but []");
+        assert_eq!(
+            blocks("{cidrs: [10.0.0.0/8, 10.1.0.0/24, 'fd00::/8'], except: [10.1.0.0/16]}"),
+            "10.0.0.0/8 but [10.1.0.0/16], fd00::/8 but []",
+            "what an exception covers whole is not there"
+        );
+        assert_eq!(blocks("{notCidrs: [10.0.0.0/8]}"), "0.0.0.0/0 but [10.0.0.0/8], ::/0 but []");
+        assert_eq!(blocks("{notCidrs: [0.0.0.0/0]}"), "::/0 but []");
+    }
+
+    #[test]
+    fn what_cannot_be_meant_is_refused_by_field() {
+        let refusal = |namespace, spec: &str| from_yaml(&with_spec(namespace, spec)).unwrap_err().to_string();
+        let rule = |rule: &str| refusal("", &format!("tier: admin, priority: 1, egress: [{{action: deny, {rule}}}]"));
+        let cases = [
+            (refusal("", "ingress: []"), "spec.tier: nothing: is required"),
+            (refusal("", "tier: admin, ingress: []"), "spec.priority: nothing: must be a number from 0 to 65535"),
+            (
+                refusal("", "tier: network-policy, priority: 1, ingress: []"),
+                "spec.tier: \"network-policy\": must be admin or baseline",
+            ),
+            (
+                refusal(", namespace: shop", "tier: admin, ingress: []"),
+                "spec.tier: \"admin\": must be network-policy in a namespace; remove the namespace for another tier",
+            ),
+            (
+                refusal(", namespace: shop", "priority: 0, ingress: []"),
+                "spec.priority: 0: must be a number from 1 to 65535",
+            ),
+            (
+                refusal(", namespace: shop", "subject: {namespaceSelector: {}}, ingress: []"),
+                "spec.subject.namespaceSelector: unknown field",
+            ),
+            (
+                refusal("", "tier: admin, priority: 1"),
+                "spec: {\"priority\":1,\"tier\":\"admin\"}: must have ingress or egress; an empty list is one",
+            ),
+            (rule("to: []"), "spec.egress[0].to: []: must have at least one element; leave it out for anybody"),
+            (rule("from: [{pods: {}}]"), "spec.egress[0].from: unknown field"),
+            (
+                rule("to: [{pods: {}, cidrs: [10.0.0.0/8]}]"),
+                "spec.egress[0].to[0]: {\"cidrs\":[\"10.0.0.0/8\"],\"pods\":{}}: must have exactly one of pods, cidrs, notCidrs; \
+                 make several elements of it",
+            ),
+            (
+                rule("to: [{pods: {}, except: [10.0.0.0/8]}]"),
+                "spec.egress[0].to[0].except: [\"10.0.0.0/8\"]: belongs to cidrs; remove it",
+            ),
+            (
+                rule("to: [{cidrs: [10.0.0.0/8], except: [10.1.0.0/16, 11.0.0.0/16]}]"),
+                "spec.egress[0].to[0].except[1]: \"11.0.0.0/16\": must be a strict subset of one of cidrs",
+            ),
+            (rule("to: [{notCidrs: []}]"), "spec.egress[0].to[0].notCidrs: []: must have at least one prefix"),
+            (
+                rule("services: [{protocol: gre}]"),
+                "spec.egress[0].services[0].protocol: \"gre\": must be tcp, udp, sctp, icmp, icmpv6 or a number from 0 to 255",
+            ),
+            (
+                rule("services: [{ports: [1]}]"),
+                "spec.egress[0].services[0].protocol: nothing: must be tcp, udp, sctp, icmp, icmpv6 or a number from 0 to 255",
+            ),
+            (
+                rule("services: [{protocol: 47, ports: [1]}]"),
+                "spec.egress[0].services[0].ports: [1]: only tcp, udp and sctp have ports; remove it or change protocol",
+            ),
+            (
+                rule("services: [{protocol: icmp, code: 1}]"),
+                "spec.egress[0].services[0].code: 1: needs a type beside it, of icmp or icmpv6; set type or remove it",
+            ),
+            (
+                rule("services: [{protocol: icmp, type: 256}]"),
+                "spec.egress[0].services[0].type: 256: must be a number from 0 to 255",
+            ),
+            (
+                rule("services: [{protocol: tcp, ports: [90-80]}]"),
+                "spec.egress[0].services[0].ports[0]: \"90-80\": must be a number from 1 to 65535, a range such as 8000-8100, or the name \
+                 of a port",
+            ),
+            (
+                rule("services: [{protocol: tcp, notPorts: [http]}]"),
+                "spec.egress[0].services[0].notPorts[0]: \"http\": must be a number or a range: what a name stands for differs by pod",
+            ),
+            (
+                rule("services: [{protocol: tcp, ports: [1], notPorts: [2]}]"),
+                "spec.egress[0].services[0].notPorts: [2]: excludes ports; make two elements of it",
+            ),
+        ];
+        for (told, wanted) in cases {
+            assert!(told.starts_with(&format!("document 0: {wanted}")), "{told}\nwanted: {wanted}");
+        }
+        let twice = [
+            with_spec("", "tier: admin, priority: 1, ingress: []"),
+            with_spec("", "tier: admin, priority: 2, ingress: []"),
+        ];
+        let told = from_yaml(&twice.join("\n---\n")).unwrap_err().to_string();
+        assert_eq!(told, "document 1: metadata: {\"name\":\"p\"}: admin:policy/p is there twice; remove or rename one");
+    }
+}
