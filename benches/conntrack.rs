@@ -160,7 +160,8 @@ impl Pod {
     fn load() -> Result<Self, Failure> {
         let sizes = Sizes { event_bytes: EVENT_BYTES, ..Sizes::default() };
         let allow = AllowAll { rule: 1 };
-        let mut loaded = load(&datapath::program(&Spec::new(&sizes, &allow, &allow))?)?;
+        let mut loaded =
+            load(&datapath::program(&Spec { flow_events: u32::MAX, ..Spec::new(&sizes, &allow, &allow) })?)?;
         let [from_pod, to_pod] = [datapath::FROM_POD, datapath::TO_POD].map(|n| loaded.take_program(n).ok_or(n));
         let pod = Self { from_pod: from_pod?, to_pod: to_pod?, loaded };
         let endpoint = Endpoint::new(Some("10.0.0.1".parse()?), Some("fd00::1".parse()?), None);

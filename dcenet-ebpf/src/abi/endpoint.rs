@@ -68,16 +68,19 @@ impl Endpoint {
 }
 
 record! {
-    /// How many events about drops an endpoint may cause in a span of time, and how many events of it were lost.
+    /// How many events an endpoint has caused in a span of time, and how many of it were held back or lost. All endpoints
+    /// write to one ring buffer: without limits one of them could fill it for all.
     ///
-    /// Programs of several CPUs update the window without a lock, so the limit is approximate; the losses are counted
-    /// atomically.
+    /// Programs of several CPUs update the window without a lock, so limits are approximate; what is held back or lost is
+    /// counted atomically.
     pub struct EventLimit, 32 bytes {
         /// Number of the window, 2^30 ns each (1.07 s).
         window: u64 = 0 @ WINDOW,
-        /// Events of this window.
-        used: u64 = 8 @ USED,
-        /// Events about drops that the limit held back.
+        /// Events of this window about drops ([`Spec::denied_events`](crate::datapath::Spec::denied_events)).
+        used: u32 = 8 @ USED,
+        /// Events of this window about flows ([`Spec::flow_events`](crate::datapath::Spec::flow_events)).
+        used_by_flows: u32 = 12 @ USED_BY_FLOWS,
+        /// Events of either sort that a limit held back.
         limited: u64 = 16 @ LIMITED,
         /// Events of every kind that found the ring buffer full.
         lost: u64 = 24 @ LOST,

@@ -78,36 +78,43 @@ impl Emitter<'_> {
     /// A drop is told of as long as the endpoint's limit allows it.
     fn denied(&mut self) {
         let Judgement::Classifiers { denied_events, .. } = self.judgement else { return };
-        let [silent, limited, same] = self.labels();
-        self.asm
-            .call(Helper::KtimeGetCoarseNs)
-            .store(Size::Dw, R10, frame::NOW, R0)
-            .mov(R8, R0)
-            .rsh(R8, WINDOW_BITS)
-            .load(Size::H, R1, R10, frame::SLOT);
+        let silent = self.asm.label();
+        self.asm.call(Helper::KtimeGetCoarseNs).store(Size::Dw, R10, frame::NOW, R0);
+        self.within_limit(EventLimit::USED, denied_events, silent);
+        self.packet_counters();
+        self.send_event(EventKind::Denied);
+        self.asm.bind(silent).ret(TC_ACT_SHOT);
+    }
+
+    /// Counts an event at [`frame::NOW`] among those of its window, at an offset of [`EventLimit`]; one beyond the limit
+    /// goes to `silent`. Uses `R8`.
+    fn within_limit(&mut self, used: i16, limit: u32, silent: Label) {
+        let [same, within] = self.labels();
+        self.asm.load(Size::Dw, R8, R10, frame::NOW).rsh(R8, WINDOW_BITS).load(Size::H, R1, R10, frame::SLOT);
         self.lookup_index(abi::EVENT_LIMITS, R1);
         self.asm
             .jump_if(Cond::Eq, R0, 0, silent)
-            .load(Size::Dw, R1, R0, EventLimit::USED)
             .load(Size::Dw, R2, R0, EventLimit::WINDOW)
             .jump_if(Cond::Eq, R2, R8, same)
             .store(Size::Dw, R0, EventLimit::WINDOW, R8)
-            .mov(R1, 0)
+            .store(Size::W, R0, EventLimit::USED, 0)
+            .store(Size::W, R0, EventLimit::USED_BY_FLOWS, 0)
             .bind(same)
-            .jump_if(Cond::Ge, R1, i32::try_from(denied_events).unwrap_or(i32::MAX), limited)
-            .add(R1, 1)
-            .store(Size::Dw, R0, EventLimit::USED, R1);
-        self.packet_counters();
-        self.send_event(EventKind::Denied);
-        self.asm.bind(limited);
+            .load(Size::W, R1, R0, used)
+            .jump_if(Cond::Lt, R1, i32::try_from(limit).unwrap_or(i32::MAX), within);
         self.count_atomic(R0, EventLimit::LIMITED);
-        self.asm.bind(silent).ret(TC_ACT_SHOT);
+        self.asm.jump(silent).bind(within).add(R1, 1).store(Size::W, R0, used, R1);
     }
 
     /// Fills in the event and sends it; the verdict follows from its kind.
     fn event(&mut self) {
+        let Judgement::Classifiers { flow_events, .. } = self.judgement else { return };
         let event = frame::EVENT;
-        let [v4, v6, named, sent, drop] = self.labels();
+        let [v4, v6, named, sent, drop, within] = self.labels();
+        // Those about drops have been asked already.
+        self.asm.load(Size::W, R1, R10, frame::EVENT_KIND).jump_if(Cond::Eq, R1, EventKind::Denied as i32, within);
+        self.within_limit(EventLimit::USED_BY_FLOWS, flow_events, sent);
+        self.asm.bind(within);
         let copies: [(Size, i16, i16); 10] = [
             (Size::Dw, frame::NOW, Event::TIME),
             (Size::W, frame::EVENT_KIND, Event::KIND),

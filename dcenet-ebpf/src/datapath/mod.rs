@@ -121,8 +121,12 @@ pub struct Spec<'a> {
     pub slot: Slot,
     /// How long flows are remembered.
     pub timeouts: Timeouts,
-    /// Events about dropped packets for each endpoint in 2^30 ns (1.07 s); the others are counted.
+    /// Events about dropped packets for each endpoint in 2^30 ns (1.07 s); the others are counted
+    /// ([`EventLimit::limited`](abi::EventLimit::limited)).
     pub denied_events: u32,
+    /// The same for events about flows: new, closed and sampled, together. All endpoints share one ring, which an endpoint
+    /// that opens flows as fast as it can would fill for all.
+    pub flow_events: u32,
     /// Tells of one in so many packets of known flows, each packet picked by chance (RFC 5475, section 5.2.2.2: uniform
     /// probabilistic sampling) and independently of others: [`EventKind::Sampled`](abi::EventKind::Sampled). Packets that
     /// other events tell of are not picked. `None` adds no instruction; a random number costs each packet some
@@ -137,13 +141,14 @@ pub struct Spec<'a> {
 }
 
 impl<'a> Spec<'a> {
-    /// With default timeouts, 100 events about drops in each window, no sampling, ISA v3, for attachments with a class id.
+    /// With default timeouts, 100 events about drops and 1,000 about flows in each window, no sampling, ISA v3, for attachments with a class id.
     pub fn new(sizes: &'a Sizes, egress: &'a dyn EmitClassifier, ingress: &'a dyn EmitClassifier) -> Self {
         Self {
             sizes,
             slot: Slot::Class,
             timeouts: Timeouts::default(),
             denied_events: 100,
+            flow_events: 1000,
             sample: None,
             isa: IsaLevel::V3,
             egress,
@@ -243,6 +248,7 @@ pub(crate) enum Judgement<'a> {
         ingress: &'a dyn EmitClassifier,
         members_v6_bits: u32,
         denied_events: u32,
+        flow_events: u32,
     },
 }
 
@@ -254,7 +260,7 @@ pub(crate) enum Judgement<'a> {
 /// # Errors
 /// See [`DatapathError`].
 pub fn program(spec: &Spec<'_>) -> Result<Object, DatapathError> {
-    let Spec { sizes, slot, timeouts, denied_events, sample, isa, egress, ingress } = spec;
+    let Spec { sizes, slot, timeouts, denied_events, flow_events, sample, isa, egress, ingress } = spec;
     check(sizes)?;
     check_slot(*slot, sizes)?;
     if *slot == Slot::Nobody {
@@ -275,6 +281,7 @@ pub fn program(spec: &Spec<'_>) -> Result<Object, DatapathError> {
             ingress: *ingress,
             members_v6_bits: sizes.members_v6.trailing_zeros(),
             denied_events: *denied_events,
+            flow_events: *flow_events,
         };
         let mut emitter = Emitter::new(name, direction, *slot, judgement);
         emitter.asm.isa(*isa);

@@ -35,7 +35,7 @@ fn the_costs_are_within_bounds() {
     }
     let (allow, deny) = (AllowAll { rule: 1 }, DenyAll { rule: 2 });
     let sizes = Sizes { conntrack: 65_536, ..small() };
-    let open = Pod::with(&Spec::new(&sizes, &allow, &allow));
+    let open = Pod::with(&Spec { flow_events: u32::MAX, ..Spec::new(&sizes, &allow, &allow) });
     let shut = Pod::with(&Spec { denied_events: 0, ..Spec::new(&sizes, &deny, &deny) });
     let syn = |(from, to)| eth().ip(from, to).tcp(40000, 80, SYN);
     // A SYN that also closes takes its own flow's place each time: a lookup, a classification, an update, an event.
@@ -143,6 +143,6 @@ fn the_verifier_looks_at_a_large_classifier_a_few_times_only() {
     for (small, large) in small.iter().zip(&large) {
         let factor = f64::from(large.0 - small.0) / f64::from(large.1 - small.1);
         eprintln!("{} instructions verified for {} slots: {factor:.1} for each slot of a classifier", large.0, large.1);
-        assert!(factor < 6.0, "{factor}");
+        assert!(factor < 5.8, "{factor}");
     }
 }

@@ -5,7 +5,7 @@ use std::num::NonZeroU32;
 
 use dcenet_core::test_support::{Rung, require};
 use dcenet_ebpf::abi::{self, Be16, Direction, Event, EventKind, Reason, Sizes};
-use dcenet_ebpf::datapath::{AllowAll, DenyAll, Spec};
+use dcenet_ebpf::datapath::{self, AllowAll, DenyAll, Slot, Spec};
 use dcenet_ebpf::program::TestRun;
 use dcenet_ebpf::test_support::packet::*;
 
@@ -108,7 +108,11 @@ fn packets_of_known_flows_are_sampled_where_that_is_asked_for() {
         return;
     }
     let sizes = small();
-    let sampling = |one_in: u32| Spec { sample: NonZeroU32::new(one_in), ..Spec::new(&sizes, &ALLOW, &ALLOW) };
+    let sampling = |one_in: u32| Spec {
+        sample: NonZeroU32::new(one_in),
+        flow_events: u32::MAX,
+        ..Spec::new(&sizes, &ALLOW, &ALLOW)
+    };
     for direction in [Egress, Ingress] {
         for addresses in VERSIONS {
             let (from, to) = way(direction, addresses);
@@ -206,7 +210,56 @@ fn events_about_drops_are_limited_and_the_others_counted() {
     assert_eq!(told + limit.limited, 100);
     assert_eq!(limit.lost, 0);
     // A window may have ended meanwhile, on a busy machine several.
-    assert!((5..=50).contains(&told) && told % 5 == limit.used % 5, "{told} events, {limit:?}");
+    assert!((5..=50).contains(&told) && told % 5 == u64::from(limit.used) % 5, "{told} events, {limit:?}");
+}
+
+/// One ring serves all: a pod that opens flows as fast as it can, or sends where every packet is sampled, must not take the
+/// others' events.
+#[test]
+fn a_pod_that_floods_leaves_room_for_events_of_others() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    // 39 events fill the ring: that takes the limited pod eight windows, of a second each.
+    let sizes = Sizes { event_bytes: 4096, ..small() };
+    let (limited, unlimited) = (5, u32::MAX);
+    for sample in [None, NonZeroU32::new(1)] {
+        for flow_events in [limited, unlimited] {
+            let spec = |slot| {
+                let slot = Slot::Constant(slot);
+                Spec { slot, flow_events, sample, ..Spec::new(&sizes, &ALLOW, &ALLOW) }
+            };
+            let loud = Pod::with(&spec(3));
+            let quiet = loud.beside(5, &datapath::program(&spec(5)).unwrap());
+            quiet.set_endpoint(&endpoint());
+            let flow = |port: u16| eth().ipv4(POD4, PEER4).udp(port, 53);
+            for port in 0..60 {
+                // Flows, or one flow of which each packet is sampled.
+                loud.run(Egress, &flow(if sample.is_none() { port } else { 0 }));
+            }
+            for port in 0..3 {
+                quiet.expect(Egress, &flow(port), Some(Reason::Allowed));
+            }
+            let events = loud.events();
+            let of = |slot| events.iter().filter(|event| event.slot == slot).count() as u64;
+            let (held_back, lost) = (loud.limit().limited, loud.limit().lost);
+            assert_eq!(of(3) + held_back + lost, 60, "each event is told or counted");
+            if flow_events == limited {
+                assert_eq!((of(5), quiet.limit().lost, lost), (3, 0, 0), "{sample:?}: {held_back} held back");
+                assert!((5..39).contains(&of(3)) && held_back > 20, "{} told, {held_back} held back", of(3));
+            } else {
+                assert_eq!((of(5), quiet.limit().lost, held_back), (0, 3, 0), "the twin: {lost} lost");
+            }
+        }
+    }
+    // Drops and flows have limits of their own.
+    let spec = Spec { flow_events: 0, denied_events: 1000, ..Spec::new(&sizes, &ALLOW, &DENY) };
+    let pod = Pod::with(&spec);
+    pod.expect(Egress, &eth().ipv4(POD4, PEER4).tcp(1, 2, SYN), Some(Reason::Allowed));
+    pod.expect(Egress, &eth().ipv4(POD4, PEER4).tcp(1, 2, FIN), None);
+    pod.expect(Ingress, &eth().ipv4(PEER4, POD4).udp(1, 2), Some(Reason::Denied));
+    assert_eq!(pod.events().iter().map(|e| e.kind).collect::<Vec<_>>(), [EventKind::Denied as u8]);
+    assert_eq!(pod.limit().limited, 2, "the new flow and its end");
 }
 
 #[test]

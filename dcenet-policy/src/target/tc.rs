@@ -28,6 +28,8 @@ pub struct Tc {
     pub timeouts: Timeouts,
     /// Events about dropped packets for each endpoint; see [`Spec::denied_events`].
     pub denied_events: u32,
+    /// Events about flows for each endpoint; see [`Spec::flow_events`].
+    pub flow_events: u32,
     /// Tells of one in so many packets of known flows; see [`Spec::sample`]. None unless told.
     pub sample: Option<NonZeroU32>,
     /// The level of the instruction set; at v4, which `dcenet_ebpf::probe` tells of, far jumps are cheaper.
@@ -45,6 +47,7 @@ impl Tc {
             sizes,
             timeouts: Timeouts::default(),
             denied_events: 100,
+            flow_events: 1000,
             sample: None,
             isa: IsaLevel::V3,
             slot: Slot::Class,
@@ -88,6 +91,7 @@ impl Tc {
         let spec = Spec {
             timeouts: self.timeouts,
             denied_events: self.denied_events,
+            flow_events: self.flow_events,
             sample: self.sample,
             isa: self.isa,
             slot: self.slot,
