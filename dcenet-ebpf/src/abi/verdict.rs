@@ -93,7 +93,7 @@ reasons! {
     /// Dropped: the attachment's slot holds no endpoint.
     UnknownEndpoint = 13 "unknown-endpoint",
     /// Dropped: towards the pod, a frame for another Ethernet address, such as a bridge floods while it does not know
-    /// where that is.
+    /// where that is, or a packet for another IP address.
     OtherHost = 14 "other-host",
     /// Dropped: the sender says by which way the packet goes, so that its destination is not where it ends: a loose or
     /// strict source route of IPv4 (RFC 791, section 3.1; RFC 7126, sections 4.3 and 4.4), or a routing header of IPv6

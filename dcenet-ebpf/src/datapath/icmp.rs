@@ -71,7 +71,7 @@ impl Emitter<'_> {
             self.asm.jump(lookup);
             return;
         }
-        self.source_v6((R10, L3));
+        self.own_end_v6();
         let single = self.asm.label();
         let error = self.asm.label();
         self.asm.load(Size::B, R1, R10, L4);

@@ -30,7 +30,9 @@
 //! | VLAN tag, in the packet or beside it | drop, unless the endpoint is a [trunk](abi::Endpoint::TRUNK) |
 //! | source from the pod is not its own address | drop |
 //! | unicast frame to the pod that is for another Ethernet address | drop, without an event: its own receiver would ignore it (PACKET_OTHERHOST), but whoever listens in the pod would see it |
-//! | ARP from the pod | pass if its sender is the pod, or unspecified and the target the pod |
+//! | packet to the pod that is for another IP address, no group, and no broadcast address of its network | the same: the sender's policy has judged that destination, not this pod |
+//! | ARP from the pod | pass a request or reply if its sender is the pod, or unspecified and the target the pod |
+//! | ARP with more behind it than a short frame's padding | drop |
 //! | neighbour discovery from the pod | the same, of an advertisement by its target; to its link: a group of link scope, a link-local address, the target of a solicitation, anybody for an advertisement; router advertisement and redirect are dropped |
 //! | neighbour discovery with a hop limit below 255, a code, or behind an extension header; longer than one option makes it, from the pod | drop |
 //! | ARP, other neighbour discovery to the pod | pass |

@@ -93,6 +93,15 @@ impl Emitter<'_> {
             slow,
         );
         self.addresses_v4((R7, ip));
+        if self.direction == Direction::Ingress {
+            // The slow path knows the other addresses that are the pod's.
+            self.asm.load(Size::W, R1, R7, ip + 16).load(Size::W, R2, R9, Endpoint::IPV4).jump_if(
+                Cond::Ne,
+                R1,
+                R2,
+                slow,
+            );
+        }
         self.asm.load(Size::H, R5, R7, ip + 2).be(SwapWidth::W16, R5).sub(R5, IPV4).load(Size::B, R1, R7, ip + 9);
         self.fast_ports(ETHERNET + IPV4);
 
@@ -110,7 +119,8 @@ impl Emitter<'_> {
         let known = self.asm.label();
         self.asm.jump_if(Cond::Eq, R1, TCP, known).jump_if(Cond::Ne, R1, UDP, slow).bind(known);
         self.peer_v6((R7, ip));
-        self.source_v6((R7, ip));
+        let foreign = if self.direction == Direction::Egress { self.drop(Reason::Spoofed) } else { slow };
+        self.own_v6((R7, ip), foreign);
         self.asm.load(Size::H, R5, R7, ip + 4).be(SwapWidth::W16, R5).load(Size::B, R1, R7, ip + 6);
         self.fast_ports(ETHERNET + IPV6);
     }
@@ -177,13 +187,65 @@ impl Emitter<'_> {
         self.asm.store(Size::B, R10, frame::VERSION, 6);
     }
 
-    /// From the pod, drops what has not its own source.
-    pub(super) fn source_v6(&mut self, header: (Reg, i16)) {
+    /// Drops what the pod sends from another source than its own, and what is sent to it for another destination, of the
+    /// IPv6 header copied.
+    pub(super) fn own_end_v6(&mut self) {
+        let group = self.asm.label();
+        let foreign = match self.direction {
+            Direction::Egress => self.drop(Reason::Spoofed),
+            Direction::Ingress => {
+                // A group (RFC 4291, section 2.7), which is nobody's own.
+                self.asm.load(Size::B, R1, R10, L3 + 24).jump_if(Cond::Eq, R1, 0xff, group);
+                self.drop(Reason::OtherHost)
+            }
+        };
+        self.own_v6((R10, L3), foreign);
+        self.asm.bind(group);
+    }
+
+    /// What the pod sends from another source than its own goes to `foreign`, and what is sent to it for another destination.
+    fn own_v6(&mut self, (base, at): (Reg, i16), foreign: Label) {
+        let own = self.asm.label();
+        let end = if self.direction == Direction::Egress { 8 } else { 24 };
+        self.if_own_v6((base, at + end), own);
+        self.asm.jump(foreign).bind(own);
+    }
+
+    /// Drops what is sent to the pod for another destination than its own, of the IPv4 header copied: whoever sends may pair
+    /// any Ethernet address with any other, and its policy has judged the destination, that of the pod the Ethernet address.
+    ///
+    /// The pod's own are its address, groups, and in a frame for a group of the link the broadcast addresses of networks
+    /// that it could be in (RFC 1122, section 3.2.1.3), which are its address with its last bits set: how long the
+    /// network's prefix is, the programs do not know. Uses `R1` to `R5`, `R8`.
+    fn own_destination_v4(&mut self) {
         if self.direction == Direction::Egress {
-            let (own, spoofed) = (self.asm.label(), self.drop(Reason::Spoofed));
-            self.if_own_v6((header.0, header.1 + 8), own);
-            self.asm.jump(spoofed).bind(own);
+            return;
         }
+        let [group, own] = self.labels();
+        let (malformed, other) = (self.drop(Reason::Malformed), self.drop(Reason::OtherHost));
+        self.asm
+            .load(Size::W, R1, R10, L3 + 16)
+            .load(Size::W, R2, R9, Endpoint::IPV4)
+            .jump_if(Cond::Eq, R1, R2, own)
+            .and(R1, MULTICAST_MASK.to_be().cast_signed())
+            .jump_if(Cond::Eq, R1, MULTICAST.to_be().cast_signed(), own)
+            .mov(R8, 0);
+        self.copy(R8, L4, 2, malformed);
+        self.asm
+            .load(Size::B, R1, R10, L4)
+            .jump_if(Cond::Set, R1, 1, group)
+            .jump(other)
+            .bind(group)
+            .load(Size::W, R1, R10, L3 + 16)
+            .be(SwapWidth::W32, R1)
+            .load(Size::W, R2, R9, Endpoint::IPV4)
+            .be(SwapWidth::W32, R2)
+            .xor(R2, R1);
+        // All bits from the first that differs.
+        for shift in [1, 2, 4, 8, 16] {
+            self.asm.mov(R3, R2).rsh(R3, shift).or(R2, R3);
+        }
+        self.asm.and(R1, R2).jump_if(Cond::Ne, R1, R2, other).bind(own);
     }
 
     /// Jumps if the IPv6 address at `address` is one of the pod's own. Uses `R1`, `R2`, `R4`.
@@ -337,6 +399,7 @@ impl Emitter<'_> {
             .store(Size::W, R10, IP_END, R2)
             .add(R7, R1);
         self.addresses_v4((R10, L3));
+        self.own_destination_v4();
         self.options_v4();
         self.asm
             .load(Size::B, R8, R10, L3 + 9)
@@ -427,9 +490,9 @@ impl Emitter<'_> {
         let icmp = self.asm.label();
         self.asm.jump_if(Cond::Eq, R8, ICMPV6, icmp);
         if self.enforces() {
-            self.source_v6((R10, L3));
+            self.own_end_v6();
             self.asm.jump(l4).bind(later);
-            self.source_v6((R10, L3));
+            self.own_end_v6();
             self.later_fragment();
         } else {
             let lookup = self.places.lookup;
@@ -581,6 +644,10 @@ const ETH_P_ARP: u16 = 0x0806;
 const ETH_P_8021Q: u16 = 0x8100;
 const ETH_P_IPV6: u16 = 0x86dd;
 const ETH_P_8021AD: u16 = 0x88a8;
+
+/// IPv4 groups, 224.0.0.0/4 (RFC 1112, section 4).
+const MULTICAST: u32 = 0xe000_0000;
+const MULTICAST_MASK: u32 = 0xf000_0000;
 
 /// VLAN tags that are passed over. The outermost one of a received packet the kernel has already taken off.
 const VLAN_TAGS: usize = 2;

@@ -617,6 +617,82 @@ fn the_pod_speaks_by_its_own_ethernet_address() {
     assert_eq!(pod.run_bytes(Egress, &lie), Some(Reason::NeighbourRefused));
 }
 
+/// A sender whose policy allows Y may write Y's address into a frame for this pod: it is not this pod's packet.
+#[test]
+fn a_packet_for_another_address_does_not_reach_the_pod() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    const OWN: [u8; 6] = [2, 0, 0, 0, 0, 2];
+    const ALL: [u8; 6] = [0xff; 6];
+    let (other, allowed) = (Some(Reason::OtherHost), Some(Reason::Allowed));
+    let v6 = |text: &str| -> Ipv6Addr { text.parse().unwrap() };
+    let pod = open();
+    pod.set_endpoint(&endpoint().with_mac(OWN));
+    let v4 = [
+        // By the last bits of 10.0.0.1: a network's broadcast address only in a frame for all.
+        (POD4, OWN, allowed),
+        (POD4, ALL, allowed),
+        (Ipv4Addr::new(10, 0, 0, 9), OWN, other),
+        (Ipv4Addr::new(10, 0, 0, 9), ALL, other),
+        (Ipv4Addr::new(10, 0, 0, 3), OWN, other),
+        (Ipv4Addr::new(10, 0, 0, 3), ALL, allowed),
+        (Ipv4Addr::new(10, 0, 0, 255), OWN, other),
+        (Ipv4Addr::new(10, 0, 0, 255), ALL, allowed),
+        (Ipv4Addr::new(10, 0, 255, 255), ALL, allowed),
+        (Ipv4Addr::new(10, 0, 1, 255), ALL, allowed),
+        (Ipv4Addr::new(10, 0, 2, 255), ALL, other),
+        (Ipv4Addr::new(10, 0, 1, 127), ALL, other),
+        (Ipv4Addr::BROADCAST, ALL, allowed),
+        (Ipv4Addr::BROADCAST, OWN, other),
+        (Ipv4Addr::new(224, 0, 0, 251), OWN, allowed),
+        (Ipv4Addr::new(239, 255, 0, 1), [1, 0, 0x5e, 0x7f, 0, 1], allowed),
+        (Ipv4Addr::new(240, 0, 0, 1), ALL, other),
+        (Ipv4Addr::new(223, 255, 255, 255), ALL, other),
+        (ROUTER4, OWN, other),
+        (ROUTER4, ALL, other),
+    ];
+    let v6 = [
+        (POD6, OWN, allowed),
+        (POD6, ALL, allowed),
+        (POD_LINK_LOCAL, OWN, allowed),
+        (v6("fd00::9"), OWN, other),
+        (v6("fd00::9"), ALL, other),
+        (v6("fe80::12"), OWN, other),
+        (v6("ff02::fb"), [0x33, 0x33, 0, 0, 0, 0xfb], allowed),
+        (v6("ff05::2"), OWN, allowed),
+        (v6("fe02::fb"), ALL, other),
+        (Ipv6Addr::UNSPECIFIED, OWN, other),
+    ];
+    let v4 = v4.map(|(to, mac, why)| (IpAddr::V4(PEER4), IpAddr::V4(to), mac, why));
+    let v6 = v6.map(|(to, mac, why)| (IpAddr::V6(PEER6), IpAddr::V6(to), mac, why));
+    for (port, (from, to, mac, why)) in (1u16..).zip(v4.into_iter().chain(v6)) {
+        // In place and by copies: SCTP, fragments and other protocols are read there.
+        let base = || eth().ip(from, to);
+        for packet in [
+            base().tcp(port, 80, SYN),
+            base().udp(port, 80),
+            base().sctp(port, 80),
+            base().echo_request(port),
+            base().protocol(47).payload(20),
+            base().fragment(port.into(), 0, true).udp(port, 81).payload(8),
+        ] {
+            let mut frame = packet.bytes();
+            frame[..6].copy_from_slice(&mac);
+            let got = pod.run_bytes(Ingress, &frame);
+            // The peer is the same, and so is the flow of a protocol without ports.
+            assert_eq!(got.or(allowed), why, "{mac:x?} {packet:?}");
+        }
+    }
+    pod.events();
+    pod.expect(Ingress, &eth().ipv4(PEER4, ROUTER4).udp(9, 9), other);
+    assert_eq!(pod.events(), [], "told as little as a frame for another Ethernet address");
+    // From the pod any destination is its policy's matter.
+    let pod = open();
+    pod.expect(Egress, &eth().ipv4(POD4, ROUTER4).udp(9, 9), allowed);
+    pod.expect(Egress, &eth().ipv6(POD6, ROUTER6).udp(9, 9), allowed);
+}
+
 #[test]
 fn a_frame_for_another_ethernet_address_does_not_reach_the_pod() {
     if !require(Rung::Kernel) {
