@@ -66,7 +66,7 @@ reasons! {
     Allowed = 0 "allowed",
     /// Passed: an ICMP error about a flow that is known (RFC 792, RFC 4443).
     Related = 1 "related",
-    /// Passed: ARP or neighbour discovery.
+    /// Passed: ARP, neighbour or listener discovery.
     Neighbour = 2 "neighbour",
     /// Dropped: a rule, or the default, denies it.
     Denied = 3 "denied",

@@ -66,6 +66,7 @@ impl Emitter<'_> {
         self.copy(R7, L4, 8, malformed);
         self.note_type();
         self.neighbour_discovery();
+        self.listener_discovery();
         if !self.enforces() {
             let lookup = self.places.lookup;
             self.asm.jump(lookup);

@@ -36,6 +36,7 @@
 //! | neighbour discovery from the pod | the same, of an advertisement by its target; to its link: a group of link scope, a link-local address, the target of a solicitation, anybody for an advertisement; router advertisement and redirect are dropped |
 //! | neighbour discovery with a hop limit below 255, a code, or behind an extension header; longer than one option makes it, from the pod | drop |
 //! | ARP, other neighbour discovery to the pod | pass |
+//! | multicast listener discovery: a report of few groups of the link from the pod, a question to it | pass; others are judged as other ICMP |
 //! | TCP without an entry in mid-flow | judged as if new |
 //! | ICMP echo | a flow, by its identifier; a reply without a question is judged as a packet of its own |
 //! | ICMP error about a known flow | pass |

@@ -230,6 +230,11 @@ fn the_pod_speaks_arp_for_itself_alone() {
         pod.expect(Egress, &eth().arp(operation, Ipv4Addr::new(10, 0, 1, 1), POD4), refuse);
         pod.expect(Ingress, &eth().arp(operation, PEER4, POD4), pass);
     }
+    // Reverse and inverse ARP (RFC 903, RFC 2390).
+    for operation in [0, 3, 4, 8, 9, 257] {
+        pod.expect(Egress, &eth().arp(operation, POD4, PEER4), refuse);
+        pod.expect(Ingress, &eth().arp(operation, PEER4, POD4), pass);
+    }
     let frame = eth().arp(1, POD4, PEER4).bytes();
     for (at, byte) in [(15, 6), (17, 1), (18, 8), (19, 6)] {
         let mut odd = frame.clone();
@@ -241,6 +246,127 @@ fn the_pod_speaks_arp_for_itself_alone() {
     }
     pod.set_endpoint(&Endpoint::new(None, Some(POD6), None));
     pod.expect(Egress, &eth().arp(1, none, none), refuse);
+}
+
+#[test]
+fn arp_is_no_way_past_the_policy() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let (pass, refuse) = (Some(Reason::Neighbour), Some(Reason::NeighbourRefused));
+    for pod in [shut(), undecided()] {
+        for direction in [Egress, Ingress] {
+            let (sender, target) = if direction == Egress { (POD4, PEER4) } else { (PEER4, POD4) };
+            let behind = |frame: Vec<u8>, length: usize| {
+                assert!(frame.len() <= length);
+                let padding = vec![0x5a; length - frame.len()];
+                pod.run_bytes(direction, &[frame, padding].concat())
+            };
+            let frame = || eth().arp(1, sender, target).bytes();
+            // The padding of the least frame, and what is more than that.
+            for (length, why) in [(42, pass), (43, pass), (60, pass), (61, refuse), (64, refuse), (1514, refuse)] {
+                assert_eq!(behind(frame(), length), why, "{direction:?}, {length} bytes");
+            }
+        }
+    }
+    // A tag makes it longer.
+    let pod = shut();
+    for (length, why) in [(46, pass), (64, pass), (65, refuse)] {
+        let mut frame = eth().vlan(5).arp(1, POD4, PEER4).bytes();
+        frame.resize(length, 0);
+        assert_eq!(pod.run_bytes(Egress, &frame), why, "{length} bytes, tagged");
+    }
+}
+
+/// A bridge that snoops brings questions for the pod's address to the pod only where it has heard the pod's reports.
+#[test]
+fn the_pod_tells_its_groups_whatever_the_policy_is() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let group = |text: &str| -> Ipv6Addr { text.parse().unwrap() };
+    let (all, routers) = (group("ff02::16"), group("ff02::2"));
+    let own = group("ff02::1:ff00:1");
+    // RFC 3810, section 5.2: a record is of type, auxiliary data, number of sources, group.
+    let record = |group: Ipv6Addr| [&[4, 0, 0, 0][..], &group.octets()].concat();
+    let base = |source, destination| eth().ipv6(source, destination).extension(HOP_BY_HOP, 0);
+    let report = |packet: Packet, groups: &[Ipv6Addr]| {
+        let records = groups.iter().flat_map(|g| record(*g)).collect::<Vec<u8>>();
+        packet.icmp(143, 0, [0, 0, 0, groups.len() as u8]).data(records)
+    };
+    let single = |packet: Packet, kind: u8, group: Ipv6Addr| packet.icmp(kind, 0, [0; 4]).data(group.octets());
+    let bytes = |packet: &Packet, hop_limit: u8| {
+        let mut frame = packet.bytes();
+        frame[21] = hop_limit;
+        frame
+    };
+    let none = Ipv6Addr::UNSPECIFIED;
+    let router = group("fe80::99");
+    let pass = Some(Reason::Neighbour);
+    for pod in [shut(), undecided()] {
+        for source in [POD6, POD_LINK_LOCAL, none] {
+            for packet in [
+                report(base(source, all), &[own]),
+                report(base(source, all), &[own, group("ff02::fb"), own, own]),
+                single(base(source, own), 131, own),
+                single(base(source, routers), 132, own),
+            ] {
+                assert_eq!(pod.run_bytes(Egress, &bytes(&packet, 1)), pass, "{packet:?}");
+            }
+        }
+        for (kind, sources) in [(130, &[][..]), (130, &[2, 125, 0, 0])] {
+            let question = base(router, group("ff02::1")).icmp(kind, 0, [0; 4]);
+            let question = question.data([&none.octets()[..], sources].concat());
+            assert_eq!(pod.run_bytes(Ingress, &bytes(&question, 1)), pass, "{question:?}");
+        }
+    }
+    // What is not just that is judged.
+    let pod = shut();
+    let long = vec![own; 5];
+    let mut with_data = report(base(POD6, all), &[own]);
+    with_data = with_data.clone().data([&record(own)[..], &[0; 40]].concat());
+    let mut auxiliary = record(own);
+    auxiliary[1] = 1;
+    let mut sources = record(own);
+    sources[3] = 1;
+    let raw = |data: &[u8]| base(POD6, all).icmp(143, 0, [0, 0, 0, 1]).data(data);
+    let denied = Some(Reason::Denied);
+    let table = [
+        (report(base(POD6, all), &long), 1, denied),
+        (report(base(POD6, all), &[]), 1, denied),
+        (report(base(POD6, all), &[own, group("ff05::2")]), 1, denied),
+        (report(base(POD6, all), &[own]), 64, denied),
+        (report(base(POD6, PEER6), &[own]), 1, denied),
+        (report(base(POD6, group("ff05::2")), &[own]), 1, denied),
+        (report(base(PEER6, all), &[own]), 1, Some(Reason::Spoofed)),
+        (report(base(none, group("ff05::2")), &[own]), 1, Some(Reason::Spoofed)),
+        (report(eth().ipv6(POD6, all), &[own]), 1, denied),
+        (report(eth().ipv6(POD6, all).extension(HOP_BY_HOP, 30), &[own]), 1, denied),
+        (report(base(POD6, all).extension(DESTINATION_OPTIONS, 30), &[own]), 1, denied),
+        (with_data, 1, denied),
+        (raw(&auxiliary), 1, denied),
+        (raw(&sources), 1, denied),
+        (single(base(POD6, own), 131, group("ff05::2")), 1, denied),
+        (single(base(POD6, own), 131, own).data([&own.octets()[..], &[0; 8]].concat()), 1, denied),
+        (single(base(POD6, own), 130, own), 1, denied),
+    ];
+    for (packet, hop_limit, why) in table {
+        assert_eq!(pod.run_bytes(Egress, &bytes(&packet, hop_limit)), why, "hop limit {hop_limit}: {packet:?}");
+    }
+    let behind = [bytes(&report(base(POD6, all), &[own]), 1), vec![0x5a; 40]].concat();
+    assert_eq!(pod.run_bytes(Egress, &behind), denied, "bytes behind the packet");
+    let question = |source, destination, data: &[u8]| {
+        bytes(&base(source, destination).icmp(130, 0, [0; 4]).data([&none.octets()[..], data].concat()), 1)
+    };
+    for frame in [
+        question(PEER6, group("ff02::1"), &[]),
+        question(router, POD6, &[]),
+        question(router, group("ff02::1"), &[0; 20]),
+        bytes(&report(base(router, all), &[own]), 1),
+    ] {
+        assert_eq!(pod.run_bytes(Ingress, &frame), denied, "{frame:x?}");
+    }
+    assert_eq!(pod.flows().entries(), []);
 }
 
 #[test]
