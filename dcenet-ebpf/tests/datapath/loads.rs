@@ -1,6 +1,6 @@
 //! The verifier accepts the programs, and within a budget.
 
-use dcenet_core::test_support::{Rung, require};
+use dcenet_core::test_support::{Rung, effort, require};
 use dcenet_ebpf::datapath::{self, AllowAll, DenyAll, EmitClassifier, FROM_POD, TO_POD};
 
 use crate::harness::*;
@@ -19,12 +19,19 @@ fn every_combination_of_trivial_classifiers_loads_within_its_budget() {
                 let verified = pod.program(direction).info().verified_instructions;
                 let slots = pod.program(direction).info().translated_bytes / 8;
                 eprintln!("{direction:?}: {verified} instructions verified, {slots} slots after rewriting");
-                assert!(verified < 100_000, "{direction:?}: {verified} instructions verified");
+                // About 18,000 on 6.18, and 3,800 of the default. How much is looked at again is a matter of the kernel.
+                let budget = effort(100_000, 27_000, 27_000);
+                assert!(verified < budget, "{direction:?}: {verified} instructions verified");
             }
         }
     }
     let default = Pod::load(&datapath::default_program(&small()).unwrap(), &[]);
-    assert!(default.program(Egress).info().verified_instructions < 50_000);
+    for direction in [Egress, Ingress] {
+        let verified = default.program(direction).info().verified_instructions;
+        eprintln!("{direction:?}: {verified} instructions of the default program verified");
+        let budget = effort(50_000, 5_600, 5_600);
+        assert!(verified < budget, "{direction:?}: {verified} instructions of the default program verified");
+    }
 }
 
 #[test]
