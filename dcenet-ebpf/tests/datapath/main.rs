@@ -13,5 +13,6 @@ mod harness;
 mod loads;
 mod pressure;
 mod related;
+mod swaps;
 mod traffic;
 mod verdicts;
