@@ -8,6 +8,7 @@
 //! | [`LastFlows`] | the last ones, in memory |
 //! | `prometheus::FlowMetrics` (feature `metrics`) | counters |
 //! | [`ipfix::IpfixExporter`] | records for a collector (RFC 7011) |
+//! | [`Tee`] | what several others make of them |
 //!
 //! What every sink must do is written down as a test in `conformance` (feature `test-support`).
 
@@ -21,6 +22,7 @@ mod names;
 #[cfg(feature = "metrics")]
 pub mod prometheus;
 mod reader;
+mod tee;
 
 use std::io;
 use std::net::IpAddr;
@@ -36,6 +38,7 @@ pub use self::json::JsonLines;
 pub use self::last::LastFlows;
 pub(crate) use self::names::Names;
 pub use self::reader::FlowReader;
+pub use self::tee::{Tee, TeeError};
 use crate::model::{Direction, PodId, PolicyId, Protocol, Verdict};
 
 /// What happened to a packet or flow.
@@ -160,7 +163,7 @@ pub trait FlowSink {
     /// ([`Losses::undelivered`]).
     fn flow(&mut self, flow: &Flow) -> io::Result<()>;
 
-    /// Says how many events were lost since the last call, for want of room or by the limit on denied packets.
+    /// Says how many events were lost since the last call, for want of room or by the limits of their endpoints.
     ///
     /// # Errors
     /// As [`FlowSink::flow`].
@@ -181,7 +184,8 @@ pub trait FlowSink {
 pub struct Losses {
     /// The ring buffer, or the list of flows that are over, was full.
     pub full: u64,
-    /// Beyond the limit of events about dropped packets.
+    /// Beyond the limits of an endpoint: of events about dropped packets, and of those about flows
+    /// ([`Spec::flow_events`](dcenet_ebpf::datapath::Spec::flow_events)).
     pub limited: u64,
     /// Not of the form that this release knows.
     pub unreadable: u64,
