@@ -15,7 +15,7 @@
 //! - [`reach`] asks who reaches whom in a cluster, evaluator or whole programs; the example of that name reads the cluster
 //!   from a directory of Kubernetes objects: `cargo run -p dcenet-policy --example reach -- --help`.
 //!
-//! Nothing here does I/O or reads a clock.
+//! But for the owner of a node's policy state (`enforcer`), nothing here does I/O or reads a clock.
 //!
 //! # Examples
 //!

@@ -13,8 +13,10 @@
 //!    ends the tier, and the next one goes on.
 //! 4. The tier NetworkPolicy, where one of its policies governs the pod, begins with a rule of its own: traffic between a
 //!    pod and the node it runs on is allowed (`networking.k8s.io/v1`, `NetworkPolicySpec.ingress`: "OR if the traffic
-//!    source is the pod's local node"; we hold egress to the same). And it is the last: if no rule of it matches, the pod
-//!    is isolated: deny.
+//!    source is the pod's local node"; for egress the concept page "Network Policies" of Kubernetes' documentation: traffic
+//!    to and from the own node is always allowed). So whatever the node forwards under an address of its own, such as a
+//!    NodePort or a proxy's port, is a way round egress policy; a rule of the tier admin that denies the node's addresses
+//!    closes it, for that tier comes first. And it is the last: if no rule of it matches, the pod is isolated: deny.
 //! 5. If the tiers are through: allow.
 //!
 //! Tiers, priorities and passing are those of `ClusterNetworkPolicySpec.tier` and `.priority` and of
