@@ -1,0 +1,185 @@
+//! podman (Debian's 4.3, the last with a CNI back end in every build).
+
+use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::common::{Node, has_nft};
+use crate::has;
+use crate::machine::{IMAGE, Machine};
+
+const LONG: Duration = Duration::from_secs(60);
+
+pub fn is_here() -> bool {
+    let programs = [("podman", "podman"), ("runc", "runc"), ("conmon", "conmon"), ("busybox", "busybox-static")];
+    has(&programs) && has(&[("/usr/lib/cni/loopback", "containernetworking-plugins")]) && has_nft()
+}
+
+/// podman on a machine, whose default network is ours.
+pub struct Podman<'a>(&'a Machine);
+
+fn machine() -> Machine {
+    let mut node = Node::new();
+    node.config["nat"] = json!({ "masquerade": true });
+    Machine::new(node)
+}
+
+impl<'a> Podman<'a> {
+    pub fn on(machine: &'a Machine) -> Self {
+        let lists = machine.write_list(&json!({ "portMappings": true, "ips": true, "mac": true }));
+        let directory = machine.directory();
+        // Not all that a runtime of root's usually has can be had by this one: no higher limits than the test's own, and no
+        // locks in /dev/shm, which is everybody's.
+        let containers = format!(
+            "[containers]\ndefault_ulimits = [\"nofile=1024:4096\", \"nproc=1024:4096\"]\nlog_driver = \"k8s-file\"\n\
+             [network]\nnetwork_backend = \"cni\"\nnetwork_config_dir = {lists:?}\ncni_plugin_dirs = [{:?}]\n\
+             default_network = \"shop\"\n\
+             [engine]\ncgroup_manager = \"cgroupfs\"\nevents_logger = \"none\"\nruntime = \"runc\"\nlock_type = \"file\"\n",
+            machine.plugins()
+        );
+        let storage = format!(
+            "[storage]\ndriver = \"overlay\"\ngraphroot = {:?}\nrunroot = \"/run/containers\"\n",
+            directory.join("graph")
+        );
+        std::fs::write(directory.join("containers.conf"), containers).unwrap();
+        std::fs::write(directory.join("storage.conf"), storage).unwrap();
+        let podman = Self(machine);
+        podman.run(&["load", "-qi", podman.0.image().to_str().unwrap()]);
+        // The bridge and our table of translations are made by whoever comes first, and stay.
+        podman.start("first", &[], &[]);
+        podman.remove(&["first"]);
+        podman
+    }
+
+    fn try_run(&self, arguments: &[&str]) -> Result<String, String> {
+        let mut command = self.0.command("podman");
+        command.env("CONTAINERS_CONF", self.0.directory().join("containers.conf"));
+        command.env("CONTAINERS_STORAGE_CONF", self.0.directory().join("storage.conf"));
+        let output = command.args(arguments).output().expect("nsenter starts");
+        match output.status.success() {
+            true => Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned()),
+            false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
+        }
+    }
+
+    pub fn run(&self, arguments: &[&str]) -> String {
+        self.try_run(arguments).unwrap_or_else(|error| panic!("podman {arguments:?}: {error}"))
+    }
+
+    pub fn start(&self, name: &str, options: &[&str], program: &[&str]) {
+        let cgroup = self.0.cgroup();
+        let arguments = [&["run", "-d", "--name", name, "--cgroup-parent", &cgroup], options, &[IMAGE], program];
+        self.run(&arguments.concat());
+    }
+
+    pub fn remove(&self, names: &[&str]) {
+        self.run(&[&["rm", "-f", "-t0"], names].concat());
+    }
+
+    /// Starts so many containers, a few at a time, and returns their names.
+    fn start_many(&self, count: usize) -> Vec<String> {
+        let names: Vec<String> = (0..count).map(|i| format!("pod{i}")).collect();
+        std::thread::scope(|scope| {
+            for some in names.chunks(count.div_ceil(4)) {
+                scope.spawn(move || some.iter().for_each(|name| self.start(name, &[], &[])));
+            }
+        });
+        names
+    }
+}
+
+#[test]
+fn a_container_has_what_was_asked_for_and_is_heard_by_others() {
+    if !is_here() {
+        return;
+    }
+    let machine = machine();
+    let podman = Podman::on(&machine);
+    let before = machine.traces();
+    let mac = "02:00:00:00:00:50";
+    let asked = ["--ip", "10.20.0.50", "--mac-address", mac, "-p", "8080:80"];
+    podman.start("web", &asked, &["/bin/httpd", "-f", "-h", "/www"]);
+    podman.start("client", &[], &[]);
+    let shown = podman.run(&["exec", "web", "ip", "addr", "show", "eth0"]);
+    assert!(shown.contains("inet 10.20.0.50/24") && shown.contains(mac), "{shown}");
+    let told = podman.run(&["inspect", "web", "--format", "{{.NetworkSettings.Networks.shop.IPAddress}}"]);
+    assert_eq!(told, "10.20.0.50");
+    let client = podman.run(&["inspect", "client", "--format", "{{.NetworkSettings.Networks.shop.IPAddress}}"]);
+    let sixth = |name| {
+        let format = "{{.NetworkSettings.Networks.shop.GlobalIPv6Address}}";
+        podman.run(&["inspect", name, "--format", format])
+    };
+    for (from, to) in [("client", "10.20.0.50"), ("web", &client), ("client", &sixth("web")), ("web", &sixth("client"))]
+    {
+        podman.run(&["exec", from, "ping", "-c1", "-W20", to]);
+    }
+    // The pod's own port, and the host's: from another pod, and from the host itself.
+    for url in ["http://10.20.0.50/", "http://10.20.0.1:8080/"] {
+        assert_eq!(podman.run(&["exec", "client", "wget", "-qO-", url]), "hello");
+    }
+    let answer = machine.node.host.root().run(|| {
+        let mut stream = TcpStream::connect_timeout(&"127.0.0.1:8080".parse().unwrap(), LONG)?;
+        stream.set_read_timeout(Some(LONG))?;
+        stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).map(|_| answer)
+    });
+    assert!(answer.as_ref().is_ok_and(|text| text.ends_with("hello\n")), "{answer:?}");
+    // What somebody has nobody else gets: an address, and a port of the host.
+    let error = podman.try_run(&["run", "-d", "--name", "rival", "--ip", "10.20.0.50", IMAGE]).unwrap_err();
+    assert!(error.contains("10.20.0.50"), "{error}");
+    podman.remove(&["rival"]);
+
+    // It comes back as it was, within the time for which nobody else could have had the address.
+    podman.run(&["restart", "-t0", "web"]);
+    let again = podman.run(&["exec", "web", "ip", "addr", "show", "eth0"]);
+    assert!(again.contains("inet 10.20.0.50/24") && again.contains(mac), "{again}");
+    assert_eq!(podman.run(&["exec", "client", "wget", "-qO-", "http://10.20.0.1:8080/"]), "hello");
+
+    podman.remove(&["web", "client"]);
+    assert_eq!(machine.traces(), before);
+}
+
+#[test]
+fn twenty_containers_come_and_go_twice_and_nothing_is_left() {
+    if !is_here() {
+        return;
+    }
+    let machine = machine();
+    let podman = Podman::on(&machine);
+    let before = machine.traces();
+    for _ in 0..2 {
+        let names = podman.start_many(20);
+        let addresses: BTreeSet<String> =
+            machine.node.store().iter().filter_map(|l| l.split(" has ").nth(1).map(str::to_owned)).collect();
+        assert_eq!(addresses.len(), 40, "{addresses:?}");
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        podman.remove(&names);
+        assert_eq!(machine.traces(), before);
+    }
+}
+
+/// The twin of the others: what is left where DEL does nothing, which GC takes away.
+#[test]
+fn without_del_containers_leave_what_gc_collects() {
+    if !is_here() {
+        return;
+    }
+    let mut machine = machine();
+    let podman = Podman::on(&machine);
+    let before = machine.traces();
+    machine.lose_del();
+    podman.start("web", &["-p", "8080:80"], &[]);
+    podman.remove(&["web"]);
+    let left: Vec<String> = machine.traces().difference(&before).cloned().collect();
+    for kind in ["record ", "store ", "translation "] {
+        assert!(left.iter().any(|line| line.starts_with(kind)), "{kind}: {left:?}");
+    }
+    machine.node.config["cniVersion"] = json!("1.1.0");
+    let kept = machine.node.pod("kept");
+    machine.node.gc(Some(&[&kept])).unwrap();
+    assert_eq!(machine.traces(), before);
+}
