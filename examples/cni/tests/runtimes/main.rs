@@ -6,6 +6,8 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod libcni;
+mod lists;
 mod machine;
 mod podman;
 
