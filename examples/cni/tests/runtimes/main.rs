@@ -10,6 +10,7 @@ mod libcni;
 mod lists;
 mod machine;
 mod podman;
+mod reference_bugs;
 
 use std::path::Path;
 
