@@ -6,6 +6,8 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod containerd;
+mod cri;
 mod libcni;
 mod lists;
 mod machine;
