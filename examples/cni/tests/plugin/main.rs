@@ -15,7 +15,7 @@ mod shared;
 mod underlay;
 
 use common::Node;
-use dcenet_core::test_support::{Rung, require};
+use dcenet_core::test_support::{Rung, effort, require};
 use serde_json::{Value, json};
 
 fn addresses(result: &Value) -> Vec<String> {
@@ -395,17 +395,19 @@ fn parallel_adds_of_many_pods_share_one_bridge_and_no_address() {
     if !require(Rung::Netns) {
         return;
     }
-    let node = Node::new();
+    let mut node = Node::new();
+    node.config["ipam"]["pools"][0]["subnet"] = json!("10.20.0.0/22");
     node.warm();
     let before = node.host.state();
-    let pods: Vec<_> = (0..16).map(|n| node.pod(&format!("web{n}"))).collect();
+    let count = effort(16, 16, 512);
+    let pods: Vec<_> = (0..count).map(|n| node.pod(&format!("web{n}"))).collect();
     let mut all: Vec<String> = std::thread::scope(|scope| {
         let running: Vec<_> = pods.iter().map(|pod| scope.spawn(|| addresses(&node.add(pod).unwrap()))).collect();
         running.into_iter().flat_map(|r| r.join().unwrap()).collect()
     });
     all.sort();
     all.dedup();
-    assert_eq!(all.len(), 32, "{all:?}");
+    assert_eq!(all.len(), 2 * count, "{all:?}");
     std::thread::scope(|scope| {
         for pod in &pods {
             scope.spawn(|| node.del(pod).unwrap());
