@@ -15,6 +15,7 @@ use aya::maps::{Map as AyaMap, MapError};
 use aya::programs::{Program as AyaProgram, ProgramError};
 use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
 
+use super::aligned::Aligned;
 use super::{LoadError, LoadRequest, Loaded, Loader};
 use crate::maps::Map;
 use crate::program::Program;
@@ -44,14 +45,9 @@ struct Scratch {
 
 impl Loader for AyaLoader {
     fn load(&self, elf: &[u8], request: &LoadRequest<'_>) -> Result<Loaded, LoadError> {
-        // aya reads the object's tables in place and asks for this alignment.
-        let aligned;
-        let elf = if elf.as_ptr().cast::<u32>().is_aligned() {
-            elf
-        } else {
-            aligned = Aligned::copy(elf);
-            aligned.bytes()
-        };
+        // aya reads the object's tables in place.
+        let aligned = Aligned::new(elf);
+        let elf = aligned.bytes();
         let mut ebpf = {
             // A panic inside aya leaves at worst pins in the scratch, which the next load removes first.
             let mut shared = shared().lock().unwrap_or_else(PoisonError::into_inner);
@@ -207,26 +203,6 @@ fn map_fd(map: &AyaMap) -> BorrowedFd<'_> {
         | AyaMap::StackTraceMap(m)
         | AyaMap::Unsupported(m)
         | AyaMap::XskMap(m) => m.fd().as_fd(),
-    }
-}
-
-/// A copy of an object that starts on an 8-byte border.
-struct Aligned {
-    buffer: Vec<u8>,
-    start: usize,
-    length: usize,
-}
-
-impl Aligned {
-    fn copy(bytes: &[u8]) -> Self {
-        let mut buffer = vec![0; bytes.len() + 8];
-        let start = buffer.as_ptr().align_offset(8).min(8);
-        buffer[start..start + bytes.len()].copy_from_slice(bytes);
-        Self { buffer, start, length: bytes.len() }
-    }
-
-    fn bytes(&self) -> &[u8] {
-        &self.buffer[self.start..self.start + self.length]
     }
 }
 

@@ -28,6 +28,7 @@ pub fn all(loader: &dyn Loader) {
     garbage_is_a_bad_object(loader);
     an_object_at_an_odd_address_is_taken(loader);
     a_refused_program_tells_why(loader);
+    a_refused_map_tells_which(loader);
     loads_run_side_by_side(loader);
 }
 
@@ -219,6 +220,16 @@ fn a_refused_program_tells_why(loader: &dyn Loader) {
     assert!(error.raw_os_error().is_some());
     assert!(error.log().contains("packet"), "the verifier's log: {:?}", error.log());
     assert!(error.to_string().contains("packet"), "{error}");
+}
+
+fn a_refused_map_tells_which(loader: &dyn Loader) {
+    // Values of more than 2 GiB are refused before memory is asked for (kernel/bpf/arraymap.c, `array_map_alloc_check`).
+    let mut code = Asm::program("uses", ProgramKind::Classifier);
+    code.load_map(R1, "fits").load_map(R1, "too_large").ret(0);
+    let elf = object(&[MapSpec::array("fits", 8, 1), MapSpec::array("too_large", 1 << 31, 1)], [code]);
+    let error = loader.load(&elf, &LoadRequest::default()).expect_err("no such map can be made");
+    assert_eq!((error.subject(), error.raw_os_error()), ("too_large", Some(libc::E2BIG)), "{error}");
+    assert_eq!(error.log(), "");
 }
 
 fn loads_run_side_by_side(loader: &dyn Loader) {

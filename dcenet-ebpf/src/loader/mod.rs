@@ -8,6 +8,11 @@
 //! Maps are shared by handing in descriptors: of a map that another object made, or of one opened from a pin after a
 //! restart.
 //!
+//! | Backend | Feature | Needs for building | Differs in |
+//! |---|---|---|---|
+//! | `AyaLoader` | `aya` (default) | cargo alone | parses the kernel's BTF once per process, 20 ms |
+//! | `LibbpfLoader` | `libbpf` | gcc, make, pkg-config, headers of libelf and zlib | links libelf and zlib |
+//!
 //! What every backend must do is written down as tests in `conformance` (feature `test-support`), which a backend of
 //! somebody else's can run too.
 
@@ -18,13 +23,19 @@ use std::os::fd::BorrowedFd;
 use crate::maps::Map;
 use crate::program::Program;
 
+#[cfg(any(feature = "aya", feature = "libbpf"))]
+mod aligned;
 #[cfg(feature = "aya")]
 mod aya;
 #[cfg(any(test, feature = "test-support"))]
 pub mod conformance;
+#[cfg(feature = "libbpf")]
+mod libbpf;
 
 #[cfg(feature = "aya")]
 pub use self::aya::AyaLoader;
+#[cfg(feature = "libbpf")]
+pub use self::libbpf::LibbpfLoader;
 
 /// Loads object files. Synchronous: bpf(2) is a short blocking call, milliseconds for the largest programs.
 pub trait Loader: Send + Sync {

@@ -1,7 +1,7 @@
 //! bpf(2), mounts of bpffs and the ring buffer's shared memory: the only unsafe code of the crate.
 //!
 //! Every system call of the crate that changes or asks the kernel is made by [`fault::gated`], so a test can make the
-//! n-th one fail or end the process. The one exception is a loader backend of somebody else's, which has its own calls.
+//! n-th one fail or end the process. The one exception are loader backends of somebody else's, which have their own calls.
 //!
 //! The attributes of bpf(2) are laid out by hand as bytes at the offsets of `union bpf_attr`
 //! (include/uapi/linux/bpf.h): the kernel accepts a longer attribute than it knows as long as the rest is zero, so one
@@ -11,6 +11,8 @@
 
 pub(crate) mod fault;
 mod fs;
+#[cfg(feature = "libbpf")]
+pub(crate) mod libbpf;
 mod link;
 mod map;
 mod netns;
