@@ -11,6 +11,7 @@ use crate::sys::{self, LoadFailure, Map, RawProgram, SysError};
 
 /// Helpers whose presence decides how programs are written (`enum bpf_func_id`).
 mod helper {
+    pub(super) const GET_NETNS_COOKIE: i32 = 122;
     pub(super) const KTIME_GET_BOOT_NS: i32 = 125;
     pub(super) const KTIME_GET_COARSE_NS: i32 = 160;
     pub(super) const LOOP: i32 = 181;
@@ -40,6 +41,8 @@ pub struct Features {
     pub ktime_boot_ns: bool,
     /// `bpf_ktime_get_coarse_ns` (Linux 5.11): a tenth of the cost of the exact clock.
     pub ktime_coarse_ns: bool,
+    /// `bpf_get_netns_cookie` in classifiers (Linux 6.15).
+    pub netns_cookie: bool,
 }
 
 impl Features {
@@ -91,6 +94,7 @@ impl Features {
             bpf_loop: knows_helper(helper::LOOP)?,
             ktime_boot_ns: knows_helper(helper::KTIME_GET_BOOT_NS)?,
             ktime_coarse_ns: knows_helper(helper::KTIME_GET_COARSE_NS)?,
+            netns_cookie: knows_helper(helper::GET_NETNS_COOKIE)?,
         })
     }
 }

@@ -20,11 +20,15 @@
 //! | [`REASONS`] | per-CPU array | [`reason_index`] | [`Traffic`] |
 //! | [`EVENT_LIMITS`] | array | slot | [`EventLimit`] |
 //! | [`EVENTS`] | ring buffer | | [`Event`] |
+//! | [`SENDERS`](crate::datapath::guard::SENDERS) | hash | [`Sender`] | [`Guarded`] |
+//! | [`NAMESPACES`](crate::datapath::guard::NAMESPACES) | hash | [`Namespace`] | 8 bytes that say nothing |
+//! | [`JUDGES`](crate::datapath::guard::JUDGES) | programs | slot | the program that judges the slot's endpoint |
 
 mod class;
 mod endpoint;
 mod event;
 mod flow;
+mod guard;
 mod layout;
 mod verdict;
 
@@ -38,6 +42,7 @@ pub(crate) use class::{HASH_HIGH, HASH_LOW};
 pub use endpoint::{Endpoint, EventLimit};
 pub use event::{Event, EventKind};
 pub use flow::{Flow, FlowKey, FlowState, Fragment, FragmentKey};
+pub use guard::{Guarded, Namespace, Sender};
 pub use layout::Be16;
 pub use verdict::{Direction, Reason, Traffic, reason_index};
 

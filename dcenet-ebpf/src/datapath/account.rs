@@ -1,7 +1,7 @@
 //! Counters, events, and the ends of the program.
 
 use super::emitter::{Emitter, SKB_IFINDEX, SKB_LEN, TC_ACT_SHOT, TC_ACT_UNSPEC};
-use super::{Judgement, frame};
+use super::{Judgement, Slot, frame};
 use crate::abi::{self, Direction, Endpoint, Event, EventKind, EventLimit, FlowKey, Reason, reason_index};
 use crate::asm::Label;
 use crate::insn::{Cond, Helper, Reg::*, Size};
@@ -37,7 +37,10 @@ impl Emitter<'_> {
     pub(super) fn ends(&mut self) {
         for (reason, label) in self.take_passes() {
             self.asm.bind(label);
-            self.count_reason(reason);
+            // What a guard judges again was counted at the pod's own device.
+            if self.slot != Slot::Guarded {
+                self.count_reason(reason);
+            }
             self.asm.ret(TC_ACT_UNSPEC);
         }
         let drops = self.take_drops();

@@ -87,7 +87,7 @@ impl Emitter<'_> {
             .store(Size::W, R10, frame::GENERATION, R1)
             .store(Size::W, R10, frame::JUDGE, self.direction as i32)
             .bind(classify);
-        self.judge(timeouts, hit);
+        self.judge(|emitter| emitter.allow(timeouts, hit));
     }
 
     /// Moves a flow of [`abi::CONNTRACK_NEW`] to [`abi::CONNTRACK`] once its opening side goes on after an answer, and for
@@ -159,7 +159,7 @@ impl Emitter<'_> {
     }
 
     /// `to =` the endpoint's generation of the direction whose number is in `direction`.
-    fn generation(&mut self, direction: Reg, to: Reg) {
+    pub(super) fn generation(&mut self, direction: Reg, to: Reg) {
         let [ingress, known] = self.labels();
         self.asm
             .jump_if(Cond::Ne, direction, Direction::Egress as i32, ingress)
@@ -172,7 +172,7 @@ impl Emitter<'_> {
 
     /// A lone SYN from the side that did not open the flow, or after the flow was closed, opens a flow of its own. `R1`
     /// is the direction that admitted the flow.
-    fn opens_anew(&mut self, miss: Label) {
+    pub(super) fn opens_anew(&mut self, miss: Label) {
         let [syn, no] = self.labels();
         self.asm
             .load(Size::W, R2, R10, frame::TCP_FLAGS)
@@ -280,7 +280,7 @@ impl Emitter<'_> {
     }
 
     /// The verdicts of the classifiers, for new and for stale flows; `R0` is the rule.
-    fn judge(&mut self, timeouts: &Timeouts, hit: Label) {
+    pub(super) fn judge(&mut self, allow: impl FnOnce(&mut Self)) {
         let Judgement::Classifiers { egress, ingress, members_v6_bits, .. } = self.judgement else { return };
         self.classify(members_v6_bits);
         let exits = super::Exits::new(&mut self.asm);
@@ -291,7 +291,7 @@ impl Emitter<'_> {
         ingress.emit(&mut self.asm, &exits);
         if exits.allow_used() {
             self.asm.bind(exits.allow());
-            self.allow(timeouts, hit);
+            allow(self);
         }
         if exits.deny_used() {
             self.asm.bind(exits.deny());

@@ -52,6 +52,7 @@ mod emitter;
 mod flows;
 mod fragments;
 mod frame;
+pub mod guard;
 mod icmp;
 mod judge;
 mod neighbour;
@@ -86,7 +87,7 @@ pub const TO_ONE_POD: &str = "to_one_pod";
 /// Whether a loaded program of this name learns its slot from the class of its attachment ([`Slot::Class`]). The kernel keeps
 /// the name with the program, so that it is known of a pinned one, too.
 pub(crate) fn reads_class(name: &str) -> bool {
-    [FROM_POD, TO_POD].contains(&name)
+    [FROM_POD, TO_POD].contains(&name) || Slot::Guarded.program_names().contains(&name)
 }
 
 /// Where an endpoint's programs learn its slot ([`abi::Endpoint`]).
@@ -101,6 +102,10 @@ pub enum Slot {
     Class,
     /// It is a constant of the programs, 1 to 65,535: they serve this endpoint alone, by any attacher, in any namespace.
     Constant(u16),
+    /// As [`Slot::Class`], from a guard on the parent of the pod's device ([`guard`]), which calls the program about frames that
+    /// the pod's own programs have seen already, if the pod let them. They are judged again, and what passes is neither
+    /// counted nor remembered. There is but one such program, for what the pod sends.
+    Guarded,
     /// There is none yet: for default programs alone ([`default_program_of`]), which then let nothing of the pod pass.
     Nobody,
 }
@@ -111,7 +116,14 @@ impl Slot {
         match self {
             Self::Class => [FROM_POD, TO_POD],
             Self::Constant(_) | Self::Nobody => [FROM_ONE_POD, TO_ONE_POD],
+            Self::Guarded => [guard::FROM_GUARDED, guard::TO_GUARDED],
         }
+    }
+
+    /// Those that there are, and what they judge.
+    pub fn programs(self) -> impl Iterator<Item = (&'static str, Direction)> {
+        let count = if self == Self::Guarded { 1 } else { PROGRAMS.len() };
+        self.program_names().into_iter().zip(PROGRAMS).take(count)
     }
 }
 
@@ -278,7 +290,7 @@ pub fn program(spec: &Spec<'_>) -> Result<Object, DatapathError> {
             object.add_map(map)?;
         }
     }
-    for (name, direction) in slot.program_names().into_iter().zip(PROGRAMS) {
+    for (name, direction) in slot.programs() {
         let judgement = Judgement::Classifiers {
             egress: *egress,
             ingress: *ingress,
@@ -293,7 +305,10 @@ pub fn program(spec: &Spec<'_>) -> Result<Object, DatapathError> {
         emitter.asm.mark("parse by address");
         emitter.fast();
         emitter.asm.mark("the flow and its verdict");
-        emitter.flow(timeouts, *sample);
+        match slot {
+            Slot::Guarded => emitter.flow_again_judged(),
+            Slot::Class | Slot::Constant(_) | Slot::Nobody => emitter.flow(timeouts, *sample),
+        }
         emitter.asm.mark("parse by copies");
         emitter.slow();
         emitter.asm.mark("events and verdicts");
@@ -351,7 +366,7 @@ pub fn default_program_of(sizes: &Sizes, slot: Slot) -> Result<Object, DatapathE
             object.add_map(map)?;
         }
     }
-    for (name, direction) in slot.program_names().into_iter().zip(PROGRAMS) {
+    for (name, direction) in slot.programs() {
         object.add(undecided(name, direction, slot)?)?;
     }
     Ok(object)
@@ -388,7 +403,7 @@ fn check(sizes: &Sizes) -> Result<(), DatapathError> {
 fn check_slot(slot: Slot, sizes: &Sizes) -> Result<(), DatapathError> {
     match slot {
         Slot::Constant(slot) if slot == 0 || u32::from(slot) >= sizes.endpoints => Err(no_such_slot(slot, sizes)),
-        Slot::Constant(_) | Slot::Class | Slot::Nobody => Ok(()),
+        Slot::Constant(_) | Slot::Class | Slot::Guarded | Slot::Nobody => Ok(()),
     }
 }
 

@@ -42,7 +42,7 @@ impl Emitter<'_> {
     pub(super) fn slot(&mut self) {
         self.asm.mov(R6, R1);
         match self.slot {
-            Slot::Class => self.asm.load(Size::W, R8, R6, SKB_TC_CLASSID).and(R8, 0xffff),
+            Slot::Class | Slot::Guarded => self.asm.load(Size::W, R8, R6, SKB_TC_CLASSID).and(R8, 0xffff),
             Slot::Constant(slot) => self.asm.mov(R8, i32::from(slot)),
             // The cell of nobody has no addresses.
             Slot::Nobody => self.asm.mov(R8, 0),

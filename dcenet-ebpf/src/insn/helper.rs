@@ -74,6 +74,9 @@ helpers! {
     XdpAdjustTail = 65 "bpf_xdp_adjust_tail";
     /// `(skb, &params, size, flags)`: looks up route and neighbour.
     FibLookup = 69 "bpf_fib_lookup";
+    /// `(skb)`: the number of the network namespace of the packet's socket; that of the first one where there is no socket.
+    /// Classifiers have it since Linux 6.15.
+    GetNetnsCookie = 122 "bpf_get_netns_cookie";
     /// `()`: nanoseconds since boot with suspend. Since Linux 5.8.
     KtimeGetBootNs = 125 "bpf_ktime_get_boot_ns";
     /// `(ringbuf, &data, size, flags)`: copies a record. Since Linux 5.8.
@@ -114,7 +117,7 @@ impl Helper {
             | Self::GetSmpProcessorId
             | Self::KtimeGetBootNs
             | Self::KtimeGetCoarseNs => 0,
-            Self::XdpGetBuffLen => 1,
+            Self::XdpGetBuffLen | Self::GetNetnsCookie => 1,
             Self::MapLookupElem
             | Self::MapDeleteElem
             | Self::TracePrintk
