@@ -386,6 +386,20 @@ pub enum Enforcement {
     ///
     /// Without these capabilities both directions hold.
     EgressBypassable,
+    /// As [`EgressBypassable`](Self::EgressBypassable), and a guard on the parent of the pod's macvlan judges once more, out of the
+    /// pod's reach, every frame that the pod sends to the wire, and every unicast frame to another macvlan. By what does this hold:
+    /// * CAP_NET_RAW gains nothing towards the wire or by unicast frames: what goes past the pod's own device is judged, and what bears the
+    ///   Ethernet address of another pod, of the parent or of nobody is dropped, for the frame's socket tells whose it is.
+    /// * CAP_NET_ADMIN gains nothing by another device on the same parent, as long as sockets of the pod send by it: it is dropped.
+    ///
+    /// What it does not hold:
+    /// * Frames to a group (broadcast, multicast) that are sent past the pod's own device reach other macvlans of the parent in the mode
+    ///   `bridge`, to which the kernel copies them without the parent. The receiver's own policy judges them, as ingress. The modes
+    ///   `vepa` and `private` make no such copies, unless CAP_NET_ADMIN changes the mode, also that of a receiver.
+    /// * CAP_NET_ADMIN can forward frames, which then have no socket, with the Ethernet and IP address of the parent or of another pod
+    ///   on it, or from a namespace that the pod makes for itself (CAP_SYS_ADMIN).
+    /// * Packet sockets in the pod read what its ingress policy denies, as above.
+    Guarded,
     /// Every packet of the pod is judged, out of the pod's reach.
     Full,
 }

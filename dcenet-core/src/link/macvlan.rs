@@ -28,6 +28,11 @@
 //! direction ([`Enforcement::EgressBypassable`](crate::provider::Enforcement::EgressBypassable)). Do not grant those where policy
 //! matters, or refuse such devices by `"policy": { "require": "full" }`.
 //!
+//! From Linux 6.15 on, the owner of the policy state puts a guard on the parent, which judges there once more what pods under policy send
+//! to the wire and to each other, by whatever device: [`Enforcement::Guarded`](crate::provider::Enforcement::Guarded) says what that
+//! holds and what not, and `"policy": { "require": "guarded" }` refuses pods that have none. The modes `vepa` and `private` leave less
+//! open than `bridge`: in these the kernel copies no broadcast from one pod to another.
+//!
 //! What has the address of the pod's node as its source is not let in for that, as it is on a host's end: on a segment anybody can
 //! send from it. Where the host shall reach an isolated pod by `hostAccess`, a policy must allow its address.
 

@@ -12,7 +12,8 @@ use dcenet_core::provider::{Endpoint, Place};
 use dcenet_ebpf::abi::{self, Sizes, local_ids_element};
 use dcenet_ebpf::attach::{AttachError, Direction as HookDirection, Hook, Tag};
 use dcenet_ebpf::datapath::Slot;
-use dcenet_ebpf::loader::LoadRequest;
+use dcenet_ebpf::datapath::guard::FROM_GUARDED;
+use dcenet_ebpf::loader::{LoadRequest, Loaded as LoadedObject};
 use dcenet_ebpf::maps::{Array, Map, Put};
 use dcenet_ebpf::program::{Program as Loaded, wait_for_running};
 use parking_lot::Mutex;
@@ -50,6 +51,8 @@ pub(crate) struct Applier {
     /// Policy sets with their maps of local ids, as they are in force.
     sets: BTreeMap<SetId, SetInForce>,
     programs: HashMap<ProgramKey, Weak<Programs>>,
+    /// Programs for guards, which pods with equal policies share.
+    guarded: HashMap<PolicyKey, Weak<Loaded>>,
     endpoints: BTreeMap<AttachmentKey, InForce>,
     /// The class tables by which the flows of before the latest bump were judged.
     table: Arc<AddressTable>,
@@ -86,6 +89,8 @@ struct PolicyKey {
 struct Programs {
     from_pod: Loaded,
     to_pod: Loaded,
+    /// What the guard on the parent of a device in a pod has judge once more, where there is one.
+    guarded: Option<Arc<Loaded>>,
     key: ProgramKey,
     /// Keeps the diagrams, and thus the key, from being used by others.
     plan: EndpointPlan,
@@ -134,6 +139,7 @@ impl Applier {
             tables: ClassTables::new(maps, sizes)?,
             sets: BTreeMap::new(),
             programs: HashMap::new(),
+            guarded: HashMap::new(),
             endpoints: BTreeMap::new(),
             table: Arc::default(),
             strayed: false,
@@ -312,7 +318,7 @@ impl Applier {
     }
 
     fn load_one(
-        &self,
+        &mut self,
         shared: &Shared,
         plan: &EndpointPlan,
         key: ProgramKey,
@@ -330,6 +336,43 @@ impl Applier {
         if key.slot.is_some() && object.slot_places.is_some() {
             templates.entry(key.policy).or_insert_with(|| object.clone());
         }
+        let mut loaded = self.load_object(shared, plan, &object)?;
+        let mut take = |direction| {
+            let name = program_name(direction, slot);
+            let missing = || EnforcerError::Lowering(format!("the object has no program {name:?}").into());
+            loaded.take_program(name).ok_or_else(missing)
+        };
+        let (from_pod, to_pod) = (take(HookDirection::Ingress)?, take(HookDirection::Egress)?);
+        let has_guard = key.slot.is_some() && shared.guard.is_some();
+        let guarded = if has_guard { Some(self.load_guarded(shared, plan, key.policy)?) } else { None };
+        Ok(Arc::new(Programs { from_pod, to_pod, guarded, key, plan: plan.clone() }))
+    }
+
+    /// What a guard calls about the pods that have these policies.
+    fn load_guarded(
+        &mut self,
+        shared: &Shared,
+        plan: &EndpointPlan,
+        key: PolicyKey,
+    ) -> Result<Arc<Loaded>, EnforcerError> {
+        if let Some(known) = self.guarded.get(&key).and_then(Weak::upgrade) {
+            return Ok(known);
+        }
+        let object = shared.tools.lowering.endpoint_object(plan, Slot::Guarded).map_err(EnforcerError::Lowering)?;
+        let mut loaded = self.load_object(shared, plan, &object)?;
+        let missing = || EnforcerError::Lowering(format!("the object has no program {FROM_GUARDED:?}").into());
+        let program = Arc::new(loaded.take_program(FROM_GUARDED).ok_or_else(missing)?);
+        self.guarded.insert(key, Arc::downgrade(&program));
+        Ok(program)
+    }
+
+    /// Loads an object with the maps of the node and of the policy sets.
+    fn load_object(
+        &self,
+        shared: &Shared,
+        plan: &EndpointPlan,
+        object: &LoweredObject,
+    ) -> Result<LoadedObject, EnforcerError> {
         let has = |name: &str| object.maps.iter().any(|m| m == name);
         let mut maps: Vec<_> =
             shared.maps.all().filter(|(name, _)| has(name)).map(|(name, map)| (name, map.as_fd())).collect();
@@ -350,13 +393,7 @@ impl Applier {
                 map.update(&index.to_ne_bytes(), value, Put::Any).map_err(|e| EnforcerError::map(&content.map, e))?;
             }
         }
-        let mut take = |direction| {
-            let name = program_name(direction, slot);
-            let missing = || EnforcerError::Lowering(format!("the object has no program {name:?}").into());
-            loaded.take_program(name).ok_or_else(missing)
-        };
-        let (from_pod, to_pod) = (take(HookDirection::Ingress)?, take(HookDirection::Egress)?);
-        Ok(Arc::new(Programs { from_pod, to_pod, key, plan: plan.clone() }))
+        Ok(loaded)
     }
 
     /// Puts programs on devices.
@@ -469,6 +506,7 @@ impl Applier {
         let used: BTreeSet<SetId> = in_use.chain(retiring).chain(update.sets().into_keys()).collect();
         self.sets.retain(|id, _| used.contains(id));
         self.programs.retain(|_, programs| programs.strong_count() > 0);
+        self.guarded.retain(|_, program| program.strong_count() > 0);
     }
 
     /// Lets the endpoints' established flows be judged anew. What came of an endpoint already is not told again.
@@ -549,6 +587,11 @@ impl Shared {
             if replaced == 0 {
                 first.get_or_insert(AttachError::NotAttached { hook }.into());
             }
+        }
+        if let (Some(guard), Some(judge)) = (&self.guard, &programs.guarded)
+            && let Err(error) = guard.cover(&self.host.0, endpoint, slot, judge)
+        {
+            first.get_or_insert(error);
         }
         first.map_or(Ok(()), Err)
     }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use dcenet_core::model::{AttachmentKey, IfIndex, IfName};
-use dcenet_core::provider::{Endpoint, PolicyError, PolicySink};
+use dcenet_core::provider::{Endpoint, Enforcement, PolicyError, PolicySink};
 use dcenet_ebpf::attach::{AttachError, Attacher, ClsactAttacher, Direction, Hook, Owner};
 use dcenet_ebpf::pin::Pins;
 use dcenet_ebpf::program::Program;
@@ -88,6 +88,17 @@ pub enum ClientError {
         /// The label there.
         label: String,
     },
+    /// The configuration wants a guard, and there is none.
+    #[error(
+        "policy.require \"guarded\": no guard is on the parent of device {device}, which lives in the pod ({enforcement:?}); it takes \
+         a macvlan and Linux 6.15; use one, a bridge or veth, or say \"any\""
+    )]
+    Unguarded {
+        /// The device.
+        device: IfName,
+        /// What the owner says that it holds.
+        enforcement: Enforcement,
+    },
     /// The pod could pass its policy by, and the configuration wants one that it cannot.
     #[error(
         "policy.require \"full\": device {device} lives in the pod, which can pass its policy by with CAP_NET_RAW or \
@@ -102,7 +113,10 @@ pub enum ClientError {
 impl ClientError {
     /// Whether the same call may succeed later without anybody changing the configuration.
     pub fn is_retryable(&self) -> bool {
-        !matches!(self, Self::Refused { .. } | Self::OtherAttachment { .. } | Self::Bypassable { .. })
+        !matches!(
+            self,
+            Self::Refused { .. } | Self::OtherAttachment { .. } | Self::Bypassable { .. } | Self::Unguarded { .. }
+        )
     }
 
     /// Whether nobody listens: the socket is not there, or what is left of one.
@@ -168,6 +182,22 @@ impl<A: Attacher> PinnedDefault<A> {
         Program::from_fd(fd).map_err(failed(putting(endpoint)))
     }
 
+    /// Whether only a guard on its parent makes it what the configuration wants.
+    fn needs_guard(&self, endpoint: &Endpoint) -> bool {
+        self.require == Require::Guarded && !self.require.is_met_by(endpoint.enforcement())
+    }
+
+    /// Asks the owner whether there is a guard.
+    fn guarded(&self, endpoint: &Endpoint) -> Result<(), ClientError> {
+        match self.ask(&Request::Enforcement { attachment: endpoint.attachment.clone() }, NOTE_LIMIT)? {
+            Reply::Holds { enforcement } if self.require.is_met_by(enforcement) => Ok(()),
+            Reply::Holds { enforcement } => {
+                Err(ClientError::Unguarded { device: endpoint.ifname.clone(), enforcement })
+            }
+            _ => Err(ClientError::Refused { reason: "an answer to another question".to_owned() }),
+        }
+    }
+
     fn ask(&self, request: &Request, limit: Duration) -> Result<Reply, ClientError> {
         let no_owner = |source| ClientError::NoOwner { socket: self.socket.clone(), source };
         let begun = Instant::now();
@@ -222,7 +252,8 @@ impl<A: Attacher> PinnedDefault<A> {
 
 impl<A: Attacher> PolicySink for PinnedDefault<A> {
     fn attach(&self, endpoint: &Endpoint) -> Result<(), PolicyError> {
-        if !self.require.is_met_by(endpoint.enforcement()) {
+        let needs_guard = self.needs_guard(endpoint);
+        if !needs_guard && !self.require.is_met_by(endpoint.enforcement()) {
             let device = endpoint.ifname.clone();
             return Err(refused(putting(endpoint), ClientError::Bypassable { device }));
         }
@@ -240,7 +271,19 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
             }
         }
         let request = Request::Attached { endpoint: Box::new(endpoint.clone()), default: self.default };
-        self.tell(&request, false).map_err(|e| refused(format!("tell the policy owner of {}", endpoint.attachment), e))
+        let telling = || format!("tell the policy owner of {}", endpoint.attachment);
+        let told = self.tell(&request, needs_guard).map_err(|e| refused(telling(), e));
+        if !needs_guard {
+            return told;
+        }
+        told.and_then(|()| self.guarded(endpoint).map_err(|e| refused(putting(endpoint), e))).inspect_err(|_| {
+            if let Err(left) = remove(self.attacher(endpoint), &bare, &endpoint.attachment) {
+                tracing::warn!(device = %endpoint.ifname, error = %left, "default programs stay on the device");
+            }
+            if let Err(left) = self.tell(&Request::Gone { attachment: endpoint.attachment.clone() }, false) {
+                tracing::warn!(attachment = %endpoint.attachment, error = %left, "the policy owner takes it for attached");
+            }
+        })
     }
 
     fn await_enforced(&self, endpoint: &Endpoint, limit: Duration) -> Result<(), PolicyError> {
@@ -256,7 +299,7 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
                 Ok(())
             }
             Ok(Reply::Waiting { reason }) => Err(refused(doing(), ClientError::Waiting { reason })),
-            Ok(Reply::Noted | Reply::Refused { .. } | Reply::Busy { .. }) => {
+            Ok(Reply::Noted | Reply::Holds { .. } | Reply::Refused { .. } | Reply::Busy { .. }) => {
                 Err(refused(doing(), ClientError::Refused { reason: "an answer to another question".to_owned() }))
             }
             Err(ClientError::NoAnswer(ProtocolError::Io(e)))
@@ -289,6 +332,13 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
                     list.join(", ")
                 )));
             }
+        }
+        if self.needs_guard(endpoint) {
+            return match self.guarded(endpoint) {
+                Ok(()) => Ok(None),
+                Err(error @ ClientError::Unguarded { .. }) => Ok(Some(error.to_string())),
+                Err(error) => Err(refused(format!("ask for the guard of {}", endpoint.ifname), error)),
+            };
         }
         Ok(None)
     }

@@ -49,6 +49,9 @@ pub enum Require {
     /// Policy as far as its kind of device allows.
     #[default]
     Any,
+    /// At least [`Enforcement::Guarded`]: on a macvlan, a guard on the parent, which only a running owner of the policy state can
+    /// put there, before the device is up. Needs Linux 6.15.
+    Guarded,
     /// [`Enforcement::Full`]: a pod must not be able to pass by its own policy, whatever capabilities it has.
     Full,
 }
@@ -60,7 +63,11 @@ impl Require {
 
     /// Whether that is enough.
     pub const fn is_met_by(self, enforcement: Enforcement) -> bool {
-        matches!((self, enforcement), (Self::Any, _) | (Self::Full, Enforcement::Full))
+        match self {
+            Self::Any => true,
+            Self::Guarded => matches!(enforcement, Enforcement::Guarded | Enforcement::Full),
+            Self::Full => matches!(enforcement, Enforcement::Full),
+        }
     }
 }
 

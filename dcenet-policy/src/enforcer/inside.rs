@@ -32,12 +32,12 @@
 //! [`Enforcement::EgressBypassable`](dcenet_core::provider::Enforcement): a process with CAP_NET_RAW in the pod sends past its
 //! own device's programs, and reads by a packet socket what they deny on its way in. One with CAP_NET_ADMIN makes another device
 //! on the same parent, which is judged in neither direction. What comes to the pod's stack by its own device is judged in any case.
-//! Only a guard on the parent closes the rest.
+//! A guard on the parent ([`guard`](super::guard)) judges what they send once more.
 //!
 //! # Minimum kernel version
 //! 6.6 (tcx).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use dcenet_core::model::AttachmentId;
 use dcenet_core::netns::NetNs;
@@ -121,6 +121,12 @@ impl Inside {
     pub(crate) fn of(&self, id: AttachmentId) -> Result<Vec<InsideLink>, AttachError> {
         let links = self.links.links_of(|label| is_of(label, id))?;
         Ok(links.into_iter().filter_map(InsideLink::read).collect())
+    }
+
+    /// The attachments that have a device.
+    pub(crate) fn living(&self) -> Result<BTreeSet<AttachmentId>, AttachError> {
+        let links = self.links.links_of(|label| read_label(label).is_some())?;
+        Ok(links.into_iter().filter_map(InsideLink::read).filter(InsideLink::lives).map(|link| link.id).collect())
     }
 
     /// Who has which slot.

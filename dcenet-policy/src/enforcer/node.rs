@@ -74,7 +74,7 @@ fn duplicate(name: &str, map: &Map) -> Result<Map, EnforcerError> {
     Map::from_fd(fd).map_err(|e| failed(e.into()))
 }
 
-fn open_or_make(pins: &Pins, spec: &MapSpec) -> Result<Map, EnforcerError> {
+pub(crate) fn open_or_make(pins: &Pins, spec: &MapSpec) -> Result<Map, EnforcerError> {
     let Some(fd) = pins.get(&spec.name)? else {
         let map = create(spec)?;
         pins.pin(&spec.name, &map)?;

@@ -15,10 +15,12 @@
 //! | `attached` | `"noted"`, before anything is compiled |
 //! | `gone` | `"noted"`, also for an endpoint that nobody knows |
 //! | `await` | `{"enforced": {"generation": 7}}` or `{"waiting": {"reason": ".."}}`, within the request's limit |
+//! | `enforcement` | `{"holds": {"enforcement": "guarded"}}` |
 //! | any | `{"refused": {"reason": ".."}}`, or `{"busy": {"reason": ".."}}`: the same later may be taken |
 //!
 //! A message bears the lowest version that has its meaning, so that releases which differ understand each other as far as they
-//! can: version 2 tells of devices in pods ([`Place::Pod`](dcenet_core::provider::Place)), and everything else is of version 1.
+//! can: version 2 tells of devices in pods ([`Place::Pod`](dcenet_core::provider::Place)), version 3 asks for an endpoint's
+//! [`Enforcement`], and everything else is of version 1.
 //! Each side reads all versions up to [`VERSION`] and refuses others, with both numbers in the reason. Reading is pure and bounded: no input makes it panic or allocate more than
 //! [`MAX_MESSAGE`] bytes and what serde makes of them.
 
@@ -26,14 +28,17 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use dcenet_core::model::AttachmentKey;
-use dcenet_core::provider::Endpoint;
+use dcenet_core::provider::{Endpoint, Enforcement};
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Serialize};
 
 use super::config::{DefaultVerdict, Limit};
 
 /// The latest version of this protocol.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
+
+/// The first version that tells of devices in pods.
+const WITH_PODS: u32 = 2;
 
 /// The longest message in bytes, its length not counted: room for every label that Kubernetes lets a pod have.
 pub const MAX_MESSAGE: usize = 512 * 1024;
@@ -55,7 +60,8 @@ impl Message for Request {
     fn version(&self) -> u32 {
         match self {
             // A reader of version 1 would look for the device on the host.
-            Self::Attached { endpoint, .. } if !endpoint.place.is_host() => VERSION,
+            Self::Attached { endpoint, .. } if !endpoint.place.is_host() => WITH_PODS,
+            Self::Enforcement { .. } => VERSION,
             Self::Attached { .. } | Self::Gone { .. } | Self::Await { .. } => FIRST_VERSION,
         }
     }
@@ -86,6 +92,11 @@ pub enum Request {
         /// How long the client waits for the reply.
         limit: Limit,
     },
+    /// Reply what the endpoint's policy holds against the pod itself.
+    Enforcement {
+        /// Its attachment.
+        attachment: AttachmentKey,
+    },
 }
 
 /// What the owner answers.
@@ -98,6 +109,11 @@ pub enum Reply {
     Enforced {
         /// The endpoint's generation: grows with each change of its verdicts.
         generation: u32,
+    },
+    /// What the endpoint's policy holds against the pod itself.
+    Holds {
+        /// How much it is now.
+        enforcement: Enforcement,
     },
     /// The limit has passed, or waiting is useless, and the verdicts before stand.
     Waiting {
@@ -259,6 +275,7 @@ mod tests {
         prop_oneof![
             attached,
             "[a-z0-9]{1,20}".prop_map(|c| Request::Gone { attachment: key(&c) }),
+            "[a-z0-9]{1,20}".prop_map(|c| Request::Enforcement { attachment: key(&c) }),
             ("[a-z0-9]{1,20}", 0u64..600_000).prop_map(|(c, ms)| Request::Await {
                 attachment: key(&c),
                 limit: Limit::saturating(std::time::Duration::from_millis(ms)),
@@ -346,14 +363,18 @@ mod tests {
         assert_eq!(decode::<Request>(old.as_bytes()).unwrap(), attached(Place::Host));
         let new = String::from_utf8(encode(&attached(a_pod())).unwrap()).unwrap();
         assert!(new.starts_with(r#"{"version":2,"#), "{new}");
+        let asked = encode(&Request::Enforcement { attachment: key("c1") }).unwrap();
+        assert!(asked.starts_with(br#"{"version":3,"body":{"enforcement":{"attachment":{"#), "{asked:?}");
+        let holds = encode(&Reply::Holds { enforcement: Enforcement::Guarded }).unwrap();
+        assert_eq!(holds, br#"{"version":1,"body":{"holds":{"enforcement":"guarded"}}}"#);
         let none = decode::<Request>(br#"{"version":0,"body":"noted"}"#).unwrap_err();
         assert!(matches!(none, ProtocolError::Version { theirs: 0 }));
     }
 
     #[test]
     fn another_version_is_named_whatever_its_body() {
-        let error = decode::<Request>(br#"{"version":3,"body":{"something":["new"]}}"#).unwrap_err();
-        assert!(matches!(error, ProtocolError::Version { theirs: 3 }));
+        let error = decode::<Request>(br#"{"version":4,"body":{"something":["new"]}}"#).unwrap_err();
+        assert!(matches!(error, ProtocolError::Version { theirs: 4 }));
         let error = decode::<Request>(br#"{"version":2,"body":{"something":["new"]}}"#).unwrap_err();
         assert!(matches!(error, ProtocolError::Malformed(_)));
     }

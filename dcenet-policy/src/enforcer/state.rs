@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use dcenet_core::model::{AttachmentId, AttachmentKey, IfIndex};
 use dcenet_core::netns::Host;
-use dcenet_core::provider::{Endpoint, Place};
+use dcenet_core::provider::{Endpoint, Enforcement, Place};
 use dcenet_ebpf::attach::{AttachError, Attacher, Direction, Hook, Owner};
 use dcenet_ebpf::datapath::Slot;
 use dcenet_ebpf::pin::Pins;
@@ -19,6 +19,7 @@ use super::apply::{Applied, Applier};
 use super::cells::{Cells, bare_hooks};
 use super::config::DefaultVerdict;
 use super::flows::Names;
+use super::guard::Guard;
 use super::inside::{Holds, Inside, InsideLink, on_device};
 use super::node::{NodeMaps, default_pin, load_default, pin_defaults};
 use super::protocol::{Reply, Request};
@@ -36,6 +37,8 @@ pub(crate) struct Shared {
     pub(crate) tools: Tools,
     pub(crate) pins: Pins,
     pub(crate) inside: Inside,
+    /// None where the kernel lacks what it needs.
+    pub(crate) guard: Option<Guard>,
     pub(crate) maps: NodeMaps,
     /// Held for moments only.
     pub(crate) state: Mutex<State>,
@@ -263,10 +266,11 @@ impl Shared {
         let maps = NodeMaps::open(&pins, &sizes)?;
         pin_defaults(&pins, &maps, &*tools.loader, &*tools.lowering)?;
         let inside = Inside::new(pins.clone());
+        let guard = Guard::open(&pins, &maps, &*tools.loader, &*tools.lowering)?;
         let mut used = host.0.run_here_or_there(|| attached_slots(&*tools.attacher))??;
         let in_pods = inside.slots()?;
         used.extend(in_pods.iter().map(|(slot, holder)| (*slot, holder.id)));
-        forget_vanished(&*tools.attacher, &inside);
+        forget_vanished(&*tools.attacher, &inside, None, &BTreeSet::new());
         let names = Names::resume(&config.run_dir);
         // Who was admitted and nothing else is under no verdicts yet.
         let is_judged = |slot: &u16| in_pods.get(slot).is_none_or(|holder| holder.is_judged);
@@ -281,6 +285,7 @@ impl Shared {
             tools,
             pins,
             inside,
+            guard,
             maps,
             state: Mutex::new(state),
             changed: Condvar::new(),
@@ -326,6 +331,7 @@ impl Shared {
                     retry |= matches!(outcome, Outcome::Failed { .. });
                     if state.settle(&attachment, &endpoints[&attachment], outcome) {
                         self.cells.lock().forget(&attachment);
+                        self.unguard(attachment.id());
                     }
                 }
                 state.applied = revision;
@@ -401,6 +407,7 @@ impl Shared {
         }
         let (slot, _) = cells.settle(endpoint, true)?;
         let mut deny = None;
+        let mut verdict = DefaultVerdict::Deny;
         for link in living.into_iter().filter(|link| link.slot().is_none()) {
             let there = Program::by_id(link.link.program).map_err(AttachError::from)?;
             let at_host = on_device(link.link.direction, &endpoint.place);
@@ -408,6 +415,7 @@ impl Shared {
             let allow = self.pins.get(pin)?.map(Program::from_fd).transpose().map_err(AttachError::from)?;
             if allow.is_some_and(|allow| allow.info().id == there.info().id) {
                 self.inside.replace(link, &there, Holds::Default(slot))?;
+                verdict = DefaultVerdict::Allow;
                 continue;
             }
             let programs = match &mut deny {
@@ -425,7 +433,27 @@ impl Shared {
                 self.inside.replace(link, program, Holds::Default(slot))?;
             }
         }
-        Ok(())
+        match &self.guard {
+            Some(guard) => guard.cover(&self.host.0, endpoint, slot, guard.default(verdict)),
+            None => Ok(()),
+        }
+    }
+
+    /// Forgets an attachment whose device is gone.
+    fn unguard(&self, id: AttachmentId) {
+        if let Some(guard) = &self.guard
+            && let Err(error) = guard.forget(id)
+        {
+            tracing::warn!(attachment = %id, %error, "the guard on its parent still knows it");
+        }
+    }
+
+    /// What an endpoint's policy holds against the pod itself now.
+    fn enforcement(&self, endpoint: &Endpoint) -> Enforcement {
+        match &self.guard {
+            Some(guard) if guard.covers(endpoint.attachment.id()) => Enforcement::Guarded,
+            _ => endpoint.enforcement(),
+        }
     }
 
     /// Has the links of an attachment that is gone judge by no policy of it, where their device lives on.
@@ -438,7 +466,15 @@ impl Shared {
         // Whoever puts programs on it now has begun before it was told to be gone.
         let _cells = self.cells.lock();
         drop(state);
-        if let Err(error) = self.inside.shut(&self.pins, attachment.id()) {
+        let guarded = match self.inside.shut(&self.pins, attachment.id()) {
+            Ok(0) => {
+                self.unguard(attachment.id());
+                return;
+            }
+            Ok(_) => self.guard.as_ref().map_or(Ok(()), |guard| guard.shut(attachment.id())),
+            Err(error) => Err(error.into()),
+        };
+        if let Err(error) = guarded {
             tracing::warn!(%attachment, %error, "its device in the pod keeps the policy that it had");
         }
     }
@@ -451,7 +487,7 @@ impl Shared {
             slot: known.slot,
             phase: known.phase,
             generation: known.generation,
-            enforcement: known.endpoint.enforcement(),
+            enforcement: self.enforcement(&known.endpoint),
             failure: known.failure.clone(),
             faults: state.faults_of(known),
         };
@@ -487,8 +523,9 @@ impl Shared {
                     tracing::warn!(%error, "the latest policy is not in force; the last verdicts stand");
                 }
             } else if sweep_at <= now {
+                let known = state.endpoints.keys().map(AttachmentKey::id).collect();
                 drop(state);
-                forget_vanished(&*self.tools.attacher, &self.inside);
+                forget_vanished(&*self.tools.attacher, &self.inside, self.guard.as_ref(), &known);
                 if let Err(error) = sweep::sweep(self) {
                     tracing::warn!(%error, "flows that are over could not be removed");
                 }
@@ -534,6 +571,9 @@ impl Shared {
             Err(error) => drop(first.get_or_insert(error.into())),
         }
         if let Err(error) = self.inside.clear() {
+            first.get_or_insert(error.into());
+        }
+        if let Some(Err(error)) = self.guard.as_ref().map(Guard::clear) {
             first.get_or_insert(error.into());
         }
         if let Err(error) = self.pins.clone().unmount() {
@@ -593,6 +633,17 @@ impl Answer for Shared {
                 self.changed.notify_all();
                 Reply::Noted
             }
+            Request::Enforcement { attachment } => {
+                let endpoint = self.state.lock().endpoints.get(&attachment).map(|known| known.endpoint.clone());
+                // Afterwards it says what is there.
+                if let Some(Err(error)) = self.guard.as_ref().map(|guard| guard.holds(attachment.id())) {
+                    return Reply::Busy { reason: error.to_string() };
+                }
+                match endpoint {
+                    Some(endpoint) => Reply::Holds { enforcement: self.enforcement(&endpoint) },
+                    None => Reply::Refused { reason: format!("{attachment} is not known; attach it first") },
+                }
+            }
             Request::Await { attachment, limit } => self.await_enforced(&attachment, limit.get()),
         }
     }
@@ -650,12 +701,15 @@ fn attached_slots(attacher: &dyn Attacher) -> Result<BTreeMap<u16, AttachmentId>
 }
 
 /// What is left of devices that are no more does no harm but to those who list it.
-fn forget_vanished(attacher: &dyn Attacher, inside: &Inside) {
+fn forget_vanished(attacher: &dyn Attacher, inside: &Inside, guard: Option<&Guard>, known: &BTreeSet<AttachmentId>) {
     let of_host = attacher.forget_vanished();
     match of_host.and_then(|count| Ok(count + inside.forget_vanished()?)) {
         Ok(0) => {}
         Ok(count) => tracing::debug!(count, "links of vanished devices are forgotten"),
         Err(error) => tracing::warn!(%error, "links of vanished devices stay pinned until the next attempt"),
+    }
+    if let Some(Err(error)) = guard.map(|guard| guard.forget_vanished(inside, known)) {
+        tracing::warn!(%error, "guards know devices that have vanished until the next attempt");
     }
 }
 

@@ -62,7 +62,11 @@ pub struct Arrivals(File);
 
 impl Arrivals {
     pub fn of(namespace: &TestNetNs) -> Self {
-        let device = namespace.link("eth0").unwrap().index.get();
+        Self::on(namespace, "eth0")
+    }
+
+    pub fn on(namespace: &TestNetNs, device: &str) -> Self {
+        let device = namespace.link(device).unwrap().index.get();
         Self(namespace.run(|| packet_socket(device, false)).unwrap())
     }
 

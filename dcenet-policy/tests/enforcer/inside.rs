@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use dcenet_core::netns::NetNs;
 use dcenet_core::provider::{Enforcement, PolicySink};
 use dcenet_core::test_support::{Rung, ping, require_with};
-use dcenet_ebpf::abi::Reason;
+use dcenet_ebpf::abi::{self, Reason};
 use dcenet_ebpf::attach::{Attacher, Direction, Hook, PinnedLink, TcxAttacher};
+use dcenet_ebpf::maps::{HashTable, Map};
 use dcenet_ebpf::pin::Pins;
 use dcenet_ebpf::probe::Features;
 use dcenet_policy::enforcer::{DefaultVerdict, Phase, PinnedDefault, PolicyConfig, Require};
@@ -38,6 +39,15 @@ fn ready() -> bool {
     require_with(Rung::Kernel, || {
         (!Features::probe().is_ok_and(|f| f.tcx)).then(|| "the kernel has no tcx (Linux 6.6)".to_owned())
     })
+}
+
+/// Whether parents of macvlans get guards.
+fn has_guards() -> bool {
+    Features::probe().is_ok_and(|features| features.netns_cookie)
+}
+
+fn reported() -> Enforcement {
+    if has_guards() { Enforcement::Guarded } else { Enforcement::EgressBypassable }
 }
 
 fn world() -> World {
@@ -70,6 +80,74 @@ impl World {
     fn missing(&self, name: &str) -> Option<String> {
         let endpoint = self.endpoint(name);
         self.pod(name).run(|| self.sink.missing(&endpoint)).unwrap()
+    }
+
+    /// The directions of the links on all parents.
+    fn guarded_parents(&self) -> Vec<&'static str> {
+        let links = self.tcx().links_of(|label| label.starts_with("guard-")).unwrap();
+        let word = |link: &PinnedLink| if link.direction == Direction::Egress { "egress" } else { "ingress" };
+        let mut words: Vec<_> = links.iter().filter(|link| link.device.is_some()).map(word).collect();
+        words.sort_unstable();
+        words
+    }
+
+    /// Packets that were counted of flows to a port, those of the side that opened it and the answers.
+    fn questions(&self, port: u16) -> Vec<(u64, u64)> {
+        let mut counted = Vec::new();
+        for name in abi::FLOW_TABLES {
+            let pin = Pins::at(self.host.directory().join("bpf")).get(name).unwrap().unwrap();
+            let flows = HashTable::<abi::FlowKey, abi::Flow>::new(Map::from_fd(pin).unwrap()).unwrap();
+            let asked = flows.entries().unwrap().into_iter().filter(|(key, _)| key.peer_port == abi::Be16(port));
+            counted.extend(asked.map(|(_, flow)| (flow.egress_packets, flow.ingress_packets)));
+        }
+        counted
+    }
+
+    fn release_guards(&self) {
+        for link in self.tcx().links_of(|label| label.starts_with("guard-")).unwrap() {
+            self.tcx().release(&link.label).unwrap();
+        }
+    }
+
+    fn require(&mut self, require: Require) {
+        let config = PolicyConfig { pins: self.host.directory().join("bpf"), require, ..PolicyConfig::default() };
+        self.sink = std::sync::Arc::new(PinnedDefault::new(&config, &self.host.run_dir()));
+        self.engine = self.host.engine(Some(std::sync::Arc::clone(&self.sink) as _));
+    }
+
+    fn raw(&self, device: &str, bypass: bool, source: [u8; 6]) -> [Vec<u64>; 2] {
+        self.raw_of("web", device, bypass, source)
+    }
+
+    /// How many frames arrive at `scan` and on the wire, of both families and none, that a pod sends in its own name from an Ethernet
+    /// address: until all have, or programs have dropped many.
+    fn raw_of(&self, pod: &str, device: &str, bypass: bool, source: [u8; 6]) -> [Vec<u64>; 2] {
+        let far = self.host.root().link("far0").unwrap().mac.unwrap().bytes();
+        let ends = |v6| Some((self.address(pod, v6), self.address("scan", v6)));
+        let kinds = [ends(false), ends(true), None];
+        let index = self.pod(pod).link(device).unwrap().index.get();
+        let mut socket = self.pod(pod).run(|| packet_socket(index, bypass)).unwrap();
+        let scan = (self.endpoint("scan").mac.bytes(), Arrivals::of(self.pod("scan")));
+        [scan, (far, Arrivals::on(self.host.root(), "far0"))].map(|(to, mut arrivals)| {
+            let frames: Vec<_> = (0..).zip(kinds).map(|(kind, ends)| frame(source, to, ends, kind)).collect();
+            let (mut seen, begun, before) = (vec![0; frames.len()], Instant::now(), self.dropped(pod));
+            let is_enough = |seen: &[u64]| {
+                seen.iter().all(|count| *count > 0) || self.dropped(pod) >= before + 20 * frames.len() as u64
+            };
+            while !is_enough(&seen) && begun.elapsed() < LONG {
+                for frame in &frames {
+                    match socket.write_all(frame) {
+                        Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => {}
+                        written => written.unwrap(),
+                    }
+                }
+                arrivals.drain(&mut seen);
+            }
+            assert!(is_enough(&seen), "neither arrived nor dropped: {seen:?}");
+            std::thread::sleep(DENIED);
+            arrivals.drain(&mut seen);
+            seen
+        })
     }
 
     fn db_web_scan(&mut self) {
@@ -105,7 +183,7 @@ fn pods_without_an_end_on_the_host_are_under_their_policies() {
     world.tcp("db", "scan", 80, true);
     for status in owner.endpoints() {
         assert_eq!(status.phase, Phase::Enforced, "{status:?}");
-        assert_eq!(status.enforcement, Enforcement::EgressBypassable, "{status:?}");
+        assert_eq!(status.enforcement, reported(), "{status:?}");
         let name = status.attachment.container.to_string();
         assert_eq!(world.slots(&name), [status.slot].into(), "{name}");
         assert_eq!(world.links(&name).len(), 2, "{name}");
@@ -254,66 +332,148 @@ fn a_pod_whose_namespace_has_gone_is_forgotten_with_its_pins() {
     owner.uninstall().unwrap();
 }
 
-/// The guard of a device in a pod holds what goes through its queues, and what is reported says that there is more: frames
-/// sent past them arrive.
+/// What goes past the queues of a pod's own device, and what comes from one that the pod has made on the same parent, is judged on the
+/// parent: to the pod beside and to the wire, whoever's Ethernet address it bears. Without a guard all of it arrives, and what is
+/// reported says so.
 #[test]
-fn raw_frames_past_the_queues_of_a_pods_own_device_arrive_as_reported() {
+fn raw_frames_past_a_pods_own_device_meet_the_guard_of_its_parent() {
     if !ready() {
         return;
     }
     let mut world = world();
     let owner = world.started();
     world.db_web_scan();
+    world.tcp("web", "scan", 5432, true);
     assert!(owner.set_policies(policies(SHUT_IN)).unwrap().is_complete());
-    let ends = |v6| Some((world.address("web", v6), world.address("scan", v6)));
-    let (from, to) = (world.endpoint("web").mac.bytes(), world.endpoint("scan").mac.bytes());
-    let kinds = [ends(false), ends(true), None];
-    let frames: Vec<_> = (0..).zip(kinds).map(|(kind, ends)| frame(from, to, ends, kind)).collect();
+    assert!(owner.endpoints().iter().all(|status| status.enforcement == reported()));
+    // Another device on its parent (drivers/net/macvlan.c, `macvlan_common_newlink`).
     let web = world.pod("web");
-    let send = |device: &str, bypass: bool, enough: &dyn Fn(&[u64], u64) -> bool| {
-        let mut arrivals = Arrivals::of(world.pod("scan"));
-        let device = web.link(device).unwrap().index.get();
-        let mut socket = web.run(|| packet_socket(device, bypass)).unwrap();
-        let (mut seen, mut refused, begun) = (vec![0; frames.len()], 0, Instant::now());
-        while !enough(&seen, refused) && begun.elapsed() < LONG {
-            for frame in &frames {
-                match socket.write_all(frame) {
-                    Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => refused += 1,
-                    written => written.unwrap(),
-                }
-            }
-            arrivals.drain(&mut seen);
-        }
-        std::thread::sleep(DENIED);
-        arrivals.drain(&mut seen);
-        (seen, refused)
-    };
-    let all = |seen: &[u64], _| seen.iter().all(|count| *count > 0);
-    let (seen, refused) = send("eth0", false, &|_, refused| refused >= 60);
-    assert!(refused >= 60 && seen.iter().all(|count| *count == 0), "{seen:?}, {refused} dropped at the device");
-    // Past the queue, and by a device that the pod makes for itself, whose parent is the host's (drivers/net/macvlan.c,
-    // `macvlan_common_newlink`): both arrive.
     web.sh("ip link add mv0 link eth0 address 02:00:00:00:00:66 type macvlan mode bridge; ip link set mv0 up");
-    for (device, bypass) in [("eth0", true), ("mv0", false)] {
-        let (seen, _) = send(device, bypass, &all);
-        assert!(all(&seen, 0), "{device}: EgressBypassable is what it says: {seen:?}");
+    let guarded = world.guarded_parents();
+    assert_eq!(guarded, if has_guards() { vec!["egress", "ingress"] } else { vec![] });
+
+    // The twin of what its own programs drop.
+    let (own, parent) =
+        (world.endpoint("web").mac.bytes(), world.host.root().link("up0").unwrap().mac.unwrap().bytes());
+    let ways = [
+        ("eth0", own),
+        ("eth0", parent),
+        ("eth0", world.endpoint("db").mac.bytes()),
+        ("mv0", [2, 0, 0, 0, 0, 0x66]),
+        ("mv0", own),
+    ];
+    let seen = world.raw("eth0", false, own);
+    assert!(seen.iter().flatten().all(|count| *count == 0), "by its queues: {seen:?}");
+    for guards in [has_guards(), false] {
+        if !guards {
+            world.release_guards();
+        }
+        for (device, source) in ways {
+            let seen = world.raw(device, true, source);
+            let all = seen.iter().flatten().all(|count| (*count == 0) == guards);
+            assert!(all, "{device} {source:x?}, guards: {guards}: {seen:?}");
+        }
     }
-    // The twin of what did not arrive: without its links the pod's device lets all of it go.
     for link in world.links("web") {
         world.tcx().release(&link.label).unwrap();
     }
-    let (seen, _) = send("eth0", false, &all);
-    assert!(all(&seen, 0), "{seen:?}");
-    let statuses = owner.endpoints();
-    assert!(statuses.iter().all(|status| status.enforcement == Enforcement::EgressBypassable));
-    // Who cannot have that is refused, before the device is up, and nothing stays.
-    let full =
-        PolicyConfig { pins: world.host.directory().join("bpf"), require: Require::Full, ..PolicyConfig::default() };
-    world.sink = std::sync::Arc::new(PinnedDefault::new(&full, &world.host.run_dir()));
-    world.engine = world.host.engine(Some(std::sync::Arc::clone(&world.sink) as _));
+    let seen = world.raw("eth0", false, own);
+    assert!(seen.iter().flatten().all(|count| *count > 0), "without its links: {seen:?}");
+    owner.uninstall().unwrap();
+}
+
+/// A configuration that wants a guard gets it before the device is up, or is refused, and nothing stays.
+#[test]
+fn who_wants_a_guard_gets_it_or_is_refused() {
+    if !ready() {
+        return;
+    }
+    let mut world = world();
+    let owner = world.started();
+    world.require(Require::Full);
     let error = world.try_add("strict", 7, &[]).unwrap_err();
     assert!(error.contains("policy.require \"full\"") && error.contains("eth0 lives in the pod"), "{error}");
     assert_eq!(world.links("strict").len(), 0);
+
+    world.require(Require::Guarded);
+    if has_guards() {
+        world.db_web_scan();
+        world.tcp("web", "db", 5432, true);
+        assert_eq!(world.missing("web"), None);
+        assert_eq!(world.guarded_parents(), ["egress", "ingress"]);
+        // What both the pod's device and its parent have judged counts once.
+        world.udp("web", "db", 5353, true);
+        let asked = world.questions(5353);
+        assert_eq!(asked, [(1, 1), (1, 1)], "of both families");
+        // The twin of a check that finds nothing.
+        world.release_guards();
+        assert!(world.missing("web").expect("it is told").contains("no guard is on the parent"));
+        world.delete("scan");
+        world.add_enforced("scan", 4, &[]);
+        assert_eq!(world.missing("scan"), None, "it is there again");
+    } else {
+        let error = world.try_add("web", 2, &[]).unwrap_err();
+        assert!(error.contains("policy.require \"guarded\"") && error.contains("Linux 6.15"), "{error}");
+        assert_eq!(world.links("web").len(), 0);
+    }
+    // Nobody else can put it there.
+    drop(owner);
+    let error = world.try_add("alone", 8, &[]).unwrap_err();
+    assert!(error.contains("the policy owner does not run"), "{error}");
+    assert_eq!(world.links("alone").len(), 0);
+    world.open(tools()).uninstall().unwrap();
+    assert!(world.guarded_parents().is_empty());
+}
+
+/// Guards hold while no owner lives, and each goes with the last pod of its parent.
+#[test]
+fn guards_outlive_their_owner_and_go_with_the_last_pod_of_a_parent() {
+    if !ready() || !has_guards() {
+        return;
+    }
+    let mut world = world();
+    world.host.root().sh("ip link add up1 type veth peer name far1
+         for end in far1 up1; do ip link set $end addrgenmode none; ip link set $end up; done");
+    let owner = OwnerProcess::start(&world);
+    world.db_web_scan();
+    world.parent = Some("up1");
+    world.add_enforced("far", 9, &[("app", "db")]);
+    assert_eq!(world.guarded_parents().len(), 4);
+    world.tcp("web", "scan", 80, true);
+    owner.kill();
+    // By its policy it may send: to what it owns.
+    let own = world.endpoint("db").mac.bytes();
+    let (web, stranger) = (world.endpoint("web").mac.bytes(), [2, 0, 0, 0, 0, 0x66]);
+    let seen = world.raw_of("db", "eth0", true, own);
+    // The third is of no known protocol.
+    let ip = seen.iter().flat_map(|seen| &seen[..2]).all(|count| *count > 0);
+    assert!(ip && seen.iter().all(|seen| seen[2] == 0), "as allowed: {seen:?}");
+    for source in [web, stranger] {
+        let seen = world.raw_of("db", "eth0", true, source);
+        assert!(seen.iter().flatten().all(|count| *count == 0), "{source:x?}: {seen:?}");
+    }
+
+    let owner = world.started();
+    let records = world.engine.attachments(&"shop".parse().unwrap()).unwrap();
+    owner.adopt(&records).unwrap();
+    assert!(owner.set_policies(policies(DB)).unwrap().is_complete());
+    assert!(
+        owner.endpoints().iter().all(|status| status.enforcement == Enforcement::Guarded),
+        "{:?}",
+        owner.endpoints()
+    );
+    world.tcp("web", "db", 5432, true);
+    world.tcp("scan", "db", 5432, false);
+    for name in ["web", "db"] {
+        world.delete(name);
+        assert_eq!(world.guarded_parents().len(), 4, "others are there");
+    }
+    world.delete("scan");
+    assert_eq!(world.guarded_parents().len(), 2, "the last of its parent");
+    // Its devices go with it.
+    world.host.root().sh("ip link del up1");
+    owner.set_policies([]).unwrap();
+    eventually("its guard goes", || world.guarded_parents().is_empty());
     owner.uninstall().unwrap();
 }
 
