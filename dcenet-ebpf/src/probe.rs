@@ -2,9 +2,11 @@
 //!
 //! Asked by trying, never by its version: distributions take features back to old kernels, and switch others off.
 
+use std::fmt;
 use std::os::fd::AsFd;
 use std::sync::Mutex;
 
+use crate::insn::IsaLevel;
 use crate::object::{MapSpec, ProgramKind};
 use crate::program;
 use crate::sys::{self, LoadFailure, Map, RawProgram, SysError};
@@ -62,6 +64,32 @@ impl Features {
         Ok(features)
     }
 
+    /// The highest level of the instruction set at which programs can be written. [`IsaLevel::V3`] is what the programs of
+    /// [`crate::datapath`] need; [`IsaLevel::V4`] spares large ones their islands.
+    pub const fn isa(&self) -> IsaLevel {
+        match self {
+            Self { isa_v4: true, .. } => IsaLevel::V4,
+            Self { isa_v3: true, .. } => IsaLevel::V3,
+            _ => IsaLevel::V2,
+        }
+    }
+
+    /// What the programs of [`crate::datapath`], written at a level, cannot do without and the kernel lacks; empty where
+    /// they will do.
+    pub fn missing_for_datapath(&self, isa: IsaLevel) -> Vec<Missing> {
+        let needed = [
+            (self.classifier, Missing { feature: "classifiers (BPF_PROG_TYPE_SCHED_CLS)", since: "4.1" }),
+            (self.isa_v3, Missing { feature: "32-bit jumps (instruction set v3)", since: "5.1" }),
+            (
+                self.isa_v4 || isa < IsaLevel::V4,
+                Missing { feature: "long jumps (instruction set v4; programs at v3 do without)", since: "6.6" },
+            ),
+            (self.ring_buffer, Missing { feature: "ring buffers (BPF_MAP_TYPE_RINGBUF)", since: "5.8" }),
+            (self.ktime_coarse_ns, Missing { feature: "the coarse clock (bpf_ktime_get_coarse_ns)", since: "5.11" }),
+        ];
+        needed.into_iter().filter(|(has, _)| !has).map(|(_, missing)| missing).collect()
+    }
+
     fn ask() -> Result<Self, ProbeError> {
         let empty = [insn(0xb7, 0, 0, 0, 0), EXIT].concat();
         let (classifier, tcx, netkit) = match load(&empty) {
@@ -96,6 +124,42 @@ impl Features {
             ktime_coarse_ns: knows_helper(helper::KTIME_GET_COARSE_NS)?,
             netns_cookie: knows_helper(helper::GET_NETNS_COOKIE)?,
         })
+    }
+}
+
+/// In words: the level of the instruction set, then what there is and what there is not.
+impl fmt::Display for Features {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { classifier, tcx, netkit, isa_v3: _, isa_v4: _, ring_buffer, map_batch, bpf_loop, .. } = *self;
+        let named = [
+            (classifier, "classifiers"),
+            (tcx, "tcx"),
+            (netkit, "netkit"),
+            (ring_buffer, "ring buffers"),
+            (map_batch, "batches"),
+            (bpf_loop, "bpf_loop"),
+            (self.ktime_boot_ns, "boot clock"),
+            (self.ktime_coarse_ns, "coarse clock"),
+        ];
+        write!(f, "instruction set {:?}", self.isa())?;
+        named.iter().filter(|(has, _)| *has).try_for_each(|(_, name)| write!(f, ", {name}"))?;
+        named.iter().filter(|(has, _)| !has).try_for_each(|(_, name)| write!(f, ", no {name}"))
+    }
+}
+
+/// A feature that the kernel lacks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Missing {
+    /// What it is.
+    pub feature: &'static str,
+    /// The first release of Linux that has it.
+    pub since: &'static str,
+}
+
+impl fmt::Display for Missing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, since Linux {}", self.feature, self.since)
     }
 }
 
@@ -192,7 +256,40 @@ mod tests {
         if version >= (6, 6) {
             assert!(features.tcx && features.isa_v4 && features.bpf_loop && features.ktime_coarse_ns, "{features:?}");
         }
+        assert_eq!(
+            features.isa(),
+            if version >= (6, 6) { IsaLevel::V4 } else { IsaLevel::V3 },
+            "{release}: {features}"
+        );
         assert_eq!(Features::probe().expect("again"), features);
+    }
+
+    #[test]
+    fn what_is_missing_is_named_and_nothing_else() {
+        let all = Features {
+            classifier: true,
+            tcx: true,
+            netkit: true,
+            isa_v3: true,
+            isa_v4: true,
+            ring_buffer: true,
+            map_batch: true,
+            bpf_loop: true,
+            ktime_boot_ns: true,
+            ktime_coarse_ns: true,
+        };
+        assert_eq!((all.isa(), all.missing_for_datapath(IsaLevel::V4)), (IsaLevel::V4, vec![]));
+        let older = Features { isa_v4: false, tcx: false, netkit: false, ..all };
+        assert_eq!((older.isa(), older.missing_for_datapath(older.isa())), (IsaLevel::V3, vec![]));
+        let [missing] = older.missing_for_datapath(IsaLevel::V4)[..] else { panic!("long jumps") };
+        assert!(missing.to_string().contains("v4") && missing.since == "6.6", "{missing}");
+        assert!(
+            older.to_string().starts_with("instruction set V3, ") && older.to_string().contains(", no tcx"),
+            "{older}"
+        );
+        let oldest = Features { isa_v3: false, ring_buffer: false, ktime_coarse_ns: false, ..older };
+        let named: Vec<_> = oldest.missing_for_datapath(oldest.isa()).iter().map(|missing| missing.since).collect();
+        assert_eq!((oldest.isa(), named), (IsaLevel::V2, vec!["5.1", "5.8", "5.11"]));
     }
 
     #[test]

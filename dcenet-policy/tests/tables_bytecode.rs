@@ -13,13 +13,14 @@ use dcenet_ebpf::abi::{self, Endpoint, Flow, FlowKey, MemberV6, Sizes, Traffic};
 use dcenet_ebpf::datapath::{FROM_POD, TO_POD};
 use dcenet_ebpf::loader::{AyaLoader, LoadRequest, Loaded, Loader};
 use dcenet_ebpf::maps::{Array, HashTable, Map, PerCpuArray, Plain};
+use dcenet_ebpf::probe::Features;
 use dcenet_ebpf::program::{Program, TestRun};
 use dcenet_ebpf::test_support::packet::{ACK, Packet, SYN, eth};
 use dcenet_ebpf::vm::{Environment, Maps, PlantedBug, Skb, Update, Vm};
 use dcenet_policy::compiler::{EndpointPlan, PolicySet, Scope};
 use dcenet_policy::ir::{Leaf, RuleId};
-use dcenet_policy::model::{Direction, Protocol, Tuple, Verdict};
-use dcenet_policy::target::{Artefact, Cache, Target, Tc};
+use dcenet_policy::model::{Direction, PodId, Protocol, Tuple, Verdict};
+use dcenet_policy::target::{Artefact, Cache, Policies, Target, Tc};
 use dcenet_policy::test_support::bytecode;
 use dcenet_policy::test_support::table::{Case, Probe, Table};
 use dcenet_policy::{Compiler, Update as Compiled};
@@ -416,6 +417,51 @@ fn policies_as_tables_hold_in_the_kernel() {
             let seen = seen.unwrap_or_else(|error| panic!("{name}: {error}"));
             assert!(seen.runs > 100 && seen.artefacts > 5, "{name}: {seen:?}");
         }
+    }
+}
+
+/// One pod that others reach on every second port from 1000 on: code beyond the reach of short jumps.
+fn many_ports() -> String {
+    let ports: Vec<_> = (1000..12_000).step_by(2).map(|port| format!("{{port: {port}}}")).collect();
+    let mut text = format!(
+        "== topology\nnamespace x\npod x/a pod=a ip=10.0.1.1\npod x/b pod=b ip=10.0.1.2\n== apply\n\
+         apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{ name: p, namespace: x }}\n\
+         spec: {{ podSelector: {{ matchLabels: {{ pod: a }} }}, ingress: [ {{ ports: [ {} ] }} ] }}\n",
+        ports.join(", ")
+    );
+    for (port, verdict) in
+        [(998, 'X'), (1000, '.'), (1001, 'X'), (6500, '.'), (6501, 'X'), (11_998, '.'), (12_000, 'X')]
+    {
+        text += &format!("== expect tcp/{port}\n      x/a\nx/b   {verdict}\n");
+    }
+    text
+}
+
+#[test]
+fn verdicts_are_the_same_at_each_level_of_the_instruction_set() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let features = Features::probe().unwrap();
+    let mut older = features;
+    older.isa_v4 = false;
+    // A rule for each port.
+    let sizes = Sizes { rules: 8192, ..sizes() };
+    let targets = [older, features].map(|features| Tc::for_kernel(sizes.clone(), &features));
+    let text = many_ports();
+    let table = Table::parse(&text).unwrap();
+    let update = Compiler::new(Scope::Cluster, table.limits).update(&table.cases[0].cluster).unwrap();
+    let plan = &update.endpoints[&PodId::new("x", "a")];
+    let policies = Policies { ingress: &plan.ingress.program, egress: &plan.egress.program };
+    let [v3, v4] = targets.clone().map(|target| target.lower(policies).unwrap().object.to_elf().unwrap());
+    assert_eq!(v3 != v4, features.isa_v4, "the levels differ in the code, or there is nothing to compare");
+    for target in targets {
+        let isa = target.isa;
+        let seen = run_file(&text, target.clone(), &mut InKernel::default());
+        let seen = seen.unwrap_or_else(|error| panic!("{isa:?}: {error}"));
+        assert_eq!((seen.cases, seen.probes, seen.allowed), (7, 7, 3), "{isa:?}: {seen:?}");
+        let (_, text) = files().into_iter().find(|(name, _)| name == "ports.txt").unwrap();
+        run_file(&text, target, &mut InKernel::default()).unwrap_or_else(|error| panic!("{isa:?}: {error}"));
     }
 }
 

@@ -4,6 +4,7 @@ use dcenet_ebpf::abi::Sizes;
 use dcenet_ebpf::asm::Asm;
 use dcenet_ebpf::attach::verdict;
 use dcenet_ebpf::datapath::{self, Slot};
+use dcenet_ebpf::insn::IsaLevel;
 use dcenet_ebpf::object::{Object, ObjectError, ProgramKind};
 
 use super::config::DefaultVerdict;
@@ -19,6 +20,11 @@ pub type LoweringError = Box<dyn std::error::Error + Send + Sync>;
 pub trait Lowering: Send + Sync {
     /// Sizes of the maps that the objects are made for.
     fn sizes(&self) -> Sizes;
+
+    /// The level of the instruction set that its programs are written at, which the kernel must have.
+    fn isa(&self) -> IsaLevel {
+        IsaLevel::V3
+    }
 
     /// Programs that know no policy, for every endpoint whose own are not in place yet. Deny lets nothing through but
     /// address resolution.
@@ -92,6 +98,10 @@ impl LoweredObject {
 impl Lowering for Tc {
     fn sizes(&self) -> Sizes {
         self.sizes.clone()
+    }
+
+    fn isa(&self) -> IsaLevel {
+        self.isa
     }
 
     fn endpoint_object(&self, plan: &EndpointPlan, slot: Slot) -> Result<LoweredObject, LoweringError> {

@@ -12,6 +12,7 @@
 //! use dcenet_ebpf::abi::Sizes;
 //! use dcenet_ebpf::attach::ClsactAttacher;
 //! # use dcenet_ebpf::loader::Loader;
+//! use dcenet_ebpf::probe::Features;
 //! use dcenet_policy::enforcer::{Enforcer, EnforcerConfig, Tools};
 //! use dcenet_policy::target::Tc;
 //!
@@ -28,7 +29,7 @@
 //!     Tools {
 //!         loader: loader(), // such as dcenet_ebpf::loader::AyaLoader
 //!         attacher: Arc::new(ClsactAttacher),
-//!         lowering: Arc::new(Tc::new(Sizes::default())),
+//!         lowering: Arc::new(Tc::for_kernel(Sizes::default(), &Features::probe()?)),
 //!     },
 //! )?;
 //! owner.set_policies([])?; // from files, Kubernetes...
@@ -121,8 +122,10 @@ use dcenet_core::netns::{Host, NetNsError};
 use dcenet_core::provider::{Endpoint, Enforcement};
 use dcenet_ebpf::attach::{AttachError, Attacher};
 use dcenet_ebpf::datapath::classes::ClassError;
+use dcenet_ebpf::insn::IsaLevel;
 use dcenet_ebpf::loader::{LoadError, Loader};
 use dcenet_ebpf::pin::{PinError, Pins};
+use dcenet_ebpf::probe::{Features, Missing, ProbeError};
 
 pub use self::client::{ClientError, PinnedDefault};
 pub use self::config::{Ahead, AheadError, DefaultVerdict, Limit, LimitError, PolicyConfig, Require};
@@ -223,6 +226,7 @@ impl Report {
 /// lists. Dropping it leaves the last verdicts in force.
 #[derive(Debug)]
 pub struct Enforcer {
+    features: Features,
     shared: Arc<Shared>,
     /// Held until the end.
     lock: Option<OwnerLock>,
@@ -236,11 +240,13 @@ impl Enforcer {
     ///
     /// # Errors
     /// [`EnforcerError::AnotherOwner`] while one lives; [`EnforcerError::OtherLayout`] after an incompatible release;
-    /// whatever the kernel refuses.
+    /// [`EnforcerError::Kernel`] where it lacks what the lowering's programs need; whatever the kernel refuses.
     ///
     /// # Minimum kernel version
-    /// 5.8 (the ring buffer), and what the lowering's programs need.
+    /// 5.11 (the coarse clock), and that of the lowering's level of the instruction set ([`Lowering::isa`]).
     pub fn open(host: Host, config: EnforcerConfig, tools: Tools) -> Result<Self, EnforcerError> {
+        let features = Features::probe()?;
+        suffices(&features, tools.lowering.isa())?;
         let lock = OwnerLock::take(&config.run_dir)?;
         let run_dir = config.run_dir.clone();
         let shared = Arc::new(Shared::open(host, config, tools)?);
@@ -252,7 +258,17 @@ impl Enforcer {
                 return Err(error);
             }
         };
-        Ok(Self { shared, lock: Some(lock), server: Some(server), worker: Some(worker) })
+        Ok(Self { features, shared, lock: Some(lock), server: Some(server), worker: Some(worker) })
+    }
+
+    /// What the kernel can do, as asked when the owner was opened.
+    pub fn features(&self) -> Features {
+        self.features
+    }
+
+    /// The level of the instruction set of the programs.
+    pub fn isa(&self) -> IsaLevel {
+        self.shared.tools.lowering.isa()
     }
 
     /// Says that the sources have told what they know: from now on every change is carried out. Until then policies,
@@ -413,6 +429,11 @@ impl Drop for Enforcer {
     }
 }
 
+fn suffices(features: &Features, isa: IsaLevel) -> Result<(), EnforcerError> {
+    let missing = features.missing_for_datapath(isa);
+    if missing.is_empty() { Ok(()) } else { Err(EnforcerError::Kernel { missing }) }
+}
+
 fn endpoint_of(record: &Record) -> Option<Endpoint> {
     if record.policy == LinkPolicy::Wanted { record.endpoint() } else { None }
 }
@@ -441,6 +462,15 @@ pub enum EnforcerError {
         found: u32,
         /// What it should be.
         wanted: u32,
+    },
+    /// The kernel could not be asked what it can do.
+    #[error(transparent)]
+    Probe(#[from] ProbeError),
+    /// The kernel lacks what the programs need.
+    #[error("the kernel lacks {}; use a newer one, or programs that do without", names(missing))]
+    Kernel {
+        /// What it lacks.
+        missing: Vec<Missing>,
     },
     /// The cluster cannot be compiled; the last verdicts stand.
     #[error(transparent)]
@@ -493,6 +523,10 @@ pub enum EnforcerError {
     },
 }
 
+fn names(missing: &[Missing]) -> String {
+    missing.iter().map(Missing::to_string).collect::<Vec<_>>().join("; ")
+}
+
 impl EnforcerError {
     pub(crate) fn map(name: &str, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         Self::Map { name: name.to_owned(), source: source.into() }
@@ -502,4 +536,29 @@ impl EnforcerError {
 /// Opens the pins of a configuration.
 pub(crate) fn open_pins(config: &EnforcerConfig) -> Result<Pins, PinError> {
     Pins::open(&config.pins)
+}
+
+#[cfg(test)]
+mod tests {
+    use dcenet_core::test_support::{Rung, require};
+    use dcenet_ebpf::abi::Sizes;
+
+    use super::*;
+    use crate::target::Tc;
+
+    #[test]
+    fn programs_are_written_at_the_level_that_the_kernel_has_and_more_is_refused_by_name() {
+        if !require(Rung::Kernel) {
+            return;
+        }
+        let mut features = Features::probe().expect("probing as root");
+        assert_eq!(Tc::for_kernel(Sizes::small(), &features).isa, features.isa());
+        suffices(&features, features.isa()).expect("this kernel suffices");
+        features.isa_v4 = false;
+        assert_eq!(Tc::for_kernel(Sizes::small(), &features).isa, IsaLevel::V3);
+        suffices(&features, IsaLevel::V3).expect("it does without");
+        let error = suffices(&features, IsaLevel::V4).expect_err("no long jumps").to_string();
+        assert!(error.contains("instruction set v4") && error.contains("Linux 6.6"), "{error}");
+        assert!(!error.contains("ring buffers"), "{error}");
+    }
 }

@@ -7,6 +7,7 @@ use dcenet_ebpf::asm::{Asm, AsmError, Function, Label};
 use dcenet_ebpf::datapath::{self, DatapathError, EmitClassifier, Exits, Slot, Spec, Timeouts};
 use dcenet_ebpf::insn::{Cond, IsaLevel, Reg::R4};
 use dcenet_ebpf::object::{MapSpec, ProgramKind};
+use dcenet_ebpf::probe::Features;
 
 use super::code::{CodeWriter, Frame, MAX_CODE_ARMS};
 use super::{Artefact, Codes, FirstHeader, Form, MapContent, Policies, Target, TargetError, table};
@@ -32,7 +33,7 @@ pub struct Tc {
     pub flow_events: u32,
     /// Tells of one in so many packets of known flows; see [`Spec::sample`]. None unless told.
     pub sample: Option<NonZeroU32>,
-    /// The level of the instruction set; at v4, which `dcenet_ebpf::probe` tells of, far jumps are cheaper.
+    /// The level of the instruction set; at v4 far jumps are cheaper. [`Tc::for_kernel`] takes what the kernel has.
     pub isa: IsaLevel,
     /// Where the programs learn their endpoint's slot.
     pub slot: Slot,
@@ -53,6 +54,12 @@ impl Tc {
             slot: Slot::Class,
             code_arms: MAX_CODE_ARMS,
         }
+    }
+
+    /// As [`Tc::new`], at the highest level of the instruction set that a kernel takes ([`Features::isa`]), and v3 where it
+    /// takes less, so that what it lacks is named when programs are to be loaded.
+    pub fn for_kernel(sizes: Sizes, features: &Features) -> Self {
+        Self::new(sizes).isa(features.isa().max(IsaLevel::V3))
     }
 
     /// With the slot from elsewhere.

@@ -10,6 +10,7 @@ use dcenet_core::netns::{Host, NetNs};
 use dcenet_ebpf::abi::Sizes;
 use dcenet_ebpf::attach::ClsactAttacher;
 use dcenet_ebpf::loader::AyaLoader;
+use dcenet_ebpf::probe::Features;
 use dcenet_policy::enforcer::flows::{Flow, FlowReader, LastFlows, RuleCounter};
 use dcenet_policy::enforcer::{Enforcer, EnforcerConfig, Report, Tools};
 use dcenet_policy::sources::networkpolicy::from_yaml;
@@ -33,7 +34,7 @@ impl Owner {
         let tools = Tools {
             loader: Arc::new(AyaLoader),
             attacher: Arc::new(ClsactAttacher),
-            lowering: Arc::new(Tc::new(sizes)),
+            lowering: Arc::new(Tc::for_kernel(sizes, &Features::probe()?)),
         };
         let config = EnforcerConfig {
             node: "host".to_owned(),
@@ -59,6 +60,11 @@ impl Owner {
     /// Puts other policies in the place of those before.
     pub fn change(&self, policies: &str) -> Outcome<Report> {
         Ok(self.enforcer.set_policies(from_yaml(policies)?)?)
+    }
+
+    /// What the kernel can do, and at which level of the instruction set the programs are written.
+    pub fn kernel(&self) -> String {
+        format!("programs at {:?}; the kernel has {}", self.enforcer.isa(), self.enforcer.features())
     }
 
     /// What was seen so far, oldest first.

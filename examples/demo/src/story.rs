@@ -154,6 +154,7 @@ pub fn tell(
     interrupted()?;
 
     let mut owner = Owner::open(stage, NODE.iter().map(|a| a.parse()).collect::<Result<_, _>>()?)?;
+    report.note(format!("policy: {}", owner.kernel()));
     let cast = Cast { members: &mut members, outside: &outside };
     let told = with_owner(stage, program, &mut owner, cast, keep, report, interrupted);
     if keep {
