@@ -167,9 +167,9 @@ fn swaps_under_flood(swaps: u64, swap: Swap, patience: Duration) -> Seen {
     host.sh("ip neigh replace 10.9.0.2 lladdr 02:00:00:00:00:02 dev h0
          ip neigh replace fd09::2 lladdr 02:00:00:00:00:02 dev h0");
     let mut ways = Vec::new();
-    for family in 0..2 {
-        ways.push(Way::new(&pair.pod, host, HOST[family]));
-        ways.push(Way::new(host, &pair.pod, OWN[family]));
+    for (at_host, at_pod) in HOST.into_iter().zip(OWN) {
+        ways.push(Way::new(&pair.pod, host, at_host));
+        ways.push(Way::new(host, &pair.pod, at_pod));
     }
     // For a while after the device is up its other end drops everything by itself (net/core/link_watch.c).
     for way in &mut ways {
