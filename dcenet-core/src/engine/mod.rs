@@ -154,6 +154,11 @@ impl Engine {
         self.journal.records(network)
     }
 
+    /// As [`Engine::attachments`], of every network, for who adopts or looks after all that is on the host.
+    pub fn records(&self) -> Result<Vec<Record>, JournalError> {
+        self.journal.records_that(|_| true)
+    }
+
     /// The attachment as its record tells, if it was finished.
     ///
     /// # Errors
