@@ -138,6 +138,7 @@ use crate::eval::EvalError;
 use crate::explain::{Explanation, explain_without};
 use crate::isolation::{Fault, refused};
 use crate::model::{Labels, Pod, PodId, Policy, Tuple};
+use crate::sources::kubernetes::Documents;
 
 /// What an owner is told about its node.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -331,6 +332,33 @@ impl Enforcer {
     /// Forgets a pod; one with an endpoint here is still known by that.
     pub fn remove_pod(&self, id: &PodId) -> Result<Report, EnforcerError> {
         self.shared.change(|state| state.set_pod(id.clone(), None))
+    }
+
+    /// Puts what documents say in the place of what earlier ones said, in one change: namespaces, pods, nodes and policies.
+    /// What else was told of namespaces, pods and nodes stays; of policies nothing else does. A source that has read its
+    /// documents anew hands over those that it told before, or empty ones.
+    ///
+    /// # Errors
+    /// As [`Enforcer::set_policies`]; the documents count as told all the same, and are tried again.
+    pub fn replace_documents(&self, before: &Documents, now: &Documents) -> Result<Report, EnforcerError> {
+        self.shared.change(|state| {
+            for id in before.pods.keys().filter(|id| !now.pods.contains_key(*id)) {
+                state.set_pod(id.clone(), None);
+            }
+            for (id, pod) in &now.pods {
+                state.set_pod(id.clone(), Some(pod.clone()));
+            }
+            let cluster = state.cluster_mut();
+            for name in before.namespaces.keys().filter(|name| !now.namespaces.contains_key(*name)) {
+                cluster.namespaces.remove(name);
+            }
+            for (name, labels) in &now.namespaces {
+                cluster.insert_namespace(name, labels.iter().map(|(key, value)| (key.as_str(), value.as_str())));
+            }
+            cluster.nodes.retain(|name, _| !before.nodes.contains_key(name));
+            cluster.nodes.extend(now.nodes.clone());
+            cluster.policies = now.policies.clone();
+        })
     }
 
     /// Tries at once what failed, instead of waiting for the next attempt.
