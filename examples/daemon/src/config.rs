@@ -1,0 +1,344 @@
+//! The daemon's configuration: one JSON object. Its sections `ipam` and `policy` and the keys `stateDir` and `runDir` are
+//! those of the CNI configuration.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use dcenet_core::section;
+use dcenet_ipam::Layout;
+use dcenet_ipam::config::{IpamConfig, StoreConfig};
+use dcenet_policy::enforcer::PolicyConfig;
+use serde::{Deserialize, Deserializer};
+use serde_json::Value;
+
+/// What the daemon does. A part whose section is missing is not there.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Config {
+    /// Where it runs.
+    #[serde(default)]
+    pub node: NodeConfig,
+    /// The pools and the store, as in the CNI configuration: leases of pods that are gone are taken back, and counted for
+    /// metrics.
+    pub ipam: Option<IpamConfig>,
+    /// As in the CNI configuration: the daemon owns the node's policy state.
+    pub policy: Option<PolicyConfig>,
+    /// Where policies are read from; none are in force without it.
+    pub policies: Option<PoliciesConfig>,
+    /// How leases are taken back.
+    #[serde(default)]
+    pub reclaim: ReclaimConfig,
+    /// Where Prometheus asks.
+    pub metrics: Option<MetricsConfig>,
+    /// Who is told of flows.
+    pub flows: Option<FlowsConfig>,
+    /// What is told to people.
+    #[serde(default)]
+    pub log: LogConfig,
+    /// As in the CNI configuration.
+    #[serde(default = "state_dir")]
+    pub state_dir: PathBuf,
+    /// As in the CNI configuration.
+    #[serde(default = "run_dir")]
+    pub run_dir: PathBuf,
+}
+
+/// The node.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NodeConfig {
+    /// Its name in the cluster; the host name unless told.
+    pub name: Option<String>,
+    /// Its own addresses, from and to which its pods may talk; those of all its devices unless told.
+    pub addresses: Option<BTreeSet<IpAddr>>,
+}
+
+/// Policies in files.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PoliciesConfig {
+    /// A directory of `.yaml`, `.yml` and `.json` files.
+    pub directory: PathBuf,
+}
+
+/// When leases are taken back.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ReclaimConfig {
+    /// How often it is looked for pods that are gone.
+    pub every: Period,
+}
+
+impl Default for ReclaimConfig {
+    fn default() -> Self {
+        Self { every: Period(Duration::from_secs(30)) }
+    }
+}
+
+/// Where metrics are.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct MetricsConfig {
+    /// `ADDRESS:PORT`, or `unix:PATH` for a socket of mode 0600.
+    pub listen: Listen,
+    /// How many rules have counters of their own.
+    #[serde(default = "most_rules")]
+    pub most_rules: usize,
+}
+
+/// An address to listen on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Listen {
+    /// TCP.
+    Tcp(SocketAddr),
+    /// A Unix socket.
+    Unix(PathBuf),
+}
+
+/// Who is told of flows.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FlowsConfig {
+    /// A file that gets a line of JSON for each; opened anew on SIGHUP.
+    pub file: Option<PathBuf>,
+    /// An IPFIX collector.
+    pub ipfix: Option<IpfixSection>,
+    /// How often flows that go on are told of; they are not unless told.
+    pub active: Option<Period>,
+}
+
+/// A collector.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct IpfixSection {
+    /// `ADDRESS:PORT`, where UDP is received.
+    pub collector: SocketAddr,
+    /// What tells this node from others at the collector.
+    #[serde(default)]
+    pub observation_domain: u32,
+}
+
+/// What is told to people, on the standard error.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LogConfig {
+    /// In which form.
+    pub format: LogFormat,
+    /// How much.
+    pub level: LogLevel,
+}
+
+/// The form of log lines.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// An object each.
+    Json,
+}
+
+/// The least severe line that is written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogLevel {
+    Error,
+    Warn,
+    #[default]
+    Info,
+    Debug,
+    Trace,
+}
+
+/// A length of time, as text such as `30s`, `5m` or `1h`; a second at the least.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Period(pub Duration);
+
+/// Why a configuration cannot be used: file, field, value and remedy in words.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigError(String);
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+impl Config {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// The first thing that is wrong.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let in_file = |reason: &dyn fmt::Display| ConfigError(format!("{}: {reason}", path.display()));
+        let text = std::fs::read_to_string(path).map_err(|e| in_file(&e))?;
+        Self::parse(&text).map_err(|e| in_file(&e))
+    }
+
+    /// Reads and checks a text.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn parse(text: &str) -> Result<Self, ConfigError> {
+        let value: Value = serde_json::from_str(text).map_err(|e| ConfigError(format!("not JSON: {e}")))?;
+        let config: Self = section::read("", &value).map_err(|error| match error.field.trim_start_matches('.') {
+            "" => ConfigError(error.reason),
+            field => ConfigError(format!("{field}: {}", error.reason)),
+        })?;
+        config.check()?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let wrong = |text: String| Err(ConfigError(text));
+        let paths = [("stateDir", Some(&self.state_dir)), ("runDir", Some(&self.run_dir))];
+        let paths = paths.into_iter().chain([
+            ("policies.directory", self.policies.as_ref().map(|p| &p.directory)),
+            ("policy.pins", self.policy.as_ref().map(|p| &p.pins)),
+            ("flows.file", self.flows.as_ref().and_then(|f| f.file.as_ref())),
+        ]);
+        for (field, path) in paths.filter_map(|(field, path)| Some((field, path?))) {
+            if !path.is_absolute() {
+                return wrong(format!("{field}: {path:?} is not absolute; begin it with a slash"));
+            }
+        }
+        if let Some(ipam) = &self.ipam {
+            ipam.layout().map_err(|e| ConfigError(e.to_string()))?;
+            if ipam.store == (StoreConfig::Memory {}) {
+                return wrong("ipam.store.kind: \"memory\" is shared with no plugin; say \"log\"".to_owned());
+            }
+        }
+        if self.policy.is_none() {
+            let needy = [("policies", self.policies.is_some()), ("flows", self.flows.is_some())];
+            if let Some((field, _)) = needy.into_iter().find(|(_, given)| *given) {
+                return wrong(format!("{field}: nothing is enforced without a section policy; add \"policy\": {{}}"));
+            }
+        }
+        if let Some(flows) = &self.flows
+            && flows.file.is_none()
+            && flows.ipfix.is_none()
+        {
+            return wrong("flows: nobody is told; name a file or an ipfix collector, or drop the section".to_owned());
+        }
+        Ok(())
+    }
+
+    /// The checked pools.
+    pub fn layout(&self) -> Option<Layout> {
+        // Checked when it was read.
+        self.ipam.as_ref().and_then(|ipam| ipam.layout().ok())
+    }
+}
+
+fn state_dir() -> PathBuf {
+    "/var/lib/dcenet".into()
+}
+
+fn run_dir() -> PathBuf {
+    "/run/dcenet".into()
+}
+
+const fn most_rules() -> usize {
+    1000
+}
+
+impl FromStr for Period {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let refuse = |reason: &str| format!("duration {text:?}: {reason}; write 30s, 5m or 1h");
+        let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+        let (number, unit) = text.split_at(digits);
+        let scale = match unit {
+            "s" => 1,
+            "m" => 60,
+            "h" => 3600,
+            _ => return Err(refuse("not a whole number of seconds, minutes or hours")),
+        };
+        match number.parse::<u64>().ok().and_then(|n| n.checked_mul(scale)) {
+            Some(seconds @ 1..=86_400) => Ok(Self(Duration::from_secs(seconds))),
+            _ => Err(refuse("not between a second and a day")),
+        }
+    }
+}
+
+impl FromStr for Listen {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.strip_prefix("unix:") {
+            Some(path) if path.starts_with('/') => Ok(Self::Unix(path.into())),
+            Some(_) => Err(format!("{text:?} is not absolute; write unix:/run/dcenet/metrics.sock")),
+            None => text.parse().map(Self::Tcp).map_err(|_| {
+                format!("{text:?} is no address; write 127.0.0.1:9464, [::1]:9464 or unix:/run/dcenet/metrics.sock")
+            }),
+        }
+    }
+}
+
+fn from_text<'de, D: Deserializer<'de>, T: FromStr<Err = String>>(deserializer: D) -> Result<T, D::Error> {
+    String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+}
+
+impl<'de> Deserialize<'de> for Period {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        from_text(deserializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Listen {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        from_text(deserializer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_object_is_a_daemon_with_nothing_to_do_and_the_usual_directories() {
+        let config = Config::parse("{}").unwrap();
+        assert_eq!((config.state_dir, config.run_dir), ("/var/lib/dcenet".into(), "/run/dcenet".into()));
+        assert_eq!(config.reclaim.every.0, Duration::from_secs(30));
+    }
+
+    #[test]
+    fn what_is_wrong_is_told_with_its_field_and_a_remedy() {
+        let pools = r#""pools": [{ "name": "db", "subnet": "10.0.0.0/24" }]"#;
+        for (text, told) in [
+            ("[", "not JSON"),
+            ("3", "invalid type"),
+            (r#"{ "polices": {} }"#, "polices: unknown field `polices`"),
+            (r#"{ "polices": {} }"#, "did you mean `polic"),
+            (r#"{ "policy": { "awiat": "5s" } }"#, "policy.awiat: unknown field"),
+            (
+                r#"{ "policy": {}, "metrics": { "listen": "localhost" } }"#,
+                "metrics.listen: \"localhost\" is no address",
+            ),
+            (r#"{ "metrics": { "listen": "unix:x" } }"#, "metrics.listen: \"unix:x\" is not absolute"),
+            (r#"{ "reclaim": { "every": "5" } }"#, "reclaim.every: duration \"5\": not a whole number"),
+            (r#"{ "reclaim": { "every": "0s" } }"#, "reclaim.every: duration \"0s\": not between"),
+            (r#"{ "policies": { "directory": "/etc/dcenet/policies" } }"#, "add \"policy\": {}"),
+            (r#"{ "policy": {}, "flows": {} }"#, "flows: nobody is told"),
+            (
+                r#"{ "policy": {}, "policies": { "directory": "here" } }"#,
+                "policies.directory: \"here\" is not absolute",
+            ),
+            (r#"{ "runDir": "run" }"#, "runDir: \"run\" is not absolute"),
+            (r#"{ "ipam": { "pools": [] } }"#, "ipam.pools"),
+            (&format!(r#"{{ "ipam": {{ "store": {{ "kind": "memory" }}, {pools} }} }}"#), "ipam.store.kind"),
+            (r#"{ "log": { "format": "xml" } }"#, "log.format: unknown variant"),
+        ] {
+            let error = Config::parse(text).unwrap_err().to_string();
+            assert!(error.contains(told), "{text}: {error}");
+        }
+    }
+}

@@ -1,0 +1,359 @@
+//! The daemon at work.
+
+use std::collections::BTreeSet;
+use std::error::Error;
+use std::ffi::OsString;
+use std::net::IpAddr;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use dcenet_core::engine::Engine;
+use dcenet_core::netlink::{Attributes, Family, Message};
+use dcenet_core::netns::{Host, NetNs};
+use dcenet_core::provider::PolicySink;
+use dcenet_ebpf::abi::Sizes;
+use dcenet_ebpf::attach::ClsactAttacher;
+use dcenet_ebpf::loader::AyaLoader;
+use dcenet_ipam::Ipam;
+use dcenet_ipam::metrics::Cause;
+use dcenet_ipam::select::Node;
+use dcenet_ipam::store::measured::MeasuredStore;
+use dcenet_policy::enforcer::flows::prometheus::FlowMetrics;
+use dcenet_policy::enforcer::{Enforcer, EnforcerConfig, EnforcerError, PinnedDefault, PolicyConfig, Report, Tools};
+use dcenet_policy::sources::kubernetes::Documents;
+use dcenet_policy::target::Tc;
+use prometheus_client::registry::Registry;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+
+use crate::config::Config;
+use crate::flows::Flows;
+use crate::metrics::{DaemonMetrics, Endpoint, Sources};
+use crate::policies::{self, Watcher};
+use crate::reclaim::Reclaim;
+use crate::systemd;
+
+type Outcome<T = ()> = Result<T, Box<dyn Error>>;
+
+/// Works until SIGTERM or SIGINT. The verdicts that are in force then stay.
+///
+/// # Errors
+/// Where it cannot begin.
+pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
+    let signals = Signals::register()?;
+    let mut registry = Registry::default();
+    let daemon = DaemonMetrics::register(&mut registry);
+    let addresses = open_addresses(config, &mut registry)?;
+
+    let mut owner = config.policy.as_ref().map(|policy| Owner::open(config, policy, daemon.clone())).transpose()?;
+    let most_rules = config.metrics.as_ref().map_or(0, |m| m.most_rules);
+    let counted =
+        owner.as_ref().map(|owner| (owner.enforcer.clone(), FlowMetrics::register(&mut registry, most_rules)));
+    let engine = open_engine(config)?;
+    if let Some(owner) = &mut owner {
+        owner.adopt(&engine);
+        owner.read();
+    }
+    let mut reclaim = addresses.as_ref().map(|(ipam, metrics)| (Reclaim::new(engine, ipam.clone()), metrics.clone()));
+
+    let flows = match &counted {
+        Some((enforcer, metrics)) => {
+            let (reader, reopen) = (enforcer.flows()?, signals.reopen.clone());
+            Some(Flows::start(reader, config.flows.as_ref(), metrics.clone(), reopen)?)
+        }
+        None => None,
+    };
+    let sources = Sources { registry, daemon, addresses, policy: counted };
+    let metrics = config.metrics.as_ref().map(|m| Endpoint::start(&m.listen, sources)).transpose()?;
+    let tell = |state: &str| {
+        if let Err(error) = systemd::notify(manager.as_deref(), state) {
+            tracing::warn!(%error, state, "the service manager cannot be told");
+        }
+    };
+    tell("READY=1");
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), "ready");
+
+    let mut reclaim_at = Instant::now();
+    while !signals.ends() {
+        if let Some((reclaim, counted)) = &mut reclaim
+            && Instant::now() >= reclaim_at
+        {
+            let taken = reclaim.look();
+            counted.count_reclaimed(Cause::Absence, taken.len());
+            reclaim_at = Instant::now() + config.reclaim.every.0;
+        }
+        if let Some(owner) = &mut owner {
+            owner.look();
+        }
+        let until = owner.iter().map(|owner| owner.due).chain(reclaim.as_ref().map(|_| reclaim_at)).min();
+        signals.wait(owner.as_ref().and_then(|owner| owner.watcher.as_ref()), until)?;
+    }
+    tell("STOPPING=1");
+    // In this order: nothing asks the owner any more when it goes.
+    drop(metrics);
+    drop(flows);
+    tracing::info!("stopped; verdicts stay as they are");
+    Ok(())
+}
+
+/// Removes all policy from the host.
+///
+/// # Errors
+/// Where a daemon runs, or something cannot be removed.
+pub fn uninstall(config: &Config) -> Outcome {
+    let policy = config.policy.as_ref().ok_or("there is no section policy, so nothing is known to remove")?;
+    Ok(open_enforcer(config, policy)?.uninstall()?)
+}
+
+fn open_addresses(
+    config: &Config,
+    registry: &mut Registry,
+) -> Outcome<Option<(Arc<Ipam>, dcenet_ipam::metrics::Metrics)>> {
+    let (Some(section), Some(layout)) = (&config.ipam, config.layout()) else { return Ok(None) };
+    let metrics = dcenet_ipam::metrics::Metrics::register(registry, &layout);
+    let store = section.store.open(&config.state_dir).map_err(|e| format!("ipam.store: {e}"))?;
+    let ipam = Ipam::new(section, Arc::new(MeasuredStore::new(store, &metrics)))?;
+    let ipam = match Node::of_this_machine().filter(|_| section.node.is_none()) {
+        Some(node) => ipam.on_node(node.name, node.labels),
+        None => ipam,
+    };
+    Ok(Some((Arc::new(ipam), metrics)))
+}
+
+fn open_engine(config: &Config) -> Outcome<Engine> {
+    let sink = config.policy.as_ref().map(|policy| PinnedDefault::new(policy, &config.run_dir));
+    let sink = sink.map(|sink| Arc::new(sink) as Arc<dyn PolicySink>);
+    Ok(Engine::new(Host(NetNs::of_this_thread()?), &config.run_dir, sink)?)
+}
+
+fn open_enforcer(config: &Config, policy: &PolicyConfig) -> Outcome<Enforcer> {
+    let tools = Tools {
+        loader: Arc::new(AyaLoader),
+        attacher: Arc::new(ClsactAttacher),
+        lowering: Arc::new(Tc::new(Sizes::default())),
+    };
+    let host = Host(NetNs::of_this_thread()?);
+    let node_addresses = match &config.node.addresses {
+        Some(told) => told.clone(),
+        None => addresses_of(&host)?,
+    };
+    let told = EnforcerConfig {
+        node: node_name(config)?,
+        node_addresses,
+        run_dir: config.run_dir.clone(),
+        pins: policy.pins.clone(),
+    };
+    Ok(Enforcer::open(host, told, tools)?)
+}
+
+fn node_name(config: &Config) -> Outcome<String> {
+    match &config.node.name {
+        Some(name) => Ok(name.clone()),
+        None => {
+            let node = Node::of_this_machine().ok_or("node.name: the host name is no name of a node; give one")?;
+            Ok(node.name.to_string())
+        }
+    }
+}
+
+/// The addresses of all devices of the host, loopback's left out: they are every host's.
+fn addresses_of(host: &Host) -> Outcome<BTreeSet<IpAddr>> {
+    // `struct ifaddrmsg`, all zero: of any family and device (include/uapi/linux/if_addr.h).
+    const GETADDR: u16 = 22;
+    const IFA_ADDRESS: u16 = 1;
+    const IFA_LOCAL: u16 = 2;
+    const HEADER: usize = 8;
+    let mut socket = host.0.socket(Family::Route)?;
+    let replies = socket.dump(&Message::new(GETADDR, 0, "list addresses", &[0; HEADER]))?;
+    let mut addresses = BTreeSet::new();
+    for reply in replies {
+        let attributes = Attributes::new(reply.payload.get(HEADER..).unwrap_or_default());
+        let address = attributes.find(IFA_LOCAL).or(attributes.find(IFA_ADDRESS));
+        let address = address.and_then(|bytes| match bytes.len() {
+            4 => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),
+            16 => <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from),
+            _ => None,
+        });
+        addresses.extend(address.filter(|address| !address.is_loopback()));
+    }
+    Ok(addresses)
+}
+
+/// The owner of the node's policy state, and what it was told last.
+struct Owner {
+    enforcer: Arc<Enforcer>,
+    directory: Option<PathBuf>,
+    watcher: Option<Watcher>,
+    metrics: DaemonMetrics,
+    /// What the directory said when it was read without error; nothing before.
+    told: Option<Documents>,
+    /// Not where the configuration names the node's addresses.
+    addresses: Option<BTreeSet<IpAddr>>,
+    node: String,
+    /// When a change of the directory is read at the latest, and when at the earliest.
+    pending: Option<(Instant, Instant)>,
+    /// When it looks again by itself.
+    due: Instant,
+}
+
+/// A directory is read when nothing has changed in it for so long, and after so long in any case.
+const QUIET: Duration = Duration::from_millis(50);
+const PATIENCE: Duration = Duration::from_secs(1);
+/// How often the node's own addresses are read, and a directory that is gone is looked for.
+const LOOK: Duration = Duration::from_secs(5);
+
+impl Owner {
+    fn open(config: &Config, policy: &PolicyConfig, metrics: DaemonMetrics) -> Outcome<Self> {
+        let directory = config.policies.as_ref().map(|p| p.directory.clone());
+        // Watched before it is read: what changes in between is seen.
+        let watcher = directory.as_deref().map(Watcher::new).transpose().map_err(|e| format!("policies: {e}"))?;
+        Ok(Self {
+            enforcer: Arc::new(open_enforcer(config, policy)?),
+            directory,
+            watcher,
+            metrics,
+            told: None,
+            addresses: config.node.addresses.is_none().then(BTreeSet::new),
+            node: node_name(config)?,
+            pending: None,
+            due: Instant::now(),
+        })
+    }
+
+    /// Takes over what was attached while nobody was here.
+    fn adopt(&self, engine: &Engine) {
+        match engine.records() {
+            Ok(records) => report("attachments were adopted", self.enforcer.adopt(&records)),
+            Err(error) => tracing::error!(%error, "attachments cannot be adopted"),
+        }
+    }
+
+    /// Reads the directory, and puts in force what it says. Where it is refused, what was in force stays; before the first
+    /// reading that is not, nothing is put in the place of the verdicts of whoever was here before.
+    fn read(&mut self) {
+        let read = self.directory.as_deref().map_or_else(|| Ok(Documents::default()), policies::read);
+        self.metrics.count_read(read.is_ok());
+        let documents = match read {
+            Ok(mut documents) => {
+                // What its devices say of it counts.
+                documents.nodes.remove(&self.node);
+                documents
+            }
+            Err(error) => {
+                let stands = if self.told.is_some() { "the last good set stands" } else { "the last verdicts stand" };
+                tracing::error!(%error, "policies are refused; {stands}");
+                return;
+            }
+        };
+        for note in documents.notes() {
+            tracing::warn!(%note, "policies");
+        }
+        let before = self.told.take();
+        let none = Documents::default();
+        let told = self.enforcer.replace_documents(before.as_ref().unwrap_or(&none), &documents);
+        let policies = documents.policies.len();
+        self.told = Some(documents);
+        match before {
+            Some(_) => report("policies were read", told),
+            None => {
+                report("policies were read", told);
+                report("policies are in force", self.enforcer.start());
+            }
+        }
+        tracing::info!(policies, "policies");
+    }
+
+    /// Does what is due.
+    fn look(&mut self) {
+        let now = Instant::now();
+        match self.watcher.as_mut().map(Watcher::changed) {
+            Some(Ok(true)) => {
+                let latest = self.pending.map_or(now + PATIENCE, |(latest, _)| latest);
+                self.pending = Some((latest, now + QUIET));
+            }
+            Some(Err(error)) => tracing::warn!(%error, "the directory of policies cannot be watched"),
+            Some(Ok(false)) | None => {}
+        }
+        if self.pending.is_some_and(|(latest, earliest)| now >= latest.min(earliest)) {
+            self.pending = None;
+            self.read();
+        }
+        if now >= self.due && self.addresses.is_some() {
+            self.read_addresses();
+        }
+        let look = now + LOOK;
+        self.due = self.pending.map_or(look, |(latest, earliest)| latest.min(earliest).min(look));
+    }
+
+    /// A bridge has its address from the first pod that comes.
+    fn read_addresses(&mut self) {
+        let found = NetNs::of_this_thread().map_err(Into::into).and_then(|netns| addresses_of(&Host(netns)));
+        match found {
+            Ok(found) if self.addresses.as_ref() != Some(&found) => {
+                report("the node's addresses changed", self.enforcer.set_node(&self.node, found.clone()));
+                self.addresses = Some(found);
+            }
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "the node's addresses cannot be read"),
+        }
+    }
+}
+
+/// Tells what came of a change. What failed is tried again by the owner itself.
+fn report(what: &str, outcome: Result<Report, EnforcerError>) {
+    match outcome {
+        Ok(report) => {
+            for (attachment, reason) in &report.failures {
+                tracing::warn!(%attachment, reason, "not in force yet");
+            }
+            for fault in &report.faults {
+                tracing::warn!(%fault, "closed instead of enforced as written");
+            }
+            tracing::debug!(enforced = report.enforced, "{what}");
+        }
+        Err(error) => tracing::error!(%error, "{what}, and are not in force; the last verdicts stand"),
+    }
+}
+
+/// What the process is sent.
+struct Signals {
+    end: Arc<AtomicBool>,
+    reopen: Arc<AtomicBool>,
+    /// Readable when a signal came.
+    wake: UnixStream,
+}
+
+impl Signals {
+    fn register() -> Outcome<Self> {
+        let (wake, waker) = UnixStream::pair()?;
+        wake.set_nonblocking(true)?;
+        let (end, reopen) = <(Arc<AtomicBool>, Arc<AtomicBool>)>::default();
+        for signal in [SIGTERM, SIGINT] {
+            signal_hook::flag::register(signal, end.clone())?;
+            signal_hook::low_level::pipe::register(signal, waker.try_clone()?)?;
+        }
+        signal_hook::flag::register(SIGHUP, reopen.clone())?;
+        Ok(Self { end, reopen, wake })
+    }
+
+    fn ends(&self) -> bool {
+        self.end.load(Ordering::Acquire)
+    }
+
+    /// Waits for a signal, a change of the directory, or the time.
+    fn wait(&self, watcher: Option<&Watcher>, until: Option<Instant>) -> Outcome {
+        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+        let timeout = left.map(Timespec::try_from).transpose()?;
+        let mut awaited = vec![PollFd::from_borrowed_fd(self.wake.as_fd(), PollFlags::IN)];
+        awaited.extend(watcher.map(|watcher| PollFd::from_borrowed_fd(watcher.as_fd(), PollFlags::IN)));
+        match poll(&mut awaited, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}

@@ -1,0 +1,97 @@
+//! The daemon `dcenetd` of a node: it owns the node's policy state, takes back what gone pods held, and tells Prometheus,
+//! files and collectors what goes on. README.md beside it is for operators.
+
+mod config;
+mod daemon;
+mod flows;
+mod metrics;
+mod policies;
+mod reclaim;
+mod systemd;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use config::{Config, LogConfig, LogFormat, LogLevel};
+use tracing::level_filters::LevelFilter;
+
+/// Owns the network policy of this node, takes back addresses of pods that are gone, and serves metrics and flow logs.
+///
+/// Exit codes: 0 after SIGTERM or SIGINT, or where --check finds nothing wrong; 1 where it cannot begin; 2 where arguments
+/// or configuration are wrong. Verdicts stay in force when it ends; only --uninstall removes them.
+#[derive(Debug, Parser)]
+#[command(name = "dcenetd", version)]
+struct Options {
+    /// The configuration, a JSON object.
+    #[arg(long, value_name = "FILE", default_value = "/etc/dcenet/dcenetd.json")]
+    config: PathBuf,
+    /// Only tell whether configuration and policies are right.
+    #[arg(long, conflicts_with = "uninstall")]
+    check: bool,
+    /// Remove all policy from this host: afterwards pods are subject to none. No daemon may run.
+    #[arg(long)]
+    uninstall: bool,
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let config = match Config::load(&options.config) {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("dcenetd: {error}");
+            return ExitCode::from(WRONG);
+        }
+    };
+    if options.check {
+        return check(&options, &config);
+    }
+    log_to_stderr(config.log);
+    let outcome = if options.uninstall {
+        daemon::uninstall(&config)
+    } else {
+        daemon::run(&config, std::env::var_os("NOTIFY_SOCKET"))
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(%error, "cannot go on");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Arguments or configuration are wrong; clap ends with the same.
+const WRONG: u8 = 2;
+
+fn check(options: &Options, config: &Config) -> ExitCode {
+    let read = config.policies.as_ref().map(|p| policies::read(&p.directory)).transpose();
+    match read {
+        Ok(documents) => {
+            for note in documents.iter().flat_map(|documents| documents.notes()) {
+                println!("{note}");
+            }
+            println!("{}: nothing is wrong", options.config.display());
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("dcenetd: {error}");
+            ExitCode::from(WRONG)
+        }
+    }
+}
+
+fn log_to_stderr(config: LogConfig) {
+    let level = match config.level {
+        LogLevel::Error => LevelFilter::ERROR,
+        LogLevel::Warn => LevelFilter::WARN,
+        LogLevel::Info => LevelFilter::INFO,
+        LogLevel::Debug => LevelFilter::DEBUG,
+        LogLevel::Trace => LevelFilter::TRACE,
+    };
+    let lines = tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr);
+    match config.format {
+        LogFormat::Text => lines.init(),
+        LogFormat::Json => lines.json().init(),
+    }
+}

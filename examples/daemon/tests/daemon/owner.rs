@@ -1,0 +1,125 @@
+//! The daemon as the owner of the node's policy state.
+
+use std::fs;
+use std::io::Write;
+
+use dcenet_core::test_support::{Rung, require};
+
+use crate::common::*;
+
+#[test]
+fn no_verdict_changes_when_the_daemon_is_stopped_killed_and_started_again() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let node = Node::under_policy();
+    node.put_policy("db.yaml", DB);
+    let daemon = node.start();
+    let [web, db, scan] = ["web", "db", "scan"].map(|name| node.add("shop", name));
+    let holds = || {
+        assert!(talks(&web, &db, true), "what is allowed passes");
+        assert!(!talks(&scan, &db, false), "what is denied does not");
+    };
+    holds();
+    let (allowed, denied) = (Flood::start(&web, &db, 5353), Flood::start(&scan, &db, 5354));
+
+    let status = daemon.stop();
+    assert!(status.success(), "{status}");
+    holds();
+    let daemon = node.start();
+    holds();
+    daemon.kill();
+    holds();
+    let daemon = node.start();
+    holds();
+    // The new owner knows pods of before by their labels, and pods that come find them.
+    let other = node.add("shop", "other");
+    assert!(!talks(&other, &db, false));
+    assert!(talks(&other, &web, true));
+
+    let (sent, received) = allowed.stop();
+    assert!(sent > 50 && received == sent, "{received} of {sent}");
+    let (sent, received) = denied.stop();
+    assert!(sent > 50 && received == 0, "{received} of {sent}");
+
+    // A stop that takes the programs off is seen by the same means.
+    let denied = Flood::start(&scan, &db, 5355);
+    assert_eq!(node.run("--uninstall").status.code(), Some(1), "a daemon runs");
+    daemon.stop();
+    let output = node.run("--uninstall");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(talks(&scan, &db, true));
+    let (sent, received) = denied.stop();
+    assert!(sent > 0 && received > 0, "{received} of {sent}");
+}
+
+#[test]
+fn a_directory_of_policies_is_followed_and_its_last_good_set_stands() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let node = Node::under_policy();
+    node.put_policy(
+        "db.yaml",
+        &DB.replace(
+            "{ podSelector: { matchLabels: { app: web } } }",
+            "{ podSelector: { matchLabels: { app: web } } }, { namespaceSelector: { matchLabels: { team: ops } } }",
+        ),
+    );
+    let daemon = node.start();
+    let [web, db] = ["web", "db"].map(|name| node.add("shop", name));
+    let scan = node.add("ops", "scan");
+    assert!(talks(&web, &db, true) && !talks(&scan, &db, false));
+
+    // A namespace gets its labels, and loses them.
+    let namespace = "{ apiVersion: v1, kind: Namespace, metadata: { name: ops, labels: { team: ops } } }";
+    node.put_policy("namespaces.yaml", namespace);
+    eventually("the namespace's labels", || talks(&scan, &db, false));
+    fs::remove_file(node.policies().join("namespaces.yaml")).unwrap();
+    eventually("the labels are gone", || !talks(&scan, &db, false));
+    assert!(talks(&web, &db, true));
+
+    let current = || node.samples()["dcenet_daemon_policies_current"];
+    assert_eq!(current(), 1.0);
+    // A misspelt key in the second document of a file: with it, everybody could reach db.
+    let reads = |outcome: &str| {
+        let samples = node.samples();
+        samples.get(&format!("dcenet_daemon_policy_reads_total{{outcome=\"{outcome}\"}}")).copied().unwrap_or_default()
+    };
+    let refused = reads("failed");
+    fs::remove_file(node.policies().join("db.yaml")).unwrap();
+    node.put_policy("all.yaml", &format!("{namespace}\n---\n{}", DB.replacen("podSelector", "podSelecter", 1)));
+    eventually("the refusal", || current() == 0.0 && reads("failed") > refused);
+    let log = daemon.log();
+    let told = log.lines().rfind(|line| line.contains("policies are refused")).expect("it is told");
+    for part in ["all.yaml:", "document 1", "spec.podSelecter", "did you mean", "the last good set stands"] {
+        assert!(told.contains(part), "{part} in {told}");
+    }
+    assert!(talks(&web, &db, true) && !talks(&scan, &db, false));
+
+    // Half of a file that is still being written, met because another one changes.
+    let mut half = fs::File::create(node.policies().join("all.yaml")).unwrap();
+    let (first, second) = DB.split_at(DB.find("app: db").unwrap());
+    half.write_all(first.as_bytes()).unwrap();
+    let refused = reads("failed");
+    node.put_policy("namespaces.yaml", namespace);
+    eventually("the refusal of half a file", || reads("failed") > refused);
+    assert!(talks(&web, &db, true) && !talks(&scan, &db, false));
+    half.write_all(second.as_bytes()).unwrap();
+    drop(half);
+    eventually("the whole file", || current() == 1.0);
+    assert!(talks(&web, &db, true) && !talks(&scan, &db, false));
+
+    // Without any, everybody reaches db: what was refused above is seen where it is in force.
+    fs::remove_file(node.policies().join("all.yaml")).unwrap();
+    eventually("no policy", || talks(&scan, &db, false));
+
+    // A daemon that finds nothing but a wrong file leaves the verdicts of the one before.
+    node.put_policy("db.yaml", DB);
+    eventually("the policy", || !talks(&scan, &db, false));
+    daemon.stop();
+    node.put_policy("db.yaml", "kind: NetworkPolicy");
+    let daemon = node.start();
+    assert!(daemon.log().contains("the last verdicts stand"));
+    assert!(talks(&web, &db, true) && !talks(&scan, &db, false));
+}
