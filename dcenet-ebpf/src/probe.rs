@@ -140,6 +140,7 @@ impl fmt::Display for Features {
             (bpf_loop, "bpf_loop"),
             (self.ktime_boot_ns, "boot clock"),
             (self.ktime_coarse_ns, "coarse clock"),
+            (self.netns_cookie, "namespace cookies"),
         ];
         write!(f, "instruction set {:?}", self.isa())?;
         named.iter().filter(|(has, _)| *has).try_for_each(|(_, name)| write!(f, ", {name}"))?;
@@ -277,6 +278,7 @@ mod tests {
             bpf_loop: true,
             ktime_boot_ns: true,
             ktime_coarse_ns: true,
+            netns_cookie: true,
         };
         assert_eq!((all.isa(), all.missing_for_datapath(IsaLevel::V4)), (IsaLevel::V4, vec![]));
         let older = Features { isa_v4: false, tcx: false, netkit: false, ..all };

@@ -15,7 +15,7 @@
 //!             +-- nobody known                          --> next
 //! ```
 //!
-//! What is called judges as the pod's own program does ([`Slot::Guarded`](super::Slot::Guarded)), neither counts nor remembers
+//! What is called judges as the pod's own program does ([`Slot::Guarded`]), neither counts nor remembers
 //! what passes, for that was done at the pod's device, and counts and tells of what it drops.
 //!
 //! No mark of a packet is believed: the pod can set each of them.

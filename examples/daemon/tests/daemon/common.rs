@@ -211,7 +211,7 @@ impl Drop for Node {
     fn drop(&mut self) {
         // The bpffs outlives its owner, and the host's directory cannot be removed around it.
         if self.pins().exists()
-            && let Err(error) = Pins::at(&self.pins()).unmount()
+            && let Err(error) = Pins::at(self.pins()).unmount()
         {
             eprintln!("{error}");
         }
