@@ -7,21 +7,31 @@ use dcenet_core::netns::Host;
 use dcenet_ebpf::abi::Sizes;
 use dcenet_ebpf::attach::ClsactAttacher;
 use dcenet_ebpf::loader::AyaLoader;
+use dcenet_ebpf::probe::Features;
 use dcenet_policy::enforcer::{Enforcer, EnforcerConfig, Tools};
 use dcenet_policy::sources::networkpolicy::from_yaml;
 use dcenet_policy::target::Tc;
 
-/// Decides with one policy that admits TCP to one port from everywhere.
+/// Decides by policies.
 #[derive(Debug)]
 pub struct Owner(Enforcer);
 
 impl Owner {
-    /// Begins to decide for the host.
+    /// Begins to decide for the host with one policy that admits TCP to one port from everywhere.
     ///
     /// # Panics
     /// If the kernel refuses.
     pub fn open(host: Host, run_dir: &Path, pins: &Path) -> Self {
-        let lowering = Arc::new(Tc::new(Sizes::default()));
+        Self::with(host, run_dir, pins, POLICY)
+    }
+
+    /// Begins to decide for the host with NetworkPolicies in YAML.
+    ///
+    /// # Panics
+    /// If the kernel refuses, or the policies are not right.
+    pub fn with(host: Host, run_dir: &Path, pins: &Path, policies: &str) -> Self {
+        let features = Features::probe().expect("the kernel tells what it can do");
+        let lowering = Arc::new(Tc::for_kernel(Sizes::default(), &features));
         let tools = Tools { loader: Arc::new(AyaLoader), attacher: Arc::new(ClsactAttacher), lowering };
         let config = EnforcerConfig {
             node: "bench".to_owned(),
@@ -30,7 +40,7 @@ impl Owner {
             pins: pins.to_owned(),
         };
         let enforcer = Enforcer::open(host, config, tools).expect("the owner opens");
-        enforcer.set_policies(from_yaml(POLICY).expect("the policy is right")).expect("the policy is noted");
+        enforcer.set_policies(from_yaml(policies).expect("the policy is right")).expect("the policy is noted");
         let report = enforcer.start().expect("the owner starts");
         assert!(report.is_complete(), "{report:?}");
         Self(enforcer)

@@ -1,0 +1,98 @@
+//! `load`: from the bytes of an object to programs that the verifier has taken, for a policy whose two programs together
+//! have 20,000 instructions or more, by each loader, by turns. The maps are made anew each time. With the feature `libbpf`
+//! aya is compared with libbpf; without it with 40 ms. Needs root.
+
+use std::time::Instant;
+
+use dcenet_benches::{Row, Sample, Summary, rounds, say};
+use dcenet_ebpf::abi::Sizes;
+use dcenet_ebpf::loader::{AyaLoader, LoadRequest, Loaded, Loader};
+use dcenet_ebpf::probe::Features;
+use dcenet_policy::compiler::{Limits, Program};
+use dcenet_policy::diagram::Diagram;
+use dcenet_policy::ir::RuleList;
+use dcenet_policy::target::{Policies, Target, Tc};
+
+const ID: &str = "load";
+/// Instructions after the verifier, of both programs together.
+const INSTRUCTIONS: u32 = 20_000;
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+fn main() -> Result<(), Failure> {
+    let (elf, rules, instructions) = object()?;
+    say(format_args!("{ID}: {rules} rules a direction, {instructions} instructions, {} bytes of ELF", elf.len()));
+    let mut loaders: Vec<(&str, Box<dyn Loader>)> = vec![("aya", Box::new(AyaLoader))];
+    #[cfg(feature = "libbpf")]
+    loaders.push(("libbpf", Box::new(dcenet_ebpf::loader::LibbpfLoader)));
+
+    let runs = rounds(40, 5);
+    let mut times = vec![Vec::new(); loaders.len()];
+    for round in 0..=runs {
+        for ((_, loader), times) in loaders.iter().zip(&mut times) {
+            let begin = Instant::now();
+            let loaded = loader.load(&elf, &LoadRequest::default())?;
+            let time = begin.elapsed().as_secs_f64() * 1e3;
+            drop(loaded);
+            // The first of aya parses the kernel's type information, once for the process.
+            if round == 0 {
+                say(format_args!("{ID}: the first load took {time:.1} ms"));
+            } else {
+                times.push(time);
+            }
+        }
+    }
+    let mut summary = Summary::default();
+    match &times[..] {
+        [aya, libbpf] => {
+            say(format_args!("{ID}: libbpf {:.2} ms", Sample::new(libbpf.clone()).median()));
+            summary.add(Row::compare(ID, "aya", 1.1, aya, ("libbpf", libbpf)));
+        }
+        [aya] => summary.add(Row::compare(ID, "aya", 1.0, aya, ("40 ms", &vec![40.0; runs]))),
+        _ => return Err("one loader or two".into()),
+    }
+    summary.write();
+    Ok(())
+}
+
+/// An object with as many rules as it takes, their number, and the instructions that came of it.
+fn object() -> Result<(Vec<u8>, u32, u32), Failure> {
+    // As small as they may be.
+    let sizes = Sizes {
+        conntrack: 1024,
+        conntrack_new: 1024,
+        members_v6: 64,
+        blocks_v4: 64,
+        blocks_v6: 64,
+        endpoints: 8,
+        ..Sizes::default()
+    };
+    let target = Tc::for_kernel(sizes, &Features::probe()?);
+    for rules in (500..20_000).step_by(250) {
+        let [ingress, egress] = [policy("ingress", rules)?, policy("egress", rules)?];
+        let elf = target.lower(Policies { ingress: &ingress, egress: &egress })?.object.to_elf()?;
+        let loaded = AyaLoader.load(&elf, &LoadRequest::default())?;
+        let instructions = instructions(&loaded);
+        if instructions >= INSTRUCTIONS {
+            return Ok((elf, rules, instructions));
+        }
+    }
+    Err("no number of rules makes a program of the size".into())
+}
+
+fn instructions(loaded: &Loaded) -> u32 {
+    loaded.programs.iter().map(|(_, program)| program.info().translated_bytes / 8).sum()
+}
+
+/// Rule `r` allows a port of its own from peer `r % 64`.
+fn policy(direction: &str, rules: u32) -> Result<Program, Failure> {
+    let mut text = format!("{direction} locals 64\n");
+    for rule in 0..rules {
+        let port = 1000 + 2 * rule;
+        text += &format!("allow {} peers {} tcp {port}-{port}\n", rule + 3, rule % 64);
+    }
+    text += "deny 1 default";
+    let list: RuleList = text.parse().map_err(|e| format!("{e}"))?;
+    let diagram = Diagram::build(&list, &Limits::default()).map_err(|e| e.to_string())?;
+    Ok(Program { list, diagram, shadowed: Vec::new() })
+}
