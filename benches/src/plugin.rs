@@ -77,6 +77,8 @@ impl Plugin {
         let begin = Instant::now();
         let mut child = command
             .env_clear()
+            // Some of the reference plugins run iptables.
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
             .env("CNI_COMMAND", verb)
             .env("CNI_CONTAINERID", container)
             .env("CNI_NETNS", netns)
