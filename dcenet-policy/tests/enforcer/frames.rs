@@ -87,6 +87,12 @@ impl Arrivals {
     }
 }
 
+/// Of an IPv4 header whose own sum is 0 (RFC 1071).
+pub fn checksum(header: &[u8]) -> u16 {
+    let sum: u32 = header.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+    !((sum & 0xffff) + (sum >> 16)) as u16
+}
+
 /// A UDP datagram, or a frame of no known protocol where there are no addresses (IEEE 802, local experimental EtherType).
 pub fn frame(source: [u8; 6], destination: [u8; 6], addresses: Option<(IpAddr, IpAddr)>, kind: u8) -> Vec<u8> {
     let data = [MARK, &[kind]].concat();
@@ -101,10 +107,8 @@ pub fn frame(source: [u8; 6], destination: [u8; 6], addresses: Option<(IpAddr, I
             header[8..10].copy_from_slice(&[64, 17]);
             header[12..16].copy_from_slice(&from.octets());
             header[16..20].copy_from_slice(&to.octets());
-            // RFC 1071.
-            let sum: u32 = header.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
-            let folded = !((sum & 0xffff) + (sum >> 16)) as u16;
-            header[10..12].copy_from_slice(&folded.to_be_bytes());
+            let sum = checksum(&header);
+            header[10..12].copy_from_slice(&sum.to_be_bytes());
             (0x0800, [&header[..], &udp].concat())
         }
         Some((IpAddr::V6(from), IpAddr::V6(to))) => {

@@ -10,6 +10,7 @@ mod faults;
 mod frames;
 mod inside;
 mod isolation;
+mod packets;
 mod restart;
 mod streams;
 mod sys;

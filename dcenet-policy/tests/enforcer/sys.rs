@@ -1,10 +1,10 @@
-//! Packet sockets (packet(7)), which the standard library does not offer.
+//! Packet sockets (packet(7)) and options of sockets, which the standard library does not offer.
 
 #![expect(unsafe_code, reason = "system calls")]
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 /// A socket for whole frames of a device in the calling thread's namespace, which takes and gives them by write(2) and
 /// read(2) and does not block. What it sends goes past the device's queueing discipline, and so past its tc programs, where
@@ -36,6 +36,14 @@ pub fn packet_socket(device: u32, bypass: bool) -> io::Result<File> {
     // SAFETY: the pointer is to a sockaddr_ll of `size` bytes that outlives the call; `socket` is open.
     check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size) })?;
     Ok(socket.into())
+}
+
+/// Sets an option of a socket (setsockopt(2)) that is bytes.
+pub fn set_option(socket: &impl AsFd, level: i32, option: i32, value: &[u8]) -> io::Result<()> {
+    let fd = socket.as_fd().as_raw_fd();
+    let size = libc::socklen_t::try_from(value.len()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+    // SAFETY: the pointer is to `size` bytes that outlive the call; `socket` is open.
+    check(unsafe { libc::setsockopt(fd, level, option, value.as_ptr().cast(), size) })
 }
 
 fn check(answer: libc::c_int) -> io::Result<()> {
