@@ -77,6 +77,7 @@ impl Simulator {
         let (sizes, classes) = tables(&update, sizes)?;
         let mut target = Tc::new(sizes);
         target.denied_events = u32::MAX;
+        target.flow_events = u32::MAX;
         Ok(Self { update, cache: Cache::new(target), classes, running: HashMap::new() })
     }
 
