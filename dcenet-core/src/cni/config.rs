@@ -99,7 +99,7 @@ const RUN_DIR: &str = "/run/dcenet";
 const PLUGIN: &str = "dcenet";
 
 /// The keys of ours at the top.
-const OWN_KEYS: [&str; 8] = ["link", "ipam", "nat", "policy", "networks", "selection", "stateDir", "runDir"];
+const OWN_KEYS: [&str; 9] = ["link", "ipam", "nat", "policy", "networks", "selection", "stateDir", "runDir", "daemon"];
 
 /// The specification's keys, libcni's, and those that runtimes add.
 const KNOWN_KEYS: [&str; 15] = [
@@ -203,6 +203,17 @@ impl NetConf {
             valid_attachments,
             sections: keys,
         })
+    }
+
+    /// The key `daemon`: where a daemon listens that serves the calls of this configuration.
+    ///
+    /// # Errors
+    /// Code 7 for what is no absolute path.
+    pub fn daemon(&self) -> Result<Option<PathBuf>, CniError> {
+        if matches!(self.sections.get("daemon"), None | Some(Value::Null)) {
+            return Ok(None);
+        }
+        directory(&self.sections, "daemon", "").map(Some)
     }
 
     /// A key at the top, as it is written.

@@ -16,6 +16,9 @@ mod environment;
 mod error;
 mod ipam;
 pub mod networks;
+#[cfg(feature = "node")]
+#[cfg_attr(docsrs, doc(cfg(feature = "node")))]
+pub mod node;
 mod result;
 mod serve;
 mod verbs;

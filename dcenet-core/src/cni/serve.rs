@@ -26,6 +26,16 @@ pub trait Backends {
     /// # Errors
     /// As for `addresses`.
     fn policy(&self, conf: &NetConf) -> Result<Option<PolicyChoice>, CniError>;
+
+    /// Whether a call can be served here although the configuration names a daemon, which does not take it: where the store
+    /// is shared by processes. Where the daemon alone has the addresses, calls wait for it.
+    ///
+    /// # Errors
+    /// As for `addresses`.
+    fn stands_alone(&self, conf: &NetConf) -> Result<bool, CniError> {
+        let _ = conf;
+        Ok(true)
+    }
 }
 
 /// Who puts devices under policy, and whether ADD waits for verdicts.
@@ -43,7 +53,8 @@ impl std::fmt::Debug for PolicyChoice {
     }
 }
 
-/// Serves one call: reads the environment through `environment` and the configuration from `stdin`, does what is
+/// Serves one call, or has it served by the daemon that the configuration names (feature `node`, module `node`): reads the
+/// environment through `environment` and the configuration from `stdin`, does what is
 /// asked, and writes the result or the error object to `stdout`.
 ///
 /// The calling thread must be in the host's network namespace, as a runtime starts a plugin. The future is ready when
@@ -59,22 +70,78 @@ pub async fn serve(
         STDIN_LIMIT => Err(std::io::Error::other(format!("longer than {STDIN_LIMIT} bytes"))),
         _ => Ok(length),
     });
-    let (answer, exit) = match answer(environment, read.map(|_| input.as_slice()), backends).await {
-        Ok(text) => (text, ExitCode::SUCCESS),
-        Err(error) => {
-            tracing::error!(%error, "failed");
-            let version = version_of(&input).unwrap_or(SpecVersion::NEWEST);
-            (Some(error.to_json(version)), ExitCode::FAILURE)
-        }
+    let read = read.map(|_| input.as_slice());
+    #[cfg(feature = "node")]
+    let passed = match &read {
+        Ok(input) => pass(&environment, input, backends).map_err(|error| failure(&error, input)),
+        Err(_) => Ok(None),
     };
-    if let Some(text) = answer
-        && let Err(error) = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush())
+    #[cfg(not(feature = "node"))]
+    let passed: Result<Option<(Vec<u8>, bool)>, String> = Ok(None);
+    let (answer, success) = match passed {
+        Ok(Some(answered)) => answered,
+        Ok(None) => {
+            let (text, success) = respond(environment, read, backends).await;
+            (text.unwrap_or_default().into_bytes(), success)
+        }
+        Err(text) => (text.into_bytes(), false),
+    };
+    let exit = if success { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    if !answer.is_empty()
+        && let Err(error) = stdout.write_all(&answer).and_then(|()| stdout.flush())
     {
         // Nobody is left to tell; the runtime will DEL what it got no answer for.
         tracing::error!(%error, "cannot write the answer");
         return ExitCode::FAILURE;
     }
     exit
+}
+
+/// What is to be printed, and whether the call succeeded.
+pub(super) async fn respond(
+    environment: impl Fn(&str) -> Option<OsString>,
+    stdin: std::io::Result<&[u8]>,
+    backends: &dyn Backends,
+) -> (Option<String>, bool) {
+    let input = stdin.as_ref().map_or(&[][..], |input| *input);
+    match answer(environment, stdin, backends).await {
+        Ok(text) => (text, true),
+        Err(error) => (Some(failure(&error, input)), false),
+    }
+}
+
+fn failure(error: &CniError, input: &[u8]) -> String {
+    tracing::error!(%error, "failed");
+    error.to_json(version_of(input).unwrap_or(SpecVersion::NEWEST))
+}
+
+/// Hands the call to the daemon that the configuration names. `None` where it names none, where the call is answered
+/// without a configuration, or where it is to be served here.
+#[cfg(feature = "node")]
+fn pass(
+    environment: &impl Fn(&str) -> Option<OsString>,
+    stdin: &[u8],
+    backends: &dyn Backends,
+) -> Result<Option<(Vec<u8>, bool)>, CniError> {
+    // What is wrong with either is told as by any call that is served here.
+    let (Ok(invocation), Ok(conf)) = (Invocation::from_env(environment), NetConf::parse(stdin)) else {
+        return Ok(None);
+    };
+    if invocation.verb == Verb::Version {
+        return Ok(None);
+    }
+    let Some(socket) = conf.daemon()? else { return Ok(None) };
+    match super::node::pass(&socket, environment, stdin)? {
+        super::node::Outcome::Answered { stdout, success } => Ok(Some((stdout, success))),
+        super::node::Outcome::NotTaken { reason } if backends.stands_alone(&conf)? => {
+            tracing::info!(reason, "served without the daemon");
+            Ok(None)
+        }
+        super::node::Outcome::NotTaken { reason } => Err(CniError::new(
+            ErrorCode::TryAgain,
+            format!("daemon: {}: {reason}; its addresses are in no store that this process shares", socket.display()),
+        )),
+    }
 }
 
 async fn answer(
@@ -152,4 +219,4 @@ fn versions(stdin: &[u8]) -> String {
 }
 
 /// Runtimes add every annotation of a pod to its configuration; Kubernetes bounds those to 256 KiB.
-const STDIN_LIMIT: u64 = 16 << 20;
+pub(super) const STDIN_LIMIT: u64 = 16 << 20;

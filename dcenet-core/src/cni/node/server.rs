@@ -1,0 +1,214 @@
+//! The daemon's end.
+
+use std::ffi::OsString;
+use std::fs::{self, File, Permissions};
+use std::io::{self, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::num::NonZeroUsize;
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+
+use super::{ACCEPTED, DECLINED, GO, HEADER, MAGIC, VARIABLES, VERSION, check_peer, length, number};
+use crate::cni::Backends;
+use crate::cni::serve::{STDIN_LIMIT, respond};
+
+/// How long a plugin may be silent before its call has begun: it has nothing to wait for.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// More than the system lets a program be given (execve(2), "Limits on size of arguments and environment").
+const MOST_ENVIRONMENT: u32 = 8 << 20;
+
+/// Serves calls of plugins until it is dropped, which waits for those under way.
+#[derive(Debug)]
+pub struct Server {
+    path: PathBuf,
+    stopping: Arc<AtomicBool>,
+    workers: Vec<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Listens on a socket of mode 0600, in the place of one that a dead server left, and serves so many calls at a time.
+    ///
+    /// The calling thread must be in the host's network namespace. `backends` are asked by several threads at once; where
+    /// their sources of addresses share one store that groups commits, the calls share its flushes.
+    ///
+    /// # Errors
+    /// Where the socket cannot be made, or a thread.
+    pub fn start(path: &Path, workers: NonZeroUsize, backends: Arc<dyn Backends + Send + Sync>) -> io::Result<Self> {
+        let listener = Arc::new(listen(path)?);
+        let mut this = Self { path: path.to_owned(), stopping: Arc::default(), workers: Vec::new() };
+        for n in 0..workers.get() {
+            let (listener, backends) = (Arc::clone(&listener), Arc::clone(&backends));
+            let stopping = Arc::clone(&this.stopping);
+            let work = move || work(&listener, &*backends, &stopping);
+            this.workers.push(std::thread::Builder::new().name(format!("dcenet-node-{n}")).spawn(work)?);
+        }
+        Ok(this)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stopping.store(true, Ordering::Release);
+        for _ in &self.workers {
+            // A connection wakes one thread from accept(2).
+            if let Err(error) = UnixStream::connect(&self.path) {
+                tracing::warn!(%error, "threads of the node server stay");
+                return;
+            }
+        }
+        for worker in self.workers.drain(..) {
+            if worker.join().is_err() {
+                tracing::error!("a thread of the node server panicked");
+            }
+        }
+        if let Err(error) = fs::remove_file(&self.path) {
+            tracing::warn!(%error, "the node server's socket stays");
+        }
+    }
+}
+
+/// Nobody finds the socket before it has its mode.
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    let mut fresh = path.as_os_str().to_owned();
+    fresh.push(format!(",{}", std::process::id()));
+    match fs::remove_file(&fresh) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(&fresh)?;
+    fs::set_permissions(&fresh, Permissions::from_mode(0o600))?;
+    fs::rename(&fresh, path)?;
+    Ok(listener)
+}
+
+fn work(listener: &UnixListener, backends: &dyn Backends, stopping: &AtomicBool) {
+    loop {
+        let accepted = listener.accept();
+        if stopping.load(Ordering::Acquire) {
+            return;
+        }
+        let outcome = match accepted {
+            Ok((stream, _)) => serve_one(stream, backends),
+            Err(error) => {
+                // Out of descriptors, as a rule: others give some back.
+                std::thread::sleep(Duration::from_millis(10));
+                Err(error)
+            }
+        };
+        if let Err(error) = outcome {
+            tracing::debug!(%error, "a plugin left");
+        }
+    }
+}
+
+/// A call as it came.
+struct Request {
+    environment: Vec<(Vec<u8>, Vec<u8>)>,
+    stdin: Vec<u8>,
+    netns: Option<File>,
+}
+
+impl Request {
+    fn get(&self, name: &str) -> Option<OsString> {
+        let found = self.environment.iter().find(|(known, _)| known == name.as_bytes());
+        found.map(|(_, value)| OsString::from_vec(value.clone()))
+    }
+}
+
+fn serve_one(mut stream: UnixStream, backends: &dyn Backends) -> io::Result<()> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    check_peer(&stream)?;
+    let request = match read(&mut stream)? {
+        Ok(request) => request,
+        Err(reason) => {
+            tracing::warn!(reason, "a call was declined");
+            stream.write_all(&[DECLINED])?;
+            stream.write_all(&length(reason.as_bytes())?)?;
+            return stream.write_all(reason.as_bytes());
+        }
+    };
+    stream.write_all(&[ACCEPTED])?;
+    let mut go = [0];
+    stream.read_exact(&mut go)?;
+    if go != [GO] {
+        return Err(io::Error::other("it did not say go"));
+    }
+    let call = || pollster::block_on(respond(|name| request.get(name), Ok(request.stdin.as_slice()), backends));
+    let (text, success) = catch_unwind(AssertUnwindSafe(call)).map_err(|_| io::Error::other("the call panicked"))?;
+    let text = text.unwrap_or_default();
+    stream.write_all(&[u8::from(!success)])?;
+    stream.write_all(&length(text.as_bytes())?)?;
+    stream.write_all(text.as_bytes())
+}
+
+/// Reads a call, or tells why it is declined.
+fn read(stream: &mut UnixStream) -> io::Result<Result<Request, String>> {
+    let mut header = [0; HEADER];
+    let (had, netns) = receive(stream, &mut header)?;
+    stream.read_exact(header.get_mut(had..).unwrap_or_default())?;
+    if header[..4] != MAGIC {
+        return Err(io::Error::other("it does not speak our protocol"));
+    }
+    let version = number(&header, 4);
+    if version != VERSION {
+        let reason = format!("the daemon speaks protocol {VERSION}, the plugin {version}; install both of one release");
+        return Ok(Err(reason));
+    }
+    let (environment, stdin) = (number(&header, 8), number(&header, 12));
+    if environment > MOST_ENVIRONMENT || u64::from(stdin) >= STDIN_LIMIT {
+        return Ok(Err(format!("{environment} bytes of environment and {stdin} of configuration are too many")));
+    }
+    let (mut variables, mut input) = (vec![0; environment as usize], vec![0; stdin as usize]);
+    stream.read_exact(&mut variables)?;
+    stream.read_exact(&mut input)?;
+    let mut named = Vec::new();
+    for variable in variables.split(|byte| *byte == 0) {
+        let Some(at) = variable.iter().position(|byte| *byte == b'=') else { continue };
+        let (name, value) = (&variable[..at], &variable[at + 1..]);
+        if VARIABLES.iter().any(|known| known.as_bytes() == name) {
+            named.push((name.to_vec(), value.to_vec()));
+        }
+    }
+    let request = Request { environment: named, stdin: input, netns };
+    Ok(match misled(&request) {
+        Some(reason) => Err(reason),
+        None => Ok(request),
+    })
+}
+
+/// Why the path of the pod's namespace means something else here than for the plugin, if it does.
+fn misled(request: &Request) -> Option<String> {
+    let path = PathBuf::from(request.get("CNI_NETNS").filter(|path| !path.is_empty())?);
+    let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+    let there = request.netns.as_ref().and_then(|netns| netns.metadata().ok()).map(identity);
+    let here = fs::metadata(&path).ok().map(identity);
+    let differs = || format!("{} is another file for the daemon; run it with the host's mounts", path.display());
+    (there != here).then(differs)
+}
+
+/// The first bytes, and the descriptor that comes with them.
+fn receive(stream: &UnixStream, header: &mut [u8]) -> io::Result<(usize, Option<File>)> {
+    let mut space = [const { MaybeUninit::uninit() }; rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let received = recvmsg(stream, &mut [IoSliceMut::new(header)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+    if received.bytes == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    let mut netns = None;
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(descriptors) = message {
+            netns = descriptors.map(File::from).next();
+        }
+    }
+    Ok((received.bytes, netns))
+}
