@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -36,6 +37,8 @@ pub struct Config {
     pub metrics: Option<MetricsConfig>,
     /// Who is told of flows.
     pub flows: Option<FlowsConfig>,
+    /// Whether calls of the plugin are served, for configurations that say where: `"daemon": SOCKET`.
+    pub server: Option<ServerConfig>,
     /// What is told to people.
     #[serde(default)]
     pub log: LogConfig,
@@ -109,6 +112,17 @@ pub struct FlowsConfig {
     pub ipfix: Option<IpfixSection>,
     /// How often flows that go on are told of; they are not unless told.
     pub active: Option<Period>,
+}
+
+/// Serving calls of the plugin.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServerConfig {
+    /// The socket; `dcenetd.sock` in the run directory unless told.
+    pub socket: Option<PathBuf>,
+    /// How many calls at a time.
+    #[serde(default = "workers")]
+    pub workers: NonZeroUsize,
 }
 
 /// A collector.
@@ -202,6 +216,7 @@ impl Config {
         let paths = paths.into_iter().chain([
             ("policies.directory", self.policies.as_ref().map(|p| &p.directory)),
             ("policy.pins", self.policy.as_ref().map(|p| &p.pins)),
+            ("server.socket", self.server.as_ref().and_then(|s| s.socket.as_ref())),
             ("flows.file", self.flows.as_ref().and_then(|f| f.file.as_ref())),
         ]);
         for (field, path) in paths.filter_map(|(field, path)| Some((field, path?))) {
@@ -243,6 +258,10 @@ fn state_dir() -> PathBuf {
 
 fn run_dir() -> PathBuf {
     "/run/dcenet".into()
+}
+
+const fn workers() -> NonZeroUsize {
+    NonZeroUsize::new(16).unwrap()
 }
 
 const fn most_rules() -> usize {

@@ -36,7 +36,7 @@ use crate::flows::Flows;
 use crate::metrics::{DaemonMetrics, Endpoint, Sources};
 use crate::policies::{self, Watcher};
 use crate::reclaim::Reclaim;
-use crate::systemd;
+use crate::{server, systemd};
 
 type Outcome<T = ()> = Result<T, Box<dyn Error>>;
 
@@ -70,6 +70,7 @@ pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
     };
     let sources = Sources { registry, daemon, addresses, policy: counted };
     let metrics = config.metrics.as_ref().map(|m| Endpoint::start(&m.listen, sources)).transpose()?;
+    let server = config.server.as_ref().map(|section| server::start(section, &config.run_dir)).transpose()?;
     let tell = |state: &str| {
         if let Err(error) = systemd::notify(manager.as_deref(), state) {
             tracing::warn!(%error, state, "the service manager cannot be told");
@@ -95,6 +96,7 @@ pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
     }
     tell("STOPPING=1");
     // In this order: nothing asks the owner any more when it goes.
+    drop(server);
     drop(metrics);
     drop(flows);
     tracing::info!("stopped; verdicts stay as they are");

@@ -7,6 +7,7 @@ mod flows;
 mod metrics;
 mod policies;
 mod reclaim;
+mod server;
 mod systemd;
 
 use std::path::PathBuf;

@@ -51,7 +51,7 @@ pub struct Pod {
 }
 
 /// What the plugin composes.
-struct Plugin;
+pub struct Plugin;
 
 impl Backends for Plugin {
     fn addresses(&self, conf: &NetConf) -> Result<Option<Box<dyn AddressSource>>, CniError> {
@@ -157,25 +157,49 @@ impl Node {
         let mut conf = self.network.clone();
         conf["args"] = json!({ "cni": { "labels": [{ "key": "app", "value": name }] } });
         let args = format!("IgnoreUnknown=1;K8S_POD_NAMESPACE={namespace};K8S_POD_NAME={name}");
+        let result = self.call_with(&Plugin, "ADD", name, Some(netns.path()), &args, &conf).unwrap();
+        let address = result["ips"][0]["address"].as_str().unwrap_or_else(|| panic!("{result}"));
+        let address = address.split_once('/').unwrap().0.parse().unwrap();
+        Pod { address, netns }
+    }
+
+    /// Calls a verb as a runtime does, for a container that is no workload.
+    pub fn call(
+        &self,
+        plugin: &(dyn Backends + Sync),
+        verb: &str,
+        container: &str,
+        netns: Option<&Path>,
+        conf: &Value,
+    ) -> Result<Value, Value> {
+        self.call_with(plugin, verb, container, netns, "", conf)
+    }
+
+    fn call_with(
+        &self,
+        plugin: &(dyn Backends + Sync),
+        verb: &str,
+        container: &str,
+        netns: Option<&Path>,
+        args: &str,
+        conf: &Value,
+    ) -> Result<Value, Value> {
         let environment: BTreeMap<&str, OsString> = BTreeMap::from([
-            ("CNI_COMMAND", "ADD".into()),
-            ("CNI_CONTAINERID", name.into()),
-            ("CNI_NETNS", netns.path().into()),
+            ("CNI_COMMAND", verb.into()),
+            ("CNI_CONTAINERID", container.into()),
+            ("CNI_NETNS", netns.map(Into::into).unwrap_or_default()),
             ("CNI_IFNAME", "eth0".into()),
             ("CNI_ARGS", args.into()),
             ("CNI_PATH", "/usr/lib/cni".into()),
         ]);
+        let (get, stdin) = (|name: &str| environment.get(name).cloned(), conf.to_string());
         let answer = self.host.root().run(|| {
             let mut answer = Vec::new();
-            let stdin = conf.to_string();
-            let get = |name: &str| environment.get(name).cloned();
-            let _ = pollster::block_on(serve(get, &mut stdin.as_bytes(), &mut answer, &Plugin));
+            let _ = pollster::block_on(serve(get, &mut stdin.as_bytes(), &mut answer, plugin));
             answer
         });
-        let result: Value = serde_json::from_slice(&answer).unwrap();
-        let address = result["ips"][0]["address"].as_str().unwrap_or_else(|| panic!("{result}"));
-        let address = address.split_once('/').unwrap().0.parse().unwrap();
-        Pod { address, netns }
+        let answer = if answer.is_empty() { Value::Null } else { serde_json::from_slice(&answer).unwrap() };
+        if answer.get("code").is_some() { Err(answer) } else { Ok(answer) }
     }
 
     /// The containers that have addresses, in order.

@@ -4,3 +4,4 @@ mod common;
 mod operating;
 mod owner;
 mod reclaim;
+mod thin;

@@ -1,0 +1,233 @@
+//! Calls of the plugin that the daemon serves.
+
+use std::collections::BTreeSet;
+use std::io::{IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use dcenet_core::cni::{Backends, CniError, ErrorCode, NetConf, PolicyChoice};
+use dcenet_core::provider::AddressSource;
+use dcenet_core::test_support::{Rung, TestNetNs, require};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use serde_json::{Value, json};
+
+use crate::common::*;
+
+/// A plugin that can do nothing by itself: what it answers, somebody else did.
+struct Nobody;
+
+impl Backends for Nobody {
+    fn addresses(&self, _: &NetConf) -> Result<Option<Box<dyn AddressSource>>, CniError> {
+        Err(CniError::new(ErrorCode::Failed, "asked for addresses without the daemon"))
+    }
+
+    fn policy(&self, _: &NetConf) -> Result<Option<PolicyChoice>, CniError> {
+        Err(CniError::new(ErrorCode::Failed, "asked for policy without the daemon"))
+    }
+
+    fn stands_alone(&self, _: &NetConf) -> Result<bool, CniError> {
+        Ok(false)
+    }
+}
+
+/// A node whose plugins hand their calls over.
+fn node() -> Node {
+    let mut node = Node::new();
+    node.config["server"] = json!({});
+    // What a call leaves is judged here, and not what the daemon takes back later.
+    node.config["reclaim"] = json!({ "every": "24h" });
+    node.network["daemon"] = json!(node.host.run_dir().join("dcenetd.sock"));
+    node
+}
+
+/// The bridge stays when the last pod goes, as on a real host.
+fn warm(node: &Node) {
+    let pod = node.host.new_pod();
+    node.call(&Plugin, "ADD", "first", Some(pod.path()), &node.network).unwrap();
+    node.call(&Plugin, "DEL", "first", Some(pod.path()), &node.network).unwrap();
+}
+
+#[test]
+fn every_verb_is_served_and_without_a_daemon_the_call_waits_or_stands_alone() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let node = node();
+    warm(&node);
+    let before = node.host.state();
+    let pod = node.host.new_pod();
+    let call = |verb: &str, conf: &Value| node.call(&Nobody, verb, "web", Some(pod.path()), conf);
+
+    let error = call("ADD", &node.network).unwrap_err();
+    assert_eq!(error["code"], 11, "{error}");
+    assert_eq!((before.diff(&node.host.state()).as_str(), node.leased().len()), ("", 0));
+
+    let daemon = node.start();
+    let socket = node.host.run_dir().join("dcenetd.sock");
+    assert_eq!(std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
+    let result = call("ADD", &node.network).unwrap();
+    assert_eq!(result["interfaces"][2]["sandbox"], pod.path().to_str().unwrap());
+    assert_eq!(call("ADD", &node.network).unwrap(), result, "a repeated ADD gives the same answer");
+    assert_eq!(node.leased(), ["web"]);
+    let mut check = node.network.clone();
+    check["prevResult"] = result.clone();
+    call("CHECK", &check).unwrap();
+    call("STATUS", &node.network).unwrap();
+    let other = node.host.new_pod();
+    node.call(&Nobody, "ADD", "gone", Some(other.path()), &node.network).unwrap();
+    let mut valid = node.network.clone();
+    valid["cni.dev/valid-attachments"] = json!([{ "containerID": "web", "ifname": "eth0" }]);
+    call("GC", &valid).unwrap();
+    assert_eq!(node.leased(), ["web"]);
+
+    // An error is the daemon's own answer.
+    let mut wrong = node.network.clone();
+    wrong["ipam"]["pools"][0]["gateway"] = json!("10.99.0.1");
+    let error = node.call(&Nobody, "ADD", "wrong", Some(other.path()), &wrong).unwrap_err();
+    assert!(error["code"] == 7 && error["msg"].as_str().unwrap().contains("ipam.pools[0].gateway"), "{error}");
+    call("DEL", &node.network).unwrap();
+    assert_eq!((before.diff(&node.host.state()).as_str(), node.leased().len()), ("", 0));
+
+    // What the daemon made a plugin alone removes, and the other way round.
+    call("ADD", &node.network).unwrap();
+    daemon.stop();
+    assert!(!socket.exists());
+    node.call(&Plugin, "DEL", "web", Some(pod.path()), &node.network).unwrap();
+    node.call(&Plugin, "ADD", "web", Some(pod.path()), &node.network).unwrap();
+    let _daemon = node.start();
+    call("DEL", &node.network).unwrap();
+    assert_eq!((before.diff(&node.host.state()).as_str(), node.leased().len()), ("", 0));
+}
+
+#[test]
+fn parallel_adds_get_an_address_each() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let node = node();
+    let _daemon = node.start();
+    let pods: Vec<TestNetNs> = (0..64).map(|_| node.host.new_pod()).collect();
+    let add = |n: usize, pod: &TestNetNs| {
+        let name = format!("pod{n}");
+        let result = node.call(&Nobody, "ADD", &name, Some(pod.path()), &node.network).unwrap();
+        result["ips"][0]["address"].as_str().unwrap().to_owned()
+    };
+    let addresses: BTreeSet<String> = std::thread::scope(|scope| {
+        let adds: Vec<_> = pods.iter().enumerate().map(|(n, pod)| scope.spawn(move || add(n, pod))).collect();
+        adds.into_iter().map(|add| add.join().unwrap()).collect()
+    });
+    assert_eq!((addresses.len(), node.leased().len()), (64, 64));
+    std::thread::scope(|scope| {
+        for (n, pod) in pods.iter().enumerate() {
+            let node = &node;
+            let del = move || node.call(&Nobody, "DEL", &format!("pod{n}"), Some(pod.path()), &node.network).unwrap();
+            scope.spawn(del);
+        }
+    });
+    assert_eq!((node.leased().len(), node.host.records().len()), (0, 0));
+}
+
+/// The bytes of an ADD for `web`, written by hand after the module's description.
+fn request(node: &Node, pod: &TestNetNs, version: u32) -> Vec<u8> {
+    let netns = pod.path().to_str().unwrap();
+    let environment =
+        format!("CNI_COMMAND=ADD\0CNI_CONTAINERID=web\0CNI_NETNS={netns}\0CNI_IFNAME=eth0\0CNI_PATH=/usr/lib/cni\0");
+    let stdin = node.network.to_string();
+    let numbers = [version, environment.len() as u32, stdin.len() as u32].map(u32::to_be_bytes).concat();
+    [b"dcen".as_slice(), &numbers, environment.as_bytes(), stdin.as_bytes()].concat()
+}
+
+/// Connects and sends bytes, with a namespace or without.
+fn send(node: &Node, bytes: &[u8], netns: Option<&TestNetNs>) -> UnixStream {
+    let stream = UnixStream::connect(node.host.run_dir().join("dcenetd.sock")).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let file = netns.map(|netns| std::fs::File::open(netns.path()).unwrap());
+    let descriptors = file.as_ref().map(|file| [file.as_fd()]);
+    let mut space = [const { MaybeUninit::uninit() }; rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if let Some(descriptors) = &descriptors {
+        ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
+    }
+    let sent = sendmsg(&stream, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL).unwrap();
+    assert_eq!(sent, bytes.len());
+    stream
+}
+
+/// The first byte of the daemon's answer, or why it declined.
+fn answer(mut stream: &UnixStream) -> Result<(), String> {
+    let mut byte = [0];
+    stream.read_exact(&mut byte).unwrap();
+    match byte[0] {
+        b'A' => Ok(()),
+        b'D' => {
+            let mut reason = String::new();
+            stream.read_exact(&mut [0; 4]).unwrap();
+            stream.read_to_string(&mut reason).unwrap();
+            Err(reason)
+        }
+        other => panic!("{other}"),
+    }
+}
+
+#[test]
+fn a_call_that_is_half_sent_declined_or_not_begun_changes_nothing() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let node = node();
+    warm(&node);
+    let daemon = node.start();
+    let (before, pod, other) = (node.host.state(), node.host.new_pod(), node.host.new_pod());
+    let whole = request(&node, &pod, 1);
+    for part in [1, 4, 15, 16, 40, whole.len() - 1] {
+        drop(send(&node, &whole[..part], Some(&pod)));
+    }
+    answer(&send(&node, &whole, Some(&pod))).expect("accepted, and then nobody says go");
+
+    let reason = answer(&send(&node, &request(&node, &pod, 2)[..16], Some(&pod))).unwrap_err();
+    assert!(reason.contains("protocol 1, the plugin 2; install both of one release"), "{reason}");
+    for netns in [None, Some(&other)] {
+        let reason = answer(&send(&node, &whole, netns)).unwrap_err();
+        assert!(reason.contains("another file for the daemon"), "{reason}");
+    }
+    // Nothing of it is under way any more when the daemon has ended.
+    assert!(daemon.stop().success());
+    assert_eq!((before.diff(&node.host.state()).as_str(), node.leased().len()), ("", 0));
+    assert_eq!(node.host.records(), Vec::<String>::new());
+
+    // The same call, begun, is what would have been seen. Its plugin is gone before the reply.
+    let daemon = node.start();
+    let mut stream = send(&node, &whole, Some(&pod));
+    answer(&stream).unwrap();
+    stream.write_all(b"G").unwrap();
+    drop(stream);
+    assert!(daemon.stop().success());
+    assert_eq!(node.leased(), ["web"]);
+    assert_ne!(before.diff(&node.host.state()), "");
+    node.call(&Plugin, "DEL", "web", Some(pod.path()), &node.network).unwrap();
+    assert_eq!((before.diff(&node.host.state()).as_str(), node.leased().len()), ("", 0));
+}
+
+#[test]
+fn del_removes_what_a_killed_daemon_left() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let node = node();
+    warm(&node);
+    let before = node.host.state();
+    for microseconds in [0, 300, 1000, 3000, 10_000] {
+        let (daemon, pod) = (node.start(), node.host.new_pod());
+        let mut stream = send(&node, &request(&node, &pod, 1), Some(&pod));
+        answer(&stream).unwrap();
+        stream.write_all(b"G").unwrap();
+        std::thread::sleep(Duration::from_micros(microseconds));
+        daemon.kill();
+        node.call(&Plugin, "DEL", "web", Some(pod.path()), &node.network).unwrap();
+        assert_eq!((before.diff(&node.host.state()).as_str(), node.leased().len()), ("", 0));
+        assert_eq!(node.host.records(), Vec::<String>::new());
+    }
+}
