@@ -72,6 +72,17 @@ mod golden {
     }
 
     #[test]
+    fn guarded_pods() {
+        let sender = Sender { mac: [2, 0, 0xdc, 0, 0, 7], parent: 3 };
+        assert_eq!(hex(&sender.encode()), "0200dc0000070000 0300000000000000");
+        let pod = Guarded { attachment: 0x0102, netns: 4, slot: 5 };
+        assert_eq!(hex(&pod.encode()), "0201000000000000 0400000000000000 0500000000000000");
+        assert_eq!(hex(&Namespace { netns: 4, parent: 3 }.encode()), "0400000000000000 0300000000000000");
+        assert_eq!(Sender::decode(&sender.encode()), Some(sender));
+        assert_eq!(Guarded::decode(&pod.encode()), Some(pod));
+    }
+
+    #[test]
     fn fragments() {
         let key = FragmentKey { slot: 1, protocol: 17, kind: 0x41, identification: [0xab, 0xcd, 0, 0], peer: [9; 16] };
         assert_eq!(hex(&key.encode()), "01001141abcd0000 0909090909090909 0909090909090909");

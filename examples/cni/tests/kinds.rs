@@ -84,6 +84,28 @@ fn macvlan_pods_under_policy_reach_each_other() {
     }
 }
 
+/// A guard on the parent, before the device is up, or no pod.
+#[test]
+fn macvlan_pods_under_guard_reach_each_other() {
+    if !tcx(Rung::Kernel) {
+        return;
+    }
+    let mut node = Node::under_policy();
+    segment(&node);
+    node.config["policy"]["require"] = json!("guarded");
+    let link = json!({ "kind": "macvlan", "parent": "up0" });
+    if Features::probe().is_ok_and(|features| features.netns_cookie) {
+        pods_of(&mut node, link, false);
+        return;
+    }
+    node.config["link"] = link;
+    let pod = node.pod("web");
+    let error = node.add(&pod).unwrap_err();
+    assert!(error["msg"].as_str().unwrap().contains("policy.require \"guarded\""), "{error}");
+    assert!(pod.netns.link("eth0").is_none());
+    node.del(&pod).unwrap();
+}
+
 #[test]
 fn ipvlan_pods_under_policy_reach_each_other() {
     if tcx(Rung::Vm) {
