@@ -327,9 +327,11 @@ fn compare(step: &Step, here: &Observed, there: &Observed, record: &Record, drif
         }
         Operation::AddRoute { link, route } => {
             let Some(found) = find(here, link) else { return };
-            let there = here.routes.iter().any(|r| {
-                r.destination == route.destination.trunc() && r.gateway == route.gateway && r.link == Some(found.index)
-            });
+            // In a pod with several networks the first has the route to where several lead.
+            let table = route.table.unwrap_or(u32::from(libc::RT_TABLE_MAIN));
+            let others = |r: &RouteView| target == Target::Pod && r.link != Some(found.index) && r.table == table;
+            let own = |r: &RouteView| r.gateway == route.gateway && r.link == Some(found.index);
+            let there = here.routes.iter().any(|r| r.destination == route.destination.trunc() && (own(r) || others(r)));
             if !there {
                 let (destination, gateway) = (route.destination, route.gateway);
                 drift.push(Drift::RouteMissing { target, destination, gateway });

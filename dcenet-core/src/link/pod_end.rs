@@ -97,7 +97,7 @@ impl PodDevice<'_> {
                 addresses(name, None, &self.request.addresses, steps);
                 for route in &self.request.routes {
                     let route = direct(route.destination);
-                    steps.push(Step::new(Target::Pod, Operation::AddRoute { link: name.clone(), route }));
+                    steps.push(pod_route(name, route));
                 }
             }
         }
@@ -170,8 +170,13 @@ pub(super) fn routes(link: &IfName, request: &LinkRequest, steps: &mut Vec<Step>
         let gateway = gateway_of(route, &request.addresses);
         let on_link = gateway.is_some_and(|g| !request.addresses.iter().any(|a| a.address.contains(&g)));
         let route = RouteSpec { gateway, on_link, ..direct(route.destination) };
-        steps.push(Step::new(Target::Pod, Operation::AddRoute { link: link.clone(), route }));
+        steps.push(pod_route(link, route));
     }
+}
+
+/// Adds a route that another network of the pod may lead to as well: the first has it, as with the reference plugins.
+pub(super) fn pod_route(link: &IfName, route: RouteSpec) -> Step {
+    Step::new(Target::Pod, Operation::AddRoute { link: link.clone(), route }).content_with(&[libc::EEXIST])
 }
 
 /// A route straight to a link.

@@ -24,7 +24,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::bridge::{create_pair, host_end, set_up_pod, settle};
-use super::pod_end::{Neighbours, direct};
+use super::pod_end::{self, Neighbours, direct};
 use super::{HostView, LinkDriver, LinkRequest, Need, PlanError, check_routes, device_mtu, host_mac, refuse_vlan};
 use crate::model::{IfName, Mtu};
 use crate::plan::{End, Operation, Plan, RouteSpec, Step, Target, Tuning};
@@ -121,7 +121,7 @@ impl<'a> RoutedPair<'a> {
             } else {
                 direct(destination)
             };
-            steps.push(Step::new(Target::Pod, Operation::AddRoute { link: pod.name.clone(), route }));
+            steps.push(pod_end::pod_route(&pod.name, route));
         }
 
         host_end(&end, &request.key, request.policy, &mut steps);

@@ -78,3 +78,35 @@ fn a_vlan_that_the_link_cannot_have_is_refused_and_nothing_is_left() {
         assert_eq!(addresses(&node.add(&pod).unwrap()).len(), 1);
     }
 }
+
+/// As podman has it with `--network a,b`: the second network's default route is the first's already.
+#[test]
+fn a_second_network_leaves_the_first_its_default_route() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    for link in [json!({ "kind": "bridge", "bridge": "dc1", "isGateway": true }), json!({ "kind": "veth" })] {
+        let node = Node::new();
+        let (pod, mut second) = (node.pod("web"), node.config.clone());
+        second["name"] = json!("second");
+        second["link"] = link;
+        second["ipam"]["pools"] = json!([
+            { "name": "second4", "subnet": "10.30.0.0/24", "gateway": "10.30.0.1" },
+            { "name": "second6", "subnet": "2001:db8:30::/64", "gateway": "2001:db8:30::1" },
+        ]);
+        let first = node.add(&pod).unwrap();
+        let result = node.call_for("ADD", &pod, "eth1", &second).unwrap();
+        for family in ["-4", "-6"] {
+            let routes = pod.netns.sh(&format!("ip {family} route show default"));
+            assert!(routes.contains("dev eth0") && !routes.contains("eth1"), "{routes}");
+        }
+        second["prevResult"] = result;
+        node.call_for("CHECK", &pod, "eth1", &second).unwrap();
+        node.check(&pod, &first).unwrap();
+        // The twin: a route that nobody has is missed.
+        node.del(&pod).unwrap();
+        assert_eq!(node.call_for("CHECK", &pod, "eth1", &second).unwrap_err()["code"], 120);
+        node.call_for("DEL", &pod, "eth1", &second).unwrap();
+        assert_eq!(node.host.records(), [""; 0]);
+    }
+}
