@@ -155,6 +155,11 @@ async fn answer(
     }
     let stdin = stdin.map_err(|e| CniError::new(ErrorCode::Io, format!("the configuration cannot be read: {e}")))?;
     let conf = NetConf::parse(stdin)?;
+    #[cfg(not(feature = "node"))]
+    if conf.daemon()?.is_some() {
+        let message = "daemon: this build cannot hand calls over; build it with the feature node, or remove the key";
+        return Err(CniError::new(ErrorCode::UnsupportedField, message.to_owned()));
+    }
     let since = match invocation.verb {
         Verb::Check => SpecVersion::V0_4_0,
         Verb::Gc | Verb::Status => SpecVersion::V1_1_0,

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::fs::{self, File, Permissions};
 use std::io::{self, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
+use std::net::Shutdown;
 use std::num::NonZeroUsize;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -134,7 +135,11 @@ fn serve_one(mut stream: UnixStream, backends: &dyn Backends) -> io::Result<()> 
             tracing::warn!(reason, "a call was declined");
             stream.write_all(&[DECLINED])?;
             stream.write_all(&length(reason.as_bytes())?)?;
-            return stream.write_all(reason.as_bytes());
+            stream.write_all(reason.as_bytes())?;
+            stream.shutdown(Shutdown::Write)?;
+            // To close over what is not read would reset the connection, and the plugin would not hear the reason.
+            let most = u64::from(MOST_ENVIRONMENT) + STDIN_LIMIT;
+            return io::copy(&mut stream.take(most), &mut io::sink()).map(|_| ());
         }
     };
     stream.write_all(&[ACCEPTED])?;

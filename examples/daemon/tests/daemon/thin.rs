@@ -187,7 +187,9 @@ fn a_call_that_is_half_sent_declined_or_not_begun_changes_nothing() {
     }
     answer(&send(&node, &whole, Some(&pod))).expect("accepted, and then nobody says go");
 
-    let reason = answer(&send(&node, &request(&node, &pod, 2)[..16], Some(&pod))).unwrap_err();
+    // What is not read, however much it is, takes nothing from the reason.
+    let unread = [request(&node, &pod, 2), vec![0; 1 << 20]].concat();
+    let reason = answer(&send(&node, &unread, Some(&pod))).unwrap_err();
     assert!(reason.contains("protocol 1, the plugin 2; install both of one release"), "{reason}");
     for netns in [None, Some(&other)] {
         let reason = answer(&send(&node, &whole, netns)).unwrap_err();
