@@ -285,7 +285,7 @@ impl Running {
 
 impl Pod {
     /// `CNI_ARGS` as a Kubernetes runtime gives them.
-    fn args(&self) -> String {
+    pub fn args(&self) -> String {
         format!("K8S_POD_NAME={};IgnoreUnknown=1;X=y;K8S_POD_NAMESPACE=shop", self.name)
     }
 

@@ -147,7 +147,9 @@ impl<'a> Runtime<'a> {
         let plugin = plugin["type"].as_str().expect("a plugin has a type").to_owned();
         let program = self.path.split(':').map(|directory| Path::new(directory).join(&plugin)).find(|p| p.exists());
         let program = program.unwrap_or_else(|| panic!("{plugin} is not in {}", self.path));
-        run(self.host, &program, &self.path, verb, pod, &[], &conf).map_err(|error| Failure { plugin, error })
+        let args = pod.map(|pod| pod.args());
+        let variables: Vec<_> = args.iter().map(|args| ("CNI_ARGS", args.as_str())).collect();
+        run(self.host, &program, &self.path, verb, pod, &variables, &conf).map_err(|error| Failure { plugin, error })
     }
 }
 

@@ -11,6 +11,7 @@ mod cri;
 mod libcni;
 mod lists;
 mod machine;
+mod page;
 mod podman;
 mod reference_bugs;
 
