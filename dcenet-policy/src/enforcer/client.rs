@@ -1,6 +1,7 @@
 //! The side of those who attach endpoints: a CNI binary, which lives for milliseconds and compiles nothing.
 
 use std::io;
+use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -88,6 +89,18 @@ pub enum ClientError {
         /// The label there.
         label: String,
     },
+    /// A device has several addresses of one family, and programs know one of each.
+    #[error(
+        "device {device} has the addresses {} of one family, and policy knows one of each family in a pod's interface; give it \
+         one, or take the policy section out",
+        join(addresses)
+    )]
+    SeveralAddresses {
+        /// The device.
+        device: IfName,
+        /// Those of the family.
+        addresses: Vec<IpAddr>,
+    },
     /// The configuration wants a guard, and there is none.
     #[error(
         "policy.require \"guarded\": no guard is on the parent of device {device}, which lives in the pod ({enforcement:?}); it takes \
@@ -115,7 +128,11 @@ impl ClientError {
     pub fn is_retryable(&self) -> bool {
         !matches!(
             self,
-            Self::Refused { .. } | Self::OtherAttachment { .. } | Self::Bypassable { .. } | Self::Unguarded { .. }
+            Self::Refused { .. }
+                | Self::OtherAttachment { .. }
+                | Self::SeveralAddresses { .. }
+                | Self::Bypassable { .. }
+                | Self::Unguarded { .. }
         )
     }
 
@@ -131,6 +148,20 @@ impl ClientError {
         let kind = |e: &io::Error| matches!(e.kind(), BrokenPipe | ConnectionReset | UnexpectedEof);
         matches!(self, Self::NoAnswer(ProtocolError::Io(source)) if kind(source))
     }
+}
+
+/// A second address of a family would be taken for another pod's: what it sends dropped as spoofed, what it is sent as meant for
+/// others.
+fn one_of_each_family(endpoint: &Endpoint) -> Result<(), ClientError> {
+    let (v4, v6): (Vec<IpAddr>, Vec<IpAddr>) = endpoint.addresses.iter().partition(|address| address.is_ipv4());
+    match [v4, v6].into_iter().find(|addresses| addresses.len() > 1) {
+        Some(addresses) => Err(ClientError::SeveralAddresses { device: endpoint.ifname.clone(), addresses }),
+        None => Ok(()),
+    }
+}
+
+fn join(addresses: &[IpAddr]) -> String {
+    addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
 impl PinnedDefault {
@@ -252,6 +283,7 @@ impl<A: Attacher> PinnedDefault<A> {
 
 impl<A: Attacher> PolicySink for PinnedDefault<A> {
     fn attach(&self, endpoint: &Endpoint) -> Result<(), PolicyError> {
+        one_of_each_family(endpoint).map_err(|e| refused(putting(endpoint), e))?;
         let needs_guard = self.needs_guard(endpoint);
         if !needs_guard && !self.require.is_met_by(endpoint.enforcement()) {
             let device = endpoint.ifname.clone();
@@ -470,7 +502,40 @@ const SHORTEST: Duration = Duration::from_millis(1);
 mod tests {
     use std::os::unix::net::UnixListener;
 
+    use dcenet_core::provider::Place;
+
     use super::*;
+
+    #[test]
+    fn a_second_address_of_a_family_is_refused_by_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let config = PolicyConfig { pins: directory.path().join("bpf"), ..PolicyConfig::default() };
+        let sink = PinnedDefault::new(&config, directory.path());
+        let put = |addresses: &[&str]| {
+            let endpoint = Endpoint {
+                attachment: AttachmentKey {
+                    network: "shop".parse().unwrap(),
+                    container: "c1".parse().unwrap(),
+                    ifname: "eth0".parse().unwrap(),
+                },
+                ifindex: IfIndex::new(u32::MAX >> 1).unwrap(),
+                ifname: "dc0".parse().unwrap(),
+                place: Place::Host,
+                link_local: None,
+                mac: dcenet_core::model::MacAddr::new([2, 0, 0, 0, 0, 1]),
+                addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
+                workload: None,
+                labels: Default::default(),
+            };
+            sink.attach(&endpoint).unwrap_err().to_string()
+        };
+        for several in [["10.0.0.1", "fd00::1", "10.0.0.2"], ["10.0.0.1", "fd00::1", "fd00::2"]] {
+            let told = put(&several);
+            assert!(told.contains("of one family") && told.contains(several[2]), "{told}");
+        }
+        let one_of_each = put(&["10.0.0.1", "fd00::1"]);
+        assert!(!one_of_each.contains("of one family"), "{one_of_each}");
+    }
 
     /// What a client makes of telling the owner that an attachment is gone; `owner` hangs up on each connection that it
     /// takes, and takes `connections`.

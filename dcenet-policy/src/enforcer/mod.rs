@@ -342,10 +342,11 @@ impl Enforcer {
     /// As [`Enforcer::set_policies`]; the documents count as told all the same, and are tried again.
     pub fn replace_documents(&self, before: &Documents, now: &Documents) -> Result<Report, EnforcerError> {
         self.shared.change(|state| {
-            for id in before.pods.keys().filter(|id| !now.pods.contains_key(*id)) {
+            let known = |id: &PodId| now.pods.contains_key(id) || now.awaited.contains_key(id);
+            for id in before.pods.keys().chain(before.awaited.keys()).filter(|id| !known(id)) {
                 state.set_pod(id.clone(), None);
             }
-            for (id, pod) in &now.pods {
+            for (id, pod) in now.pods.iter().chain(&now.awaited) {
                 state.set_pod(id.clone(), Some(pod.clone()));
             }
             let cluster = state.cluster_mut();

@@ -78,6 +78,8 @@ pub struct Documents {
     pub nodes: BTreeMap<String, BTreeSet<IpAddr>>,
     /// The policies.
     pub policies: BTreeMap<PolicyId, Policy>,
+    /// Pods that have no address yet: what is known of them when a node gives them one. [`Documents::left_out`] names them, too.
+    pub awaited: BTreeMap<PodId, Pod>,
     /// Pods that take no part.
     pub left_out: BTreeMap<PodId, LeftOut>,
     /// Rules of policies that are closed, for they say what is not known here.
@@ -230,6 +232,7 @@ impl Documents {
         if finished {
             self.left_out.insert(id, LeftOut::Finished);
         } else if pod.addresses.is_empty() {
+            self.awaited.insert(id.clone(), pod);
             self.left_out.insert(id, LeftOut::NoAddress);
         } else {
             if pod.network == PodNetwork::Own {

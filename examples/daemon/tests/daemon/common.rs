@@ -153,9 +153,14 @@ impl Node {
 
     /// Attaches a new pod with the label `app: NAME`.
     pub fn add(&self, namespace: &str, name: &str) -> Pod {
+        self.add_with(namespace, name, json!([{ "key": "app", "value": name }]))
+    }
+
+    /// Attaches a new pod with labels, as a runtime tells them.
+    pub fn add_with(&self, namespace: &str, name: &str, labels: Value) -> Pod {
         let netns = self.host.new_pod();
         let mut conf = self.network.clone();
-        conf["args"] = json!({ "cni": { "labels": [{ "key": "app", "value": name }] } });
+        conf["args"] = json!({ "cni": { "labels": labels } });
         let args = format!("IgnoreUnknown=1;K8S_POD_NAMESPACE={namespace};K8S_POD_NAME={name}");
         let result = self.call_with(&Plugin, "ADD", name, Some(netns.path()), &args, &conf).unwrap();
         let address = result["ips"][0]["address"].as_str().unwrap_or_else(|| panic!("{result}"));

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::Write;
 
 use dcenet_core::test_support::{Rung, require};
+use serde_json::json;
 
 use crate::common::*;
 
@@ -51,6 +52,28 @@ fn no_verdict_changes_when_the_daemon_is_stopped_killed_and_started_again() {
     assert!(talks(&scan, &db, true));
     let (sent, received) = denied.stop();
     assert!(sent > 0 && received > 0, "{received} of {sent}");
+}
+
+/// As with containerd, which tells a plugin no labels.
+#[test]
+fn pods_whose_runtime_tells_no_labels_have_those_of_their_objects() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let node = Node::under_policy();
+    node.put_policy("db.yaml", DB);
+    // Nobody has told the cluster their addresses yet: they are being started.
+    let object = |name| json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": name, "namespace": "shop", "labels": { "app": name } } });
+    node.put_policy(
+        "pods.json",
+        &json!({ "apiVersion": "v1", "kind": "List", "items": [object("web"), object("db")] }).to_string(),
+    );
+    let _daemon = node.start();
+    let [web, db, scan] = ["web", "db", "scan"].map(|name| node.add_with("shop", name, json!([])));
+    assert!(talks(&web, &db, true) && !talks(&scan, &db, false));
+
+    fs::remove_file(node.policies().join("pods.json")).unwrap();
+    eventually("nobody is the policy's any more", || talks(&scan, &db, false));
 }
 
 #[test]
