@@ -1,7 +1,8 @@
 //! An append log with a snapshot: shared by any number of processes on one machine, without a daemon.
 //!
 //! # Files
-//! - `lock`: locked with flock(2) by whoever appends; also holds two hints (below). Never replaced.
+//! - `lock`: locked with flock(2) by whoever appends; also holds two hints (below). Never replaced by us; where somebody has
+//!   removed the directory and another process made it anew, whoever still has the old one open finds out when it has its lock.
 //! - `log`: frames, one a commit, each with a checksum; see `frame.rs`.
 //! - `snap`: a sorted run of all records up to the log's base; see `snapshot.rs`. Searched by positioned reads, never
 //!   read whole. Absent until the first merge.
@@ -56,7 +57,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use parking_lot::Mutex;
 
-use self::disk::Disk;
+use self::disk::{Disk, Identity};
 use self::hints::Hints;
 use self::view::{Log, Tail, View};
 use self::watch::LogWatch;
@@ -74,7 +75,7 @@ pub struct LogStore {
 #[derive(Debug)]
 struct Shared {
     disk: Disk,
-    lock: File,
+    lock: Mutex<Arc<LockFile>>,
     view: Mutex<View>,
     /// Held by the thread that flushes, for flock(2) tells processes apart, not threads of one descriptor.
     flushing: Mutex<()>,
@@ -107,17 +108,22 @@ impl LogStore {
 
     fn open_disk(disk: Disk) -> Result<Self, StoreError> {
         disk.make_dir()?;
-        let lock = disk.open_or_create(LOCK)?;
+        let lock = LockFile::open(&disk)?;
         let view = match View::open(&disk)? {
             // Fewer frames than were once durable: look again under the lock before calling it damage.
-            Some((view, Tail::Clean)) if Hints::read(&disk, &lock)?.durable_of(view.log.generation) <= view.end => view,
+            Some((view, Tail::Clean))
+                if Hints::read(&disk, &lock.file)?.durable_of(view.log.generation) <= view.end =>
+            {
+                view
+            }
             _ => {
-                disk.lock(&lock, LOCK)?;
-                let view = View::open_locked(&disk, &lock);
-                disk.unlock(&lock, LOCK);
+                disk.lock(&lock.file, LOCK)?;
+                let view = View::open_locked(&disk, &lock.file);
+                disk.unlock(&lock.file, LOCK);
                 view?
             }
         };
+        let lock = Mutex::new(Arc::new(lock));
         let shared = Shared { disk, lock, view: Mutex::new(view), flushing: Mutex::new(()) };
         Ok(Self { shared: Arc::new(shared) })
     }
@@ -143,26 +149,43 @@ impl Shared {
             }
         };
         if !clean {
-            self.locked(|| View::open_locked(&self.disk, &self.lock).map(|fresh| *view = fresh))?;
+            self.locked(|lock| View::open_locked(&self.disk, &lock.file).map(|fresh| *view = fresh))?;
         }
         Ok(())
     }
 
-    fn locked<T>(&self, work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
-        self.disk.lock(&self.lock, LOCK)?;
-        let result = work();
-        self.disk.unlock(&self.lock, LOCK);
+    fn locked<T>(&self, work: impl FnOnce(&Arc<LockFile>) -> Result<T, StoreError>) -> Result<T, StoreError> {
+        let mut held = self.lock.lock();
+        self.take(&mut held)?;
+        let result = work(&held);
+        self.disk.unlock(&held.file, LOCK);
         result
+    }
+
+    /// Locks the lock that the directory has now. Whoever has opened the store since the directory was replaced locks that one.
+    fn take(&self, held: &mut Arc<LockFile>) -> Result<(), StoreError> {
+        loop {
+            self.disk.lock(&held.file, LOCK)?;
+            let found = self.disk.identity(LOCK);
+            if matches!(&found, Ok(found) if *found == Some(held.identity)) {
+                return Ok(());
+            }
+            self.disk.unlock(&held.file, LOCK);
+            found?;
+            tracing::warn!(dir = %self.disk.path("").display(), "the store's directory was replaced; opening it anew");
+            self.disk.make_dir()?;
+            *held = Arc::new(LockFile::open(&self.disk)?);
+        }
     }
 
     /// Brings the view up to date and makes it fit to append to. The caller holds the lock. Returns up to where the log
     /// is known to be durable.
-    fn refresh_locked(&self, view: &mut View) -> Result<u64, StoreError> {
+    fn refresh_locked(&self, view: &mut View, lock: &LockFile) -> Result<u64, StoreError> {
         let sound = view.current(&self.disk)? && !view.log.stale && view.catch_up(&self.disk)? == Tail::Clean;
         if !sound {
-            *view = View::open_locked(&self.disk, &self.lock)?;
+            *view = View::open_locked(&self.disk, &lock.file)?;
         }
-        let hints = Hints::read(&self.disk, &self.lock)?;
+        let hints = Hints::read(&self.disk, &lock.file)?;
         if hints.distrusted == view.log.generation {
             tracing::warn!(dir = %self.disk.path("").display(), "rewriting the store after a failed flush");
             view.merge(&self.disk)?;
@@ -175,11 +198,11 @@ impl Shared {
     fn commit_all(&self, batches: &[Batch]) -> Result<Vec<Outcome>, StoreError> {
         let (mut outcomes, written) = {
             let mut view = self.view.lock();
-            self.locked(|| self.apply(&mut view, batches))?
+            self.locked(|lock| self.apply(&mut view, batches, lock))?
         };
         let committed = outcomes.iter_mut().filter(|outcome| matches!(outcome, Outcome::Committed { .. }));
-        if let Some(Written { log, end, own }) = written
-            && let Err(error) = self.make_durable(&log, end, own)
+        if let Some(written) = written
+            && let Err(error) = self.make_durable(&written)
         {
             committed.for_each(|outcome| *outcome = Outcome::Unknown { reason: error.to_string() });
         }
@@ -187,8 +210,13 @@ impl Shared {
     }
 
     /// Returns what the outcomes will be once the log is durable as far as is told beside them.
-    fn apply(&self, view: &mut View, batches: &[Batch]) -> Result<(Vec<Outcome>, Option<Written>), StoreError> {
-        let durable = self.refresh_locked(view)?;
+    fn apply(
+        &self,
+        view: &mut View,
+        batches: &[Batch],
+        lock: &Arc<LockFile>,
+    ) -> Result<(Vec<Outcome>, Option<Written>), StoreError> {
+        let durable = self.refresh_locked(view, lock)?;
         let mut frames = Vec::new();
         let staged = batches.iter().map(|batch| self.stage(view, batch, durable, &mut frames)).collect();
         let reserved = |outcomes| {
@@ -209,7 +237,8 @@ impl Shared {
             return Ok((outcomes, None));
         }
         if frames.is_empty() {
-            return Ok((outcomes, Some(Written { log: view.log.clone(), end: view.end, own: false })));
+            let (lock, log) = (Arc::clone(lock), view.log.clone());
+            return Ok((outcomes, Some(Written { lock, log, end: view.end, own: false })));
         }
         if let Err(error) = view.append(&self.disk, &frames) {
             // Frames may be there nonetheless, in part or in whole; the next to take the lock sees which. A refusal may
@@ -219,8 +248,8 @@ impl Shared {
             return Ok((outcomes, None));
         }
         // Who flushes reads this to know how much its flush covers. Without it the flush covers these frames only.
-        let own = Hints::write_end(&self.disk, &self.lock, view.log.generation, view.end).is_ok();
-        let written = Written { log: view.log.clone(), end: view.end, own };
+        let own = Hints::write_end(&self.disk, &lock.file, view.log.generation, view.end).is_ok();
+        let written = Written { lock: Arc::clone(lock), log: view.log.clone(), end: view.end, own };
         if view.wants_merge(batches.len()) {
             // The commits do not depend on it: the log only stays longer.
             if let Err(error) = view.merge(&self.disk) {
@@ -256,18 +285,18 @@ impl Shared {
         Ok(Outcome::Committed { revision })
     }
 
-    /// Returns when the log is durable up to `end`. `own` says that the caller has itself appended up to there since
-    /// the machine started, so that the noted end of the log is true.
-    fn make_durable(&self, log: &Log, end: u64, own: bool) -> Result<(), StoreError> {
+    /// Returns when it is durable.
+    fn make_durable(&self, written: &Written) -> Result<(), StoreError> {
         let _turn = self.flushing.lock();
-        self.disk.lock(&log.file, LOG)?;
-        let result = self.flush(log, end, own);
-        self.disk.unlock(&log.file, LOG);
+        self.disk.lock(&written.log.file, LOG)?;
+        let result = self.flush(written);
+        self.disk.unlock(&written.log.file, LOG);
         result
     }
 
-    fn flush(&self, log: &Log, end: u64, own: bool) -> Result<(), StoreError> {
-        let hints = Hints::read(&self.disk, &self.lock)?;
+    fn flush(&self, Written { lock, log, end, own }: &Written) -> Result<(), StoreError> {
+        let (end, lock) = (*end, &lock.file);
+        let hints = Hints::read(&self.disk, lock)?;
         if hints.distrusted == log.generation {
             return Err(StoreError::Unavailable("an earlier flush of the log failed".to_owned()));
         }
@@ -275,11 +304,11 @@ impl Shared {
         if hints.durable_generation > log.generation || hints.durable_of(log.generation) >= end {
             return Ok(());
         }
-        let covered = if own && hints.end_generation == log.generation { hints.end.max(end) } else { end };
+        let covered = if *own && hints.end_generation == log.generation { hints.end.max(end) } else { end };
         match self.disk.sync(&log.file, LOG) {
-            Ok(()) => Hints::write_durable(&self.disk, &self.lock, log.generation, covered),
+            Ok(()) => Hints::write_durable(&self.disk, lock, log.generation, covered),
             Err(error) => {
-                Hints::write_distrusted(&self.disk, &self.lock, log.generation)?;
+                Hints::write_distrusted(&self.disk, lock, log.generation)?;
                 Err(error)
             }
         }
@@ -288,10 +317,27 @@ impl Shared {
 
 /// Up to where a log must be durable before its commits are acknowledged.
 struct Written {
+    /// The one of this log's directory.
+    lock: Arc<LockFile>,
     log: Arc<Log>,
     end: u64,
-    /// As for [`Shared::make_durable`].
+    /// Whether the caller has itself appended up to there since the machine started, so that the noted end of the log is true.
     own: bool,
+}
+
+/// The file `lock`, open.
+#[derive(Debug)]
+struct LockFile {
+    file: File,
+    identity: Identity,
+}
+
+impl LockFile {
+    fn open(disk: &Disk) -> Result<Self, StoreError> {
+        let file = disk.open_or_create(LOCK)?;
+        let identity = disk.identity_of(&file, LOCK)?;
+        Ok(Self { file, identity })
+    }
 }
 
 #[async_trait]

@@ -75,6 +75,42 @@ fn another_handle_sees_every_commit_also_over_merges() {
     assert_eq!(all(&writer).len(), 2402);
 }
 
+/// Somebody removes the directory of a store that a daemon has open, and another process makes it anew: both must exclude each
+/// other still.
+#[test]
+fn a_replaced_directory_has_one_lock_for_those_of_before_and_after() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    let before = LogStore::open(&path).unwrap();
+    put(&before, "old", "v");
+    fs::remove_dir_all(&path).unwrap();
+    let after = LogStore::open(&path).unwrap();
+    put(&after, "new", "v");
+
+    let lock = fs::File::open(path.join("lock")).unwrap();
+    lock.lock().unwrap();
+    std::thread::scope(|scope| {
+        let (done, is_done) = std::sync::mpsc::channel();
+        let store = &before;
+        scope.spawn(move || {
+            put(store, "late", "v");
+            done.send(()).unwrap();
+        });
+        let early = is_done.recv_timeout(std::time::Duration::from_millis(300));
+        assert!(early.is_err(), "it waits for the lock of the directory that is there");
+        lock.unlock().unwrap();
+        is_done.recv_timeout(std::time::Duration::from_secs(60)).expect("it goes on then");
+    });
+    let keys: Vec<String> = all(&after).iter().map(|(key, _)| String::from_utf8_lossy(key).into_owned()).collect();
+    assert_eq!(keys, ["late", "late+", "new", "new+"]);
+    assert_eq!(all(&before), all(&after));
+
+    // Removed, and made anew by nobody: the next commit does.
+    fs::remove_dir_all(&path).unwrap();
+    put(&before, "alone", "v");
+    assert_eq!(all(&LogStore::open(&path).unwrap()).len(), 2);
+}
+
 #[test]
 fn a_log_torn_at_any_byte_keeps_what_was_acknowledged() {
     let dir = tempfile::tempdir_in("/dev/shm").unwrap();
