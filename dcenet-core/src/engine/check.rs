@@ -198,10 +198,16 @@ fn observe(socket: &mut Socket, steps: &[Step], target: Target) -> Result<Observ
             let Some(link) = look_up(socket, name)? else { continue };
             let addresses = socket.dump(&netlink::address_dump(Some(link.index)))?;
             seen.addresses.extend(addresses.iter().filter_map(|r| AddressView::parse(&r.payload)));
-            let routes = socket.dump(&netlink::route_dump(Some(link.index)))?;
-            seen.routes.extend(routes.iter().filter_map(|r| RouteView::parse(&r.payload)));
+            if target == Target::Host {
+                let routes = socket.dump(&netlink::route_dump(Some(link.index)))?;
+                seen.routes.extend(routes.iter().filter_map(|r| RouteView::parse(&r.payload)));
+            }
             seen.links.push(link);
         }
+    }
+    if target == Target::Pod && !seen.links.is_empty() {
+        // Those of the pod's other networks count, too.
+        seen.routes = socket.routes()?;
     }
     if neighbours {
         let all = socket.dump(&netlink::neighbour_dump())?;
@@ -329,7 +335,11 @@ fn compare(step: &Step, here: &Observed, there: &Observed, record: &Record, drif
             let Some(found) = find(here, link) else { return };
             // In a pod with several networks the first has the route to where several lead.
             let table = route.table.unwrap_or(u32::from(libc::RT_TABLE_MAIN));
-            let others = |r: &RouteView| target == Target::Pod && r.link != Some(found.index) && r.table == table;
+            let metric = route.metric.unwrap_or(if route.destination.addr().is_ipv4() { 0 } else { METRIC_V6 });
+            let others = |r: &RouteView| {
+                let is_like_it = (r.table, r.metric, r.kind) == (table, metric, libc::RTN_UNICAST);
+                target == Target::Pod && is_like_it && r.link.is_some_and(|link| link != found.index)
+            };
             let own = |r: &RouteView| r.gateway == route.gateway && r.link == Some(found.index);
             let there = here.routes.iter().any(|r| r.destination == route.destination.trunc() && (own(r) || others(r)));
             if !there {
@@ -360,3 +370,6 @@ fn compare(step: &Step, here: &Observed, there: &Observed, record: &Record, drif
         | Operation::AttachPolicy => {}
     }
 }
+
+/// The metric of an IPv6 route that names none (`IP6_RT_PRIO_USER`, include/uapi/linux/ipv6_route.h); of IPv4 it is 0.
+const METRIC_V6: u32 = 1024;

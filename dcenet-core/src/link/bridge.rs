@@ -126,7 +126,7 @@ impl LinkDriver for BridgeConfig {
     }
 
     fn plan(&self, request: &LinkRequest, host: &HostView) -> Result<Plan, PlanError> {
-        check_routes(&request.routes)?;
+        check_routes(request)?;
         refuse_vlan(self.kind(), &request.addresses)?;
         let mtu = device_mtu(self.mtu, &request.addresses)?;
         let key = &request.key;

@@ -39,7 +39,7 @@ impl LinkDriver for DummyConfig {
 
     fn plan(&self, request: &LinkRequest, _: &HostView) -> Result<Plan, PlanError> {
         refuse_policy(request, self.kind())?;
-        check_routes(&request.routes)?;
+        check_routes(request)?;
         refuse_vlan(self.kind(), &request.addresses)?;
         let mtu = device_mtu(self.mtu, &request.addresses)?;
         let end = End { name: request.key.ifname.clone(), mac: request.mac };

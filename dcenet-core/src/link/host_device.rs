@@ -103,7 +103,7 @@ impl LinkDriver for HostDeviceConfig {
 
     fn plan(&self, request: &LinkRequest, host: &HostView) -> Result<Plan, PlanError> {
         refuse_policy(request, self.kind())?;
-        check_routes(&request.routes)?;
+        check_routes(request)?;
         refuse_vlan(self.kind(), &request.addresses)?;
         let mtu = device_mtu(self.mtu, &request.addresses)?;
         let Some(link) = host.link(&self.device) else {

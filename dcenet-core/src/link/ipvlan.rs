@@ -111,7 +111,7 @@ impl LinkDriver for IpvlanConfig {
 
     fn plan(&self, request: &LinkRequest, host: &HostView) -> Result<Plan, PlanError> {
         self.check_policy(request)?;
-        check_routes(&request.routes)?;
+        check_routes(request)?;
         refuse_vlan(self.kind(), &request.addresses)?;
         let mtu = device_mtu(self.mtu, &request.addresses)?;
         let parent = parent_of(host, &self.parent, mtu)?;

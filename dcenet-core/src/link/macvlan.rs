@@ -156,8 +156,7 @@ impl MacvlanConfig {
         for address in of_host.map(|a| a.address).filter(|a| leased.iter().any(|l| same_family(l, a))) {
             let (link, mac) = (pod.name.clone(), mac);
             if !leased.iter().any(|l| l.contains(&address.addr())) {
-                let route = direct(address.addr().into());
-                plan.steps.push(Step::new(Target::Pod, Operation::AddRoute { link: link.clone(), route }));
+                plan.steps.push(pod_end::pod_route(&link, direct(address.addr().into())));
             }
             let address = address.addr();
             plan.steps.push(Step::new(Target::Pod, Operation::AddNeighbour { link, address, mac }));
@@ -193,7 +192,7 @@ impl LinkDriver for MacvlanConfig {
 
     fn plan(&self, request: &LinkRequest, host: &HostView) -> Result<Plan, PlanError> {
         self.check()?;
-        check_routes(&request.routes)?;
+        check_routes(request)?;
         refuse_vlan(self.kind(), &request.addresses)?;
         let mtu = device_mtu(self.mtu, &request.addresses)?;
         let parent = parent_of(host, &self.parent, mtu)?;

@@ -262,9 +262,25 @@ fn gateway_of(route: &LeasedRoute, addresses: &[LeasedAddress]) -> Option<IpAddr
     route.gateway.or_else(|| addresses.iter().filter_map(|a| a.gateway).find(same_family))
 }
 
-/// Refuses routes whose gateway is of the other family, before the kernel does it with fewer words.
-fn check_routes(routes: &[LeasedRoute]) -> Result<(), PlanError> {
-    for route in routes {
+/// Refuses routes whose gateway is of the other family, before the kernel does it with fewer words, and those of which only one
+/// could be: two to one destination, or one to the subnet that the pod is in by its address.
+fn check_routes(request: &LinkRequest) -> Result<(), PlanError> {
+    for (index, route) in request.routes.iter().enumerate() {
+        let destination = route.destination.trunc();
+        let twice = request.routes[..index].iter().any(|other| other.destination.trunc() == destination);
+        // The kernel gives IPv6 routes of its own and of others different metrics.
+        let is_own = |a: &LeasedAddress| a.address.trunc() == destination && destination.addr().is_ipv4();
+        let reason = if twice {
+            "another route has the same destination; keep one"
+        } else if request.addresses.iter().any(is_own) {
+            "the pod's address is in this subnet, which leads there by itself; remove the route"
+        } else {
+            ""
+        };
+        if !reason.is_empty() {
+            let (field, value) = ("routes[].dst", route.destination.to_string());
+            return Err(PlanError::Invalid { field, value, reason: reason.to_owned() });
+        }
         if let Some(gateway) = route.gateway
             && gateway.is_ipv4() != route.destination.addr().is_ipv4()
         {

@@ -174,7 +174,9 @@ pub(super) fn routes(link: &IfName, request: &LinkRequest, steps: &mut Vec<Step>
     }
 }
 
-/// Adds a route that another network of the pod may lead to as well: the first has it, as with the reference plugins.
+/// Adds a route. Where another network of the pod has one to the same destination already, that stays the only one: an address
+/// that was there before keeps its way out. The reference plugins 1.1 let the last network have it (IPv4) or all (IPv6), and those
+/// before the first. When the first network is taken away alone, the pod has none until this one is attached anew.
 pub(super) fn pod_route(link: &IfName, route: RouteSpec) -> Step {
     Step::new(Target::Pod, Operation::AddRoute { link: link.clone(), route }).content_with(&[libc::EEXIST])
 }

@@ -65,7 +65,7 @@ impl LinkDriver for TapConfig {
 
     fn plan(&self, request: &LinkRequest, _: &HostView) -> Result<Plan, PlanError> {
         refuse_policy(request, self.kind())?;
-        check_routes(&request.routes)?;
+        check_routes(request)?;
         refuse_vlan(self.kind(), &request.addresses)?;
         let mtu = device_mtu(self.mtu, &request.addresses)?;
         let ethernet = self.mode == TapMode::Tap;

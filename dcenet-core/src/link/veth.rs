@@ -76,7 +76,7 @@ pub(super) struct Domain<'a> {
 
 impl<'a> RoutedPair<'a> {
     pub(super) fn new(kind: &str, request: &'a LinkRequest, mtu: Option<Mtu>) -> Result<Self, PlanError> {
-        check_routes(&request.routes)?;
+        check_routes(request)?;
         refuse_vlan(kind, &request.addresses)?;
         let mtu = device_mtu(mtu, &request.addresses)?;
         let key = &request.key;

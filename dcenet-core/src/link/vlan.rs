@@ -73,7 +73,7 @@ impl LinkDriver for VlanConfig {
     fn plan(&self, request: &LinkRequest, host: &HostView) -> Result<Plan, PlanError> {
         let id = self.vlan(request)?;
         refuse_policy(request, self.kind())?;
-        check_routes(&request.routes)?;
+        check_routes(request)?;
         let mtu = device_mtu(self.mtu, &request.addresses)?;
         parent_of(host, &self.parent, mtu)?;
         let end = End { name: request.key.ifname.clone(), mac: request.mac };
