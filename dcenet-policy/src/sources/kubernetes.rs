@@ -361,8 +361,9 @@ fn read<'a>(at: &At<'a>, item: Option<ItemKind<'a>>, objects: &mut Objects<'a>) 
             Object::Policy(networkpolicy::read_policy(at, kind_needed)?)
         }
         (native::API_VERSION, native::KIND) => Object::Policy(native::read_policy(at, kind_needed)?),
-        (version, native::KIND) if version.starts_with("dcenet.io/") => {
-            return Err(fields.field("apiVersion").invalid(format!("must be {}", native::API_VERSION)));
+        (version, _) if version.starts_with("dcenet.io/") => {
+            let known = format!("{} {}", native::API_VERSION, native::KIND);
+            return Err(kind.invalid(format!("{version} {kind_text} is not known; of this group {known} is")));
         }
         (version, policy) if policy.ends_with("NetworkPolicy") => {
             let Some(of_cluster) = clusternetworkpolicy::Kind::of(version, policy) else {

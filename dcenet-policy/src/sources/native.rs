@@ -25,7 +25,7 @@
 //! | `spec.ingress[].from`, `spec.egress[].to` | missing: anybody. A list of `pods`, `cidrs` or `notCidrs` |
 //! | `pods` | `namespaceSelector` and `podSelector`; without the former the policy's namespace, and for the cluster's all |
 //! | `cidrs`, `except` | addresses of pods or not, but those of the exceptions |
-//! | `notCidrs` | addresses of either family, but these |
+//! | `notCidrs` | addresses but these. The list names prefixes of both families, or the whole of the one that is not meant (`"::/0"`): what a list of one family should mean for the other cannot be guessed |
 //! | `services` | missing: everything. A list of `protocol` with `ports`, `notPorts`, or `type` and `code` |
 //! | `protocol` | `tcp`, `udp`, `sctp`, `icmp`, `icmpv6` or a number (IANA, Assigned Internet Protocol Numbers) |
 //! | `ports`, `notPorts` | numbers, ranges as `8000-8100`; `ports` also names that pods give to theirs |
@@ -278,12 +278,21 @@ fn peer(at: &At<'_>, owner: Owner<'_>, peers: &mut Vec<Peer>) -> Result<(), Sour
         peers.push(Peer::Pods(PodMatch { namespaces, pods: selector(&fields.field("podSelector"))? }));
     } else if not.value.is_some() {
         let holes = prefixes(&not)?;
+        if holes.iter().all(|hole| hole.addr().is_ipv4()) || holes.iter().all(|hole| hole.addr().is_ipv6()) {
+            return Err(not.invalid(
+                "must name prefixes of both families; add \"::/0\" or 0.0.0.0/0 if no address of the other is meant",
+            ));
+        }
+        let before = peers.len();
         for cidr in [IpNet::V4(Ipv4Net::default()), IpNet::V6(Ipv6Net::default())] {
             let except: Vec<IpNet> = holes.iter().copied().filter(|hole| cidr.contains(hole)).collect();
             // Where all of a family is excluded nothing is left of it.
             if !except.contains(&cidr) {
                 peers.push(Peer::Block(IpBlock { cidr, except }));
             }
+        }
+        if peers.len() == before {
+            return Err(not.invalid("leaves no address; name the prefixes that are meant"));
         }
     } else {
         let blocks = prefixes(&cidrs)?;
@@ -398,6 +407,8 @@ fn port(at: &At<'_>, ports: &mut Vec<PortSpec>) -> Result<(), SourceError> {
     let (first, last) = text.split_once('-').unwrap_or((text, text));
     ports.push(match (numbers(first), numbers(last)) {
         (Some(first @ 1..), Some(last)) if first <= last => PortSpec::Range { first, last },
+        // No name of a port, but a range that is misspelt, which would match nothing.
+        (Some(_), None) if text.contains('-') => return Err(at.invalid(RULE)),
         _ if is_port_name(text) => PortSpec::Named(text.to_owned()),
         _ => return Err(at.invalid(RULE)),
     });
@@ -473,8 +484,8 @@ mod tests {
             "10.0.0.0/8 but [10.1.0.0/16], fd00::/8 but []",
             "what an exception covers whole is not there"
         );
-        assert_eq!(blocks("{notCidrs: [10.0.0.0/8]}"), "0.0.0.0/0 but [10.0.0.0/8], ::/0 but []");
-        assert_eq!(blocks("{notCidrs: [0.0.0.0/0]}"), "::/0 but []");
+        assert_eq!(blocks("{notCidrs: [10.0.0.0/8, 'fd00::/8']}"), "0.0.0.0/0 but [10.0.0.0/8], ::/0 but [fd00::/8]");
+        assert_eq!(blocks("{notCidrs: [10.0.0.0/8, '::/0']}"), "0.0.0.0/0 but [10.0.0.0/8]");
     }
 
     #[test]
@@ -518,6 +529,19 @@ mod tests {
             (
                 rule("to: [{cidrs: [10.0.0.0/8], except: [10.1.0.0/16, 11.0.0.0/16]}]"),
                 "spec.egress[0].to[0].except[1]: \"11.0.0.0/16\": must be a strict subset of one of cidrs",
+            ),
+            (
+                rule("to: [{notCidrs: [10.0.0.0/8]}]"),
+                "spec.egress[0].to[0].notCidrs: [\"10.0.0.0/8\"]: must name prefixes of both families; add \"::/0\" or 0.0.0.0/0 \
+                 if no address of the other is meant",
+            ),
+            (
+                rule("to: [{notCidrs: [0.0.0.0/0, '::/0']}]"),
+                "spec.egress[0].to[0].notCidrs: [\"0.0.0.0/0\",\"::/0\"]: leaves no address; name the prefixes that are meant",
+            ),
+            (
+                rule("services: [{protocol: tcp, ports: [8000-81o0]}]"),
+                "spec.egress[0].services[0].ports[0]: \"8000-81o0\": must be a number from 1 to 65535, a range",
             ),
             (rule("to: [{notCidrs: []}]"), "spec.egress[0].to[0].notCidrs: []: must have at least one prefix"),
             (

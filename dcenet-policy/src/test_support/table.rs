@@ -153,6 +153,16 @@ impl Table {
                     let yaml: Vec<&str> = lines.iter().map(|(_, line)| *line).collect();
                     let read = Documents::default().with_yaml("apply", &yaml.join("\n"));
                     let read = read.map_err(|e| error(number, &e.to_string()))?;
+                    let counts = [
+                        read.unused.len(),
+                        read.pods.len(),
+                        read.left_out.len(),
+                        read.namespaces.len(),
+                        read.closed.len(),
+                    ];
+                    if counts != [0; 5] || read.policies.is_empty() {
+                        return Err(error(number, "must hold policies, and nothing else"));
+                    }
                     for policy in read.policies.into_values() {
                         state.cluster.insert_policy(policy);
                     }
