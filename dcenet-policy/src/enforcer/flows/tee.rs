@@ -92,13 +92,9 @@ impl FlowSink for Tee<'_> {
     fn flush(&mut self) -> io::Result<()> {
         let mut failed = Vec::new();
         for branch in &mut self.branches {
-            if branch.failed.is_none()
-                && let Err(error) = branch.sink.flush()
-            {
+            // One that has failed may work again, and then its own output says what it lacks; its first error tells why.
+            if let Err(error) = branch.tell_missed().and_then(|()| branch.sink.flush()) {
                 branch.fail(error);
-            } else if branch.failed.is_some() {
-                // It may work again, and then its own output says what it lacks; if not, its first error tells why.
-                let _ = branch.tell_missed().and_then(|()| branch.sink.flush());
             }
             failed.extend(branch.failed.take().map(|error| (branch.name.clone(), error)));
         }
@@ -195,6 +191,21 @@ mod tests {
             assert_eq!(flaky.losses().undelivered, 9 - flows, "call {call}");
             assert_eq!(flaky.losses().full, 21, "call {call}");
         }
+    }
+
+    /// It fails, and fails again where it is to be told of that.
+    #[test]
+    fn what_a_sink_could_not_be_told_of_it_is_told_when_it_works_again() {
+        let last = LastFlows::new(1000);
+        let mut tee = Tee::new().with("flaky", FlakySink::failing_at(FlakySink::failing_at(&last, 0), 0));
+        let flow = &flows()[0];
+        tee.flow(flow).unwrap();
+        assert_eq!(tee.flush().unwrap_err().to_string(), "flaky: the sink is broken");
+        assert_eq!((last.flows().len(), last.losses().undelivered), (0, 0));
+        // Nobody reports losses in the drain that follows.
+        tee.flow(flow).unwrap();
+        tee.flush().unwrap();
+        assert_eq!((last.flows().len(), last.losses().undelivered), (1, 1));
     }
 
     #[test]
