@@ -209,8 +209,8 @@ fn events_about_drops_are_limited_and_the_others_counted() {
     let limit = pod.limit();
     assert_eq!(told + limit.limited, 100);
     assert_eq!(limit.lost, 0);
-    // A window may have ended meanwhile, on a busy machine several.
-    assert!((5..=50).contains(&told) && told % 5 == u64::from(limit.used) % 5, "{told} events, {limit:?}");
+    // A window may have ended meanwhile, on a busy machine several, and the first at any packet.
+    assert!((5..=50).contains(&told) && limit.used <= 5, "{told} events, {limit:?}");
 }
 
 /// One ring serves all: a pod that opens flows as fast as it can, or sends where every packet is sampled, must not take the
