@@ -42,7 +42,12 @@ impl Emitter<'_> {
     pub(super) fn slot(&mut self) {
         self.asm.mov(R6, R1);
         match self.slot {
-            Slot::Class | Slot::Guarded => self.asm.load(Size::W, R8, R6, SKB_TC_CLASSID).and(R8, 0xffff),
+            Slot::Class => self.asm.load(Size::W, R8, R6, SKB_TC_CLASSID).and(R8, 0xffff),
+            // What the guard has written is for nobody else: later programs and qdiscs would take it for a class.
+            Slot::Guarded => {
+                let read = self.asm.load(Size::W, R8, R6, SKB_TC_CLASSID).and(R8, 0xffff);
+                read.store(Size::W, R6, SKB_TC_CLASSID, 0)
+            }
             Slot::Constant(slot) => self.asm.mov(R8, i32::from(slot)),
             // The cell of nobody has no addresses.
             Slot::Nobody => self.asm.mov(R8, 0),

@@ -3,9 +3,11 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use dcenet_core::test_support::{Rung, require};
-use dcenet_ebpf::abi::{Endpoint, Reason};
-use dcenet_ebpf::datapath::{self, AllowAll, DenyAll};
+use dcenet_ebpf::abi::{self, Endpoint, Reason};
+use dcenet_ebpf::datapath::guard::FROM_GUARDED;
+use dcenet_ebpf::datapath::{self, AllowAll, DenyAll, EmitClassifier, Slot, Spec};
 use dcenet_ebpf::test_support::packet::*;
+use dcenet_ebpf::vm::{Environment, Maps, Skb, Update, Vm};
 
 use crate::harness::*;
 
@@ -859,5 +861,31 @@ fn a_frame_for_another_ethernet_address_does_not_reach_the_pod() {
     for (packet, reply) in flows(Ingress).iter().zip(flows(Egress)) {
         assert_eq!(pod.run_bytes(Ingress, &to(packet, others[0])), Some(Reason::Allowed));
         assert_ne!(pod.run_bytes(Egress, &to(&reply, others[0])), Some(Reason::OtherHost));
+    }
+}
+
+/// By which the guard tells its judge the pod: a later program, or a queueing discipline, would take it for a class.
+#[test]
+fn what_judges_for_a_guard_leaves_no_class_behind() {
+    let sizes = small();
+    let (open, shut) = (AllowAll { rule: 1 }, DenyAll { rule: 3 });
+    let of = |classifier: &dyn EmitClassifier| {
+        let spec = Spec { slot: Slot::Guarded, ..Spec::new(&sizes, classifier, classifier) };
+        datapath::program(&spec).unwrap()
+    };
+    let objects = [of(&open), of(&shut), datapath::default_program_of(&sizes, Slot::Guarded).unwrap()];
+    for (object, passes) in objects.iter().zip([true, false, false]) {
+        let mut vm = Vm::new(&object.link(FROM_GUARDED).unwrap()).unwrap();
+        let mut maps = Maps::new(object.maps());
+        let cell = endpoint().encode();
+        maps.get_mut(abi::ENDPOINTS).unwrap().update(&5u32.to_ne_bytes(), &cell, Update::Any).unwrap();
+        for (slot, passes) in [(5, passes), (6, false)] {
+            let packet = eth().ipv4(POD4, PEER4).udp(40_000, 53).bytes();
+            let mut skb = Skb { tc_classid: slot, ..Skb::new(packet) };
+            let run = vm.run(&mut skb, &mut maps, &mut Environment::default()).unwrap_or_else(|trap| panic!("{trap}"));
+            // TC_ACT_UNSPEC and TC_ACT_SHOT (include/uapi/linux/pkt_cls.h).
+            assert_eq!(run.value.cast_signed(), if passes { -1 } else { 2 }, "slot {slot}");
+            assert_eq!(skb.tc_classid, 0, "slot {slot}");
+        }
     }
 }
