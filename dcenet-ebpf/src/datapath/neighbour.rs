@@ -8,12 +8,14 @@ use crate::insn::{Cond, Reg::*, Size, SwapWidth};
 
 impl Emitter<'_> {
     /// ARP (RFC 826) at offset `R7`. Towards the pod it passes; from the pod it is a request or a reply, and its sender must
-    /// be the pod, or unspecified while the pod asks for its own address (RFC 5227, section 1.1). Either way no more follows
-    /// than the padding of a short frame (IEEE 802.3, clause 3.2.8), for ARP passes whatever the policy is.
+    /// be the pod, or unspecified while the pod asks for its own address (RFC 5227, section 1.1). No more follows than the
+    /// padding of a short frame (IEEE 802.3, clause 3.2.8), for ARP passes whatever the policy is; towards the pod, [`SLACK`] in
+    /// addition.
     pub(super) fn arp(&mut self) {
         let pass = self.pass(Reason::Neighbour);
         let (refused, malformed) = (self.drop(Reason::NeighbourRefused), self.drop(Reason::Malformed));
-        self.asm.load(Size::W, R1, R6, SKB_LEN).mov(R2, R7).add(R2, LEAST_DATA).jump_if(Cond::Gt, R1, R2, refused);
+        let most = if self.direction == Direction::Ingress { LEAST_DATA + SLACK } else { LEAST_DATA };
+        self.asm.load(Size::W, R1, R6, SKB_LEN).mov(R2, R7).add(R2, most).jump_if(Cond::Gt, R1, R2, refused);
         if self.direction == Direction::Ingress {
             self.asm.jump(pass);
             return;
@@ -249,6 +251,10 @@ const ARP_REPLY: u16 = 2;
 
 /// What an Ethernet frame carries at the least (IEEE 802.3, clause 4A.4.2: `minFrameSize` without addresses, type and FCS).
 const LEAST_DATA: i32 = 46;
+
+/// What devices and switches add behind a frame from the wire: the FCS that a device leaves there (`rx-fcs`, ethtool(8)), and
+/// padding to the length that a longer, tagged or encapsulated frame had to have.
+const SLACK: i32 = 64;
 
 /// The first 16 bits of a group of link scope (RFC 4291, section 2.7).
 const LINK_GROUP: u16 = 0xff02;

@@ -106,6 +106,8 @@ impl Emitter<'_> {
                 R2,
                 slow,
             );
+            // An endpoint without an IPv4 address has that of nobody in its place.
+            self.asm.jump_if(Cond::Eq, R1, 0, slow);
         }
         self.asm.load(Size::H, R5, R7, ip + 2).be(SwapWidth::W16, R5).sub(R5, IPV4).load(Size::B, R1, R7, ip + 9);
         self.fast_ports(ETHERNET + IPV4);
@@ -221,7 +223,8 @@ impl Emitter<'_> {
     ///
     /// The pod's own are its address, groups, and in a frame for a group of the link the broadcast addresses of networks
     /// that it could be in (RFC 1122, section 3.2.1.3), which are its address with its last bits set: how long the
-    /// network's prefix is, the programs do not know. Uses `R1` to `R5`, `R8`.
+    /// network's prefix is, the programs do not know. 0.0.0.0 is no destination (RFC 1122, section 3.2.1.3), not even of an
+    /// endpoint that has no IPv4 address. Uses `R1` to `R5`, `R8`.
     fn own_destination_v4(&mut self) {
         if self.direction == Direction::Egress {
             return;
@@ -230,6 +233,7 @@ impl Emitter<'_> {
         let (malformed, other) = (self.drop(Reason::Malformed), self.drop(Reason::OtherHost));
         self.asm
             .load(Size::W, R1, R10, L3 + 16)
+            .jump_if(Cond::Eq, R1, 0, other)
             .load(Size::W, R2, R9, Endpoint::IPV4)
             .jump_if(Cond::Eq, R1, R2, own)
             .and(R1, MULTICAST_MASK.to_be().cast_signed())
