@@ -43,7 +43,7 @@ pub struct Features {
     pub ktime_boot_ns: bool,
     /// `bpf_ktime_get_coarse_ns` (Linux 5.11): a tenth of the cost of the exact clock.
     pub ktime_coarse_ns: bool,
-    /// `bpf_get_netns_cookie` in classifiers (Linux 6.15).
+    /// `bpf_get_netns_cookie` in classifiers (Linux 6.13).
     pub netns_cookie: bool,
 }
 

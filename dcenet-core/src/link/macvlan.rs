@@ -28,7 +28,7 @@
 //! direction ([`Enforcement::EgressBypassable`](crate::provider::Enforcement::EgressBypassable)). Do not grant those where policy
 //! matters, or refuse such devices by `"policy": { "require": "full" }`.
 //!
-//! From Linux 6.15 on, the owner of the policy state puts a guard on the parent, which judges there once more what pods under policy send
+//! From Linux 6.13 on, the owner of the policy state puts a guard on the parent, which judges there once more what pods under policy send
 //! to the wire and to each other, by whatever device: [`Enforcement::Guarded`](crate::provider::Enforcement::Guarded) says what that
 //! holds and what not, and `"policy": { "require": "guarded" }` refuses pods that have none. The modes `vepa` and `private` leave less
 //! open than `bridge`: in these the kernel copies no broadcast from one pod to another.

@@ -28,7 +28,7 @@
 //! * ipvlan, whose frames bear the parent's own address.
 //!
 //! # Minimum kernel version
-//! 6.15 (`bpf_get_netns_cookie` in classifiers); tcx is from 6.6.
+//! 6.13 (`bpf_get_netns_cookie` in classifiers); tcx is from 6.6.
 
 use super::emitter::{Emitter, SKB_IFINDEX, SKB_TC_CLASSID, TC_ACT_UNSPEC};
 use super::{DatapathError, Judgement, Slot, frame};

@@ -75,7 +75,7 @@ helpers! {
     /// `(skb, &params, size, flags)`: looks up route and neighbour.
     FibLookup = 69 "bpf_fib_lookup";
     /// `(skb)`: the number of the network namespace of the packet's socket; that of the first one where there is no socket.
-    /// Classifiers have it since Linux 6.15.
+    /// Classifiers have it since Linux 6.13.
     GetNetnsCookie = 122 "bpf_get_netns_cookie";
     /// `()`: nanoseconds since boot with suspend. Since Linux 5.8.
     KtimeGetBootNs = 125 "bpf_ktime_get_boot_ns";

@@ -104,7 +104,7 @@ pub enum ClientError {
     /// The configuration wants a guard, and there is none.
     #[error(
         "policy.require \"guarded\": no guard is on the parent of device {device}, which lives in the pod ({enforcement:?}); it takes \
-         a macvlan and Linux 6.15; use one, a bridge or veth, or say \"any\""
+         a macvlan and Linux 6.13; use one, a bridge or veth, or say \"any\""
     )]
     Unguarded {
         /// The device.

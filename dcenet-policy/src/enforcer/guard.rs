@@ -11,7 +11,7 @@
 //! of unpoliced macvlans and of the host it sees no more than the Ethernet source.
 //!
 //! # Minimum kernel version
-//! 6.15; without there is no guard, and endpoints stay
+//! 6.13; without there is no guard, and endpoints stay
 //! [`EgressBypassable`](dcenet_core::provider::Enforcement::EgressBypassable).
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -77,7 +77,7 @@ impl Guard {
         let has_all = Features::probe().is_ok_and(|features| features.tcx && features.netns_cookie);
         if !has_all {
             tracing::debug!(
-                "the kernel has no bpf_get_netns_cookie for classifiers (Linux 6.15): no guards on parents"
+                "the kernel has no bpf_get_netns_cookie for classifiers (Linux 6.13): no guards on parents"
             );
             return Ok(None);
         }

@@ -63,7 +63,7 @@
 //! | Device | What holds its programs | Where the programs learn the slot | What the pod sends | [`Enforcement`] |
 //! |---|---|---|---|---|
 //! | the host's end of a pair | filters of clsact, by [`Tools::attacher`] | the filter's class | comes in | `Full` |
-//! | in the pod: macvlan | pinned tcx links (Linux 6.6), and on the parent (Linux 6.15) | a constant | goes out | `Guarded` |
+//! | in the pod: macvlan | pinned tcx links (Linux 6.6), and on the parent (Linux 6.13) | a constant | goes out | `Guarded` |
 //! | in the pod: ipvlan, or no guard | pinned tcx links (Linux 6.6) | a constant | goes out | `EgressBypassable` |
 //!
 //! Verdicts, cells, flows and tables are the same for both. Equal policies share one program on the host; in pods they share

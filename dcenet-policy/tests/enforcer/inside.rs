@@ -413,7 +413,7 @@ fn who_wants_a_guard_gets_it_or_is_refused() {
         assert_eq!(world.missing("scan"), None, "it is there again");
     } else {
         let error = world.try_add("web", 2, &[]).unwrap_err();
-        assert!(error.contains("policy.require \"guarded\"") && error.contains("Linux 6.15"), "{error}");
+        assert!(error.contains("policy.require \"guarded\"") && error.contains("Linux 6.13"), "{error}");
         assert_eq!(world.links("web").len(), 0);
     }
     // Nobody else can put it there.
