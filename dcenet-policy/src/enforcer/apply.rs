@@ -20,6 +20,7 @@ use parking_lot::Mutex;
 
 use super::cells::Cells;
 use super::flows::{self, Names};
+use super::guard::Judge;
 use super::inside::{Holds, on_device};
 use super::node::{NodeMaps, create, program_name};
 use super::state::{Known, Outcome, Shared};
@@ -75,6 +76,8 @@ struct ProgramKey {
     policy: PolicyKey,
     /// Of devices in pods, where it is a constant of the programs.
     slot: Option<u16>,
+    /// Whether a guard is wanted, which has a program of its own judge.
+    guarded: bool,
 }
 
 /// What makes two endpoints' policy the same: code and local ids of both directions.
@@ -89,7 +92,7 @@ struct PolicyKey {
 struct Programs {
     from_pod: Loaded,
     to_pod: Loaded,
-    /// What the guard on the parent of a device in a pod has judge once more, where there is one.
+    /// What the guard on the parent of a device in a pod has judge once more, where one is wanted.
     guarded: Option<Arc<Loaded>>,
     key: ProgramKey,
     /// Keeps the diagrams, and thus the key, from being used by others.
@@ -292,7 +295,7 @@ impl Applier {
                     }
                 }
             };
-            let wanted = ProgramKey { policy: policy_key(plan), slot };
+            let wanted = ProgramKey { policy: policy_key(plan), slot, guarded: slot.is_some() && known.guarded };
             let in_force = self.endpoints.get(key);
             if in_force.is_some_and(|e| e.programs.key == wanted && e.addresses == known.endpoint.addresses) {
                 continue;
@@ -343,8 +346,7 @@ impl Applier {
             loaded.take_program(name).ok_or_else(missing)
         };
         let (from_pod, to_pod) = (take(HookDirection::Ingress)?, take(HookDirection::Egress)?);
-        let has_guard = key.slot.is_some() && shared.guard.is_some();
-        let guarded = if has_guard { Some(self.load_guarded(shared, plan, key.policy)?) } else { None };
+        let guarded = if key.guarded { Some(self.load_guarded(shared, plan, key.policy)?) } else { None };
         Ok(Arc::new(Programs { from_pod, to_pod, guarded, key, plan: plan.clone() }))
     }
 
@@ -588,8 +590,8 @@ impl Shared {
                 first.get_or_insert(AttachError::NotAttached { hook }.into());
             }
         }
-        if let (Some(guard), Some(judge)) = (&self.guard, &programs.guarded)
-            && let Err(error) = guard.cover(&self.host.0, endpoint, slot, judge)
+        if let Some(judge) = &programs.guarded
+            && let Err(error) = self.cover(endpoint, slot, Judge::Own(judge))
         {
             first.get_or_insert(error);
         }

@@ -103,14 +103,16 @@ pub enum ClientError {
     },
     /// The configuration wants a guard, and there is none.
     #[error(
-        "policy.require \"guarded\": no guard is on the parent of device {device}, which lives in the pod ({enforcement:?}); it takes \
-         a macvlan and Linux 6.13; use one, a bridge or veth, or say \"any\""
+        "policy.require \"guarded\": no guard is on the parent of device {device}, which lives in the pod ({enforcement:?}): {reason}. It \
+         takes a macvlan and Linux 6.13; use one, a bridge or veth, or say \"any\""
     )]
     Unguarded {
         /// The device.
         device: IfName,
         /// What the owner says that it holds.
         enforcement: Enforcement,
+        /// Why no more.
+        reason: String,
     },
     /// The pod could pass its policy by, and the configuration wants one that it cannot.
     #[error(
@@ -221,9 +223,10 @@ impl<A: Attacher> PinnedDefault<A> {
     /// Asks the owner whether there is a guard.
     fn guarded(&self, endpoint: &Endpoint) -> Result<(), ClientError> {
         match self.ask(&Request::Enforcement { attachment: endpoint.attachment.clone() }, NOTE_LIMIT)? {
-            Reply::Holds { enforcement } if self.require.is_met_by(enforcement) => Ok(()),
-            Reply::Holds { enforcement } => {
-                Err(ClientError::Unguarded { device: endpoint.ifname.clone(), enforcement })
+            Reply::Holds { enforcement, .. } if self.require.is_met_by(enforcement) => Ok(()),
+            Reply::Holds { enforcement, reason } => {
+                let reason = reason.unwrap_or_else(|| "it was attached without one".to_owned());
+                Err(ClientError::Unguarded { device: endpoint.ifname.clone(), enforcement, reason })
             }
             _ => Err(ClientError::Refused { reason: "an answer to another question".to_owned() }),
         }
@@ -302,13 +305,18 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
                 return Err(unattached(putting(endpoint))(error));
             }
         }
-        let request = Request::Attached { endpoint: Box::new(endpoint.clone()), default: self.default };
+        let endpoint_told = Box::new(endpoint.clone());
+        let request = Request::Attached { endpoint: endpoint_told, default: self.default, guarded: needs_guard };
         let telling = || format!("tell the policy owner of {}", endpoint.attachment);
         let told = self.tell(&request, needs_guard).map_err(|e| refused(telling(), e));
         if !needs_guard {
             return told;
         }
         told.and_then(|()| self.guarded(endpoint).map_err(|e| refused(putting(endpoint), e))).inspect_err(|_| {
+            // A repeated call: the pod runs, and what it has is not this call's to take.
+            if bare.len() < BOTH.len() {
+                return;
+            }
             if let Err(left) = remove(self.attacher(endpoint), &bare, &endpoint.attachment) {
                 tracing::warn!(device = %endpoint.ifname, error = %left, "default programs stay on the device");
             }

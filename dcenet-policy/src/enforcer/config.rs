@@ -50,7 +50,7 @@ pub enum Require {
     #[default]
     Any,
     /// At least [`Enforcement::Guarded`]: on a macvlan, a guard on the parent, which only a running owner of the policy state can
-    /// put there, before the device is up. Needs Linux 6.13.
+    /// put there, before the device is up. Pods that do not say so get none. Needs Linux 6.13.
     Guarded,
     /// [`Enforcement::Full`]: a pod must not be able to pass by its own policy, whatever capabilities it has.
     Full,

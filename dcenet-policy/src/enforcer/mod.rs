@@ -63,8 +63,8 @@
 //! | Device | What holds its programs | Where the programs learn the slot | What the pod sends | [`Enforcement`] |
 //! |---|---|---|---|---|
 //! | the host's end of a pair | filters of clsact, by [`Tools::attacher`] | the filter's class | comes in | `Full` |
-//! | in the pod: macvlan | pinned tcx links (Linux 6.6), and on the parent (Linux 6.13) | a constant | goes out | `Guarded` |
-//! | in the pod: ipvlan, or no guard | pinned tcx links (Linux 6.6) | a constant | goes out | `EgressBypassable` |
+//! | in the pod: macvlan that wants a guard | as below, and on the parent (Linux 6.13) | a constant | goes out | `Guarded` |
+//! | in the pod: macvlan, ipvlan | pinned tcx links (Linux 6.6) | a constant | goes out | `EgressBypassable` |
 //!
 //! Verdicts, cells, flows and tables are the same for both. Equal policies share one program on the host; in pods they share
 //! the compiled object, in which nothing but the slot differs, and each is loaded by itself. [`PolicyConfig::require`] refuses
@@ -284,7 +284,7 @@ impl Enforcer {
         let endpoints: Vec<Endpoint> = records.iter().filter_map(endpoint_of).collect();
         self.shared.change(|state| {
             for endpoint in &endpoints {
-                state.note(endpoint, false);
+                state.note(endpoint, None);
             }
         })
     }
@@ -535,6 +535,12 @@ pub enum EnforcerError {
     /// A device could not be reached.
     #[error(transparent)]
     Attach(#[from] AttachError),
+    /// An endpoint wants a guard on its parent, and there can be none.
+    #[error("{reason}")]
+    Unguarded {
+        /// Why not.
+        reason: String,
+    },
     /// The pins could not be used.
     #[error(transparent)]
     Pins(#[from] PinError),

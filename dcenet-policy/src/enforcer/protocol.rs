@@ -6,6 +6,7 @@
 //! ```json
 //! {"version": 1, "body": {"attached": {"endpoint": {"...": "..."}, "default": "deny"}}}
 //! {"version": 2, "body": {"attached": {"endpoint": {"...": "...", "place": {"pod": {"...": "..."}}}, "default": "deny"}}}
+//! {"version": 4, "body": {"attached": {"endpoint": {"...": "..."}, "default": "deny", "guarded": true}}}
 //! {"version": 1, "body": {"gone": {"attachment": {"network": "shop", "container": "c1", "ifname": "eth0"}}}}
 //! {"version": 1, "body": {"await": {"attachment": {"...": "..."}, "limit": "5s"}}}
 //! ```
@@ -15,12 +16,13 @@
 //! | `attached` | `"noted"`, before anything is compiled |
 //! | `gone` | `"noted"`, also for an endpoint that nobody knows |
 //! | `await` | `{"enforced": {"generation": 7}}` or `{"waiting": {"reason": ".."}}`, within the request's limit |
-//! | `enforcement` | `{"holds": {"enforcement": "guarded"}}` |
+//! | `enforcement` | `{"holds": {"enforcement": "guarded"}}`, of less with a `"reason"` where more was wanted |
 //! | any | `{"refused": {"reason": ".."}}`, or `{"busy": {"reason": ".."}}`: the same later may be taken |
 //!
 //! A message bears the lowest version that has its meaning, so that releases which differ understand each other as far as they
 //! can: version 2 tells of devices in pods ([`Place::Pod`](dcenet_core::provider::Place)), version 3 asks for an endpoint's
-//! [`Enforcement`], and everything else is of version 1.
+//! [`Enforcement`], version 4 wants a guard for one ([`Enforcement::Guarded`]) or tells why there is none, and everything else is
+//! of version 1.
 //! Each side reads all versions up to [`VERSION`] and refuses others, with both numbers in the reason. Reading is pure and bounded: no input makes it panic or allocate more than
 //! [`MAX_MESSAGE`] bytes and what serde makes of them.
 
@@ -35,10 +37,16 @@ use serde::{Deserialize, Serialize};
 use super::config::{DefaultVerdict, Limit};
 
 /// The latest version of this protocol.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = WITH_GUARDS;
 
 /// The first version that tells of devices in pods.
 const WITH_PODS: u32 = 2;
+
+/// The first version that asks what policy holds.
+const WITH_ENFORCEMENT: u32 = 3;
+
+/// The first version that wants guards.
+const WITH_GUARDS: u32 = 4;
 
 /// The longest message in bytes, its length not counted: room for every label that Kubernetes lets a pod have.
 pub const MAX_MESSAGE: usize = 512 * 1024;
@@ -59,15 +67,23 @@ pub trait Message: Serialize {
 impl Message for Request {
     fn version(&self) -> u32 {
         match self {
+            Self::Attached { guarded: true, .. } => WITH_GUARDS,
             // A reader of version 1 would look for the device on the host.
             Self::Attached { endpoint, .. } if !endpoint.place.is_host() => WITH_PODS,
-            Self::Enforcement { .. } => VERSION,
+            Self::Enforcement { .. } => WITH_ENFORCEMENT,
             Self::Attached { .. } | Self::Gone { .. } | Self::Await { .. } => FIRST_VERSION,
         }
     }
 }
 
-impl Message for Reply {}
+impl Message for Reply {
+    fn version(&self) -> u32 {
+        match self {
+            Self::Holds { reason: Some(_), .. } => WITH_GUARDS,
+            _ => FIRST_VERSION,
+        }
+    }
+}
 
 /// What a client says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,6 +95,9 @@ pub enum Request {
         endpoint: Box<Endpoint>,
         /// Which default holds.
         default: DefaultVerdict,
+        /// Whether it wants a guard on its parent.
+        #[serde(default, skip_serializing_if = "is_false")]
+        guarded: bool,
     },
     /// An endpoint is no more, or will not be.
     Gone {
@@ -114,6 +133,9 @@ pub enum Reply {
     Holds {
         /// How much it is now.
         enforcement: Enforcement,
+        /// Why it is not what was wanted, where that will not change by itself.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        reason: Option<String>,
     },
     /// The limit has passed, or waiting is useless, and the verdicts before stand.
     Waiting {
@@ -130,6 +152,10 @@ pub enum Reply {
         /// Why.
         reason: String,
     },
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// Why a message cannot be read or written.
@@ -256,8 +282,8 @@ mod tests {
     fn requests() -> impl Strategy<Value = Request> {
         let labels = btree_map("[a-z./-]{0,20}", ".{0,20}", 0..5);
         let addresses = vec(any::<std::net::IpAddr>(), 0..3);
-        let attached = ("[a-z0-9]{1,20}", labels, addresses, 1u32.., any::<bool>(), any::<bool>()).prop_map(
-            |(container, labels, addresses, index, named, inside)| Request::Attached {
+        let attached = ("[a-z0-9]{1,20}", labels, addresses, 1u32.., any::<bool>(), any::<[bool; 2]>()).prop_map(
+            |(container, labels, addresses, index, named, [inside, guarded])| Request::Attached {
                 endpoint: Box::new(Endpoint {
                     attachment: key(&container),
                     ifindex: dcenet_core::model::IfIndex::new(index).unwrap(),
@@ -270,6 +296,7 @@ mod tests {
                     labels,
                 }),
                 default: DefaultVerdict::Deny,
+                guarded,
             },
         );
         prop_oneof![
@@ -339,7 +366,7 @@ mod tests {
 
     #[test]
     fn what_version_1_can_say_is_of_version_1() {
-        let attached = |place: Place| {
+        let attached = |place: Place, guarded: bool| {
             let endpoint = Endpoint {
                 attachment: key("c1"),
                 ifindex: dcenet_core::model::IfIndex::new(7).unwrap(),
@@ -351,7 +378,7 @@ mod tests {
                 workload: None,
                 labels: Default::default(),
             };
-            Request::Attached { endpoint: Box::new(endpoint), default: DefaultVerdict::Deny }
+            Request::Attached { endpoint: Box::new(endpoint), default: DefaultVerdict::Deny, guarded }
         };
         // The very bytes of a release that knew no places.
         let old = concat!(
@@ -359,22 +386,28 @@ mod tests {
             r#""ifindex":7,"ifname":"dc0","mac":"02:00:00:00:00:01","addresses":["10.0.0.1"],"workload":null,"labels":{}},"#,
             r#""default":"deny"}}}"#
         );
-        assert_eq!(String::from_utf8(encode(&attached(Place::Host)).unwrap()).unwrap(), old);
-        assert_eq!(decode::<Request>(old.as_bytes()).unwrap(), attached(Place::Host));
-        let new = String::from_utf8(encode(&attached(a_pod())).unwrap()).unwrap();
-        assert!(new.starts_with(r#"{"version":2,"#), "{new}");
+        assert_eq!(String::from_utf8(encode(&attached(Place::Host, false)).unwrap()).unwrap(), old);
+        assert_eq!(decode::<Request>(old.as_bytes()).unwrap(), attached(Place::Host, false));
+        let new = String::from_utf8(encode(&attached(a_pod(), false)).unwrap()).unwrap();
+        assert!(new.starts_with(r#"{"version":2,"#) && !new.contains("guarded"), "{new}");
+        let wanted = encode(&attached(a_pod(), true)).unwrap();
+        assert!(wanted.starts_with(br#"{"version":4,"#) && wanted.ends_with(br#""guarded":true}}}"#), "{wanted:?}");
         let asked = encode(&Request::Enforcement { attachment: key("c1") }).unwrap();
         assert!(asked.starts_with(br#"{"version":3,"body":{"enforcement":{"attachment":{"#), "{asked:?}");
-        let holds = encode(&Reply::Holds { enforcement: Enforcement::Guarded }).unwrap();
+        let holds = encode(&Reply::Holds { enforcement: Enforcement::Guarded, reason: None }).unwrap();
         assert_eq!(holds, br#"{"version":1,"body":{"holds":{"enforcement":"guarded"}}}"#);
+        let why = Reply::Holds { enforcement: Enforcement::EgressBypassable, reason: Some("no".to_owned()) };
+        let not = br#"{"version":4,"body":{"holds":{"enforcement":"egressBypassable","reason":"no"}}}"#;
+        assert_eq!(encode(&why).unwrap(), not);
+        assert_eq!(decode::<Reply>(not).unwrap(), why);
         let none = decode::<Request>(br#"{"version":0,"body":"noted"}"#).unwrap_err();
         assert!(matches!(none, ProtocolError::Version { theirs: 0 }));
     }
 
     #[test]
     fn another_version_is_named_whatever_its_body() {
-        let error = decode::<Request>(br#"{"version":4,"body":{"something":["new"]}}"#).unwrap_err();
-        assert!(matches!(error, ProtocolError::Version { theirs: 4 }));
+        let error = decode::<Request>(br#"{"version":5,"body":{"something":["new"]}}"#).unwrap_err();
+        assert!(matches!(error, ProtocolError::Version { theirs: 5 }));
         let error = decode::<Request>(br#"{"version":2,"body":{"something":["new"]}}"#).unwrap_err();
         assert!(matches!(error, ProtocolError::Malformed(_)));
     }
@@ -397,7 +430,7 @@ mod tests {
             workload: None,
             labels,
         };
-        let request = Request::Attached { endpoint: Box::new(endpoint), default: DefaultVerdict::Deny };
+        let request = Request::Attached { endpoint: Box::new(endpoint), default: DefaultVerdict::Deny, guarded: false };
         assert!(matches!(send(&mut Vec::new(), &request), Err(ProtocolError::TooLong { .. })));
     }
 }

@@ -19,7 +19,7 @@ use super::apply::{Applied, Applier};
 use super::cells::{Cells, bare_hooks};
 use super::config::DefaultVerdict;
 use super::flows::Names;
-use super::guard::Guard;
+use super::guard::{Guards, Judge, Refusal};
 use super::inside::{Holds, Inside, InsideLink, on_device};
 use super::node::{NodeMaps, default_pin, load_default, pin_defaults};
 use super::protocol::{Reply, Request};
@@ -37,8 +37,7 @@ pub(crate) struct Shared {
     pub(crate) tools: Tools,
     pub(crate) pins: Pins,
     pub(crate) inside: Inside,
-    /// None where the kernel lacks what it needs.
-    pub(crate) guard: Option<Guard>,
+    pub(crate) guards: Guards,
     pub(crate) maps: NodeMaps,
     /// Held for moments only.
     pub(crate) state: Mutex<State>,
@@ -79,6 +78,8 @@ pub(crate) struct State {
     bereft: BTreeSet<AttachmentKey>,
     /// What was found attached when the owner started: endpoints under an earlier owner's last verdicts.
     adopted: BTreeMap<AttachmentId, u16>,
+    /// Who was found under a guard then, and is not known yet: it was wanted.
+    guarded: BTreeSet<AttachmentId>,
     /// What the latest change has closed.
     pub(crate) faults: Vec<Fault>,
     node: String,
@@ -92,6 +93,8 @@ pub(crate) struct Known {
     pub(crate) slot: Option<u16>,
     pub(crate) generation: u32,
     pub(crate) failure: Option<String>,
+    /// Whether it wants a guard on its parent.
+    pub(crate) guarded: bool,
     /// The revision as of which the endpoint is what it is; 0 for one that was adopted, as its verdicts are the last of
     /// an earlier owner in any case.
     noted: u64,
@@ -131,10 +134,13 @@ impl State {
         Arc::make_mut(&mut self.cluster)
     }
 
-    /// Notes an endpoint. `newest` tells whether this is said now, or was recorded some time ago.
-    pub(crate) fn note(&mut self, endpoint: &Endpoint, newest: bool) {
+    /// Notes an endpoint: one that is told of now, and whether it wants a guard, or (`None`) one that was recorded some time ago.
+    pub(crate) fn note(&mut self, endpoint: &Endpoint, wish: Option<bool>) {
+        let was_guarded = self.guarded.remove(&endpoint.attachment.id());
+        let guarded = wish.unwrap_or(was_guarded);
         let before = self.endpoints.get(&endpoint.attachment);
-        if before.is_some_and(|known| !newest || known.endpoint == *endpoint) {
+        let is_same = |known: &Known| known.endpoint == *endpoint && known.guarded == guarded;
+        if before.is_some_and(|known| wish.is_none() || is_same(known)) {
             return;
         }
         // A device that was made anew carries the default; the same one keeps what it has.
@@ -142,11 +148,11 @@ impl State {
         // Whoever notes a change counts it afterwards.
         let noted = self.revision + 1;
         let known = match same_device {
-            Some(known) => Known { endpoint: endpoint.clone(), noted, ..known.clone() },
+            Some(known) => Known { endpoint: endpoint.clone(), guarded, noted, ..known.clone() },
             None => {
                 let slot = self.adopted.remove(&endpoint.attachment.id());
                 let (phase, noted) = if slot.is_some() { (Phase::Enforced, 0) } else { (Phase::Default, noted) };
-                Known { endpoint: endpoint.clone(), phase, slot, generation: 0, failure: None, noted }
+                Known { endpoint: endpoint.clone(), phase, slot, generation: 0, failure: None, guarded, noted }
             }
         };
         let (old, new) = (before.and_then(Known::pod), known.pod());
@@ -170,6 +176,7 @@ impl State {
     fn forget(&mut self, attachment: &AttachmentKey) {
         // One that is made anew with the same name has a new device, which nobody has put under verdicts.
         self.adopted.remove(&attachment.id());
+        self.guarded.remove(&attachment.id());
         let Some(known) = self.endpoints.remove(attachment) else { return };
         self.bereft.insert(attachment.clone());
         // Sources may have given its addresses to others already.
@@ -266,18 +273,18 @@ impl Shared {
         let maps = NodeMaps::open(&pins, &sizes)?;
         pin_defaults(&pins, &maps, &*tools.loader, &*tools.lowering)?;
         let inside = Inside::new(pins.clone());
-        let guard = Guard::open(&pins, &maps, &*tools.loader, &*tools.lowering)?;
+        let guards = Guards::resume(&host.0, &pins, &maps, &*tools.loader, &*tools.lowering);
         let mut used = host.0.run_here_or_there(|| attached_slots(&*tools.attacher))??;
         let in_pods = inside.slots()?;
         used.extend(in_pods.iter().map(|(slot, holder)| (*slot, holder.id)));
-        forget_vanished(&*tools.attacher, &inside, None, &BTreeSet::new());
+        forget_vanished(&*tools.attacher, &inside);
         let names = Names::resume(&config.run_dir);
         // Who was admitted and nothing else is under no verdicts yet.
         let is_judged = |slot: &u16| in_pods.get(slot).is_none_or(|holder| holder.is_judged);
         let adopted = used.iter().filter(|(slot, _)| is_judged(slot)).map(|(slot, id)| (*id, *slot)).collect();
         let applier = Applier::new(&maps, &sizes, &config.node, &names)?;
         let cells = Cells::new(&maps, &sizes, used)?;
-        let mut state = State { node: config.node.clone(), adopted, ..State::default() };
+        let mut state = State { node: config.node.clone(), adopted, guarded: guards.ids(), ..State::default() };
         state.cluster_mut().nodes.insert(config.node.clone(), config.node_addresses.clone());
         Ok(Self {
             host,
@@ -285,7 +292,7 @@ impl Shared {
             tools,
             pins,
             inside,
-            guard,
+            guards,
             maps,
             state: Mutex::new(state),
             changed: Condvar::new(),
@@ -373,10 +380,12 @@ impl Shared {
         let attacher = &*self.tools.attacher;
         let _change = again.then(|| self.applier.lock());
         let state = self.state.lock();
-        if !state.has(endpoint) {
+        let known = state.endpoints.get(&endpoint.attachment);
+        let Some(known) = known.filter(|known| known.is_on(endpoint.ifindex, &endpoint.place)) else {
             // It went in the meantime.
             return Ok(());
-        }
+        };
+        let guarded = known.guarded;
         let mut cells = self.cells.lock();
         drop(state);
         let (cells_held, mut found) = (&mut *cells, false);
@@ -387,7 +396,7 @@ impl Shared {
                 if found { cells_held.admit(attacher, endpoint, bare) } else { Ok(()) }
             })
         } else {
-            Ok(self.admit_inside(cells_held, endpoint, &mut found))
+            Ok(self.admit_inside(cells_held, endpoint, guarded, &mut found))
         };
         drop(cells);
         if found {
@@ -397,13 +406,20 @@ impl Shared {
     }
 
     /// As [`Shared::admit`], of a device in a pod. Its default programs know no slot: others that do take their place.
-    fn admit_inside(&self, cells: &mut Cells, endpoint: &Endpoint, found: &mut bool) -> Result<(), EnforcerError> {
+    fn admit_inside(
+        &self,
+        cells: &mut Cells,
+        endpoint: &Endpoint,
+        guarded: bool,
+        found: &mut bool,
+    ) -> Result<(), EnforcerError> {
         let links = self.inside.of(endpoint.attachment.id())?;
         let living: Vec<&InsideLink> = links.iter().filter(|link| link.lives()).collect();
         // Also where somebody has taken one away.
         *found = living.len() < 2 || living.iter().any(|link| link.slot().is_none());
         if !*found {
-            return Ok(());
+            let slot = cells.slot(endpoint.attachment.id()).filter(|_| guarded);
+            return slot.map_or(Ok(()), |slot| self.cover(endpoint, slot, Judge::Present));
         }
         let (slot, _) = cells.settle(endpoint, true)?;
         let mut deny = None;
@@ -433,26 +449,37 @@ impl Shared {
                 self.inside.replace(link, program, Holds::Default(slot))?;
             }
         }
-        match &self.guard {
-            Some(guard) => guard.cover(&self.host.0, endpoint, slot, guard.default(verdict)),
-            None => Ok(()),
-        }
+        if guarded { self.cover(endpoint, slot, Judge::Default(verdict)) } else { Ok(()) }
     }
 
-    /// Forgets an attachment whose device is gone.
+    /// Forgets an attachment whose device is gone, or that wants no guard.
     fn unguard(&self, id: AttachmentId) {
-        if let Some(guard) = &self.guard
-            && let Err(error) = guard.forget(id)
-        {
+        if let Err(error) = self.guards.forget(id) {
             tracing::warn!(attachment = %id, %error, "the guard on its parent still knows it");
         }
     }
 
     /// What an endpoint's policy holds against the pod itself now.
     fn enforcement(&self, endpoint: &Endpoint) -> Enforcement {
-        match &self.guard {
-            Some(guard) if guard.covers(endpoint.attachment.id()) => Enforcement::Guarded,
-            _ => endpoint.enforcement(),
+        let is_guarded = !endpoint.place.is_host() && self.guards.covers(endpoint.attachment.id());
+        if is_guarded { Enforcement::Guarded } else { endpoint.enforcement() }
+    }
+
+    /// As [`Shared::enforcement`], looked at now.
+    fn what_holds(&self, attachment: &AttachmentKey) -> Reply {
+        let known = self.state.lock().endpoints.get(attachment).map(|known| (known.endpoint.clone(), known.guarded));
+        let Some((endpoint, guarded)) = known else {
+            return Reply::Refused { reason: format!("{attachment} is not known; attach it first") };
+        };
+        let enforcement = endpoint.enforcement();
+        if endpoint.place.is_host() || !guarded {
+            return Reply::Holds { enforcement, reason: None };
+        }
+        match self.guards.holds(attachment.id()) {
+            Ok(Ok(())) => Reply::Holds { enforcement: Enforcement::Guarded, reason: None },
+            Ok(Err(Refusal { reason, may_pass: false })) => Reply::Holds { enforcement, reason: Some(reason) },
+            Ok(Err(Refusal { reason, may_pass: true })) => Reply::Busy { reason: format!("{NO_GUARD}: {reason}") },
+            Err(error) => Reply::Busy { reason: format!("{NO_GUARD}: {error}") },
         }
     }
 
@@ -471,7 +498,7 @@ impl Shared {
                 self.unguard(attachment.id());
                 return;
             }
-            Ok(_) => self.guard.as_ref().map_or(Ok(()), |guard| guard.shut(attachment.id())),
+            Ok(_) => self.guards.shut(attachment.id()),
             Err(error) => Err(error.into()),
         };
         if let Err(error) = guarded {
@@ -525,7 +552,10 @@ impl Shared {
             } else if sweep_at <= now {
                 let known = state.endpoints.keys().map(AttachmentKey::id).collect();
                 drop(state);
-                forget_vanished(&*self.tools.attacher, &self.inside, self.guard.as_ref(), &known);
+                forget_vanished(&*self.tools.attacher, &self.inside);
+                if let Err(error) = self.guards.sweep(&self.host.0, &self.inside, &known) {
+                    tracing::warn!(%error, "guards on parents of macvlans are not as they should be until the next attempt");
+                }
                 if let Err(error) = sweep::sweep(self) {
                     tracing::warn!(%error, "flows that are over could not be removed");
                 }
@@ -573,7 +603,7 @@ impl Shared {
         if let Err(error) = self.inside.clear() {
             first.get_or_insert(error.into());
         }
-        if let Some(Err(error)) = self.guard.as_ref().map(Guard::clear) {
+        if let Err(error) = self.guards.clear() {
             first.get_or_insert(error.into());
         }
         if let Err(error) = self.pins.clone().unmount() {
@@ -615,10 +645,13 @@ impl Shared {
 impl Answer for Shared {
     fn answer(&self, request: Request) -> Reply {
         match request {
-            Request::Attached { endpoint, default } => {
+            Request::Attached { endpoint, default, guarded } => {
                 tracing::debug!(attachment = %endpoint.attachment, default = default.as_str(), "endpoint attached");
                 let known = self.state.lock().endpoints.contains_key(&endpoint.attachment);
-                self.note(|state| state.note(&endpoint, true));
+                self.note(|state| state.note(&endpoint, Some(guarded)));
+                if !guarded {
+                    self.unguard(endpoint.attachment.id());
+                }
                 if let Err(error) = self.admit(&endpoint, known) {
                     tracing::warn!(attachment = %endpoint.attachment, %error, "cannot tell the default programs of it");
                 }
@@ -633,17 +666,7 @@ impl Answer for Shared {
                 self.changed.notify_all();
                 Reply::Noted
             }
-            Request::Enforcement { attachment } => {
-                let endpoint = self.state.lock().endpoints.get(&attachment).map(|known| known.endpoint.clone());
-                // Afterwards it says what is there.
-                if let Some(Err(error)) = self.guard.as_ref().map(|guard| guard.holds(attachment.id())) {
-                    return Reply::Busy { reason: error.to_string() };
-                }
-                match endpoint {
-                    Some(endpoint) => Reply::Holds { enforcement: self.enforcement(&endpoint) },
-                    None => Reply::Refused { reason: format!("{attachment} is not known; attach it first") },
-                }
-            }
+            Request::Enforcement { attachment } => self.what_holds(&attachment),
             Request::Await { attachment, limit } => self.await_enforced(&attachment, limit.get()),
         }
     }
@@ -701,17 +724,16 @@ fn attached_slots(attacher: &dyn Attacher) -> Result<BTreeMap<u16, AttachmentId>
 }
 
 /// What is left of devices that are no more does no harm but to those who list it.
-fn forget_vanished(attacher: &dyn Attacher, inside: &Inside, guard: Option<&Guard>, known: &BTreeSet<AttachmentId>) {
+fn forget_vanished(attacher: &dyn Attacher, inside: &Inside) {
     let of_host = attacher.forget_vanished();
     match of_host.and_then(|count| Ok(count + inside.forget_vanished()?)) {
         Ok(0) => {}
         Ok(count) => tracing::debug!(count, "links of vanished devices are forgotten"),
         Err(error) => tracing::warn!(%error, "links of vanished devices stay pinned until the next attempt"),
     }
-    if let Some(Err(error)) = guard.map(|guard| guard.forget_vanished(inside, known)) {
-        tracing::warn!(%error, "guards know devices that have vanished until the next attempt");
-    }
 }
 
 /// Between attempts.
 const RETRY: Duration = Duration::from_secs(1);
+
+const NO_GUARD: &str = "no guard is on the parent of the endpoint's device yet";

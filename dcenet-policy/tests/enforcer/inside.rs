@@ -5,11 +5,13 @@ use std::io::Write;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use dcenet_core::journal::Record;
 use dcenet_core::netns::NetNs;
 use dcenet_core::provider::{Enforcement, PolicySink};
 use dcenet_core::test_support::{Rung, ping, require_with};
 use dcenet_ebpf::abi::{self, Reason};
 use dcenet_ebpf::attach::{Attacher, Direction, Hook, PinnedLink, TcxAttacher};
+use dcenet_ebpf::datapath::guard::{NAMESPACES, SENDERS};
 use dcenet_ebpf::maps::{HashTable, Map};
 use dcenet_ebpf::pin::Pins;
 use dcenet_ebpf::probe::Features;
@@ -41,18 +43,22 @@ fn ready() -> bool {
     })
 }
 
-/// Whether parents of macvlans get guards.
+/// Whether parents of macvlans get guards, for whoever wants one.
 fn has_guards() -> bool {
     Features::probe().is_ok_and(|features| features.netns_cookie)
-}
-
-fn reported() -> Enforcement {
-    if has_guards() { Enforcement::Guarded } else { Enforcement::EgressBypassable }
 }
 
 fn world() -> World {
     World::of_macvlans(PolicyConfig::default())
 }
+
+/// A world whose pods want guards.
+fn guarded_world() -> World {
+    World::of_macvlans(PolicyConfig { require: Require::Guarded, ..PolicyConfig::default() })
+}
+
+/// The Ethernet address of a device that a pod makes for itself.
+const STACKED: [u8; 6] = [2, 0, 0, 0, 0, 0x66];
 
 impl World {
     fn tcx(&self) -> TcxAttacher {
@@ -103,10 +109,25 @@ impl World {
         counted
     }
 
+    fn has_pin(&self, name: &str) -> bool {
+        Pins::at(self.host.directory().join("bpf")).get(name).unwrap().is_some()
+    }
+
     fn release_guards(&self) {
         for link in self.tcx().links_of(|label| label.starts_with("guard-")).unwrap() {
             self.tcx().release(&link.label).unwrap();
         }
+    }
+
+    /// Has a pod make another device on its parent (drivers/net/macvlan.c, `macvlan_common_newlink`).
+    fn stack(&self, name: &str) {
+        let commands =
+            "ip link add mv0 link eth0 address 02:00:00:00:00:66 type macvlan mode bridge; ip link set mv0 up";
+        self.pod(name).sh(commands);
+    }
+
+    fn records(&self) -> Vec<Record> {
+        self.engine.attachments(&"shop".parse().unwrap()).unwrap()
     }
 
     fn require(&mut self, require: Require) {
@@ -183,7 +204,7 @@ fn pods_without_an_end_on_the_host_are_under_their_policies() {
     world.tcp("db", "scan", 80, true);
     for status in owner.endpoints() {
         assert_eq!(status.phase, Phase::Enforced, "{status:?}");
-        assert_eq!(status.enforcement, reported(), "{status:?}");
+        assert_eq!(status.enforcement, Enforcement::EgressBypassable, "{status:?}");
         let name = status.attachment.container.to_string();
         assert_eq!(world.slots(&name), [status.slot].into(), "{name}");
         assert_eq!(world.links(&name).len(), 2, "{name}");
@@ -191,6 +212,8 @@ fn pods_without_an_end_on_the_host_are_under_their_policies() {
     }
     let slots: BTreeSet<_> = owner.endpoints().iter().map(|status| status.slot).collect();
     assert_eq!(slots.len(), 3, "{slots:?}");
+    // Nobody wants a guard.
+    assert!(world.guarded_parents().is_empty() && !world.has_pin(SENDERS));
 
     // A change reaches the flow that lives, and new ones.
     let to = SocketAddr::new(world.address("db", false), 5353);
@@ -340,28 +363,24 @@ fn raw_frames_past_a_pods_own_device_meet_the_guard_of_its_parent() {
     if !ready() {
         return;
     }
-    let mut world = world();
+    let mut world = if has_guards() { guarded_world() } else { world() };
     let owner = world.started();
     world.db_web_scan();
     world.tcp("web", "scan", 5432, true);
     assert!(owner.set_policies(policies(SHUT_IN)).unwrap().is_complete());
-    assert!(owner.endpoints().iter().all(|status| status.enforcement == reported()));
-    // Another device on its parent (drivers/net/macvlan.c, `macvlan_common_newlink`).
-    let web = world.pod("web");
-    web.sh("ip link add mv0 link eth0 address 02:00:00:00:00:66 type macvlan mode bridge; ip link set mv0 up");
+    let reported = if has_guards() { Enforcement::Guarded } else { Enforcement::EgressBypassable };
+    assert!(owner.endpoints().iter().all(|status| status.enforcement == reported));
+    world.stack("web");
+    // An owner that lives would put back what is taken off below.
+    drop(owner);
     let guarded = world.guarded_parents();
     assert_eq!(guarded, if has_guards() { vec!["egress", "ingress"] } else { vec![] });
 
     // The twin of what its own programs drop.
     let (own, parent) =
         (world.endpoint("web").mac.bytes(), world.host.root().link("up0").unwrap().mac.unwrap().bytes());
-    let ways = [
-        ("eth0", own),
-        ("eth0", parent),
-        ("eth0", world.endpoint("db").mac.bytes()),
-        ("mv0", [2, 0, 0, 0, 0, 0x66]),
-        ("mv0", own),
-    ];
+    let ways =
+        [("eth0", own), ("eth0", parent), ("eth0", world.endpoint("db").mac.bytes()), ("mv0", STACKED), ("mv0", own)];
     let seen = world.raw("eth0", false, own);
     assert!(seen.iter().flatten().all(|count| *count == 0), "by its queues: {seen:?}");
     for guards in [has_guards(), false] {
@@ -379,7 +398,7 @@ fn raw_frames_past_a_pods_own_device_meet_the_guard_of_its_parent() {
     }
     let seen = world.raw("eth0", false, own);
     assert!(seen.iter().flatten().all(|count| *count > 0), "without its links: {seen:?}");
-    owner.uninstall().unwrap();
+    world.open(tools()).uninstall().unwrap();
 }
 
 /// A configuration that wants a guard gets it before the device is up, or is refused, and nothing stays.
@@ -411,6 +430,9 @@ fn who_wants_a_guard_gets_it_or_is_refused() {
         world.delete("scan");
         world.add_enforced("scan", 4, &[]);
         assert_eq!(world.missing("scan"), None, "it is there again");
+        world.release_guards();
+        eventually("the owner puts it back", || world.guarded_parents() == ["egress", "ingress"]);
+        assert_eq!(world.missing("web"), None);
     } else {
         let error = world.try_add("web", 2, &[]).unwrap_err();
         assert!(error.contains("policy.require \"guarded\"") && error.contains("Linux 6.13"), "{error}");
@@ -431,7 +453,7 @@ fn guards_outlive_their_owner_and_go_with_the_last_pod_of_a_parent() {
     if !ready() || !has_guards() {
         return;
     }
-    let mut world = world();
+    let mut world = guarded_world();
     world.host.root().sh("ip link add up1 type veth peer name far1
          for end in far1 up1; do ip link set $end addrgenmode none; ip link set $end up; done");
     let owner = OwnerProcess::start(&world);
@@ -443,7 +465,7 @@ fn guards_outlive_their_owner_and_go_with_the_last_pod_of_a_parent() {
     owner.kill();
     // By its policy it may send: to what it owns.
     let own = world.endpoint("db").mac.bytes();
-    let (web, stranger) = (world.endpoint("web").mac.bytes(), [2, 0, 0, 0, 0, 0x66]);
+    let (web, stranger) = (world.endpoint("web").mac.bytes(), STACKED);
     let seen = world.raw_of("db", "eth0", true, own);
     // The third is of no known protocol.
     let ip = seen.iter().flat_map(|seen| &seen[..2]).all(|count| *count > 0);
@@ -474,6 +496,119 @@ fn guards_outlive_their_owner_and_go_with_the_last_pod_of_a_parent() {
     world.host.root().sh("ip link del up1");
     owner.set_policies([]).unwrap();
     eventually("its guard goes", || world.guarded_parents().is_empty());
+    owner.uninstall().unwrap();
+}
+
+/// Whoever wants no guard is not harmed by that of another on the same parent, which holds what its own pod sends by whatever
+/// device.
+#[test]
+fn a_guard_is_for_the_pods_that_want_one() {
+    if !ready() || !has_guards() {
+        return;
+    }
+    let mut world = guarded_world();
+    let owner = world.started();
+    world.add_enforced("db", 3, &[]);
+    world.require(Require::Any);
+    world.add_enforced("web", 2, &[]);
+    world.add_enforced("scan", 4, &[]);
+    let enforcement = |name: &str| owner.endpoints().iter().find(|e| e.attachment == key(name)).unwrap().enforcement;
+    assert_eq!(enforcement("db"), Enforcement::Guarded);
+    assert_eq!(enforcement("web"), Enforcement::EgressBypassable);
+    for name in ["web", "db"] {
+        world.stack(name);
+        let seen = world.raw_of(name, "mv0", false, STACKED);
+        let dropped = name == "db";
+        assert!(seen.iter().flatten().all(|count| (*count == 0) == dropped), "{name}: {seen:?}");
+        world.pod(name).sh("ip link del mv0");
+    }
+    world.tcp("web", "db", 80, true);
+    world.tcp("db", "scan", 80, true);
+    // The same pod, by a configuration that wants none any more.
+    let endpoint = world.endpoint("db");
+    world.pod("db").run(|| world.sink.attach(&endpoint)).unwrap();
+    world.await_enforced("db", ALLOWED).unwrap();
+    assert_eq!(enforcement("db"), Enforcement::EgressBypassable);
+    assert!(world.guarded_parents().is_empty());
+    world.stack("db");
+    let seen = world.raw_of("db", "mv0", false, STACKED);
+    assert!(seen.iter().flatten().all(|count| *count > 0), "{seen:?}");
+    owner.uninstall().unwrap();
+}
+
+/// What an owner finds written down of a pod may be of an earlier one with the same name, Ethernet address and slot.
+#[test]
+fn a_pod_that_came_anew_while_no_owner_ran_is_guarded_as_it_is_now() {
+    if !ready() || !has_guards() {
+        return;
+    }
+    let mut world = guarded_world();
+    let owner = world.started();
+    world.db_web_scan();
+    drop(owner);
+    world.require(Require::Any);
+    world.delete("web");
+    world.add("web", 2, &[("app", "web")]);
+    let owner = world.open(tools());
+    owner.adopt(&world.records()).unwrap();
+    owner.set_policies(policies(SHUT_IN)).unwrap();
+    assert!(owner.start().unwrap().is_complete());
+    world.await_enforced("web", ALLOWED).unwrap();
+    for status in owner.endpoints() {
+        assert_eq!(status.enforcement, Enforcement::Guarded, "{status:?}");
+    }
+    world.stack("web");
+    let own = world.endpoint("web").mac.bytes();
+    for (device, bypass, source) in [("mv0", false, STACKED), ("eth0", true, STACKED), ("eth0", true, own)] {
+        let seen = world.raw(device, bypass, source);
+        assert!(seen.iter().flatten().all(|count| *count == 0), "{device} {source:x?}: {seen:?}");
+    }
+    world.tcp("db", "scan", 80, true);
+    let namespaces = || {
+        let pin = Pins::at(world.host.directory().join("bpf")).get(NAMESPACES).unwrap().unwrap();
+        HashTable::<abi::Namespace, u64>::new(Map::from_fd(pin).unwrap()).unwrap()
+    };
+    assert_eq!(namespaces().entries().unwrap().len(), 3, "that of the earlier one is gone");
+    // The twin: nobody knows the namespace.
+    drop(owner);
+    for (namespace, _) in namespaces().entries().unwrap() {
+        namespaces().remove(&namespace).unwrap();
+    }
+    let seen = world.raw("mv0", false, STACKED);
+    assert!(seen.iter().flatten().all(|count| *count > 0), "{seen:?}");
+    world.open(tools()).uninstall().unwrap();
+}
+
+/// A pod that runs keeps what it has where a call about it is repeated that wants more than can be; one that comes is taken back.
+#[test]
+fn a_repeated_call_that_is_refused_a_guard_leaves_the_pod_as_it_was() {
+    if !ready() {
+        return;
+    }
+    let mut world = world();
+    let owner = world.started();
+    world.mode = "passthru";
+    world.add_enforced("db", 3, &[("app", "db")]);
+    world.require(Require::Guarded);
+    let why = if has_guards() { "(mode passthru)" } else { "bpf_get_netns_cookie" };
+    let (slots, endpoint) = (world.slots("db"), world.endpoint("db"));
+    assert_eq!(slots.len(), 1, "{slots:?}");
+    for _ in 0..2 {
+        let error = world.pod("db").run(|| world.sink.attach(&endpoint)).unwrap_err().to_string();
+        assert!(error.contains("policy.require \"guarded\"") && error.contains(why), "{error}");
+        assert_eq!((world.slots("db"), world.is_on_default("db")), (slots.clone(), false));
+        assert!(world.missing("db").expect("it is told").contains(why));
+    }
+    assert!(owner.set_policies(policies(DB)).unwrap().is_complete(), "its policy is enforced all the same");
+    assert_eq!(owner.endpoints().len(), 1);
+    assert_eq!(owner.endpoints()[0].enforcement, Enforcement::EgressBypassable);
+    assert_eq!(world.slots("db"), slots);
+
+    world.delete("db");
+    let error = world.try_add("db", 3, &[]).unwrap_err();
+    assert!(error.contains(why), "{error}");
+    assert_eq!((world.links("db").len(), owner.endpoints().len()), (0, 0));
+    assert!(world.guarded_parents().is_empty());
     owner.uninstall().unwrap();
 }
 

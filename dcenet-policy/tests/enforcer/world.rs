@@ -43,6 +43,8 @@ pub struct World {
     pub pods: BTreeMap<String, TestNetNs>,
     /// Pods have no end on the host: they are macvlans on this device of it.
     pub parent: Option<&'static str>,
+    /// How these reach each other.
+    pub mode: &'static str,
     /// How often the segment of macvlans is asked for an address before a pod gets it.
     pub probes: u8,
     pub engine: Engine,
@@ -83,7 +85,7 @@ impl World {
         let policy = PolicyConfig { pins: host.directory().join("bpf"), ..policy };
         let sink = Arc::new(PinnedDefault::new(&policy, &host.run_dir()));
         let engine = host.engine(Some(Arc::clone(&sink) as _));
-        Self { host, engine, sink, parent: None, probes: 0, pods: BTreeMap::new() }
+        Self { host, engine, sink, parent: None, mode: "bridge", probes: 0, pods: BTreeMap::new() }
     }
 
     pub fn open(&self, tools: Tools) -> Enforcer {
@@ -108,7 +110,9 @@ impl World {
             .map(|destination| LeasedRoute { destination: destination.parse().unwrap(), gateway: None });
         let link = match self.parent {
             None => json!({ "kind": "bridge", "bridge": "dc0", "isGateway": true }),
-            Some(parent) => json!({ "kind": "macvlan", "parent": parent, "underlay": { "probes": self.probes } }),
+            Some(parent) => {
+                json!({ "kind": "macvlan", "parent": parent, "mode": self.mode, "underlay": { "probes": self.probes } })
+            }
         };
         let request = AttachRequest {
             key: key(name),
