@@ -387,17 +387,26 @@ pub enum Enforcement {
     /// Without these capabilities both directions hold.
     EgressBypassable,
     /// As [`EgressBypassable`](Self::EgressBypassable), and a guard on the parent of the pod's macvlan judges once more, out of the
-    /// pod's reach, every frame that the pod sends to the wire, and every unicast frame to another macvlan. By what does this hold:
-    /// * CAP_NET_RAW gains nothing towards the wire or by unicast frames: what goes past the pod's own device is judged, and what bears the
-    ///   Ethernet address of another pod, of the parent or of nobody is dropped, for the frame's socket tells whose it is.
+    /// pod's reach, every frame that the pod sends to the wire, and every unicast frame to another macvlan. Only pods that ask for it
+    /// are under guard. By what does this hold:
+    /// * CAP_NET_RAW gains nothing towards the wire or by unicast frames: what goes past the pod's own device is judged, and what
+    ///   bears another Ethernet address than the pod's is dropped, for the frame's socket tells whose it is.
     /// * CAP_NET_ADMIN gains nothing by another device on the same parent, as long as sockets of the pod send by it: it is dropped.
     ///
+    /// A guarded pod must have no other device that leaves by the same parent: a VLAN device over that, or a macvlan on one, a second
+    /// macvlan that is not guarded itself, or one whose packets are taken past the host's stack to the parent (Cilium's host routing,
+    /// by `bpf_redirect_neigh`). What the pod's sockets send by it is dropped as spoofed.
+    ///
     /// What it does not hold:
-    /// * Frames to a group (broadcast, multicast) that are sent past the pod's own device reach other macvlans of the parent in the mode
-    ///   `bridge`, to which the kernel copies them without the parent. The receiver's own policy judges them, as ingress. The modes
-    ///   `vepa` and `private` make no such copies, unless CAP_NET_ADMIN changes the mode, also that of a receiver.
-    /// * CAP_NET_ADMIN can forward frames, which then have no socket, with the Ethernet and IP address of the parent or of another pod
-    ///   on it, or from a namespace that the pod makes for itself (CAP_SYS_ADMIN).
+    /// * Frames to a group (broadcast, multicast) that are sent past the pod's own device reach other macvlans of the parent in the
+    ///   mode `bridge`, to which the kernel copies them without the parent. Such a frame may carry a packet for one address, which
+    ///   the receiver's stack takes: siblings that are under no policy of their own are reached past the sender's egress policy. Where
+    ///   they are, their own ingress judges it. The modes `vepa` and `private` make no such copies and close this, unless
+    ///   CAP_NET_ADMIN changes the mode, also that of a receiver.
+    /// * CAP_NET_ADMIN can make frames without a socket (forwarded ones, and those that the kernel makes by itself, ARP among them)
+    ///   with any Ethernet address, or from a namespace that the pod makes for itself (CAP_SYS_ADMIN): their source is all that the
+    ///   guard has. So the pod can answer ARP for an address of its choice, by another device on the same parent, and receive what is
+    ///   sent there; and forward packets from it.
     /// * Packet sockets in the pod read what its ingress policy denies, as above.
     Guarded,
     /// Every packet of the pod is judged, out of the pod's reach.

@@ -28,10 +28,12 @@
 //! direction ([`Enforcement::EgressBypassable`](crate::provider::Enforcement::EgressBypassable)). Do not grant those where policy
 //! matters, or refuse such devices by `"policy": { "require": "full" }`.
 //!
-//! From Linux 6.13 on, the owner of the policy state puts a guard on the parent, which judges there once more what pods under policy send
-//! to the wire and to each other, by whatever device: [`Enforcement::Guarded`](crate::provider::Enforcement::Guarded) says what that
-//! holds and what not, and `"policy": { "require": "guarded" }` refuses pods that have none. The modes `vepa` and `private` leave less
-//! open than `bridge`: in these the kernel copies no broadcast from one pod to another.
+//! From Linux 6.13 on, `"policy": { "require": "guarded" }` has the owner of the policy state put a guard on the parent, which judges
+//! there once more what this pod sends to the wire and to others, by whatever device, or refuses the pod:
+//! [`Enforcement::Guarded`](crate::provider::Enforcement::Guarded) says what that holds and what not. Such a pod must have no other
+//! device that leaves by the same parent, such as a VLAN device over that, or a second macvlan without a guard: what it sends by
+//! that is dropped as spoofed. The modes `vepa` and `private` leave less open than `bridge`: in these the kernel copies no broadcast from one
+//! pod to another. In `passthru` there is no guard, for the pod has the parent's own address.
 //!
 //! What has the address of the pod's node as its source is not let in for that, as it is on a host's end: on a segment anybody can
 //! send from it. Where the host shall reach an isolated pod by `hostAccess`, a policy must allow its address.

@@ -18,14 +18,17 @@
 //! What is called judges as the pod's own program does ([`Slot::Guarded`]), neither counts nor remembers
 //! what passes, for that was done at the pod's device, and counts and tells of what it drops.
 //!
-//! No mark of a packet is believed: the pod can set each of them.
+//! No mark of a packet is believed: the pod can set each of them. The slot goes to the judge in `tc_classid`, which the guard writes
+//! and the judge clears.
 //!
 //! # What it does not see
 //! * Copies of frames to a group that the kernel makes for other macvlans of the parent in the mode `bridge`
-//!   (`macvlan_broadcast`): they go straight to these. The modes `vepa` and `private` make none.
-//! * The namespace of a frame without a socket, such as one that was forwarded: its Ethernet source is believed then. A process with
-//!   CAP_NET_ADMIN can make such frames with the source of the parent or of another pod.
-//! * ipvlan, whose frames bear the parent's own address.
+//!   (`macvlan_broadcast`): they go straight to these, also where the packet in the frame is for one address. The modes `vepa` and
+//!   `private` make none.
+//! * The namespace of a frame without a socket, such as one that was forwarded, or that the kernel made by itself (ARP): its
+//!   Ethernet source is believed then. A process with CAP_NET_ADMIN can make such frames with any source, so that it can answer ARP
+//!   by another device on the parent.
+//! * ipvlan, and macvlan in the mode `passthru`, whose frames bear the parent's own address.
 //!
 //! # Minimum kernel version
 //! 6.13 (`bpf_get_netns_cookie` in classifiers); tcx is from 6.6.
