@@ -23,12 +23,14 @@ const TAG: Tag<'static> = Tag { label: "pod", class: SLOT };
 const ALLOWED: u16 = 4242;
 const DENIED: u16 = 4343;
 const UDP: u8 = 17;
-/// Datagrams of each sort that are under way at once: a socket holds some 270 of these.
+/// Datagrams of each sort that are under way at once: a socket holds some 270 of these, and [`Way::exchange`] 64.
 const BATCH: u64 = 16;
 /// Rounds after which a sender takes a new port, and so opens new flows.
 const ROUNDS: u64 = 8;
 /// How long is waited for what comes at once on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How long at most for a flood, which is there in seconds on an idle machine.
+const GIVE_UP: Duration = Duration::from_secs(600);
 
 /// Of each sort and way, what makes a flood.
 fn flood() -> u64 {
@@ -42,6 +44,8 @@ struct Way<'a> {
     allowed: UdpSocket,
     denied: UdpSocket,
     client: UdpSocket,
+    /// The number of the next datagram that is allowed. What comes late, when it was given up, is known by its own.
+    next: u64,
     /// Datagrams that reached the server and whose answers reached the client; that were not to; and that came to nothing.
     answered: u64,
     leaked: u64,
@@ -57,7 +61,8 @@ impl<'a> Way<'a> {
             socket
         };
         let client = Self::client(from, to);
-        Self { from, to, allowed: server(ALLOWED), denied: server(DENIED), client, answered: 0, leaked: 0, lost: 0 }
+        let (allowed, denied) = (server(ALLOWED), server(DENIED));
+        Self { from, to, allowed, denied, client, next: 0, answered: 0, leaked: 0, lost: 0 }
     }
 
     fn client(from: &TestNetNs, to: IpAddr) -> UdpSocket {
@@ -72,45 +77,64 @@ impl<'a> Way<'a> {
         if number.is_multiple_of(ROUNDS) {
             self.client = Self::client(self.from, self.to);
         }
-        for _ in 0..BATCH {
-            for port in [ALLOWED, DENIED] {
+        let answered = self.exchange(BATCH, &[ALLOWED, DENIED], patience);
+        self.answered += answered;
+        self.lost += BATCH - answered;
+        self.note_leaks();
+    }
+
+    /// Sends so many datagrams to each port, and answers those that are allowed. How many of the answers came, each of which
+    /// counts once.
+    fn exchange(&mut self, count: u64, ports: &[u16], patience: Duration) -> u64 {
+        let first = self.next;
+        self.next += count;
+        for number in first..self.next {
+            for port in ports {
                 // The kernel tells the socket of a drop on the way out of its own device (EPERM, ENOBUFS), and of an earlier
                 // one that nobody listened (ECONNREFUSED): what is allowed is missed below then.
-                let _ = self.client.send_to(b"?", SocketAddr::new(self.to, port));
+                let _ = self.client.send_to(&question(number), SocketAddr::new(self.to, *port));
             }
         }
         let begun = Instant::now();
-        let mut answered = 0;
-        while answered < BATCH && begun.elapsed() < patience {
+        let mut came = 0_u64;
+        while u64::from(came.count_ones()) < count && begun.elapsed() < patience {
             let mut moved = false;
-            while let Some((byte, from)) = receive(&self.allowed) {
-                assert_eq!(byte, b'?');
-                self.allowed.send_to(b"!", from).unwrap();
+            while let Some((number, from)) = receive(&self.allowed) {
+                self.allowed.send_to(&question(number), from).unwrap();
                 moved = true;
             }
-            while let Some((byte, _)) = receive(&self.client) {
-                assert_eq!(byte, b'!');
-                answered += 1;
+            while let Some((number, _)) = receive(&self.client) {
+                assert!(number < self.next, "{number} was never sent");
+                if let Some(place) = number.checked_sub(first) {
+                    came |= 1 << place;
+                }
                 moved = true;
             }
             if !moved {
                 std::thread::sleep(Duration::from_micros(50));
             }
         }
-        self.answered += answered;
-        self.lost += BATCH - answered;
+        came.count_ones().into()
+    }
+
+    fn note_leaks(&mut self) {
         while receive(&self.denied).is_some() {
             self.leaked += 1;
         }
     }
 }
 
-fn receive(socket: &UdpSocket) -> Option<(u8, SocketAddr)> {
-    let mut bytes = [0; 8];
+/// What is in a datagram: the answer says the same.
+fn question(number: u64) -> [u8; 8] {
+    number.to_ne_bytes()
+}
+
+fn receive(socket: &UdpSocket) -> Option<(u64, SocketAddr)> {
+    let mut bytes = [0; 9];
     match socket.recv_from(&mut bytes) {
         Ok((length, from)) => {
-            assert_eq!(length, 1);
-            Some((bytes[0], from))
+            let number = bytes[..length].try_into().expect("a number");
+            Some((u64::from_ne_bytes(number), from))
         }
         Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::ConnectionRefused) => None,
         Err(e) => panic!("{e}"),
@@ -127,6 +151,15 @@ fn replace(hook: Hook, program: &Program) {
 fn detach_and_attach(hook: Hook, program: &Program) {
     assert!(ClsactAttacher.detach(hook).unwrap());
     ClsactAttacher.attach_tagged(hook, program, TAG).unwrap();
+}
+
+/// Tells the other thread when this one ends, however it does.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
 }
 
 #[derive(Debug)]
@@ -174,37 +207,27 @@ fn swaps_under_flood(swaps: u64, swap: Swap, patience: Duration) -> Seen {
     // For a while after the device is up its other end drops everything by itself (net/core/link_watch.c).
     for way in &mut ways {
         let begun = Instant::now();
-        while way.answered == 0 {
+        while way.exchange(1, &[ALLOWED], Duration::from_millis(100)) == 0 {
             assert!(begun.elapsed() < PATIENCE, "{} is never reached", way.to);
-            let _ = way.client.send_to(b"?", SocketAddr::new(way.to, ALLOWED));
-            std::thread::sleep(Duration::from_millis(5));
-            while let Some((_, from)) = receive(&way.allowed) {
-                way.allowed.send_to(b"!", from).unwrap();
-            }
-            while receive(&way.client).is_some() {
-                way.answered += 1;
-            }
         }
-        // Those that come late are nobody's.
-        way.client = Way::client(way.from, way.to);
-        std::thread::sleep(Duration::from_millis(20));
-        while receive(&way.allowed).is_some() {}
-        way.answered = 0;
     }
-    let denied_before: u64 = [Egress, Ingress].map(|d| maps.reason(Reason::Denied, d)).iter().sum();
+    let all_denied = || [Egress, Ingress].map(|d| maps.reason(Reason::Denied, d)).iter().sum::<u64>();
+    let denied_before = all_denied();
 
     let endpoints = maps.array::<Endpoint>(abi::ENDPOINTS);
     let (answered, leaked, done) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
-    let stop = AtomicBool::new(false);
+    let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let swapper = scope.spawn(|| {
+            let _ends = Ends(&over);
             pair.on_host(|| {
                 let begun = Instant::now();
                 let mut count = 0;
-                loop {
-                    let late = count >= swaps / 10 && begun.elapsed() > effort(PATIENCE, PATIENCE, Duration::MAX);
-                    let complete = count >= swaps && answered.load(Ordering::Relaxed) >= flood();
-                    if complete || late || leaked.load(Ordering::Relaxed) > 0 {
+                while !over.load(Ordering::Acquire) && leaked.load(Ordering::Relaxed) == 0 {
+                    let late = begun.elapsed() > effort(PATIENCE, PATIENCE, Duration::MAX);
+                    let enough = count >= if late { swaps / 10 } else { swaps };
+                    let flooded = answered.load(Ordering::Relaxed) >= flood();
+                    if enough && flooded || begun.elapsed() > effort(GIVE_UP, GIVE_UP, 60 * GIVE_UP) {
                         break;
                     }
                     let new = programs[usize::from(count / 2 % 2 == 0)];
@@ -221,11 +244,12 @@ fn swaps_under_flood(swaps: u64, swap: Swap, patience: Duration) -> Seen {
                     }
                 }
                 done.store(count, Ordering::Relaxed);
-                stop.store(true, Ordering::Release);
             });
         });
+        // A flood that fails has the swapper end, whom the scope waits for.
+        let _ends = Ends(&over);
         let mut number = 0;
-        while !stop.load(Ordering::Acquire) && !swapper.is_finished() {
+        while !over.load(Ordering::Acquire) {
             ways.iter_mut().for_each(|way| way.round(number, patience));
             answered.store(ways.iter().map(|way| way.answered).min().unwrap_or(0), Ordering::Relaxed);
             leaked.store(ways.iter().map(|way| way.leaked).sum(), Ordering::Relaxed);
@@ -233,17 +257,23 @@ fn swaps_under_flood(swaps: u64, swap: Swap, patience: Duration) -> Seen {
         }
         swapper.join().unwrap();
     });
-    for way in &mut ways {
-        while receive(&way.denied).is_some() {
-            way.leaked += 1;
+    // The last of what is to be denied may be on its way to a program still, or past where there was none.
+    let sent: u64 = ways.iter().map(|way| way.answered).sum();
+    let begun = Instant::now();
+    loop {
+        ways.iter_mut().for_each(Way::note_leaks);
+        let complete = all_denied() - denied_before >= sent || ways.iter().any(|way| way.leaked > 0);
+        if complete || begun.elapsed() > PATIENCE {
+            break;
         }
+        std::thread::sleep(Duration::from_millis(5));
     }
     pair.on_host(|| {
         for hook in hooks {
             assert!(ClsactAttacher.detach(hook).unwrap());
         }
     });
-    let denied: u64 = [Egress, Ingress].map(|d| maps.reason(Reason::Denied, d)).iter().sum();
+    let denied = all_denied();
     Seen {
         swaps: done.into_inner(),
         answered: ways.iter().map(|way| way.answered).collect(),
@@ -263,7 +293,7 @@ fn nothing_leaks_and_nothing_is_lost_while_both_programs_are_replaced() {
     assert_eq!((seen.leaked, seen.lost), (0, 0), "{seen:?}");
     assert!(seen.swaps >= effort(10, 1_000, 1_000_000), "{seen:?}");
     assert!(seen.answered.iter().all(|n| *n >= flood()), "no flood: {seen:?}");
-    // Each way sent as many of those, and they met a program that denied them.
+    // Each way sent as many of those, too, and they met a program that denied them.
     let sent: u64 = seen.answered.iter().sum();
     assert!(seen.denied >= sent, "{seen:?}");
 }
