@@ -1,7 +1,7 @@
 //! A machine for a container runtime.
 
 use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, ErrorKind};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -80,9 +80,10 @@ impl Machine {
         command
     }
 
-    /// Ends all that runs on it, and waits for that.
+    /// Ends all that runs on it, and waits for that. Does nothing where that was done before.
     pub fn end(&mut self) {
-        drop(self.lifeline.take());
+        let Some(lifeline) = self.lifeline.take() else { return };
+        drop(lifeline);
         let begun = Instant::now();
         while let Ok(None) = self.holder.try_wait() {
             if begun.elapsed() > Duration::from_secs(20) {
@@ -94,9 +95,7 @@ impl Machine {
         if let Err(error) = self.holder.wait() {
             eprintln!("cannot wait for the machine: {error}");
         }
-        // Version 2 at the top, or a hierarchy for each controller below.
-        let hierarchies = std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten().map(|entry| entry.path());
-        for hierarchy in hierarchies.chain([PathBuf::from("/sys/fs/cgroup")]) {
+        for hierarchy in hierarchies(Path::new("/sys/fs/cgroup")) {
             remove_cgroup(&hierarchy.join(self.cgroup().trim_start_matches('/')));
         }
     }
@@ -188,16 +187,24 @@ fn plugins(node: &Node) -> PathBuf {
     node.host.directory().join("bin")
 }
 
+/// Where the tops of hierarchies of control groups may be: version 2 here, or one for each controller of version 1 below,
+/// which has nothing but those. Version 2 has files here, too, and groups (Documentation/admin-guide/cgroup-v2.rst).
+fn hierarchies(mount: &Path) -> Vec<PathBuf> {
+    std::iter::once(mount.to_owned()).chain(directories(mount)).collect()
+}
+
+/// Those right below.
+fn directories(path: &Path) -> impl Iterator<Item = PathBuf> {
+    let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
+    entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path())
+}
+
 /// Removes a control group, those below it first. Its processes have ended, but the kernel may not have noted all yet.
 fn remove_cgroup(path: &Path) {
-    for entry in std::fs::read_dir(path).into_iter().flatten().flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            remove_cgroup(&entry.path());
-        }
-    }
+    directories(path).for_each(|below| remove_cgroup(&below));
     let begun = Instant::now();
     while let Err(error) = std::fs::remove_dir(path) {
-        if error.kind() == std::io::ErrorKind::NotFound {
+        if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) {
             return;
         }
         if begun.elapsed() > Duration::from_secs(10) {
@@ -206,4 +213,16 @@ fn remove_cgroup(path: &Path) {
         }
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+#[test]
+fn a_hierarchy_is_a_directory() {
+    let mount = tempfile::tempdir().unwrap();
+    // As version 2 has them.
+    let group = mount.path().join("system.slice");
+    std::fs::create_dir(&group).unwrap();
+    for file in ["cgroup.procs", "cgroup.controllers"] {
+        std::fs::write(mount.path().join(file), "").unwrap();
+    }
+    assert_eq!(hierarchies(mount.path()), [mount.path().to_owned(), group]);
 }
