@@ -52,9 +52,12 @@ impl Containerd {
              [grpc]\naddress = {:?}\n\
              [plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = \"{IMAGE}\"\ndisable_apparmor = true\n\
              restrict_oom_score_adj = true\n\
-             [plugins.\"io.containerd.grpc.v1.cri\".cni]\nbin_dir = {:?}\nconf_dir = {lists:?}\n",
+             [plugins.\"io.containerd.grpc.v1.cri\".cni]\nbin_dir = {:?}\nconf_dir = {lists:?}\n\
+             [plugins.\"io.containerd.internal.v1.opt\"]\npath = {:?}\n",
             directory.join("containerd.sock"),
-            machine.plugins()
+            machine.plugins(),
+            // Which it makes, and everybody's `/opt` is not the place.
+            directory.join("opt")
         );
         std::fs::write(directory.join("containerd.toml"), config).unwrap();
         let log = File::create(directory.join("containerd.log")).unwrap();
@@ -63,6 +66,7 @@ impl Containerd {
         let process = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().expect("nsenter starts");
         let containerd = Self { process, machine, root, capabilities: capabilities.clone() };
         containerd.await_ready();
+        assert!(containerd.machine.directory().join("opt").is_dir(), "{}", containerd.log());
         containerd
     }
 
@@ -382,7 +386,7 @@ fn two_runtimes_share_a_network() {
         return;
     }
     let containerd = warm();
-    let podman = Podman::on(&containerd.machine);
+    let Some(podman) = Podman::on(&containerd.machine) else { return };
     let before = containerd.machine.traces();
     let names: Vec<String> = (0..8).map(|i| format!("of-podman-{i}")).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();

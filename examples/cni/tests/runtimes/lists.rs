@@ -2,14 +2,17 @@
 
 use std::collections::BTreeSet;
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
 use std::time::Duration;
 
+use dcenet_core::test_support::{Rung, require_with};
 use serde_json::{Value, json};
 
 use crate::common::{Node, Pod, elements, has_nft};
-use crate::libcni::Runtime;
+use crate::libcni::{self, Runtime};
 use crate::{has, without_surprises};
 
+const PLUGINS: &str = "/usr/lib/cni";
 const LONG: Duration = Duration::from_secs(30);
 
 fn is_here() -> bool {
@@ -67,7 +70,11 @@ fn debians_plugins_go_behind_ours() {
     let node = node();
     let plugins = [
         node.config.clone(),
-        json!({ "type": "tuning", "sysctl": { "net.core.somaxconn": "500" }, "mtu": 1400 }),
+        // Where it keeps what the device had before is `/run/cni/tuning` otherwise, which is everybody's.
+        json!({
+            "type": "tuning", "dataDir": node.host.directory().join("tuning"),
+            "sysctl": { "net.core.somaxconn": "500" }, "mtu": 1400,
+        }),
         json!({ "type": "bandwidth", "ingressRate": 800_000_000, "ingressBurst": 80_000_000 }),
         json!({ "type": "portmap", "capabilities": { "portMappings": true }, "snat": true }),
     ];
@@ -78,6 +85,7 @@ fn debians_plugins_go_behind_ours() {
     let pod = node.pod("web");
     let result = runtime.add(&pod).unwrap();
     assert_eq!(result["ips"][0]["address"], "10.20.0.3/24", "{result}");
+    assert!(node.host.directory().join("tuning").is_dir());
     assert_eq!(pod.netns.sh("cat /proc/sys/net/core/somaxconn").trim(), "500");
     let listener = pod.netns.run(|| TcpListener::bind("0.0.0.0:80").unwrap());
     call(&node, "10.20.0.3:80");
@@ -175,7 +183,7 @@ fn gc_collects_what_is_on_file_and_what_is_not() {
     assert_eq!(failure.error["code"], 50, "{failure:?}");
 }
 
-/// Debian's plugins refuse 1.1.0. A list of both fails at theirs, and DEL with it before it comes to ours; what ours made is
+/// Debian's plugins, 1.1.1, refuse 1.1.0. A list of both fails at theirs, and DEL with it before it comes to ours; what ours made is
 /// collected.
 #[test]
 fn what_a_refusing_plugin_leaves_of_ours_is_collected() {
@@ -183,6 +191,9 @@ fn what_a_refusing_plugin_leaves_of_ours_is_collected() {
         return;
     }
     let node = node();
+    if !refuses(&node, "tuning", "1.1.0") {
+        return;
+    }
     warm_alone(&node);
     let tuning = json!({ "type": "tuning", "sysctl": { "net.core.somaxconn": "500" } });
     let runtime = Runtime::new(&node.host, list("1.1.0", &[node.config.clone(), tuning]));
@@ -196,6 +207,18 @@ fn what_a_refusing_plugin_leaves_of_ours_is_collected() {
     let failures = runtime.gc(&[&kept], &[]);
     assert_eq!(failures.iter().map(|f| f.plugin.as_str()).collect::<Vec<_>>(), ["tuning"], "{failures:?}");
     assert_eq!(traces(&node, &runtime), before);
+}
+
+/// Whether one of theirs does not know a version of the specification, by its own word (CNI 1.1.0, section 4, "VERSION").
+fn refuses(node: &Node, plugin: &str, version: &str) -> bool {
+    let program = Path::new(PLUGINS).join(plugin);
+    let about = json!({ "cniVersion": "1.0.0" });
+    let answer = libcni::run(&node.host, &program, PLUGINS, "VERSION", None, &[], &about).unwrap();
+    let known = answer["supportedVersions"].as_array().unwrap_or_else(|| panic!("{answer}"));
+    require_with(Rung::Services, || {
+        let knows = known.iter().any(|known| known == version);
+        knows.then(|| format!("{} knows {version}: install one that does not, as 1.1.1", program.display()))
+    })
 }
 
 fn warm_alone(node: &Node) {
