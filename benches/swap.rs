@@ -3,14 +3,13 @@
 
 use std::time::Instant;
 
-use dcenet_benches::{Row, Sample, Summary, rounds, say};
+use dcenet_benches::{Mounted, Row, Sample, Summary, rounds, say};
 use dcenet_core::test_support::TestHost;
 use dcenet_ebpf::asm::Asm;
 use dcenet_ebpf::attach::{Attacher, ClsactAttacher, Direction, Hook, TcxAttacher};
 use dcenet_ebpf::insn::Reg::R0;
 use dcenet_ebpf::loader::{AyaLoader, LoadRequest, Loader};
 use dcenet_ebpf::object::{Object, ProgramKind};
-use dcenet_ebpf::pin::Pins;
 use dcenet_ebpf::probe::Features;
 use dcenet_ebpf::program::Program;
 
@@ -24,11 +23,11 @@ fn main() -> Result<(), Failure> {
     host.root().sh("ip link add pod0 type veth peer name pod1 && ip link set pod0 up && ip link set pod1 up");
     let device = host.root().link("pod0").ok_or("the device just made")?.index;
     let hook = Hook { device, direction: Direction::Ingress };
-    let pins = Pins::open(host.directory().join("bpf"))?;
+    let mounted = Mounted::open(host.directory().join("bpf"))?;
     let features = Features::probe()?;
     let mut ways: Vec<(&str, Box<dyn Attacher>, f64)> = vec![("clsact", Box::new(ClsactAttacher), 60.0)];
     if features.tcx {
-        ways.push(("tcx", Box::new(TcxAttacher::new(pins.clone())), 30.0));
+        ways.push(("tcx", Box::new(TcxAttacher::new(mounted.pins().clone())), 30.0));
     }
     let programs = [program(1)?, program(2)?];
     let mut summary = Summary::default();
@@ -39,8 +38,6 @@ fn main() -> Result<(), Failure> {
         let goals = vec![*goal; times.len()];
         summary.add(Row::compare(ID, name, 1.0, &times, (&format!("{goal} us"), &goals)).in_unit("us"));
     }
-    drop(ways);
-    pins.unmount()?;
     summary.write();
     Ok(())
 }

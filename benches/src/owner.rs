@@ -12,9 +12,15 @@ use dcenet_policy::enforcer::{Enforcer, EnforcerConfig, Tools};
 use dcenet_policy::sources::networkpolicy::from_yaml;
 use dcenet_policy::target::Tc;
 
-/// Decides by policies.
+use crate::Mounted;
+
+/// Decides by policies. Dropped without [`Owner::close`], as where a benchmark fails, it unmounts its pins.
 #[derive(Debug)]
-pub struct Owner(Enforcer);
+pub struct Owner {
+    enforcer: Enforcer,
+    // Dropped after the one that uses it.
+    _pins: Mounted,
+}
 
 impl Owner {
     /// Begins to decide for the host with one policy that admits TCP to one port from everywhere.
@@ -39,11 +45,12 @@ impl Owner {
             run_dir: run_dir.to_owned(),
             pins: pins.to_owned(),
         };
+        let mounted = Mounted::open(pins).expect("a bpffs can be mounted");
         let enforcer = Enforcer::open(host, config, tools).expect("the owner opens");
         enforcer.set_policies(from_yaml(policies).expect("the policy is right")).expect("the policy is noted");
         let report = enforcer.start().expect("the owner starts");
         assert!(report.is_complete(), "{report:?}");
-        Self(enforcer)
+        Self { enforcer, _pins: mounted }
     }
 
     /// Removes what it made.
@@ -51,7 +58,7 @@ impl Owner {
     /// # Panics
     /// If the kernel refuses.
     pub fn close(self) {
-        self.0.uninstall().expect("the owner removes what it made");
+        self.enforcer.uninstall().expect("the owner removes what it made");
     }
 }
 

@@ -25,9 +25,9 @@ pub struct Row {
     pub goal: f64,
     /// Median of ours.
     pub ours: f64,
-    /// Median of the peer's.
+    /// Median of the peer's, or a bound that was set beforehand.
     pub peer: f64,
-    /// Who the peer is.
+    /// Who the peer is; a bound's name is the bound.
     pub peer_name: String,
     /// Median of what no implementation could go below, where there is such a thing.
     pub floor: Option<f64>,
