@@ -1,12 +1,14 @@
 //! `policy-throughput`: what TCP between two pods of one node costs: a stream, requests that are answered one after the
 //! other, and connections that are opened, used once and closed. By turns over three hosts: ours with a thousand rules in
 //! each direction on both pods, ours without policy, and Debian's `bridge` with masquerading, whose netfilter rules each
-//! packet that leaves the bridge meets. Needs root.
+//! packet that leaves the bridge meets. Ours masquerades nothing here: the peer has no policy, and ours no netfilter rules.
+//! Needs root.
 //!
 //! Costs are times, so that less is better: microseconds for a megabyte, for a request, for a connection.
 
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -22,7 +24,7 @@ use dcenet_policy::enforcer::{PinnedDefault, PolicyConfig};
 use serde_json::json;
 
 const ID: &str = "policy-throughput";
-const PEER: &str = "bridge with ipMasq";
+const PEER: &str = "bridge with ipMasq, no policy";
 const RULES: u32 = 1000;
 /// Admitted by the last rule.
 const OPEN: u16 = 7000;
@@ -40,14 +42,16 @@ struct Side {
     address: IpAddr,
     /// By what is measured, a value for each round.
     costs: [Vec<f64>; 3],
+    // Dropped after the pods, and before the host: its pins are in the host's directory.
+    owner: Option<Owner>,
     // Dropped after the pods, whose namespaces are in its directory.
     _host: TestHost,
 }
 
 impl Side {
-    fn new(host: TestHost, [client, server]: [TestNetNs; 2], address: &str) -> Self {
+    fn new(host: TestHost, owner: Option<Owner>, [client, server]: [TestNetNs; 2], address: &str) -> Self {
         let address = address.parse().expect("an address");
-        Self { client, server, address, costs: Default::default(), _host: host }
+        Self { client, server, address, costs: Default::default(), owner, _host: host }
     }
 
     fn round(&mut self, sizes: &Work) -> io::Result<()> {
@@ -110,6 +114,7 @@ impl Side {
     }
 
     /// Runs both ends, the server's for each of `count` connections, and gives the client's result and the server's last.
+    /// Neither end waits for ever for one that has failed.
     fn connected<C: Send, S: Send>(
         &self,
         count: u32,
@@ -118,26 +123,41 @@ impl Side {
     ) -> io::Result<(C, S)> {
         let listener = self.server.run(|| TcpListener::bind(SocketAddr::new(self.address, OPEN)))?;
         let to = listener.local_addr()?;
+        let closing = Closing(Some(listener.try_clone()?));
         std::thread::scope(|scope| {
             let serving = scope.spawn(move || {
                 let mut last = None;
                 for _ in 0..count {
                     let (stream, _) = listener.accept()?;
-                    stream.set_read_timeout(Some(LIMIT))?;
+                    limit(&stream)?;
                     stream.set_nodelay(true)?;
                     last = Some(server(stream)?);
                 }
                 last.ok_or_else(|| io::Error::other("no connection was asked for"))
             });
+            // Moved in here, so that it is dropped before the scope waits for the server.
+            let mut closing = closing;
             let asked = self.client.run(|| {
                 client(&|| {
                     let stream = TcpStream::connect_timeout(&to, LIMIT)?;
-                    stream.set_read_timeout(Some(LIMIT))?;
+                    limit(&stream)?;
                     Ok(stream)
                 })
-            })?;
-            let served = serving.join().map_err(|_| io::Error::other("the server's thread panicked"))??;
-            Ok((asked, served))
+            });
+            // All connections have been made, though the server may not have taken the last.
+            if asked.is_ok() {
+                closing.0 = None;
+            }
+            drop(closing);
+            let served = serving.join().unwrap_or_else(|_| Err(io::Error::other("its thread panicked")));
+            match (asked, served) {
+                (Ok(asked), Ok(served)) => Ok((asked, served)),
+                (Ok(_), Err(error)) => Err(io::Error::new(error.kind(), format!("the server: {error}"))),
+                (Err(error), Ok(_)) => Err(io::Error::new(error.kind(), format!("the client: {error}"))),
+                (Err(error), Err(other)) => {
+                    Err(io::Error::new(error.kind(), format!("the client: {error}; the server: {other}")))
+                }
+            }
         })
     }
 
@@ -147,6 +167,26 @@ impl Side {
         let to = listener.local_addr()?;
         Ok(self.client.run(|| TcpStream::connect_timeout(&to, Duration::from_secs(1))).is_ok())
     }
+}
+
+/// Shuts a listener down when it is dropped, unless it is emptied before: whoever waits in accept(2) gets EINVAL
+/// (net/ipv4/af_inet.c, `inet_shutdown`).
+struct Closing(Option<TcpListener>);
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        if let Some(listener) = self.0.take()
+            && let Err(error) = TcpStream::from(OwnedFd::from(listener)).shutdown(Shutdown::Both)
+        {
+            say(format_args!("{ID}: cannot shut a listener down: {error}"));
+        }
+    }
+}
+
+/// Bounds how long the other end of a connection is waited for.
+fn limit(stream: &TcpStream) -> io::Result<()> {
+    stream.set_read_timeout(Some(LIMIT))?;
+    stream.set_write_timeout(Some(LIMIT))
 }
 
 /// Answers each byte until the other end closes.
@@ -173,12 +213,12 @@ fn main() -> Result<(), Failure> {
     let sink = Arc::new(PinnedDefault::new(&config, &host.run_dir()));
     let engine = host.engine(Some(Arc::clone(&sink) as _));
     let pods = attach(&host, &engine, Some(&*sink))?;
-    let mut policed = Side::new(host, pods, "10.88.0.3");
+    let mut policed = Side::new(host, Some(owner), pods, "10.88.0.3");
 
     let host = TestHost::new();
     let engine = host.engine(None);
     let pods = attach(&host, &engine, None)?;
-    let mut plain = Side::new(host, pods, "10.88.0.3");
+    let mut plain = Side::new(host, None, pods, "10.88.0.3");
     if policed.reaches(CLOSED)? || !policed.reaches(OPEN)? || !plain.reaches(CLOSED)? {
         return Err("the policy is not in force, or something else is".into());
     }
@@ -204,17 +244,16 @@ fn main() -> Result<(), Failure> {
     let mut summary = Summary::default();
     for (at, (what, unit)) in [("stream", "us/MB"), ("request", "us"), ("connection", "us")].into_iter().enumerate() {
         let floor = dcenet_benches::Sample::new(plain.costs[at].clone()).median();
-        let row =
-            Row::compare(ID, &format!("{what}, policy"), 1.1, &policed.costs[at], ("no policy", &plain.costs[at]));
+        let ours = &policed.costs[at];
+        let row = Row::compare(ID, &format!("{what}, policy"), 1.1, ours, ("ours without policy", &plain.costs[at]));
         summary.add(row.in_unit(unit));
         if let Some(theirs) = &theirs {
-            let row =
-                Row::compare(ID, &format!("{what}, policy, peer"), 1.0, &policed.costs[at], (PEER, &theirs.costs[at]));
+            let row = Row::compare(ID, &format!("{what}, policy, no masq"), 1.0, ours, (PEER, &theirs.costs[at]));
             summary.add(row.in_unit(unit).with_floor(floor));
         }
     }
     drop(policed.client);
-    owner.close();
+    policed.owner.expect("it has one").close();
     summary.write();
     Ok(())
 }
@@ -306,5 +345,5 @@ fn debian() -> Option<Side> {
         host.root().run(|| plugin.run("ADD", &format!("pod{n}"), pod.path()));
         pod
     });
-    Some(Side::new(host, pods, "10.89.0.3"))
+    Some(Side::new(host, None, pods, "10.89.0.3"))
 }
