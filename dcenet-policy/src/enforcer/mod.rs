@@ -335,8 +335,9 @@ impl Enforcer {
     }
 
     /// Puts what documents say in the place of what earlier ones said, in one change: namespaces, pods, nodes and policies.
-    /// What else was told of namespaces, pods and nodes stays; of policies nothing else does. A source that has read its
-    /// documents anew hands over those that it told before, or empty ones.
+    /// What else was told of other namespaces, pods and nodes stays; of policies nothing else does. Whoever told last of one
+    /// counts: a pod of these documents that [`Enforcer::upsert_pod`] told of, too, is forgotten when they leave it out. A
+    /// source that has read its documents anew hands over those that it told before, or empty ones.
     ///
     /// # Errors
     /// As [`Enforcer::set_policies`]; the documents count as told all the same, and are tried again.
@@ -347,7 +348,9 @@ impl Enforcer {
                 state.set_pod(id.clone(), None);
             }
             for (id, pod) in now.pods.iter().chain(&now.awaited) {
-                state.set_pod(id.clone(), Some(pod.clone()));
+                if !state.has_pod(id, pod) {
+                    state.set_pod(id.clone(), Some(pod.clone()));
+                }
             }
             let cluster = state.cluster_mut();
             for name in before.namespaces.keys().filter(|name| !now.namespaces.contains_key(*name)) {

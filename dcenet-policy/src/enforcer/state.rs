@@ -186,6 +186,12 @@ impl State {
         pods.into_iter().for_each(|pod| self.join(pod));
     }
 
+    /// Whether just this was told of a pod last, and no address of it is an endpoint's instead.
+    pub(crate) fn has_pod(&self, id: &PodId, pod: &Pod) -> bool {
+        let joined = self.cluster.pods.get(id);
+        self.told.get(id) == Some(pod) && joined.is_some_and(|joined| joined.addresses.is_superset(&pod.addresses))
+    }
+
     pub(crate) fn set_pod(&mut self, id: PodId, pod: Option<Pod>) {
         match pod {
             Some(pod) => drop(self.told.insert(id.clone(), pod)),
