@@ -40,6 +40,9 @@ pub struct Record {
     pub key: AttachmentKey,
     /// The boot during which it was made (`/proc/sys/kernel/random/boot_id`).
     pub boot: String,
+    /// The identity of the host's namespace in which it was made; not in records of releases that did not write it down.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<NetNsId>,
     /// The path of the pod's namespace, as it was given.
     pub netns_path: PathBuf,
     /// The namespace's identity.
@@ -478,6 +481,7 @@ mod tests {
         let end = End { name: key.id().host_ifname(), mac: key.mac() };
         Record {
             boot: "b".into(),
+            host: Some(NetNsId { dev: 4, inode: 4_026_531_840 }),
             netns_path: "/run/netns/p".into(),
             netns: NetNsId { dev: 4, inode: 4_026_532_000 },
             fingerprint: "f".into(),

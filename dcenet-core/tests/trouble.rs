@@ -360,7 +360,7 @@ fn a_kill_at_any_call_is_repaired() {
                 // Three ways out, in turn: a detach, a recovery, and simply another attach.
                 match call % 3 {
                     0 => engine.detach(&key("c2"), None).unwrap(),
-                    1 => drop(engine.recover().unwrap()),
+                    1 => assert!(engine.recover().unwrap().errors.is_empty(), "{kind} {fault}:{call}"),
                     _ => {}
                 }
                 let config = if kind == "bridge" { bridge() } else { veth() };

@@ -6,24 +6,13 @@
 
 use serde_json::Value;
 
-use super::serve::PolicyChoice;
-use super::verbs::{Call, engine, journal};
-use super::{CniError, CniResult, ErrorCode, Invocation, NetConf, networks};
+use super::verbs::{Call, journal};
+use super::{CniError, CniResult, ErrorCode, networks};
 use crate::engine::Hold;
 use crate::model::AttachmentKey;
-use crate::provider::{AddressSource, Lease};
+use crate::provider::Lease;
 
-impl<'a> Call<'a> {
-    /// No device is ours, and so none is put under policy.
-    pub(super) fn for_ipam(
-        invocation: &'a Invocation,
-        conf: &'a NetConf,
-        addresses: Result<Option<Box<dyn AddressSource>>, CniError>,
-        policy: Result<Option<PolicyChoice>, CniError>,
-    ) -> Result<Self, CniError> {
-        Ok(Self { invocation, conf, addresses, policy, engine: engine(conf, None)? })
-    }
-
+impl Call<'_> {
     /// ADD.
     pub(super) async fn lease_for_another(&self) -> Result<CniResult, CniError> {
         self.refuse_policy()?;

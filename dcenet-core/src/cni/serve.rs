@@ -36,6 +36,13 @@ pub trait Backends {
         let _ = conf;
         Ok(true)
     }
+
+    /// Whether somebody still waits for the answer. Asked once an ADD has its attachment to itself, and before it changes
+    /// anything: a runtime that does not wait any more may have called DEL already, and nobody would remove what the ADD
+    /// made. Then it fails with code 11.
+    fn is_awaited(&self) -> bool {
+        true
+    }
 }
 
 /// Who puts devices under policy, and whether ADD waits for verdicts.
@@ -110,7 +117,7 @@ pub(super) async fn respond(
     }
 }
 
-fn failure(error: &CniError, input: &[u8]) -> String {
+pub(super) fn failure(error: &CniError, input: &[u8]) -> String {
     tracing::error!(%error, "failed");
     error.to_json(version_of(input).unwrap_or(SpecVersion::NEWEST))
 }
@@ -131,7 +138,7 @@ fn pass(
         return Ok(None);
     }
     let Some(socket) = conf.daemon()? else { return Ok(None) };
-    match super::node::pass(&socket, environment, stdin)? {
+    match super::node::pass(&socket, environment, stdin, &conf)? {
         super::node::Outcome::Answered { stdout, success } => Ok(Some((stdout, success))),
         super::node::Outcome::NotTaken { reason } if backends.stands_alone(&conf)? => {
             tracing::info!(reason, "served without the daemon");

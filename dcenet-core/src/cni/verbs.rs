@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 
 use super::error::causes;
 use super::serve::{Backends, PolicyChoice};
-use super::{Asked, CniError, CniResult, ErrorCode, Interface, Invocation, NetConf, Role, networks};
+use super::{Asked, CniError, CniResult, ErrorCode, Interface, Invocation, NetConf, Role, Verb, networks};
 use crate::engine::{
     AttachError, AttachRequest, Attached, DetachErrors, Engine, Hold, InUse, NamespaceEntry, StepError,
 };
@@ -31,6 +31,7 @@ pub(super) struct Call<'a> {
     /// An error here and in `policy` is the verb's own where it needs them; DEL and GC remove devices first.
     pub(super) addresses: Result<Option<Box<dyn AddressSource>>, CniError>,
     pub(super) policy: Result<Option<PolicyChoice>, CniError>,
+    pub(super) backends: &'a dyn Backends,
     pub(super) engine: Engine,
 }
 
@@ -79,19 +80,20 @@ impl<'a> Call<'a> {
     pub(super) fn new(
         invocation: &'a Invocation,
         conf: &'a NetConf,
-        backends: &dyn Backends,
+        backends: &'a dyn Backends,
     ) -> Result<Self, CniError> {
         let addresses = backends.addresses(conf);
         let policy = backends.policy(conf);
+        // No device is ours then, and so none is put under policy.
         if conf.role == Role::Ipam {
-            return Self::for_ipam(invocation, conf, addresses, policy);
+            return Ok(Self { invocation, conf, addresses, policy, backends, engine: engine(conf, None)? });
         }
         let sink: Option<Arc<dyn PolicySink>> = match &policy {
             Ok(choice) => choice.as_ref().map(|c| c.sink.clone()),
             Err(error) => Some(Arc::new(Unusable(error.clone()))),
         };
         let engine = engine(conf, sink)?;
-        Ok(Self { invocation, conf, addresses, policy, engine })
+        Ok(Self { invocation, conf, addresses, policy, backends, engine })
     }
 
     pub(super) async fn add(&self) -> Result<CniResult, CniError> {
@@ -227,16 +229,20 @@ impl<'a> Call<'a> {
         }
         kept.extend(valid.iter().cloned());
         kept.extend(networks::alive(&self.conf.state_dir, network).map_err(journal)?);
-        match self.addresses() {
-            Ok(None) => {}
-            Ok(Some(addresses)) => {
-                if let Err(error) = self.retain(addresses, network, &kept).await {
-                    errors.push(error.to_string());
-                }
+        let released = match self.addresses() {
+            Ok(None) => Ok(()),
+            Ok(Some(addresses)) => self.retain(addresses, network, &kept).await,
+            Err(error) => Err(error),
+        };
+        match released {
+            Ok(()) => {
+                errors.extend(holds.into_iter().filter_map(|hold| hold.close().err()).map(|error| error.to_string()));
             }
-            Err(error) => errors.push(error.to_string()),
+            Err(error) => {
+                errors.push(error.to_string());
+                holds.into_iter().for_each(Hold::keep);
+            }
         }
-        errors.extend(holds.into_iter().filter_map(|hold| hold.close().err()).map(|error| error.to_string()));
         let alive = |key: &AttachmentKey| kept.iter().any(|(c, i)| *c == key.container && *i == key.ifname);
         errors.extend(self.engine.collect_translations(network, &alive).err().map(|error| error.to_string()));
         if valid.is_empty() {
@@ -283,7 +289,11 @@ impl<'a> Call<'a> {
     }
 
     pub(super) fn hold(&self, key: &AttachmentKey) -> Result<Hold<'_>, CniError> {
-        self.engine.hold(key).map_err(|error| attach(error.into()))
+        let hold = self.engine.hold(key).map_err(|error| attach(error.into()))?;
+        if self.invocation.verb == Verb::Add {
+            still_awaited(self.backends)?;
+        }
+        Ok(hold)
     }
 
     pub(super) async fn lease(&self, key: &AttachmentKey) -> Result<Lease, CniError> {
@@ -454,16 +464,25 @@ impl<'a> Call<'a> {
         let mut hold = match self.engine.hold_remains(key, pod).map_err(detach)? {
             Some(hold) => hold,
             // An ADD that was killed before it began, or one that only leased.
-            None if self.held(key).await?.is_some() => self.hold(key)?,
+            // Also what a failed ADD takes back, whether or not somebody waits for it.
+            None if self.held(key).await?.is_some() => self.engine.hold(key).map_err(|error| attach(error.into()))?,
             None => return Ok(()),
         };
         let held = self.held(key).await;
         hold.detach(pod).map_err(detach)?;
-        let sequence = held?.map_or(0, |lease| lease.sequence());
-        if let Some(addresses) = self.addresses()? {
-            addresses.release(key, sequence).await?;
+        if let Err(error) = self.release(key, held).await {
+            hold.keep();
+            return Err(error);
         }
         hold.close().map_err(|error| detach(error.into()))
+    }
+
+    async fn release(&self, key: &AttachmentKey, held: Result<Option<Lease>, CniError>) -> Result<(), CniError> {
+        let sequence = held?.map_or(0, |lease| lease.sequence());
+        match self.addresses()? {
+            Some(addresses) => Ok(addresses.release(key, sequence).await?),
+            None => Ok(()),
+        }
     }
 
     /// What the attachment holds; nothing where the configuration hands out no addresses.
@@ -531,6 +550,15 @@ impl<'a> Call<'a> {
 pub(super) fn engine(conf: &NetConf, policy: Option<Arc<dyn PolicySink>>) -> Result<Engine, CniError> {
     let host = Host(NetNs::of_this_thread().map_err(netns)?);
     Ok(Engine::new(host, &conf.run_dir, policy).map_err(journal)?.entering(NamespaceEntry::InPlace))
+}
+
+/// Fails where nobody waits for an ADD any more.
+pub(super) fn still_awaited(backends: &dyn Backends) -> Result<(), CniError> {
+    if backends.is_awaited() {
+        return Ok(());
+    }
+    let message = "nobody waits for this ADD any more; given up before anything was changed";
+    Err(CniError::new(ErrorCode::TryAgain, message))
 }
 
 fn result(attached: &Attached) -> CniResult {

@@ -141,6 +141,7 @@ impl Engine {
         let mut record = Box::new(Record {
             key: request.key.clone(),
             boot: self.journal.boot().to_owned(),
+            host: Some(self.host.0.id()),
             netns_path: request.pod.path.to_owned(),
             netns: request.pod.netns.id(),
             fingerprint: request.fingerprint.clone(),

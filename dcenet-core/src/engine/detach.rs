@@ -111,39 +111,52 @@ impl Engine {
     }
 
     /// Takes back every attach that was begun and not finished because its process was killed. Attachments that
-    /// somebody works on now are left alone. Returns the keys of those taken back.
+    /// somebody works on now are left alone, and those that were made in another namespace than this engine's host.
     ///
-    /// Called when a daemon starts; a single attach or detach repairs its own attachment by itself.
-    pub fn recover(&self) -> Result<Vec<AttachmentKey>, DetachErrors> {
-        let failed = |error: JournalError| DetachErrors(vec![error.into()]);
-        let mut recovered = Vec::new();
-        let mut errors = Vec::new();
-        for id in self.journal.ids().map_err(failed)? {
+    /// A single attach or detach repairs its own attachment by itself. Who releases addresses, too, uses
+    /// [`Engine::hold_remains`] on each instead, or they are nobody's when its process is killed in between.
+    ///
+    /// # Errors
+    /// Where records cannot be listed. What one of them refuses is among [`Recovered::errors`].
+    pub fn recover(&self) -> Result<Recovered, JournalError> {
+        let mut done = Recovered::default();
+        for id in self.journal.ids()? {
             let (entry, record) = match self.journal.find(id) {
                 Ok(Some(found)) => found,
                 Ok(None) | Err(JournalError::Busy { .. }) => continue,
                 Err(error) => {
-                    errors.push(error.into());
+                    done.errors.push(error.into());
                     continue;
                 }
             };
             if let Some(record) = record {
-                if record.done.is_some() && record.boot == self.journal.boot() {
+                let elsewhere = record.host.is_some_and(|host| host != self.host.0.id());
+                if (record.done.is_some() || elsewhere) && record.boot == self.journal.boot() {
                     continue;
                 }
                 let left = self.take_back_record(&record, None);
                 if !left.is_empty() {
-                    errors.extend(left);
+                    done.errors.extend(left);
                     continue;
                 }
-                recovered.push(record.key);
+                done.keys.push(record.key);
             }
             if let Err(error) = entry.remove() {
-                errors.push(error.into());
+                done.errors.push(error.into());
             }
         }
-        DetachErrors::or_ok(errors).map(|()| recovered)
+        Ok(done)
     }
+}
+
+/// What [`Engine::recover`] did.
+#[derive(Debug, Default)]
+#[must_use = "addresses of what was taken back are still leased, and errors tell what was not"]
+pub struct Recovered {
+    /// The attachments that were taken back. Their addresses stay leased.
+    pub keys: Vec<AttachmentKey>,
+    /// What went wrong with others, whose records stay.
+    pub errors: Vec<TeardownError>,
 }
 
 /// The host's link of the attachment's name, if it carries the attachment's mark.

@@ -101,6 +101,14 @@ impl Hold<'_> {
         &self.key
     }
 
+    /// What was recorded of the attachment when it was held or attached; `None` where nothing is, or it was detached since.
+    pub fn record(&self) -> Option<&Record> {
+        match &self.found {
+            Found::Record(record) => Some(record),
+            _ => None,
+        }
+    }
+
     /// Whether anything of the attachment may be on the host: a record of it, finished, only begun, or malformed.
     pub fn is_recorded(&self) -> bool {
         matches!(self.found, Found::Record(_) | Found::Malformed { gone: false, .. })
@@ -189,6 +197,15 @@ impl Hold<'_> {
     /// Where the record cannot be removed. It is harmless, and the next call removes it.
     pub fn close(mut self) -> Result<(), JournalError> {
         self.tidy()
+    }
+
+    /// Lets others at the attachment again, and leaves its record although its devices are gone, for its addresses could not
+    /// be released: whoever finds it detaches once more, and releases them.
+    pub fn keep(mut self) {
+        // A file that says nothing tells nobody whose the addresses are.
+        if !matches!(self.found, Found::Nothing) {
+            self.found = Found::Closed;
+        }
     }
 
     fn clear(&mut self) -> Result<(), JournalError> {

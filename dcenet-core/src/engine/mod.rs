@@ -19,6 +19,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 pub use self::check::Drift;
+pub use self::detach::Recovered;
 pub(crate) use self::error::InUse;
 pub use self::error::{AttachError, DetachErrors, StepError, TeardownError};
 pub use self::hold::Hold;
@@ -139,6 +140,11 @@ impl Engine {
     /// The host's namespace.
     pub fn host(&self) -> &Host {
         &self.host
+    }
+
+    /// The id of this boot, as records have it.
+    pub fn boot(&self) -> &str {
+        self.journal.boot()
     }
 
     /// Whether an attach could be recorded now. Cheap, for STATUS is polled.

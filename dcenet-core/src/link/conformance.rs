@@ -436,7 +436,7 @@ mod trouble {
                 // Three ways out, in turn: a detach, a recovery, and simply another attach.
                 match call % 3 {
                     0 => scene.engine.detach(&key(2), Some(pod.netns())).unwrap(),
-                    1 => drop(scene.engine.recover().unwrap()),
+                    1 => assert!(scene.engine.recover().unwrap().errors.is_empty(), "{doing}"),
                     _ => {}
                 }
                 if call % 3 < 2 && !finished {

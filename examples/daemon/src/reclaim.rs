@@ -59,7 +59,10 @@ impl Reclaim {
         if long {
             match self.engine.recover() {
                 Ok(recovered) => {
-                    for key in recovered {
+                    for error in recovered.errors {
+                        tracing::warn!(%error, "what was begun and not finished is not all taken back");
+                    }
+                    for key in recovered.keys {
                         take(&mut taken, &key, || self.release_unrecorded(&key));
                     }
                 }

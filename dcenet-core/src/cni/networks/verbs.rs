@@ -10,7 +10,7 @@ use super::config::{By, Network, configured, resolve};
 use super::record::{Done, Held, Intent, Line, Record, Records};
 use super::result;
 use crate::cni::serve::Backends;
-use crate::cni::verbs::{Call, detach, engine, journal, netns};
+use crate::cni::verbs::{Call, detach, engine, journal, netns, still_awaited};
 use crate::cni::{CniError, ErrorCode, Invocation, NetConf, PluginCall, Plugins, Progress, SpecVersion};
 use crate::engine::{AttachError, Engine, PodInterface, SteerError, Steering};
 use crate::link::Policy;
@@ -53,6 +53,7 @@ impl<'a> Networks<'a> {
         let networks = resolve(self.conf, self.invocation, &key.ifname)?;
         let fingerprint = fingerprint(&networks);
         let mut held = self.records.enter(&key).map_err(journal)?;
+        still_awaited(self.backends)?;
         if let Some(record) = self.readable(&held)? {
             let same_pod = record.intent.netns == pod.id() && record.intent.boot == self.records.boot();
             let living = record.done.is_some() && self.pod_of(&record).is_some();

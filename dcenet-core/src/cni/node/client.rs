@@ -16,8 +16,8 @@ use rustix::net::{
     connect, sendmsg, socket_with,
 };
 
-use super::{ACCEPTED, DECLINED, GO, MAGIC, VARIABLES, VERSION, check_peer, length, number};
-use crate::cni::{CniError, ErrorCode};
+use super::{ACCEPTED, DECLINED, GO, MAGIC, VARIABLES, VERSION, check_peer, identity, length, number, shared};
+use crate::cni::{CniError, ErrorCode, NetConf};
 
 /// How long a daemon may take to accept a call. It has done nothing by then.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -44,8 +44,9 @@ pub(in crate::cni) fn pass(
     socket: &Path,
     environment: &dyn Fn(&str) -> Option<OsString>,
     stdin: &[u8],
+    conf: &NetConf,
 ) -> Result<Outcome, CniError> {
-    let mut stream = match offer(socket, environment, stdin) {
+    let mut stream = match offer(socket, environment, stdin, conf) {
         Ok(Ok(stream)) => stream,
         Ok(Err(reason)) => return Ok(Outcome::NotTaken { reason }),
         Err(error) => return Ok(Outcome::NotTaken { reason: error.to_string() }),
@@ -61,6 +62,7 @@ fn offer(
     socket: &Path,
     environment: &dyn Fn(&str) -> Option<OsString>,
     stdin: &[u8],
+    conf: &NetConf,
 ) -> io::Result<Result<UnixStream, String>> {
     let descriptor = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     // It bounds connect(2) too, which waits where a frozen daemon's queue is full (unix(7)).
@@ -71,11 +73,12 @@ fn offer(
     let mut stream = UnixStream::from(descriptor);
 
     let mut variables = Vec::new();
+    let mut tell = |name: &str, value: &[u8]| variables.extend([name.as_bytes(), b"=", value, b"\0"].concat());
     for (name, value) in VARIABLES.iter().filter_map(|name| Some((name, environment(name)?))) {
-        variables.extend_from_slice(name.as_bytes());
-        variables.push(b'=');
-        variables.extend_from_slice(value.as_bytes());
-        variables.push(0);
+        tell(name, value.as_bytes());
+    }
+    for (name, path, _) in shared(conf) {
+        tell(name, identity(path)?.as_bytes());
     }
     let header = [MAGIC, VERSION.to_be_bytes(), length(&variables)?, length(stdin)?].concat();
     // A path that cannot be opened is the daemon's to judge: DEL does without it.

@@ -16,40 +16,55 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use rustix::io::Errno;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recv, recvmsg};
 
-use super::{ACCEPTED, DECLINED, GO, HEADER, MAGIC, VARIABLES, VERSION, check_peer, length, number};
-use crate::cni::Backends;
-use crate::cni::serve::{STDIN_LIMIT, respond};
+use super::queue::{Place, Queue};
+use super::{
+    ACCEPTED, DECLINED, GO, HEADER, MAGIC, SHARED, VARIABLES, VERSION, check_peer, identity, length, number, shared,
+};
+use crate::cni::serve::{PolicyChoice, STDIN_LIMIT, failure, respond};
+use crate::cni::{Backends, CniError, ErrorCode, NetConf};
+use crate::provider::AddressSource;
 
 /// How long a plugin may be silent before its call has begun: it has nothing to wait for.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a call waits for those before it about the same attachment. Longer than one that never begins is in the way.
+const TURN: Duration = Duration::from_secs(10);
 /// More than the system lets a program be given (execve(2), "Limits on size of arguments and environment").
 const MOST_ENVIRONMENT: u32 = 8 << 20;
 
 /// Serves calls of plugins until it is dropped, which waits for those under way.
 #[derive(Debug)]
 pub struct Server {
-    path: PathBuf,
-    stopping: Arc<AtomicBool>,
+    socket: Arc<Socket>,
     workers: Vec<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Socket {
+    path: PathBuf,
+    /// Device and inode of the file, by which it is known again.
+    file: (u64, u64),
+    listener: UnixListener,
+    queue: Arc<Queue>,
+    stopping: AtomicBool,
 }
 
 impl Server {
     /// Listens on a socket of mode 0600, in the place of one that a dead server left, and serves so many calls at a time.
     ///
+    /// Whoever may be started twice makes sure beforehand that no other server lives: its socket would be replaced as well.
     /// The calling thread must be in the host's network namespace. `backends` are asked by several threads at once; where
     /// their sources of addresses share one store that groups commits, the calls share its flushes.
     ///
     /// # Errors
     /// Where the socket cannot be made, or a thread.
     pub fn start(path: &Path, workers: NonZeroUsize, backends: Arc<dyn Backends + Send + Sync>) -> io::Result<Self> {
-        let listener = Arc::new(listen(path)?);
-        let mut this = Self { path: path.to_owned(), stopping: Arc::default(), workers: Vec::new() };
+        let mut this = Self { socket: Arc::new(listen(path)?), workers: Vec::new() };
         for n in 0..workers.get() {
-            let (listener, backends) = (Arc::clone(&listener), Arc::clone(&backends));
-            let stopping = Arc::clone(&this.stopping);
-            let work = move || work(&listener, &*backends, &stopping);
+            let (socket, backends) = (Arc::clone(&this.socket), Arc::clone(&backends));
+            let work = move || work(&socket, &*backends);
             this.workers.push(std::thread::Builder::new().name(format!("dcenet-node-{n}")).spawn(work)?);
         }
         Ok(this)
@@ -58,27 +73,33 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.stopping.store(true, Ordering::Release);
-        for _ in &self.workers {
-            // A connection wakes one thread from accept(2).
-            if let Err(error) = UnixStream::connect(&self.path) {
-                tracing::warn!(%error, "threads of the node server stay");
-                return;
-            }
+        let Socket { path, file, listener, stopping, .. } = &*self.socket;
+        stopping.store(true, Ordering::Release);
+        // All threads wake from accept(2), and whoever connects is refused (`unix_accept`, `unix_stream_connect` in
+        // net/unix/af_unix.c). The path may lead to another's socket by now.
+        if let Err(error) = rustix::net::shutdown(listener, rustix::net::Shutdown::Read) {
+            tracing::warn!(%error, "threads of the node server stay");
+            return;
         }
         for worker in self.workers.drain(..) {
             if worker.join().is_err() {
                 tracing::error!("a thread of the node server panicked");
             }
         }
-        if let Err(error) = fs::remove_file(&self.path) {
-            tracing::warn!(%error, "the node server's socket stays");
+        match fs::symlink_metadata(path) {
+            Ok(found) if (found.dev(), found.ino()) == *file => {
+                if let Err(error) = fs::remove_file(path) {
+                    tracing::warn!(%error, "the node server's socket stays");
+                }
+            }
+            Ok(_) => tracing::warn!(path = %path.display(), "another's socket is in the place of the node server's"),
+            Err(error) => tracing::warn!(%error, "the node server's socket is gone"),
         }
     }
 }
 
 /// Nobody finds the socket before it has its mode.
-fn listen(path: &Path) -> io::Result<UnixListener> {
+fn listen(path: &Path) -> io::Result<Socket> {
     let mut fresh = path.as_os_str().to_owned();
     fresh.push(format!(",{}", std::process::id()));
     match fs::remove_file(&fresh) {
@@ -86,19 +107,27 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
         _ => {}
     }
     let listener = UnixListener::bind(&fresh)?;
-    fs::set_permissions(&fresh, Permissions::from_mode(0o600))?;
-    fs::rename(&fresh, path)?;
-    Ok(listener)
+    let place = || -> io::Result<(u64, u64)> {
+        fs::set_permissions(&fresh, Permissions::from_mode(0o600))?;
+        let made = fs::symlink_metadata(&fresh)?;
+        fs::rename(&fresh, path)?;
+        Ok((made.dev(), made.ino()))
+    };
+    let file = place().inspect_err(|_| {
+        // What went wrong is told; the file is nobody's, and the next start removes it.
+        let _ = fs::remove_file(&fresh);
+    })?;
+    Ok(Socket { path: path.to_owned(), file, listener, queue: Arc::default(), stopping: AtomicBool::new(false) })
 }
 
-fn work(listener: &UnixListener, backends: &dyn Backends, stopping: &AtomicBool) {
+fn work(socket: &Socket, backends: &dyn Backends) {
     loop {
-        let accepted = listener.accept();
-        if stopping.load(Ordering::Acquire) {
+        let accepted = socket.listener.accept();
+        if socket.stopping.load(Ordering::Acquire) {
             return;
         }
         let outcome = match accepted {
-            Ok((stream, _)) => serve_one(stream, backends),
+            Ok((stream, _)) => serve_one(stream, backends, &socket.queue),
             Err(error) => {
                 // Out of descriptors, as a rule: others give some back.
                 std::thread::sleep(Duration::from_millis(10));
@@ -123,9 +152,41 @@ impl Request {
         let found = self.environment.iter().find(|(known, _)| known == name.as_bytes());
         found.map(|(_, value)| OsString::from_vec(value.clone()))
     }
+
+    /// Its place among the calls about the same attachment; `None` where it is about none.
+    fn queue(&self, queue: &Arc<Queue>) -> Option<Place> {
+        let subject = (self.get("CNI_CONTAINERID")?, self.get("CNI_IFNAME")?);
+        Some(queue.enter(subject))
+    }
 }
 
-fn serve_one(mut stream: UnixStream, backends: &dyn Backends) -> io::Result<()> {
+/// The backends of a call whose plugin may leave.
+struct Attended<'a> {
+    backends: &'a dyn Backends,
+    plugin: &'a UnixStream,
+}
+
+impl Backends for Attended<'_> {
+    fn addresses(&self, conf: &NetConf) -> Result<Option<Box<dyn AddressSource>>, CniError> {
+        self.backends.addresses(conf)
+    }
+
+    fn policy(&self, conf: &NetConf) -> Result<Option<PolicyChoice>, CniError> {
+        self.backends.policy(conf)
+    }
+
+    fn stands_alone(&self, conf: &NetConf) -> Result<bool, CniError> {
+        self.backends.stands_alone(conf)
+    }
+
+    /// A plugin that waits says nothing.
+    fn is_awaited(&self) -> bool {
+        let said = recv(self.plugin, &mut [0; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT);
+        matches!(said, Ok((1.., _)) | Err(Errno::AGAIN | Errno::INTR)) && self.backends.is_awaited()
+    }
+}
+
+fn serve_one(mut stream: UnixStream, backends: &dyn Backends, queue: &Arc<Queue>) -> io::Result<()> {
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     check_peer(&stream)?;
@@ -142,14 +203,24 @@ fn serve_one(mut stream: UnixStream, backends: &dyn Backends) -> io::Result<()> 
             return io::copy(&mut stream.take(most), &mut io::sink()).map(|_| ());
         }
     };
+    // Before it is accepted: a plugin that leaves afterwards is followed by another about the same attachment.
+    let place = request.queue(queue);
     stream.write_all(&[ACCEPTED])?;
     let mut go = [0];
     stream.read_exact(&mut go)?;
     if go != [GO] {
         return Err(io::Error::other("it did not say go"));
     }
-    let call = || pollster::block_on(respond(|name| request.get(name), Ok(request.stdin.as_slice()), backends));
-    let (text, success) = catch_unwind(AssertUnwindSafe(call)).map_err(|_| io::Error::other("the call panicked"))?;
+    let (text, success) = if place.as_ref().is_none_or(|place| place.wait(TURN)) {
+        let backends = Attended { backends, plugin: &stream };
+        let call = || pollster::block_on(respond(|name| request.get(name), Ok(request.stdin.as_slice()), &backends));
+        catch_unwind(AssertUnwindSafe(call)).map_err(|_| io::Error::other("the call panicked"))?
+    } else {
+        let message = "a call about this attachment that came before is still under way; try again";
+        (Some(failure(&CniError::new(ErrorCode::TryAgain, message), &request.stdin)), false)
+    };
+    // Whoever hears the reply may call again at once.
+    drop(place);
     let text = text.unwrap_or_default();
     stream.write_all(&[u8::from(!success)])?;
     stream.write_all(&length(text.as_bytes())?)?;
@@ -180,25 +251,38 @@ fn read(stream: &mut UnixStream) -> io::Result<Result<Request, String>> {
     for variable in variables.split(|byte| *byte == 0) {
         let Some(at) = variable.iter().position(|byte| *byte == b'=') else { continue };
         let (name, value) = (&variable[..at], &variable[at + 1..]);
-        if VARIABLES.iter().any(|known| known.as_bytes() == name) {
+        if VARIABLES.iter().chain(&SHARED).any(|known| known.as_bytes() == name) {
             named.push((name.to_vec(), value.to_vec()));
         }
     }
     let request = Request { environment: named, stdin: input, netns };
-    Ok(match misled(&request) {
+    Ok(match misled(&request)? {
         Some(reason) => Err(reason),
         None => Ok(request),
     })
 }
 
-/// Why the path of the pod's namespace means something else here than for the plugin, if it does.
-fn misled(request: &Request) -> Option<String> {
-    let path = PathBuf::from(request.get("CNI_NETNS").filter(|path| !path.is_empty())?);
-    let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
-    let there = request.netns.as_ref().and_then(|netns| netns.metadata().ok()).map(identity);
-    let here = fs::metadata(&path).ok().map(identity);
-    let differs = || format!("{} is another file for the daemon; run it with the host's mounts", path.display());
-    (there != here).then(differs)
+/// Why a path or the host's namespace means something else here than for the plugin, if one does.
+fn misled(request: &Request) -> io::Result<Option<String>> {
+    if let Some(path) = request.get("CNI_NETNS").filter(|path| !path.is_empty()).map(PathBuf::from) {
+        let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+        let there = request.netns.as_ref().and_then(|netns| netns.metadata().ok()).map(identity);
+        let here = fs::metadata(&path).ok().map(identity);
+        if there != here {
+            let path = path.display();
+            return Ok(Some(format!("{path} is another file for the daemon; run it with the host's mounts")));
+        }
+    }
+    // What is wrong with a configuration is told by the call itself.
+    let Ok(conf) = NetConf::parse(&request.stdin) else { return Ok(None) };
+    for (name, path, remedy) in shared(&conf) {
+        let there = request.get(name).unwrap_or_default();
+        if *there != *identity(path)? {
+            let path = path.display();
+            return Ok(Some(format!("{name}: {path} is another for the daemon than for the plugin; {remedy}")));
+        }
+    }
+    Ok(None)
 }
 
 /// The first bytes, and the descriptor that comes with them.

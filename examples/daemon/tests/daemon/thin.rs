@@ -3,11 +3,17 @@
 use std::collections::BTreeSet;
 use std::io::{IoSlice, Read, Write};
 use std::mem::MaybeUninit;
+use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use dcenet_core::cni::node::Server;
 use dcenet_core::cni::{Backends, CniError, ErrorCode, NetConf, PolicyChoice};
 use dcenet_core::provider::AddressSource;
 use dcenet_core::test_support::{Rung, TestNetNs, require};
@@ -132,12 +138,24 @@ fn parallel_adds_get_an_address_each() {
 
 /// The bytes of an ADD for `web`, written by hand after the module's description.
 fn request(node: &Node, pod: &TestNetNs, version: u32) -> Vec<u8> {
+    let path = |key: &str| identity(node.network[key].as_str().unwrap().as_ref());
+    request_of(node, pod, version, [identity(node.host.root().path()), path("stateDir"), path("runDir")])
+}
+
+/// As a plugin for which the host's namespace, the state directory and the run directory are these.
+fn request_of(node: &Node, pod: &TestNetNs, version: u32, [host, state, run]: [String; 3]) -> Vec<u8> {
     let netns = pod.path().to_str().unwrap();
-    let environment =
-        format!("CNI_COMMAND=ADD\0CNI_CONTAINERID=web\0CNI_NETNS={netns}\0CNI_IFNAME=eth0\0CNI_PATH=/usr/lib/cni\0");
+    let environment = format!(
+        "CNI_COMMAND=ADD\0CNI_CONTAINERID=web\0CNI_NETNS={netns}\0CNI_IFNAME=eth0\0CNI_PATH=/usr/lib/cni\0\
+         DCENET_HOST={host}\0DCENET_STATE_DIR={state}\0DCENET_RUN_DIR={run}\0"
+    );
     let stdin = node.network.to_string();
     let numbers = [version, environment.len() as u32, stdin.len() as u32].map(u32::to_be_bytes).concat();
     [b"dcen".as_slice(), &numbers, environment.as_bytes(), stdin.as_bytes()].concat()
+}
+
+fn identity(path: &Path) -> String {
+    path.metadata().map_or(String::new(), |found| format!("{}:{}", found.dev(), found.ino()))
 }
 
 /// Connects and sends bytes, with a namespace or without.
@@ -181,31 +199,46 @@ fn a_call_that_is_half_sent_declined_or_not_begun_changes_nothing() {
     warm(&node);
     let daemon = node.start();
     let (before, pod, other) = (node.host.state(), node.host.new_pod(), node.host.new_pod());
-    let whole = request(&node, &pod, 1);
+    let whole = request(&node, &pod, 2);
     for part in [1, 4, 15, 16, 40, whole.len() - 1] {
         drop(send(&node, &whole[..part], Some(&pod)));
     }
     answer(&send(&node, &whole, Some(&pod))).expect("accepted, and then nobody says go");
 
     // What is not read, however much it is, takes nothing from the reason.
-    let unread = [request(&node, &pod, 2), vec![0; 1 << 20]].concat();
+    let unread = [request(&node, &pod, 3), vec![0; 1 << 20]].concat();
     let reason = answer(&send(&node, &unread, Some(&pod))).unwrap_err();
-    assert!(reason.contains("protocol 1, the plugin 2; install both of one release"), "{reason}");
+    assert!(reason.contains("protocol 2, the plugin 3; install both of one release"), "{reason}");
     for netns in [None, Some(&other)] {
         let reason = answer(&send(&node, &whole, netns)).unwrap_err();
         assert!(reason.contains("another file for the daemon"), "{reason}");
+    }
+    let path = |key: &str| identity(node.network[key].as_str().unwrap().as_ref());
+    let own = [identity(node.host.root().path()), path("stateDir"), path("runDir")];
+    let others = [
+        ("DCENET_HOST", identity(pod.path())),
+        ("DCENET_STATE_DIR", String::new()),
+        ("DCENET_RUN_DIR", path("stateDir")),
+    ];
+    for (i, (name, other)) in others.into_iter().enumerate() {
+        let mut told = own.clone();
+        told[i] = other;
+        let reason = answer(&send(&node, &request_of(&node, &pod, 2, told), Some(&pod))).unwrap_err();
+        assert!(reason.contains(name) && reason.contains("is another for the daemon"), "{reason}");
     }
     // Nothing of it is under way any more when the daemon has ended.
     assert!(daemon.stop().success());
     assert_eq!((before.diff(&node.host.state()).as_str(), node.leased().len()), ("", 0));
     assert_eq!(node.host.records(), Vec::<String>::new());
 
-    // The same call, begun, is what would have been seen. Its plugin is gone before the reply.
+    // The same call, begun, is what would have been seen.
     let daemon = node.start();
     let mut stream = send(&node, &whole, Some(&pod));
     answer(&stream).unwrap();
     stream.write_all(b"G").unwrap();
-    drop(stream);
+    let mut failed = [1];
+    stream.read_exact(&mut failed).unwrap();
+    assert_eq!(failed, [0]);
     assert!(daemon.stop().success());
     assert_eq!(node.leased(), ["web"]);
     assert_ne!(before.diff(&node.host.state()), "");
@@ -223,7 +256,7 @@ fn del_removes_what_a_killed_daemon_left() {
     let before = node.host.state();
     for microseconds in [0, 300, 1000, 3000, 10_000] {
         let (daemon, pod) = (node.start(), node.host.new_pod());
-        let mut stream = send(&node, &request(&node, &pod, 1), Some(&pod));
+        let mut stream = send(&node, &request(&node, &pod, 2), Some(&pod));
         answer(&stream).unwrap();
         stream.write_all(b"G").unwrap();
         std::thread::sleep(Duration::from_micros(microseconds));
@@ -232,4 +265,114 @@ fn del_removes_what_a_killed_daemon_left() {
         assert_eq!((before.diff(&node.host.state()).as_str(), node.leased().len()), ("", 0));
         assert_eq!(node.host.records(), Vec::<String>::new());
     }
+}
+
+/// The plugin's backends, which stop the first call before it holds its attachment.
+struct Stopping {
+    stops: AtomicBool,
+    stopped: Sender<()>,
+    go_on: Mutex<Receiver<()>>,
+}
+
+impl Backends for Stopping {
+    fn addresses(&self, conf: &NetConf) -> Result<Option<Box<dyn AddressSource>>, CniError> {
+        if self.stops.swap(false, Ordering::AcqRel) {
+            self.stopped.send(()).unwrap();
+            self.go_on.lock().unwrap().recv_timeout(PATIENCE).unwrap();
+        }
+        Plugin.addresses(conf)
+    }
+
+    fn policy(&self, conf: &NetConf) -> Result<Option<PolicyChoice>, CniError> {
+        Plugin.policy(conf)
+    }
+}
+
+fn serve_in(node: &Node, backends: Arc<dyn Backends + Send + Sync>) -> Server {
+    let path = node.host.run_dir().join("dcenetd.sock");
+    node.host.root().run(|| Server::start(&path, NonZeroUsize::new(4).unwrap(), backends)).unwrap()
+}
+
+/// Has a server stop an ADD, lets the plugin leave or not, and another do something before the ADD goes on.
+fn around_an_add(node: &Node, pod: &TestNetNs, leaves: bool, meanwhile: impl FnOnce(&dyn Fn())) {
+    let ((stopped, has_stopped), (go, go_on)) = (channel(), channel());
+    let stopping = Stopping { stops: AtomicBool::new(true), stopped, go_on: Mutex::new(go_on) };
+    let server = serve_in(node, Arc::new(stopping));
+    let mut stream = send(node, &request(node, pod, 2), Some(pod));
+    answer(&stream).unwrap();
+    stream.write_all(b"G").unwrap();
+    has_stopped.recv_timeout(PATIENCE).unwrap();
+    let stays = (!leaves).then_some(stream);
+    meanwhile(&|| go.send(()).unwrap());
+    // It waits for what is under way.
+    drop(server);
+    drop(stays);
+}
+
+#[test]
+fn an_add_never_comes_after_the_del_that_followed_it() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let node = node();
+    warm(&node);
+    let (before, pod) = (node.host.state(), node.host.new_pod());
+    let mut alone = node.network.clone();
+    alone.as_object_mut().unwrap().remove("daemon");
+    let clean = || {
+        assert_eq!((before.diff(&node.host.state()).as_str(), node.leased().len()), ("", 0));
+        assert_eq!(node.host.records(), Vec::<String>::new());
+    };
+    // Its plugin was killed, and DEL was served without the daemon, which did not take it in time.
+    let del_alone = |go: &dyn Fn()| {
+        node.call(&Plugin, "DEL", "web", Some(pod.path()), &alone).unwrap();
+        go();
+    };
+    around_an_add(&node, &pod, true, del_alone);
+    clean();
+    // A plugin that waits is what the ADD goes by: the same order of the two leaves what nobody deletes.
+    around_an_add(&node, &pod, false, del_alone);
+    assert_eq!(node.leased(), ["web"]);
+    node.call(&Plugin, "DEL", "web", Some(pod.path()), &alone).unwrap();
+    clean();
+    // The daemon has the DEL wait, whether or not the ADD is given up.
+    for leaves in [true, false] {
+        around_an_add(&node, &pod, leaves, |go| {
+            std::thread::scope(|scope| {
+                let del = scope.spawn(|| node.call(&Nobody, "DEL", "web", Some(pod.path()), &node.network));
+                std::thread::sleep(Duration::from_millis(300));
+                assert!(!del.is_finished(), "it does not wait for the ADD");
+                go();
+                del.join().unwrap().unwrap();
+            });
+        });
+        clean();
+    }
+}
+
+#[test]
+fn a_server_whose_socket_is_anothers_or_gone_ends_and_leaves_what_is_not_its_own() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let node = node();
+    let ends = |server: Server| {
+        let (done, is_done) = channel();
+        std::thread::spawn(move || {
+            drop(server);
+            done.send(()).unwrap();
+        });
+        is_done.recv_timeout(PATIENCE).expect("it ends");
+    };
+    let [first, second] = [Arc::new(Plugin), Arc::new(Plugin)];
+    let (replaced, server) = (serve_in(&node, first.clone()), serve_in(&node, second.clone()));
+    ends(replaced);
+    assert_eq!(Arc::strong_count(&first), 1, "its threads have ended");
+    node.call(&Nobody, "STATUS", "web", None, &node.network).expect("the other serves");
+    let socket = node.host.run_dir().join("dcenetd.sock");
+    std::fs::remove_file(&socket).unwrap();
+    ends(server);
+    assert_eq!(Arc::strong_count(&second), 1, "its threads have ended");
+    ends(serve_in(&node, second));
+    assert!(!socket.exists(), "what is its own goes");
 }
