@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use dcenet_core::engine::Engine;
+use dcenet_core::model::AttachmentKey;
 use dcenet_core::netlink::{Attributes, Family, Message};
 use dcenet_core::netns::{Host, NetNs};
 use dcenet_core::provider::PolicySink;
@@ -35,7 +36,7 @@ use crate::config::Config;
 use crate::flows::Flows;
 use crate::metrics::{DaemonMetrics, Endpoint, Sources};
 use crate::policies::{self, Watcher};
-use crate::reclaim::Reclaim;
+use crate::reclaim::{Looking, Reclaim};
 use crate::{server, systemd};
 
 type Outcome<T = ()> = Result<T, Box<dyn Error>>;
@@ -59,7 +60,9 @@ pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
         owner.adopt(&engine);
         owner.read();
     }
-    let mut reclaim = addresses.as_ref().map(|(ipam, metrics)| (Reclaim::new(engine, ipam.clone()), metrics.clone()));
+    let reclaim = addresses
+        .as_ref()
+        .map(|(ipam, metrics)| (Reclaim::new(engine, ipam.clone(), config.policy.is_some()), metrics.clone()));
 
     let flows = match &counted {
         Some((enforcer, metrics)) => {
@@ -79,23 +82,24 @@ pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
     tell("READY=1");
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "ready");
 
-    let mut reclaim_at = Instant::now();
+    let looking = reclaim.map(|(reclaim, counted)| {
+        let count = move |taken: &[AttachmentKey]| counted.count_reclaimed(Cause::Absence, taken.len());
+        Looking::start(reclaim, config.reclaim.every.0, count)
+    });
+    let looking = looking.transpose()?;
     while !signals.ends() {
-        if let Some((reclaim, counted)) = &mut reclaim
-            && Instant::now() >= reclaim_at
-        {
-            let taken = reclaim.look();
-            counted.count_reclaimed(Cause::Absence, taken.len());
-            reclaim_at = Instant::now() + config.reclaim.every.0;
+        if looking.as_ref().is_some_and(Looking::has_ended) {
+            return Err("the thread that takes addresses back has died".into());
         }
         if let Some(owner) = &mut owner {
             owner.look();
         }
-        let until = owner.iter().map(|owner| owner.due).chain(reclaim.as_ref().map(|_| reclaim_at)).min();
+        let until = owner.as_ref().map_or(Instant::now() + LOOK, |owner| owner.due);
         signals.wait(owner.as_ref().and_then(|owner| owner.watcher.as_ref()), until)?;
     }
     tell("STOPPING=1");
     // In this order: nothing asks the owner any more when it goes.
+    drop(looking);
     drop(server);
     drop(metrics);
     drop(flows);
@@ -348,12 +352,11 @@ impl Signals {
     }
 
     /// Waits for a signal, a change of the directory, or the time.
-    fn wait(&self, watcher: Option<&Watcher>, until: Option<Instant>) -> Outcome {
-        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
-        let timeout = left.map(Timespec::try_from).transpose()?;
+    fn wait(&self, watcher: Option<&Watcher>, until: Instant) -> Outcome {
+        let timeout = Timespec::try_from(until.saturating_duration_since(Instant::now()))?;
         let mut awaited = vec![PollFd::from_borrowed_fd(self.wake.as_fd(), PollFlags::IN)];
         awaited.extend(watcher.map(|watcher| PollFd::from_borrowed_fd(watcher.as_fd(), PollFlags::IN)));
-        match poll(&mut awaited, timeout.as_ref()) {
+        match poll(&mut awaited, Some(&timeout)) {
             Ok(_) | Err(Errno::INTR) => Ok(()),
             Err(error) => Err(error.into()),
         }
