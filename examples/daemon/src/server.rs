@@ -27,19 +27,24 @@ pub fn start(section: &ServerConfig, run_dir: &Path) -> Result<Server, Box<dyn s
     Ok(server.map_err(|e| format!("server.socket: {}: {e}", path.display()))?)
 }
 
-/// Stores by what configurations say of them; a handful on a node.
+/// Stores by what configurations say of them; a handful on a node. Each is opened under a lock of its own: one that does not
+/// answer keeps nobody from the others.
 #[derive(Default)]
-struct Shared(Mutex<BTreeMap<(String, PathBuf), Arc<dyn Store>>>);
+struct Shared(Mutex<BTreeMap<(String, PathBuf), Arc<Cell>>>);
+
+/// A store, once it could be opened.
+type Cell = Mutex<Option<Arc<dyn Store>>>;
 
 impl Shared {
     fn store(&self, config: &StoreConfig, state_dir: &Path) -> Result<Arc<dyn Store>, OpenError> {
         let key = (serde_json::json!(config).to_string(), state_dir.to_owned());
-        let mut stores = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(store) = stores.get(&key) {
+        let cell = Arc::clone(self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(key).or_default());
+        let mut opened = cell.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(store) = &*opened {
             return Ok(Arc::clone(store));
         }
         let store: Arc<dyn Store> = Arc::new(GroupStore::new(config.open(state_dir)?));
-        stores.insert(key, Arc::clone(&store));
+        *opened = Some(Arc::clone(&store));
         Ok(store)
     }
 }
