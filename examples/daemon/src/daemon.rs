@@ -34,6 +34,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::config::Config;
 use crate::flows::Flows;
+use crate::lock::RunLock;
 use crate::metrics::{DaemonMetrics, Endpoint, Sources};
 use crate::policies::{self, Watcher};
 use crate::reclaim::{Looking, Reclaim};
@@ -47,6 +48,7 @@ type Outcome<T = ()> = Result<T, Box<dyn Error>>;
 /// Where it cannot begin.
 pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
     let signals = Signals::register()?;
+    let _lock = RunLock::take(&config.run_dir)?;
     let mut registry = Registry::default();
     let daemon = DaemonMetrics::register(&mut registry);
     let addresses = open_addresses(config, &mut registry)?;
@@ -113,6 +115,7 @@ pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
 /// Where a daemon runs, or something cannot be removed.
 pub fn uninstall(config: &Config) -> Outcome {
     let policy = config.policy.as_ref().ok_or("there is no section policy, so nothing is known to remove")?;
+    let _lock = RunLock::take(&config.run_dir)?;
     Ok(open_enforcer(config, policy)?.uninstall()?)
 }
 

@@ -4,6 +4,7 @@
 mod config;
 mod daemon;
 mod flows;
+mod lock;
 mod metrics;
 mod policies;
 mod reclaim;

@@ -376,3 +376,19 @@ fn a_server_whose_socket_is_anothers_or_gone_ends_and_leaves_what_is_not_its_own
     ends(serve_in(&node, second));
     assert!(!socket.exists(), "what is its own goes");
 }
+
+#[test]
+fn there_is_one_daemon_for_a_run_directory() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let node = node();
+    let daemon = node.start();
+    let config = node.config_file();
+    let second = node.host.root().run(|| dcenetd().arg("--config").arg(&config).output()).unwrap();
+    let stderr = String::from_utf8(second.stderr).unwrap();
+    assert!(second.status.code() == Some(1) && stderr.contains("dcenetd.lock; stop it"), "{stderr}");
+    node.call(&Nobody, "STATUS", "web", None, &node.network).expect("the first serves");
+    daemon.stop();
+    assert!(node.start().stop().success());
+}
