@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use dcenet_core::engine::Engine;
 use dcenet_core::model::AttachmentKey;
-use dcenet_core::netlink::{Attributes, Family, Message};
+use dcenet_core::netlink::{AddressView, Family, LinkView};
 use dcenet_core::netns::{Host, NetNs};
 use dcenet_core::provider::PolicySink;
 use dcenet_ebpf::abi::Sizes;
@@ -170,27 +170,22 @@ fn node_name(config: &Config) -> Outcome<String> {
     }
 }
 
-/// The addresses of all devices of the host, loopback's left out: they are every host's.
+/// The addresses of the host's devices that are its own.
 fn addresses_of(host: &Host) -> Outcome<BTreeSet<IpAddr>> {
-    // `struct ifaddrmsg`, all zero: of any family and device (include/uapi/linux/if_addr.h).
-    const GETADDR: u16 = 22;
-    const IFA_ADDRESS: u16 = 1;
-    const IFA_LOCAL: u16 = 2;
-    const HEADER: usize = 8;
     let mut socket = host.0.socket(Family::Route)?;
-    let replies = socket.dump(&Message::new(GETADDR, 0, "list addresses", &[0; HEADER]))?;
-    let mut addresses = BTreeSet::new();
-    for reply in replies {
-        let attributes = Attributes::new(reply.payload.get(HEADER..).unwrap_or_default());
-        let address = attributes.find(IFA_LOCAL).or(attributes.find(IFA_ADDRESS));
-        let address = address.and_then(|bytes| match bytes.len() {
-            4 => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),
-            16 => <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from),
-            _ => None,
-        });
-        addresses.extend(address.filter(|address| !address.is_loopback()));
-    }
-    Ok(addresses)
+    // In this order: an address of a device that has come in between is left out until the next look.
+    let links = socket.links()?;
+    Ok(own_addresses(&links, &socket.addresses()?))
+}
+
+/// Without loopback's, which are every host's, and without those of dummy devices: on these, kube-proxy in the mode ipvs
+/// puts the address of every Service (`kube-ipvs0`), and whoever is let in from the node would be let in to all of them.
+fn own_addresses(links: &[LinkView], addresses: &[AddressView]) -> BTreeSet<IpAddr> {
+    let is_own = |a: &&AddressView| {
+        links.iter().find(|link| link.index == a.index).is_some_and(|link| link.kind.as_deref() != Some("dummy"))
+    };
+    let own = addresses.iter().filter(is_own).map(|a| a.address.addr());
+    own.filter(|address| !address.is_loopback()).collect()
 }
 
 /// The owner of the node's policy state, and what it was told last.
@@ -363,5 +358,50 @@ impl Signals {
             Ok(_) | Err(Errno::INTR) => Ok(()),
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use dcenet_core::model::IfIndex;
+
+    use super::*;
+
+    #[test]
+    fn addresses_of_dummy_devices_and_of_loopback_are_not_the_nodes() {
+        let index = |n| IfIndex::new(n).unwrap();
+        let link = |n, name: &str, kind: Option<&str>| LinkView {
+            index: index(n),
+            name: name.to_owned(),
+            kind: kind.map(str::to_owned),
+            mac: None,
+            mtu: 1500,
+            flags: 0,
+            alias: None,
+            master: None,
+            peer: None,
+            tx_queue_len: 0,
+        };
+        let address =
+            |n, address: &str| AddressView { index: index(n), address: address.parse().unwrap(), flags: 0, scope: 0 };
+        let links = [
+            link(1, "lo", None),
+            link(2, "eth0", None),
+            link(3, "dc0", Some("bridge")),
+            link(4, "kube-ipvs0", Some("dummy")),
+        ];
+        let addresses = [
+            address(1, "127.0.0.1/8"),
+            address(1, "::1/128"),
+            address(1, "192.0.2.9/32"),
+            address(2, "192.0.2.1/24"),
+            address(2, "2001:db8::1/64"),
+            address(3, "10.20.0.1/24"),
+            address(4, "10.96.0.1/32"),
+            address(4, "2001:db8:96::1/128"),
+            address(5, "192.0.2.77/24"),
+        ];
+        let expected = ["192.0.2.9", "192.0.2.1", "2001:db8::1", "10.20.0.1"].map(|a| a.parse().unwrap());
+        assert_eq!(own_addresses(&links, &addresses), BTreeSet::from(expected));
     }
 }
