@@ -62,10 +62,13 @@ pub struct NodeConfig {
 
 /// Policies in files.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct PoliciesConfig {
     /// A directory of `.yaml`, `.yml` and `.json` files.
     pub directory: PathBuf,
+    /// Whether it may take all policies away by having none. It may else be one that is not mounted, or not yet.
+    #[serde(default)]
+    pub allow_empty: bool,
 }
 
 /// When leases are taken back.

@@ -36,8 +36,9 @@ use crate::config::Config;
 use crate::flows::Flows;
 use crate::lock::RunLock;
 use crate::metrics::{DaemonMetrics, Endpoint, Sources};
-use crate::policies::{self, Watcher};
+use crate::policies::{self, PoliciesError, Signature, Watcher};
 use crate::reclaim::{Looking, Reclaim};
+use crate::standing::Standing;
 use crate::{server, systemd};
 
 type Outcome<T = ()> = Result<T, Box<dyn Error>>;
@@ -116,7 +117,8 @@ pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
 pub fn uninstall(config: &Config) -> Outcome {
     let policy = config.policy.as_ref().ok_or("there is no section policy, so nothing is known to remove")?;
     let _lock = RunLock::take(&config.run_dir)?;
-    Ok(open_enforcer(config, policy)?.uninstall()?)
+    open_enforcer(config, policy)?.uninstall()?;
+    Ok(Standing::read(&config.state_dir).note(false)?)
 }
 
 fn open_addresses(
@@ -196,19 +198,31 @@ struct Owner {
     metrics: DaemonMetrics,
     /// What the directory said when it was read without error; nothing before.
     told: Option<Documents>,
+    /// Whether policies were in force, also before this process.
+    standing: Standing,
+    /// Whether a directory without policies takes them all away.
+    may_be_empty: bool,
+    /// What the directory looked like when it was read last.
+    seen: Option<Signature>,
+    /// Why it was refused last, if it was.
+    refused: Option<String>,
     /// Not where the configuration names the node's addresses.
     addresses: Option<BTreeSet<IpAddr>>,
     node: String,
     /// When a change of the directory is read at the latest, and when at the earliest.
     pending: Option<(Instant, Instant)>,
-    /// When it looks again by itself.
+    /// When it looks for what nobody tells it of.
+    look_at: Instant,
+    /// When it has something to do next.
     due: Instant,
 }
 
 /// A directory is read when nothing has changed in it for so long, and after so long in any case.
 const QUIET: Duration = Duration::from_millis(50);
 const PATIENCE: Duration = Duration::from_secs(1);
-/// How often the node's own addresses are read, and a directory that is gone is looked for.
+/// How often the node's own addresses are read, and it is looked for what inotify does not tell of: another directory at the
+/// path, another file behind a link, a change on another machine. What failed for a reason that may pass is tried again
+/// after as long.
 const LOOK: Duration = Duration::from_secs(5);
 
 impl Owner {
@@ -222,9 +236,14 @@ impl Owner {
             watcher,
             metrics,
             told: None,
+            standing: Standing::read(&config.state_dir),
+            may_be_empty: config.policies.as_ref().is_none_or(|p| p.allow_empty),
+            seen: None,
+            refused: None,
             addresses: config.node.addresses.is_none().then(BTreeSet::new),
             node: node_name(config)?,
             pending: None,
+            look_at: Instant::now(),
             due: Instant::now(),
         })
     }
@@ -232,7 +251,9 @@ impl Owner {
     /// Takes over what was attached while nobody was here.
     fn adopt(&self, engine: &Engine) {
         match engine.records() {
-            Ok(records) => report("attachments were adopted", self.enforcer.adopt(&records)),
+            Ok(records) => {
+                report("attachments were adopted", self.enforcer.adopt(&records));
+            }
             Err(error) => tracing::error!(%error, "attachments cannot be adopted"),
         }
     }
@@ -240,36 +261,84 @@ impl Owner {
     /// Reads the directory, and puts in force what it says. Where it is refused, what was in force stays; before the first
     /// reading that is not, nothing is put in the place of the verdicts of whoever was here before.
     fn read(&mut self) {
-        let read = self.directory.as_deref().map_or_else(|| Ok(Documents::default()), policies::read);
-        self.metrics.count_read(read.is_ok());
-        let documents = match read {
-            Ok(mut documents) => {
-                // What its devices say of it counts.
-                documents.nodes.remove(&self.node);
-                documents
+        let (read, seen) = match &self.directory {
+            Some(directory) => policies::read(directory),
+            None => (Ok(Documents::default()), None),
+        };
+        self.seen = seen;
+        let is_in_force = match read.and_then(|documents| self.admit(documents)) {
+            Ok(documents) => {
+                self.refused = None;
+                let is_in_force = self.tell(documents);
+                if !is_in_force {
+                    self.read_later();
+                }
+                is_in_force
             }
             Err(error) => {
-                let stands = if self.told.is_some() { "the last good set stands" } else { "the last verdicts stand" };
-                tracing::error!(%error, "policies are refused; {stands}");
-                return;
+                let reason = error.to_string();
+                // Told once, however often it is tried again.
+                if self.refused.as_ref() != Some(&reason) {
+                    let is_first = self.told.is_none();
+                    let stands = if is_first { "the last verdicts stand" } else { "the last good set stands" };
+                    tracing::error!(%error, "policies are refused; {stands}");
+                    self.refused = Some(reason);
+                }
+                if error.may_pass() {
+                    self.read_later();
+                }
+                false
             }
         };
+        self.metrics.count_read(is_in_force);
+    }
+
+    fn read_later(&mut self) {
+        let later = Instant::now() + LOOK;
+        self.pending = Some((later, later));
+    }
+
+    /// Refuses a set without policies after one with some, unless the configuration lets it.
+    fn admit(&self, documents: Documents) -> Result<Documents, PoliciesError> {
+        match &self.directory {
+            Some(directory) if documents.policies.is_empty() && self.standing.is_set() && !self.may_be_empty => {
+                Err(PoliciesError::NoneLeft(directory.clone()))
+            }
+            _ => Ok(documents),
+        }
+    }
+
+    /// Puts documents in force, and returns whether they are.
+    fn tell(&mut self, mut documents: Documents) -> bool {
+        // What its devices say of it counts.
+        documents.nodes.remove(&self.node);
         for note in documents.notes() {
             tracing::warn!(%note, "policies");
+        }
+        let policies = documents.policies.len();
+        // Before they are: a daemon that dies in between must not be followed by one that takes none for all.
+        if policies > 0 {
+            self.note_standing(true);
         }
         let before = self.told.take();
         let none = Documents::default();
         let told = self.enforcer.replace_documents(before.as_ref().unwrap_or(&none), &documents);
-        let policies = documents.policies.len();
         self.told = Some(documents);
-        match before {
-            Some(_) => report("policies were read", told),
-            None => {
-                report("policies were read", told);
-                report("policies are in force", self.enforcer.start());
-            }
+        let mut is_in_force = report("policies were read", told);
+        if before.is_none() {
+            is_in_force &= report("policies are in force", self.enforcer.start());
+        }
+        if policies == 0 && is_in_force {
+            self.note_standing(false);
         }
         tracing::info!(policies, "policies");
+        is_in_force
+    }
+
+    fn note_standing(&mut self, are_in_force: bool) {
+        if let Err(error) = self.standing.note(are_in_force) {
+            tracing::warn!(%error, "the next daemon may take an empty directory for what is wanted, or refuse one that is");
+        }
     }
 
     /// Does what is due.
@@ -277,21 +346,36 @@ impl Owner {
         let now = Instant::now();
         match self.watcher.as_mut().map(Watcher::changed) {
             Some(Ok(true)) => {
-                let latest = self.pending.map_or(now + PATIENCE, |(latest, _)| latest);
+                let latest = self.pending.map_or(now + PATIENCE, |(latest, _)| latest.min(now + PATIENCE));
                 self.pending = Some((latest, now + QUIET));
             }
             Some(Err(error)) => tracing::warn!(%error, "the directory of policies cannot be watched"),
             Some(Ok(false)) | None => {}
         }
+        if now >= self.look_at {
+            self.look_at = now + LOOK;
+            if self.addresses.is_some() {
+                self.read_addresses();
+            }
+            self.look_for_changes(now);
+        }
         if self.pending.is_some_and(|(latest, earliest)| now >= latest.min(earliest)) {
             self.pending = None;
             self.read();
         }
-        if now >= self.due && self.addresses.is_some() {
-            self.read_addresses();
+        self.due = self.pending.map_or(self.look_at, |(latest, earliest)| latest.min(earliest).min(self.look_at));
+    }
+
+    /// Has the directory read where it does not look as it did, whatever inotify says.
+    fn look_for_changes(&mut self, now: Instant) {
+        let Some(directory) = self.directory.as_deref().filter(|_| self.pending.is_none()) else { return };
+        if Signature::of(directory).ok() == self.seen {
+            return;
         }
-        let look = now + LOOK;
-        self.due = self.pending.map_or(look, |(latest, earliest)| latest.min(earliest).min(look));
+        if let Some(Err(error)) = self.watcher.as_mut().map(Watcher::renew) {
+            tracing::warn!(%error, "the directory of policies cannot be watched");
+        }
+        self.pending = Some((now, now));
     }
 
     /// A bridge has its address from the first pod that comes.
@@ -308,8 +392,10 @@ impl Owner {
     }
 }
 
-/// Tells what came of a change. What failed is tried again by the owner itself.
-fn report(what: &str, outcome: Result<Report, EnforcerError>) {
+/// Tells what came of a change, and returns whether it is in force but for endpoints that are named. Those are tried again by
+/// the owner itself.
+fn report(what: &str, outcome: Result<Report, EnforcerError>) -> bool {
+    let is_in_force = outcome.is_ok();
     match outcome {
         Ok(report) => {
             for (attachment, reason) in &report.failures {
@@ -322,6 +408,7 @@ fn report(what: &str, outcome: Result<Report, EnforcerError>) {
         }
         Err(error) => tracing::error!(%error, "{what}, and are not in force; the last verdicts stand"),
     }
+    is_in_force
 }
 
 /// What the process is sent.

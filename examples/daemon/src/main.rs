@@ -9,6 +9,7 @@ mod metrics;
 mod policies;
 mod reclaim;
 mod server;
+mod standing;
 mod systemd;
 
 use std::path::PathBuf;
@@ -67,7 +68,7 @@ fn main() -> ExitCode {
 const WRONG: u8 = 2;
 
 fn check(options: &Options, config: &Config) -> ExitCode {
-    let read = config.policies.as_ref().map(|p| policies::read(&p.directory)).transpose();
+    let read = config.policies.as_ref().map(|p| policies::read(&p.directory).0).transpose();
     match read {
         Ok(documents) => {
             for note in documents.iter().flat_map(|documents| documents.notes()) {

@@ -1,16 +1,21 @@
 //! Policies in a directory, and its changes.
 //!
 //! A change counts when it is whole: a file that was closed after writing, renamed into the directory, or removed. Files
-//! that are replaced by a rename are never seen half-written; the others may be, while yet another one changes.
+//! that are replaced by a rename are never seen half-written; the others may be, while yet another one changes. What
+//! changes while it is read is read again, so that a set is never half of before and half of after.
 
 use std::fmt;
-use std::io;
+use std::fs::OpenOptions;
+use std::io::{self, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use dcenet_policy::sources::kubernetes::{DocumentError, Documents};
+use rustix::fs::OFlags;
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use rustix::io::Errno;
 
@@ -26,6 +31,23 @@ pub enum PoliciesError {
     },
     /// A document is wrong.
     Document(DocumentError),
+    /// It is no regular file, such as a pipe that nobody writes into.
+    NotAFile(PathBuf),
+    /// There is nothing in it: as a rule it is being written.
+    Empty(PathBuf),
+    /// It is longer than is read.
+    TooLong(PathBuf),
+    /// The directory changes all the time.
+    Restless(PathBuf),
+    /// It says nothing, and policies are in force.
+    NoneLeft(PathBuf),
+}
+
+impl PoliciesError {
+    /// Whether it may be over without a change of the directory.
+    pub fn may_pass(&self) -> bool {
+        matches!(self, Self::Io { .. } | Self::Restless(_))
+    }
 }
 
 impl fmt::Display for PoliciesError {
@@ -33,21 +55,93 @@ impl fmt::Display for PoliciesError {
         match self {
             Self::Io { path, source } => write!(f, "{}: {source}", path.display()),
             Self::Document(error) => error.fmt(f),
+            Self::NotAFile(path) => write!(f, "{}: not a regular file; remove it", path.display()),
+            Self::Empty(path) => write!(f, "{}: empty; write policies into it, or remove it", path.display()),
+            Self::TooLong(path) => {
+                write!(f, "{}: longer than the {MOST_BYTES} bytes that are read; make several of it", path.display())
+            }
+            Self::Restless(directory) => {
+                write!(f, "{}: changes whenever it is read; change many files by one rename", directory.display())
+            }
+            Self::NoneLeft(directory) => write!(
+                f,
+                "{}: no policy is left in it, as where nothing is mounted; put policies into it, or set \
+                 policies.allowEmpty to true where none are wanted",
+                directory.display()
+            ),
         }
     }
 }
 
 impl std::error::Error for PoliciesError {}
 
-/// Reads all files of a directory, in the order of their names.
+/// What a directory and its files look like without being read: equal where nothing has changed, however that came about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Signature {
+    directory: (u64, u64),
+    /// Of each file, or of what a symbolic link leads to; `None` where it leads nowhere.
+    files: Vec<(PathBuf, Option<File>)>,
+}
+
+/// Device, inode, size and both times, in seconds and nanoseconds.
+type File = (u64, u64, u64, (i64, i64), (i64, i64));
+
+impl Signature {
+    /// Looks.
+    ///
+    /// # Errors
+    /// Where the directory cannot be listed.
+    pub fn of(directory: &Path) -> Result<Self, PoliciesError> {
+        let found = directory.metadata().map_err(failed(directory))?;
+        let mut files = Vec::new();
+        for path in paths(directory)? {
+            let file = path
+                .metadata()
+                .ok()
+                .map(|m| (m.dev(), m.ino(), m.size(), (m.mtime(), m.mtime_nsec()), (m.ctime(), m.ctime_nsec())));
+            files.push((path, file));
+        }
+        Ok(Self { directory: (found.dev(), found.ino()), files })
+    }
+}
+
+/// Reads all files of a directory, in the order of their names, and once more where something changes meanwhile. Returns
+/// also what the directory looked like; nothing where that could not be seen.
 ///
 /// # Errors
 /// The first, which names file, document and field.
-pub fn read(directory: &Path) -> Result<Documents, PoliciesError> {
-    let failed = |path: &Path| {
-        let path = path.to_owned();
-        move |source| PoliciesError::Io { path, source }
+pub fn read(directory: &Path) -> (Result<Documents, PoliciesError>, Option<Signature>) {
+    let mut before = match Signature::of(directory) {
+        Ok(signature) => signature,
+        Err(error) => return (Err(error), None),
     };
+    for _ in 0..ATTEMPTS {
+        let outcome = read_once(directory);
+        let after = match Signature::of(directory) {
+            Ok(signature) => signature,
+            Err(error) => return (Err(error), None),
+        };
+        if after == before {
+            return (outcome, Some(after));
+        }
+        std::thread::sleep(PAUSE);
+        before = after;
+    }
+    (Err(PoliciesError::Restless(directory.to_owned())), Some(before))
+}
+
+/// How often a directory is read that changes meanwhile, and how long it is left alone in between.
+const ATTEMPTS: usize = 10;
+const PAUSE: Duration = Duration::from_millis(10);
+/// More than all objects of a large cluster take.
+const MOST_BYTES: u64 = 256 << 20;
+
+fn failed(path: &Path) -> impl FnOnce(io::Error) -> PoliciesError {
+    let path = path.to_owned();
+    move |source| PoliciesError::Io { path, source }
+}
+
+fn paths(directory: &Path) -> Result<Vec<PathBuf>, PoliciesError> {
     let mut paths = Vec::new();
     for entry in std::fs::read_dir(directory).map_err(failed(directory))? {
         let path = entry.map_err(failed(directory))?.path();
@@ -56,15 +150,38 @@ pub fn read(directory: &Path) -> Result<Documents, PoliciesError> {
         }
     }
     paths.sort();
+    Ok(paths)
+}
+
+fn read_once(directory: &Path) -> Result<Documents, PoliciesError> {
     let mut documents = Documents::default();
-    for path in paths {
-        let text = std::fs::read_to_string(&path).map_err(failed(&path))?;
+    for path in paths(directory)? {
+        let text = text_of(&path)?;
         let name = path.display().to_string();
         let json = path.extension().is_some_and(|e| e == "json");
         let added = if json { documents.with_json(&name, &text) } else { documents.with_yaml(&name, &text) };
         documents = added.map_err(PoliciesError::Document)?;
     }
     Ok(documents)
+}
+
+fn text_of(path: &Path) -> Result<String, PoliciesError> {
+    // Not blocking, lest a FIFO without a writer stops us for ever.
+    let flags = OFlags::NONBLOCK.bits().cast_signed();
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(failed(path))?;
+    let found = file.metadata().map_err(failed(path))?;
+    if !found.is_file() {
+        return Err(PoliciesError::NotAFile(path.to_owned()));
+    }
+    if found.len() == 0 {
+        return Err(PoliciesError::Empty(path.to_owned()));
+    }
+    if found.len() > MOST_BYTES {
+        return Err(PoliciesError::TooLong(path.to_owned()));
+    }
+    let mut text = String::new();
+    file.take(MOST_BYTES + 1).read_to_string(&mut text).map_err(failed(path))?;
+    if text.len() as u64 > MOST_BYTES { Err(PoliciesError::TooLong(path.to_owned())) } else { Ok(text) }
 }
 
 /// Editors and Kubernetes' volumes begin names with a dot that are not meant to be read.
@@ -78,8 +195,8 @@ fn is_read(path: &Path) -> bool {
 pub struct Watcher {
     events: OwnedFd,
     directory: PathBuf,
-    /// Whether the directory itself is watched: not after it was removed, or something else mounted or moved there.
-    watched: bool,
+    /// What the kernel calls the watch on the directory itself; none after it was removed or moved, or unmounted.
+    watch: Option<i32>,
 }
 
 impl Watcher {
@@ -90,12 +207,16 @@ impl Watcher {
     pub fn new(directory: &Path) -> Result<Self, PoliciesError> {
         let events = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK);
         let failed = |e: Errno| PoliciesError::Io { path: directory.to_owned(), source: e.into() };
-        let mut this = Self { events: events.map_err(failed)?, directory: directory.to_owned(), watched: false };
-        this.watch().map_err(failed)?;
+        let mut this = Self { events: events.map_err(failed)?, directory: directory.to_owned(), watch: None };
+        this.renew().map_err(failed)?;
         Ok(this)
     }
 
-    fn watch(&mut self) -> Result<(), Errno> {
+    /// Watches what the path leads to now, which may be another directory than before.
+    ///
+    /// # Errors
+    /// As [`Watcher::new`].
+    pub fn renew(&mut self) -> Result<(), Errno> {
         let flags = WatchFlags::CLOSE_WRITE
             | WatchFlags::CREATE
             | WatchFlags::DELETE
@@ -104,9 +225,15 @@ impl Watcher {
             | WatchFlags::DELETE_SELF
             | WatchFlags::MOVE_SELF
             | WatchFlags::ONLYDIR;
-        inotify::add_watch(&self.events, &self.directory, flags)?;
-        self.watched = true;
-        Ok(())
+        let now = inotify::add_watch(&self.events, &self.directory, flags)?;
+        match self.watch.replace(now) {
+            // It may have ended by itself.
+            Some(before) if before != now => match inotify::remove_watch(&self.events, before) {
+                Err(Errno::INVAL) | Ok(()) => Ok(()),
+                Err(error) => Err(error),
+            },
+            _ => Ok(()),
+        }
     }
 
     /// Takes what happened, and tells whether the directory is to be read again.
@@ -126,7 +253,8 @@ impl Watcher {
                 Err(error) => return Err(error.into()),
             };
             let flags = event.events();
-            lost |= flags.intersects(ReadFlags::IGNORED | ReadFlags::MOVE_SELF | ReadFlags::DELETE_SELF);
+            let ends = flags.intersects(ReadFlags::IGNORED | ReadFlags::MOVE_SELF | ReadFlags::DELETE_SELF);
+            lost |= ends && Some(event.wd()) == self.watch;
             // Who creates a file closes it after writing; a symbolic link is whole at once.
             changed |= flags.intersects(!ReadFlags::CREATE)
                 || event.file_name().is_some_and(|name| {
@@ -135,9 +263,9 @@ impl Watcher {
                 });
         }
         if lost {
-            self.watched = false;
+            self.watch = None;
         }
-        if !self.watched && self.watch().is_ok() {
+        if self.watch.is_none() && self.renew().is_ok() {
             changed = true;
         }
         Ok(changed || lost)
@@ -147,5 +275,127 @@ impl Watcher {
 impl AsFd for Watcher {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.events.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::Instant;
+
+    use super::*;
+
+    fn policy(name: &str) -> String {
+        format!(
+            "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{ name: {name}, namespace: shop }}\n\
+             spec: {{ podSelector: {{}} }}\n"
+        )
+    }
+
+    #[test]
+    fn what_is_no_file_of_policies_is_refused_and_nobody_waits_for_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("db.yaml");
+        let refused = || read(directory.path()).0.unwrap_err().to_string();
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &path,
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::from_raw_mode(0o600),
+            0,
+        )
+        .unwrap();
+        assert!(refused().contains("db.yaml: not a regular file"), "{}", refused());
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, "").unwrap();
+        assert!(refused().contains("db.yaml: empty"), "{}", refused());
+        fs::File::create(&path).unwrap().set_len(MOST_BYTES + 1).unwrap();
+        assert!(refused().contains("db.yaml: longer than"), "{}", refused());
+        fs::write(&path, policy("db")).unwrap();
+        assert_eq!(read(directory.path()).0.unwrap().policies.len(), 1);
+    }
+
+    #[test]
+    fn a_signature_tells_of_changes_that_no_event_of_the_directory_tells_of() {
+        let top = tempfile::tempdir().unwrap();
+        let at = |name: &str| top.path().join(name);
+        for name in ["one", "two", "elsewhere"] {
+            fs::create_dir(at(name)).unwrap();
+        }
+        fs::write(at("elsewhere/db.yaml"), policy("db")).unwrap();
+        symlink(at("elsewhere/db.yaml"), at("one/db.yaml")).unwrap();
+        symlink(at("elsewhere/db.yaml"), at("two/db.yaml")).unwrap();
+        symlink(at("one"), at("current")).unwrap();
+        let now = || Signature::of(&at("current")).unwrap();
+        let mut last = now();
+        assert_eq!(last, now());
+        let mut differs = |what: &str| {
+            assert_ne!(last, now(), "{what}");
+            last = now();
+        };
+        fs::write(at("elsewhere/db.yaml"), policy("db") + "# more\n").unwrap();
+        differs("the target of a link is written");
+        fs::write(at("fresh"), policy("bd")).unwrap();
+        fs::rename(at("fresh"), at("elsewhere/db.yaml")).unwrap();
+        differs("the target of a link is replaced");
+        symlink(at("two"), at("next")).unwrap();
+        fs::rename(at("next"), at("current")).unwrap();
+        differs("the path leads to another directory");
+        fs::write(at("two/.hidden.yaml"), "").unwrap();
+        assert_eq!(last, now(), "what is not read does not count");
+    }
+
+    /// As Kubernetes swaps the files of a volume: all are links through one, which is replaced.
+    #[test]
+    fn a_set_is_never_half_of_before_and_half_of_after() {
+        let top = tempfile::tempdir().unwrap();
+        let at = |name: &str| top.path().join(name);
+        let files: Vec<String> = (0..20).map(|n| format!("{n:02}.yaml")).collect();
+        let fill = |round: usize| {
+            fs::create_dir(at(&format!("..{round}"))).unwrap();
+            for file in &files {
+                fs::write(at(&format!("..{round}/{file}")), policy(&format!("p{}-{round}", &file[..2]))).unwrap();
+            }
+        };
+        let swap = |round: usize| {
+            symlink(format!("..{round}"), at("..fresh")).unwrap();
+            fs::rename(at("..fresh"), at("..data")).unwrap();
+        };
+        fill(0);
+        swap(0);
+        for file in &files {
+            symlink(format!("..data/{file}"), at(file)).unwrap();
+        }
+        let is_mixed = |documents: &Documents| {
+            let rounds = documents.policies.keys().filter_map(|id| id.name.rsplit('-').next());
+            rounds.collect::<std::collections::BTreeSet<_>>().len() != 1
+        };
+        let (done, limit) = (AtomicBool::new(false), Instant::now() + Duration::from_secs(60));
+        let (mut mixed, mut whole, mut mixed_once) = (0, 0, 0);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for round in (1..).take_while(|_| !done.load(Ordering::Acquire)) {
+                    fill(round);
+                    swap(round);
+                    if let Some(old) = round.checked_sub(3) {
+                        fs::remove_dir_all(at(&format!("..{old}"))).unwrap();
+                    }
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+            });
+            while (mixed_once == 0 || whole < 20) && Instant::now() < limit {
+                if let Ok(documents) = read(top.path()).0 {
+                    whole += 1;
+                    mixed += usize::from(is_mixed(&documents));
+                }
+                mixed_once += usize::from(read_once(top.path()).is_ok_and(|documents| is_mixed(&documents)));
+            }
+            done.store(true, Ordering::Release);
+        });
+        assert!(whole > 0 && mixed == 0, "{mixed} of {whole}");
+        assert!(mixed_once > 0, "the same reading without the second look is not seen to mix");
+        assert!(!is_mixed(&read(top.path()).0.unwrap()));
     }
 }

@@ -2,6 +2,8 @@
 
 use std::fs;
 use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use dcenet_core::test_support::{Rung, require};
 use serde_json::json;
@@ -133,16 +135,96 @@ fn a_directory_of_policies_is_followed_and_its_last_good_set_stands() {
     eventually("the whole file", || current() == 1.0);
     assert!(talks(&web, &db, true) && !talks(&scan, &db, false));
 
-    // Without any, everybody reaches db: what was refused above is seen where it is in force.
-    fs::remove_file(node.policies().join("all.yaml")).unwrap();
-    eventually("no policy", || talks(&scan, &db, false));
-
     // A daemon that finds nothing but a wrong file leaves the verdicts of the one before.
+    fs::remove_file(node.policies().join("all.yaml")).unwrap();
     node.put_policy("db.yaml", DB);
-    eventually("the policy", || !talks(&scan, &db, false));
+    eventually("the policy", || current() == 1.0);
+    assert!(!talks(&scan, &db, false));
     daemon.stop();
     node.put_policy("db.yaml", "kind: NetworkPolicy");
     let daemon = node.start();
     assert!(daemon.log().contains("the last verdicts stand"));
     assert!(talks(&web, &db, true) && !talks(&scan, &db, false));
+}
+
+/// An empty file system over a directory, until it is dropped.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn over(directory: &Path) -> Self {
+        let status = Command::new("mount").args(["-t", "tmpfs", "none"]).arg(directory).status();
+        assert!(status.unwrap().success());
+        Self(directory.to_owned())
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let status = Command::new("umount").arg(&self.0).status();
+        if !status.as_ref().is_ok_and(|status| status.success()) {
+            eprintln!("{} stays mounted: {status:?}", self.0.display());
+        }
+    }
+}
+
+/// An unmounted directory, or one that is not mounted yet, looks like one that wants no policy.
+#[test]
+fn an_empty_directory_takes_no_policy_away_unless_it_is_told_to() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let mut node = Node::under_policy();
+    // A node that never had policies needs none.
+    let daemon = node.start();
+    let [web, db, scan] = ["web", "db", "scan"].map(|name| node.add("shop", name));
+    assert!(talks(&scan, &db, true));
+    let current = |node: &Node| node.samples()["dcenet_daemon_policies_current"];
+    assert_eq!(current(&node), 1.0);
+    let aside = node.host.directory().join("aside");
+    let refused = |node: &Node, daemon: &Daemon, why: &str| {
+        eventually(why, || current(node) == 0.0 && daemon.log().contains(why));
+        assert!(talks(&web, &db, true) && !talks(&scan, &db, false), "{why}");
+    };
+    node.put_policy("db.yaml", DB);
+    eventually("the policy", || !talks(&scan, &db, false));
+
+    // Removed and made anew, as by a copy that has only begun.
+    fs::rename(node.policies(), &aside).unwrap();
+    refused(&node, &daemon, "No such file or directory");
+    fs::create_dir(node.policies()).unwrap();
+    refused(&node, &daemon, "no policy is left in it");
+    fs::write(node.policies().join("db.yaml"), "").unwrap();
+    refused(&node, &daemon, "db.yaml: empty");
+    fs::remove_dir_all(node.policies()).unwrap();
+    fs::rename(&aside, node.policies()).unwrap();
+    eventually("the directory is back", || current(&node) == 1.0);
+    assert!(!talks(&scan, &db, false));
+
+    // It is hidden by what is mounted over it, of which nobody is told.
+    let refusals = |daemon: &Daemon| daemon.log().matches("no policy is left in it").count();
+    let before = refusals(&daemon);
+    let mounted = Mounted::over(&node.policies());
+    eventually("the mount is seen", || refusals(&daemon) > before && current(&node) == 0.0);
+    assert!(!talks(&scan, &db, false));
+    // The next daemon starts before the directory is mounted.
+    let before = refusals(&daemon);
+    daemon.stop();
+    let daemon = node.start();
+    assert!(refusals(&daemon) > before);
+    refused(&node, &daemon, "no policy is left in it");
+    drop(mounted);
+    eventually("the directory is back", || current(&node) == 1.0);
+    assert!(!talks(&scan, &db, false));
+    daemon.stop();
+
+    // Where none are wanted, the same directory takes all away.
+    node.config["policies"]["allowEmpty"] = json!(true);
+    let daemon = node.start();
+    fs::remove_file(node.policies().join("db.yaml")).unwrap();
+    eventually("no policy", || talks(&scan, &db, false));
+    daemon.stop();
+    // And none are then missed.
+    node.config["policies"]["allowEmpty"] = json!(false);
+    let _daemon = node.start();
+    assert_eq!(current(&node), 1.0);
 }
