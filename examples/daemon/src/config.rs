@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -176,13 +177,26 @@ pub enum LogLevel {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Period(pub Duration);
 
-/// Why a configuration cannot be used: file, field, value and remedy in words.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ConfigError(String);
+/// Why a configuration cannot be used.
+#[derive(Debug)]
+pub enum ConfigError {
+    /// The file cannot be read now.
+    Unreadable {
+        /// Which.
+        path: PathBuf,
+        /// What the system answered.
+        source: io::Error,
+    },
+    /// File, field, value and remedy in words.
+    Wrong(String),
+}
 
 impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        match self {
+            Self::Unreadable { path, source } => write!(f, "{}: {source}", path.display()),
+            Self::Wrong(reason) => f.write_str(reason),
+        }
     }
 }
 
@@ -194,9 +208,10 @@ impl Config {
     /// # Errors
     /// The first thing that is wrong.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let in_file = |reason: &dyn fmt::Display| ConfigError(format!("{}: {reason}", path.display()));
-        let text = std::fs::read_to_string(path).map_err(|e| in_file(&e))?;
-        Self::parse(&text).map_err(|e| in_file(&e))
+        let unreadable = |source| ConfigError::Unreadable { path: path.to_owned(), source };
+        let text = String::from_utf8(std::fs::read(path).map_err(unreadable)?);
+        let in_file = |reason: &dyn fmt::Display| ConfigError::Wrong(format!("{}: {reason}", path.display()));
+        Self::parse(&text.map_err(|e| in_file(&e))?).map_err(|e| in_file(&e))
     }
 
     /// Reads and checks a text.
@@ -204,17 +219,17 @@ impl Config {
     /// # Errors
     /// As [`Config::load`].
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
-        let value: Value = serde_json::from_str(text).map_err(|e| ConfigError(format!("not JSON: {e}")))?;
+        let value: Value = serde_json::from_str(text).map_err(|e| ConfigError::Wrong(format!("not JSON: {e}")))?;
         let config: Self = section::read("", &value).map_err(|error| match error.field.trim_start_matches('.') {
-            "" => ConfigError(error.reason),
-            field => ConfigError(format!("{field}: {}", error.reason)),
+            "" => ConfigError::Wrong(error.reason),
+            field => ConfigError::Wrong(format!("{field}: {}", error.reason)),
         })?;
         config.check()?;
         Ok(config)
     }
 
     fn check(&self) -> Result<(), ConfigError> {
-        let wrong = |text: String| Err(ConfigError(text));
+        let wrong = |text: String| Err(ConfigError::Wrong(text));
         let paths = [("stateDir", Some(&self.state_dir)), ("runDir", Some(&self.run_dir))];
         let paths = paths.into_iter().chain([
             ("policies.directory", self.policies.as_ref().map(|p| &p.directory)),
@@ -228,7 +243,7 @@ impl Config {
             }
         }
         if let Some(ipam) = &self.ipam {
-            ipam.layout().map_err(|e| ConfigError(e.to_string()))?;
+            ipam.layout().map_err(|e| ConfigError::Wrong(e.to_string()))?;
             if ipam.store == (StoreConfig::Memory {}) {
                 return wrong("ipam.store.kind: \"memory\" is shared with no plugin; say \"log\"".to_owned());
             }

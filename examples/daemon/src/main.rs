@@ -16,13 +16,13 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use config::{Config, LogConfig, LogFormat, LogLevel};
+use config::{Config, ConfigError, LogConfig, LogFormat, LogLevel};
 use tracing::level_filters::LevelFilter;
 
 /// Owns the network policy of this node, takes back addresses of pods that are gone, and serves metrics and flow logs.
 ///
-/// Exit codes: 0 after SIGTERM or SIGINT, or where --check finds nothing wrong; 1 where it cannot begin; 2 where arguments
-/// or configuration are wrong. Verdicts stay in force when it ends; only --uninstall removes them.
+/// Exit codes: 0 after SIGTERM or SIGINT, or where --check finds nothing wrong; 1 where it cannot begin, as where
+/// the configuration cannot be read; 2 where arguments or configuration are wrong. Verdicts stay in force when it ends; only --uninstall removes them.
 #[derive(Debug, Parser)]
 #[command(name = "dcenetd", version)]
 struct Options {
@@ -43,7 +43,11 @@ fn main() -> ExitCode {
         Ok(config) => config,
         Err(error) => {
             eprintln!("dcenetd: {error}");
-            return ExitCode::from(WRONG);
+            return match error {
+                // Its disk may come later, or whoever writes it be about to put it there.
+                ConfigError::Unreadable { .. } => ExitCode::FAILURE,
+                ConfigError::Wrong(_) => ExitCode::from(WRONG),
+            };
         }
     };
     if options.check {
