@@ -39,6 +39,7 @@ use crate::metrics::{DaemonMetrics, Endpoint, Sources};
 use crate::policies::{self, PoliciesError, Signature, Watcher};
 use crate::reclaim::{Looking, Reclaim};
 use crate::standing::Standing;
+use crate::threads::Threads;
 use crate::{server, systemd};
 
 type Outcome<T = ()> = Result<T, Box<dyn Error>>;
@@ -46,7 +47,7 @@ type Outcome<T = ()> = Result<T, Box<dyn Error>>;
 /// Works until SIGTERM or SIGINT. The verdicts that are in force then stay.
 ///
 /// # Errors
-/// Where it cannot begin.
+/// Where it cannot begin, or one of its threads has ended.
 pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
     let signals = Signals::register()?;
     let _lock = RunLock::take(&config.run_dir)?;
@@ -75,7 +76,7 @@ pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
         None => None,
     };
     let sources = Sources { registry, daemon, addresses, policy: counted };
-    let metrics = config.metrics.as_ref().map(|m| Endpoint::start(&m.listen, sources)).transpose()?;
+    let metrics = config.metrics.as_ref().map(|m| Endpoint::start(&m.listen, sources, &signals.threads)).transpose()?;
     let server = config.server.as_ref().map(|section| server::start(section, &config.run_dir)).transpose()?;
     let tell = |state: &str| {
         if let Err(error) = systemd::notify(manager.as_deref(), state) {
@@ -93,6 +94,9 @@ pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
     while !signals.ends() {
         if looking.as_ref().is_some_and(Looking::has_ended) {
             return Err("the thread that takes addresses back has died".into());
+        }
+        if let Some(name) = signals.threads.ended() {
+            return Err(format!("the thread {name} has ended").into());
         }
         if let Some(owner) = &mut owner {
             owner.look();
@@ -415,8 +419,9 @@ fn report(what: &str, outcome: Result<Report, EnforcerError>) -> bool {
 struct Signals {
     end: Arc<AtomicBool>,
     reopen: Arc<AtomicBool>,
-    /// Readable when a signal came.
+    /// Readable when a signal came or a thread ended.
     wake: UnixStream,
+    threads: Threads,
 }
 
 impl Signals {
@@ -429,7 +434,7 @@ impl Signals {
             signal_hook::low_level::pipe::register(signal, waker.try_clone()?)?;
         }
         signal_hook::flag::register(SIGHUP, reopen.clone())?;
-        Ok(Self { end, reopen, wake })
+        Ok(Self { end, reopen, wake, threads: Threads::new(waker) })
     }
 
     fn ends(&self) -> bool {

@@ -4,6 +4,7 @@
 mod config;
 mod daemon;
 mod flows;
+mod http;
 mod lock;
 mod metrics;
 mod policies;
@@ -11,6 +12,7 @@ mod reclaim;
 mod server;
 mod standing;
 mod systemd;
+mod threads;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -21,7 +23,7 @@ use tracing::level_filters::LevelFilter;
 
 /// Owns the network policy of this node, takes back addresses of pods that are gone, and serves metrics and flow logs.
 ///
-/// Exit codes: 0 after SIGTERM or SIGINT, or where --check finds nothing wrong; 1 where it cannot begin, as where
+/// Exit codes: 0 after SIGTERM or SIGINT, or where --check finds nothing wrong; 1 where it cannot begin or go on, as where
 /// the configuration cannot be read; 2 where arguments or configuration are wrong. Verdicts stay in force when it ends; only --uninstall removes them.
 #[derive(Debug, Parser)]
 #[command(name = "dcenetd", version)]

@@ -9,14 +9,16 @@
 //! | `dcenet_daemon_endpoints` | phase | endpoints of the node: `default`, `compiled`, `enforced` |
 //! | `dcenet_daemon_endpoint_failures` | | endpoints for which the latest change is not in force |
 
-use std::fs::Permissions;
+use std::fs::{self, Permissions};
 use std::io;
 use std::net::TcpListener;
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use dcenet_ipam::Ipam;
 use dcenet_policy::enforcer::flows::prometheus::FlowMetrics;
@@ -25,9 +27,12 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
-use tiny_http::{Header, Method, Request, Response, Server};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
 use crate::config::Listen;
+use crate::http::{self, Answer, Limits};
+use crate::threads::Threads;
 
 /// The daemon's own.
 #[derive(Debug, Clone, Default)]
@@ -81,13 +86,16 @@ pub struct Sources {
 }
 
 impl Sources {
-    /// All of it as of now. What cannot be counted stays as it was, and is told.
-    fn text(&self) -> Result<String, std::fmt::Error> {
-        if let Some((ipam, metrics)) = &self.addresses {
+    /// All of it as of now, addresses as of [`COUNT`] ago at most. What cannot be counted stays as it was, and is told.
+    fn text(&self, counted: &mut Option<Instant>) -> Result<String, std::fmt::Error> {
+        if let Some((ipam, metrics)) = &self.addresses
+            && counted.is_none_or(|at| at.elapsed() >= COUNT)
+        {
             match pollster::block_on(ipam.capacity()) {
                 Ok(capacity) => metrics.publish(&capacity),
                 Err(error) => tracing::warn!(%error, "addresses cannot be counted"),
             }
+            *counted = Some(Instant::now());
         }
         if let Some((enforcer, metrics)) = &self.policy {
             self.daemon.publish(enforcer);
@@ -102,87 +110,157 @@ impl Sources {
     }
 }
 
+/// How often addresses are counted at the most: it reads the whole store, which a cluster may share.
+const COUNT: Duration = Duration::from_secs(1);
+
+/// How often it is tried to listen where that is refused.
+const AGAIN: Duration = Duration::from_secs(2);
+
+/// Prometheus needs one connection. The rest is for those who stall, and for a few who look by hand.
+const LIMITS: Limits =
+    Limits { connections: 16, head: 8 << 10, time: Duration::from_secs(10), grace: Duration::from_secs(1) };
+
 /// A thread that answers until it is dropped.
+#[derive(Debug)]
 pub struct Endpoint {
-    server: Arc<Server>,
+    /// Its end is the thread's.
+    stop: Option<UnixStream>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Endpoint {
-    /// Listens.
+    /// Listens. Where the address cannot be had, that is told and tried again.
     ///
     /// # Errors
-    /// Where the address cannot be had.
-    pub fn start(listen: &Listen, sources: Sources) -> Result<Self, Box<dyn std::error::Error>> {
-        let server = match listen {
-            Listen::Tcp(address) => {
-                let listener = TcpListener::bind(address).map_err(|e| format!("metrics.listen: {address}: {e}"))?;
-                tracing::info!(address = %listener.local_addr()?, "metrics");
-                Server::from_listener(listener, None)
-            }
-            Listen::Unix(path) => {
-                let listener = private(path).map_err(|e| format!("metrics.listen: {}: {e}", path.display()))?;
-                Server::from_listener(listener, None)
-            }
-        };
-        let server = Arc::new(server.map_err(|e| format!("metrics.listen: {e}"))?);
-        let answering = Arc::clone(&server);
-        let answer_all = move || {
-            // Ends with an error when it is unblocked.
-            while let Ok(request) = answering.recv() {
-                if let Err(error) = answer(request, &sources) {
-                    tracing::debug!(%error, "an answer was not read");
-                }
-            }
-        };
-        let thread = std::thread::Builder::new().name("dcenetd-metrics".into()).spawn(answer_all)?;
-        Ok(Self { server, thread: Some(thread) })
+    /// Where there can be no thread.
+    pub fn start(listen: &Listen, sources: Sources, threads: &Threads) -> io::Result<Self> {
+        let (stop, stopped) = UnixStream::pair()?;
+        let (listen, first) = (listen.clone(), Listener::bind(listen));
+        let answer_all = move || answer_all(&listen, first, &sources, &stopped);
+        Ok(Self { stop: Some(stop), thread: Some(threads.spawn("dcenetd-metrics", answer_all)?) })
     }
 }
 
 impl Drop for Endpoint {
     fn drop(&mut self) {
-        self.server.unblock();
+        drop(self.stop.take());
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("the thread that answers Prometheus panicked");
         }
     }
 }
 
-/// A socket that nobody finds before it has its mode, in the place of one that a dead process left.
-fn private(path: &Path) -> io::Result<UnixListener> {
-    let mut fresh = path.as_os_str().to_owned();
-    fresh.push(format!(",{}", std::process::id()));
-    let remove = |path: &Path| match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    };
-    remove(fresh.as_ref())?;
-    let listener = UnixListener::bind(&fresh)?;
-    let placed =
-        std::fs::set_permissions(&fresh, Permissions::from_mode(0o600)).and_then(|()| std::fs::rename(&fresh, path));
-    if let Err(error) = placed {
-        remove(fresh.as_ref())?;
-        return Err(error);
+fn answer_all(listen: &Listen, mut listener: io::Result<Listener>, sources: &Sources, stop: &UnixStream) {
+    let (mut told, mut counted) = (String::new(), None);
+    loop {
+        let served = listener.and_then(|listener| {
+            told.clear();
+            http::serve(&listener, stop, LIMITS, |path| page(path, sources, &mut counted))
+        });
+        let Err(error) = served else { return };
+        let error = error.to_string();
+        if error != told {
+            tracing::warn!(%error, "metrics.listen: {listen}: nobody is answered; it is tried again");
+            told = error;
+        }
+        if ends_within(stop, AGAIN) {
+            return;
+        }
+        listener = Listener::bind(listen);
     }
-    Ok(listener)
 }
 
-fn answer(request: Request, sources: &Sources) -> io::Result<()> {
-    let path = request.url().split('?').next().unwrap_or_default();
-    match (request.method(), path) {
-        (Method::Get, "/metrics") => match sources.text() {
-            Ok(text) => {
-                let kind = b"application/openmetrics-text; version=1.0.0; charset=utf-8";
-                let header = Header::from_bytes(b"Content-Type", kind);
-                request.respond(header.into_iter().fold(Response::from_string(text), Response::with_header))
-            }
-            Err(error) => {
-                tracing::error!(%error, "metrics cannot be written");
-                request.respond(Response::from_string("metrics cannot be written\n").with_status_code(500))
-            }
-        },
-        (Method::Get, _) => request.respond(Response::from_string("see /metrics\n").with_status_code(404)),
-        _ => request.respond(Response::from_string("only GET is answered\n").with_status_code(405)),
+/// Waits, at the longest until the other end of `stop` is gone. Tells whether it is.
+fn ends_within(stop: &UnixStream, time: Duration) -> bool {
+    let timeout = Timespec { tv_sec: time.as_secs().cast_signed(), tv_nsec: 0 };
+    match poll(&mut [PollFd::new(stop, PollFlags::IN)], Some(&timeout)) {
+        Ok(ready) => ready > 0,
+        Err(Errno::INTR) => false,
+        Err(error) => {
+            tracing::error!(%error, "the metrics' thread cannot wait");
+            true
+        }
     }
+}
+
+fn page(path: &str, sources: &Sources, counted: &mut Option<Instant>) -> Answer {
+    if path != "/metrics" {
+        return Answer::plain("404 Not Found", "see /metrics");
+    }
+    match sources.text(counted) {
+        Ok(body) => {
+            let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+            Answer { status: "200 OK", kind, body }
+        }
+        Err(error) => {
+            tracing::error!(%error, "metrics cannot be written");
+            Answer::plain("500 Internal Server Error", "metrics cannot be written")
+        }
+    }
+}
+
+/// A listening socket, which goes with its file.
+#[derive(Debug)]
+struct Listener {
+    socket: OwnedFd,
+    /// Its path, device and inode.
+    file: Option<(PathBuf, u64, u64)>,
+}
+
+impl Listener {
+    fn bind(listen: &Listen) -> io::Result<Self> {
+        match listen {
+            Listen::Tcp(address) => {
+                let listener = TcpListener::bind(address)?;
+                listener.set_nonblocking(true)?;
+                tracing::info!(address = %listener.local_addr()?, "metrics");
+                Ok(Self { socket: listener.into(), file: None })
+            }
+            Listen::Unix(path) => {
+                let this = private(path)?;
+                tracing::info!(path = %path.display(), "metrics");
+                Ok(this)
+            }
+        }
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let Some((path, device, inode)) = &self.file else { return };
+        // Another daemon's may be in its place.
+        let ours = fs::symlink_metadata(path).is_ok_and(|found| (found.dev(), found.ino()) == (*device, *inode));
+        if ours && let Err(error) = fs::remove_file(path) {
+            tracing::warn!(path = %path.display(), %error, "the socket of the metrics stays");
+        }
+    }
+}
+
+/// A socket that nobody finds before it has its mode, in the place of one that a dead process left.
+fn private(path: &Path) -> io::Result<Listener> {
+    if let Some(directory) = path.parent() {
+        fs::create_dir_all(directory)?;
+    }
+    // The same name each time: what a process left that died here is found.
+    let mut fresh = path.as_os_str().to_owned();
+    fresh.push(",new");
+    let fresh = Path::new(&fresh);
+    match fs::remove_file(fresh) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(fresh)?;
+    let made = fs::symlink_metadata(fresh)?;
+    listener.set_nonblocking(true)?;
+    let mut this = Listener { socket: listener.into(), file: Some((fresh.to_owned(), made.dev(), made.ino())) };
+    fs::set_permissions(fresh, Permissions::from_mode(0o600))?;
+    fs::rename(fresh, path)?;
+    this.file = Some((path.to_owned(), made.dev(), made.ino()));
+    Ok(this)
 }

@@ -265,6 +265,12 @@ impl Daemon {
         fs::read_to_string(&self.log).unwrap()
     }
 
+    /// How many file descriptors it has, and how many threads.
+    pub fn holds(&self) -> (usize, usize) {
+        let count = |what: &str| fs::read_dir(format!("/proc/{}/{what}", self.child.id())).unwrap().count();
+        (count("fd"), count("task"))
+    }
+
     pub fn send(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }

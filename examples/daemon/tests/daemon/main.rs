@@ -5,3 +5,4 @@ mod operating;
 mod owner;
 mod reclaim;
 mod thin;
+mod trouble;
