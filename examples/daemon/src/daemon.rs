@@ -70,8 +70,8 @@ pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
 
     let flows = match &counted {
         Some((enforcer, metrics)) => {
-            let (reader, reopen) = (enforcer.flows()?, signals.reopen.clone());
-            Some(Flows::start(reader, config.flows.as_ref(), metrics.clone(), reopen)?)
+            let (enforcer, metrics, reopen) = (enforcer.clone(), metrics.clone(), signals.reopen.clone());
+            Some(Flows::start(enforcer, config.flows.as_ref(), metrics, reopen, &signals.threads)?)
         }
         None => None,
     };

@@ -120,6 +120,7 @@ fn flows_are_counted_logged_rotated_and_sent() {
     let rotated = node.host.directory().join("flows.json.1");
     fs::rename(&file, &rotated).unwrap();
     daemon.send(Signal::HUP);
+    eventually("it is opened anew, flow or none", || file.exists());
     let (web, before) = (&web, json_lines(&rotated).len());
     assert!(talks(web, &db, true));
     eventually("the new file", || {
