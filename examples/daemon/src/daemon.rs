@@ -39,6 +39,7 @@ use crate::metrics::{DaemonMetrics, Endpoint, Sources};
 use crate::policies::{self, PoliciesError, Signature, Watcher};
 use crate::reclaim::{Looking, Reclaim};
 use crate::standing::Standing;
+use crate::store::LateStore;
 use crate::threads::Threads;
 use crate::{server, systemd};
 
@@ -131,8 +132,8 @@ fn open_addresses(
 ) -> Outcome<Option<(Arc<Ipam>, dcenet_ipam::metrics::Metrics)>> {
     let (Some(section), Some(layout)) = (&config.ipam, config.layout()) else { return Ok(None) };
     let metrics = dcenet_ipam::metrics::Metrics::register(registry, &layout);
-    let store = section.store.open(&config.state_dir).map_err(|e| format!("ipam.store: {e}"))?;
-    let ipam = Ipam::new(section, Arc::new(MeasuredStore::new(store, &metrics)))?;
+    let store = LateStore::new(&section.store, &config.state_dir).map_err(|e| format!("ipam.store: {e}"))?;
+    let ipam = Ipam::new(section, Arc::new(MeasuredStore::new(Arc::new(store), &metrics)))?;
     let ipam = match Node::of_this_machine().filter(|_| section.node.is_none()) {
         Some(node) => ipam.on_node(node.name, node.labels),
         None => ipam,

@@ -11,6 +11,7 @@ mod policies;
 mod reclaim;
 mod server;
 mod standing;
+mod store;
 mod systemd;
 mod threads;
 

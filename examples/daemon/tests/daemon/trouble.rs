@@ -1,10 +1,12 @@
-//! Clients that mean no good.
+//! Clients that mean no good, and what is not there yet.
 
+use std::fs;
 use std::io::{Read, Write};
+use std::net::UdpSocket;
 use std::os::unix::net::UnixStream;
 
 use dcenet_core::test_support::{Rung, require};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::common::*;
 
@@ -51,4 +53,43 @@ fn clients_of_the_metrics_neither_kill_nor_keep_the_daemon() {
     assert!(after.0 <= before.0 + 16 && after.1 == before.1, "{before:?} {after:?}");
     assert!(daemon.stop().success(), "in spite of them");
     assert!(!socket.exists(), "it goes with the daemon");
+}
+
+#[test]
+fn what_only_observes_may_come_after_the_daemon() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let mut node = Node::under_policy();
+    node.put_policy("db.yaml", DB);
+    let late = node.host.directory().join("late");
+    fs::write(&late, "in the way").unwrap();
+    let (file, socket) = (late.join("flows.json"), late.join("metrics.sock"));
+    node.config["metrics"]["listen"] = json!(format!("unix:{}", socket.display()));
+    node.config["flows"] = json!({ "file": file, "ipfix": { "collector": "203.0.113.9:4739" } });
+    node.config["ipam"]["store"] = json!({ "kind": "log", "path": late.join("ipam") });
+    let daemon = node.start();
+    let [web, db, scan] = ["web", "db", "scan"].map(|name| node.add("shop", name));
+    assert!(talks(&web, &db, true) && !talks(&scan, &db, false));
+    let told =
+        ["flows.file", "flows.ipfix.collector 203.0.113.9:4739", "metrics.listen: unix:", "ipam.store: not to be"];
+    eventually("all are told of", || told.iter().all(|what| daemon.log().contains(what)));
+    assert!(!socket.exists() && !file.exists());
+
+    fs::remove_file(&late).unwrap();
+    fs::create_dir(&late).unwrap();
+    node.host.root().sh("ip link set lo up; ip addr add 203.0.113.9/32 dev lo");
+    let collector = node.host.root().run(|| UdpSocket::bind("203.0.113.9:4739")).unwrap();
+    collector.set_read_timeout(Some(PATIENCE)).unwrap();
+    eventually("metrics are served", || UnixStream::connect(&socket).is_ok());
+    eventually("addresses are counted", || {
+        node.samples().contains_key(r#"dcenet_ipam_addresses{space="default",pool="v4",state="bound"}"#)
+    });
+    eventually("what the file lacks is told", || {
+        json_lines(&file).iter().any(|line| line["lost"]["undelivered"].as_u64().is_some_and(|lost| lost > 0))
+    });
+    assert!(talks(&web, &db, true) && !talks(&scan, &db, false));
+    eventually("flows are logged", || json_lines(&file).iter().any(|line: &Value| line["kind"] == "denied"));
+    assert!(collector.recv(&mut [0; 2048]).unwrap() > 16);
+    assert!(daemon.stop().success());
 }
