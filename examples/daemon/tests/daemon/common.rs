@@ -130,12 +130,16 @@ impl Node {
 
     /// Starts the daemon and waits until it is ready.
     pub fn start(&self) -> Daemon {
+        self.start_by(dcenetd())
+    }
+
+    /// Starts the daemon by a command that ends with its name.
+    pub fn start_by(&self, mut command: Command) -> Daemon {
         let socket = self.host.directory().join("notify");
         let _ = fs::remove_file(&socket);
         let notified = UnixDatagram::bind(&socket).unwrap();
         notified.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
         let log = self.host.directory().join("log");
-        let mut command = dcenetd();
         let to = fs::OpenOptions::new().create(true).append(true).open(&log).unwrap();
         command.arg("--config").arg(self.config_file()).env("NOTIFY_SOCKET", &socket).stderr(to);
         let child = self.host.root().run(|| command.spawn()).unwrap();
@@ -248,7 +252,14 @@ impl Drop for Node {
 }
 
 pub fn dcenetd() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_dcenetd"));
+    dcenetd_by(&[])
+}
+
+/// By another program, which is told to run it.
+pub fn dcenetd_by(words: &[&str]) -> Command {
+    let mut words = words.iter().copied().chain([env!("CARGO_BIN_EXE_dcenetd")]);
+    let mut command = Command::new(words.next().unwrap());
+    command.args(words);
     command.env_clear().stdin(Stdio::null()).stdout(Stdio::piped());
     command
 }

@@ -1,9 +1,10 @@
-//! Clients that mean no good, and what is not there yet.
+//! Clients that mean no good, what is not there yet, and the privileges that a service manager leaves.
 
 use std::fs;
 use std::io::{Read, Write};
 use std::net::UdpSocket;
 use std::os::unix::net::UnixStream;
+use std::process::Command;
 
 use dcenet_core::test_support::{Rung, require};
 use serde_json::{Value, json};
@@ -91,5 +92,29 @@ fn what_only_observes_may_come_after_the_daemon() {
     assert!(talks(&web, &db, true) && !talks(&scan, &db, false));
     eventually("flows are logged", || json_lines(&file).iter().any(|line: &Value| line["kind"] == "denied"));
     assert!(collector.recv(&mut [0; 2048]).unwrap() > 16);
+    assert!(daemon.stop().success());
+}
+
+/// `dcenetd` with the capabilities that its unit leaves it.
+fn confined() -> Command {
+    let unit = include_str!("../../dcenetd.service");
+    let set = unit.lines().find_map(|line| line.strip_prefix("CapabilityBoundingSet=")).expect("the unit bounds it");
+    let kept = set.split(' ').map(|name| name.strip_prefix("CAP_").expect("a name").to_lowercase());
+    let kept: Vec<String> = kept.map(|name| format!(",+{name}")).collect();
+    dcenetd_by(&["setpriv", "--no-new-privs", "--bounding-set", &format!("-all{}", kept.concat()), "--"])
+}
+
+#[test]
+fn the_units_capabilities_are_enough_to_own_policy() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let mut node = Node::under_policy();
+    node.put_policy("db.yaml", DB);
+    node.config["flows"] = json!({ "file": node.host.directory().join("flows.json") });
+    let daemon = node.start_by(confined());
+    let [web, db, scan] = ["web", "db", "scan"].map(|name| node.add("shop", name));
+    assert!(talks(&web, &db, true) && !talks(&scan, &db, false));
+    assert_eq!(node.samples()[r#"dcenet_daemon_endpoints{phase="enforced"}"#], 3.0);
     assert!(daemon.stop().success());
 }
