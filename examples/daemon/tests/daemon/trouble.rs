@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::UdpSocket;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::process::Command;
 
 use dcenet_core::test_support::{Rung, require};
@@ -95,13 +96,39 @@ fn what_only_observes_may_come_after_the_daemon() {
     assert!(daemon.stop().success());
 }
 
-/// `dcenetd` with the capabilities that its unit leaves it.
-fn confined() -> Command {
+/// `dcenetd` with the capabilities that its unit leaves it, but for some.
+fn confined(without: &[&str]) -> Command {
     let unit = include_str!("../../dcenetd.service");
     let set = unit.lines().find_map(|line| line.strip_prefix("CapabilityBoundingSet=")).expect("the unit bounds it");
     let kept = set.split(' ').map(|name| name.strip_prefix("CAP_").expect("a name").to_lowercase());
-    let kept: Vec<String> = kept.map(|name| format!(",+{name}")).collect();
+    let kept: Vec<String> =
+        kept.filter(|name| !without.contains(&name.as_str())).map(|name| format!(",+{name}")).collect();
     dcenetd_by(&["setpriv", "--no-new-privs", "--bounding-set", &format!("-all{}", kept.concat()), "--"])
+}
+
+/// A node whose daemon serves the plugin.
+fn served(mut node: Node) -> Node {
+    let socket: PathBuf = node.host.run_dir().join("dcenetd.sock");
+    node.config["server"] = json!({});
+    node.network["daemon"] = json!(socket);
+    node
+}
+
+#[test]
+fn the_units_capabilities_are_enough_to_probe_addresses_and_fewer_are_not() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    for (without, enough) in [(&[][..], true), (&["net_raw"], false)] {
+        let mut node = served(Node::new());
+        node.host.root().sh("ip link add up0 type veth peer name far0; ip link set up0 up; ip link set far0 up");
+        node.network["link"] = json!({ "kind": "macvlan", "parent": "up0", "underlay": { "within": "1s" } });
+        let (_daemon, pod) = (node.start_by(confined(without)), node.host.new_pod());
+        let added = node.call(&Plugin, "ADD", "web", Some(pod.path()), &node.network);
+        assert_eq!(added.is_ok(), enough, "{added:?}");
+        node.call(&Plugin, "DEL", "web", Some(pod.path()), &node.network).unwrap();
+        assert_eq!(node.leased(), Vec::<String>::new());
+    }
 }
 
 #[test]
@@ -112,7 +139,7 @@ fn the_units_capabilities_are_enough_to_own_policy() {
     let mut node = Node::under_policy();
     node.put_policy("db.yaml", DB);
     node.config["flows"] = json!({ "file": node.host.directory().join("flows.json") });
-    let daemon = node.start_by(confined());
+    let daemon = node.start_by(confined(&[]));
     let [web, db, scan] = ["web", "db", "scan"].map(|name| node.add("shop", name));
     assert!(talks(&web, &db, true) && !talks(&scan, &db, false));
     assert_eq!(node.samples()[r#"dcenet_daemon_endpoints{phase="enforced"}"#], 3.0);
