@@ -590,9 +590,12 @@ impl Shared {
                 first.get_or_insert(AttachError::NotAttached { hook }.into());
             }
         }
-        if let Some(judge) = &programs.guarded
-            && let Err(error) = self.cover(endpoint, slot, Judge::Own(judge))
-        {
+        let guarded = match &programs.guarded {
+            Some(judge) => self.cover(endpoint, slot, Judge::Own(judge)),
+            // A change that was under way when it was told may have covered it since.
+            None => self.guards.forget(id),
+        };
+        if let Err(error) = guarded {
             first.get_or_insert(error);
         }
         first.map_or(Ok(()), Err)

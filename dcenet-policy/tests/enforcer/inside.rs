@@ -11,8 +11,8 @@ use dcenet_core::provider::{Enforcement, PolicySink};
 use dcenet_core::test_support::{Rung, ping, require_with};
 use dcenet_ebpf::abi::{self, Reason};
 use dcenet_ebpf::attach::{Attacher, Direction, Hook, PinnedLink, TcxAttacher};
-use dcenet_ebpf::datapath::guard::{NAMESPACES, SENDERS};
-use dcenet_ebpf::maps::{HashTable, Map};
+use dcenet_ebpf::datapath::guard::{JUDGES, NAMESPACES, SENDERS};
+use dcenet_ebpf::maps::{HashTable, Map, Put};
 use dcenet_ebpf::pin::Pins;
 use dcenet_ebpf::probe::Features;
 use dcenet_policy::enforcer::{DefaultVerdict, Phase, PinnedDefault, PolicyConfig, Require};
@@ -111,6 +111,18 @@ impl World {
 
     fn has_pin(&self, name: &str) -> bool {
         Pins::at(self.host.directory().join("bpf")).get(name).unwrap().is_some()
+    }
+
+    fn guarded_namespaces(&self) -> HashTable<abi::Namespace, u64> {
+        let pin = Pins::at(self.host.directory().join("bpf")).get(NAMESPACES).unwrap().unwrap();
+        HashTable::new(Map::from_fd(pin).unwrap()).unwrap()
+    }
+
+    /// The slots that have a program of their own judge on a parent.
+    fn judged_slots(&self) -> BTreeSet<u32> {
+        let judges = Map::from_fd(Pins::at(self.host.directory().join("bpf")).get(JUDGES).unwrap().unwrap()).unwrap();
+        let has = |slot: &u32| judges.lookup(&slot.to_ne_bytes(), &mut [0; 4]).unwrap();
+        (0..judges.info().max_entries).filter(has).collect()
     }
 
     fn release_guards(&self) {
@@ -515,6 +527,8 @@ fn a_guard_is_for_the_pods_that_want_one() {
     let enforcement = |name: &str| owner.endpoints().iter().find(|e| e.attachment == key(name)).unwrap().enforcement;
     assert_eq!(enforcement("db"), Enforcement::Guarded);
     assert_eq!(enforcement("web"), Enforcement::EgressBypassable);
+    let slot = owner.endpoints().iter().find(|e| e.attachment == key("db")).and_then(|e| e.slot).unwrap();
+    assert_eq!(world.judged_slots(), [u32::from(slot)].into());
     for name in ["web", "db"] {
         world.stack(name);
         let seen = world.raw_of(name, "mv0", false, STACKED);
@@ -530,6 +544,7 @@ fn a_guard_is_for_the_pods_that_want_one() {
     world.await_enforced("db", ALLOWED).unwrap();
     assert_eq!(enforcement("db"), Enforcement::EgressBypassable);
     assert!(world.guarded_parents().is_empty());
+    assert_eq!((world.judged_slots().len(), world.guarded_namespaces().entries().unwrap().len()), (0, 0));
     world.stack("db");
     let seen = world.raw_of("db", "mv0", false, STACKED);
     assert!(seen.iter().flatten().all(|count| *count > 0), "{seen:?}");
@@ -549,6 +564,8 @@ fn a_pod_that_came_anew_while_no_owner_ran_is_guarded_as_it_is_now() {
     world.require(Require::Any);
     world.delete("web");
     world.add("web", 2, &[("app", "web")]);
+    // What an owner that dies in the middle leaves.
+    world.guarded_namespaces().store(&abi::Namespace { netns: 7, parent: 7 }, &1, Put::Any).unwrap();
     let owner = world.open(tools());
     owner.adopt(&world.records()).unwrap();
     owner.set_policies(policies(SHUT_IN)).unwrap();
@@ -564,15 +581,12 @@ fn a_pod_that_came_anew_while_no_owner_ran_is_guarded_as_it_is_now() {
         assert!(seen.iter().flatten().all(|count| *count == 0), "{device} {source:x?}: {seen:?}");
     }
     world.tcp("db", "scan", 80, true);
-    let namespaces = || {
-        let pin = Pins::at(world.host.directory().join("bpf")).get(NAMESPACES).unwrap().unwrap();
-        HashTable::<abi::Namespace, u64>::new(Map::from_fd(pin).unwrap()).unwrap()
-    };
-    assert_eq!(namespaces().entries().unwrap().len(), 3, "that of the earlier one is gone");
+    let namespaces = || world.guarded_namespaces().entries().unwrap();
+    assert_eq!(namespaces().len(), 3, "that of the earlier one is gone, and what nobody has");
     // The twin: nobody knows the namespace.
     drop(owner);
-    for (namespace, _) in namespaces().entries().unwrap() {
-        namespaces().remove(&namespace).unwrap();
+    for (namespace, _) in namespaces() {
+        world.guarded_namespaces().remove(&namespace).unwrap();
     }
     let seen = world.raw("mv0", false, STACKED);
     assert!(seen.iter().flatten().all(|count| *count > 0), "{seen:?}");
