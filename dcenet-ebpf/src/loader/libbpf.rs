@@ -29,7 +29,7 @@ impl Loader for LibbpfLoader {
         let load = |verbosity| {
             let (done, said) = hear(|| attempt(aligned.bytes(), request, verbosity));
             for message in &said {
-                tracing::debug!(message, "libbpf");
+                tracing::debug!(text = %message, "libbpf says");
             }
             done.map_err(|failure| failure.told(&said))
         };
@@ -111,9 +111,7 @@ impl Failure {
             Self::Open(error) if is_about_us(&error) => LoadError::refused("", error, ""),
             Self::Open(error) => LoadError::bad_object("", reason(&error, said)),
             Self::Load { error, log } => match subject(said) {
-                Some((Refused::Program, name)) => LoadError::refused(name, error, &log),
-                // The log is about the object's type information at most, without which libbpf goes on.
-                Some((Refused::Map, name)) => LoadError::refused(name, error, ""),
+                Some(name) => LoadError::refused(name, error, &log),
                 // The kernel was not asked for a map or program of it yet.
                 None if is_about_us(&error) => LoadError::refused("", error, &log),
                 None => LoadError::bad_object("", reason(&error, said)),
@@ -122,24 +120,22 @@ impl Failure {
     }
 }
 
-/// What the kernel refused.
-#[derive(Clone, Copy)]
-enum Refused {
-    Program,
-    Map,
-}
-
-/// What the kernel refused, and its name: libbpf says so in words only (tools/lib/bpf/libbpf.c, `bpf_object_load_prog` and
-/// `bpf_object__create_map`).
-fn subject(said: &[String]) -> Option<(Refused, &str)> {
+/// The name of the program or map that the kernel refused; empty where it was the program of nothing that libbpf loads before
+/// all else. libbpf says so in words only (tools/lib/bpf/libbpf.c, `bpf_object_load_prog`, `bpf_object__create_map` and
+/// `bpf_object__probe_loading`).
+fn subject(said: &[String]) -> Option<&str> {
     said.iter().find_map(|message| {
+        if message.starts_with("libbpf: Error in bpf_object__probe_loading()") {
+            return Some("");
+        }
         let (head, what) = message.split_once("': ")?;
         let (thing, name) = head.split_once(" '")?;
-        match thing {
-            "libbpf: prog" if what.starts_with("BPF program load failed") => Some((Refused::Program, name)),
-            "libbpf: map" if what.starts_with("failed to create") => Some((Refused::Map, name)),
-            _ => None,
-        }
+        let refused = match thing {
+            "libbpf: prog" => what.starts_with("BPF program load failed"),
+            "libbpf: map" => what.starts_with("failed to create"),
+            _ => false,
+        };
+        refused.then_some(name)
     })
 }
 
@@ -158,8 +154,13 @@ fn is_about_us(error: &io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use dcenet_core::test_support::{Rung, require};
+    use object::write::{Object as Writer, Symbol, SymbolSection};
+    use object::{Architecture, BinaryFormat, Endianness, SectionKind, SymbolFlags, SymbolKind, SymbolScope};
 
+    use super::super::LoadErrorClass;
     use super::*;
+    use crate::asm::Asm;
+    use crate::insn::Reg::*;
 
     #[test]
     fn conforms() {
@@ -173,5 +174,71 @@ mod tests {
         let error = LibbpfLoader.load(&[0x42; 64], &LoadRequest::default()).expect_err("no object");
         let source = std::error::Error::source(&error).expect("a reason").to_string();
         assert!(source.contains("libbpf: elf"), "{source}");
+    }
+
+    #[test]
+    fn a_kernel_that_takes_no_program_at_all_is_told_from_a_bad_object() {
+        let class = |errno, said: &[&str]| {
+            let failure = Failure::Load { error: io::Error::from_raw_os_error(errno), log: String::new() };
+            let error = failure.told(&said.iter().map(|message| (*message).to_owned()).collect::<Vec<_>>());
+            assert_eq!(error.subject(), "");
+            error.class()
+        };
+        let said = ["libbpf: Error in bpf_object__probe_loading(): -EACCES. Couldn't load trivial BPF program."];
+        assert_eq!(class(libc::EACCES, &said), LoadErrorClass::Permission);
+        assert_eq!(class(libc::EPERM, &said), LoadErrorClass::Permission);
+        for errno in [libc::ENOSYS, libc::EINVAL] {
+            assert_eq!(class(errno, &said), LoadErrorClass::Unsupported);
+        }
+        assert_eq!(class(libc::ENOMEM, &said), LoadErrorClass::OutOfResources);
+        // The twin: the same of something else, which libbpf refuses itself.
+        let said = ["libbpf: sec 'classifier': failed to find program symbol at offset 0"];
+        assert_eq!(class(libc::EINVAL, &said), LoadErrorClass::BadObject);
+    }
+
+    /// An object with a program of nothing, and constants.
+    fn with_constants() -> Vec<u8> {
+        let mut code = Asm::program("only", ProgramKind::Classifier);
+        code.mov(R0, 0).exit();
+        let code = crate::insn::encode(code.finish().expect("sound code").insns());
+        let mut writer = Writer::new(BinaryFormat::Elf, Architecture::Bpf, Endianness::Little);
+        let mut section = |name: &str, kind, data: Vec<u8>| {
+            let section = writer.add_section(Vec::new(), name.as_bytes().to_vec(), kind);
+            writer.set_section_data(section, data, 8);
+            section
+        };
+        section("license", SectionKind::Data, b"GPL\0".to_vec());
+        section(".rodata", SectionKind::ReadOnlyData, vec![7; 8]);
+        let size = code.len() as u64;
+        let text = section("classifier", SectionKind::Text, code);
+        writer.add_symbol(Symbol {
+            name: b"only".to_vec(),
+            value: 0,
+            size,
+            kind: SymbolKind::Text,
+            scope: SymbolScope::Dynamic,
+            weak: false,
+            section: SymbolSection::Section(text),
+            flags: SymbolFlags::None,
+        });
+        writer.write().expect("an object")
+    }
+
+    #[test]
+    fn a_map_that_is_a_section_has_its_name() {
+        if !require(Rung::Kernel) {
+            return;
+        }
+        let elf = with_constants();
+        let names = |loader: &dyn Loader, elf: &[u8]| {
+            let loaded = loader.load(elf, &LoadRequest::default()).expect("loads");
+            loaded.maps.into_iter().map(|(name, map)| (name, map.info().name.clone())).collect::<Vec<_>>()
+        };
+        // Wherever the bytes are.
+        for elf in [elf.clone(), elf.clone()] {
+            assert_eq!(names(&LibbpfLoader, &elf), [(".rodata".to_owned(), ".rodata".to_owned())]);
+        }
+        #[cfg(feature = "aya")]
+        assert_eq!(names(&super::super::AyaLoader, &elf), names(&LibbpfLoader, &elf));
     }
 }

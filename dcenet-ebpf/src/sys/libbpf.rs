@@ -8,14 +8,15 @@ use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{PoisonError, RwLock};
 
 use libbpf_sys::{__va_list_tag, libbpf_print_fn_t, libbpf_print_level};
 
 use super::text_at;
 
-/// Room for the verifier's log, as much as kernels before 5.2 take at most. Untouched until something is written.
-const LOG_BYTES: usize = 16 << 20;
+/// Room for the verifier's log, as much as kernels before 5.2 take at most: `UINT_MAX >> 8` (kernel/bpf/verifier.c,
+/// `bpf_check`). Untouched until something is written.
+const LOG_BYTES: usize = (16 << 20) - 1;
 /// Room for a message.
 const MESSAGE_BYTES: usize = 1024;
 
@@ -41,22 +42,32 @@ pub(crate) struct Object<'a> {
 impl<'a> Object<'a> {
     /// Reads a file.
     pub(crate) fn open(elf: &'a [u8], verbosity: Verbosity) -> io::Result<Self> {
-        let mut log = vec![0_u8; LOG_BYTES];
         let options = libbpf_sys::bpf_object_open_opts {
             sz: size_of::<libbpf_sys::bpf_object_open_opts>() as libbpf_sys::size_t,
-            kernel_log_buf: log.as_mut_ptr().cast::<c_char>(),
-            kernel_log_size: log.len() as libbpf_sys::size_t,
+            // The name goes before those of maps that are sections. By itself libbpf takes the address of the bytes.
+            object_name: c"".as_ptr(),
             kernel_log_level: verbosity as u32,
             ..Default::default()
         };
-        // SAFETY: the bytes live as long as the object (`'a`), and the options past the call; the log in them is on the
-        // heap, where it stays until the object is closed.
+        // SAFETY: the bytes live as long as the object (`'a`), and the options past the call.
         let object =
             unsafe { libbpf_sys::bpf_object__open_mem(elf.as_ptr().cast(), elf.len() as libbpf_sys::size_t, &options) };
-        match NonNull::new(object) {
-            Some(object) => Ok(Self { object, log, file: PhantomData }),
-            None => Err(io::Error::last_os_error()),
+        let Some(object) = NonNull::new(object) else { return Err(io::Error::last_os_error()) };
+        let mut object = Self { object, log: vec![0; LOG_BYTES], file: PhantomData };
+        object.keep_log()?;
+        Ok(object)
+    }
+
+    /// Has the verifier write into our log. Not as an option of the object: the kernel would also write there what it thinks
+    /// of type information, and libbpf go on without that.
+    fn keep_log(&mut self) -> io::Result<()> {
+        let (start, length) = (self.log.as_mut_ptr().cast::<c_char>(), self.log.len() as libbpf_sys::size_t);
+        for program in self.programs() {
+            // SAFETY: the program is the object's, which is open; the log is on the heap, where it stays until the object is
+            // closed, and is read between loads alone. Programs are loaded one after the other.
+            check(unsafe { libbpf_sys::bpf_program__set_log_buf(program.program.as_ptr(), start, length) })?;
         }
+        Ok(())
     }
 
     /// Makes the maps and loads the programs. To be called once.
@@ -194,17 +205,32 @@ unsafe fn text(text: *const c_char) -> String {
 /// The library has one function for all that it says (`libbpf_set_print`). Whoever sets one while this runs gets these
 /// messages, and they are missing here.
 pub(crate) fn hear<T>(work: impl FnOnce() -> T) -> (T, Vec<String>) {
-    HEARD.with_borrow_mut(|heard| *heard = Some(Vec::new()));
-    let ours: libbpf_print_fn_t = Some(print);
-    // SAFETY: the function lives as long as the process, and has the type that libbpf asks for.
-    let before = unsafe { libbpf_sys::libbpf_set_print(ours) };
-    match before {
-        Some(before) if !ptr::fn_addr_eq(before, print as Print) => BEFORE.store(before as usize, Ordering::Release),
-        Some(_) => {}
-        None => BEFORE.store(0, Ordering::Release),
-    }
+    HEARD.set(Some(Vec::new()));
+    let _listening = Listening;
+    set_print();
     let done = work();
     (done, HEARD.take().unwrap_or_default())
+}
+
+/// Ends with what was heard, also where the work panics.
+struct Listening;
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        HEARD.set(None);
+    }
+}
+
+/// Sets our function, and notes whose was there.
+fn set_print() {
+    let ours: libbpf_print_fn_t = Some(print);
+    // Whoever is called from here on waits until it is known where to hand messages on.
+    let mut known = BEFORE.write().unwrap_or_else(PoisonError::into_inner);
+    // SAFETY: the function lives as long as the process, and has the type that libbpf asks for.
+    let before = unsafe { libbpf_sys::libbpf_set_print(ours) };
+    if before.is_none_or(|before| !ptr::fn_addr_eq(before, print as Print)) {
+        *known = before;
+    }
 }
 
 type Print = unsafe extern "C" fn(libbpf_print_level, *const c_char, *mut __va_list_tag) -> c_int;
@@ -216,8 +242,8 @@ thread_local! {
     static HANDS_ON: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
-/// The function that was set before ours, or 0.
-static BEFORE: AtomicUsize = AtomicUsize::new(0);
+/// The function that was set before ours.
+static BEFORE: RwLock<Option<Print>> = RwLock::new(None);
 
 unsafe extern "C" {
     /// printf(3). A `va_list` that is an argument is passed by reference on x86-64 and AArch64, and is a pointer on others.
@@ -229,13 +255,12 @@ unsafe extern "C" {
 unsafe extern "C" fn print(level: libbpf_print_level, format: *const c_char, arguments: *mut __va_list_tag) -> c_int {
     let listens = HEARD.try_with(|heard| heard.borrow().is_some()).unwrap_or(false);
     if !listens {
-        let before = BEFORE.load(Ordering::Acquire);
-        if before == 0 || HANDS_ON.replace(true) {
+        let before = *BEFORE.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(before) = before else { return 0 };
+        if HANDS_ON.replace(true) {
             return 0;
         }
-        // SAFETY: what was stored is a function of this type, which `libbpf_set_print` gave and libbpf would call.
-        let before = unsafe { std::mem::transmute::<usize, Print>(before) };
-        // SAFETY: libbpf called us so.
+        // SAFETY: `libbpf_set_print` gave this function, which libbpf would call so, as it called us.
         let written = unsafe { before(level, format, arguments) };
         HANDS_ON.set(false);
         return written;
@@ -251,4 +276,16 @@ unsafe extern "C" fn print(level: libbpf_print_level, format: *const c_char, arg
         HEARD.with_borrow_mut(|heard| heard.get_or_insert_default().push(message.trim_end().to_owned()));
     }
     length
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_ends_the_hearing() {
+        let work = || hear(|| panic!("on purpose"));
+        assert!(std::panic::catch_unwind(work).is_err());
+        HEARD.with_borrow(|heard| assert_eq!(*heard, None));
+    }
 }
