@@ -76,9 +76,10 @@ pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
         }
         None => None,
     };
+    let stores = addresses.as_ref().map(|(_, metrics)| metrics.clone());
     let sources = Sources { registry, daemon, addresses, policy: counted };
     let metrics = config.metrics.as_ref().map(|m| Endpoint::start(&m.listen, sources, &signals.threads)).transpose()?;
-    let server = config.server.as_ref().map(|section| server::start(section, &config.run_dir)).transpose()?;
+    let server = config.server.as_ref().map(|section| server::start(section, &config.run_dir, stores)).transpose()?;
     let tell = |state: &str| {
         if let Err(error) = systemd::notify(manager.as_deref(), state) {
             tracing::warn!(%error, state, "the service manager cannot be told");

@@ -8,29 +8,34 @@ use dcenet_core::cni::node::Server;
 use dcenet_core::cni::{Backends, CniError, ErrorCode, NetConf, PolicyChoice};
 use dcenet_core::provider::{AddressSource, LeaseError};
 use dcenet_ipam::config::{IpamConfig, StoreConfig};
+use dcenet_ipam::metrics::Metrics;
 use dcenet_ipam::select::Node;
 use dcenet_ipam::store::Store;
 use dcenet_ipam::store::group::GroupStore;
+use dcenet_ipam::store::measured::MeasuredStore;
 use dcenet_ipam::{Ipam, OpenError};
 use dcenet_policy::enforcer::{PinnedDefault, PolicyConfig};
 
 use crate::config::ServerConfig;
 
-/// Serves calls until it is dropped.
+/// Serves calls until it is dropped. What their stores do is counted where there are metrics to count it.
 ///
 /// # Errors
 /// Where the socket cannot be made.
-pub fn start(section: &ServerConfig, run_dir: &Path) -> Result<Server, Box<dyn std::error::Error>> {
+pub fn start(
+    section: &ServerConfig,
+    run_dir: &Path,
+    metrics: Option<Metrics>,
+) -> Result<Server, Box<dyn std::error::Error>> {
     let path = section.socket.clone().unwrap_or_else(|| run_dir.join("dcenetd.sock"));
     std::fs::create_dir_all(path.parent().unwrap_or(Path::new("/")))?;
-    let server = Server::start(&path, section.workers, Arc::new(Shared::default()));
+    let server = Server::start(&path, section.workers, Arc::new(Shared(Mutex::default(), metrics)));
     Ok(server.map_err(|e| format!("server.socket: {}: {e}", path.display()))?)
 }
 
 /// Stores by what configurations say of them; a handful on a node. Each is opened under a lock of its own: one that does not
 /// answer keeps nobody from the others.
-#[derive(Default)]
-struct Shared(Mutex<BTreeMap<(String, PathBuf), Arc<Cell>>>);
+struct Shared(Mutex<BTreeMap<(String, PathBuf), Arc<Cell>>>, Option<Metrics>);
 
 /// A store, once it could be opened.
 type Cell = Mutex<Option<Arc<dyn Store>>>;
@@ -56,7 +61,10 @@ impl Backends for Shared {
             let message = format!("ipam.type: {other:?} cannot be run from here; say \"dcenet\"");
             return Err(CniError::new(ErrorCode::InvalidConfig, message));
         }
-        let store = self.store(&config.store, &conf.state_dir);
+        let store = self.store(&config.store, &conf.state_dir).map(|store| match &self.1 {
+            Some(metrics) => Arc::new(MeasuredStore::new(store, metrics)),
+            None => store,
+        });
         let ipam = store.and_then(|store| Ipam::new(&config, store));
         let ipam = ipam.map_err(|error| CniError::from(LeaseError::from(error)))?;
         Ok(Some(Box::new(match Node::of_this_machine().filter(|_| config.node.is_none()) {

@@ -145,3 +145,22 @@ fn the_units_capabilities_are_enough_to_own_policy() {
     assert_eq!(node.samples()[r#"dcenet_daemon_endpoints{phase="enforced"}"#], 3.0);
     assert!(daemon.stop().success());
 }
+
+#[test]
+fn what_the_stores_of_served_calls_do_is_counted() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let mut node = served(Node::new());
+    // What it takes back itself is counted as well.
+    node.config["reclaim"] = json!({ "every": "24h" });
+    let (_daemon, pod) = (node.start(), node.host.new_pod());
+    let bound = || -> f64 {
+        let of = |series: &str| series.starts_with("dcenet_ipam_address_changes_total") && series.contains("\"bound\"");
+        node.samples().iter().filter(|(series, _)| of(series)).map(|(_, count)| count).sum()
+    };
+    assert_eq!(bound(), 0.0);
+    node.call(&Plugin, "ADD", "web", Some(pod.path()), &node.network).unwrap();
+    assert_eq!(bound(), 1.0);
+    node.call(&Plugin, "DEL", "web", Some(pod.path()), &node.network).unwrap();
+}
