@@ -19,6 +19,7 @@ use dcenet_core::provider::PolicySink;
 use dcenet_ebpf::abi::Sizes;
 use dcenet_ebpf::attach::ClsactAttacher;
 use dcenet_ebpf::loader::AyaLoader;
+use dcenet_ebpf::probe::Features;
 use dcenet_ipam::Ipam;
 use dcenet_ipam::metrics::Cause;
 use dcenet_ipam::select::Node;
@@ -90,13 +91,10 @@ pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
 
     let looking = reclaim.map(|(reclaim, counted)| {
         let count = move |taken: &[AttachmentKey]| counted.count_reclaimed(Cause::Absence, taken.len());
-        Looking::start(reclaim, config.reclaim.every.0, count)
+        Looking::start(reclaim, config.reclaim.every.0, count, &signals.threads)
     });
     let looking = looking.transpose()?;
     while !signals.ends() {
-        if looking.as_ref().is_some_and(Looking::has_ended) {
-            return Err("the thread that takes addresses back has died".into());
-        }
         if let Some(name) = signals.threads.ended() {
             return Err(format!("the thread {name} has ended").into());
         }
@@ -152,7 +150,7 @@ fn open_enforcer(config: &Config, policy: &PolicyConfig) -> Outcome<Enforcer> {
     let tools = Tools {
         loader: Arc::new(AyaLoader),
         attacher: Arc::new(ClsactAttacher),
-        lowering: Arc::new(Tc::new(Sizes::default())),
+        lowering: Arc::new(Tc::for_kernel(Sizes::default(), &Features::probe()?)),
     };
     let host = Host(NetNs::of_this_thread()?);
     let node_addresses = match &config.node.addresses {

@@ -20,7 +20,6 @@ use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use dcenet_core::engine::{Engine, TeardownError};
@@ -33,6 +32,8 @@ use dcenet_ipam::Ipam;
 use rustix::io::Errno;
 use rustix::net::netdevice::index_to_name;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+
+use crate::threads::Threads;
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
@@ -132,7 +133,6 @@ impl Reclaim {
 #[derive(Debug)]
 pub struct Looking {
     _stop: Sender<()>,
-    thread: JoinHandle<()>,
 }
 
 impl Looking {
@@ -144,6 +144,7 @@ impl Looking {
         mut reclaim: Reclaim,
         every: Duration,
         tell: impl Fn(&[AttachmentKey]) + Send + 'static,
+        threads: &Threads,
     ) -> io::Result<Self> {
         let (stop, stopped) = mpsc::channel();
         let look = move || {
@@ -154,13 +155,8 @@ impl Looking {
                 }
             }
         };
-        let thread = std::thread::Builder::new().name("dcenetd-reclaim".into()).spawn(look)?;
-        Ok(Self { _stop: stop, thread })
-    }
-
-    /// Whether it looks no more, which it does until it is dropped unless it panicked.
-    pub fn has_ended(&self) -> bool {
-        self.thread.is_finished()
+        threads.spawn("dcenetd-reclaim", look)?;
+        Ok(Self { _stop: stop })
     }
 }
 
