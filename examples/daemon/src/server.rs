@@ -61,6 +61,11 @@ impl Backends for Shared {
             let message = format!("ipam.type: {other:?} cannot be run from here; say \"dcenet\"");
             return Err(CniError::new(ErrorCode::InvalidConfig, message));
         }
+        if matches!(config.store, StoreConfig::Memory {}) {
+            // Pods outlive the daemon: the next one would begin with all addresses free.
+            let message = "ipam.store.kind: \"memory\" forgets when the daemon ends; say \"log\"".to_owned();
+            return Err(CniError::new(ErrorCode::InvalidConfig, message));
+        }
         let store = self.store(&config.store, &conf.state_dir).map(|store| match &self.1 {
             Some(metrics) => Arc::new(MeasuredStore::new(store, metrics)),
             None => store,
