@@ -447,3 +447,28 @@ pub enum PolicyError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
 }
+
+/// Takes foreign eBPF programs off a device that changes hands.
+///
+/// tcx links and XDP programs stay on a device that is moved to another namespace, pinned or held by whoever attached them:
+/// what one tenant left would judge, or read, the packets of the next. Classifiers of tc go with the move (`clsact`).
+///
+/// Implementations act on the device by index in the namespace of the calling thread.
+pub trait DeviceScrub: Send + Sync {
+    /// Detaches every program from the device, whoever attached it, and returns what was found, in words such as
+    /// `tcx ingress program 17 (drop_all)`. What is gone meanwhile is no error. Repeating it finds nothing.
+    fn scrub(&self, device: IfIndex) -> Result<Vec<String>, ScrubError>;
+}
+
+/// Why a device may still carry foreign programs.
+#[derive(Debug, thiserror::Error)]
+#[error("device {device}: {what} cannot be taken off: {source}")]
+pub struct ScrubError {
+    /// The device, by its index.
+    pub device: IfIndex,
+    /// What stays, in the words of [`DeviceScrub::scrub`].
+    pub what: String,
+    /// What the system answered.
+    #[source]
+    pub source: Box<dyn std::error::Error + Send + Sync>,
+}

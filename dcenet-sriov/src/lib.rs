@@ -4,9 +4,10 @@
 //!   inventory   what there is                      reads sysfs below a root
 //!   pool        which of it is handed out           configuration against an inventory
 //!   allocate    which functions somebody gets       pure
+//!   kernel      settings, devices and drivers       netlink and sysfs, or a model of them
 //! ```
 //!
-//! An embedder brings its own tree by [`sysfs::Sysfs`].
+//! An embedder brings its own tree by [`sysfs::Sysfs`], and its own kernel by [`kernel::Kernel`].
 //!
 //! # What was tried where
 //! Every public function names its bed:
@@ -23,6 +24,7 @@
 mod address;
 pub mod allocate;
 pub mod inventory;
+pub mod kernel;
 pub mod pool;
 pub mod sysfs;
 #[cfg(feature = "test-support")]

@@ -22,6 +22,7 @@ mod oracle;
 mod route;
 mod rule;
 mod socket;
+mod vf;
 
 use std::net::IpAddr;
 
@@ -35,6 +36,7 @@ pub use neighbour::NeighbourView;
 pub use route::{RouteMetrics, RouteView, RuleView};
 pub use rule::RuleSpec;
 pub use socket::{Failure, Family, NetlinkError, Reply, Socket};
+pub use vf::{Guid, VfChange, VfGuids, VfLinkState, VfRate, VfView, VfVlan};
 
 #[cfg(feature = "fault-injection")]
 pub use fault::{Fault, Injection, through_gate, with_fault};

@@ -1,0 +1,243 @@
+//! What is asked of the kernel about virtual functions: one trait, so that all else runs on a model too.
+//!
+//! A virtual function has two sides. Its *port* (the physical function's driver) keeps settings that the function cannot
+//! change: [`VfState`], written by [`VfChange`]. Its *network device* has what every device has: [`NetdevState`], written
+//! by [`NetdevChange`], and lives in one namespace at a time.
+//!
+//! Calls are single: nothing here orders, repeats or undoes. A port's settings are read and written by the index of its
+//! network device in the host's namespace, because names change; a function's devices are found by its PCI address.
+
+mod error;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use dcenet_core::model::{IfIndex, IfName, MacAddr, Mtu};
+pub use dcenet_core::netlink::{Guid, VfChange, VfGuids, VfLinkState, VfRate, VfView as VfState, VfVlan, VlanProtocol};
+use dcenet_core::netns::NetNsId;
+use serde::{Deserialize, Serialize};
+
+pub use error::{Attribute, ErrorClass, KernelError};
+
+use crate::address::{PciAddress, VfIndex};
+
+/// A kernel with virtual functions: Linux, or a model of it.
+///
+/// Every call is synchronous and takes effect, or fails, as a whole, except where it says otherwise. The implementations
+/// pass the same suite (`test_support::conformance`).
+///
+/// Bed: modelled, igb, and netdevsim for what a port keeps.
+pub trait Kernel: fmt::Debug + Send + Sync {
+    /// What the port says of all of its functions, in the order of their indices. An index may be missing: drivers
+    /// withhold functions that are being reset.
+    ///
+    /// The kernel asks the driver for each function under the lock of all links: not for routine look-ups.
+    ///
+    /// # Errors
+    /// [`ErrorClass::Incomplete`] where the list cannot be read to its end; never a part of it.
+    fn vfs(&self, port: IfIndex) -> Result<Vec<(VfIndex, VfState)>, KernelError>;
+
+    /// What the port says of one function. As expensive as [`vfs`](Self::vfs).
+    ///
+    /// # Errors
+    /// [`ErrorClass::NotReported`] where it is not in the list.
+    fn vf(&self, port: IfIndex, vf: VfIndex) -> Result<VfState, KernelError> {
+        let all = self.vfs(port)?;
+        let operation = || format!("look up VF {vf} of link {port}");
+        all.into_iter()
+            .find_map(|(index, state)| (index == vf).then_some(state))
+            .ok_or_else(|| KernelError::of_class(operation(), ErrorClass::NotReported))
+    }
+
+    /// Has the port change the settings of a function, by one message. Where nothing is to be changed none is sent.
+    ///
+    /// # Errors
+    /// The kernel does not undo what it did before it met a refusal: on any error read the state, and write back what was
+    /// before. It goes by this order: address, VLAN, rates, spoof check, link state, RSS query, trust, GUIDs
+    /// (`do_setvfinfo` in net/core/rtnetlink.c). `attribute` names what was refused where it can be told.
+    fn configure_vf(&self, port: IfIndex, vf: VfIndex, change: &VfChange) -> Result<(), KernelError>;
+
+    /// The network devices of a function in a namespace; empty where it has none there.
+    ///
+    /// # Errors
+    /// [`ErrorClass::NamespaceGone`].
+    ///
+    /// # Minimum kernel version
+    /// 5.14 for namespaces other than the host's (`IFLA_PARENT_DEV_NAME`).
+    fn netdevs(&self, at: &Namespace, function: PciAddress) -> Result<Vec<NetdevState>, KernelError>;
+
+    /// A network device by its index in a namespace; `None` where there is none.
+    fn netdev(&self, at: &Namespace, index: IfIndex) -> Result<Option<NetdevState>, KernelError>;
+
+    /// Changes a network device, by one message. Where nothing is to be changed none is sent.
+    ///
+    /// # Errors
+    /// As [`configure_vf`](Self::configure_vf), what came before the refusal stays done. A device that is up cannot be
+    /// renamed before Linux 6.3 (`EBUSY`).
+    fn configure_netdev(&self, at: &Namespace, index: IfIndex, change: &NetdevChange) -> Result<(), KernelError>;
+
+    /// Moves a network device to another namespace, where it is called `name` and is down, unless the change says up. The
+    /// changes are made there, in the same message. Its index changes where it is taken there: find it by the function.
+    ///
+    /// # Errors
+    /// [`ErrorClass::Exists`] where the name that the device has is taken there, and it did not move; where only `name` is,
+    /// it has moved and kept its name.
+    fn move_netdev(
+        &self,
+        from: &Namespace,
+        index: IfIndex,
+        to: &Namespace,
+        name: &IfName,
+        change: &NetdevChange,
+    ) -> Result<(), KernelError>;
+
+    /// Gives a network device another alternative name (`RTM_NEWLINKPROP`; Linux 5.5). Such names are up to 127 bytes.
+    fn add_alternative_name(&self, at: &Namespace, index: IfIndex, name: &str) -> Result<(), KernelError>;
+
+    /// Takes an alternative name away. One that it has not is [`ErrorClass::Gone`] or [`ErrorClass::Invalid`].
+    fn delete_alternative_name(&self, at: &Namespace, index: IfIndex, name: &str) -> Result<(), KernelError>;
+
+    /// What identifies a namespace while it lives; `None` where it is gone.
+    fn namespace_id(&self, at: &Namespace) -> Result<Option<NetNsId>, KernelError>;
+
+    /// What drives a function.
+    fn driver(&self, function: PciAddress) -> Result<DriverState, KernelError>;
+
+    /// Binds a function that has no driver to this one. Its network device appears in the host's namespace, some time
+    /// later.
+    ///
+    /// # Errors
+    /// [`ErrorClass::Gone`] where the driver is not loaded or does not take the function.
+    fn bind(&self, function: PciAddress, driver: &str) -> Result<(), KernelError>;
+
+    /// Takes a function away from its driver. Its network device vanishes, wherever it is.
+    ///
+    /// # Errors
+    /// [`ErrorClass::Gone`] where it has no driver.
+    fn unbind(&self, function: PciAddress) -> Result<(), KernelError>;
+
+    /// Has the function be taken by this driver only (`driver_override`), or, with `None`, by any that knows it. It changes
+    /// nothing until the next binding.
+    fn set_driver_override(&self, function: PciAddress, driver: Option<&str>) -> Result<(), KernelError>;
+
+    /// Resets the function (Function Level Reset; PCI Express Base Specification, 6.6.2), by the file `reset`. Its driver
+    /// is told before and after.
+    ///
+    /// # Errors
+    /// [`ErrorClass::Gone`] where the function cannot be reset.
+    fn reset(&self, function: PciAddress) -> Result<(), KernelError>;
+
+    /// How many functions a port has.
+    fn vf_count(&self, port: PciAddress) -> Result<VfCount, KernelError>;
+
+    /// Writes `sriov_numvfs`. The kernel changes no count but from or to 0 (`sriov_numvfs_store` in drivers/pci/pci-sysfs.c).
+    fn write_vf_count(&self, port: PciAddress, count: u16) -> Result<(), KernelError>;
+
+    /// Writes `sriov_drivers_autoprobe` (Linux 4.12).
+    fn write_autoprobe(&self, port: PciAddress, autoprobe: bool) -> Result<(), KernelError>;
+
+    /// The addresses of a port's functions (`virtfnN`), in the order of their indices.
+    fn vf_addresses(&self, port: PciAddress) -> Result<Vec<(VfIndex, PciAddress)>, KernelError>;
+
+    /// Begins to watch for devices that come, go or change.
+    fn watch(&self) -> Result<Box<dyn Watch>, KernelError>;
+}
+
+/// Tells that something may have changed among the devices since it was made.
+pub trait Watch {
+    /// Waits until something has, at most for `limit`, and returns whether something has. What changed, the caller looks
+    /// up. Called again, it waits for the next change. False may come early: look whether the time is over.
+    fn wait(&mut self, limit: Duration) -> Result<bool, KernelError>;
+}
+
+/// A network namespace.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Namespace {
+    /// The host's: that of the ports.
+    Host,
+    /// The one at a path such as `/run/netns/NAME` or `/proc/PID/ns/net`.
+    Path(PathBuf),
+}
+
+impl fmt::Display for Namespace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Host => f.write_str("the host's namespace"),
+            Self::Path(path) => write!(f, "namespace {}", path.display()),
+        }
+    }
+}
+
+/// A network device as it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct NetdevState {
+    /// Its index in its namespace.
+    pub index: IfIndex,
+    /// Its name.
+    pub name: IfName,
+    /// Its alternative names, sorted (Linux 5.5).
+    pub alternative_names: Vec<String>,
+    /// Its alias; `None` is none.
+    pub alias: Option<String>,
+    /// The effective Ethernet address; `None` on other links.
+    pub mac: Option<MacAddr>,
+    /// Its MTU in bytes.
+    pub mtu: u32,
+    /// Whether it is up, as its administrator wants it.
+    pub up: bool,
+    /// Whether its administrator has it receive all frames. A program's packet socket does not count.
+    pub promisc: bool,
+    /// Whether its administrator has it receive all multicast frames.
+    pub all_multicast: bool,
+}
+
+/// What is to be changed of a network device. What is `None` is not touched.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct NetdevChange {
+    /// Its name.
+    pub name: Option<IfName>,
+    /// Its alias; an empty one takes it away.
+    pub alias: Option<String>,
+    /// The effective Ethernet address.
+    pub mac: Option<MacAddr>,
+    /// Its MTU.
+    pub mtu: Option<Mtu>,
+    /// See [`NetdevState::promisc`].
+    pub promisc: Option<bool>,
+    /// See [`NetdevState::all_multicast`].
+    pub all_multicast: Option<bool>,
+    /// Whether it is up.
+    pub up: Option<bool>,
+}
+
+impl NetdevChange {
+    /// Whether it changes nothing.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// What drives a function.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct DriverState {
+    /// Its driver; `None` where it has none.
+    pub driver: Option<String>,
+    /// The only driver that may take it (`driver_override`); `None` where any may.
+    pub driver_override: Option<String>,
+}
+
+/// How many functions a port has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VfCount {
+    /// How many it can have (`sriov_totalvfs`).
+    pub total: u16,
+    /// How many it has (`sriov_numvfs`).
+    pub now: u16,
+    /// Whether drivers are bound to new ones (`sriov_drivers_autoprobe`).
+    pub autoprobe: bool,
+}
