@@ -4,6 +4,7 @@
 //!   inventory   what there is                      reads sysfs below a root
 //!   pool        which of it is handed out           configuration against an inventory
 //!   allocate    which functions somebody gets       pure
+//!   config      what somebody wants of a function    checked before anything is written
 //!   kernel      settings, devices and drivers       netlink and sysfs, or a model of them
 //! ```
 //!
@@ -23,6 +24,7 @@
 
 mod address;
 pub mod allocate;
+pub mod config;
 pub mod inventory;
 pub mod kernel;
 pub mod pool;
