@@ -50,9 +50,9 @@ pub enum CompileError {
     #[error("policy {id} is filed under {key}; use Cluster::insert_policy")]
     MisfiledPolicy {
         /// The key in [`Cluster::policies`].
-        key: PolicyId,
+        key: Box<PolicyId>,
         /// The policy's own id.
-        id: PolicyId,
+        id: Box<PolicyId>,
     },
 }
 
@@ -170,6 +170,7 @@ impl RuleTable {
             (RuleId::ISOLATED, _) => "isolated; no rule matches".to_owned(),
             (RuleId::OWN_NODE, _) => "the peer is the pod's own node".to_owned(),
             (RuleId::UNMATCHED, _) => "no rule matches, and no policy isolates the pod".to_owned(),
+            (RuleId::TIER_END, _) => "no rule matches, and the tier denies what is left".to_owned(),
             (RuleId::REFUSED, _) => "closed, for a policy cannot be enforced; no other allows it".to_owned(),
             (_, Some(rule)) => rule.to_string(),
             (RuleId(number), None) => format!("rule {number}, no longer in use"),
@@ -625,7 +626,7 @@ impl Compiler {
                     here && selector_holds(pods, &pod.labels)
                 })
                 .collect();
-            governing.sort_unstable_by(|left, right| left.order().cmp(&right.order()));
+            governing.sort_unstable_by(|left, right| cluster.order(left).cmp(&cluster.order(right)));
             let keys = Direction::ALL.map(|direction| {
                 let with_rules = governing.iter().filter(|policy| policy.rules(direction).is_some());
                 let policies: Vec<PolicyId> = with_rules.map(|policy| policy.id.clone()).collect();
@@ -653,7 +654,7 @@ impl Compiler {
 
 fn check(cluster: &Cluster) -> Result<(), CompileError> {
     if let Some((key, policy)) = cluster.policies.iter().find(|(key, policy)| **key != policy.id) {
-        return Err(CompileError::MisfiledPolicy { key: key.clone(), id: policy.id.clone() });
+        return Err(CompileError::MisfiledPolicy { key: key.clone().into(), id: policy.id.clone().into() });
     }
     Ok(())
 }

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::model::{
     Action, Cluster, Direction, IpBlock, LabelSelector, Labels, NamespaceMatch, Operator, Peer, Peers, Pod, PodId,
-    PodMatch, PodNetwork, Policy, PolicyId, PortMatch, PortSpec, Ports, Rule, RuleRef, Tier, Tuple, Verdict,
+    PodMatch, PodNetwork, Policy, PolicyId, PortMatch, PortSpec, Ports, Rule, RuleRef, Tier, TierEnd, Tuple, Verdict,
 };
 
 /// A verdict and why.
@@ -37,6 +37,10 @@ pub enum Reason {
     Rule(RuleRef),
     /// These policies, of the tier NetworkPolicy, govern the pod in this direction, and no rule matches.
     Isolated(Vec<PolicyId>),
+    /// These policies govern the pod in this direction, no rule of theirs decides, and their tiers deny what is left.
+    TierEnd(Vec<PolicyId>),
+    /// These policies govern the pod in this direction, and there is no such tier as theirs.
+    UnknownTier(Vec<PolicyId>),
     /// These policies govern the pod in this direction, none of them isolates it, and no rule of theirs decides.
     Unmatched(Vec<PolicyId>),
     /// These policies govern the pod in this direction and are not enforced; no other that may speak allows it.
@@ -60,6 +64,15 @@ impl fmt::Display for Reason {
                 f.write_str("isolated by")?;
                 list(f, policies)?;
                 f.write_str("; no rule matches")
+            }
+            Self::TierEnd(policies) => {
+                f.write_str("no rule of")?;
+                list(f, policies)?;
+                f.write_str(" decides, and the tier denies what is left")
+            }
+            Self::UnknownTier(policies) => {
+                f.write_str("closed, for there is no such tier as that of")?;
+                list(f, policies)
             }
             Self::Unmatched(policies) => {
                 f.write_str("no rule of")?;
@@ -139,14 +152,23 @@ pub fn evaluate_without(
     let closed = || Ok(Decision { verdict: Verdict::Deny, reason: Reason::Refused(not_enforced.clone()) });
 
     let question = Question { cluster, pod, tuple, claimants: pods_at(cluster, tuple.peer) };
-    for tier in Tier::ALL {
-        let policies: Vec<&Policy> = governing.iter().copied().filter(|policy| policy.id.tier == tier).collect();
-        let isolates = tier == Tier::NetworkPolicy && !policies.is_empty();
+    for policies in governing.chunk_by(|one, next| one.id.tier == next.id.tier) {
+        let Some(tier) = policies.first().map(|policy| &policy.id.tier) else { continue };
+        let end = |policy: &Policy| cluster.catalog.tier(&policy.id.tier).map(|spec| spec.end);
+        let ending = |wanted| {
+            let named = governing.iter().copied().filter(|policy| policy.id.tier != Tier::NetworkPolicy);
+            ids(&named.filter(|policy| end(policy) == wanted).collect::<Vec<_>>())
+        };
+        let Some(spec) = cluster.catalog.tier(tier) else {
+            return Ok(Decision { verdict: Verdict::Deny, reason: Reason::UnknownTier(ending(None)) });
+        };
+        let isolates = *tier == Tier::NetworkPolicy;
         let may_be_forged = pod.on_segment && tuple.direction == Direction::Ingress;
         if isolates && !may_be_forged && is_own_node(cluster, pod, tuple.peer) {
             return Ok(Decision { verdict: Verdict::Allow, reason: Reason::OwnNode });
         }
-        'tier: for policy in &policies {
+        let mut passed = false;
+        'tier: for policy in policies {
             let rules = policy.rules(tuple.direction).unwrap_or_default();
             if not_enforced.contains(&policy.id) {
                 if rules.iter().any(|rule| rule.action != Action::Allow) {
@@ -157,7 +179,10 @@ pub fn evaluate_without(
             for (index, rule) in rules.iter().enumerate() {
                 let (verdict, peer, port) = match question.apply(rule) {
                     Outcome::NoMatch => continue,
-                    Outcome::Pass => break 'tier,
+                    Outcome::Pass => {
+                        passed = true;
+                        break 'tier;
+                    }
                     Outcome::Decided(verdict, peer, port) => (verdict, peer, port),
                 };
                 let direction = tuple.direction;
@@ -165,8 +190,11 @@ pub fn evaluate_without(
                 return Ok(Decision { verdict, reason: Reason::Rule(decided) });
             }
         }
-        if isolates {
-            let reason = Reason::Isolated(ids(&policies));
+        if isolates || (spec.end == TierEnd::Deny && !passed) {
+            let reason = match isolates {
+                true => Reason::Isolated(ids(policies)),
+                false => Reason::TierEnd(ending(Some(TierEnd::Deny))),
+            };
             return if not_enforced.is_empty() { Ok(Decision { verdict: Verdict::Deny, reason }) } else { closed() };
         }
     }
@@ -234,7 +262,7 @@ fn governors<'a>(cluster: &'a Cluster, subject: &PodId, pod: &Pod, direction: Di
         .values()
         .filter(|policy| policy.rules(direction).is_some() && selects(cluster, &policy.subject, subject, pod))
         .collect();
-    governing.sort_by_key(|policy| policy.order());
+    governing.sort_by_key(|policy| cluster.order(policy));
     governing
 }
 

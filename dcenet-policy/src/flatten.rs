@@ -8,7 +8,7 @@ use crate::ids::Ids;
 use crate::ir::{Entry, Leaf, LocalSet, RuleId, RuleList, Service};
 use crate::model::{
     Action, Cluster, Direction, Peer, Peers, PodNetwork, PolicyId, PortMatch, PortSpec, Ports, Protocol, Rule, RuleRef,
-    Tier, Verdict,
+    Tier, TierEnd, TierSpec, Verdict,
 };
 
 /// What makes two endpoints' policies the same artefact.
@@ -127,6 +127,12 @@ impl Flattener<'_> {
             let default = Leaf { verdict: Verdict::Allow, rule: RuleId::NOT_GOVERNED };
             return Ok(FlatSet { direction, rules: Vec::new(), default });
         }
+        let tiers: Vec<&[PolicyId]> = policies.chunk_by(|one, next| one.tier == next.tier).collect();
+        let spec = |tier: &[PolicyId]| tier.first().and_then(|id| self.cluster.catalog.tier(&id.tier));
+        let Some(specs) = tiers.iter().map(|tier| spec(tier)).collect::<Option<Vec<TierSpec>>>() else {
+            let default = Leaf { verdict: Verdict::Deny, rule: RuleId::TIER_END };
+            return Ok(FlatSet { direction, rules: Vec::new(), default });
+        };
         let isolates = policies.iter().any(|id| id.tier == Tier::NetworkPolicy);
         let default = match (isolates, refused.is_empty()) {
             (true, true) => Leaf { verdict: Verdict::Deny, rule: RuleId::ISOLATED },
@@ -135,18 +141,19 @@ impl Flattener<'_> {
         };
         // From the last tier to the first, for a rule that passes needs what comes behind its own.
         let mut behind: Vec<Conditional> = Vec::new();
-        for tier in Tier::ALL.into_iter().rev() {
-            // A pod that is isolated never comes to what is behind that.
-            if tier == Tier::Baseline && isolates {
-                continue;
+        for (tier, spec) in tiers.into_iter().zip(specs).rev() {
+            let is_isolating = tier.iter().any(|id| id.tier == Tier::NetworkPolicy);
+            if is_isolating {
+                // A pod that is isolated never comes to what is behind that.
+                behind.clear();
             }
             let mut rules = Vec::new();
-            if let (Tier::NetworkPolicy, true, Some(node)) = (tier, isolates, node) {
+            if let (true, Some(node)) = (is_isolating, node) {
                 let condition = vec![self.atom(Atom::Node(node.clone()))];
                 let leaf = Leaf { verdict: Verdict::Allow, rule: RuleId::OWN_NODE };
                 rules.push(Conditional { condition, service: Service::Any, leaf });
             }
-            for id in policies.iter().filter(|id| id.tier == tier) {
+            for id in tier {
                 let listed =
                     self.cluster.policies.get(id).and_then(|policy| policy.rules(direction)).unwrap_or_default();
                 if refused.contains(id) {
@@ -173,6 +180,13 @@ impl Flattener<'_> {
                 }
             }
             self.limits.check("entries in one policy set", rules.len() + behind.len(), self.limits.entries)?;
+            if spec.end == TierEnd::Deny && !is_isolating {
+                let rule = if refused.is_empty() { RuleId::TIER_END } else { RuleId::REFUSED };
+                let leaf = Leaf { verdict: Verdict::Deny, rule };
+                rules.push(Conditional { condition: Vec::new(), service: Service::Any, leaf });
+                // Only rules that pass lead on, and they have what is behind already.
+                behind.clear();
+            }
             rules.append(&mut behind);
             behind = rules;
         }

@@ -42,8 +42,10 @@ impl RuleId {
     pub const REFUSED: Self = Self(3);
     /// Policies govern the endpoint, none of them isolates it, and no rule of theirs matches.
     pub const UNMATCHED: Self = Self(4);
+    /// A tier with policies that govern the endpoint denies what no rule decides, or there is no such tier.
+    pub const TIER_END: Self = Self(5);
     /// The first id that names a rule of a policy.
-    pub const FIRST: Self = Self(5);
+    pub const FIRST: Self = Self(6);
 }
 
 /// What a packet ends at.

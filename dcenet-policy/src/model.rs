@@ -8,9 +8,11 @@
 //!
 //! 1. A pod in its host's network namespace is no subject of policy: allow.
 //! 2. If no policy governs the pod in this direction: allow.
-//! 3. The governing policies are tried by [`Tier`]: admin, NetworkPolicy, baseline. The rules of a tier form one list,
-//!    ordered by priority, policy id, rule, peer and port; the first that matches decides. One that [passes](Action::Pass)
-//!    ends the tier, and the next one goes on.
+//! 3. The governing policies are tried by [`Tier`]: admin, NetworkPolicy, baseline, and those that have names, each in its
+//!    [place](TierSpec::order). The rules of a tier form one list, ordered by priority, policy id, rule, peer and port; the
+//!    first that matches decides. One that [passes](Action::Pass) ends the tier, and the next one goes on. Where no rule
+//!    matches, the tier's [end](TierEnd) says whether the next one goes on or the packet is dropped. A policy of a tier that
+//!    is not [known](Catalog::tiers) closes the pods that it governs: deny, before anything else is asked.
 //! 4. The tier NetworkPolicy, where one of its policies governs the pod, begins with a rule of its own: traffic between a
 //!    pod and the node it runs on is allowed (`networking.k8s.io/v1`, `NetworkPolicySpec.ingress`: "OR if the traffic
 //!    source is the pod's local node"; for egress the concept page "Network Policies" of Kubernetes' documentation: traffic
@@ -31,12 +33,16 @@
 //!
 //! Replies are not the model's concern: whoever enforces it judges the first packet of a flow.
 
+mod catalog;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+
+pub use catalog::{Catalog, TierEnd, TierSpec};
 
 /// The label that every namespace carries with its own name
 /// (`k8s.io/api/core/v1`, `LabelMetadataName`; set by the API server since Kubernetes 1.21).
@@ -303,34 +309,50 @@ pub struct Rule {
     pub ports: Ports,
 }
 
-/// A group of policies. Tiers are tried in this order.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+/// A group of policies. Which is tried when is told by [`Catalog::tier`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(from = "String", into = "String")]
 pub enum Tier {
     /// What nothing else overrides.
     Admin,
     /// Policies of namespaces. They isolate the pods that they select.
     #[default]
     NetworkPolicy,
-    /// What holds for pods that no policy of the tier before isolates.
+    /// What holds for pods that no policy of the tier NetworkPolicy isolates.
     Baseline,
+    /// One of [`Catalog::tiers`].
+    Named(String),
 }
 
 impl Tier {
-    /// All of them, in order.
-    pub const ALL: [Self; 3] = [Self::Admin, Self::NetworkPolicy, Self::Baseline];
-
-    /// `admin`, `network-policy` or `baseline`.
-    pub const fn as_str(self) -> &'static str {
+    /// `admin`, `network-policy`, `baseline` or the tier's own name.
+    pub fn as_str(&self) -> &str {
         match self {
             Self::Admin => "admin",
             Self::NetworkPolicy => "network-policy",
             Self::Baseline => "baseline",
+            Self::Named(name) => name,
         }
     }
 
     fn is_default(&self) -> bool {
         *self == Self::default()
+    }
+}
+
+impl From<String> for Tier {
+    fn from(name: String) -> Self {
+        let fixed = [Self::Admin, Self::NetworkPolicy, Self::Baseline].into_iter().find(|tier| tier.as_str() == name);
+        fixed.unwrap_or(Self::Named(name))
+    }
+}
+
+impl From<Tier> for String {
+    fn from(tier: Tier) -> Self {
+        match tier {
+            Tier::Named(name) => name,
+            fixed => fixed.as_str().to_owned(),
+        }
     }
 }
 
@@ -368,7 +390,7 @@ impl PolicyId {
 
 impl fmt::Display for PolicyId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match (self.tier, self.namespace.as_str()) {
+        match (&self.tier, self.namespace.as_str()) {
             (Tier::NetworkPolicy, namespace) => write!(f, "{namespace}/{}", self.name),
             (tier, "") => write!(f, "{tier}:{}", self.name),
             (tier, namespace) => write!(f, "{tier}:{namespace}/{}", self.name),
@@ -393,11 +415,6 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// What policies are tried by: the lower first.
-    pub fn order(&self) -> (Tier, u16, &PolicyId) {
-        (self.id.tier, self.priority, &self.id)
-    }
-
     /// The rules of a direction, where it is governed.
     pub fn rules(&self, direction: Direction) -> Option<&[Rule]> {
         match direction {
@@ -525,6 +542,8 @@ pub struct Cluster {
     pub nodes: BTreeMap<String, BTreeSet<IpAddr>>,
     /// The policies. The key is the policy's own id.
     pub policies: BTreeMap<PolicyId, Policy>,
+    /// What policies name beside pods.
+    pub catalog: Catalog,
 }
 
 impl Cluster {
@@ -543,6 +562,12 @@ impl Cluster {
     /// Adds or replaces a policy, and returns the one it replaces.
     pub fn insert_policy(&mut self, policy: Policy) -> Option<Policy> {
         self.policies.insert(policy.id.clone(), policy)
+    }
+
+    /// What policies are tried by: the lower first. Those of a tier that is not known come before all others.
+    pub fn order<'a>(&self, policy: &'a Policy) -> (Option<u16>, &'a Tier, u16, &'a PolicyId) {
+        let tier = &policy.id.tier;
+        (self.catalog.tier(tier).map(|spec| spec.order), tier, policy.priority, &policy.id)
     }
 
     /// A namespace's labels; one that is not known has only its name.

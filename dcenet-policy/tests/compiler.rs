@@ -64,7 +64,7 @@ fn endpoints_with_the_same_policies_share_one_set_and_program() {
     assert_eq!(update.sets().len(), 3, "isolated ingress, free ingress, free egress");
     assert_eq!(
         of("p1").ingress.program.list.to_string(),
-        "ingress locals 2\nallow 5 peers 1 tcp 80-80\ndeny 1 default\n"
+        "ingress locals 2\nallow 6 peers 1 tcp 80-80\ndeny 1 default\n"
     );
     assert_eq!(update.rules.name(RuleId::FIRST), "n/web ingress[0] from[0] ports[0]");
     // Pods without the label satisfy nothing that is asked, and take no entry.

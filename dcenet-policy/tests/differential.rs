@@ -240,8 +240,8 @@ fn a_rule_that_passes_everything_takes_out_what_is_behind_it_in_its_tier_and_not
             for policy in first.policies.values_mut() {
                 policy.priority += 1;
             }
-            first.insert_policy(pass_all(tier, 0));
-            last.insert_policy(pass_all(tier, 1000));
+            first.insert_policy(pass_all(tier.clone(), 0));
+            last.insert_policy(pass_all(tier.clone(), 1000));
             without.policies.retain(|id, _| id.tier != tier);
             assert_eq!(verdicts(&last), before, "seed {seed}, last in {tier}");
             let alone = verdicts(&without);

@@ -137,7 +137,7 @@ use crate::compiler::CompileError;
 use crate::eval::EvalError;
 use crate::explain::{Explanation, explain_without};
 use crate::isolation::{Fault, refused};
-use crate::model::{Labels, Pod, PodId, Policy, Tuple};
+use crate::model::{Catalog, Labels, Pod, PodId, Policy, Tuple};
 use crate::sources::kubernetes::Documents;
 
 /// What an owner is told about its node.
@@ -295,6 +295,14 @@ impl Enforcer {
         self.shared.change(|state| state.cluster_mut().policies = policies)
     }
 
+    /// Replaces what policies name beside pods.
+    ///
+    /// # Errors
+    /// As [`Enforcer::set_policies`].
+    pub fn set_catalog(&self, catalog: Catalog) -> Result<Report, EnforcerError> {
+        self.shared.change(|state| state.cluster_mut().catalog = catalog)
+    }
+
     /// Adds a namespace, or replaces its labels.
     pub fn set_namespace(&self, name: &str, labels: &Labels) -> Result<Report, EnforcerError> {
         let labels = labels.iter().map(|(key, value)| (key.as_str(), value.as_str()));
@@ -334,8 +342,8 @@ impl Enforcer {
         self.shared.change(|state| state.set_pod(id.clone(), None))
     }
 
-    /// Puts what documents say in the place of what earlier ones said, in one change: namespaces, pods, nodes and policies.
-    /// What else was told of other namespaces, pods and nodes stays; of policies nothing else does. Whoever told last of one
+    /// Puts what documents say in the place of what earlier ones said, in one change: namespaces, pods, nodes, policies
+    /// and what these name. What else was told of other namespaces, pods and nodes stays; of policies nothing else does. Whoever told last of one
     /// counts: a pod of these documents that [`Enforcer::upsert_pod`] told of, too, is forgotten when they leave it out. A
     /// source that has read its documents anew hands over those that it told before, or empty ones.
     ///
@@ -362,6 +370,7 @@ impl Enforcer {
             cluster.nodes.retain(|name, _| !before.nodes.contains_key(name));
             cluster.nodes.extend(now.nodes.clone());
             cluster.policies = now.policies.clone();
+            cluster.catalog = now.catalog.clone();
         })
     }
 

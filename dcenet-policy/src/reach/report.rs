@@ -113,6 +113,8 @@ pub enum DecidedBy {
     NoPolicy,
     /// That policies select the pod, none of which isolates it, and no rule of theirs decides.
     NoRule,
+    /// That no rule of a tier decides which denies what is left, or that there is no such tier.
+    TierEnd,
     /// That the other end is the pod's own node.
     OwnNode,
     /// That the pod is in its host's network.
@@ -142,6 +144,9 @@ impl From<Decision> for Side {
             Reason::NotGoverned => Self::of(verdict, DecidedBy::NoPolicy, "no policy selects it".to_owned()),
             Reason::OwnNode => side(DecidedBy::OwnNode),
             Reason::Isolated(policies) => Self { policies: names(policies), ..side(DecidedBy::Isolation) },
+            Reason::TierEnd(policies) | Reason::UnknownTier(policies) => {
+                Self { policies: names(policies), ..side(DecidedBy::TierEnd) }
+            }
             Reason::Unmatched(policies) => Self { policies: names(policies), ..side(DecidedBy::NoRule) },
             Reason::Refused(policies) => Self { policies: names(policies), ..side(DecidedBy::NotEnforced) },
             Reason::Rule(rule) => Self {

@@ -16,7 +16,7 @@ use super::{Engine, ReachError};
 use crate::compiler::{Compiler, EndpointPlan, PolicySet, SetId, Update};
 use crate::eval::{Decision, Reason};
 use crate::ir::RuleId;
-use crate::model::{Cluster, Direction, PodId, Protocol, Tier, Tuple, Verdict};
+use crate::model::{Catalog, Cluster, Direction, PodId, PolicyId, Protocol, Tier, TierEnd, Tuple, Verdict};
 use crate::target::{Artefact, Cache, Target, Tc};
 
 /// Compiles a cluster as an owner of a node's policy state does, and runs the programs that would be attached: from the
@@ -26,6 +26,7 @@ use crate::target::{Artefact, Cache, Target, Tc};
 #[derive(Debug)]
 pub struct Simulator {
     update: Update,
+    catalog: Catalog,
     cache: Cache<Tc>,
     classes: Vec<Write>,
     /// By what differs between endpoints: their policy sets.
@@ -78,7 +79,13 @@ impl Simulator {
         let mut target = Tc::new(sizes);
         target.denied_events = u32::MAX;
         target.flow_events = u32::MAX;
-        Ok(Self { update, cache: Cache::new(target), classes, running: HashMap::new() })
+        Ok(Self {
+            update,
+            catalog: cluster.catalog.clone(),
+            cache: Cache::new(target),
+            classes,
+            running: HashMap::new(),
+        })
     }
 
     fn running(&mut self, plan: &EndpointPlan) -> Result<&mut Running, ReachError> {
@@ -129,6 +136,18 @@ impl Engine for Simulator {
             RuleId::NOT_GOVERNED => Reason::NotGoverned,
             RuleId::OWN_NODE => Reason::OwnNode,
             RuleId::ISOLATED => Reason::Isolated(isolating()),
+            RuleId::TIER_END => {
+                let end = |id: &PolicyId| self.catalog.tier(&id.tier).map(|spec| spec.end);
+                let is_named = |id: &PolicyId| id.tier != Tier::NetworkPolicy;
+                let of = |wanted| -> Vec<PolicyId> {
+                    governing().into_iter().filter(|id| is_named(id) && end(id) == wanted).collect()
+                };
+                let unknown = of(None);
+                match unknown.is_empty() {
+                    true => Reason::TierEnd(of(Some(TierEnd::Deny))),
+                    false => Reason::UnknownTier(unknown),
+                }
+            }
             RuleId::UNMATCHED => Reason::Unmatched(governing()),
             RuleId::REFUSED => Reason::Refused(governing()),
             id => {

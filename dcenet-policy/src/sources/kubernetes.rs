@@ -8,6 +8,7 @@
 //! | `networking.k8s.io/v1` NetworkPolicy | everything, strictly: see [`networkpolicy`] |
 //! | `policy.networking.k8s.io` ClusterNetworkPolicy, AdminNetworkPolicy, BaselineAdminNetworkPolicy | everything, strictly: see [`clusternetworkpolicy`]; rules that are closed are told by [`Documents::closed`] |
 //! | `dcenet.io/v1alpha1` Policy | everything, strictly: see [`native`]; another version of it is refused |
+//! | `dcenet.io/v1alpha1` Tier | everything, strictly: see [`native`] |
 //! | any `List`, also typed ones such as `PodList` | its `items` |
 //! | another kind that is called `...NetworkPolicy` | refused: without it, verdicts would be others than in the cluster |
 //! | any other kind | counted in [`Documents::unused`] |
@@ -64,8 +65,9 @@ use super::fields::{At, Fields};
 use super::native;
 use super::networkpolicy::{self, KindNeeded, dns_name, one_of, port_number};
 pub use super::notes::{Note, NoteKind};
+use super::objects::{self, Named};
 use super::text::{self, Lines};
-use crate::model::{Cluster, Labels, NamedPort, Pod, PodId, PodNetwork, Policy, PolicyId, Protocol, Tier};
+use crate::model::{Catalog, Cluster, Labels, NamedPort, Pod, PodId, PodNetwork, Policy, PolicyId, Protocol, Tier};
 
 /// What a set of texts says of a cluster.
 #[derive(Debug, Clone, Default)]
@@ -78,6 +80,8 @@ pub struct Documents {
     pub nodes: BTreeMap<String, BTreeSet<IpAddr>>,
     /// The policies.
     pub policies: BTreeMap<PolicyId, Policy>,
+    /// What policies name beside pods.
+    pub catalog: Catalog,
     /// Pods that have no address yet: what is known of them when a node gives them one. [`Documents::left_out`] names them, too.
     pub awaited: BTreeMap<PodId, Pod>,
     /// Pods that take no part.
@@ -198,6 +202,7 @@ impl Documents {
             Object::Namespace(name, _) => ("Namespace", name.clone()),
             Object::Pod(pod) => ("Pod", pod.id.to_string()),
             Object::Policy(policy) => ("policy", policy.id.to_string()),
+            Object::Named(named) => (named.kind, named.name.clone()),
             Object::Unused(kind) => {
                 *self.unused.entry(kind.clone()).or_default() += 1;
                 return Ok(());
@@ -213,6 +218,7 @@ impl Documents {
             Object::Namespace(name, labels) => drop(self.namespaces.insert(name, labels)),
             Object::Policy(policy) => drop(self.policies.insert(policy.id.clone(), policy)),
             Object::Pod(pod) => self.add_pod(at, *pod)?,
+            Object::Named(named) => self.catalog.extend(named.adds),
             Object::Unused(_) => {}
         }
         Ok(())
@@ -270,16 +276,22 @@ impl Documents {
     /// Policies that share tier and priority with others, outside the tier NetworkPolicy: which of them counts where both
     /// match is left open (`ClusterNetworkPolicySpec.priority`), and here goes by name.
     pub fn ties(&self) -> Vec<Vec<&PolicyId>> {
-        let mut shared: BTreeMap<(Tier, u16), Vec<&PolicyId>> = BTreeMap::new();
+        let mut shared: BTreeMap<(&Tier, u16), Vec<&PolicyId>> = BTreeMap::new();
         for policy in self.policies.values().filter(|policy| policy.id.tier != Tier::NetworkPolicy) {
-            shared.entry((policy.id.tier, policy.priority)).or_default().push(&policy.id);
+            shared.entry((&policy.id.tier, policy.priority)).or_default().push(&policy.id);
         }
         shared.into_values().filter(|policies| policies.len() > 1).collect()
     }
 
+    /// Policies of tiers that are not given: the pods that they govern are closed.
+    pub fn unknown_tiers(&self) -> impl Iterator<Item = &PolicyId> {
+        self.policies.keys().filter(|id| self.catalog.tier(&id.tier).is_none())
+    }
+
     /// What verdicts depend on.
     pub fn into_cluster(self) -> Cluster {
-        let mut cluster = Cluster { pods: self.pods, nodes: self.nodes, policies: self.policies, ..Cluster::default() };
+        let Self { pods, nodes, policies, catalog, .. } = self;
+        let mut cluster = Cluster { pods, nodes, policies, catalog, ..Cluster::default() };
         for (name, labels) in self.namespaces {
             cluster.insert_namespace(name, labels.iter().map(|(key, value)| (key.as_str(), value.as_str())));
         }
@@ -312,6 +324,7 @@ enum Object {
     Namespace(String, Labels),
     Pod(Box<ReadPod>),
     Policy(Policy),
+    Named(Named),
     Unused(String),
 }
 
@@ -361,9 +374,12 @@ fn read<'a>(at: &At<'a>, item: Option<ItemKind<'a>>, objects: &mut Objects<'a>) 
             Object::Policy(networkpolicy::read_policy(at, kind_needed)?)
         }
         (native::API_VERSION, native::KIND) => Object::Policy(native::read_policy(at, kind_needed)?),
+        (native::API_VERSION, named) if objects::KINDS.contains(&named) => {
+            Object::Named(objects::read(at, named, kind_needed)?)
+        }
         (version, _) if version.starts_with("dcenet.io/") => {
-            let known = format!("{} {}", native::API_VERSION, native::KIND);
-            return Err(kind.invalid(format!("{version} {kind_text} is not known; of this group {known} is")));
+            let known = format!("{} {}, {}", native::API_VERSION, native::KIND, objects::KINDS.join(", "));
+            return Err(kind.invalid(format!("{version} {kind_text} is not known; of this group are {known}")));
         }
         (version, policy) if policy.ends_with("NetworkPolicy") => {
             let Some(of_cluster) = clusternetworkpolicy::Kind::of(version, policy) else {

@@ -10,6 +10,7 @@ pub mod kubernetes;
 pub mod native;
 pub mod networkpolicy;
 mod notes;
+mod objects;
 mod text;
 
 /// Why a text was refused.

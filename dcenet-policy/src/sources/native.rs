@@ -15,7 +15,7 @@
 //! NetworkPolicy have priority 0; one of this kind has `spec.priority` from 1, and 1000 where it says nothing: it is asked
 //! after them. What shall come before belongs to the tier `admin`.
 //!
-//! An object without a namespace is the cluster's. It names its `spec.tier`, `admin` or `baseline`, and its
+//! An object without a namespace is the cluster's. It names its `spec.tier`, `admin`, `baseline` or a Tier, and its
 //! `spec.priority`; lower ones are asked first, those of ClusterNetworkPolicy among them. What no rule of it matches is
 //! for others to decide ([`model`](crate::model)).
 //!
@@ -31,6 +31,18 @@
 //! | `ports`, `notPorts` | numbers, ranges as `8000-8100`; `ports` also names that pods give to theirs |
 //! | `type`, `code` | of ICMP (RFC 792) and ICMPv6 (RFC 4443); without `code` all of the type |
 //! | `action` | `allow`, `deny`, or `pass`: the rest of the tier is not asked |
+//!
+//! # What policies refer to
+//!
+//! These are the cluster's. [`Documents`](super::kubernetes::Documents) reads them beside policies; the functions here
+//! read policies only.
+//!
+//! | Kind | Field | Meaning |
+//! |---|---|---|
+//! | Tier | `spec.order` | its place, from 1 to 65535: lower ones are tried first, and equal ones by name. `admin` has 1000, `network-policy` 2000, `baseline` 3000. What is behind `network-policy` is not asked for a pod that a policy in there isolates; what is before it comes before traffic of the pod's own node, too |
+//! | | `spec.end` | of pods that a policy of the tier governs in a direction, what no rule decides: `pass` it to the next tier (so where missing), or `deny` it |
+//!
+//! A policy of a tier that is not given closes the pods that it governs, in its directions.
 //!
 //! In a [`RuleRef`](crate::model::RuleRef) each prefix of `cidrs` counts as a peer of its own, `notCidrs` as two (IPv4,
 //! IPv6), and each port or gap between ports as a port of its own. A [`PolicyId`] begins with `policy/`, as objects of
@@ -189,11 +201,11 @@ pub(super) fn read_policy(at: &At<'_>, kind_needed: KindNeeded) -> Result<Policy
             (PolicyId::new(namespace, name), priority)
         }
         Owner::Cluster => {
-            let tier = match one_of(&tier, &["admin", "baseline"])? {
-                "admin" => Tier::Admin,
-                _ => Tier::Baseline,
-            };
-            (PolicyId::cluster(tier, name), number(&priority, 0, u16::MAX)?)
+            let found = Tier::from(dns_name(&tier, 63)?.to_owned());
+            if found == Tier::NetworkPolicy {
+                return Err(tier.invalid("must be admin, baseline or the name of a Tier; add a namespace for this one"));
+            }
+            (PolicyId::cluster(found, name), number(&priority, 0, u16::MAX)?)
         }
     };
     let known: &[&str] = match owner {
@@ -497,7 +509,7 @@ mod tests {
             (refusal("", "tier: admin, ingress: []"), "spec.priority: nothing: must be a number from 0 to 65535"),
             (
                 refusal("", "tier: network-policy, priority: 1, ingress: []"),
-                "spec.tier: \"network-policy\": must be admin or baseline",
+                "spec.tier: \"network-policy\": must be admin, baseline or the name of a Tier; add a namespace for this one",
             ),
             (
                 refusal(", namespace: shop", "tier: admin, ingress: []"),

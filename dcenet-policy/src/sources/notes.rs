@@ -32,6 +32,8 @@ pub enum NoteKind {
     AssumedNamespace,
     /// A rule is closed ([`Documents::closed`]).
     ClosedRule,
+    /// A policy names a tier that is not given ([`Documents::unknown_tiers`]).
+    UnknownTier,
     /// Policies share a priority ([`Documents::ties`]).
     Tie,
     /// Objects of a kind do not count ([`Documents::unused`]).
@@ -50,6 +52,11 @@ impl Documents {
             (NoteKind::AssumedNamespace, text)
         });
         let closed = self.closed.iter().map(|closed| (NoteKind::ClosedRule, format!("closed: {closed}")));
+        let unknown = self.unknown_tiers().map(|id| {
+            let text =
+                format!("{id}: there is no tier {}: the pods that the policy governs are closed; add a Tier", id.tier);
+            (NoteKind::UnknownTier, text)
+        });
         let ties = self.ties().into_iter().map(|tied| {
             let names: Vec<String> = tied.iter().map(ToString::to_string).collect();
             let names = names.join(", ");
@@ -57,7 +64,7 @@ impl Documents {
         });
         let unused = self.unused.iter();
         let unused = unused.map(|(kind, count)| (NoteKind::Unused, format!("not used: {kind} ({count})")));
-        let all = left_out.chain(assumed).chain(closed).chain(ties).chain(unused);
+        let all = left_out.chain(assumed).chain(closed).chain(unknown).chain(ties).chain(unused);
         all.map(|(kind, text)| Note { kind, text }).collect()
     }
 }

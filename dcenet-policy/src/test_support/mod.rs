@@ -97,6 +97,7 @@ pub fn compare(
                     Reason::NotGoverned => leaf.rule == RuleId::NOT_GOVERNED,
                     Reason::OwnNode => leaf.rule == RuleId::OWN_NODE,
                     Reason::Isolated(_) => leaf.rule == RuleId::ISOLATED,
+                    Reason::TierEnd(_) | Reason::UnknownTier(_) => leaf.rule == RuleId::TIER_END,
                     Reason::Unmatched(_) => leaf.rule == RuleId::UNMATCHED,
                     Reason::Refused(_) => leaf.rule == RuleId::REFUSED,
                     Reason::Rule(rule) => update.rules.rule(leaf.rule) == Some(rule),

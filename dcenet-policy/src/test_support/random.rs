@@ -10,18 +10,20 @@ use crate::classes::selector_holds;
 use crate::model::{
     Action, Cluster, Direction, IpBlock, LabelSelector, Labels, NamedPort, NamespaceMatch, Operator, Peer, Peers, Pod,
     PodId, PodMatch, PodNetwork, Policy, PolicyId, PortMatch, PortSpec, Ports, Protocol, Requirement, Rule, Tier,
-    Tuple,
+    TierEnd, TierSpec, Tuple,
 };
 
 const NAMESPACES: [&str; 3] = ["x", "y", "z"];
 const KEYS: [&str; 3] = ["app", "tier", "team"];
 const VALUES: [&str; 3] = ["a", "b", "c"];
+/// With their places: before admin, between admin and NetworkPolicy, before and after baseline.
+const TIERS: [(&str, u16); 4] = [("first", 500), ("second", 1500), ("third", 2500), ("last", 3500)];
 const NODES: [&str; 2] = ["n1", "n2"];
 const PORT_NAMES: [&str; 2] = ["web", "dns"];
 const PORTED: [Protocol; 3] = [Protocol::TCP, Protocol::UDP, Protocol::SCTP];
 const EDGES: [u16; 9] = [0, 1, 53, 80, 81, 443, 8080, 65534, 65535];
 
-/// A cluster of up to three namespaces, two nodes, ten pods, eight policies of namespaces and four of the cluster.
+/// A cluster of up to three namespaces, two nodes, ten pods, eight policies of namespaces and five of the cluster.
 pub fn cluster(rng: &mut Rng) -> Cluster {
     let mut cluster = Cluster::default();
     for name in &NAMESPACES[..1 + rng.below(3)] {
@@ -57,7 +59,14 @@ pub fn cluster(rng: &mut Rng) -> Cluster {
         let policy = policy(rng, number);
         cluster.insert_policy(policy);
     }
-    for number in 0..rng.below(5) {
+    for (name, order) in TIERS {
+        if rng.chance(5) {
+            continue;
+        }
+        let end = if rng.chance(75) { TierEnd::Pass } else { TierEnd::Deny };
+        cluster.catalog.tiers.insert(name.to_owned(), TierSpec { order, end });
+    }
+    for number in 0..rng.below(6) {
         let policy = cluster_policy(rng, number);
         cluster.insert_policy(policy);
     }
@@ -221,7 +230,12 @@ fn cluster_policy(rng: &mut Rng, number: usize) -> Policy {
     for rule in [&mut ingress, &mut egress].into_iter().flatten().flatten() {
         rule.action = *rng.pick(&[Action::Allow, Action::Allow, Action::Deny, Action::Deny, Action::Pass]);
     }
-    let tier = *rng.pick(&[Tier::Admin, Tier::Admin, Tier::Baseline]);
+    let tier = match rng.below(10) {
+        0..=5 => Tier::Admin,
+        6..=7 => Tier::Baseline,
+        // Where it is known which there are.
+        _ => Tier::Named(rng.pick(&TIERS).0.to_owned()),
+    };
     let id = PolicyId::cluster(tier, format!("policy{number}"));
     Policy { id, priority: rng.below(3) as u16, subject, ingress, egress }
 }

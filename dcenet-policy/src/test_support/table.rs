@@ -16,7 +16,9 @@
 //! == apply                          policies in YAML, of any kind that is read; same name replaces
 //! kind: NetworkPolicy
 //! ...
-//! == delete x/policy
+//! == delete x/policy                or admin:policy
+//!
+//! == swap admin:policy egress 0 2   two rules of a policy
 //!
 //! == limit entries 6                for the whole file: what a compiler takes, see `Limits`
 //! == refused                        what is beyond the limit from here on: policy, direction, pods; replaces
@@ -38,7 +40,9 @@ use std::net::IpAddr;
 
 use crate::compiler::Limits;
 use crate::eval::Refused;
-use crate::model::{Cluster, Direction, NamedPort, Pod, PodId, PodNetwork, PolicyId, Protocol, Tuple, Verdict};
+use crate::model::{
+    Catalog, Cluster, Direction, NamedPort, Pod, PodId, PodNetwork, PolicyId, Protocol, Tier, Tuple, Verdict,
+};
 use crate::sources::kubernetes::Documents;
 
 /// A parsed file.
@@ -160,17 +164,33 @@ impl Table {
                         read.namespaces.len(),
                         read.closed.len(),
                     ];
-                    if counts != [0; 5] || read.policies.is_empty() {
-                        return Err(error(number, "must hold policies, and nothing else"));
+                    if counts != [0; 5] || (read.policies.is_empty() && read.catalog == Catalog::default()) {
+                        return Err(error(number, "must hold policies or what they name, and nothing else"));
                     }
+                    state.cluster.catalog.extend(read.catalog);
                     for policy in read.policies.into_values() {
                         state.cluster.insert_policy(policy);
                     }
                 }
                 ["delete", name] => {
-                    let (namespace, name) = name.split_once('/').ok_or_else(|| error(number, "must be ns/name"))?;
-                    let gone = state.cluster.policies.remove(&PolicyId::new(namespace, name));
+                    let id = policy_id(name).ok_or_else(|| error(number, "must be ns/name or tier:name"))?;
+                    let gone = state.cluster.policies.remove(&id);
                     gone.ok_or_else(|| error(number, "no such policy"))?;
+                }
+                ["swap", name, direction, one, other] => {
+                    let policy = policy_id(name).and_then(|id| state.cluster.policies.get_mut(&id));
+                    let rules = policy.and_then(|policy| match direction {
+                        "ingress" => policy.ingress.as_mut(),
+                        "egress" => policy.egress.as_mut(),
+                        _ => None,
+                    });
+                    let at = |text: &str| text.parse().ok();
+                    match (rules, at(one), at(other)) {
+                        (Some(rules), Some(one), Some(other)) if one < rules.len() && other < rules.len() => {
+                            rules.swap(one, other);
+                        }
+                        _ => return Err(error(number, "must name a policy, a direction and two of its rules")),
+                    }
                 }
                 ["limit", "entries", count] => {
                     limits.entries = count.parse().map_err(|_| error(number, "must be a number"))?;
@@ -191,7 +211,8 @@ impl Table {
                 _ => {
                     return Err(error(
                         number,
-                        "must be topology, apply, delete NS/NAME, limit entries N, refused or expect PROBE",
+                        "must be topology, apply, delete NS/NAME, swap POLICY DIRECTION N N, limit entries N, refused or expect \
+                         PROBE",
                     ));
                 }
             }
@@ -338,6 +359,14 @@ fn meaningful<'a>(lines: &[(usize, &'a str)]) -> impl Iterator<Item = (usize, &'
 
 fn error(line: usize, reason: &str) -> TableError {
     TableError { line, reason: reason.to_owned() }
+}
+
+/// `ns/name` or `tier:name`.
+fn policy_id(text: &str) -> Option<PolicyId> {
+    match text.split_once(':') {
+        Some((tier, name)) => Some(PolicyId::cluster(Tier::from(tier.to_owned()), name)),
+        None => text.split_once('/').map(|(namespace, name)| PolicyId::new(namespace, name)),
+    }
 }
 
 fn parse_addresses(words: &[&str]) -> Result<Vec<IpAddr>, String> {
