@@ -6,6 +6,7 @@
 #![warn(unreachable_pub, clippy::print_stderr, clippy::print_stdout, clippy::unwrap_used)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+pub mod bandwidth;
 pub mod cni;
 pub mod engine;
 pub mod journal;

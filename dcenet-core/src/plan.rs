@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::bandwidth::Rate;
 use crate::model::{AttachmentKey, IfName, MacAddr, Mtu, VlanId};
 use crate::nat::Element;
 use crate::netlink::{IpvlanFlag, IpvlanMode, MacvlanMode, NetkitMode, RouteMetrics, VlanProtocol};
@@ -237,6 +238,25 @@ pub enum Operation {
         /// The address.
         address: IpAddr,
     },
+    /// Lets a link send no faster.
+    Shape {
+        /// The link.
+        link: IfName,
+        /// How fast, and how much at once.
+        rate: Rate,
+    },
+    /// Gives a link a place for filters of what comes in.
+    AddClsact {
+        /// The link.
+        link: IfName,
+    },
+    /// Has what comes in by a link go through another first, and then on as if it came in now.
+    Divert {
+        /// The link.
+        link: IfName,
+        /// The other one, of the kind [`Device::Ifb`].
+        through: IfName,
+    },
     /// Puts the host's end, which is still down, under policy.
     AttachPolicy,
     /// Has the host translate addresses for the attachment.
@@ -315,6 +335,8 @@ pub enum Device {
     },
     /// Swallows what is sent to it.
     Dummy,
+    /// Gives what is sent to it back where it came in.
+    Ifb,
     /// A routing domain.
     Vrf {
         /// Its table.
@@ -334,7 +356,7 @@ impl Device {
     pub fn parent(&self) -> Option<&IfName> {
         match self {
             Self::Macvlan { parent, .. } | Self::Ipvlan { parent, .. } | Self::Vlan { parent, .. } => Some(parent),
-            Self::Dummy | Self::Vrf { .. } | Self::Netkit { .. } => None,
+            Self::Dummy | Self::Ifb | Self::Vrf { .. } | Self::Netkit { .. } => None,
         }
     }
 
@@ -344,7 +366,7 @@ impl Device {
             // The parent's.
             Self::Ipvlan { .. } | Self::Macvlan { mode: MacvlanMode::Passthru, .. } => false,
             Self::Netkit { mode, .. } => *mode == NetkitMode::L2,
-            Self::Macvlan { .. } | Self::Vlan { .. } | Self::Dummy | Self::Vrf { .. } => true,
+            Self::Macvlan { .. } | Self::Vlan { .. } | Self::Dummy | Self::Ifb | Self::Vrf { .. } => true,
         }
     }
 }

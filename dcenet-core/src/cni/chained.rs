@@ -28,6 +28,7 @@ impl Call<'_> {
         };
         let nat = self.conf.nat()?;
         self.conf.refuse_lost()?;
+        self.conf.refuse_bandwidth()?;
         let policy = self.policy()?;
         let path = self.netns_path()?;
         let netns_of_pod = NetNs::open(path).map_err(netns)?;

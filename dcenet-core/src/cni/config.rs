@@ -12,6 +12,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::{CniError, CniResult, ErrorCode, SpecVersion, networks};
+use crate::bandwidth::Bandwidth;
 use crate::model::{ContainerId, IfName, LabelSet, MacAddr, NetworkName};
 use crate::nat::{Nat, NatConfig, PortMapping, Transport};
 use crate::provider::Dns;
@@ -121,8 +122,7 @@ const KNOWN_KEYS: [&str; 15] = [
 ];
 
 /// Capabilities of the conventions that are not honoured, each with what to do instead.
-const LOST_CAPABILITIES: [(&str, &str); 4] = [
-    ("bandwidth", "put the reference plugin `bandwidth` behind this one in the list"),
+const LOST_CAPABILITIES: [(&str, &str); 3] = [
     ("ipRanges", "write the ranges into ipam.pools[].ranges"),
     ("deviceID", "name the device in a link of kind host-device"),
     ("infinibandGUID", "set the address on the device before the pod gets it"),
@@ -239,6 +239,25 @@ impl NetConf {
         Ok(Some(Dns { nameservers: servers, domain: None, search: searches, options }))
     }
 
+    /// The capability `bandwidth` (CNI conventions), which goes before `link.bandwidth`. `None` where it asks for nothing.
+    ///
+    /// # Errors
+    /// Code 7, with the path of the wrong field.
+    pub fn bandwidth(&self) -> Result<Option<Bandwidth>, CniError> {
+        Ok(self.asked("bandwidth").map(|value| section::read("runtimeConfig.bandwidth", value)).transpose()?)
+    }
+
+    /// Refuses the capability `bandwidth`, where the devices are another's.
+    ///
+    /// # Errors
+    /// Code 2, with the remedy.
+    pub(super) fn refuse_bandwidth(&self) -> Result<(), CniError> {
+        self.asked("bandwidth").map_or(Ok(()), |value| {
+            let remedy = "put the reference plugin `bandwidth` behind this one in the list";
+            Err(lost("bandwidth", value, remedy))
+        })
+    }
+
     /// Refuses capabilities that nothing here honours: a runtime that is not told would believe that they are.
     ///
     /// # Errors
@@ -246,10 +265,7 @@ impl NetConf {
     pub(super) fn refuse_lost(&self) -> Result<(), CniError> {
         match LOST_CAPABILITIES.iter().find_map(|(name, remedy)| Some((name, self.asked(name)?, remedy))) {
             None => Ok(()),
-            Some((name, value, remedy)) => Err(CniError::new(
-                ErrorCode::UnsupportedField,
-                format!("runtimeConfig.{name}: {value} cannot be honoured; {remedy}, and drop capabilities.{name}"),
-            )),
+            Some((name, value, remedy)) => Err(lost(name, value, remedy)),
         }
     }
 
@@ -442,6 +458,13 @@ fn pools(path: &'static str, values: Vec<String>) -> Result<Asked<String>, CniEr
     }
 }
 
+fn lost(name: &str, value: &Value, remedy: &str) -> CniError {
+    CniError::new(
+        ErrorCode::UnsupportedField,
+        format!("runtimeConfig.{name}: {value} cannot be honoured; {remedy}, and drop capabilities.{name}"),
+    )
+}
+
 /// Whether a capability asks for nothing: runtimes send zero rates and empty lists.
 fn says_nothing(value: &Value) -> bool {
     match value {
@@ -563,18 +586,21 @@ mod tests {
         let error = asked(json!({ "dns": { "servers": ["10.0.0.53", "x"] } })).dns().unwrap_err();
         assert!(error.message.starts_with("runtimeConfig.dns.servers[1]"), "{error}");
 
-        for (name, value) in [
-            ("bandwidth", json!({ "ingressRate": 1_000_000, "ingressBurst": 1_000_000 })),
-            ("ipRanges", json!([[{ "subnet": "10.0.0.0/24" }]])),
-            ("deviceID", json!("0000:00:02.0")),
-            ("infinibandGUID", json!("c2:11:22:33:44:55:66:77")),
-        ] {
+        for (name, value) in [("deviceID", json!("0000:00:02.0")), ("infinibandGUID", json!("c2:11:22:33:44:55:66:77"))]
+        {
             let error = asked(json!({ name: value })).refuse_lost().unwrap_err();
             assert_eq!(error.code.number(), 2);
             assert!(error.message.starts_with(&format!("runtimeConfig.{name}: ")), "{error}");
         }
+        let limits = asked(json!({ "bandwidth": { "ingressRate": 1_000_000, "ingressBurst": 1_000_000 } }));
+        assert!(limits.bandwidth().unwrap().unwrap().egress.is_none());
+        assert_eq!(limits.refuse_bandwidth().unwrap_err().code.number(), 2);
+        let error = asked(json!({ "bandwidth": { "egressRate": 1 } })).bandwidth().unwrap_err();
+        assert!(error.message.starts_with("runtimeConfig.bandwidth: egressRate is 1 without"), "{error}");
         let zero = json!({ "bandwidth": { "ingressRate": 0, "egressRate": 0 }, "ipRanges": [], "deviceID": "" });
-        asked(zero).refuse_lost().unwrap();
+        let zero = asked(zero);
+        zero.refuse_lost().unwrap();
+        assert_eq!(zero.bandwidth().unwrap(), None);
         asked(json!({ "aliases": ["db"], "cgroupPath": "/x", "io.kubernetes.cri.pod-annotations": { "a": "b" } }))
             .refuse_lost()
             .unwrap();

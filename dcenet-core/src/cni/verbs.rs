@@ -98,7 +98,10 @@ impl<'a> Call<'a> {
 
     pub(super) async fn add(&self) -> Result<CniResult, CniError> {
         let key = self.key()?;
-        let link = self.link()?;
+        let mut link = self.link()?;
+        if let Some(bandwidth) = self.conf.bandwidth()? {
+            link = link.limited(bandwidth).map_err(|error| attach(error.into()))?;
+        }
         let nat = self.conf.nat()?;
         let dns = self.conf.dns()?;
         self.conf.refuse_lost()?;

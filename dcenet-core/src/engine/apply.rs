@@ -385,6 +385,9 @@ impl<'a> Session<'a> {
             Operation::SettleCarrier { link } => netlink::link_by_name(link),
             Operation::SettleAddress { address, .. } => netlink::route_to(*address),
             Operation::Hairpin { port } => netlink::hairpin(port, index(port)),
+            Operation::Shape { link, rate } => netlink::shape(link, index(link), *rate),
+            Operation::AddClsact { link } => netlink::add_clsact(link, index(link)),
+            Operation::Divert { link, through } => netlink::divert(link, index(link), through, index(through)),
             Operation::AddAddress { link, address } => netlink::add_address(link.as_str(), index(link), *address),
             Operation::AddRoute { link, route } => netlink::add_route(link.as_str(), &new_route(index(link), route)),
             Operation::AddNeighbour { link, address, mac } => {
@@ -416,6 +419,7 @@ impl<'a> Session<'a> {
                 LinkKind::Vlan { parent: index(parent), id: *id, protocol: *protocol }
             }
             Device::Dummy => LinkKind::Dummy,
+            Device::Ifb => LinkKind::Ifb,
             Device::Vrf { table } => LinkKind::Vrf { table: *table },
             Device::Netkit { mode, peer } => LinkKind::Netkit {
                 mode: *mode,
@@ -510,6 +514,7 @@ fn indexed(operation: &Operation) -> Vec<&IfName> {
         | Operation::AttachPolicy => Vec::new(),
         Operation::CreateLink { device, .. } => device.parent().into_iter().collect(),
         Operation::Up { link, master: Some(master) } => vec![link, master],
+        Operation::Divert { link, through } => vec![link, through],
         Operation::Mark { link, .. }
         | Operation::NoLinkLocal { link }
         | Operation::ForwardIpv4 { link }
@@ -522,6 +527,8 @@ fn indexed(operation: &Operation) -> Vec<&IfName> {
         | Operation::SetMtu { link, .. }
         | Operation::SetMac { link, .. }
         | Operation::NoArpReplies { link }
+        | Operation::Shape { link, .. }
+        | Operation::AddClsact { link }
         | Operation::AddAddress { link, .. }
         | Operation::AddRoute { link, .. }
         | Operation::AddNeighbour { link, .. }

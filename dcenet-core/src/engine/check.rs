@@ -63,6 +63,13 @@ pub enum Drift {
         /// The address.
         address: IpAddr,
     },
+    /// A link of the host is not limited as it was.
+    LimitChanged {
+        /// The link.
+        link: IfName,
+        /// What differs.
+        what: &'static str,
+    },
     /// The host does not translate all that it should for the pod.
     TranslationChanged {
         /// What is missing, or another's.
@@ -93,6 +100,7 @@ impl std::fmt::Display for Drift {
             Self::NeighbourMissing { target, address } => {
                 write!(f, "{}: neighbour {address} is missing", place(target))
             }
+            Self::LimitChanged { link, what } => write!(f, "host: link {link}: {what}"),
             Self::TranslationChanged { what } => write!(f, "host: {what}"),
         }
     }
@@ -146,6 +154,7 @@ impl Engine {
             };
             compare(step, here, there, &record, &mut drift);
         }
+        compare_limits(&mut socket, &plan.steps, &host, &mut drift).map_err(AttachError::Look)?;
         let lacking = self.missing_translation(&record).map_err(AttachError::Look)?;
         drift.extend(lacking.into_iter().map(|what| Drift::TranslationChanged { what }));
         let mut seen = Vec::new();
@@ -358,6 +367,9 @@ fn compare(step: &Step, here: &Observed, there: &Observed, record: &Record, drif
         | Operation::WriteSetting { .. }
         | Operation::NoArpReplies { .. }
         | Operation::Isolate { .. }
+        | Operation::Shape { .. }
+        | Operation::AddClsact { .. }
+        | Operation::Divert { .. }
         | Operation::ForwardIpv4 { .. }
         | Operation::Hairpin { .. }
         | Operation::SettleCarrier { .. }
@@ -369,6 +381,47 @@ fn compare(step: &Step, here: &Observed, there: &Observed, record: &Record, drif
         | Operation::Translate { .. }
         | Operation::AttachPolicy => {}
     }
+}
+
+/// Compares the limits on links of the host, which are asked for only where there are any.
+fn compare_limits(
+    socket: &mut Socket,
+    steps: &[Step],
+    host: &Observed,
+    drift: &mut Vec<Drift>,
+) -> Result<(), NetlinkError> {
+    let find = |name: &IfName| host.links.iter().find(|link| link.name == name.as_str()).map(|link| link.index);
+    let mut disciplines = None;
+    for step in steps {
+        // A link that is gone is told already.
+        match &step.operation {
+            Operation::Shape { link, rate } => {
+                let Some(index) = find(link) else { continue };
+                let all = match &mut disciplines {
+                    Some(all) => all,
+                    none => none.insert(socket.dump(&netlink::shape_dump())?),
+                };
+                let found = all.iter().find_map(|reply| netlink::shaped_rate(&reply.payload, index));
+                if found != Some(rate.bytes_per_second()) {
+                    drift.push(Drift::LimitChanged { link: link.clone(), what: "its bandwidth limit was changed" });
+                }
+            }
+            Operation::Divert { link, through } => {
+                let (Some(index), Some(to)) = (find(link), find(through)) else { continue };
+                let filters = match socket.dump(&netlink::divert_dump(link, index)) {
+                    // Without a clsact there is no such parent (net/sched/cls_api.c, `tc_dump_tfilter`).
+                    Err(error) if matches!(error.errno(), Some(libc::EINVAL | libc::ENOENT)) => Vec::new(),
+                    listed => listed?,
+                };
+                if !filters.iter().any(|reply| netlink::diverts_to(&reply.payload, to)) {
+                    let what = "what comes from the pod goes past its bandwidth limit";
+                    drift.push(Drift::LimitChanged { link: link.clone(), what });
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// The metric of an IPv6 route that names none (`IP6_RT_PRIO_USER`, include/uapi/linux/ipv6_route.h); of IPv4 it is 0.

@@ -4,7 +4,7 @@ use super::Engine;
 use super::apply::{delete, look_up};
 use super::error::{DetachErrors, TeardownError};
 use crate::journal::{JournalError, Record};
-use crate::model::AttachmentKey;
+use crate::model::{AttachmentKey, IfName};
 use crate::netlink::{self, LinkChange, LinkView, NetlinkError, Socket};
 use crate::netns::NetNs;
 use crate::plan::{Undo, is_mark_of, lent_name, mark};
@@ -94,10 +94,14 @@ impl Engine {
 
     fn delete_marked(&self, key: &AttachmentKey) -> Result<bool, TeardownError> {
         let mut socket = self.host_socket()?;
-        match marked(&mut socket, key)? {
-            Some(link) => delete(&mut socket, &link).map(|()| true),
-            None => Ok(false),
+        let mut found = false;
+        for name in [key.id().shaper_ifname(), key.id().host_ifname()] {
+            if let Some(link) = marked(&mut socket, key, &name)? {
+                delete(&mut socket, &link)?;
+                found = true;
+            }
         }
+        Ok(found)
     }
 
     /// Whether a device carries the attachment's mark.
@@ -107,7 +111,9 @@ impl Engine {
         {
             return Ok(true);
         }
-        Ok(marked(&mut self.host_socket()?, key)?.is_some())
+        let mut socket = self.host_socket()?;
+        let end = marked(&mut socket, key, &key.id().host_ifname())?;
+        Ok(end.is_some() || marked(&mut socket, key, &key.id().shaper_ifname())?.is_some())
     }
 
     /// Takes back every attach that was begun and not finished because its process was killed. Attachments that
@@ -159,9 +165,9 @@ pub struct Recovered {
     pub errors: Vec<TeardownError>,
 }
 
-/// The host's link of the attachment's name, if it carries the attachment's mark.
-fn marked(socket: &mut Socket, key: &AttachmentKey) -> Result<Option<LinkView>, NetlinkError> {
-    let Some(link) = look_up(socket, &key.id().host_ifname())? else { return Ok(None) };
+/// The host's link of this name, if it carries the attachment's mark.
+fn marked(socket: &mut Socket, key: &AttachmentKey, name: &IfName) -> Result<Option<LinkView>, NetlinkError> {
+    let Some(link) = look_up(socket, name)? else { return Ok(None) };
     if link.alias.as_deref() == Some(&mark(key)) {
         return Ok(Some(link));
     }

@@ -9,8 +9,9 @@ use serde::{Deserialize, Serialize};
 use super::pod_end::{self, is_false, no_link_local, tune};
 use super::{
     HostView, LinkDriver, LinkRequest, Need, PlanError, Policy, check_routes, device_mtu, host_mac, is_link_local,
-    link_local, refuse_vlan,
+    link_local, refuse_vlan, shaper,
 };
+use crate::bandwidth::Bandwidth;
 use crate::model::{AttachmentKey, IfName, MacAddr, Mtu};
 use crate::plan::{End, Operation, Plan, Step, Target, Tuning, Undo, mark, shared_mark};
 use crate::probe::Underlay;
@@ -41,6 +42,9 @@ pub struct BridgeConfig {
     /// What else the pod's device is to be.
     #[serde(default, skip_serializing_if = "Tuning::is_default")]
     pub tuning: Tuning,
+    /// How fast the pod may send and receive; as it can where absent.
+    #[serde(default, skip_serializing_if = "Bandwidth::is_none")]
+    pub bandwidth: Bandwidth,
     /// What care is taken of the pod's addresses on the segment; none where the key is absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub underlay: Option<Underlay>,
@@ -129,6 +133,7 @@ impl LinkDriver for BridgeConfig {
         check_routes(request)?;
         refuse_vlan(self.kind(), &request.addresses)?;
         let mtu = device_mtu(self.mtu, &request.addresses)?;
+        self.bandwidth.check(mtu)?;
         let key = &request.key;
         let pod = End { name: key.ifname.clone(), mac: request.mac };
         let end = End { name: key.id().host_ifname(), mac: host_mac(key, request.mac) };
@@ -140,7 +145,7 @@ impl LinkDriver for BridgeConfig {
         if self.underlay.is_none() {
             steps.append(&mut enter);
         }
-        host_end(&end, key, request.policy, &mut steps);
+        host_end(&end, key, request.policy, self.bandwidth, &mut steps);
         self.plan_bridge(request, mtu, host, &mut steps)?;
         let master = Some(self.bridge.clone());
         steps.push(Step::new(Target::Host, Operation::Up { link: end.name.clone(), master }));
@@ -190,13 +195,14 @@ fn pod_up(pod: &End, tuning: Tuning, steps: &mut Vec<Step>) {
     steps.push(Step::new(Target::Pod, Operation::Up { link: pod.name.clone(), master: None }));
 }
 
-/// The host's end, still down: under policy, then marked.
-pub(super) fn host_end(end: &End, key: &AttachmentKey, policy: Policy, steps: &mut Vec<Step>) {
+/// The host's end, still down: under policy, then marked and limited.
+pub(super) fn host_end(end: &End, key: &AttachmentKey, policy: Policy, bandwidth: Bandwidth, steps: &mut Vec<Step>) {
     if policy == Policy::Wanted {
         steps.push(Step::new(Target::Host, Operation::AttachPolicy).undone_by(Undo::DetachPolicy));
     }
     steps.push(Step::new(Target::Host, Operation::Mark { link: end.name.clone(), alias: mark(key) }));
     steps.push(no_link_local(Target::Host, &end.name));
+    shaper::limit(end, key, bandwidth, steps);
 }
 
 /// The end of every veth: both ends carry packets when the attach returns, and the pod takes those for its addresses.

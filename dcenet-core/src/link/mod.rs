@@ -12,6 +12,7 @@ mod ipvlan;
 mod macvlan;
 mod netkit;
 mod pod_end;
+mod shaper;
 mod tap;
 #[cfg(test)]
 mod tests;
@@ -36,6 +37,7 @@ pub use self::tap::{TapConfig, TapMode};
 pub use self::veth::VethConfig;
 pub use self::vlan::VlanConfig;
 pub use self::vrf::VrfConfig;
+use crate::bandwidth::Bandwidth;
 use crate::model::{AttachmentKey, IfName, MacAddr, Mtu};
 use crate::netlink::{AddressView, IpvlanMode, LinkView};
 use crate::plan::Plan;
@@ -205,6 +207,32 @@ impl LinkConfig {
             Self::HostDevice(config) => Some(config.underlay.unwrap_or_default()),
             Self::Veth(_) | Self::Vrf(_) | Self::Netkit(_) | Self::Dummy(_) | Self::Tap(_) | Self::Chained(_) => None,
         }
+    }
+
+    /// The same with other limits than its own.
+    ///
+    /// # Errors
+    /// For a kind whose packets do not pass the host.
+    pub fn limited(mut self, bandwidth: Bandwidth) -> Result<Self, PlanError> {
+        let limits = match &mut self {
+            Self::Bridge(config) => &mut config.bandwidth,
+            Self::Veth(config) => &mut config.bandwidth,
+            Self::Vrf(config) => &mut config.bandwidth,
+            Self::Netkit(config) => &mut config.bandwidth,
+            other if bandwidth.is_none() => return Ok(other.clone()),
+            other => {
+                return Err(PlanError::Invalid {
+                    field: "runtimeConfig.bandwidth",
+                    value: other.driver().kind().to_owned(),
+                    reason:
+                        "packets of this link.kind do not pass the host, so that it cannot limit them; use bridge, \
+                             veth, vrf or netkit, or drop it"
+                            .to_owned(),
+                });
+            }
+        };
+        *limits = bandwidth;
+        Ok(self)
     }
 
     /// Reads the section `link`.

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::pod_end::{Neighbours, no_link_local};
 use super::veth::RoutedPair;
 use super::{HostView, LinkDriver, LinkRequest, Need, PlanError};
+use crate::bandwidth::Bandwidth;
 use crate::model::{MacAddr, Mtu};
 use crate::netlink::NetkitMode;
 use crate::plan::{Device, Operation, Plan, Step, Target, Tuning, Undo, mark};
@@ -39,6 +40,9 @@ pub struct NetkitConfig {
     /// What else the pod's device is to be.
     #[serde(default, skip_serializing_if = "Tuning::is_default")]
     pub tuning: Tuning,
+    /// How fast the pod may send and receive; as it can where absent.
+    #[serde(default, skip_serializing_if = "Bandwidth::is_none")]
+    pub bandwidth: Bandwidth,
 }
 
 impl LinkDriver for NetkitConfig {
@@ -51,7 +55,7 @@ impl LinkDriver for NetkitConfig {
     }
 
     fn plan(&self, request: &LinkRequest, _: &HostView) -> Result<Plan, PlanError> {
-        let mut pair = RoutedPair::new(self.kind(), request, self.mtu)?;
+        let mut pair = RoutedPair::new(self.kind(), request, self.mtu, self.bandwidth)?;
         if self.mode == NetkitMode::L3 {
             (pair.pod.mac, pair.host.mac) = (NO_MAC, NO_MAC);
             pair.neighbours = Neighbours::None;

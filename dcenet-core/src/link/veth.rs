@@ -26,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use super::bridge::{create_pair, host_end, set_up_pod, settle};
 use super::pod_end::{self, Neighbours, direct};
 use super::{HostView, LinkDriver, LinkRequest, Need, PlanError, check_routes, device_mtu, host_mac, refuse_vlan};
+use crate::bandwidth::Bandwidth;
 use crate::model::{IfName, Mtu};
 use crate::plan::{End, Operation, Plan, RouteSpec, Step, Target, Tuning};
 use crate::provider::LeasedAddress;
@@ -41,6 +42,9 @@ pub struct VethConfig {
     /// What else the pod's device is to be.
     #[serde(default, skip_serializing_if = "Tuning::is_default")]
     pub tuning: Tuning,
+    /// How fast the pod may send and receive; as it can where absent.
+    #[serde(default, skip_serializing_if = "Bandwidth::is_none")]
+    pub bandwidth: Bandwidth,
 }
 
 impl LinkDriver for VethConfig {
@@ -53,7 +57,7 @@ impl LinkDriver for VethConfig {
     }
 
     fn plan(&self, request: &LinkRequest, _: &HostView) -> Result<Plan, PlanError> {
-        let pair = RoutedPair::new(self.kind(), request, self.mtu)?;
+        let pair = RoutedPair::new(self.kind(), request, self.mtu, self.bandwidth)?;
         let steps = create_pair(&pair.pod, &pair.host, pair.mtu, &request.key);
         Ok(pair.plan(steps, self.tuning, None, Vec::new()))
     }
@@ -66,6 +70,7 @@ pub(super) struct RoutedPair<'a> {
     pub(super) host: End,
     pub(super) mtu: Option<Mtu>,
     pub(super) neighbours: Neighbours,
+    bandwidth: Bandwidth,
 }
 
 /// A routing domain of the host.
@@ -75,15 +80,21 @@ pub(super) struct Domain<'a> {
 }
 
 impl<'a> RoutedPair<'a> {
-    pub(super) fn new(kind: &str, request: &'a LinkRequest, mtu: Option<Mtu>) -> Result<Self, PlanError> {
+    pub(super) fn new(
+        kind: &str,
+        request: &'a LinkRequest,
+        mtu: Option<Mtu>,
+        bandwidth: Bandwidth,
+    ) -> Result<Self, PlanError> {
         check_routes(request)?;
         refuse_vlan(kind, &request.addresses)?;
         let mtu = device_mtu(mtu, &request.addresses)?;
+        bandwidth.check(mtu)?;
         let key = &request.key;
         let pod = End { name: key.ifname.clone(), mac: request.mac };
         let host = End { name: key.id().host_ifname(), mac: host_mac(key, request.mac) };
         let neighbours = Neighbours::Resolved(pod.mac);
-        Ok(Self { request, pod, host, mtu, neighbours })
+        Ok(Self { request, pod, host, mtu, neighbours, bandwidth })
     }
 
     /// The plan, after `steps` that make the pair, with `shared` before the host's end is set up.
@@ -94,7 +105,7 @@ impl<'a> RoutedPair<'a> {
         domain: Option<Domain<'_>>,
         shared: Vec<Step>,
     ) -> Plan {
-        let Self { request, pod, host: end, mtu: _, neighbours } = self;
+        let Self { request, pod, host: end, mtu: _, neighbours, bandwidth } = self;
         let resolved = neighbours != Neighbours::None;
         let alone = |a: &LeasedAddress| LeasedAddress { address: IpNet::from(a.address.addr()), ..a.clone() };
         let addresses: Vec<_> = request.addresses.iter().map(alone).collect();
@@ -124,7 +135,7 @@ impl<'a> RoutedPair<'a> {
             steps.push(pod_end::pod_route(&pod.name, route));
         }
 
-        host_end(&end, &request.key, request.policy, &mut steps);
+        host_end(&end, &request.key, request.policy, bandwidth, &mut steps);
         steps.extend(shared);
         let on_host = |operation| Step::new(Target::Host, operation);
         if addresses.iter().any(|a| a.address.addr().is_ipv4()) {

@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use super::bridge::create_pair;
 use super::veth::{Domain, RoutedPair};
 use super::{HostView, LinkDriver, LinkRequest, Need, PlanError};
+use crate::bandwidth::Bandwidth;
 use crate::model::{IfName, MacAddr, Mtu};
 use crate::plan::{Device, End, Operation, Plan, Step, Target, Tuning, Undo, shared_mark};
 
@@ -45,6 +46,9 @@ pub struct VrfConfig {
     /// What else the pod's device is to be.
     #[serde(default, skip_serializing_if = "Tuning::is_default")]
     pub tuning: Tuning,
+    /// How fast the pod may send and receive; as it can where absent.
+    #[serde(default, skip_serializing_if = "Bandwidth::is_none")]
+    pub bandwidth: Bandwidth,
 }
 
 impl VrfConfig {
@@ -100,7 +104,7 @@ impl LinkDriver for VrfConfig {
                 reason: "0 and 253 to 255 are not for routing domains; give another number".to_owned(),
             });
         }
-        let pair = RoutedPair::new(self.kind(), request, self.mtu)?;
+        let pair = RoutedPair::new(self.kind(), request, self.mtu, self.bandwidth)?;
         let steps = create_pair(&pair.pod, &pair.host, pair.mtu, &request.key);
         let domain = Domain { master: &self.vrf, table: self.table };
         Ok(pair.plan(steps, self.tuning, Some(domain), self.plan_domain(request, host)?))

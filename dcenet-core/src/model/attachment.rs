@@ -66,6 +66,12 @@ impl AttachmentId {
         self.0
     }
 
+    /// The name of the device on the host through which goes what the attachment sends, where that is limited: `db` and the
+    /// 13 digits.
+    pub fn shaper_ifname(self) -> IfName {
+        format!("db{self}").parse().expect("15 bytes of letters and digits are an interface name")
+    }
+
     /// The name of the attachment's device on the host's side: `dc` and the 13 digits.
     pub fn host_ifname(self) -> IfName {
         format!("dc{self}").parse().expect("15 bytes of letters and digits are an interface name")

@@ -73,6 +73,8 @@ pub enum LinkKind<'a> {
     /// A WireGuard tunnel, without keys and peers as yet (`drivers/net/wireguard`; since Linux 5.6). Its UDP socket stays
     /// in the namespace of the creating one.
     Wireguard,
+    /// Gives what is sent to it back where it came in (`drivers/net/ifb.c`; since Linux 2.6.16).
+    Ifb,
     /// A pair whose programs run where the packet enters (`drivers/net/netkit.c`; since Linux 6.7).
     Netkit {
         /// Whether it carries Ethernet frames.
@@ -187,6 +189,7 @@ impl LinkKind<'_> {
             Self::Vlan { .. } => about("vlan", "3.10", "CONFIG_VLAN_8021Q"),
             Self::Vrf { .. } => about("vrf", "4.3", "CONFIG_NET_VRF"),
             Self::Wireguard => about("wireguard", "5.6", "CONFIG_WIREGUARD"),
+            Self::Ifb => about("ifb", "2.6.16", "CONFIG_IFB"),
             Self::Netkit { .. } => about("netkit", "6.7", "CONFIG_NETKIT"),
         }
     }
@@ -194,13 +197,13 @@ impl LinkKind<'_> {
     fn parent(&self) -> Option<IfIndex> {
         match *self {
             Self::Macvlan { parent, .. } | Self::Ipvlan { parent, .. } | Self::Vlan { parent, .. } => Some(parent),
-            Self::Dummy | Self::Vrf { .. } | Self::Wireguard | Self::Netkit { .. } => None,
+            Self::Dummy | Self::Vrf { .. } | Self::Wireguard | Self::Ifb | Self::Netkit { .. } => None,
         }
     }
 
     fn data(&self, data: &mut Message) {
         match *self {
-            Self::Dummy | Self::Wireguard => {}
+            Self::Dummy | Self::Wireguard | Self::Ifb => {}
             Self::Macvlan { mode, sources, .. } => {
                 let mode = match mode {
                     MacvlanMode::Private => 1,

@@ -21,6 +21,7 @@ pub(crate) mod nft;
 mod oracle;
 mod route;
 mod rule;
+mod shaping;
 mod socket;
 mod vf;
 
@@ -52,6 +53,7 @@ pub(crate) use link::{
 pub(crate) use neighbour::{add_neighbour, delete_neighbour, neighbour_dump};
 pub(crate) use route::{NewRoute, add_route, delete_listed_route, delete_route, route_dump, route_to, rule_dump};
 pub(crate) use rule::{add_rule, delete_rule};
+pub(crate) use shaping::{add_clsact, divert, divert_dump, diverts_to, shape, shape_dump, shaped_rate};
 
 /// Marks routes and rules of ours, in the field that tells who made them (`rtm_protocol`; 220 is free in iproute2's
 /// `rt_protos`).
@@ -70,6 +72,7 @@ pub fn read_hostile(datagram: &[u8]) {
             NeighbourView::parse(payload),
             nft::Found::parse(payload),
             Flow::parse(payload),
+            crate::model::IfIndex::new(1).map(|i| (shaped_rate(payload, i), diverts_to(payload, i))),
             socket::acknowledgement(message).is_ok(),
         ));
     }

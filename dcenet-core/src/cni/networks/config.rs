@@ -335,6 +335,10 @@ fn of_definition(
     Ok(Network { label, ifname, default: false, default_route, by })
 }
 
+/// The capabilities that concern one network.
+const CAPABILITIES: [&str; 9] =
+    ["bandwidth", "deviceID", "dns", "infinibandGUID", "ipRanges", "ips", "mac", "pools", "portMappings"];
+
 /// The configuration of a network of our own, checked as far as can be without the host.
 fn own(
     conf: &NetConf,
@@ -352,8 +356,8 @@ fn own(
             keys[key] = value;
         }
     }
-    let understood =
-        asked.iter().filter(|(key, _)| ["dns", "ips", "mac", "pools", "portMappings"].contains(&key.as_str()));
+    // Those that are not honoured are refused by the ADD.
+    let understood = asked.iter().filter(|(key, _)| CAPABILITIES.contains(&key.as_str()));
     let runtime: Map<_, _> = understood.map(|(k, v)| (k.clone(), v.clone())).collect();
     if !runtime.is_empty() {
         keys["runtimeConfig"] = Value::Object(runtime);

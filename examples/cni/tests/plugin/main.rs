@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod bandwidth;
 mod chained;
 mod ipam;
 mod link;
