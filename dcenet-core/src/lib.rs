@@ -9,6 +9,7 @@
 pub mod bandwidth;
 pub mod cni;
 pub mod engine;
+pub mod fabric;
 pub mod journal;
 pub mod link;
 pub mod model;

@@ -3,6 +3,7 @@
 //! The engine and the CNI verbs need addresses and policy without knowing who hands them out. A backend implements
 //! these traits; a binary composes.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -471,4 +472,79 @@ pub struct ScrubError {
     /// What the system answered.
     #[source]
     pub source: Box<dyn std::error::Error + Send + Sync>,
+}
+
+/// Tells which node has which addresses, for routes between nodes ([`crate::fabric`]).
+#[async_trait]
+pub trait FabricSource: Send {
+    /// Waits until what is known differs from what the last call told, at most `limit`; `None` when it does not. The first
+    /// call tells what there is. Several changes may be told as one; none is left out, but for those that were undone
+    /// meanwhile.
+    ///
+    /// May block the thread for as long as it waits. An error loses nothing: the next call goes on.
+    async fn next(&mut self, limit: Duration) -> Result<Option<FabricTable>, FabricSourceError>;
+
+    /// Tells the others of this node, durably. Repeating it changes nothing.
+    ///
+    /// # Errors
+    /// [`FabricSourceError::NameTaken`] where somebody else has changed what this source told of the node: two nodes of a name
+    /// would take each other's traffic in turns.
+    async fn announce(&mut self, node: &FabricNode) -> Result<(), FabricSourceError>;
+
+    /// Has the others forget a node. What is its own is then reached by nobody. Of a node that is not known it is `Ok`.
+    async fn withdraw(&mut self, name: &str) -> Result<(), FabricSourceError>;
+}
+
+/// How a node is reached by others.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FabricNode {
+    /// Its name, unique in the cluster.
+    pub name: String,
+    /// Its addresses on the underlay, at most one of a family.
+    pub addresses: Vec<IpAddr>,
+    /// Where it takes in VXLAN datagrams, if it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vtep: Option<Vtep>,
+}
+
+/// The end of VXLAN tunnels that a node has (RFC 7348, section 3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vtep {
+    /// Where datagrams are sent to.
+    pub address: IpAddr,
+    /// The Ethernet address that frames for the node bear.
+    pub mac: MacAddr,
+    /// The VXLAN network identifier.
+    pub vni: u32,
+    /// The UDP port.
+    pub port: u16,
+}
+
+/// Who has what, at one moment.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct FabricTable {
+    /// Nodes by name.
+    pub nodes: BTreeMap<String, FabricNode>,
+    /// The subnets of pools whose addresses are routed. What of them is nobody's is unreachable.
+    pub pools: BTreeSet<IpNet>,
+    /// Which node has the prefix. Of prefixes in each other the longest counts, as in every routing table: an address of a
+    /// node's block that another node uses is a prefix of its own.
+    pub prefixes: BTreeMap<IpNet, String>,
+}
+
+/// Why a source cannot tell, or cannot be told.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FabricSourceError {
+    /// Another node has the name.
+    #[error("the name {name} is also another node's, which is at {addresses:?}; give one of the two another name")]
+    NameTaken {
+        /// The name.
+        name: String,
+        /// The other's addresses.
+        addresses: Vec<IpAddr>,
+    },
+    /// What holds the records failed.
+    #[error(transparent)]
+    Source(Box<dyn std::error::Error + Send + Sync>),
 }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::link::{CREATE, LinkChange, LinkView, delete_link, header, link_by_name, new_link};
 use super::message::Message;
+use super::vxlan::VxlanSpec;
 use super::{Failure, Family, NetlinkError, Socket};
 use crate::model::{IfIndex, IfName, MacAddr, Mtu, VlanId};
 use crate::netns::{NetNs, NetNsError};
@@ -75,6 +76,9 @@ pub enum LinkKind<'a> {
     Wireguard,
     /// Gives what is sent to it back where it came in (`drivers/net/ifb.c`; since Linux 2.6.16).
     Ifb,
+    /// Ethernet frames in UDP datagrams between hosts (RFC 7348; `drivers/net/vxlan`; since Linux 3.7, over IPv6 since
+    /// 3.10). It learns nothing: who is where is entered in its forwarding database.
+    Vxlan(VxlanSpec),
     /// A pair whose programs run where the packet enters (`drivers/net/netkit.c`; since Linux 6.7).
     Netkit {
         /// Whether it carries Ethernet frames.
@@ -190,6 +194,7 @@ impl LinkKind<'_> {
             Self::Vrf { .. } => about("vrf", "4.3", "CONFIG_NET_VRF"),
             Self::Wireguard => about("wireguard", "5.6", "CONFIG_WIREGUARD"),
             Self::Ifb => about("ifb", "2.6.16", "CONFIG_IFB"),
+            Self::Vxlan(_) => about("vxlan", "3.10", "CONFIG_VXLAN"),
             Self::Netkit { .. } => about("netkit", "6.7", "CONFIG_NETKIT"),
         }
     }
@@ -197,7 +202,7 @@ impl LinkKind<'_> {
     fn parent(&self) -> Option<IfIndex> {
         match *self {
             Self::Macvlan { parent, .. } | Self::Ipvlan { parent, .. } | Self::Vlan { parent, .. } => Some(parent),
-            Self::Dummy | Self::Vrf { .. } | Self::Wireguard | Self::Ifb | Self::Netkit { .. } => None,
+            Self::Dummy | Self::Vrf { .. } | Self::Wireguard | Self::Ifb | Self::Vxlan(_) | Self::Netkit { .. } => None,
         }
     }
 
@@ -247,6 +252,7 @@ impl LinkKind<'_> {
             Self::Vrf { table } => {
                 data.u32(IFLA_VRF_TABLE, table);
             }
+            Self::Vxlan(spec) => spec.write(data),
             Self::Netkit { mode, policy, peer_policy, peer_name, peer_mac, peer_mtu, peer_netns } => {
                 let word = |policy| match policy {
                     NetkitPolicy::Forward => 0,

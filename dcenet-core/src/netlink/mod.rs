@@ -24,6 +24,7 @@ mod rule;
 mod shaping;
 mod socket;
 mod vf;
+mod vxlan;
 
 use std::net::IpAddr;
 
@@ -38,6 +39,7 @@ pub use route::{RouteMetrics, RouteView, RuleView};
 pub use rule::RuleSpec;
 pub use socket::{Failure, Family, NetlinkError, Reply, Socket};
 pub use vf::{Guid, VfChange, VfGuids, VfLinkState, VfRate, VfView, VfVlan};
+pub use vxlan::{ForwardingView, VxlanSpec};
 
 #[cfg(feature = "fault-injection")]
 pub use fault::{Fault, Injection, through_gate, with_fault};
@@ -50,14 +52,21 @@ pub(crate) use fault::{Gate, gate};
 pub(crate) use link::{
     LinkChange, NewVeth, create_bridge, create_veth, delete_link, hairpin, isolate, link_by_name, link_dump, set_link,
 };
-pub(crate) use neighbour::{add_neighbour, delete_neighbour, neighbour_dump};
-pub(crate) use route::{NewRoute, add_route, delete_listed_route, delete_route, route_dump, route_to, rule_dump};
+pub(crate) use neighbour::{add_fabric_neighbour, add_neighbour, delete_neighbour, neighbour_dump};
+pub(crate) use route::{
+    FabricRoute, NewRoute, NextHop, add_route, delete_listed_route, delete_route, fabric_route, route_dump, route_to,
+    rule_dump,
+};
 pub(crate) use rule::{add_rule, delete_rule};
 pub(crate) use shaping::{add_clsact, divert, divert_dump, diverts_to, shape, shape_dump, shaped_rate};
+pub(crate) use vxlan::{delete_forwarding, set_forwarding, set_up_vxlan};
 
 /// Marks routes and rules of ours, in the field that tells who made them (`rtm_protocol`; 220 is free in iproute2's
 /// `rt_protos`).
 pub const PROTOCOL: u8 = 220;
+
+/// Marks routes and neighbours between nodes ([`crate::fabric`]), lest they are taken for those of pods.
+pub const FABRIC_PROTOCOL: u8 = 221;
 
 /// Reads a datagram as every reader of this crate would, whatever is in it. For fuzzing: it must not panic.
 #[cfg(feature = "test-support")]
@@ -70,6 +79,8 @@ pub fn read_hostile(datagram: &[u8]) {
             RouteView::parse(payload),
             RuleView::parse(payload),
             NeighbourView::parse(payload),
+            ForwardingView::parse(payload),
+            VxlanSpec::parse(payload),
             nft::Found::parse(payload),
             Flow::parse(payload),
             crate::model::IfIndex::new(1).map(|i| (shaped_rate(payload, i), diverts_to(payload, i))),

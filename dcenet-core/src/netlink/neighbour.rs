@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use super::message::{Attributes, Message, field};
-use super::{family_of, ip, octets};
+use super::{FABRIC_PROTOCOL, family_of, ip, octets};
 use crate::model::{IfIndex, MacAddr};
 
 /// A neighbour as the kernel describes it.
@@ -17,6 +17,8 @@ pub struct NeighbourView {
     pub mac: Option<MacAddr>,
     /// `NUD_*` state.
     pub state: u16,
+    /// Who entered it (`NDA_PROTOCOL`, since Linux 5.0); 0 where nobody says.
+    pub protocol: u8,
 }
 
 impl NeighbourView {
@@ -28,6 +30,7 @@ impl NeighbourView {
             address: attributes.find(libc::NDA_DST).and_then(ip)?,
             mac: attributes.find(libc::NDA_LLADDR).and_then(|a| a.try_into().ok()).map(MacAddr::new),
             state: field(payload, 8).map(u16::from_ne_bytes)?,
+            protocol: attributes.find(NDA_PROTOCOL).and_then(|p| p.first().copied()).unwrap_or_default(),
         })
     }
 
@@ -43,6 +46,13 @@ pub(crate) fn add_neighbour(link: &str, index: IfIndex, address: IpAddr, mac: Ma
     let what = format!("add neighbour {address} at {mac} on {link}");
     let mut message = message(libc::RTM_NEWNEIGH, flags, what, index, address, libc::NUD_PERMANENT);
     message.bytes(libc::NDA_LLADDR, &mac.bytes());
+    message
+}
+
+/// As [`add_neighbour`], marked as the fabric's.
+pub(crate) fn add_fabric_neighbour(link: &str, index: IfIndex, address: IpAddr, mac: MacAddr) -> Message {
+    let mut message = add_neighbour(link, index, address, mac);
+    message.u8(NDA_PROTOCOL, FABRIC_PROTOCOL);
     message
 }
 
@@ -67,3 +77,4 @@ fn message(kind: u16, flags: u16, operation: String, index: IfIndex, address: Ip
 }
 
 const HEADER: usize = 12;
+const NDA_PROTOCOL: u16 = 12;

@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::message::{Attributes, Message, field, number, text};
-use super::{PROTOCOL, family_of, ip, octets};
+use super::{FABRIC_PROTOCOL, PROTOCOL, family_of, ip, octets};
 use crate::model::IfIndex;
 
 /// A route as the kernel describes it.
@@ -185,6 +185,52 @@ fn message(kind: u16, flags: u16, operation: String, route: &NewRoute) -> Messag
             }
         });
     }
+    message
+}
+
+/// A route between nodes, in the main table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct FabricRoute {
+    pub(crate) destination: IpNet,
+    pub(crate) metric: u32,
+    /// `None` answers that nobody is there (`RTN_UNREACHABLE`).
+    pub(crate) hop: Option<NextHop>,
+}
+
+/// Where a [`FabricRoute`] leads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct NextHop {
+    pub(crate) link: IfIndex,
+    pub(crate) gateway: IpAddr,
+    pub(crate) on_link: bool,
+}
+
+/// Enters a route between nodes: in place of ours to the same destination with the same metric where `replaces`, else
+/// only where there is none (EEXIST).
+pub(crate) fn fabric_route(route: &FabricRoute, replaces: bool) -> Message {
+    let FabricRoute { destination, metric, hop } = *route;
+    let flags = if replaces { libc::NLM_F_REPLACE } else { libc::NLM_F_CREATE | libc::NLM_F_EXCL };
+    let verb = if replaces { "replace" } else { "add" };
+    let what = match hop {
+        Some(NextHop { gateway, link, .. }) => format!("{verb} route {destination} via {gateway} on link {link}"),
+        None => format!("{verb} unreachable route {destination}"),
+    };
+    let mut header = [0; HEADER];
+    header[0] = family_of(destination.addr());
+    header[1] = destination.prefix_len();
+    header[4] = libc::RT_TABLE_MAIN;
+    header[5] = FABRIC_PROTOCOL;
+    header[6] = libc::RT_SCOPE_UNIVERSE;
+    header[7] = if hop.is_some() { libc::RTN_UNICAST } else { libc::RTN_UNREACHABLE };
+    if hop.is_some_and(|hop| hop.on_link) {
+        header[8..12].copy_from_slice(&RTNH_F_ONLINK.to_ne_bytes());
+    }
+    let mut message = Message::new(libc::RTM_NEWROUTE, flags as u16, what, &header);
+    message.bytes(libc::RTA_DST, &octets(destination.network()));
+    if let Some(NextHop { link, gateway, .. }) = hop {
+        message.bytes(libc::RTA_GATEWAY, &octets(gateway)).u32(libc::RTA_OIF, link.get());
+    }
+    message.u32(libc::RTA_PRIORITY, metric);
     message
 }
 

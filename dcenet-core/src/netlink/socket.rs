@@ -285,6 +285,25 @@ impl Socket {
         Ok(changes)
     }
 
+    /// Has the kernel send changes of these kinds too (`RTNLGRP_*`).
+    pub(crate) fn hear_of(&mut self, groups: &[u32]) -> Result<(), NetlinkError> {
+        let failed = |e| NetlinkError::new("listen to changes", Failure::Socket(e));
+        groups.iter().try_for_each(|group| self.inner.add_membership(*group)).map_err(failed)
+    }
+
+    /// Waits for the next changes and returns them, of whatever kind; `None` where more happened than the socket holds.
+    pub(crate) fn heard(&mut self) -> Result<Option<Vec<Reply>>, NetlinkError> {
+        let mut changes = Vec::new();
+        let received = self.receive(|message| {
+            changes.push(Reply { kind: message.kind, payload: message.payload.to_vec() });
+        });
+        match received {
+            Ok(()) => Ok(Some(changes)),
+            Err(Failure::Socket(e)) if e.raw_os_error() == Some(libc::ENOBUFS) => Ok(None),
+            Err(failure) => Err(NetlinkError::new("listen to changes", failure)),
+        }
+    }
+
     /// Receives one datagram of the kernel and hands over its messages.
     fn receive(&mut self, mut each: impl FnMut(Received<'_>)) -> Result<(), Failure> {
         loop {

@@ -1,0 +1,183 @@
+//! What a node should have, as a function of who has what.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv6Addr};
+
+use ipnet::IpNet;
+
+use super::{FabricConfig, HostFacts, Mode};
+use crate::model::{IfIndex, MacAddr};
+use crate::netlink::VxlanSpec;
+use crate::provider::{FabricNode, FabricTable, Vtep};
+
+/// What a node should have.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// Where each prefix leads.
+    pub routes: BTreeMap<IpNet, Hop>,
+    /// Neighbours on the VXLAN device.
+    pub neighbours: BTreeMap<IpAddr, MacAddr>,
+    /// Behind which host each Ethernet address on the VXLAN device is.
+    pub forwarding: BTreeMap<MacAddr, IpAddr>,
+    /// The links on which packets of other nodes come in without VXLAN.
+    pub underlay: BTreeSet<IfIndex>,
+    /// The largest packet that reaches every node, in bytes, where there is VXLAN.
+    pub mtu: Option<u32>,
+    /// What cannot be, why, and what to do about it.
+    pub problems: Vec<String>,
+}
+
+/// Where a prefix leads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hop {
+    /// To nobody, and whoever sends there is told.
+    Unreachable,
+    /// To a node on a link of this one.
+    Direct {
+        /// The link.
+        link: IfIndex,
+        /// The node's address on it.
+        gateway: IpAddr,
+    },
+    /// Through the VXLAN device.
+    Vxlan {
+        /// The neighbour on it: for IPv4 the prefix's own first address, which needs not be a host's, for it is never asked
+        /// for; for IPv6 the link-local address that belongs to the node's Ethernet address, for the kernel takes no other
+        /// that it knows on another link (`ip6_route_check_nh_onlink` of `net/ipv6/route.c`).
+        gateway: IpAddr,
+    },
+}
+
+/// What node `local` should have, given who has what and what its host is like. Pure, and the same for the same arguments.
+pub fn plan(table: &FabricTable, local: &FabricNode, facts: &HostFacts, config: &FabricConfig) -> Wanted {
+    let mut wanted = Wanted::default();
+    if let Some(vtep) = &local.vtep {
+        wanted.mtu = facts.addresses.get(&vtep.address).and_then(|link| facts.mtus.get(link)).map(|mtu| {
+            // Whatever the underlay is, a device takes no less (`ETH_MIN_MTU`).
+            mtu.saturating_sub(VxlanSpec::overhead(vtep.address)).max(68)
+        });
+    }
+    let bridge_of = |prefix: &IpNet| facts.bridged.iter().find(|(subnet, _)| subnet.contains(prefix));
+    for pool in &table.pools {
+        if let Some((subnet, bridge)) = bridge_of(pool) {
+            wanted.problems.push(format!(
+                "pool {pool}: bridge {bridge} has an address in {subnet}, so that its pods take all of the subnet to be on \
+                 their segment, and reach no other node; use link.kind veth"
+            ));
+        }
+        wanted.routes.insert(pool.trunc(), Hop::Unreachable);
+    }
+    let peers = peers(table, local, facts, config, &mut wanted.problems);
+    let mut unreached: BTreeMap<&str, BTreeSet<bool>> = BTreeMap::new();
+    for (prefix, owner) in &table.prefixes {
+        let prefix = prefix.trunc();
+        if *owner == local.name {
+            // What is on the bridge has no route of its own that would go before this one.
+            if bridge_of(&prefix).is_none() {
+                wanted.routes.insert(prefix, Hop::Unreachable);
+            } else {
+                wanted.routes.remove(&prefix);
+            }
+            continue;
+        }
+        let ipv4 = prefix.addr().is_ipv4();
+        // Where it cannot be led to, the shorter prefix that it is in must not lead to somebody else.
+        wanted.routes.insert(prefix, Hop::Unreachable);
+        let Some(peer) = peers.get(owner.as_str()) else { continue };
+        let direct = peer.direct.iter().copied().find(|(_, address)| address.is_ipv4() == ipv4);
+        match (direct, peer.vtep) {
+            (Some((link, gateway)), _) => {
+                wanted.underlay.insert(link);
+                wanted.routes.insert(prefix, Hop::Direct { link, gateway });
+            }
+            (None, Some(vtep)) => {
+                let gateway = if ipv4 { prefix.network() } else { link_local(vtep.mac).into() };
+                wanted.neighbours.insert(gateway, vtep.mac);
+                wanted.forwarding.insert(vtep.mac, vtep.address);
+                wanted.routes.insert(prefix, Hop::Vxlan { gateway });
+            }
+            (None, None) => {
+                unreached.entry(owner).or_default().insert(ipv4);
+            }
+        }
+    }
+    for (name, families) in unreached {
+        for ipv4 in families {
+            let family = if ipv4 { "IPv4" } else { "IPv6" };
+            let why = match config.mode {
+                Mode::Route => "it has no address of that family on a segment of this node; use fabric.mode auto",
+                _ => {
+                    "it takes in no VXLAN that this node sends; use the same fabric.mode, vni, port and family on both"
+                }
+            };
+            wanted.problems.push(format!("node {name}: its {family} blocks are not reached, for {why}"));
+        }
+    }
+    if let Some(mtu) = wanted.mtu
+        && !wanted.neighbours.is_empty()
+    {
+        for (name, larger) in facts.pods.iter().filter(|(_, pods)| *pods > mtu) {
+            wanted.problems.push(format!(
+                "link {name}: its pod sends packets of up to {larger} bytes, and VXLAN carries {mtu}; set link.mtu or the \
+                 pool's mtu to {mtu} or less"
+            ));
+        }
+    }
+    wanted
+}
+
+/// How another node is reached.
+struct Peer {
+    /// Its addresses on links of this node, one of a family.
+    direct: Vec<(IfIndex, IpAddr)>,
+    vtep: Option<Vtep>,
+}
+
+fn peers<'a>(
+    table: &'a FabricTable,
+    local: &FabricNode,
+    facts: &HostFacts,
+    config: &FabricConfig,
+    problems: &mut Vec<String>,
+) -> BTreeMap<&'a str, Peer> {
+    let mut macs: BTreeMap<MacAddr, &str> = local.vtep.iter().map(|vtep| (vtep.mac, local.name.as_str())).collect();
+    let mut peers = BTreeMap::new();
+    for (name, node) in table.nodes.iter().filter(|(name, _)| **name != local.name) {
+        if let Some(shared) = node.addresses.iter().find(|address| facts.addresses.contains_key(*address)) {
+            problems.push(format!("node {name}: its address {shared} is this node's; correct fabric.addresses of one"));
+            continue;
+        }
+        let on_link = |address: &IpAddr| Some((facts.segment_of(*address)?, *address));
+        let direct = match config.mode {
+            Mode::Vxlan => Vec::new(),
+            Mode::Auto | Mode::Route => node.addresses.iter().filter_map(on_link).collect(),
+        };
+        let fits = |vtep: &&Vtep| {
+            local.vtep.is_some_and(|own| {
+                (own.vni, own.port, own.address.is_ipv4()) == (vtep.vni, vtep.port, vtep.address.is_ipv4())
+            })
+        };
+        let mut vtep = node.vtep.as_ref().filter(fits).copied();
+        if let Some(end) = vtep {
+            match macs.get(&end.mac) {
+                Some(other) => {
+                    problems.push(format!(
+                        "node {name}: its Ethernet address {} is node {other}'s, for names are hashed; rename one",
+                        end.mac
+                    ));
+                    vtep = None;
+                }
+                None => drop(macs.insert(end.mac, name)),
+            }
+        }
+        peers.insert(name.as_str(), Peer { direct, vtep });
+    }
+    peers
+}
+
+/// The link-local address that belongs to an Ethernet address (RFC 4291, appendix A).
+fn link_local(mac: MacAddr) -> Ipv6Addr {
+    let [a, b, c, d, e, f] = mac.bytes();
+    let eui = u64::from_be_bytes([a ^ 2, b, c, 0xff, 0xfe, d, e, f]);
+    Ipv6Addr::from((0xfe80_u128 << 112) | u128::from(eui))
+}
