@@ -12,6 +12,8 @@
 //! Who works on an attachment holds a lock (flock) on its file, from before its addresses are leased until they are
 //! recorded, and from before its devices go until its addresses are released: [`Hold`](crate::engine::Hold).
 
+mod ledger;
+
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -25,6 +27,8 @@ use crate::netlink::{Gate, gate};
 use crate::netns::NetNsId;
 use crate::plan::{End, Undo};
 use crate::provider::{Endpoint, Lease, Place};
+
+pub use self::ledger::{Account, Ledger, LedgerError, Open, Page};
 
 /// The directory of records.
 #[derive(Debug)]
@@ -205,24 +209,27 @@ impl Journal {
 
     /// Creates the record's file, or opens it where it exists; locks it.
     pub(crate) fn enter(&self, id: AttachmentId) -> Result<Entered, JournalError> {
-        let path = self.path(id);
+        self.enter_at(&self.path(id))
+    }
+
+    fn enter_at(&self, path: &Path) -> Result<Entered, JournalError> {
         loop {
-            let after = pass_gate("create record", &path)?;
-            let created = OpenOptions::new().read(true).append(true).create_new(true).mode(0o600).open(&path);
-            after.finish(&path)?;
+            let after = pass_gate("create record", path)?;
+            let created = OpenOptions::new().read(true).append(true).create_new(true).mode(0o600).open(path);
+            after.finish(path)?;
             match created {
                 Ok(file) => {
-                    if let Some(entry) = Entry::lock(file, &path)? {
+                    if let Some(entry) = Entry::lock(file, path)? {
                         return Ok(Entered::New(entry));
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                    if let Some(entry) = self.open_entry(id)? {
+                    if let Some(entry) = self.open_entry_at(path)? {
                         return Ok(Entered::Old(entry));
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::NotFound => self.make_directory()?,
-                Err(error) => return Err(JournalError::io(&path, error)),
+                Err(error) => return Err(JournalError::io(path, error)),
             }
         }
     }
@@ -237,14 +244,17 @@ impl Journal {
 
     /// Opens and locks the file of an existing record.
     pub(crate) fn open_entry(&self, id: AttachmentId) -> Result<Option<Entry>, JournalError> {
-        let path = self.path(id);
+        self.open_entry_at(&self.path(id))
+    }
+
+    fn open_entry_at(&self, path: &Path) -> Result<Option<Entry>, JournalError> {
         loop {
-            let file = match OpenOptions::new().read(true).append(true).open(&path) {
+            let file = match OpenOptions::new().read(true).append(true).open(path) {
                 Ok(file) => file,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-                Err(error) => return Err(JournalError::io(&path, error)),
+                Err(error) => return Err(JournalError::io(path, error)),
             };
-            if let Some(entry) = Entry::lock(file, &path)? {
+            if let Some(entry) = Entry::lock(file, path)? {
                 return Ok(Some(entry));
             }
         }
@@ -252,18 +262,24 @@ impl Journal {
 
     /// The ids of all records.
     pub(crate) fn ids(&self) -> Result<Vec<AttachmentId>, JournalError> {
+        let mut ids: Vec<_> = self.names()?.iter().filter_map(|name| name.parse().ok()).collect();
+        ids.sort();
+        Ok(ids)
+    }
+
+    /// The names of all files.
+    fn names(&self) -> Result<Vec<String>, JournalError> {
         let directory = match std::fs::read_dir(&self.directory) {
             Ok(directory) => directory,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(error) => return Err(JournalError::io(&self.directory, error)),
         };
-        let mut ids = Vec::new();
+        let mut names = Vec::new();
         for file in directory {
             let file = file.map_err(|e| JournalError::io(&self.directory, e))?;
-            ids.extend(file.file_name().to_str().and_then(|name| name.parse::<AttachmentId>().ok()));
+            names.extend(file.file_name().into_string());
         }
-        ids.sort();
-        Ok(ids)
+        Ok(names)
     }
 
     /// Whether there is a record.
