@@ -391,12 +391,19 @@ fn helpers_answer_from_the_environment() {
     let mut fixture = fixture(|a| {
         a.call(Helper::KtimeGetNs).mov(R6, R0).call(Helper::KtimeGetBootNs).add(R6, R0);
         a.call(Helper::KtimeGetCoarseNs).add(R6, R0).call(Helper::GetSmpProcessorId).add(R6, R0);
+        a.call(Helper::Jiffies64).add(R6, R0);
         a.mov(R1, 9).mov(R2, 1).call(Helper::Redirect).add(R0, R6).exit();
     });
-    fixture.env =
-        Environment { ktime_ns: 1000, boottime_ns: 200, coarse_ns: 30, cpu: 4, random: 0, ..Environment::default() };
+    fixture.env = Environment {
+        ktime_ns: 1000,
+        boottime_ns: 200,
+        coarse_ns: 3 * 4_000_000 + 30,
+        cpu: 4,
+        random: 0,
+        ..Environment::default()
+    };
     let run = fixture.run().unwrap();
-    assert_eq!(run.value, 1234 + 7);
+    assert_eq!(run.value, 3 * 4_000_000 + 3 + 1234 + 7);
     assert_eq!(run.redirect, Some(Redirect { ifindex: 9, ingress: true }));
     assert_eq!(
         trap(|a| {

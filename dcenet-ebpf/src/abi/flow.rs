@@ -63,7 +63,7 @@ record! {
     ///
     /// Programs write it without a lock: when two CPUs handle packets of one flow and direction at once, a count can be
     /// lost. Each direction has its own counters, so the two hooks do not disturb each other.
-    pub struct Flow, 64 bytes {
+    pub struct Flow, 72 bytes {
         /// Generation of the policy that admitted it, in [`Flow::direction`].
         generation: u32 = 0 @ GENERATION,
         /// The rule that admitted it.
@@ -89,6 +89,9 @@ record! {
         ingress_packets: u64 = 48 @ INGRESS_PACKETS,
         /// Bytes that the pod received.
         ingress_bytes: u64 = 56 @ INGRESS_OCTETS,
+        /// The kernel's counter of ticks (`jiffies`) when the flow's last packet was seen by the clock, 0 while that is not known.
+        /// The coarse clock stands still for as long, so that a packet of the same tick need not ask it.
+        tick: u64 = 64 @ TICK,
     }
 }
 

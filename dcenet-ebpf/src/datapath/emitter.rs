@@ -26,6 +26,10 @@ pub(super) struct Emitter<'a> {
 pub(super) struct Places {
     /// Parses whatever the fast path leaves, by copying headers.
     pub(super) slow: Label,
+    /// As [`Places::slow`], of a packet for which the stack is not cleared yet; `R8` is the slot.
+    pub(super) uncommon: Label,
+    /// The fast path's key is complete, the rest of the stack is not cleared yet: find the flow.
+    pub(super) common: Label,
     /// The key is complete: find the flow.
     pub(super) lookup: Label,
     /// The packet has no flow: judge it.
@@ -35,7 +39,13 @@ pub(super) struct Places {
 impl<'a> Emitter<'a> {
     pub(super) fn new(name: &str, direction: Direction, slot: Slot, judgement: Judgement<'a>) -> Self {
         let mut asm = Asm::program(name, ProgramKind::Classifier);
-        let places = Places { slow: asm.label(), lookup: asm.label(), judge_packet: asm.label() };
+        let places = Places {
+            slow: asm.label(),
+            uncommon: asm.label(),
+            common: asm.label(),
+            lookup: asm.label(),
+            judge_packet: asm.label(),
+        };
         Self { asm, direction, slot, judgement, places, event: None, drops: BTreeMap::new(), passes: BTreeMap::new() }
     }
 

@@ -15,6 +15,7 @@ impl Emitter<'_> {
     /// `R7` is the flow, `R8` the time, `R1` the direction that admitted the flow.
     pub(super) fn flow(&mut self, timeouts: &Timeouts, sample: Option<NonZeroU32>) {
         let [begun, found, over, miss, stale, hit, special, advance] = self.labels();
+        self.settled_flow(sample, found, begun);
         self.asm.bind(self.places.lookup);
         self.lookup(abi::CONNTRACK, frame::KEY);
         self.asm
@@ -88,6 +89,41 @@ impl Emitter<'_> {
             .store(Size::W, R10, frame::JUDGE, self.direction as i32)
             .bind(classify);
         self.judge(|emitter| emitter.allow(timeouts, hit));
+    }
+
+    /// The straight way of most packets: of a settled flow, admitted by the policy of now, seen in this tick before, without a
+    /// change of its state. Of all others the rest of the stack is cleared, and they go on to `found` or `begun` as if they had
+    /// been looked up there.
+    fn settled_flow(&mut self, sample: Option<NonZeroU32>, found: Label, begun: Label) {
+        let [other, unsettled] = self.labels();
+        self.asm.bind(self.places.common).call(Helper::Jiffies64).mov(R8, R0);
+        self.lookup(abi::CONNTRACK, frame::KEY);
+        self.asm
+            .jump_if(Cond::Eq, R0, 0, unsettled)
+            // While the tick lasts the coarse clock stands still, and a time that is up has been longer than that.
+            .load(Size::Dw, R1, R0, Flow::TICK)
+            .jump_if(Cond::Ne, R1, R8, other)
+            .load(Size::B, R1, R0, Flow::DIRECTION);
+        self.generation(R1, R3);
+        self.asm
+            .load(Size::W, R2, R0, Flow::GENERATION)
+            .jump_if(Cond::Ne, R2, R3, other)
+            .load(Size::B, R2, R0, Flow::STATE)
+            .jump_if(Cond::Ne, R2, FlowState::Established as i32, other)
+            .load(Size::W, R2, R10, frame::TCP_FLAGS)
+            .jump_if(Cond::Set, R2, FIN | SYN | RST, other);
+        let (packets, bytes) = counters(self.direction);
+        self.add_packet(R0, packets, bytes);
+        if let Some(one_in) = sample {
+            self.asm.mov(R7, R0).load(Size::Dw, R8, R7, Flow::LAST_SEEN);
+            self.clear_marks();
+            self.sample(one_in);
+        }
+        self.asm.ret(TC_ACT_UNSPEC).bind(other);
+        self.clear_rest();
+        self.asm.jump(found).bind(unsettled);
+        self.clear_rest();
+        self.asm.jump(begun);
     }
 
     /// Moves a flow of [`abi::CONNTRACK_NEW`] to [`abi::CONNTRACK`] once its opening side goes on after an answer, and for
@@ -275,7 +311,7 @@ impl Emitter<'_> {
 
     fn count_in_flow(&mut self) {
         let (packets, bytes) = counters(self.direction);
-        self.asm.store(Size::Dw, R7, Flow::LAST_SEEN, R8);
+        self.asm.store(Size::Dw, R7, Flow::LAST_SEEN, R8).call(Helper::Jiffies64).store(Size::Dw, R7, Flow::TICK, R0);
         self.add_packet(R7, packets, bytes);
     }
 
@@ -334,12 +370,17 @@ impl Emitter<'_> {
         self.new_flow(timeouts);
         self.update(abi::CONNTRACK_NEW, frame::KEY, frame::FLOW);
         let only = self.asm.label();
-        self.asm.jump_if(Cond::Ne, R0, 0, full).load(Size::W, R1, R10, frame::FLAGS).and(R1, frame::REPLACES).jump_if(
-            Cond::Eq,
-            R1,
-            0,
-            only,
-        );
+        self.asm
+            .jump_if(Cond::Ne, R0, 0, full)
+            .load(Size::W, R1, R10, frame::FLAGS)
+            .and(R1, frame::REPLACES | frame::BEGUN)
+            .jump_if(
+                // What was found among the new ones has been written over.
+                Cond::Ne,
+                R1,
+                frame::REPLACES,
+                only,
+            );
         self.forget(abi::CONNTRACK);
         self.asm.bind(only);
         self.count_reason(Reason::Allowed);
@@ -396,6 +437,7 @@ impl Emitter<'_> {
             .load(Size::W, R1, R10, frame::JUDGE)
             .store(Size::Dw, R10, flow + Flow::DIRECTION, 0)
             .store(Size::B, R10, flow + Flow::DIRECTION, R1)
+            .store(Size::Dw, R10, flow + Flow::TICK, 0)
             .load(Size::H, R1, R9, Endpoint::TENURE)
             .store(Size::H, R10, flow + Flow::TENURE, R1)
             .load(Size::B, R2, R10, frame::PROTOCOL)

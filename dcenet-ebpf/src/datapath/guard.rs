@@ -146,6 +146,8 @@ impl Emitter<'_> {
     pub(super) fn flow_again_judged(&mut self) {
         let [found, fresh, miss, stale, not_related, judged] = self.labels();
         let related = self.pass(Reason::Related);
+        self.asm.bind(self.places.common);
+        self.clear_rest();
         self.asm.bind(self.places.lookup);
         self.lookup(abi::CONNTRACK, frame::KEY);
         self.asm.jump_if(Cond::Ne, R0, 0, found);

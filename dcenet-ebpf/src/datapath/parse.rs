@@ -5,11 +5,12 @@
 //! so needs no linear packet and no fixed offset: a copy costs about 20 ns.
 
 use super::emitter::{
-    Emitter, ICMP, ICMPV6, SCTP, SKB_DATA, SKB_DATA_END, SKB_GSO_SIZE, SKB_TC_CLASSID, SKB_VLAN_PRESENT, TCP, UDP, be16,
+    Emitter, ICMP, ICMPV6, Places, SCTP, SKB_DATA, SKB_DATA_END, SKB_GSO_SIZE, SKB_TC_CLASSID, SKB_VLAN_PRESENT, TCP,
+    UDP, be16,
 };
 use super::frame::{IP_END, L3, L4};
 use super::{Slot, frame};
-use crate::abi::{self, Direction, Endpoint, Reason};
+use crate::abi::{self, Direction, Endpoint, FlowKey, Reason};
 use crate::asm::Label;
 use crate::insn::{Cond, Reg, Reg::*, Size, Src, SwapWidth};
 
@@ -23,19 +24,22 @@ pub(super) enum FragmentHeaders {
 }
 
 impl Emitter<'_> {
-    /// Finds the endpoint, whose packets of no endpoint are dropped, and clears the stack.
+    /// Finds the endpoint; packets of none are dropped.
     pub(super) fn prologue(&mut self) {
         let unknown = self.drop(Reason::UnknownEndpoint);
         self.slot();
-        self.asm
-            .jump_if(Cond::Eq, R0, 0, unknown)
-            .mov(R9, R0)
-            .load(Size::W, R1, R9, Endpoint::FLAGS)
-            .jump_if(Cond::Eq, R1, 0, unknown)
-            // A zero that the verifier does not know to be one. What is cleared by a known zero is another state for it
-            // than what a packet filled in, and it would look at the classifiers once for each of them.
-            .load(Size::Dw, R1, R9, Endpoint::ZERO);
-        self.clear(R1.into());
+        self.asm.jump_if(Cond::Eq, R0, 0, unknown).mov(R9, R0).load(Size::W, R1, R9, Endpoint::FLAGS).jump_if(
+            Cond::Eq,
+            R1,
+            0,
+            unknown,
+        );
+    }
+
+    /// `to =` a zero that the verifier does not know to be one. What is cleared by a known zero is another state for it than what
+    /// a packet filled in, and it would look at the classifiers once for each of them.
+    fn zero(&mut self, to: Reg) {
+        self.asm.load(Size::Dw, to, R9, Endpoint::ZERO);
     }
 
     /// `R0 =` the endpoint, or null; `R8` the slot.
@@ -57,115 +61,186 @@ impl Emitter<'_> {
 
     /// Clears the stack by a zero and notes the slot in `R8`.
     pub(super) fn clear(&mut self, zero: Src) {
-        for at in
-            (frame::OUTER_PEER..frame::FRAGMENT).chain(frame::FRAGMENT_KEY..frame::KEY).chain(frame::KEY..0).step_by(8)
-        {
+        self.clear_parts(zero);
+        for at in (frame::KEY..0).step_by(8) {
             self.asm.store(Size::Dw, R10, at, zero);
         }
-        self.asm
-            .store(Size::H, R10, frame::SLOT, R8)
-            .store(Size::W, R10, frame::FLAGS, zero)
-            .store(Size::W, R10, frame::TCP_FLAGS, zero)
-            .store(Size::Dw, R10, frame::SEQUENCE, zero)
-            .store(Size::W, R10, frame::ICMP, zero);
+        self.asm.store(Size::H, R10, frame::SLOT, R8).store(Size::W, R10, frame::TCP_FLAGS, zero).store(
+            Size::Dw,
+            R10,
+            frame::SEQUENCE,
+            zero,
+        );
+        self.asm.store(Size::W, R10, frame::FLAGS, zero).store(Size::W, R10, frame::ICMP, zero);
     }
 
-    /// Reads common packets in place. Control goes on to `lookup` or `slow`.
+    /// What only the slow path fills in.
+    fn clear_parts(&mut self, zero: Src) {
+        for at in (frame::OUTER_PEER..frame::FRAGMENT).chain(frame::FRAGMENT_KEY..frame::KEY).step_by(8) {
+            self.asm.store(Size::Dw, R10, at, zero);
+        }
+    }
+
+    /// Flags, and what only ICMP has. Uses `R1`.
+    pub(super) fn clear_marks(&mut self) {
+        self.zero(R1);
+        self.asm.store(Size::W, R10, frame::FLAGS, R1).store(Size::W, R10, frame::ICMP, R1);
+    }
+
+    /// Clears what the fast path has left as it was. Uses `R1`.
+    pub(super) fn clear_rest(&mut self) {
+        self.zero(R1);
+        self.clear_parts(R1.into());
+        self.clear_marks();
+        // Written in parts, as the slow path does: of a whole slot the verifier would know what was stored, another state for it.
+        for at in [frame::KEY + 4, frame::PEER + 12] {
+            self.asm.load(Size::W, R1, R10, at).store(Size::W, R10, at, R1);
+        }
+    }
+
+    /// Reads common packets in place. Control goes on to `common` or, with a cleared stack, `slow`.
     pub(super) fn fast(&mut self) {
-        let slow = self.places.slow;
-        let not_v4 = self.asm.label();
+        let Places { slow, uncommon, .. } = self.places;
+        let [not_v4, foreign] = self.labels();
         self.asm
             .load(Size::W, R1, R6, SKB_VLAN_PRESENT)
-            .jump_if(Cond::Ne, R1, 0, slow)
+            .jump_if(Cond::Ne, R1, 0, uncommon)
             .load(Size::W, R7, R6, SKB_DATA)
             .load(Size::W, R3, R6, SKB_DATA_END)
             .mov(R1, R7)
             .add(R1, ETHERNET + IPV4 + 8)
-            .jump_if(Cond::Gt, R1, R3, slow);
+            .jump_if(Cond::Gt, R1, R3, uncommon);
         if self.direction == Direction::Egress {
-            let spoofed = self.drop(Reason::Spoofed);
-            self.own_mac((R7, SOURCE_MAC), spoofed);
+            self.own_mac((R7, SOURCE_MAC), foreign);
         } else {
             self.for_own_mac((R7, 0));
         }
         self.asm.load(Size::H, R1, R7, 12).jump_if(Cond::Ne, R1, be16(ETH_P_IP), not_v4);
 
         let ip = ETHERNET as i16;
-        self.asm.load(Size::B, R1, R7, ip).jump_if(Cond::Ne, R1, 0x45, slow).load(Size::H, R1, R7, ip + 6).jump_if(
-            Cond::Set,
-            R1,
-            be16(MORE_FRAGMENTS | FRAGMENT_OFFSET),
-            slow,
-        );
-        self.addresses_v4((R7, ip));
-        if self.direction == Direction::Ingress {
-            // The slow path knows the other addresses that are the pod's.
-            self.asm.load(Size::W, R1, R7, ip + 16).load(Size::W, R2, R9, Endpoint::IPV4).jump_if(
-                Cond::Ne,
-                R1,
-                R2,
-                slow,
-            );
+        let (own, peer) = if self.direction == Direction::Egress { (12, 16) } else { (16, 12) };
+        // The slow path knows the other addresses that are the pod's.
+        let elsewhere = if self.direction == Direction::Egress { foreign } else { uncommon };
+        self.asm
+            .load(Size::B, R1, R7, ip)
+            .jump_if(Cond::Ne, R1, 0x45, uncommon)
+            .load(Size::H, R1, R7, ip + 6)
+            .jump_if(Cond::Set, R1, be16(MORE_FRAGMENTS | FRAGMENT_OFFSET), uncommon)
+            .load(Size::W, R1, R7, ip + own)
+            .load(Size::W, R2, R9, Endpoint::IPV4)
+            .jump_if(Cond::Ne, R1, R2, elsewhere)
             // An endpoint without an IPv4 address has that of nobody in its place.
-            self.asm.jump_if(Cond::Eq, R1, 0, slow);
-        }
-        self.asm.load(Size::H, R5, R7, ip + 2).be(SwapWidth::W16, R5).sub(R5, IPV4).load(Size::B, R1, R7, ip + 9);
-        self.fast_ports(ETHERNET + IPV4);
+            .jump_if(Cond::Eq, R1, 0, elsewhere)
+            .load(Size::H, R5, R7, ip + 2)
+            .be(SwapWidth::W16, R5)
+            .sub(R5, IPV4)
+            .load(Size::B, R1, R7, ip + 9);
+        self.fast_ports(ETHERNET + IPV4, 4);
+        // Its last four bytes are the address, and two bytes before them are ones: ::ffff:a.b.c.d.
+        self.asm.load(Size::W, R2, R7, ip + peer);
+        self.place(R2, 4);
+        self.asm.load_imm64(R4, u64::from_ne_bytes([0, 0, 0xff, 0xff, 0, 0, 0, 0])).or(R2, R4);
+        self.zero(R1);
+        self.asm.store(Size::Dw, R10, frame::PEER, R1).store(Size::Dw, R10, frame::PEER + 8, R2);
+        let common = self.places.common;
+        self.asm.jump(common);
 
         self.asm
             .bind(not_v4)
-            .jump_if(Cond::Ne, R1, be16(ETH_P_IPV6), slow)
+            .jump_if(Cond::Ne, R1, be16(ETH_P_IPV6), uncommon)
             .mov(R1, R7)
             .add(R1, ETHERNET + IPV6 + 8)
-            .jump_if(Cond::Gt, R1, R3, slow)
+            .jump_if(Cond::Gt, R1, R3, uncommon)
             .load(Size::B, R1, R7, ip)
             .rsh(R1, 4)
-            .jump_if(Cond::Ne, R1, 6, slow)
-            .load(Size::B, R1, R7, ip + 6);
-        // ICMPv6 must not meet the check of the source, for neighbour discovery has rules of its own.
-        let known = self.asm.label();
-        self.asm.jump_if(Cond::Eq, R1, TCP, known).jump_if(Cond::Ne, R1, UDP, slow).bind(known);
-        self.peer_v6((R7, ip));
-        let foreign = if self.direction == Direction::Egress { self.drop(Reason::Spoofed) } else { slow };
-        self.own_v6((R7, ip), foreign);
+            .jump_if(Cond::Ne, R1, 6, uncommon);
+        // The slow path tells of a foreign source. It knows, too, that ICMPv6 must not meet the check of the source, for neighbour
+        // discovery has rules of its own.
+        self.own_v6((R7, ip), uncommon);
         self.asm.load(Size::H, R5, R7, ip + 4).be(SwapWidth::W16, R5).load(Size::B, R1, R7, ip + 6);
-        self.fast_ports(ETHERNET + IPV6);
+        self.fast_ports(ETHERNET + IPV6, 6);
+        let peer = if self.direction == Direction::Egress { 24 } else { 8 };
+        self.copy_address((R7, ip + peer), frame::PEER);
+        self.asm.jump(common);
+
+        if self.direction == Direction::Egress {
+            let spoofed = self.drop(Reason::Spoofed);
+            self.asm.bind(foreign);
+            self.zero(R1);
+            self.clear(R1.into());
+            self.asm.jump(spoofed);
+        }
+        self.asm.bind(uncommon);
+        self.zero(R1);
+        self.clear(R1.into());
+        self.asm.jump(slow);
     }
 
-    /// The transport header at a fixed offset; `R1` has the protocol, `R5` how many bytes follow the IP header.
-    fn fast_ports(&mut self, offset: i32) {
-        let slow = self.places.slow;
-        let (lookup, udp) = (self.places.lookup, self.asm.label());
+    /// The transport header at a fixed offset, and the key's first word; `R1` has the protocol, `R5` how many bytes follow the IP
+    /// header. Uses `R1`, `R2`, `R4`, `R5`.
+    ///
+    /// The key is written by whole words: who reads a word (the hash of a table does) soon after its parts were written waits until
+    /// all of them have left the processor's store buffer.
+    fn fast_ports(&mut self, offset: i32, version: u8) {
+        let uncommon = self.places.uncommon;
+        let [udp, ports] = self.labels();
         let at = offset as i16;
+        let protocol = |number: i32| u64::from_ne_bytes([0, 0, number as u8, version, 0, 0, 0, 0]);
         self.asm
-            .store(Size::B, R10, frame::PROTOCOL, R1)
             .jump_if(Cond::Eq, R1, UDP, udp)
-            .jump_if(Cond::Ne, R1, TCP, slow)
-            .jump_if(Cond::Slt, R5, TCP_HEADER, slow)
+            .jump_if(Cond::Ne, R1, TCP, uncommon)
+            .jump_if(Cond::Slt, R5, TCP_HEADER, uncommon)
             .mov(R1, R7)
             .add(R1, offset + TCP_HEADER)
-            .jump_if(Cond::Gt, R1, R3, slow)
+            .jump_if(Cond::Gt, R1, R3, uncommon)
             .load(Size::B, R1, R7, at + 12)
-            .jump_if(Cond::Lt, R1, 0x50, slow)
+            .jump_if(Cond::Lt, R1, 0x50, uncommon)
             .load(Size::B, R1, R7, at + 13)
             .store(Size::W, R10, frame::TCP_FLAGS, R1)
             .load(Size::W, R1, R7, at + 4)
             .store(Size::W, R10, frame::SEQUENCE, R1)
             .load(Size::W, R1, R7, at + 8)
             .store(Size::W, R10, frame::ACKNOWLEDGED, R1)
+            .load_imm64(R4, protocol(TCP))
+            .jump(ports)
+            .bind(udp)
+            .jump_if(Cond::Slt, R5, 8, uncommon);
+        self.zero(R1);
+        self.asm
+            .store(Size::W, R10, frame::TCP_FLAGS, R1)
+            .store(Size::Dw, R10, frame::SEQUENCE, R1)
+            .load_imm64(R4, protocol(UDP))
+            .bind(ports)
             .load(Size::W, R1, R7, at);
-        self.ports(self.direction);
-        self.asm.jump(lookup).bind(udp).jump_if(Cond::Slt, R5, 8, slow).load(Size::W, R1, R7, at);
-        self.ports(self.direction);
-        self.asm.jump(lookup);
+        self.from_pod_to_peer(self.direction);
+        self.place(R1, FlowKey::POD_PORT);
+        self.asm.or(R4, R1).mov(R1, R8);
+        if cfg!(target_endian = "big") {
+            self.asm.lsh(R1, 48);
+        }
+        self.asm.or(R4, R1).store(Size::Dw, R10, frame::KEY, R4);
+    }
+
+    /// Moves a number of 4 bytes to where a word of 8 bytes has it at this offset, with zeros around it.
+    fn place(&mut self, number: Reg, offset: i16) {
+        debug_assert!(offset == 4);
+        self.asm.lsh(number, 32);
+        if cfg!(target_endian = "big") {
+            self.asm.rsh(number, 32);
+        }
     }
 
     /// Notes the ports in `R1`, as they lie in a packet of this direction, source first. Uses `R2`.
     pub(super) fn ports(&mut self, direction: Direction) {
+        self.from_pod_to_peer(direction);
+        self.asm.store(Size::W, R10, frame::PORTS, R1);
+    }
+
+    /// Puts the pod's port first of those in `R1`, whose lower 32 bits count then. Uses `R2`.
+    fn from_pod_to_peer(&mut self, direction: Direction) {
         if direction == Direction::Ingress {
             self.asm.mov(R2, R1).rsh(R1, 16).lsh(R2, 16).or(R1, R2);
         }
-        self.asm.store(Size::W, R10, frame::PORTS, R1);
     }
 
     /// Notes version and peer of the IPv4 header at `header`; from the pod, drops what has not its own source.
@@ -282,9 +357,13 @@ impl Emitter<'_> {
     pub(super) fn own_mac(&mut self, address: (Reg, i16), foreign: Label) {
         let [any, own] = self.labels();
         let (base, at) = address;
-        // By halves: on the stack the address may lie at an odd multiple of 2.
-        for half in [0, 2, 4] {
-            self.asm.load(Size::H, R1, base, at + half).load(Size::H, R2, R9, Endpoint::MAC + half).jump_if(
+        // By halves: on the stack, and as a destination in a packet, the address may lie at an odd multiple of 2.
+        let parts: &[(Size, i16)] = match (base, at) {
+            (R7, SOURCE_MAC) => &[(Size::W, 0), (Size::H, 4)],
+            _ => &[(Size::H, 0), (Size::H, 2), (Size::H, 4)],
+        };
+        for (size, part) in parts {
+            self.asm.load(*size, R1, base, at + part).load(*size, R2, R9, Endpoint::MAC + part).jump_if(
                 Cond::Ne,
                 R1,
                 R2,

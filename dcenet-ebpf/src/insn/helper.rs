@@ -74,6 +74,9 @@ helpers! {
     XdpAdjustTail = 65 "bpf_xdp_adjust_tail";
     /// `(skb, &params, size, flags)`: looks up route and neighbour.
     FibLookup = 69 "bpf_fib_lookup";
+    /// `()`: the kernel's counter of ticks; the verifier writes a load in its place (on 64-bit machines with a JIT). Since Linux
+    /// 5.6.
+    Jiffies64 = 118 "bpf_jiffies64";
     /// `(skb)`: the number of the network namespace of the packet's socket; that of the first one where there is no socket.
     /// Classifiers have it since Linux 6.13.
     GetNetnsCookie = 122 "bpf_get_netns_cookie";
@@ -115,6 +118,7 @@ impl Helper {
             Self::KtimeGetNs
             | Self::GetPrandomU32
             | Self::GetSmpProcessorId
+            | Self::Jiffies64
             | Self::KtimeGetBootNs
             | Self::KtimeGetCoarseNs => 0,
             Self::XdpGetBuffLen | Self::GetNetnsCookie => 1,

@@ -65,7 +65,7 @@ pub struct Environment {
     pub ktime_ns: u64,
     /// `bpf_ktime_get_boot_ns`.
     pub boottime_ns: u64,
-    /// `bpf_ktime_get_coarse_ns`.
+    /// `bpf_ktime_get_coarse_ns`; `bpf_jiffies64` counts it in ticks of 4 ms, as of a kernel with 250 in a second.
     pub coarse_ns: u64,
     /// `bpf_get_smp_processor_id`.
     pub cpu: u32,

@@ -177,6 +177,37 @@ fn a_flow_is_forgotten_after_its_time() {
 }
 
 #[test]
+fn the_time_of_a_settled_flow_goes_on_with_the_clock() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    for (direction, (from, to)) in both() {
+        let pod = one_way(direction);
+        let (there, answer) = (eth().ip(from, to).udp(40000, 53), eth().ip(to, from).udp(53, 40000));
+        pod.expect(direction, &there, Some(Reason::Allowed));
+        for _ in 0..4 {
+            pod.expect(direction.opposite(), &answer, None);
+            pod.expect(direction, &there, None);
+        }
+        let before = pod.flow().1;
+        assert_ne!(before.tick, 0);
+        // Longer than a tick of any kernel (CONFIG_HZ is 100 at the least).
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        pod.expect(direction, &there, None);
+        let after = pod.flow().1;
+        assert!(after.last_seen >= before.last_seen + 20_000_000, "{before:?} {after:?}");
+        assert!(after.tick > before.tick, "{before:?} {after:?}");
+        // Within one tick packets are counted all the same, and a new policy is heeded.
+        for _ in 0..3 {
+            pod.expect(direction, &there, None);
+        }
+        let counted = pod.flow().1;
+        let packets = |flow: Flow| flow.egress_packets + flow.ingress_packets;
+        assert_eq!(packets(counted), packets(after) + 3);
+    }
+}
+
+#[test]
 fn a_new_policy_keeps_what_it_allows_and_cuts_what_it_denies() {
     if !require(Rung::Kernel) {
         return;

@@ -256,6 +256,8 @@ impl Pod {
     pub fn set_flow(&self, change: impl FnOnce(&mut Flow)) {
         let (key, mut flow) = self.flow();
         change(&mut flow);
+        // Whoever turns its time back must have the clock asked.
+        flow.tick = 0;
         self.flows().replace(&key, &flow);
     }
 
@@ -472,7 +474,7 @@ impl Flows {
 
 /// Flows without their time of the last packet: the clocks differ by a tick.
 fn timeless(flows: Entries) -> Entries {
-    let without = |value: Vec<u8>| Flow { last_seen: 0, ..Flow::decode(&value).unwrap() }.encode().to_vec();
+    let without = |value: Vec<u8>| Flow { last_seen: 0, tick: 0, ..Flow::decode(&value).unwrap() }.encode().to_vec();
     flows.into_iter().map(|(key, value)| (key, without(value))).collect()
 }
 
