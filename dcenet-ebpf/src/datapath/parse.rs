@@ -212,7 +212,7 @@ impl Emitter<'_> {
             .load_imm64(R4, protocol(UDP))
             .bind(ports)
             .load(Size::W, R1, R7, at);
-        self.from_pod_to_peer(self.direction);
+        self.pods_port_first(self.direction);
         self.place(R1, FlowKey::POD_PORT);
         self.asm.or(R4, R1).mov(R1, R8);
         if cfg!(target_endian = "big") {
@@ -232,12 +232,12 @@ impl Emitter<'_> {
 
     /// Notes the ports in `R1`, as they lie in a packet of this direction, source first. Uses `R2`.
     pub(super) fn ports(&mut self, direction: Direction) {
-        self.from_pod_to_peer(direction);
+        self.pods_port_first(direction);
         self.asm.store(Size::W, R10, frame::PORTS, R1);
     }
 
     /// Puts the pod's port first of those in `R1`, whose lower 32 bits count then. Uses `R2`.
-    fn from_pod_to_peer(&mut self, direction: Direction) {
+    fn pods_port_first(&mut self, direction: Direction) {
         if direction == Direction::Ingress {
             self.asm.mov(R2, R1).rsh(R1, 16).lsh(R2, 16).or(R1, R2);
         }
