@@ -17,9 +17,10 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::config::{Ahead, DefaultVerdict, Limit, PolicyConfig, Require};
+use super::guard;
 use super::inside::{Inside, is_of, on_device};
 use super::node::default_pin;
-use super::protocol::{self, ProtocolError, Reply, Request};
+use super::protocol::{self, ProtocolError, Reply, Request, Stranger};
 
 /// Puts devices under the pinned default programs, and talks to the owner of the policy state.
 ///
@@ -220,11 +221,11 @@ impl<A: Attacher> PinnedDefault<A> {
         self.require == Require::Guarded && !self.require.is_met_by(endpoint.enforcement())
     }
 
-    /// Asks the owner whether there is a guard.
-    fn guarded(&self, endpoint: &Endpoint) -> Result<(), ClientError> {
+    /// Asks the owner whether there is a guard, and what is ahead of it.
+    fn guarded(&self, endpoint: &Endpoint) -> Result<Vec<Stranger>, ClientError> {
         match self.ask(&Request::Enforcement { attachment: endpoint.attachment.clone() }, NOTE_LIMIT)? {
-            Reply::Holds { enforcement, .. } if self.require.is_met_by(enforcement) => Ok(()),
-            Reply::Holds { enforcement, reason } => {
+            Reply::Holds { enforcement, ahead, .. } if self.require.is_met_by(enforcement) => Ok(ahead),
+            Reply::Holds { enforcement, reason, .. } => {
                 let reason = reason.unwrap_or_else(|| "it was attached without one".to_owned());
                 Err(ClientError::Unguarded { device: endpoint.ifname.clone(), enforcement, reason })
             }
@@ -312,7 +313,7 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
         if !needs_guard {
             return told;
         }
-        told.and_then(|()| self.guarded(endpoint).map_err(|e| refused(putting(endpoint), e))).inspect_err(|_| {
+        told.and_then(|()| self.guarded(endpoint).map(drop).map_err(|e| refused(putting(endpoint), e))).inspect_err(|_| {
             // A repeated call: the pod runs, and what it has is not this call's to take.
             if bare.len() < BOTH.len() {
                 return;
@@ -374,10 +375,30 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
             }
         }
         if self.needs_guard(endpoint) {
+            let doing = || format!("ask for the guard of {}", endpoint.ifname);
             return match self.guarded(endpoint) {
-                Ok(()) => Ok(None),
+                Ok(mut ahead) => {
+                    let is_known = |stranger: &Stranger| {
+                        self.known.iter().any(|known| known.names(stranger.name.as_deref(), stranger.tag))
+                    };
+                    ahead.retain(|stranger| !is_known(stranger));
+                    let list: Vec<_> = ahead.iter().map(|stranger| stranger.text.as_str()).collect();
+                    Ok((!list.is_empty()).then(|| {
+                        format!(
+                            "frames of {} meet {} on its parent before the guard, and pass it by where that answers \
+                             TC_ACT_OK or redirects; remove it, give it a later place, or name it in policy.ahead",
+                            endpoint.ifname,
+                            list.join(", ")
+                        )
+                    }))
+                }
                 Err(error @ ClientError::Unguarded { .. }) => Ok(Some(error.to_string())),
-                Err(error) => Err(refused(format!("ask for the guard of {}", endpoint.ifname), error)),
+                // The guard does not need its owner.
+                Err(error) if error.is_absence() => {
+                    let holds = guard::is_pinned(&self.pins, endpoint).map_err(failed(doing()))?;
+                    Ok((!holds).then(|| format!("no guard is on the parent of {}, and {error}", endpoint.ifname)))
+                }
+                Err(error) => Err(refused(doing(), error)),
             };
         }
         Ok(None)

@@ -114,14 +114,20 @@ pub enum Ahead {
 impl Ahead {
     /// Whether it is this one.
     pub fn is(&self, attached: &Attached) -> bool {
+        let name = match &attached.owner {
+            Owner::Foreign(name) => name.as_deref(),
+            _ => None,
+        };
+        self.names(name, attached.tag)
+    }
+
+    /// Whether it is what the kernel calls by this name and tag.
+    pub(crate) fn names(&self, name: Option<&str>, tag: Option<[u8; 8]>) -> bool {
         match self {
-            Self::Tag(tag) => attached.tag == Some(*tag),
-            Self::Name(name) => match &attached.owner {
-                Owner::Foreign(Some(other)) => {
-                    other == name || other.len() == KERNEL_NAME_BYTES && name.starts_with(other.as_str())
-                }
-                _ => false,
-            },
+            Self::Tag(own) => tag == Some(*own),
+            Self::Name(own) => {
+                name.is_some_and(|other| other == own || other.len() == KERNEL_NAME_BYTES && own.starts_with(other))
+            }
         }
     }
 }

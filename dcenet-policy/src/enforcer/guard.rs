@@ -11,8 +11,8 @@
 //! senders wanted it. A parent's links go with the last pod on it, and are put back where somebody has taken them off. A device that
 //! outlives its attachment stays known, and nothing of it passes, until it vanishes.
 //!
-//! Others' programs on the parent go on as before: what the guard does not drop it leaves to them. It stands ahead of them, and
-//! of unpoliced macvlans and of the host it sees no more than the Ethernet source.
+//! Others' programs on the parent go on as before: what the guard does not drop it leaves to them. It stands ahead of those that
+//! were there; what somebody puts ahead of it later can let frames pass it by, and a check of the pod tells of that. Of unpoliced macvlans and of the host it sees no more than the Ethernet source.
 //!
 //! # Minimum kernel version
 //! 6.13; without there is no guard, and endpoints stay
@@ -27,7 +27,7 @@ use dcenet_core::model::AttachmentId;
 use dcenet_core::netns::NetNs;
 use dcenet_core::provider::Endpoint;
 use dcenet_ebpf::abi::{Guarded, Sender};
-use dcenet_ebpf::attach::{AttachError, TcxAttacher};
+use dcenet_ebpf::attach::{AttachError, Attached, TcxAttacher};
 use dcenet_ebpf::datapath::guard;
 use dcenet_ebpf::loader::Loader;
 use dcenet_ebpf::maps::{HashTable, Map, MapError};
@@ -136,13 +136,17 @@ impl Guards {
         self.get().is_some_and(|guard| guard.covers(id))
     }
 
-    /// As [`Guards::covers`], looked at now; where it is not, why.
-    pub(crate) fn holds(&self, id: AttachmentId) -> Result<Result<(), Refusal>, EnforcerError> {
+    /// As [`Guards::covers`], looked at now, with the programs of others that frames meet before the guard; where it is not, why.
+    pub(crate) fn holds(
+        &self,
+        host: &NetNs,
+        id: AttachmentId,
+    ) -> Result<Result<Vec<Attached>, Refusal>, EnforcerError> {
         let guard = self.get();
         if let Some(guard) = &guard
             && guard.holds(id)?
         {
-            return Ok(Ok(()));
+            return Ok(Ok(guard.before(host, id)?));
         }
         if let Some(refusal) = self.refused.lock().get(&id) {
             return Ok(Err(refusal.clone()));
@@ -183,6 +187,23 @@ impl Guards {
         }
         Ok(())
     }
+}
+
+/// Whether what an owner has left judges an endpoint on its parent, for one who asks while no owner runs: by what is pinned alone,
+/// so that programs of others ahead of the guard stay unseen.
+pub(crate) fn is_pinned(pins: &Pins, endpoint: &Endpoint) -> Result<bool, EnforcerError> {
+    let Some(fd) = pins.get(guard::SENDERS)? else { return Ok(false) };
+    let map = Map::from_fd(fd).map_err(|e| EnforcerError::map(guard::SENDERS, e))?;
+    let table: HashTable<Sender, Guarded> = HashTable::new(map).map_err(senders)?;
+    let links = TcxAttacher::new(pins.clone());
+    let id = endpoint.attachment.id().get();
+    for (sender, guarded) in table.entries().map_err(senders)? {
+        let is_its = guarded.attachment == id && sender.mac == endpoint.mac.bytes();
+        if is_its && parents::has_links(&links, sender.parent)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 impl Shared {

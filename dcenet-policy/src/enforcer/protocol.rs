@@ -31,13 +31,14 @@ use std::path::{Path, PathBuf};
 
 use dcenet_core::model::AttachmentKey;
 use dcenet_core::provider::{Endpoint, Enforcement};
+use dcenet_ebpf::attach::{Attached, Owner};
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Serialize};
 
 use super::config::{DefaultVerdict, Limit};
 
 /// The latest version of this protocol.
-pub const VERSION: u32 = WITH_GUARDS;
+pub const VERSION: u32 = WITH_STRANGERS;
 
 /// The first version that tells of devices in pods.
 const WITH_PODS: u32 = 2;
@@ -47,6 +48,9 @@ const WITH_ENFORCEMENT: u32 = 3;
 
 /// The first version that wants guards.
 const WITH_GUARDS: u32 = 4;
+
+/// The first version that tells of programs ahead of a guard.
+const WITH_STRANGERS: u32 = 5;
 
 /// The longest message in bytes, its length not counted: room for every label that Kubernetes lets a pod have.
 pub const MAX_MESSAGE: usize = 512 * 1024;
@@ -79,6 +83,7 @@ impl Message for Request {
 impl Message for Reply {
     fn version(&self) -> u32 {
         match self {
+            Self::Holds { ahead, .. } if !ahead.is_empty() => WITH_STRANGERS,
             Self::Holds { reason: Some(_), .. } => WITH_GUARDS,
             _ => FIRST_VERSION,
         }
@@ -118,6 +123,30 @@ pub enum Request {
     },
 }
 
+/// A program of somebody else on a guarded parent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stranger {
+    /// What the kernel calls it, where it has a name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// The hash of its instructions, where it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tag: Option<[u8; 8]>,
+    /// The program and its place, for who reads it.
+    pub text: String,
+}
+
+impl From<&Attached> for Stranger {
+    fn from(attached: &Attached) -> Self {
+        let name = match &attached.owner {
+            Owner::Foreign(name) => name.clone(),
+            _ => None,
+        };
+        Self { name, tag: attached.tag, text: attached.to_string() }
+    }
+}
+
 /// What the owner answers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
@@ -136,6 +165,9 @@ pub enum Reply {
         /// Why it is not what was wanted, where that will not change by itself.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         reason: Option<String>,
+        /// What its frames meet on the parent before the guard.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        ahead: Vec<Stranger>,
     },
     /// The limit has passed, or waiting is useless, and the verdicts before stand.
     Waiting {
@@ -394,20 +426,30 @@ mod tests {
         assert!(wanted.starts_with(br#"{"version":4,"#) && wanted.ends_with(br#""guarded":true}}}"#), "{wanted:?}");
         let asked = encode(&Request::Enforcement { attachment: key("c1") }).unwrap();
         assert!(asked.starts_with(br#"{"version":3,"body":{"enforcement":{"attachment":{"#), "{asked:?}");
-        let holds = encode(&Reply::Holds { enforcement: Enforcement::Guarded, reason: None }).unwrap();
+        let holds =
+            encode(&Reply::Holds { enforcement: Enforcement::Guarded, reason: None, ahead: Vec::new() }).unwrap();
         assert_eq!(holds, br#"{"version":1,"body":{"holds":{"enforcement":"guarded"}}}"#);
-        let why = Reply::Holds { enforcement: Enforcement::EgressBypassable, reason: Some("no".to_owned()) };
+        let why = Reply::Holds {
+            enforcement: Enforcement::EgressBypassable,
+            reason: Some("no".to_owned()),
+            ahead: Vec::new(),
+        };
         let not = br#"{"version":4,"body":{"holds":{"enforcement":"egressBypassable","reason":"no"}}}"#;
         assert_eq!(encode(&why).unwrap(), not);
         assert_eq!(decode::<Reply>(not).unwrap(), why);
+        let tracer = Stranger { name: Some("tracer".to_owned()), tag: None, text: "tracer on tcx".to_owned() };
+        let met = Reply::Holds { enforcement: Enforcement::Guarded, reason: None, ahead: vec![tracer] };
+        let told = encode(&met).unwrap();
+        assert!(told.starts_with(br#"{"version":5,"#) && told.ends_with(br#""text":"tracer on tcx"}]}}}"#), "{told:?}");
+        assert_eq!(decode::<Reply>(&told).unwrap(), met);
         let none = decode::<Request>(br#"{"version":0,"body":"noted"}"#).unwrap_err();
         assert!(matches!(none, ProtocolError::Version { theirs: 0 }));
     }
 
     #[test]
     fn another_version_is_named_whatever_its_body() {
-        let error = decode::<Request>(br#"{"version":5,"body":{"something":["new"]}}"#).unwrap_err();
-        assert!(matches!(error, ProtocolError::Version { theirs: 5 }));
+        let error = decode::<Request>(br#"{"version":6,"body":{"something":["new"]}}"#).unwrap_err();
+        assert!(matches!(error, ProtocolError::Version { theirs: 6 }));
         let error = decode::<Request>(br#"{"version":2,"body":{"something":["new"]}}"#).unwrap_err();
         assert!(matches!(error, ProtocolError::Malformed(_)));
     }

@@ -22,7 +22,7 @@ use super::flows::Names;
 use super::guard::{Guards, Judge, Refusal};
 use super::inside::{Holds, Inside, InsideLink, on_device};
 use super::node::{NodeMaps, default_pin, load_default, pin_defaults};
-use super::protocol::{Reply, Request};
+use super::protocol::{Reply, Request, Stranger};
 use super::server::Answer;
 use super::sweep::{self, Listener};
 use super::{EndpointStatus, EnforcerConfig, EnforcerError, Phase, Report, Tools, open_pins};
@@ -479,11 +479,16 @@ impl Shared {
         };
         let enforcement = endpoint.enforcement();
         if endpoint.place.is_host() || !guarded {
-            return Reply::Holds { enforcement, reason: None };
+            return Reply::Holds { enforcement, reason: None, ahead: Vec::new() };
         }
-        match self.guards.holds(attachment.id()) {
-            Ok(Ok(())) => Reply::Holds { enforcement: Enforcement::Guarded, reason: None },
-            Ok(Err(Refusal { reason, may_pass: false })) => Reply::Holds { enforcement, reason: Some(reason) },
+        match self.guards.holds(&self.host.0, attachment.id()) {
+            Ok(Ok(ahead)) => {
+                let ahead = ahead.iter().map(Stranger::from).collect();
+                Reply::Holds { enforcement: Enforcement::Guarded, reason: None, ahead }
+            }
+            Ok(Err(Refusal { reason, may_pass: false })) => {
+                Reply::Holds { enforcement, reason: Some(reason), ahead: Vec::new() }
+            }
             Ok(Err(Refusal { reason, may_pass: true })) => Reply::Busy { reason: format!("{NO_GUARD}: {reason}") },
             Err(error) => Reply::Busy { reason: format!("{NO_GUARD}: {error}") },
         }

@@ -10,11 +10,15 @@ use dcenet_core::netns::NetNs;
 use dcenet_core::provider::{Enforcement, PolicySink};
 use dcenet_core::test_support::{Rung, ping, require_with};
 use dcenet_ebpf::abi::{self, Reason};
-use dcenet_ebpf::attach::{Attacher, Direction, Hook, PinnedLink, TcxAttacher};
+use dcenet_ebpf::asm::Asm;
+use dcenet_ebpf::attach::{Attacher, Direction, Hook, PinnedLink, TcxAttacher, verdict};
 use dcenet_ebpf::datapath::guard::{JUDGES, NAMESPACES, SENDERS};
+use dcenet_ebpf::insn;
 use dcenet_ebpf::maps::{HashTable, Map, Put};
+use dcenet_ebpf::object::ProgramKind;
 use dcenet_ebpf::pin::Pins;
 use dcenet_ebpf::probe::Features;
+use dcenet_ebpf::program::Program;
 use dcenet_policy::enforcer::{DefaultVerdict, Phase, PinnedDefault, PolicyConfig, Require};
 
 use crate::frames::{Arrivals, frame};
@@ -436,6 +440,32 @@ fn who_wants_a_guard_gets_it_or_is_refused() {
         world.udp("web", "db", 5353, true);
         let asked = world.questions(5353);
         assert_eq!(asked, [(1, 1), (1, 1)], "of both families");
+        // What somebody puts ahead of the guard is told of, unless the operator knows it.
+        let mut code = Asm::program("tracer", ProgramKind::Classifier);
+        code.ret(verdict::OK);
+        let tracer =
+            Program::load(ProgramKind::Classifier, "tracer", &insn::encode(code.finish().unwrap().insns())).unwrap();
+        let pins = Pins::open(world.host.directory().join("tracer")).unwrap();
+        let (tcx, root) = (TcxAttacher::new(pins.clone()), world.host.root());
+        let hook = Hook { device: root.link("up0").unwrap().index, direction: Direction::Egress };
+        root.run(|| tcx.attach(hook, &tracer, "tracer")).unwrap();
+        let told = world.missing("web").expect("it is told");
+        assert!(told.contains("\"tracer\" on tcx") && told.contains("before the guard"), "{told}");
+        for (known, accepted) in [("tracer", true), ("trace", false)] {
+            let policy = PolicyConfig {
+                pins: world.host.directory().join("bpf"),
+                require: Require::Guarded,
+                ahead: vec![known.parse().unwrap()],
+                ..PolicyConfig::default()
+            };
+            let sink = PinnedDefault::new(&policy, &world.host.run_dir());
+            let endpoint = world.endpoint("web");
+            let told = world.pod("web").run(|| sink.missing(&endpoint)).unwrap();
+            assert_eq!(told.is_none(), accepted, "{known}: {told:?}");
+        }
+        assert!(root.run(|| tcx.detach(hook)).unwrap());
+        pins.unmount().unwrap();
+        assert_eq!(world.missing("web"), None);
         // The twin of a check that finds nothing.
         world.release_guards();
         assert!(world.missing("web").expect("it is told").contains("no guard is on the parent"));
@@ -450,8 +480,14 @@ fn who_wants_a_guard_gets_it_or_is_refused() {
         assert!(error.contains("policy.require \"guarded\"") && error.contains("Linux 6.13"), "{error}");
         assert_eq!(world.links("web").len(), 0);
     }
-    // Nobody else can put it there.
+    // What is there is there without an owner, too, but nobody else can put it there.
     drop(owner);
+    if has_guards() {
+        assert_eq!(world.missing("web"), None);
+        world.release_guards();
+        let told = world.missing("web").expect("it is told");
+        assert!(told.contains("no guard is on the parent of eth0") && told.contains("does not run"), "{told}");
+    }
     let error = world.try_add("alone", 8, &[]).unwrap_err();
     assert!(error.contains("the policy owner does not run"), "{error}");
     assert_eq!(world.links("alone").len(), 0);

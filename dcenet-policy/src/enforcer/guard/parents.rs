@@ -8,7 +8,7 @@ use dcenet_core::netlink::Family;
 use dcenet_core::netns::{NetNs, NetNsId};
 use dcenet_core::provider::{Endpoint, Place};
 use dcenet_ebpf::abi::{Guarded, Namespace, Sender};
-use dcenet_ebpf::attach::{AttachError, Attacher, Direction, Hook, TcxAttacher};
+use dcenet_ebpf::attach::{AttachError, Attached, Attacher, Direction, Hook, TcxAttacher};
 use dcenet_ebpf::datapath::{DatapathError, Slot, guard};
 use dcenet_ebpf::loader::{LoadRequest, Loader};
 use dcenet_ebpf::maps::{HashTable, Map, MapError, ProgramArray, Put};
@@ -263,12 +263,7 @@ impl Guard {
 
     /// Whether a parent has both links now.
     fn look_at(&self, covered: &mut Covered, parent: u32) -> Result<bool, AttachError> {
-        let links = self.links.links_of(|of| of == label(parent))?;
-        let lives = |direction| {
-            let is_it = |device: IfIndex| device.get() == parent;
-            links.iter().any(|link| link.direction == direction && link.device.is_some_and(is_it))
-        };
-        let both = lives(Direction::Ingress) && lives(Direction::Egress);
+        let both = has_links(&self.links, parent)?;
         covered.parents.remove(&parent);
         covered.parents.extend(both.then_some(parent));
         Ok(both)
@@ -288,6 +283,20 @@ impl Guard {
         let Some(pod) = covered.pods.get(&id).copied() else { return Ok(false) };
         let is_written = self.senders.load(&pod.sender).map_err(senders)? == Some(pod.guarded);
         Ok(self.look_at(&mut covered, pod.sender.parent)? && is_written)
+    }
+
+    /// Programs of others that frames of a pod meet on its parent before the guard.
+    pub(super) fn before(&self, host: &NetNs, id: AttachmentId) -> Result<Vec<Attached>, EnforcerError> {
+        let parent = self.covered.lock().pods.get(&id).and_then(|pod| IfIndex::new(pod.sender.parent));
+        let Some(device) = parent else { return Ok(Vec::new()) };
+        let before = host.run_here_or_there(|| {
+            let mut all = Vec::new();
+            for direction in [Direction::Ingress, Direction::Egress] {
+                all.extend(self.links.before(Hook { device, direction })?);
+            }
+            Ok::<_, AttachError>(all)
+        })??;
+        Ok(before)
     }
 
     pub(super) fn shut(&self, id: AttachmentId) -> Result<(), EnforcerError> {
@@ -379,6 +388,16 @@ impl Guard {
         }
         first.map_or(Ok(()), Err)
     }
+}
+
+/// Whether a parent has both links now.
+pub(super) fn has_links(links: &TcxAttacher, parent: u32) -> Result<bool, AttachError> {
+    let links = links.links_of(|of| of == label(parent))?;
+    let lives = |direction| {
+        let is_it = |device: IfIndex| device.get() == parent;
+        links.iter().any(|link| link.direction == direction && link.device.is_some_and(is_it))
+    };
+    Ok(lives(Direction::Ingress) && lives(Direction::Egress))
 }
 
 /// The parent of an endpoint's macvlan, and the cookie of its namespace; none where that cannot be reached.
