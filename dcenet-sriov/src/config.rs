@@ -321,12 +321,13 @@ impl Capabilities {
 /// What drivers refuse and do not tell by leaving it out: drivers/net/ethernet/intel/igb/igb_main.c (`igb_ndo_set_vf_vlan`,
 /// `igb_ndo_set_vf_bw`), intel/ixgbe/ixgbe_sriov.c (`ixgbe_ndo_set_vf_vlan`, `ixgbe_ndo_set_vf_bw`),
 /// intel/i40e/i40e_virtchnl_pf.c (`i40e_ndo_set_vf_port_vlan`, `i40e_ndo_set_vf_bw`),
-/// mellanox/mlx5/core/en_main.c (`mlx5e_set_vf_vlan`).
+/// mellanox/mlx5/core/en_main.c (`mlx5e_set_vf_vlan`), broadcom/bnx2x/bnx2x_main.c (`bnx2x_netdev_ops`).
 const REFUSALS: &[(&str, &[Attribute])] = &[
     ("igb", &[Attribute::Protocol, Attribute::MinRate, Attribute::LinkState]),
     ("ixgbe", &[Attribute::Protocol, Attribute::MinRate]),
     ("i40e", &[Attribute::Protocol, Attribute::MinRate]),
     ("mlx5_core", &[Attribute::Protocol]),
+    ("bnx2x", &[Attribute::Protocol, Attribute::MinRate, Attribute::MaxRate]),
 ];
 
 #[cfg(test)]

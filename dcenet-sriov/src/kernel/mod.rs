@@ -25,6 +25,7 @@ use crate::address::{PciAddress, VfIndex};
 /// A kernel with virtual functions: Linux, or a model of it.
 ///
 /// Every call is synchronous and takes effect, or fails, as a whole, except where it says otherwise. The implementations
+/// pass the same suite (`test_support::conformance`). The implementations
 /// pass the same suite (`test_support::conformance`).
 ///
 /// Bed: modelled, igb, and netdevsim for what a port keeps.
@@ -81,8 +82,8 @@ pub trait Kernel: fmt::Debug + Send + Sync {
     /// changes are made there, in the same message. Its index changes where it is taken there: find it by the function.
     ///
     /// # Errors
-    /// [`ErrorClass::Exists`] where the name that the device has is taken there, and it did not move; where only `name` is,
-    /// it has moved and kept its name.
+    /// [`ErrorClass::Exists`] where names are taken there. It has moved and kept its name where `name` alone is; it has not
+    /// moved where its own name is, too, or one of its alternative names (`__dev_change_net_namespace` in net/core/dev.c).
     fn move_netdev(
         &self,
         from: &Namespace,
@@ -141,7 +142,7 @@ pub trait Kernel: fmt::Debug + Send + Sync {
     fn vf_addresses(&self, port: PciAddress) -> Result<Vec<(VfIndex, PciAddress)>, KernelError>;
 
     /// Begins to watch for devices that come, go or change.
-    fn watch(&self) -> Result<Box<dyn Watch>, KernelError>;
+    fn watch(&self) -> Result<Box<dyn Watch + '_>, KernelError>;
 }
 
 /// Tells that something may have changed among the devices since it was made.

@@ -1,5 +1,10 @@
 //! What tests share.
 
+pub mod conformance;
 mod fixture;
+mod flaky;
+mod model;
 
 pub use fixture::{Port, Tree, VfOf};
+pub use flaky::{Fault, FlakyKernel};
+pub use model::{FunctionState, Model, Profile};

@@ -3,4 +3,5 @@
 mod allocation;
 mod igb;
 mod inventory;
+mod modelled;
 mod pools;
