@@ -1,5 +1,6 @@
 //! Links: `struct ifinfomsg` and the `IFLA_*` attributes (`include/uapi/linux/if_link.h`, `net/core/rtnetlink.c`).
 
+use std::fmt;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use super::message::{Attributes, Message, field, number, text};
@@ -130,7 +131,7 @@ pub(crate) struct LinkChange<'a> {
 
 /// Changes an existing link. By index and never by name: in a batch the creation before it may have failed because
 /// somebody else has the name.
-pub(crate) fn set_link(name: &IfName, index: IfIndex, change: &LinkChange<'_>) -> Message {
+pub(crate) fn set_link(name: &dyn fmt::Display, index: IfIndex, change: &LinkChange<'_>) -> Message {
     let LinkChange {
         up,
         alias,
@@ -285,4 +286,4 @@ const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 /// `IFLA_BRPORT_MODE`: hairpin.
 const IFLA_BRPORT_MODE: u16 = 4;
 const IFLA_BRPORT_ISOLATED: u16 = 33;
-const RTEXT_FILTER_SKIP_STATS: u32 = 8;
+pub(super) const RTEXT_FILTER_SKIP_STATS: u32 = 8;

@@ -10,6 +10,7 @@
 mod address;
 mod carrier;
 pub(crate) mod conntrack;
+mod detail;
 mod device;
 mod fault;
 mod link;
@@ -23,12 +24,14 @@ mod route;
 mod rule;
 mod shaping;
 mod socket;
+mod uevent;
 mod vf;
 mod vxlan;
 
 use std::net::IpAddr;
 
 pub use address::AddressView;
+pub use detail::{LinkDetail, LinkSettings};
 pub use device::{
     CreateLinkError, IpvlanFlag, IpvlanMode, LinkKind, MacvlanMode, NetkitMode, NetkitPolicy, NewLink, VlanProtocol,
 };
@@ -38,7 +41,8 @@ pub use neighbour::NeighbourView;
 pub use route::{RouteMetrics, RouteView, RuleView};
 pub use rule::RuleSpec;
 pub use socket::{Failure, Family, NetlinkError, Reply, Socket};
-pub use vf::{Guid, VfChange, VfGuids, VfLinkState, VfRate, VfView, VfVlan};
+pub use uevent::Uevents;
+pub use vf::{Guid, VfChange, VfGuids, VfLinkState, VfListError, VfRate, VfView, VfVlan};
 pub use vxlan::{ForwardingView, VxlanSpec};
 
 #[cfg(feature = "fault-injection")]
@@ -75,6 +79,8 @@ pub fn read_hostile(datagram: &[u8]) {
         let payload = message.payload;
         std::hint::black_box((
             LinkView::parse(payload),
+            LinkDetail::parse(payload),
+            vf::parse_list(payload).is_ok(),
             AddressView::parse(payload),
             RouteView::parse(payload),
             RuleView::parse(payload),

@@ -28,6 +28,7 @@ pub struct Socket {
     inner: netlink_sys::Socket,
     sequence: u32,
     buffer: Vec<u8>,
+    peek: bool,
 }
 
 /// A message that the kernel sent in reply to a request: an echo, or one object of a dump.
@@ -63,12 +64,21 @@ impl Socket {
             Ok(socket)
         };
         let inner = open().map_err(|e| NetlinkError::new("open netlink socket", Failure::Socket(e)))?;
-        Ok(Self { inner, sequence: 0, buffer: Vec::with_capacity(BUFFER) })
+        Ok(Self { inner, sequence: 0, buffer: Vec::with_capacity(BUFFER), peek: false })
     }
 
     /// Sends one request and returns the messages that came before its acknowledgement.
     pub fn request(&mut self, message: &Message) -> Result<Vec<Reply>, NetlinkError> {
         self.batch(std::slice::from_ref(message)).pop().expect("one outcome for one message")
+    }
+
+    /// As [`request`](Self::request), for replies of any length: each is looked at before it is received, which costs one
+    /// more system call.
+    pub fn request_large(&mut self, message: &Message) -> Result<Vec<Reply>, NetlinkError> {
+        self.peek = true;
+        let replies = self.request(message);
+        self.peek = false;
+        replies
     }
 
     /// Sends all requests at once and returns one outcome each, in order.
@@ -308,6 +318,12 @@ impl Socket {
     fn receive(&mut self, mut each: impl FnMut(Received<'_>)) -> Result<(), Failure> {
         loop {
             self.buffer.clear();
+            if self.peek {
+                let look = libc::MSG_PEEK | libc::MSG_TRUNC;
+                let (len, _) = retry(|| self.inner.recv_from(&mut self.buffer, look)).map_err(Failure::Socket)?;
+                self.buffer.clear();
+                self.buffer.reserve(len);
+            }
             let (len, from) =
                 retry(|| self.inner.recv_from(&mut self.buffer, libc::MSG_TRUNC)).map_err(Failure::Socket)?;
             if from.port_number() != 0 {

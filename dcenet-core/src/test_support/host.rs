@@ -59,8 +59,7 @@ impl TestNetNs {
     /// Sets a link up.
     pub fn set_up(&self, name: &str) {
         let index = self.link(name).expect("the link").index;
-        let message =
-            set_link(&name.parse().expect("a name"), index, &LinkChange { up: Some(true), ..Default::default() });
+        let message = set_link(&name, index, &LinkChange { up: Some(true), ..Default::default() });
         let mut socket = self.netns.socket(Family::Route).expect("a netlink socket");
         socket.request(&message).expect("to set the link up");
     }
