@@ -6,6 +6,7 @@
 //!   allocate    which functions somebody gets       pure
 //!   config      what somebody wants of a function    checked before anything is written
 //!   kernel      settings, devices and drivers       netlink and sysfs, or a model of them
+//!   lease       who has which, and that it comes back as it was
 //! ```
 //!
 //! An embedder brings its own tree by [`sysfs::Sysfs`], and its own kernel by [`kernel::Kernel`].
@@ -27,6 +28,7 @@ pub mod allocate;
 pub mod config;
 pub mod inventory;
 pub mod kernel;
+pub mod lease;
 pub mod pool;
 pub mod sysfs;
 #[cfg(feature = "test-support")]

@@ -1,0 +1,102 @@
+//! Why a function cannot be had, or not be given back.
+
+use dcenet_core::journal::LedgerError;
+use dcenet_core::model::AttachmentKey;
+use dcenet_core::provider::ScrubError;
+
+use super::snapshot::Difference;
+use crate::address::PciAddress;
+use crate::kernel::KernelError;
+
+/// Why something could not be done with a function.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LeaseError {
+    /// Somebody has it.
+    #[error("{vf}: {}/{} has it for {} (incarnation {incarnation}); choose another, or release it", owner.network, owner.container, owner.ifname)]
+    Taken {
+        /// The function.
+        vf: PciAddress,
+        /// Who has it.
+        owner: Box<AttachmentKey>,
+        /// The number of the lease.
+        incarnation: u64,
+    },
+    /// Nobody gets it.
+    #[error("{vf} is in quarantine: {reason}; choose another, and recover or readmit it")]
+    Quarantined {
+        /// The function.
+        vf: PciAddress,
+        /// Why.
+        reason: String,
+    },
+    /// The machine has no such function (any more).
+    #[error("{vf}: the function is gone; its port's VF count was changed")]
+    Gone {
+        /// The function.
+        vf: PciAddress,
+    },
+    /// The port's network device is not in the host's namespace, so that its settings can be neither read nor written.
+    #[error(
+        "{vf}: no network device of its port {port} in the host's namespace tells of it; bring the port back there"
+    )]
+    NoPort {
+        /// The function.
+        vf: PciAddress,
+        /// The port.
+        port: PciAddress,
+    },
+    /// Its network device is in none of the namespaces in which it could be.
+    #[error(
+        "{vf}: its network device is in no namespace that can be looked into; it comes back when the last process that uses its namespace ends"
+    )]
+    Hidden {
+        /// The function.
+        vf: PciAddress,
+    },
+    /// It is not what it should be, though nothing was refused.
+    #[error("{vf}: {}; somebody else may configure it, or its driver cannot", list(differences))]
+    Unverified {
+        /// The function.
+        vf: PciAddress,
+        /// What is wrong.
+        differences: Vec<Difference>,
+    },
+    /// What was wanted was refused, and what had been changed was taken back, but for what `rollback` tells.
+    #[error("{}{}", all(errors), rolled_back(rollback))]
+    Refused {
+        /// Why.
+        errors: Vec<LeaseError>,
+        /// What could not be taken back: then the function is in quarantine.
+        rollback: Vec<LeaseError>,
+    },
+    /// The kernel refused.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// Foreign programs may be on its device.
+    #[error(transparent)]
+    Scrub(#[from] ScrubError),
+    /// The ledger refused.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
+}
+
+impl LeaseError {
+    /// Whether another function of the same pool may be had all the same.
+    pub fn is_of_this_function(&self) -> bool {
+        !matches!(self, Self::Ledger(error) if !matches!(error, LedgerError::Busy { .. } | LedgerError::Malformed { .. }))
+    }
+}
+
+fn list(differences: &[Difference]) -> String {
+    differences.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
+/// Several errors as one line.
+pub(super) fn all(errors: &[LeaseError]) -> String {
+    errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; and: ")
+}
+
+fn rolled_back(rollback: &[LeaseError]) -> String {
+    if rollback.is_empty() { String::new() } else { format!("; and it could not be taken back: {}", all(rollback)) }
+}

@@ -1,0 +1,597 @@
+//! Giving a function to somebody, and taking it back as it was.
+//!
+//! ```text
+//!            prepare                    move_to        commit             release
+//!  free --intent written--> prepared --> prepared --> leased --> (brought home, restored, looked at) --> free
+//!                              |   dropped, refused or killed                |  not as it was
+//!                              +---------> taken back ---> free              +---------------> quarantine
+//! ```
+//!
+//! What a function was when the pool first saw it is written down once, in a ledger that outlives processes and reboots.
+//! From then on there is one question, what differs from that, and one answer, change it: whatever a tenant did, whichever
+//! call was killed where. A function that cannot be brought back is kept in quarantine, and nobody gets it.
+//!
+//! Every lease has a number, the incarnation, that no other lease of the function ever has. A release names it: one that
+//! comes late finds that it means nothing any more.
+//!
+//! What differs is written and nothing else, for drivers refuse attributes that they lack even where the value would change
+//! nothing.
+
+mod converge;
+mod error;
+mod record;
+mod snapshot;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use dcenet_core::journal::LedgerError;
+use dcenet_core::model::{AttachmentKey, IfName, MacAddr, Mtu};
+use dcenet_core::provider::DeviceScrub;
+use serde::{Deserialize, Serialize};
+
+pub use error::LeaseError;
+pub use record::{Quarantine, Until};
+pub use snapshot::{Difference, NetdevSnapshot, VfSnapshot};
+
+use crate::address::{PciAddress, VfIndex};
+use crate::kernel::{Kernel, Namespace, NetdevChange, NetdevState, VfChange};
+use converge::Converge;
+use record::{Away, Intent, Standing, Step, VfAccount, VfLedger, VfOpen, VfPage, away, is_committed};
+
+/// Which function it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VfId {
+    /// Its address.
+    pub address: PciAddress,
+    /// Its port's.
+    pub port: PciAddress,
+    /// Its number among the port's functions.
+    pub index: VfIndex,
+}
+
+/// What a function is to be for somebody. What is `None` is not touched.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Wanted {
+    /// What its port keeps.
+    pub port: VfChange,
+    /// The effective Ethernet address, where it is to be another than the administrator's of `port`.
+    pub mac: Option<MacAddr>,
+    /// The MTU.
+    pub mtu: Option<Mtu>,
+    /// Whether it receives all frames. Most drivers want trust for it.
+    pub promisc: Option<bool>,
+    /// Whether it receives all multicast frames. Most drivers want trust for it.
+    pub all_multicast: Option<bool>,
+}
+
+impl Wanted {
+    /// The effective Ethernet address.
+    fn mac(&self) -> Option<MacAddr> {
+        self.mac.or(self.port.mac)
+    }
+}
+
+/// What a function is made when its lease ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Restore {
+    /// What it was when the pool first saw it.
+    #[default]
+    Snapshot,
+    /// The same, but no tag, no limit and no trust, its source addresses checked, its carrier that of its port, and down.
+    Defaults,
+}
+
+/// Functions of this machine and who has them.
+///
+/// Any number of processes may have one on the same state directory: a function is locked while it is worked on.
+///
+/// Bed: modelled.
+#[derive(Clone)]
+pub struct Leases {
+    kernel: Arc<dyn Kernel>,
+    scrub: Option<Arc<dyn DeviceScrub>>,
+    ledger: Arc<VfLedger>,
+    restore: Restore,
+    patience: Duration,
+}
+
+/// A lease that was made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Held {
+    /// The function.
+    pub vf: PciAddress,
+    /// Who has it.
+    pub owner: AttachmentKey,
+    /// The number of the lease.
+    pub incarnation: u64,
+    /// Whether the owner has it, or its making or its end was begun and has not finished.
+    pub committed: bool,
+}
+
+/// What came of giving a function back.
+#[derive(Debug)]
+pub enum Released {
+    /// It is what it was, and free.
+    Clean,
+    /// It is not, and in quarantine.
+    Quarantined(Vec<LeaseError>),
+    /// The machine has no such function any more: nothing is left to restore.
+    Gone,
+    /// No such lease stands. It has ended, or is another's.
+    NotHeld,
+}
+
+/// What a recovery found of one function.
+#[derive(Debug)]
+pub struct Recovered {
+    /// The function, as its file is called.
+    pub key: String,
+    /// What came of it.
+    pub outcome: Outcome,
+}
+
+/// What came of recovering a function.
+#[derive(Debug)]
+pub enum Outcome {
+    /// It is free, and what it was.
+    Free,
+    /// It was not what it was and is now, or its lease was taken back.
+    Restored,
+    /// Somebody has it.
+    Leased(Held),
+    /// The machine has it no more, or has been started anew since.
+    Forgotten,
+    /// It is in quarantine, as before or from now on.
+    Quarantined(Quarantine),
+    /// Somebody works on it now.
+    Busy,
+    /// It could not be recovered. The next recovery tries again.
+    Failed(LeaseError),
+}
+
+impl Leases {
+    /// The leases that are kept below a state directory, which a reboot must not empty. Creates nothing.
+    ///
+    /// # Errors
+    /// Where the boot's id cannot be read.
+    pub fn open(kernel: Arc<dyn Kernel>, state: &Path) -> Result<Self, LedgerError> {
+        let ledger = Arc::new(VfLedger::open(state, "vfs")?);
+        Ok(Self { kernel, scrub: None, ledger, restore: Restore::default(), patience: PATIENCE })
+    }
+
+    /// With what takes foreign programs off devices. Calls come from the calling thread, which must be in the host's
+    /// namespace.
+    pub fn with_scrub(self, scrub: Arc<dyn DeviceScrub>) -> Self {
+        Self { scrub: Some(scrub), ..self }
+    }
+
+    /// With what functions are made when their leases end.
+    pub fn with_restore(self, restore: Restore) -> Self {
+        Self { restore, ..self }
+    }
+
+    /// With another limit of the time that a network device may take to appear when its namespace has ended or its driver
+    /// was bound; 10 s by default.
+    pub fn with_patience(self, patience: Duration) -> Self {
+        Self { patience, ..self }
+    }
+
+    /// Makes a function what somebody wants, with its network device in the host's namespace and down, so that policy can
+    /// be put on it. What an earlier call of a killed process left is taken back first.
+    ///
+    /// # Errors
+    /// The function is what it was before, or in quarantine ([`LeaseError::Refused`]).
+    ///
+    /// # Minimum kernel version
+    /// 5.14: functions are recognised by their address in any namespace.
+    pub fn prepare(&self, owner: &AttachmentKey, vf: VfId, wanted: &Wanted) -> Result<VfLease<'_>, LeaseError> {
+        let mut page = self.ledger.enter(&vf.address.to_string())?;
+        let account = self.account(&mut page, Some(vf))?;
+        if let Some(quarantine) = account.standing.and_then(|standing| standing.quarantine) {
+            return Err(LeaseError::Quarantined { vf: vf.address, reason: quarantine.reason });
+        }
+        if let Some(open) = account.open {
+            if open.boot == self.ledger.boot() && is_committed(&open.steps) {
+                let (owner, incarnation) = (Box::new(open.intent.owner), open.incarnation);
+                return Err(LeaseError::Taken { vf: vf.address, owner, incarnation });
+            }
+            if let Released::Quarantined(errors) = self.take_back(&mut page, vf, &open)? {
+                return Err(LeaseError::Quarantined { vf: vf.address, reason: error::all(&errors) });
+            }
+        }
+        let home = self.home(&mut page, vf)?;
+        let work = self.work(vf, None);
+        if !work.is(&home)? {
+            let errors = work.reach(&home);
+            if !errors.is_empty() {
+                let reason = error::all(&errors);
+                self.quarantine(&mut page, vf, reason.clone())?;
+                return Err(LeaseError::Quarantined { vf: vf.address, reason });
+            }
+        }
+        let intent = Intent { owner: owner.clone(), wanted: wanted.clone() };
+        let incarnation = page.begin(&intent)?;
+        let mut lease = VfLease { leases: self, page: Some(page), vf, incarnation, wanted: wanted.clone() };
+        let errors = work.reach(&home.with(wanted));
+        if errors.is_empty() { Ok(lease) } else { Err(lease.refuse(errors)) }
+    }
+
+    /// Takes a function back from its owner: its network device comes home from wherever it is, everything is made what it
+    /// was, and looked at. The caller has detached its policy before.
+    ///
+    /// A lease that has ended is no error, for DEL is repeated; and whoever was stopped in between cannot take the function
+    /// from a later owner, because the incarnation is another.
+    ///
+    /// # Errors
+    /// Where somebody works on the function now, or the ledger cannot be written. What the kernel refuses is none: the lease
+    /// ends, and the function is in quarantine.
+    pub fn release(&self, owner: &AttachmentKey, vf: PciAddress, incarnation: u64) -> Result<Released, LeaseError> {
+        let Some(mut page) = self.ledger.find(&vf.to_string())? else { return Ok(Released::NotHeld) };
+        let account = self.account(&mut page, None)?;
+        let (Some(open), Some(standing)) = (account.open, account.standing) else { return Ok(Released::NotHeld) };
+        let Some(id) = standing.vf else { return Ok(Released::NotHeld) };
+        if open.incarnation != incarnation || open.intent.owner != *owner {
+            return Ok(Released::NotHeld);
+        }
+        self.take_back(&mut page, id, &open)
+    }
+
+    /// The leases that stand, in the order of the functions' addresses, also unfinished ones. Nothing is locked, and what is
+    /// told may be over.
+    ///
+    /// # Errors
+    /// Where the ledger cannot be read. Unreadable files are left out, for [`recover`](Self::recover) to set aside.
+    pub fn held(&self) -> Result<Vec<Held>, LeaseError> {
+        let mut held = Vec::new();
+        for key in self.ledger.keys()? {
+            let Ok(vf) = key.parse() else { continue };
+            match self.ledger.read(&key) {
+                Ok(account) => {
+                    let open = account.and_then(|account| account.open).filter(|open| open.boot == self.ledger.boot());
+                    held.extend(open.map(|open| holding(vf, open)));
+                }
+                Err(LedgerError::Malformed { .. }) => tracing::warn!(key, "record left out"),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(held)
+    }
+
+    /// Brings every function to an end that is not an owner's whom `keep` knows: takes back leases that were not finished,
+    /// finishes releases that were not, and restores what is nobody's. Called at start and by GC. Repeating it changes
+    /// nothing.
+    ///
+    /// # Errors
+    /// Where the ledger cannot be read. What concerns one function is told of that.
+    pub fn recover(&self, keep: impl Fn(&Held) -> bool) -> Result<Vec<Recovered>, LeaseError> {
+        let mut all = Vec::new();
+        for key in self.ledger.keys()? {
+            let outcome = match self.recover_one(&key, &keep) {
+                Ok(outcome) => outcome,
+                Err(LeaseError::Ledger(LedgerError::Busy { .. })) => Outcome::Busy,
+                Err(error) => Outcome::Failed(error),
+            };
+            all.push(Recovered { key, outcome });
+        }
+        Ok(all)
+    }
+
+    fn recover_one(&self, key: &str, keep: &impl Fn(&Held) -> bool) -> Result<Outcome, LeaseError> {
+        let Some(mut page) = self.ledger.find(key)? else { return Ok(Outcome::Forgotten) };
+        let account = match self.account(&mut page, None) {
+            Ok(account) => account,
+            Err(LeaseError::Quarantined { reason, .. }) => {
+                return Ok(Outcome::Quarantined(Quarantine { reason, until: Until::Readmitted }));
+            }
+            Err(error) => return Err(error),
+        };
+        let Some(standing) = account.standing else { return Ok(Outcome::Forgotten) };
+        let (vf, boot) = match (standing.vf, &standing.quarantine) {
+            (_, Some(quarantine)) if quarantine.until == Until::Readmitted => {
+                return Ok(Outcome::Quarantined(quarantine.clone()));
+            }
+            (Some(vf), _) => (vf, standing.boot),
+            (None, _) => return Ok(Outcome::Forgotten),
+        };
+        if let Some(open) = account.open {
+            if open.boot == self.ledger.boot() && is_committed(&open.steps) {
+                let held = holding(vf.address, open.clone());
+                if keep(&held) {
+                    return Ok(Outcome::Leased(held));
+                }
+            }
+            return Ok(match self.take_back(&mut page, vf, &open)? {
+                Released::Clean => Outcome::Restored,
+                Released::Gone | Released::NotHeld => Outcome::Forgotten,
+                Released::Quarantined(errors) => {
+                    Outcome::Quarantined(Quarantine { reason: error::all(&errors), until: Until::Restored })
+                }
+            });
+        }
+        let Some(home) = standing.home.filter(|_| boot == self.ledger.boot()) else {
+            if standing.quarantine.is_some() {
+                // The machine was started anew, and the function with it.
+                self.forget(&mut page, vf)?;
+            }
+            return Ok(Outcome::Forgotten);
+        };
+        let home = self.restored(home);
+        let work = self.work(vf, None);
+        if standing.quarantine.is_none() && matches!(work.is(&home), Ok(true)) {
+            return Ok(Outcome::Free);
+        }
+        Ok(match self.settle(&mut page, vf, work.reach(&home))? {
+            Released::Clean => Outcome::Restored,
+            Released::Gone | Released::NotHeld => Outcome::Forgotten,
+            Released::Quarantined(errors) => {
+                Outcome::Quarantined(Quarantine { reason: error::all(&errors), until: Until::Restored })
+            }
+        })
+    }
+
+    /// Ends a quarantine: a person has looked at the function, and what it is now is what it is to be from now on.
+    ///
+    /// # Errors
+    /// Where somebody has it or works on it, or it cannot be looked at.
+    pub fn readmit(&self, vf: VfId) -> Result<(), LeaseError> {
+        let mut page = self.ledger.enter(&vf.address.to_string())?;
+        let account = match self.account(&mut page, Some(vf)) {
+            Err(LeaseError::Quarantined { .. }) => page.account()?.clone(),
+            other => other?,
+        };
+        if let Some(open) = account.open {
+            let (owner, incarnation) = (Box::new(open.intent.owner), open.incarnation);
+            return Err(LeaseError::Taken { vf: vf.address, owner, incarnation });
+        }
+        self.see(&mut page, vf).map(drop)
+    }
+
+    /// What the file says. One that is unreadable is set aside, and the function is nobody's until a person has looked at it:
+    /// what it was is not known.
+    fn account(&self, page: &mut VfPage, vf: Option<VfId>) -> Result<VfAccount, LeaseError> {
+        let error = match page.account() {
+            Ok(account) => return Ok(account.clone()),
+            Err(error @ LedgerError::Malformed { .. }) => error,
+            Err(error) => return Err(error.into()),
+        };
+        let Ok(address) = page.key().parse() else { return Err(error.into()) };
+        let reason = format!("what it was is not known: {error}");
+        let quarantine = Some(Quarantine { reason: reason.clone(), until: Until::Readmitted });
+        let aside = page.set_aside(&Standing { vf, boot: self.ledger.boot().to_owned(), home: None, quarantine })?;
+        tracing::error!(vf = page.key(), aside = %aside.display(), %error, "a function's record was unreadable");
+        Err(LeaseError::Quarantined { vf: address, reason })
+    }
+
+    /// What the function is while nobody has it.
+    fn home(&self, page: &mut VfPage, vf: VfId) -> Result<VfSnapshot, LeaseError> {
+        let known = page.account()?.standing.clone();
+        let known = known.filter(|standing| standing.boot == self.ledger.boot() && standing.vf == Some(vf));
+        match known.and_then(|standing| standing.home) {
+            Some(home) => Ok(self.restored(home)),
+            None => self.see(page, vf),
+        }
+    }
+
+    /// Writes down what the function is now, and is to be whenever nobody has it.
+    fn see(&self, page: &mut VfPage, vf: VfId) -> Result<VfSnapshot, LeaseError> {
+        let now = self.work(vf, None).snapshot()?;
+        if now.netdev.is_none() && now.driver.driver.as_deref().is_some_and(|driver| !USER_SPACE.contains(&driver)) {
+            return Err(LeaseError::Hidden { vf: vf.address });
+        }
+        let boot = self.ledger.boot().to_owned();
+        page.stand(&Standing { vf: Some(vf), boot, home: Some(now.clone()), quarantine: None })?;
+        Ok(self.restored(now))
+    }
+
+    fn restored(&self, home: VfSnapshot) -> VfSnapshot {
+        match self.restore {
+            Restore::Snapshot => home,
+            Restore::Defaults => home.with_defaults(),
+        }
+    }
+
+    /// Ends what was begun, whatever it takes.
+    fn take_back(&self, page: &mut VfPage, vf: VfId, open: &VfOpen) -> Result<Released, LeaseError> {
+        let standing = page.account()?.standing.clone();
+        let home = standing.filter(|_| open.boot == self.ledger.boot()).and_then(|standing| standing.home);
+        let Some(home) = home else {
+            // The machine was started anew, and the function with it.
+            self.forget(page, vf)?;
+            page.end()?;
+            return Ok(Released::Gone);
+        };
+        if is_committed(&open.steps) {
+            page.step(&Step::Releasing)?;
+        }
+        let errors = self.work(vf, away(&open.steps)).reach(&self.restored(home));
+        let released = self.settle(page, vf, errors)?;
+        // Last: before, whoever finds the file does all this once more.
+        page.end()?;
+        Ok(released)
+    }
+
+    /// Writes down what came of restoring it.
+    fn settle(&self, page: &mut VfPage, vf: VfId, errors: Vec<LeaseError>) -> Result<Released, LeaseError> {
+        if errors.iter().any(|error| matches!(error, LeaseError::Gone { .. })) {
+            self.forget(page, vf)?;
+            return Ok(Released::Gone);
+        }
+        if !errors.is_empty() {
+            self.quarantine(page, vf, error::all(&errors))?;
+            return Ok(Released::Quarantined(errors));
+        }
+        if let Some(standing) = page.account()?.standing.clone().filter(|standing| standing.quarantine.is_some()) {
+            page.stand(&Standing { quarantine: None, ..standing })?;
+        }
+        Ok(Released::Clean)
+    }
+
+    fn quarantine(&self, page: &mut VfPage, vf: VfId, reason: String) -> Result<(), LeaseError> {
+        let home = page.account()?.standing.clone().and_then(|standing| standing.home);
+        tracing::error!(vf = %vf.address, reason, "a function could not be restored and is in quarantine");
+        let quarantine = Some(Quarantine { reason, until: Until::Restored });
+        Ok(page.stand(&Standing { vf: Some(vf), boot: self.ledger.boot().to_owned(), home, quarantine })?)
+    }
+
+    /// Forgets what the function was: the next one at this address is another.
+    fn forget(&self, page: &mut VfPage, vf: VfId) -> Result<(), LeaseError> {
+        let boot = self.ledger.boot().to_owned();
+        Ok(page.stand(&Standing { vf: Some(vf), boot, home: None, quarantine: None })?)
+    }
+
+    fn work<'a>(&'a self, vf: VfId, away: Option<&'a Away>) -> Converge<'a> {
+        Converge { kernel: &*self.kernel, scrub: self.scrub.as_deref(), vf, away, patience: self.patience }
+    }
+}
+
+impl std::fmt::Debug for Leases {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { kernel, scrub, ledger, restore, patience } = self;
+        f.debug_struct("Leases")
+            .field("kernel", kernel)
+            .field("scrub", &scrub.is_some())
+            .field("ledger", ledger)
+            .field("restore", restore)
+            .field("patience", patience)
+            .finish()
+    }
+}
+
+fn holding(vf: PciAddress, open: VfOpen) -> Held {
+    let committed = is_committed(&open.steps);
+    Held { vf, owner: open.intent.owner, incarnation: open.incarnation, committed }
+}
+
+/// A function that is being given to somebody. Dropped without [`commit`](Self::commit), it is taken back.
+#[derive(Debug)]
+#[must_use = "dropped, it is taken back"]
+pub struct VfLease<'l> {
+    leases: &'l Leases,
+    page: Option<VfPage>,
+    vf: VfId,
+    incarnation: u64,
+    wanted: Wanted,
+}
+
+impl VfLease<'_> {
+    /// The function.
+    pub fn vf(&self) -> VfId {
+        self.vf
+    }
+
+    /// The number of this lease, which [`Leases::release`] must name.
+    pub fn incarnation(&self) -> u64 {
+        self.incarnation
+    }
+
+    /// Its network device in the host's namespace; `None` where its driver makes none.
+    ///
+    /// # Errors
+    /// Where the kernel does not answer.
+    pub fn netdev(&self) -> Result<Option<NetdevState>, LeaseError> {
+        let devices = self.leases.kernel.netdevs(&Namespace::Host, self.vf.address)?;
+        Ok(devices.into_iter().min_by_key(|device| device.index))
+    }
+
+    /// Moves its network device into a namespace under a name, and sets it up there, in one request. That it goes there is
+    /// written down before.
+    ///
+    /// # Errors
+    /// The device is where it was or there; dropping the lease brings it home.
+    pub fn move_to(&mut self, path: &Path, name: &IfName) -> Result<NetdevState, LeaseError> {
+        let kernel = &*self.leases.kernel;
+        let there = Namespace::Path(path.to_owned());
+        let hidden = || LeaseError::Hidden { vf: self.vf.address };
+        let device = self.netdev()?.ok_or_else(hidden)?;
+        self.moving_to(path)?;
+        let up = NetdevChange { up: Some(true), ..NetdevChange::default() };
+        kernel.move_netdev(&Namespace::Host, device.index, &there, name, &up)?;
+        let hidden = || LeaseError::Hidden { vf: self.vf.address };
+        let moved = kernel.netdevs(&there, self.vf.address)?.into_iter().min_by_key(|device| device.index);
+        let moved = moved.ok_or_else(hidden)?;
+        let differs = |what, want: String, is: String| (want != is).then_some(Difference { what, want, is });
+        let mac = self.wanted.mac().or(device.mac);
+        let differences: Vec<_> = [
+            differs("name", name.to_string(), moved.name.to_string()),
+            differs("effectiveMac", format!("{mac:?}"), format!("{:?}", moved.mac)),
+            differs("mtu", device.mtu.to_string(), moved.mtu.to_string()),
+            differs("up", true.to_string(), moved.up.to_string()),
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
+        if differences.is_empty() {
+            Ok(moved)
+        } else {
+            Err(LeaseError::Unverified { vf: self.vf.address, differences })
+        }
+    }
+
+    /// Writes down that somebody else moves its network device into a namespace next.
+    ///
+    /// # Errors
+    /// Where the namespace is gone, or the ledger cannot be written.
+    pub fn moving_to(&mut self, path: &Path) -> Result<(), LeaseError> {
+        let there = Namespace::Path(path.to_owned());
+        let Some(netns) = self.leases.kernel.namespace_id(&there)? else {
+            use crate::kernel::{ErrorClass, KernelError};
+            return Err(KernelError::of_class(format!("look at {there}"), ErrorClass::NamespaceGone).into());
+        };
+        let away = Away { path: path.to_owned(), netns };
+        if let Some(page) = &mut self.page {
+            page.step(&Step::Moving(away))?;
+        }
+        Ok(())
+    }
+
+    /// The owner has it from now on. Returns the number of the lease.
+    ///
+    /// # Errors
+    /// Where the ledger cannot be written: it is taken back.
+    pub fn commit(mut self) -> Result<u64, LeaseError> {
+        if let Some(page) = &mut self.page {
+            page.step(&Step::Committed)?;
+        }
+        self.page = None;
+        Ok(self.incarnation)
+    }
+
+    /// Takes it back because of these errors.
+    fn refuse(&mut self, errors: Vec<LeaseError>) -> LeaseError {
+        let rollback = match self.take_back() {
+            Ok(Released::Quarantined(rollback)) => rollback,
+            Ok(Released::Clean | Released::Gone | Released::NotHeld) => Vec::new(),
+            Err(error) => vec![error],
+        };
+        LeaseError::Refused { errors, rollback }
+    }
+
+    fn take_back(&mut self) -> Result<Released, LeaseError> {
+        let Some(mut page) = self.page.take() else { return Ok(Released::NotHeld) };
+        let Some(open) = page.account()?.open.clone() else { return Ok(Released::NotHeld) };
+        self.leases.take_back(&mut page, self.vf, &open)
+    }
+}
+
+impl Drop for VfLease<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // Nobody knows what state the caller is in. The record is open, and the next call begins with taking it back.
+            return;
+        }
+        match self.take_back() {
+            Ok(Released::Clean | Released::Gone | Released::NotHeld) => {}
+            // It was logged where it was put into quarantine.
+            Ok(Released::Quarantined(_)) => {}
+            Err(error) => tracing::error!(vf = %self.vf.address, %error, "a function waits for its recovery"),
+        }
+    }
+}
+
+/// Drivers that make no network device (`drivers/vfio/pci`, `drivers/uio`).
+const USER_SPACE: [&str; 3] = ["vfio-pci", "uio_pci_generic", "igb_uio"];
+const PATIENCE: Duration = Duration::from_secs(10);
