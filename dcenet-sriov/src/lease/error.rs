@@ -81,13 +81,6 @@ pub enum LeaseError {
     Ledger(#[from] LedgerError),
 }
 
-impl LeaseError {
-    /// Whether another function of the same pool may be had all the same.
-    pub fn is_of_this_function(&self) -> bool {
-        !matches!(self, Self::Ledger(error) if !matches!(error, LedgerError::Busy { .. } | LedgerError::Malformed { .. }))
-    }
-}
-
 fn list(differences: &[Difference]) -> String {
     differences.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }

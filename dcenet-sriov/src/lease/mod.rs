@@ -16,7 +16,29 @@
 //!
 //! What differs is written and nothing else, for drivers refuse attributes that they lack even where the value would change
 //! nothing.
+//!
+//! ```no_run
+//! # use std::path::Path;
+//! # use std::sync::Arc;
+//! use dcenet_sriov::kernel::Kernel;
+//! use dcenet_sriov::lease::{Leases, VfId, Wanted};
+//! # use dcenet_core::model::AttachmentKey;
+//!
+//! # fn add(kernel: Arc<dyn Kernel>, pod: AttachmentKey, vf: VfId) -> Result<(), Box<dyn std::error::Error>> {
+//! let leases = Leases::open(kernel, Path::new("/var/lib/dcenet"))?;
+//! let mut lease = leases.prepare(&pod, vf, &Wanted { mtu: Some(9000.try_into()?), ..Wanted::default() })?;
+//! // Here it is in the host's namespace and down: policy goes on it now.
+//! lease.move_to(Path::new("/run/netns/pod"), &"net1".parse()?)?;
+//! let incarnation = lease.commit()?;
+//! // Later, in another process.
+//! leases.release(&pod, vf.address, incarnation)?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Bed of everything here: modelled, with the quirks of five drivers.
 
+mod choose;
 mod converge;
 mod error;
 mod record;
@@ -31,6 +53,7 @@ use dcenet_core::model::{AttachmentKey, IfName, MacAddr, Mtu};
 use dcenet_core::provider::DeviceScrub;
 use serde::{Deserialize, Serialize};
 
+pub use choose::{ChooseError, Chosen};
 pub use error::LeaseError;
 pub use record::{Quarantine, Until};
 pub use snapshot::{Difference, NetdevSnapshot, VfSnapshot};
@@ -88,8 +111,6 @@ pub enum Restore {
 /// Functions of this machine and who has them.
 ///
 /// Any number of processes may have one on the same state directory: a function is locked while it is worked on.
-///
-/// Bed: modelled.
 #[derive(Clone)]
 pub struct Leases {
     kernel: Arc<dyn Kernel>,
