@@ -32,12 +32,14 @@ pub fn read<T: DeserializeOwned>(path: &str, value: &Value) -> Result<T, Section
 
 /// The known word that is most like `word`, if one is alike at all.
 pub fn suggestion<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let distance = strsim::damerau_levenshtein;
     known
         .into_iter()
-        .map(|candidate| (strsim::damerau_levenshtein(&word.to_lowercase(), &candidate.to_lowercase()), candidate))
-        .filter(|(distance, candidate)| *distance <= 1 + candidate.len() / 4)
+        // Of names that differ in their case alone, as aliases do, the one that is written as the word is.
+        .map(|one| (distance(&word.to_lowercase(), &one.to_lowercase()), distance(word, one), one))
+        .filter(|(distance, _, candidate)| *distance <= 1 + candidate.len() / 4)
         .min()
-        .map(|(_, candidate)| candidate)
+        .map(|(_, _, candidate)| candidate)
 }
 
 /// Serde quotes names in backticks: the first is the unknown one, the others are those that it expected.
