@@ -10,6 +10,7 @@ use super::config::version_of;
 use super::networks::{self, Networks};
 use super::verbs::{Call, journal};
 use super::{CniError, ErrorCode, Invocation, NetConf, Role, SpecVersion, Verb};
+use crate::engine::Removals;
 use crate::model::AttachmentKey;
 use crate::provider::{AddressSource, PolicySink};
 
@@ -35,6 +36,11 @@ pub trait Backends {
     fn stands_alone(&self, conf: &NetConf) -> Result<bool, CniError> {
         let _ = conf;
         Ok(true)
+    }
+
+    /// With whose deletions the call's are done together, where several calls are served at a time.
+    fn removals(&self) -> Option<Arc<Removals>> {
+        None
     }
 
     /// Whether somebody still waits for the answer. Asked once an ADD has its attachment to itself, and before it changes

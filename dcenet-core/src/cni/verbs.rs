@@ -92,7 +92,10 @@ impl<'a> Call<'a> {
             Ok(choice) => choice.as_ref().map(|c| c.sink.clone()),
             Err(error) => Some(Arc::new(Unusable(error.clone()))),
         };
-        let engine = engine(conf, sink)?;
+        let mut engine = engine(conf, sink)?;
+        if let Some(removals) = backends.removals() {
+            engine = engine.removing_with(removals);
+        }
         Ok(Self { invocation, conf, addresses, policy, backends, engine })
     }
 

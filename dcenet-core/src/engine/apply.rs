@@ -630,13 +630,16 @@ impl Engine {
                 }
                 delete(socket, &link)
             }
-            Undo::DeleteLink { end, .. } => {
+            Undo::DeleteLink { end, target } => {
                 let Some(link) = look_up(socket, &end.name)? else { return Ok(()) };
                 if link.mac != Some(end.mac) && link.alias.as_deref() != Some(&mark(key)) {
                     tracing::warn!(%key, link = %end.name, "a link of this name is not of this attachment; left alone");
                     return Ok(());
                 }
-                delete(socket, &link)
+                match &self.removals {
+                    Some(removals) if *target == Target::Host => removals.delete(socket, &link),
+                    _ => delete(socket, &link),
+                }
             }
             Undo::DeleteIdleBridge(end) => {
                 let Some(link) = look_up(socket, &end.name)? else { return Ok(()) };

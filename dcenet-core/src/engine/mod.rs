@@ -11,6 +11,7 @@ mod error;
 mod hold;
 mod lend;
 mod lock;
+mod removal;
 mod steer;
 mod translate;
 mod underlay;
@@ -24,6 +25,7 @@ pub(crate) use self::error::InUse;
 pub use self::error::{AttachError, DetachErrors, StepError, TeardownError};
 pub use self::hold::Hold;
 use self::lock::SharedState;
+pub use self::removal::Removals;
 pub use self::steer::{PodInterface, SteerError, Steering, UnreachableGateway};
 use crate::journal::{Interface, Journal, JournalError, Record};
 use crate::link::{LinkConfig, Policy};
@@ -43,6 +45,7 @@ pub struct Engine {
     policy: Option<Arc<dyn PolicySink>>,
     entry: NamespaceEntry,
     shared: SharedState,
+    removals: Option<Arc<Removals>>,
 }
 
 /// How the engine opens sockets in namespaces of pods.
@@ -127,13 +130,27 @@ impl Engine {
     /// Where the boot id cannot be read.
     pub fn new(host: Host, run: &Path, policy: Option<Arc<dyn PolicySink>>) -> Result<Self, JournalError> {
         let shared = SharedState::default();
-        Ok(Self { host, journal: Journal::open(run)?, policy, entry: NamespaceEntry::default(), shared })
+        Ok(Self {
+            host,
+            journal: Journal::open(run)?,
+            policy,
+            entry: NamespaceEntry::default(),
+            shared,
+            removals: None,
+        })
     }
 
     /// Chooses how namespaces are entered.
     #[must_use]
     pub fn entering(mut self, entry: NamespaceEntry) -> Self {
         self.entry = entry;
+        self
+    }
+
+    /// Has links of the host deleted together with those that others who share `removals` delete at the same time.
+    #[must_use]
+    pub fn removing_with(mut self, removals: Arc<Removals>) -> Self {
+        self.removals = Some(removals);
         self
     }
 
@@ -203,7 +220,7 @@ impl Attached {
 
 impl std::fmt::Debug for Engine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { host, journal, policy, entry, shared: _ } = self;
+        let Self { host, journal, policy, entry, shared: _, removals: _ } = self;
         f.debug_struct("Engine")
             .field("host", host)
             .field("journal", journal)

@@ -235,6 +235,20 @@ fn set_port(port: &IfName, index: IfIndex, what: &str, attribute: u16) -> Messag
     message
 }
 
+/// Puts a link into a group, which has no meaning but for requests about all of its links.
+pub(crate) fn set_group(name: &str, index: IfIndex, group: u32) -> Message {
+    let mut message = new_link(0, format!("put link {name} into a group"), &header(index.get(), 0, 0));
+    message.u32(libc::IFLA_GROUP, group);
+    message
+}
+
+/// Deletes all links of a group. `ENODEV` where it has none.
+pub(crate) fn delete_group(group: u32) -> Message {
+    let mut message = Message::new(libc::RTM_DELLINK, 0, "delete a group of links", &header(0, 0, 0));
+    message.u32(libc::IFLA_GROUP, group);
+    message
+}
+
 /// Deletes a link by index.
 pub(crate) fn delete_link(name: &str, index: IfIndex) -> Message {
     Message::new(libc::RTM_DELLINK, 0, format!("delete link {name}"), &header(index.get(), 0, 0))

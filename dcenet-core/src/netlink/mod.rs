@@ -54,7 +54,8 @@ pub(crate) use conntrack::Flow;
 pub(crate) use device::{create_link, move_link, refused};
 pub(crate) use fault::{Gate, gate};
 pub(crate) use link::{
-    LinkChange, NewVeth, create_bridge, create_veth, delete_link, hairpin, isolate, link_by_name, link_dump, set_link,
+    LinkChange, NewVeth, create_bridge, create_veth, delete_group, delete_link, hairpin, isolate, link_by_name,
+    link_dump, set_group, set_link,
 };
 pub(crate) use neighbour::{add_fabric_neighbour, add_neighbour, delete_neighbour, neighbour_dump};
 pub(crate) use route::{

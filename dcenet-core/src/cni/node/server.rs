@@ -25,6 +25,7 @@ use super::{
 };
 use crate::cni::serve::{PolicyChoice, STDIN_LIMIT, failure, respond};
 use crate::cni::{Backends, CniError, ErrorCode, NetConf};
+use crate::engine::Removals;
 use crate::provider::AddressSource;
 
 /// How long a plugin may be silent before its call has begun: it has nothing to wait for.
@@ -48,6 +49,7 @@ struct Socket {
     file: (u64, u64),
     listener: UnixListener,
     queue: Arc<Queue>,
+    removals: Arc<Removals>,
     stopping: AtomicBool,
 }
 
@@ -117,7 +119,8 @@ fn listen(path: &Path) -> io::Result<Socket> {
         // What went wrong is told; the file is nobody's, and the next start removes it.
         let _ = fs::remove_file(&fresh);
     })?;
-    Ok(Socket { path: path.to_owned(), file, listener, queue: Arc::default(), stopping: AtomicBool::new(false) })
+    let stopping = AtomicBool::new(false);
+    Ok(Socket { path: path.to_owned(), file, listener, queue: Arc::default(), removals: Arc::default(), stopping })
 }
 
 fn work(socket: &Socket, backends: &dyn Backends) {
@@ -127,7 +130,7 @@ fn work(socket: &Socket, backends: &dyn Backends) {
             return;
         }
         let outcome = match accepted {
-            Ok((stream, _)) => serve_one(stream, backends, &socket.queue),
+            Ok((stream, _)) => serve_one(stream, backends, socket),
             Err(error) => {
                 // Out of descriptors, as a rule: others give some back.
                 std::thread::sleep(Duration::from_millis(10));
@@ -164,6 +167,7 @@ impl Request {
 struct Attended<'a> {
     backends: &'a dyn Backends,
     plugin: &'a UnixStream,
+    removals: &'a Arc<Removals>,
 }
 
 impl Backends for Attended<'_> {
@@ -179,6 +183,10 @@ impl Backends for Attended<'_> {
         self.backends.stands_alone(conf)
     }
 
+    fn removals(&self) -> Option<Arc<Removals>> {
+        Some(Arc::clone(self.removals))
+    }
+
     /// A plugin that waits says nothing.
     fn is_awaited(&self) -> bool {
         let said = recv(self.plugin, &mut [0; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT);
@@ -186,7 +194,7 @@ impl Backends for Attended<'_> {
     }
 }
 
-fn serve_one(mut stream: UnixStream, backends: &dyn Backends, queue: &Arc<Queue>) -> io::Result<()> {
+fn serve_one(mut stream: UnixStream, backends: &dyn Backends, socket: &Socket) -> io::Result<()> {
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     check_peer(&stream)?;
@@ -204,7 +212,7 @@ fn serve_one(mut stream: UnixStream, backends: &dyn Backends, queue: &Arc<Queue>
         }
     };
     // Before it is accepted: a plugin that leaves afterwards is followed by another about the same attachment.
-    let place = request.queue(queue);
+    let place = request.queue(&socket.queue);
     stream.write_all(&[ACCEPTED])?;
     let mut go = [0];
     stream.read_exact(&mut go)?;
@@ -212,7 +220,7 @@ fn serve_one(mut stream: UnixStream, backends: &dyn Backends, queue: &Arc<Queue>
         return Err(io::Error::other("it did not say go"));
     }
     let (text, success) = if place.as_ref().is_none_or(|place| place.wait(TURN)) {
-        let backends = Attended { backends, plugin: &stream };
+        let backends = Attended { backends, plugin: &stream, removals: &socket.removals };
         let call = || pollster::block_on(respond(|name| request.get(name), Ok(request.stdin.as_slice()), &backends));
         catch_unwind(AssertUnwindSafe(call)).map_err(|_| io::Error::other("the call panicked"))?
     } else {

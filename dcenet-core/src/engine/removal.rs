@@ -1,0 +1,113 @@
+//! Deleting links of the host together.
+//!
+//! The kernel waits for grace periods of RCU when it deletes a link, under the lock that all changes of links take: 64 pairs
+//! one after the other take more than a second. Of a group of links it deletes all and waits once (`rtnl_group_dellink` in
+//! `net/core/rtnetlink.c`, `unregister_netdevice_many` in `net/core/dev.c`).
+
+use std::collections::HashMap;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use super::apply::delete;
+use super::error::TeardownError;
+use crate::model::IfIndex;
+use crate::netlink::{LinkView, Message, NetlinkError, Socket, delete_group, set_group};
+
+/// Has the links that several threads want deleted at a time deleted together. Shared by the engines of one host.
+///
+/// Nobody waits to be joined: the first is deleted alone, and those that come meanwhile are the next group. Every call
+/// returns when its own link is gone.
+#[derive(Debug, Default)]
+pub struct Removals {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Whether somebody deletes now.
+    busy: bool,
+    next: u64,
+    waiting: Vec<Wanted>,
+    /// What came of those that another deleted: whether they are gone.
+    outcomes: HashMap<u64, bool>,
+}
+
+#[derive(Debug)]
+struct Wanted {
+    ticket: u64,
+    name: String,
+    index: IfIndex,
+}
+
+impl Removals {
+    /// Deletes a link of the host, whose socket this is.
+    pub(super) fn delete(&self, socket: &mut Socket, link: &LinkView) -> Result<(), TeardownError> {
+        let mut state = self.lock();
+        let ticket = state.next;
+        state.next += 1;
+        state.waiting.push(Wanted { ticket, name: link.name.clone(), index: link.index });
+        let all = loop {
+            match state.outcomes.remove(&ticket) {
+                Some(true) => return Ok(()),
+                // Alone it gets an error of its own, if any.
+                Some(false) => {
+                    drop(state);
+                    return delete(socket, link);
+                }
+                None if state.busy => state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                None => break std::mem::take(&mut state.waiting),
+            }
+        };
+        state.busy = true;
+        drop(state);
+        let mut lead = Lead { removals: self, led: all, ticket, gone: false };
+        if lead.led.len() > 1 {
+            lead.gone = delete_together(socket, &lead.led);
+        }
+        if lead.gone { Ok(()) } else { delete(socket, link) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The turn of who deletes. It ends, and those that were led are told, however the thread leaves.
+struct Lead<'a> {
+    removals: &'a Removals,
+    led: Vec<Wanted>,
+    ticket: u64,
+    gone: bool,
+}
+
+impl Drop for Lead<'_> {
+    fn drop(&mut self) {
+        let mut state = self.removals.lock();
+        state.busy = false;
+        let others = self.led.iter().filter(|wanted| wanted.ticket != self.ticket);
+        state.outcomes.extend(others.map(|wanted| (wanted.ticket, self.gone)));
+        drop(state);
+        self.removals.changed.notify_all();
+    }
+}
+
+/// Whether the error means anything but that a link is gone, as with its pod's namespace.
+fn is_there(error: &NetlinkError) -> bool {
+    error.errno() != Some(libc::ENODEV)
+}
+
+/// Whether all of them are gone.
+fn delete_together(socket: &mut Socket, links: &[Wanted]) -> bool {
+    // Drawn for this once, of 2^31, so that no link of anybody else's has it.
+    let group = RandomState::new().build_hasher().finish() as u32 | 1 << 31;
+    let tags: Vec<Message> = links.iter().map(|link| set_group(&link.name, link.index, group)).collect();
+    let mut failed = socket.batch(&tags).into_iter().filter_map(Result::err).find(is_there);
+    if failed.is_none() {
+        failed = socket.request(&delete_group(group)).err().filter(is_there);
+    }
+    if let Some(error) = &failed {
+        tracing::debug!(%error, "links are deleted one by one");
+    }
+    failed.is_none()
+}
