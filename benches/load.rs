@@ -34,6 +34,11 @@ fn main() -> Result<(), Failure> {
     }
     let (elf, rules, instructions) = object()?;
     say(format_args!("{ID}: {rules} rules a direction, {instructions} instructions, {} bytes of ELF", elf.len()));
+    let verified: u32 = {
+        let loaded = AyaLoader.load(&elf, &LoadRequest::default())?;
+        loaded.programs.iter().map(|(_, program)| program.info().verified_instructions).sum()
+    };
+    say(format_args!("{ID}: the verifier looks at {verified} instructions"));
     let runs = rounds(40, 5);
     let mut times = vec![Vec::new(); loaders.len()];
     // The first round warms.
