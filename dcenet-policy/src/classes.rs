@@ -1,7 +1,7 @@
 //! Who an address is, as far as policies can tell.
 //!
-//! Everything that some policy in use asks about a peer is an *atom*: a pod selector, a CIDR block, a node, a port
-//! that the peer names. The *class* of an address is the set of atoms that it satisfies, under a small number. One
+//! Everything that some policy in use asks about a peer is an *atom*: a pod selector, a CIDR block, a group of prefixes,
+//! a node, a backend of a service, a port that the peer names. The *class* of an address is the set of atoms that it satisfies, under a small number. One
 //! [`AddressTable`] for the node turns an address into its class: an exact entry where a pod or node holds the
 //! address, else the longest prefix, else [`ClassId::UNKNOWN`].
 //!
@@ -17,14 +17,15 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::Serialize;
 
 use crate::ids::Ids;
+use crate::ir::Service;
 use crate::isolation::Ambiguous;
 use crate::model::{
-    Action, Cluster, IpBlock, LabelSelector, Labels, NamedPort, NamespaceMatch, Operator, Peer, PodMatch, PodNetwork,
-    Protocol,
+    Action, Catalog, Cluster, Direction, IpBlock, LabelSelector, Labels, NamedPort, NamespaceMatch, Operator, Peer,
+    PodMatch, PodNetwork, Protocol, ServiceId,
 };
 
 /// A class of addresses.
@@ -42,21 +43,48 @@ impl ClassId {
 pub(crate) enum Atom {
     Pods(PodMatch, Claim),
     Block(IpBlock),
+    Group(String, Claim),
+    /// The node of this name.
     Node(String),
-    Port { name: String, protocol: Protocol, port: u16, claim: Claim },
+    Nodes(LabelSelector, Claim),
+    /// A backend of the service, with this port.
+    Backend(ServiceId, Protocol, Option<u16>),
+    Port {
+        name: String,
+        protocol: Protocol,
+        port: u16,
+        claim: Claim,
+    },
 }
 
 impl Atom {
-    /// What a rule asks about a peer.
-    pub(crate) fn of(peer: &Peer, claim: Claim) -> Self {
-        match peer {
+    /// What a rule asks about a peer: one of these, each for its services.
+    pub(crate) fn of(peer: &Peer, direction: Direction, claim: Claim, catalog: &Catalog) -> Vec<(Self, Service)> {
+        let atom = match peer {
             Peer::Pods(pods) => Self::Pods(pods.clone(), claim),
             Peer::Block(block) => Self::Block(block.clone()),
-        }
+            Peer::Group(name) => Self::Group(name.clone(), claim),
+            Peer::Nodes(selector) => Self::Nodes(selector.clone(), claim),
+            Peer::Service(id) => {
+                let backends = catalog.services.get(id).filter(|_| direction == Direction::Egress);
+                let listening: BTreeSet<(Protocol, Option<u16>)> =
+                    backends.into_iter().flatten().map(|backend| (backend.protocol, backend.port)).collect();
+                let atom = |(protocol, port): (Protocol, Option<u16>)| {
+                    let service = match port {
+                        None => Service::all_of(protocol),
+                        Some(port) => Service::Ports { protocol, first: port, last: port },
+                    };
+                    (Self::Backend(id.clone(), protocol, port), service)
+                };
+                return listening.into_iter().map(atom).collect();
+            }
+        };
+        vec![(atom, Service::Any)]
     }
 }
 
-/// Whether a pod that is asked about must be the only one that claims its address.
+/// Whether a pod that is asked about must be the only one that claims its address, and a node's labels or a group be
+/// known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Claim {
     /// It must.
@@ -179,7 +207,7 @@ pub(crate) fn classify(
     atoms: &HashMap<Atom, AtomId>,
     classes: &mut Ids<ClassKey>,
 ) -> Classified {
-    let sets = prefix_sets(atoms);
+    let sets = prefix_sets(&cluster.catalog, atoms);
     let mut used = BTreeSet::new();
     let mut class_of = |key: &ClassKey| {
         let class = if key.is_empty() { ClassId::UNKNOWN } else { ClassId(classes.intern(key)) };
@@ -201,24 +229,40 @@ pub(crate) fn classify(
 }
 
 /// The blocks that hold the addresses of each prefix that no longer prefix here holds.
-fn prefix_sets(atoms: &HashMap<Atom, AtomId>) -> BTreeMap<IpNet, ClassKey> {
+fn prefix_sets(catalog: &Catalog, atoms: &HashMap<Atom, AtomId>) -> BTreeMap<IpNet, ClassKey> {
     #[derive(Default)]
     struct Marks {
-        begin: Vec<AtomId>,
-        end: Vec<AtomId>,
+        begin: Vec<usize>,
+        end: Vec<usize>,
     }
+    let everybody =
+        [IpNet::V4(Ipv4Net::default()), IpNet::V6(Ipv6Net::default())].map(|cidr| IpBlock { cidr, except: Vec::new() });
+    // A group's blocks may overlap, and an exception of one is none of another.
+    let mut owners: Vec<AtomId> = Vec::new();
     let mut marks: BTreeMap<IpNet, Marks> = BTreeMap::new();
     for (atom, id) in atoms {
-        let Atom::Block(IpBlock { cidr, except }) = atom else { continue };
-        if except.iter().any(|hole| hole.contains(cidr)) {
-            continue;
-        }
-        marks.entry(cidr.trunc()).or_default().begin.push(*id);
-        for hole in except {
-            marks.entry(hole.trunc()).or_default().end.push(*id);
+        let blocks = match atom {
+            Atom::Block(block) => std::slice::from_ref(block),
+            Atom::Group(name, claim) => match (catalog.groups.get(name), claim) {
+                (Some(blocks), _) => blocks.as_slice(),
+                (None, Claim::Any) => &everybody,
+                (None, Claim::Sole) => &[],
+            },
+            _ => continue,
+        };
+        for IpBlock { cidr, except } in blocks {
+            if except.iter().any(|hole| hole.contains(cidr)) {
+                continue;
+            }
+            let block = owners.len();
+            owners.push(*id);
+            marks.entry(cidr.trunc()).or_default().begin.push(block);
+            for hole in except {
+                marks.entry(hole.trunc()).or_default().end.push(block);
+            }
         }
     }
-    let mut sets: BTreeMap<IpNet, ClassKey> = BTreeMap::new();
+    let mut sets: BTreeMap<IpNet, Vec<usize>> = BTreeMap::new();
     // Outer prefixes sort before those they hold, so a stack of the open ones finds each one's parent.
     let mut open: Vec<IpNet> = Vec::new();
     for (prefix, Marks { begin, end }) in marks {
@@ -227,12 +271,17 @@ fn prefix_sets(atoms: &HashMap<Atom, AtomId>) -> BTreeMap<IpNet, ClassKey> {
         }
         let mut set = open.last().and_then(|outer| sets.get(outer)).cloned().unwrap_or_default();
         set.extend(begin);
-        set.retain(|id| !end.contains(id));
-        set.sort_unstable();
+        set.retain(|block| !end.contains(block));
         sets.insert(prefix, set);
         open.push(prefix);
     }
-    sets
+    let ids = |blocks: Vec<usize>| {
+        let mut ids: ClassKey = blocks.into_iter().map(|block| owners[block]).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        ids
+    };
+    sets.into_iter().map(|(prefix, blocks)| (prefix, ids(blocks))).collect()
 }
 
 /// The atoms, blocks aside, of each address that a pod or node holds; addresses without any are left out.
@@ -246,6 +295,27 @@ fn exact_sets(cluster: &Cluster, ambiguous: &Ambiguous, atoms: &HashMap<Atom, At
     for (node, addresses) in &cluster.nodes {
         if let Some(id) = atoms.get(&Atom::Node(node.clone())) {
             addresses.iter().for_each(|address| add(address, &[*id]));
+        }
+    }
+    for (atom, id) in atoms {
+        match atom {
+            Atom::Nodes(selector, claim) => {
+                for (node, addresses) in &cluster.nodes {
+                    let holds = match cluster.catalog.node_labels.get(node) {
+                        Some(labels) => selector_holds(selector, labels),
+                        None => *claim == Claim::Any,
+                    };
+                    if holds {
+                        addresses.iter().for_each(|address| add(address, &[*id]));
+                    }
+                }
+            }
+            Atom::Backend(service, protocol, port) => {
+                let backends = cluster.catalog.services.get(service).into_iter().flatten();
+                let listening = backends.filter(|backend| backend.protocol == *protocol && backend.port == *port);
+                listening.for_each(|backend| add(&backend.address, &[*id]));
+            }
+            _ => {}
         }
     }
     let mut by_namespace: HashMap<&str, Vec<(AtomId, &LabelSelector, Claim)>> = HashMap::new();
@@ -353,7 +423,7 @@ mod tests {
             (block("10.1.1.0/24", &[]), 2),
             (block("10.0.0.0/9", &["10.0.0.0/8"]), 3),
         ]);
-        let sets = prefix_sets(&atoms);
+        let sets = prefix_sets(&Catalog::default(), &atoms);
         let of = |prefix: &str| sets[&prefix.parse::<IpNet>().unwrap()].clone();
         assert_eq!(of("10.0.0.0/8"), [1]);
         assert_eq!(of("10.1.0.0/16"), [0; 0]);

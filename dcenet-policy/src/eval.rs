@@ -10,8 +10,9 @@ use std::net::IpAddr;
 use serde::Serialize;
 
 use crate::model::{
-    Action, Cluster, Direction, IpBlock, LabelSelector, Labels, NamespaceMatch, Operator, Peer, Peers, Pod, PodId,
-    PodMatch, PodNetwork, Policy, PolicyId, PortMatch, PortSpec, Ports, Rule, RuleRef, Tier, TierEnd, Tuple, Verdict,
+    Action, Backend, Cluster, Direction, IpBlock, LabelSelector, Labels, NamespaceMatch, Operator, Peer, Peers, Pod,
+    PodId, PodMatch, PodNetwork, Policy, PolicyId, PortMatch, PortSpec, Ports, Rule, RuleRef, Tier, TierEnd, Tuple,
+    Verdict,
 };
 
 /// A verdict and why.
@@ -221,22 +222,23 @@ impl Question<'_> {
     /// closed. Where a rule passes it may do either: what it matches only for one of the claimants is closed.
     fn apply(&self, rule: &Rule) -> Outcome {
         let sole: &[(&PodId, &Pod)] = if self.claimants.len() > 1 { &[] } else { &self.claimants };
-        let matched = |claimants| self.matches(rule, claimants);
+        let matched = |claimants, sure| self.matches(rule, claimants, sure);
         let decided = |verdict, found: Option<(_, _)>| match found {
             Some((peer, port)) => Outcome::Decided(verdict, peer, port),
             None => Outcome::NoMatch,
         };
         match rule.action {
-            Action::Allow => decided(Verdict::Allow, matched(sole)),
-            Action::Deny => decided(Verdict::Deny, matched(&self.claimants)),
-            Action::Pass if matched(sole).is_some() => Outcome::Pass,
-            Action::Pass => decided(Verdict::Deny, matched(&self.claimants)),
+            Action::Allow => decided(Verdict::Allow, matched(sole, true)),
+            Action::Deny => decided(Verdict::Deny, matched(&self.claimants, false)),
+            Action::Pass if matched(sole, true).is_some() => Outcome::Pass,
+            Action::Pass => decided(Verdict::Deny, matched(&self.claimants, false)),
         }
     }
 
-    /// Which peer and which port match, if the other end is one of these pods. A rule is tried peer by peer, each with all
+    /// Which peer and which port match, if the other end is one of these pods; without being sure also those that match as
+    /// far as is known. A rule is tried peer by peer, each with all
     /// ports, but ports do not depend on which peer matched: the first matching peer is the one to name.
-    fn matches(&self, rule: &Rule, claimants: &[(&PodId, &Pod)]) -> Option<(Option<usize>, Option<usize>)> {
+    fn matches(&self, rule: &Rule, claimants: &[(&PodId, &Pod)], sure: bool) -> Option<(Option<usize>, Option<usize>)> {
         let Self { cluster, pod, tuple, .. } = self;
         let destination: Vec<&Pod> = match tuple.direction {
             Direction::Ingress => vec![pod],
@@ -245,7 +247,7 @@ impl Question<'_> {
         let peer = match &rule.peers {
             Peers::Any => None,
             Peers::OneOf(peers) => {
-                Some(peers.iter().position(|wanted| matches_peer(cluster, wanted, tuple.peer, claimants))?)
+                Some(peers.iter().position(|wanted| matches_peer(cluster, wanted, tuple, claimants, sure))?)
             }
         };
         let port = match &rule.ports {
@@ -277,11 +279,32 @@ fn pods_at(cluster: &Cluster, address: IpAddr) -> Vec<(&PodId, &Pod)> {
     cluster.pods.iter().filter(|(_, pod)| holds(pod)).collect()
 }
 
-fn matches_peer(cluster: &Cluster, peer: &Peer, address: IpAddr, pods: &[(&PodId, &Pod)]) -> bool {
+fn matches_peer(cluster: &Cluster, peer: &Peer, tuple: &Tuple, pods: &[(&PodId, &Pod)], sure: bool) -> bool {
+    let address = tuple.peer;
+    let in_block = |IpBlock { cidr, except }: &IpBlock| {
+        cidr.contains(&address) && !except.iter().any(|hole| hole.contains(&address))
+    };
     match peer {
         Peer::Pods(wanted) => pods.iter().any(|(id, pod)| selects(cluster, wanted, id, pod)),
-        Peer::Block(IpBlock { cidr, except }) => {
-            cidr.contains(&address) && !except.iter().any(|hole| hole.contains(&address))
+        Peer::Block(block) => in_block(block),
+        Peer::Group(name) => match cluster.catalog.groups.get(name) {
+            Some(blocks) => blocks.iter().any(in_block),
+            None => !sure,
+        },
+        Peer::Nodes(selector) => cluster.nodes.iter().any(|(name, addresses)| {
+            let selected = || match cluster.catalog.node_labels.get(name) {
+                Some(labels) => has_labels(selector, labels),
+                None => !sure,
+            };
+            addresses.contains(&address) && selected()
+        }),
+        Peer::Service(id) => {
+            let answers = |backend: &Backend| {
+                let port = backend.port.is_none_or(|port| port == tuple.port);
+                backend.address == address && backend.protocol == tuple.protocol && port
+            };
+            let backends = cluster.catalog.services.get(id);
+            tuple.direction == Direction::Egress && backends.is_some_and(|backends| backends.iter().any(answers))
         }
     }
 }

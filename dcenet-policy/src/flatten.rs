@@ -261,12 +261,16 @@ impl Flattener<'_> {
         claim: Claim,
         entries: usize,
     ) -> Result<Vec<Match>, CompileError> {
-        let peers: Vec<(Option<usize>, Condition)> = match &rule.peers {
-            Peers::Any => vec![(None, Vec::new())],
-            Peers::OneOf(peers) => {
-                peers.iter().enumerate().map(|(at, peer)| (Some(at), vec![self.peer(peer, claim)])).collect()
+        let mut peers: Vec<(Option<usize>, Condition, Service)> = Vec::new();
+        match &rule.peers {
+            Peers::Any => peers.push((None, Vec::new(), Service::Any)),
+            Peers::OneOf(listed) => {
+                for (at, peer) in listed.iter().enumerate() {
+                    let asked = self.peer(peer, direction, claim);
+                    peers.extend(asked.into_iter().map(|(atom, service)| (Some(at), vec![atom], service)));
+                }
             }
-        };
+        }
         let mut services: Vec<(Option<usize>, Option<AtomId>, Service)> = Vec::new();
         match &rule.ports {
             Ports::Any => services.push((None, None, Service::Any)),
@@ -280,12 +284,13 @@ impl Flattener<'_> {
         let new = peers.len().saturating_mul(services.len());
         self.limits.check("entries in one policy set", entries.saturating_add(new), self.limits.entries)?;
         let mut matches = Vec::with_capacity(peers.len() * services.len());
-        for (peer, condition) in peers {
+        for (peer, condition, of_peer) in peers {
             for (port, port_atom, service) in &services {
+                let Some(service) = of_peer.and(*service) else { continue };
                 let mut condition = condition.clone();
                 condition.extend(port_atom);
                 condition.sort_unstable();
-                matches.push(Match { peer, port: *port, condition, service: *service });
+                matches.push(Match { peer, port: *port, condition, service });
             }
         }
         Ok(matches)
@@ -307,14 +312,16 @@ impl Flattener<'_> {
         claim
     }
 
-    fn peer(&mut self, peer: &Peer, claim: Claim) -> AtomId {
+    fn peer(&mut self, peer: &Peer, direction: Direction, claim: Claim) -> Vec<(AtomId, Service)> {
         #[cfg(feature = "test-support")]
         if let Peer::Block(block) = peer
             && self.planted == Some(crate::test_support::PlantedBug::ExceptIgnored)
         {
-            return self.atom(Atom::Block(crate::model::IpBlock { cidr: block.cidr, except: Vec::new() }));
+            let atom = Atom::Block(crate::model::IpBlock { cidr: block.cidr, except: Vec::new() });
+            return vec![(self.atom(atom), Service::Any)];
         }
-        self.atom(Atom::of(peer, claim))
+        let asked = Atom::of(peer, direction, claim, &self.cluster.catalog);
+        asked.into_iter().map(|(atom, service)| (self.atom(atom), service)).collect()
     }
 
     fn port(

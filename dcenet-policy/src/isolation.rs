@@ -201,8 +201,10 @@ impl Refusals {
             for id in key.policies.iter().filter(|id| !key.refused.contains(*id)) {
                 weights.entry((id.clone(), key.direction)).or_insert_with(|| {
                     let policy = cluster.policies.get(id).and_then(|policy| policy.rules(key.direction));
-                    let atoms =
-                        policy.unwrap_or_default().iter().flat_map(|rule| asked(rule, key.direction, named_ports));
+                    let atoms = policy
+                        .unwrap_or_default()
+                        .iter()
+                        .flat_map(|rule| asked(cluster, rule, key.direction, named_ports));
                     atoms.filter(|atom| !known(atom)).count()
                 });
             }
@@ -244,11 +246,12 @@ impl Refusals {
 }
 
 /// What a rule asks about peers.
-fn asked(rule: &Rule, direction: Direction, named_ports: &NamedPorts) -> HashSet<Atom> {
+fn asked(cluster: &Cluster, rule: &Rule, direction: Direction, named_ports: &NamedPorts) -> HashSet<Atom> {
     let mut atoms = HashSet::new();
     for claim in Claim::needed(rule.action) {
         if let Peers::OneOf(peers) = &rule.peers {
-            atoms.extend(peers.iter().map(|peer| Atom::of(peer, *claim)));
+            let of = |peer| Atom::of(peer, direction, *claim, &cluster.catalog).into_iter().map(|(atom, _)| atom);
+            atoms.extend(peers.iter().flat_map(of));
         }
         if let (Direction::Egress, Ports::OneOf(ports)) = (direction, &rule.ports) {
             for port in ports {

@@ -31,6 +31,9 @@
 //! one of them does; a rule that passes denies what it matches for one of them only because it matches a selector or
 //! named port.
 //!
+//! Likewise a node whose labels are not known, and a group of prefixes that is not: a rule that allows by them never
+//! matches, and one that denies or passes denies that node, and for want of the group everybody.
+//!
 //! Replies are not the model's concern: whoever enforces it judges the first packet of a flow.
 
 mod catalog;
@@ -42,11 +45,15 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-pub use catalog::{Catalog, TierEnd, TierSpec};
+pub use catalog::{Backend, Catalog, ServiceId, TierEnd, TierSpec};
 
 /// The label that every namespace carries with its own name
 /// (`k8s.io/api/core/v1`, `LabelMetadataName`; set by the API server since Kubernetes 1.21).
 pub const NAMESPACE_NAME_LABEL: &str = "kubernetes.io/metadata.name";
+
+/// The label that stands for a pod's service account (`PodSpec.serviceAccountName`). No object can have it, nor a
+/// selector of Kubernetes ask for it: a label's key has no `:`.
+pub const SERVICE_ACCOUNT_LABEL: &str = "dcenet:service-account";
 
 /// Labels of a pod or a namespace.
 pub type Labels = BTreeMap<String, String>;
@@ -240,6 +247,13 @@ pub enum Peer {
     Pods(PodMatch),
     /// Addresses, of pods or not.
     Block(IpBlock),
+    /// Addresses of nodes, by the nodes' labels.
+    Nodes(LabelSelector),
+    /// The addresses of one of [`Catalog::groups`].
+    Group(String),
+    /// The backends of one of [`Catalog::services`], at their ports, on egress; on ingress nobody. One that is not known
+    /// has none.
+    Service(ServiceId),
 }
 
 /// Who the other end may be.

@@ -629,3 +629,31 @@ fn a_rule_that_passes_counts_what_it_reaches_and_not_what_it_might() {
     assert_eq!(refused(&update)[0].0, ["admin:pass", "baseline:behind"]);
     assert_eq!(verdicts(&update), [no; 4]);
 }
+
+#[test]
+fn a_group_that_changes_touches_classes_and_no_program() {
+    let block = |cidr: &str| IpBlock { cidr: cidr.parse().unwrap(), except: Vec::new() };
+    let mut cluster = cluster();
+    cluster.policies.clear();
+    let peers = Peers::OneOf(vec![Peer::Group("partners".to_owned())]);
+    cluster.insert_policy(of_tier(
+        Tier::Admin,
+        0,
+        "deny",
+        vec![Rule { action: Action::Deny, peers, ports: Ports::Any }],
+    ));
+    cluster.catalog.groups.insert("partners".to_owned(), vec![block("203.0.113.0/24")]);
+    let mut compiler = Compiler::default();
+    let before = compiler.update(&cluster).unwrap();
+    let from = |update: &dcenet_policy::Update, address: &str| {
+        let question = Tuple::ingress(address.parse().unwrap(), Protocol::TCP, 80);
+        update.decide(&pod("p1"), &question).unwrap().verdict
+    };
+    assert_eq!(["203.0.113.9", "198.51.100.9"].map(|at| from(&before, at)), [Verdict::Deny, Verdict::Allow]);
+    cluster.catalog.groups.insert("partners".to_owned(), vec![block("198.51.100.0/24"), block("2001:db8::/32")]);
+    let after = compiler.update(&cluster).unwrap();
+    assert_eq!(["203.0.113.9", "198.51.100.9"].map(|at| from(&after, at)), [Verdict::Allow, Verdict::Deny]);
+    assert!(!after.table_changes.is_empty());
+    let [old, new] = [&before, &after].map(|update| &update.endpoints[&pod("p1")].ingress);
+    assert!(Arc::ptr_eq(&old.program, &new.program), "the program is as it was");
+}

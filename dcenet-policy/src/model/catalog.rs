@@ -1,23 +1,40 @@
 //! What policies name beside pods and namespaces.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
-use super::Tier;
+use super::{IpBlock, Labels, Protocol, Tier};
 
 /// Everything that policies may refer to by a name of its own.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Catalog {
     /// The tiers beside the three that there always are, by name.
     pub tiers: BTreeMap<String, TierSpec>,
+    /// Groups of prefixes, by name; a group holds an address that one of its blocks holds.
+    pub groups: BTreeMap<String, Vec<IpBlock>>,
+    /// Labels of nodes. Of a node whose labels are not known nobody can say whether a selector holds.
+    pub node_labels: BTreeMap<String, Labels>,
+    /// Who answers for a service.
+    #[serde(serialize_with = "by_text")]
+    pub services: BTreeMap<ServiceId, BTreeSet<Backend>>,
+}
+
+/// JSON's keys are text.
+fn by_text<S: Serializer>(services: &BTreeMap<ServiceId, BTreeSet<Backend>>, to: S) -> Result<S::Ok, S::Error> {
+    to.collect_map(services.iter().map(|(id, backends)| (id.to_string(), backends)))
 }
 
 impl Catalog {
     /// Adds what another one holds; of two of one name the other's counts.
     pub fn extend(&mut self, other: Self) {
-        let Self { tiers } = other;
+        let Self { tiers, groups, node_labels, services } = other;
         self.tiers.extend(tiers);
+        self.groups.extend(groups);
+        self.node_labels.extend(node_labels);
+        self.services.extend(services);
     }
 
     /// What is known of a tier; `None` where policies name one that there is not.
@@ -29,6 +46,39 @@ impl Catalog {
             Tier::Named(name) => self.tiers.get(name).copied(),
         }
     }
+}
+
+/// The name of a service.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct ServiceId {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+}
+
+impl ServiceId {
+    /// Composes the parts.
+    pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+}
+
+impl fmt::Display for ServiceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// Where a service's traffic ends: what a packet is addressed to when the service's own address is translated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct Backend {
+    /// Its address.
+    pub address: IpAddr,
+    /// The protocol.
+    pub protocol: Protocol,
+    /// The port that it listens on; `None` for all of the protocol's.
+    pub port: Option<u16>,
 }
 
 /// A tier's place, and what it leaves to those behind it.

@@ -32,7 +32,10 @@
 //!
 //! A rule with a peer that has none of the fields which are known here fails closed, as the comment of
 //! `ClusterNetworkPolicyIngressPeer` has it: one that accepts matches nothing, and one that denies or passes denies
-//! everything. So do `nodes` and `domainNames`, which this implementation cannot resolve. [`Policies::closed`] names each.
+//! everything. So do `domainNames`, which this implementation cannot resolve. [`Policies::closed`] names each.
+//!
+//! Of `nodes` the labels must be known ([`Catalog::node_labels`](crate::model::Catalog::node_labels)): a node whose labels
+//! are not is matched by rules that deny, and denied by those that pass.
 //!
 //! # What numbers of peers and ports mean
 //!
@@ -376,7 +379,7 @@ fn rules(
             }
         }
         let named = ports.iter().any(|port| matches!(port.port, PortSpec::Named(_)));
-        if named && peers_field == "to" && (!unknown.is_empty() || peers.iter().any(|p| matches!(p, Peer::Block(_)))) {
+        if named && peers_field == "to" && (!unknown.is_empty() || peers.iter().any(|p| !matches!(p, Peer::Pods(_)))) {
             return Err(list.invalid("names of ports need peers that are pods; make two rules of it"));
         }
         let combinations = peers.len().saturating_mul(ports.len().max(1));
@@ -424,7 +427,8 @@ fn peer(at: &At<'_>, peers_field: &str, kind: Kind) -> Result<Known, SourceError
             let block = |item: &At<'_>| Ok(Peer::Block(IpBlock { cidr: prefix(item)?, except: Vec::new() }));
             items.iter().map(block).collect::<Result<_, SourceError>>()?
         }
-        ("nodes" | "domainNames", "to") => return Ok(Known::No(format!("{name} cannot be resolved here"))),
+        ("nodes", "to") => vec![Peer::Nodes(selector(&value)?)],
+        ("domainNames", "to") => return Ok(Known::No(format!("{name} cannot be resolved here"))),
         _ => return Ok(Known::No(format!("{} is not known", join(&at.path, name)))),
     }))
 }

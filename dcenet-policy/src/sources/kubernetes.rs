@@ -4,11 +4,13 @@
 //! | Object | What is read |
 //! |---|---|
 //! | `v1` Namespace | `metadata.name`, `metadata.labels` |
-//! | `v1` Pod | `metadata`: name, namespace (`default` where missing), labels; `spec`: `nodeName`, `hostNetwork`, named ports of containers and of init containers that restart always; `status`: `phase`, `podIP`, `podIPs`, `hostIP`, `hostIPs` |
+//! | `v1` Pod | `metadata`: name, namespace (`default` where missing), labels; `spec`: `nodeName`, `serviceAccountName` (`default` where missing), `hostNetwork`, named ports of containers and of init containers that restart always; `status`: `phase`, `podIP`, `podIPs`, `hostIP`, `hostIPs` |
 //! | `networking.k8s.io/v1` NetworkPolicy | everything, strictly: see [`networkpolicy`] |
 //! | `policy.networking.k8s.io` ClusterNetworkPolicy, AdminNetworkPolicy, BaselineAdminNetworkPolicy | everything, strictly: see [`clusternetworkpolicy`]; rules that are closed are told by [`Documents::closed`] |
 //! | `dcenet.io/v1alpha1` Policy | everything, strictly: see [`native`]; another version of it is refused |
-//! | `dcenet.io/v1alpha1` Tier | everything, strictly: see [`native`] |
+//! | `dcenet.io/v1alpha1` Tier, PrefixGroup | everything, strictly: see [`native`] |
+//! | `v1` Node | `metadata`: name, labels; `status.addresses` that are addresses |
+//! | `discovery.k8s.io/v1` EndpointSlice | `metadata`: namespace, the label `kubernetes.io/service-name`; `addressType`, `endpoints[].addresses`, `ports`; those of no service, and of names, are counted as not used |
 //! | any `List`, also typed ones such as `PodList` | its `items` |
 //! | another kind that is called `...NetworkPolicy` | refused: without it, verdicts would be others than in the cluster |
 //! | any other kind | counted in [`Documents::unused`] |
@@ -25,7 +27,7 @@
 //! | an address that no pod can have: unspecified, loopback, multicast, broadcast | refused |
 //! | `hostNetwork: true` | the pod has its node's addresses, is no subject of policy, and no selector finds it; addresses that may be shared. `hostIPs` count where it has no `podIPs` |
 //!
-//! Nodes are known by what pods say of theirs (`spec.nodeName` with `status.hostIPs`, or a host-network pod's own
+//! Nodes are known by their own objects, and by what pods say of theirs (`spec.nodeName` with `status.hostIPs`, or a host-network pod's own
 //! addresses), since traffic between a pod and its node is allowed. A pod that has its node's address without
 //! `hostNetwork`, as where each pod has a machine of its own (Fargate), has it alone: it is told as no node's.
 //!
@@ -66,8 +68,12 @@ use super::native;
 use super::networkpolicy::{self, KindNeeded, dns_name, one_of, port_number};
 pub use super::notes::{Note, NoteKind};
 use super::objects::{self, Named};
+use super::services;
 use super::text::{self, Lines};
-use crate::model::{Catalog, Cluster, Labels, NamedPort, Pod, PodId, PodNetwork, Policy, PolicyId, Protocol, Tier};
+use crate::model::{
+    Catalog, Cluster, Labels, NamedPort, Pod, PodId, PodNetwork, Policy, PolicyId, Protocol, SERVICE_ACCOUNT_LABEL,
+    Tier,
+};
 
 /// What a set of texts says of a cluster.
 #[derive(Debug, Clone, Default)]
@@ -203,6 +209,7 @@ impl Documents {
             Object::Pod(pod) => ("Pod", pod.id.to_string()),
             Object::Policy(policy) => ("policy", policy.id.to_string()),
             Object::Named(named) => (named.kind, named.name.clone()),
+            Object::Node(node) => ("Node", node.name.clone()),
             Object::Unused(kind) => {
                 *self.unused.entry(kind.clone()).or_default() += 1;
                 return Ok(());
@@ -218,9 +225,30 @@ impl Documents {
             Object::Namespace(name, labels) => drop(self.namespaces.insert(name, labels)),
             Object::Policy(policy) => drop(self.policies.insert(policy.id.clone(), policy)),
             Object::Pod(pod) => self.add_pod(at, *pod)?,
-            Object::Named(named) => self.catalog.extend(named.adds),
+            Object::Named(named) => self.add_named(named),
+            Object::Node(node) => self.add_node(at, *node)?,
             Object::Unused(_) => {}
         }
+        Ok(())
+    }
+
+    /// A service may have many slices.
+    fn add_named(&mut self, Named { mut adds, .. }: Named) {
+        for (service, backends) in &mut adds.services {
+            backends.extend(self.catalog.services.get(service).into_iter().flatten());
+        }
+        self.catalog.extend(adds);
+    }
+
+    fn add_node(&mut self, at: &At<'_>, ReadNode { name, labels, addresses }: ReadNode) -> Result<(), SourceError> {
+        let status = at.some_fields()?.field("status");
+        for address in &addresses {
+            self.hold(&status, *address, Holder::Node(name.clone()))?;
+        }
+        if !addresses.is_empty() {
+            self.nodes.entry(name.clone()).or_default().extend(addresses);
+        }
+        self.catalog.node_labels.insert(name, labels);
         Ok(())
     }
 
@@ -325,7 +353,14 @@ enum Object {
     Pod(Box<ReadPod>),
     Policy(Policy),
     Named(Named),
+    Node(Box<ReadNode>),
     Unused(String),
+}
+
+struct ReadNode {
+    name: String,
+    labels: Labels,
+    addresses: BTreeSet<IpAddr>,
 }
 
 struct ReadPod {
@@ -369,6 +404,11 @@ fn read<'a>(at: &At<'a>, item: Option<ItemKind<'a>>, objects: &mut Objects<'a>) 
     let kind_needed = if item.is_some() { KindNeeded::No } else { KindNeeded::Yes };
     let object = match (version_text, kind_text) {
         (CORE, "Namespace") => namespace(&fields)?,
+        (CORE, "Node") => Object::Node(Box::new(node(&fields)?)),
+        (services::API_VERSION, services::KIND) => match services::read(&fields)? {
+            Some(slice) => Object::Named(slice),
+            None => Object::Unused(format!("{version_text} {kind_text}")),
+        },
         (CORE, "Pod") => Object::Pod(Box::new(pod(&fields)?)),
         (networkpolicy::API_VERSION, networkpolicy::KIND) => {
             Object::Policy(networkpolicy::read_policy(at, kind_needed)?)
@@ -407,6 +447,19 @@ fn labels(metadata: &Fields<'_>) -> Result<Labels, SourceError> {
         labels.insert(key.to_owned(), value.text()?.to_owned());
     }
     Ok(labels)
+}
+
+fn node(fields: &Fields<'_>) -> Result<ReadNode, SourceError> {
+    let metadata = fields.field("metadata").some_fields()?;
+    let mut addresses = BTreeSet::new();
+    for element in fields.field("status").some_fields()?.field("addresses").elements()? {
+        let element = element.some_fields()?;
+        // The others are names (`NodeAddressType` in k8s.io/api/core/v1).
+        if element.field("type").value.and_then(Value::as_str).is_some_and(|kind| kind.ends_with("IP")) {
+            addresses.insert(address(&element.field("address"))?);
+        }
+    }
+    Ok(ReadNode { name: dns_name(&metadata.field("name"), 253)?.to_owned(), labels: labels(&metadata)?, addresses })
 }
 
 fn pod(fields: &Fields<'_>) -> Result<ReadPod, SourceError> {
@@ -450,7 +503,11 @@ fn pod(fields: &Fields<'_>) -> Result<ReadPod, SourceError> {
     }
     let phase = status.field("phase");
     let finished = phase.value.is_some() && ["Succeeded", "Failed"].contains(&phase.text()?);
-    let pod = Pod { labels: labels(&metadata)?, addresses, ports, node, network, on_segment: false };
+    let account = spec.field("serviceAccountName");
+    let account = if account.value.is_some_and(|name| name != "") { dns_name(&account, 253)? } else { "default" };
+    let mut labels = labels(&metadata)?;
+    labels.insert(SERVICE_ACCOUNT_LABEL.to_owned(), account.to_owned());
+    let pod = Pod { labels, addresses, ports, node, network, on_segment: false };
     Ok(ReadPod { id, pod, node_addresses, finished })
 }
 
@@ -490,7 +547,7 @@ fn addresses(status: &Fields<'_>, single: &str, list: &str) -> Result<BTreeSet<I
     Ok(found)
 }
 
-fn address(at: &At<'_>) -> Result<IpAddr, SourceError> {
+pub(super) fn address(at: &At<'_>) -> Result<IpAddr, SourceError> {
     let parsed: Result<IpAddr, _> = at.text()?.parse();
     let usable = |address: &IpAddr| {
         let mapped = matches!(address, IpAddr::V6(address) if address.to_ipv4_mapped().is_some());

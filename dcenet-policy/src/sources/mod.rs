@@ -11,6 +11,7 @@ pub mod native;
 pub mod networkpolicy;
 mod notes;
 mod objects;
+mod services;
 mod text;
 
 /// Why a text was refused.

@@ -7,6 +7,9 @@
 //! | ICMP by type and code, any protocol by its number | `services` |
 //! | everything but some prefixes, everything but some ports | `notCidrs`, `notPorts` |
 //! | prefixes on ingress, above the policies of namespaces | `cidrs` in `from`, in the tier `admin` |
+//! | an address list of its own, that many rules name | PrefixGroup, `prefixGroups` |
+//! | nodes, services, service accounts | `nodes`, `service`, `serviceAccounts` |
+//! | more tiers | Tier, `spec.tier` |
 //!
 //! # Objects
 //!
@@ -21,9 +24,13 @@
 //!
 //! | Field | Meaning |
 //! |---|---|
-//! | `spec.subject` | `podSelector`, and for the cluster's `namespaceSelector`; what is missing selects all |
-//! | `spec.ingress[].from`, `spec.egress[].to` | missing: anybody. A list of `pods`, `cidrs` or `notCidrs` |
-//! | `pods` | `namespaceSelector` and `podSelector`; without the former the policy's namespace, and for the cluster's all |
+//! | `spec.subject` | `podSelector`, `serviceAccounts`, and for the cluster's `namespaceSelector`; what is missing selects all |
+//! | `spec.ingress[].from`, `spec.egress[].to` | missing: anybody. A list of `pods`, `cidrs`, `notCidrs`, `nodes`, `prefixGroups`, and in `to` `service` |
+//! | `pods` | `namespaceSelector`, `podSelector` and `serviceAccounts`; without the first the policy's namespace, and for the cluster's all |
+//! | `serviceAccounts` | names of the pods' `spec.serviceAccountName`; one that says nothing has `default` |
+//! | `nodes` | a selector for labels of nodes: their addresses, and so pods in their hosts' networks. `{}` selects all nodes. Nodes are those that v1 Node objects or pods tell of; where there is no Node object the labels are not known, so that a rule that allows does not match and one that denies or passes denies |
+//! | `prefixGroups` | names of groups. Of a group that is not given, a rule that allows matches nobody, and one that denies or passes denies everybody |
+//! | `service` | `name` and `namespace` (for a policy of a namespace its own where missing): the addresses of the service's EndpointSlices (`discovery.k8s.io/v1`) with the ports there, for egress is judged after the service's address is translated. All endpoints, ready or not. Without such slices nobody. The rule has no `services` |
 //! | `cidrs`, `except` | addresses of pods or not, but those of the exceptions |
 //! | `notCidrs` | addresses but these. The list names prefixes of both families, or the whole of the one that is not meant (`"::/0"`): what a list of one family should mean for the other cannot be guessed |
 //! | `services` | missing: everything. A list of `protocol` with `ports`, `notPorts`, or `type` and `code` |
@@ -42,9 +49,11 @@
 //! | Tier | `spec.order` | its place, from 1 to 65535: lower ones are tried first, and equal ones by name. `admin` has 1000, `network-policy` 2000, `baseline` 3000. What is behind `network-policy` is not asked for a pod that a policy in there isolates; what is before it comes before traffic of the pod's own node, too |
 //! | | `spec.end` | of pods that a policy of the tier governs in a direction, what no rule decides: `pass` it to the next tier (so where missing), or `deny` it |
 //!
+//! | PrefixGroup | `spec.cidrs`, `spec.except` | prefixes and exceptions, as those of a rule. A change of a group changes classes of addresses, and no program |
+//!
 //! A policy of a tier that is not given closes the pods that it governs, in its directions.
 //!
-//! In a [`RuleRef`](crate::model::RuleRef) each prefix of `cidrs` counts as a peer of its own, `notCidrs` as two (IPv4,
+//! In a [`RuleRef`](crate::model::RuleRef) each prefix of `cidrs` and each of `prefixGroups` counts as a peer of its own, `notCidrs` as two (IPv4,
 //! IPv6), and each port or gap between ports as a port of its own. A [`PolicyId`] begins with `policy/`, as objects of
 //! other kinds may have the same name: `shop/policy/db`, `admin:policy/no-telnet`.
 //!
@@ -90,14 +99,14 @@ use std::collections::BTreeSet;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde_json::Value;
 
-use super::fields::At;
+use super::fields::{At, Fields};
 use super::networkpolicy::{
     KindNeeded, MAX_COMBINATIONS, METADATA, dns_name, is_port_name, one_of, prefix, selector, within,
 };
 use super::{SourceError, text};
 use crate::model::{
-    Action, IpBlock, NamespaceMatch, Peer, Peers, PodMatch, Policy, PolicyId, PortMatch, PortSpec, Ports, Protocol,
-    Rule, Tier, Tuple,
+    Action, IpBlock, NamespaceMatch, Operator, Peer, Peers, PodMatch, Policy, PolicyId, PortMatch, PortSpec, Ports,
+    Protocol, Requirement, Rule, SERVICE_ACCOUNT_LABEL, ServiceId, Tier, Tuple,
 };
 
 /// Reads all policies of a YAML text. It may hold several documents, and `List` or `PolicyList` objects.
@@ -209,12 +218,10 @@ pub(super) fn read_policy(at: &At<'_>, kind_needed: KindNeeded) -> Result<Policy
         }
     };
     let known: &[&str] = match owner {
-        Owner::Namespace(_) => &["podSelector"],
-        Owner::Cluster => &["namespaceSelector", "podSelector"],
+        Owner::Namespace(_) => &["podSelector", "serviceAccounts"],
+        Owner::Cluster => &["namespaceSelector", "podSelector", "serviceAccounts"],
     };
-    let fields = subject.fields(known)?;
-    let namespaces = owner.namespaces(&fields.field("namespaceSelector"))?;
-    let subject = PodMatch { namespaces, pods: selector(&fields.field("podSelector"))? };
+    let subject = pods_of(&subject.fields(known)?, owner)?;
     let rules = |field, peers| {
         let list = spec.field(field);
         list.value.map(|_| rules(&list, peers, owner)).transpose()
@@ -243,8 +250,12 @@ fn rules(at: &At<'_>, peers_field: &'static str, owner: Owner<'_>) -> Result<Vec
             "deny" => Action::Deny,
             _ => Action::Pass,
         };
-        let peers = some(&fields.field(peers_field), "for anybody", |item, peers| peer(item, owner, peers))?;
+        let list = fields.field(peers_field);
+        let peers = some(&list, "for anybody", |item, peers| peer(item, owner, peers_field, peers))?;
         let ports = some(&fields.field("services"), "for everything", service)?;
+        if ports.is_some() && peers.iter().flatten().any(|peer| matches!(peer, Peer::Service(_))) {
+            return Err(list.invalid("has a service, which has ports of its own; make two rules, one without services"));
+        }
         let combinations = peers.as_ref().map_or(1, Vec::len).saturating_mul(ports.as_ref().map_or(1, Vec::len));
         within(&rule.path, rule.document, "combinations of peer and port", combinations, MAX_COMBINATIONS)?;
         rules.push(Rule {
@@ -274,20 +285,57 @@ fn some<T>(
     Ok(Some(found))
 }
 
-fn peer(at: &At<'_>, owner: Owner<'_>, peers: &mut Vec<Peer>) -> Result<(), SourceError> {
-    let fields = at.fields(&["pods", "cidrs", "except", "notCidrs"])?;
+/// Pods by selectors and service accounts.
+fn pods_of(fields: &Fields<'_>, owner: Owner<'_>) -> Result<PodMatch, SourceError> {
+    let namespaces = owner.namespaces(&fields.field("namespaceSelector"))?;
+    let mut pods = selector(&fields.field("podSelector"))?;
+    let accounts = some(&fields.field("serviceAccounts"), "for all", |item, names: &mut Vec<String>| {
+        names.push(dns_name(item, 253)?.to_owned());
+        Ok(())
+    })?;
+    if let Some(accounts) = accounts {
+        let operator = Operator::In(accounts.into_iter().collect());
+        pods.requirements.push(Requirement { key: SERVICE_ACCOUNT_LABEL.to_owned(), operator });
+    }
+    Ok(PodMatch { namespaces, pods })
+}
+
+fn peer(at: &At<'_>, owner: Owner<'_>, peers_field: &'static str, peers: &mut Vec<Peer>) -> Result<(), SourceError> {
+    let fields = at.fields(&["pods", "cidrs", "except", "notCidrs", "nodes", "prefixGroups", "service"])?;
     let (pods, cidrs, except, not) =
         (fields.field("pods"), fields.field("cidrs"), fields.field("except"), fields.field("notCidrs"));
-    if [&pods, &cidrs, &not].iter().filter(|field| field.value.is_some()).count() != 1 {
-        return Err(at.invalid("must have exactly one of pods, cidrs, notCidrs; make several elements of it"));
+    let (nodes, groups, service) = (fields.field("nodes"), fields.field("prefixGroups"), fields.field("service"));
+    let kinds = [&pods, &cidrs, &not, &nodes, &groups, &service];
+    if kinds.iter().filter(|field| field.value.is_some()).count() != 1 {
+        return Err(at.invalid(
+            "must have exactly one of pods, cidrs, notCidrs, nodes, prefixGroups, service; make several elements of it",
+        ));
     }
     if except.value.is_some() && cidrs.value.is_none() {
         return Err(except.invalid("belongs to cidrs; remove it"));
     }
     if pods.value.is_some() {
-        let fields = pods.fields(&["namespaceSelector", "podSelector"])?;
-        let namespaces = owner.namespaces(&fields.field("namespaceSelector"))?;
-        peers.push(Peer::Pods(PodMatch { namespaces, pods: selector(&fields.field("podSelector"))? }));
+        let fields = pods.fields(&["namespaceSelector", "podSelector", "serviceAccounts"])?;
+        peers.push(Peer::Pods(pods_of(&fields, owner)?));
+    } else if nodes.value.is_some() {
+        peers.push(Peer::Nodes(selector(&nodes)?));
+    } else if groups.value.is_some() {
+        let names = some(&groups, "for anybody", |item, names: &mut Vec<Peer>| {
+            names.push(Peer::Group(dns_name(item, 63)?.to_owned()));
+            Ok(())
+        })?;
+        peers.extend(names.into_iter().flatten());
+    } else if service.value.is_some() {
+        if peers_field == "from" {
+            return Err(service.invalid("is for egress; name the pods that may come in"));
+        }
+        let fields = service.fields(&["namespace", "name"])?;
+        let namespace = fields.field("namespace");
+        let namespace = match (owner, namespace.value) {
+            (Owner::Namespace(own), None) => own,
+            _ => dns_name(&namespace, 63)?,
+        };
+        peers.push(Peer::Service(ServiceId::new(namespace, dns_name(&fields.field("name"), 63)?)));
     } else if not.value.is_some() {
         let holes = prefixes(&not)?;
         if holes.iter().all(|hole| hole.addr().is_ipv4()) || holes.iter().all(|hole| hole.addr().is_ipv6()) {
@@ -307,24 +355,31 @@ fn peer(at: &At<'_>, owner: Owner<'_>, peers: &mut Vec<Peer>) -> Result<(), Sour
             return Err(not.invalid("leaves no address; name the prefixes that are meant"));
         }
     } else {
-        let blocks = prefixes(&cidrs)?;
-        let holes = if except.value.is_some() { prefixes(&except)? } else { Vec::new() };
-        for (index, hole) in holes.iter().enumerate() {
-            let inside = |block: &&IpNet| block.contains(hole) && *block != hole;
-            if !blocks.iter().any(|block| inside(&block)) {
-                let items = except.elements()?;
-                return Err(items[index].invalid("must be a strict subset of one of cidrs"));
-            }
-        }
-        for cidr in blocks {
-            let except =
-                holes.iter().copied().filter(|hole| cidr.contains(hole) || hole.contains(&cidr)).collect::<Vec<_>>();
-            if !except.iter().any(|hole| hole.contains(&cidr)) {
-                peers.push(Peer::Block(IpBlock { cidr, except }));
-            }
-        }
+        peers.extend(blocks(&cidrs, &except)?.into_iter().map(Peer::Block));
     }
     Ok(())
+}
+
+/// Prefixes but for their exceptions.
+pub(super) fn blocks(cidrs: &At<'_>, except: &At<'_>) -> Result<Vec<IpBlock>, SourceError> {
+    let blocks = prefixes(cidrs)?;
+    let holes = if except.value.is_some() { prefixes(except)? } else { Vec::new() };
+    for (index, hole) in holes.iter().enumerate() {
+        let inside = |block: &&IpNet| block.contains(hole) && *block != hole;
+        if !blocks.iter().any(|block| inside(&block)) {
+            let items = except.elements()?;
+            return Err(items[index].invalid("must be a strict subset of one of cidrs"));
+        }
+    }
+    let mut found = Vec::new();
+    for cidr in blocks {
+        let except: Vec<IpNet> =
+            holes.iter().copied().filter(|hole| cidr.contains(hole) || hole.contains(&cidr)).collect();
+        if !except.iter().any(|hole| hole.contains(&cidr)) {
+            found.push(IpBlock { cidr, except });
+        }
+    }
+    Ok(found)
 }
 
 fn prefixes(list: &At<'_>) -> Result<Vec<IpNet>, SourceError> {
@@ -445,159 +500,4 @@ const PREFIX: &str = "policy/";
 const DEFAULT_PRIORITY: u16 = 1000;
 
 #[cfg(all(test, feature = "yaml"))]
-mod tests {
-    use super::*;
-
-    fn with_spec(namespace: &str, spec: &str) -> String {
-        format!("{{apiVersion: dcenet.io/v1alpha1, kind: Policy, metadata: {{name: p{namespace}}}, spec: {{{spec}}}}}")
-    }
-
-    #[test]
-    fn ports_and_their_gaps_are_exact() {
-        let ports = |service: &str| {
-            let rule = format!("tier: admin, priority: 0, ingress: [{{action: deny, services: [{service}]}}]");
-            let policy = from_yaml(&with_spec("", &rule)).unwrap().remove(0);
-            let Ports::OneOf(ports) = policy.ingress.unwrap().remove(0).ports else { panic!("all ports of {service}") };
-            let text = |port: &PortMatch| match &port.port {
-                PortSpec::Any => format!("{}", port.protocol),
-                PortSpec::Range { first, last } => format!("{} {first}-{last}", port.protocol),
-                PortSpec::Named(name) => format!("{} {name}", port.protocol),
-            };
-            ports.iter().map(text).collect::<Vec<_>>().join(", ")
-        };
-        assert_eq!(ports("{protocol: tcp}"), "tcp");
-        assert_eq!(
-            ports("{protocol: UDP, ports: [53, 60-70, '99', http-alt]}"),
-            "udp 53-53, udp 60-70, udp 99-99, udp http-alt"
-        );
-        assert_eq!(ports("{protocol: tcp, notPorts: [443]}"), "tcp 0-442, tcp 444-65535");
-        assert_eq!(ports("{protocol: tcp, notPorts: [80-90, 1-79, 85, 65535]}"), "tcp 0-0, tcp 91-65534");
-        assert_eq!(ports("{protocol: sctp, notPorts: [1-65535]}"), "sctp 0-0");
-        assert_eq!(ports("{protocol: icmp, type: 3}"), "icmp 768-1023");
-        assert_eq!(ports("{protocol: icmpv6, type: 1, code: 4}"), "icmpv6 260-260");
-        assert_eq!(ports("{protocol: 47}, {protocol: 6, ports: [1]}"), "47, tcp 1-1");
-    }
-
-    #[test]
-    fn prefixes_and_their_complements_are_exact() {
-        let blocks = |peer: &str| {
-            let rule = format!("tier: admin, priority: 0, ingress: [{{action: deny, from: [{peer}]}}]");
-            let policy = from_yaml(&with_spec("", &rule)).unwrap().remove(0);
-            let Peers::OneOf(peers) = policy.ingress.unwrap().remove(0).peers else { panic!("anybody of {peer}") };
-            let text = |peer: &Peer| match peer {
-                Peer::Block(IpBlock { cidr, except }) => format!("{cidr} but {except:?}"),
-                Peer::Pods(pods) => panic!("{pods:?}"),
-            };
-            peers.iter().map(text).collect::<Vec<_>>().join(", ")
-        };
-        assert_eq!(blocks("{cidrs: [10.0.0.1/8, 'fd00::/8']}"), "10.0.0.0/8 but [], fd00::/8 but []");
-        assert_eq!(
-            blocks("{cidrs: [10.0.0.0/8, 10.1.0.0/24, 'fd00::/8'], except: [10.1.0.0/16]}"),
-            "10.0.0.0/8 but [10.1.0.0/16], fd00::/8 but []",
-            "what an exception covers whole is not there"
-        );
-        assert_eq!(blocks("{notCidrs: [10.0.0.0/8, 'fd00::/8']}"), "0.0.0.0/0 but [10.0.0.0/8], ::/0 but [fd00::/8]");
-        assert_eq!(blocks("{notCidrs: [10.0.0.0/8, '::/0']}"), "0.0.0.0/0 but [10.0.0.0/8]");
-    }
-
-    #[test]
-    fn what_cannot_be_meant_is_refused_by_field() {
-        let refusal = |namespace, spec: &str| from_yaml(&with_spec(namespace, spec)).unwrap_err().to_string();
-        let rule = |rule: &str| refusal("", &format!("tier: admin, priority: 1, egress: [{{action: deny, {rule}}}]"));
-        let cases = [
-            (refusal("", "ingress: []"), "spec.tier: nothing: is required"),
-            (refusal("", "tier: admin, ingress: []"), "spec.priority: nothing: must be a number from 0 to 65535"),
-            (
-                refusal("", "tier: network-policy, priority: 1, ingress: []"),
-                "spec.tier: \"network-policy\": must be admin, baseline or the name of a Tier; add a namespace for this one",
-            ),
-            (
-                refusal(", namespace: shop", "tier: admin, ingress: []"),
-                "spec.tier: \"admin\": must be network-policy in a namespace; remove the namespace for another tier",
-            ),
-            (
-                refusal(", namespace: shop", "priority: 0, ingress: []"),
-                "spec.priority: 0: must be a number from 1 to 65535",
-            ),
-            (
-                refusal(", namespace: shop", "subject: {namespaceSelector: {}}, ingress: []"),
-                "spec.subject.namespaceSelector: unknown field",
-            ),
-            (
-                refusal("", "tier: admin, priority: 1"),
-                "spec: {\"priority\":1,\"tier\":\"admin\"}: must have ingress or egress; an empty list is one",
-            ),
-            (rule("to: []"), "spec.egress[0].to: []: must have at least one element; leave it out for anybody"),
-            (rule("from: [{pods: {}}]"), "spec.egress[0].from: unknown field"),
-            (
-                rule("to: [{pods: {}, cidrs: [10.0.0.0/8]}]"),
-                "spec.egress[0].to[0]: {\"cidrs\":[\"10.0.0.0/8\"],\"pods\":{}}: must have exactly one of pods, cidrs, notCidrs; \
-                 make several elements of it",
-            ),
-            (
-                rule("to: [{pods: {}, except: [10.0.0.0/8]}]"),
-                "spec.egress[0].to[0].except: [\"10.0.0.0/8\"]: belongs to cidrs; remove it",
-            ),
-            (
-                rule("to: [{cidrs: [10.0.0.0/8], except: [10.1.0.0/16, 11.0.0.0/16]}]"),
-                "spec.egress[0].to[0].except[1]: \"11.0.0.0/16\": must be a strict subset of one of cidrs",
-            ),
-            (
-                rule("to: [{notCidrs: [10.0.0.0/8]}]"),
-                "spec.egress[0].to[0].notCidrs: [\"10.0.0.0/8\"]: must name prefixes of both families; add \"::/0\" or 0.0.0.0/0 \
-                 if no address of the other is meant",
-            ),
-            (
-                rule("to: [{notCidrs: [0.0.0.0/0, '::/0']}]"),
-                "spec.egress[0].to[0].notCidrs: [\"0.0.0.0/0\",\"::/0\"]: leaves no address; name the prefixes that are meant",
-            ),
-            (
-                rule("services: [{protocol: tcp, ports: [8000-81o0]}]"),
-                "spec.egress[0].services[0].ports[0]: \"8000-81o0\": must be a number from 1 to 65535, a range",
-            ),
-            (rule("to: [{notCidrs: []}]"), "spec.egress[0].to[0].notCidrs: []: must have at least one prefix"),
-            (
-                rule("services: [{protocol: gre}]"),
-                "spec.egress[0].services[0].protocol: \"gre\": must be tcp, udp, sctp, icmp, icmpv6 or a number from 0 to 255",
-            ),
-            (
-                rule("services: [{ports: [1]}]"),
-                "spec.egress[0].services[0].protocol: nothing: must be tcp, udp, sctp, icmp, icmpv6 or a number from 0 to 255",
-            ),
-            (
-                rule("services: [{protocol: 47, ports: [1]}]"),
-                "spec.egress[0].services[0].ports: [1]: only tcp, udp and sctp have ports; remove it or change protocol",
-            ),
-            (
-                rule("services: [{protocol: icmp, code: 1}]"),
-                "spec.egress[0].services[0].code: 1: needs a type beside it, of icmp or icmpv6; set type or remove it",
-            ),
-            (
-                rule("services: [{protocol: icmp, type: 256}]"),
-                "spec.egress[0].services[0].type: 256: must be a number from 0 to 255",
-            ),
-            (
-                rule("services: [{protocol: tcp, ports: [90-80]}]"),
-                "spec.egress[0].services[0].ports[0]: \"90-80\": must be a number from 1 to 65535, a range such as 8000-8100, or the name \
-                 of a port",
-            ),
-            (
-                rule("services: [{protocol: tcp, notPorts: [http]}]"),
-                "spec.egress[0].services[0].notPorts[0]: \"http\": must be a number or a range: what a name stands for differs by pod",
-            ),
-            (
-                rule("services: [{protocol: tcp, ports: [1], notPorts: [2]}]"),
-                "spec.egress[0].services[0].notPorts: [2]: excludes ports; make two elements of it",
-            ),
-        ];
-        for (told, wanted) in cases {
-            assert!(told.starts_with(&format!("document 0: {wanted}")), "{told}\nwanted: {wanted}");
-        }
-        let twice = [
-            with_spec("", "tier: admin, priority: 1, ingress: []"),
-            with_spec("", "tier: admin, priority: 2, ingress: []"),
-        ];
-        let told = from_yaml(&twice.join("\n---\n")).unwrap_err().to_string();
-        assert_eq!(told, "document 1: metadata: {\"name\":\"p\"}: admin:policy/p is there twice; remove or rename one");
-    }
-}
+mod tests;

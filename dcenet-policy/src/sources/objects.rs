@@ -16,8 +16,9 @@ pub(super) struct Named {
 }
 
 /// The kinds beside [`native::KIND`].
-pub(super) const KINDS: [&str; 1] = [TIER];
+pub(super) const KINDS: [&str; 2] = [TIER, PREFIX_GROUP];
 const TIER: &str = "Tier";
+const PREFIX_GROUP: &str = "PrefixGroup";
 
 /// Reads an object of one of [`KINDS`].
 pub(super) fn read(at: &At<'_>, kind: &str, kind_needed: KindNeeded) -> Result<Named, SourceError> {
@@ -35,7 +36,15 @@ pub(super) fn read(at: &At<'_>, kind: &str, kind_needed: KindNeeded) -> Result<N
     }
     let name = metadata.field("name");
     dns_name(&name, 63)?;
-    tier(&name, &object)
+    if kind == PREFIX_GROUP { prefix_group(&name, &object) } else { tier(&name, &object) }
+}
+
+fn prefix_group(name: &At<'_>, object: &Fields<'_>) -> Result<Named, SourceError> {
+    let spec = object.field("spec").fields(&["cidrs", "except"])?;
+    let blocks = native::blocks(&spec.field("cidrs"), &spec.field("except"))?;
+    let name = name.text()?.to_owned();
+    let groups = [(name.clone(), blocks)].into();
+    Ok(Named { kind: PREFIX_GROUP, name, adds: Catalog { groups, ..Catalog::default() } })
 }
 
 fn tier(name: &At<'_>, object: &Fields<'_>) -> Result<Named, SourceError> {
@@ -62,5 +71,5 @@ fn tier(name: &At<'_>, object: &Fields<'_>) -> Result<Named, SourceError> {
         },
     };
     let tiers = [(text.to_owned(), TierSpec { order: number, end })].into();
-    Ok(Named { kind: TIER, name: text.to_owned(), adds: Catalog { tiers } })
+    Ok(Named { kind: TIER, name: text.to_owned(), adds: Catalog { tiers, ..Catalog::default() } })
 }

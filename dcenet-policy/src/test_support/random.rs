@@ -8,9 +8,9 @@ use ipnet::IpNet;
 use super::Rng;
 use crate::classes::selector_holds;
 use crate::model::{
-    Action, Cluster, Direction, IpBlock, LabelSelector, Labels, NamedPort, NamespaceMatch, Operator, Peer, Peers, Pod,
-    PodId, PodMatch, PodNetwork, Policy, PolicyId, PortMatch, PortSpec, Ports, Protocol, Requirement, Rule, Tier,
-    TierEnd, TierSpec, Tuple,
+    Action, Backend, Cluster, Direction, IpBlock, LabelSelector, Labels, NamedPort, NamespaceMatch, Operator, Peer,
+    Peers, Pod, PodId, PodMatch, PodNetwork, Policy, PolicyId, PortMatch, PortSpec, Ports, Protocol, Requirement, Rule,
+    ServiceId, Tier, TierEnd, TierSpec, Tuple,
 };
 
 const NAMESPACES: [&str; 3] = ["x", "y", "z"];
@@ -18,6 +18,8 @@ const KEYS: [&str; 3] = ["app", "tier", "team"];
 const VALUES: [&str; 3] = ["a", "b", "c"];
 /// With their places: before admin, between admin and NetworkPolicy, before and after baseline.
 const TIERS: [(&str, u16); 4] = [("first", 500), ("second", 1500), ("third", 2500), ("last", 3500)];
+const GROUPS: [&str; 2] = ["partners", "lists"];
+const SERVICES: [&str; 2] = ["db", "dns"];
 const NODES: [&str; 2] = ["n1", "n2"];
 const PORT_NAMES: [&str; 2] = ["web", "dns"];
 const PORTED: [Protocol; 3] = [Protocol::TCP, Protocol::UDP, Protocol::SCTP];
@@ -59,6 +61,7 @@ pub fn cluster(rng: &mut Rng) -> Cluster {
         let policy = policy(rng, number);
         cluster.insert_policy(policy);
     }
+    catalog(rng, &mut cluster);
     for (name, order) in TIERS {
         if rng.chance(5) {
             continue;
@@ -71,6 +74,31 @@ pub fn cluster(rng: &mut Rng) -> Cluster {
         cluster.insert_policy(policy);
     }
     cluster
+}
+
+/// Groups, labels of nodes, and services; now and then one is missing.
+fn catalog(rng: &mut Rng, cluster: &mut Cluster) {
+    for name in GROUPS {
+        if rng.chance(85) {
+            let blocks = (0..rng.below(4)).map(|_| block(rng)).collect();
+            cluster.catalog.groups.insert(name.to_owned(), blocks);
+        }
+    }
+    for node in NODES {
+        if rng.chance(80) {
+            cluster.catalog.node_labels.insert(node.to_owned(), labels(rng));
+        }
+    }
+    for name in SERVICES {
+        let mut backends = BTreeSet::new();
+        for _ in 0..rng.below(4) {
+            let host = 1 + rng.below(10) as u8;
+            let (address, protocol) = (v4(rng, host), *rng.pick(&PORTED));
+            let port = if rng.chance(90) { Some(*rng.pick(&EDGES)) } else { None };
+            backends.insert(Backend { address, protocol, port });
+        }
+        cluster.catalog.services.insert(ServiceId::new("x", name), backends);
+    }
 }
 
 /// Lets pods claim addresses of others.
@@ -93,7 +121,16 @@ pub fn addresses(cluster: &Cluster) -> Vec<IpAddr> {
         for rule in Direction::ALL.into_iter().filter_map(|direction| policy.rules(direction)).flatten() {
             let Peers::OneOf(peers) = &rule.peers else { continue };
             for peer in peers {
-                if let Peer::Block(IpBlock { cidr, except }) = peer {
+                let blocks = match peer {
+                    Peer::Block(block) => std::slice::from_ref(block),
+                    Peer::Group(name) => cluster.catalog.groups.get(name).map(Vec::as_slice).unwrap_or_default(),
+                    Peer::Service(id) => {
+                        found.extend(cluster.catalog.services.get(id).into_iter().flatten().map(|b| b.address));
+                        &[]
+                    }
+                    Peer::Pods(_) | Peer::Nodes(_) => &[],
+                };
+                for IpBlock { cidr, except } in blocks {
                     [cidr].into_iter().chain(except).for_each(|prefix| found.extend(prefix_edges(prefix)));
                 }
             }
@@ -147,14 +184,31 @@ pub fn tuples(rng: &mut Rng, cluster: &Cluster, count: usize) -> Vec<(PodId, Tup
 }
 
 fn aim(rng: &mut Rng, cluster: &Cluster, peers: &[Peer], own: &[(&PodId, &Pod)]) -> Option<IpAddr> {
+    let edge = |rng: &mut Rng, IpBlock { cidr, except }: &IpBlock| {
+        let prefix = match except.is_empty() || rng.chance(60) {
+            true => cidr,
+            false => rng.pick(except),
+        };
+        let edges = prefix_edges(prefix);
+        if edges.is_empty() { None } else { Some(*rng.pick(&edges)) }
+    };
     match rng.pick(peers) {
-        Peer::Block(IpBlock { cidr, except }) => {
-            let prefix = match except.is_empty() || rng.chance(60) {
-                true => cidr,
-                false => rng.pick(except),
-            };
-            let edges = prefix_edges(prefix);
-            if edges.is_empty() { None } else { Some(*rng.pick(&edges)) }
+        Peer::Block(block) => edge(rng, block),
+        Peer::Group(name) => match cluster.catalog.groups.get(name) {
+            Some(blocks) if !blocks.is_empty() => {
+                let block = rng.pick(blocks);
+                edge(rng, block)
+            }
+            _ => None,
+        },
+        Peer::Nodes(_) => {
+            let addresses: Vec<IpAddr> = cluster.nodes.values().flatten().copied().collect();
+            if addresses.is_empty() { None } else { Some(*rng.pick(&addresses)) }
+        }
+        Peer::Service(id) => {
+            let backends = cluster.catalog.services.get(id).into_iter().flatten();
+            let addresses: Vec<IpAddr> = backends.map(|backend| backend.address).collect();
+            if addresses.is_empty() { None } else { Some(*rng.pick(&addresses)) }
         }
         Peer::Pods(wanted) => {
             let members: Vec<IpAddr> = own
@@ -253,8 +307,12 @@ fn rule(rng: &mut Rng, namespace: &str) -> Rule {
 }
 
 fn peer(rng: &mut Rng, namespace: &str) -> Peer {
-    if rng.chance(40) {
-        return Peer::Block(block(rng));
+    match rng.below(20) {
+        0..=6 => return Peer::Block(block(rng)),
+        7..=8 => return Peer::Group((*rng.pick(&GROUPS)).to_owned()),
+        9 => return Peer::Nodes(selector(rng)),
+        10 => return Peer::Service(ServiceId::new("x", *rng.pick(&SERVICES))),
+        _ => {}
     }
     let namespaces = match rng.chance(50) {
         true => NamespaceMatch::Selected(selector(rng)),

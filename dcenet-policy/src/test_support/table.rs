@@ -9,6 +9,8 @@
 //! namespace x team=red
 //! node n1 192.0.2.1 2001:db8::1
 //! pod x/a app=web ip=10.0.1.1 ip=fd00:1::1 node=n1 port=http:tcp:80
+//! node n1 kubernetes.io/os=linux     labels of a node that is there
+//! pod x/s sa=robot ip=10.0.1.2       its service account
 //! pod x/h host node=n1              uses its node's network and addresses
 //! outside far 198.51.100.7          an address that nobody holds
 //! remove x/a                        takes a pod away
@@ -41,7 +43,8 @@ use std::net::IpAddr;
 use crate::compiler::Limits;
 use crate::eval::Refused;
 use crate::model::{
-    Catalog, Cluster, Direction, NamedPort, Pod, PodId, PodNetwork, PolicyId, Protocol, Tier, Tuple, Verdict,
+    Catalog, Cluster, Direction, NamedPort, Pod, PodId, PodNetwork, PolicyId, Protocol, SERVICE_ACCOUNT_LABEL, Tier,
+    Tuple, Verdict,
 };
 use crate::sources::kubernetes::Documents;
 
@@ -229,6 +232,13 @@ impl State {
                 let labels: Option<Vec<_>> = labels.iter().map(|label| label.split_once('=')).collect();
                 self.cluster.insert_namespace(*name, labels.ok_or("labels must be key=value")?);
             }
+            ["node", name, labels @ ..] if labels.iter().any(|label| label.contains('=')) => {
+                let labels: Option<Vec<_>> = labels.iter().map(|label| label.split_once('=')).collect();
+                let labels = labels.ok_or("labels must be key=value")?.into_iter();
+                let labels = labels.map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
+                self.cluster.nodes.get(*name).ok_or("no such node")?;
+                self.cluster.catalog.node_labels.insert((*name).to_owned(), labels);
+            }
             ["node", name, list @ ..] => {
                 self.cluster.nodes.insert((*name).to_owned(), parse_addresses(list)?.into_iter().collect());
             }
@@ -271,6 +281,9 @@ impl State {
                 None if *word == "host" => pod.network = PodNetwork::Host,
                 None => return Err(format!("{word}: must be key=value or host")),
                 Some(("ip", address)) => pod.addresses.extend(parse_addresses(&[address])?),
+                Some(("sa", account)) => {
+                    pod.labels.insert(SERVICE_ACCOUNT_LABEL.to_owned(), account.to_owned());
+                }
                 Some(("node", node)) => pod.node = Some(node.to_owned()),
                 Some(("port", port)) => {
                     let parts: Vec<&str> = port.split(':').collect();
