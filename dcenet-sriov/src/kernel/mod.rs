@@ -8,6 +8,7 @@
 //! network device in the host's namespace, because names change; a function's devices are found by its PCI address.
 
 mod error;
+mod linux;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -19,16 +20,16 @@ use dcenet_core::netns::NetNsId;
 use serde::{Deserialize, Serialize};
 
 pub use error::{Attribute, ErrorClass, KernelError};
+pub use linux::LinuxKernel;
 
 use crate::address::{PciAddress, VfIndex};
 
 /// A kernel with virtual functions: Linux, or a model of it.
 ///
-/// Every call is synchronous and takes effect, or fails, as a whole, except where it says otherwise. The implementations
-/// pass the same suite (`test_support::conformance`). The implementations
-/// pass the same suite (`test_support::conformance`).
+/// Every call is synchronous and takes effect, or fails, as a whole, except where it says otherwise. The suite for
+/// implementations is `test_support::conformance`.
 ///
-/// Bed: modelled, igb, and netdevsim for what a port keeps.
+/// Bed: modelled; what [`LinuxKernel`] was tried on is said there.
 pub trait Kernel: fmt::Debug + Send + Sync {
     /// What the port says of all of its functions, in the order of their indices. An index may be missing: drivers
     /// withhold functions that are being reset.
