@@ -579,7 +579,7 @@ fn is_absent(error: &io::Error) -> bool {
 
 /// Whether a driver hands a function to a program: `vfio-pci` and its variants (`mlx5_vfio_pci`, drivers/vfio/pci), and
 /// those of uio.
-fn is_for_user_space(driver: &str) -> bool {
+pub(crate) fn is_for_user_space(driver: &str) -> bool {
     let driver = driver.replace('_', "-");
     driver.ends_with("vfio-pci") || matches!(driver.as_str(), "uio-pci-generic" | "igb-uio")
 }

@@ -5,6 +5,7 @@
 //!   pool        which of it is handed out           configuration against an inventory
 //!   allocate    which functions somebody gets       pure
 //!   config      what somebody wants of a function    checked before anything is written
+//!   count       how many functions a port has         waits until they are there
 //!   kernel      settings, devices and drivers       netlink and sysfs, or a model of them
 //!   lease       who has which, and that it comes back as it was
 //! ```
@@ -26,6 +27,7 @@
 mod address;
 pub mod allocate;
 pub mod config;
+pub mod count;
 pub mod inventory;
 pub mod kernel;
 pub mod lease;

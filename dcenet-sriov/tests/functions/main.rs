@@ -1,7 +1,9 @@
 //! Virtual functions in trees of files, without privileges or adapters; and in the guest, of igb.
 
 mod allocation;
+mod counts;
 mod igb;
 mod inventory;
+mod linux;
 mod modelled;
 mod pools;

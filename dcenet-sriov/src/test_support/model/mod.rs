@@ -305,7 +305,7 @@ impl Kernel for Model {
         if !port.vfs.is_empty() {
             return refused(libc::EBUSY);
         }
-        if let Some(errno) = port.refuses_count {
+        if let Some((_, errno)) = port.refuses_count.filter(|(most, _)| count > *most) {
             return refused(errno);
         }
         let (address, count) = (port.address, port.grants.map_or(count, |most| most.min(count)));
@@ -337,7 +337,7 @@ struct ModelWatch<'a>(&'a Model);
 impl Watch for ModelWatch<'_> {
     fn wait(&mut self, limit: Duration) -> Result<bool, KernelError> {
         let mut world = self.0.world();
-        if let Some(next) = world.coming.iter().map(|(when, _)| *when).min() {
+        if let Some(next) = world.coming.iter().map(|(when, _)| *when).filter(|when| *when < u64::MAX).min() {
             return Ok(world.advance(next));
         }
         drop(world);

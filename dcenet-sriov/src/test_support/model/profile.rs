@@ -35,7 +35,7 @@ pub struct Profile {
 }
 
 impl Profile {
-    /// Intel 82576 (intel/igb, intel/igbvf). Checked against QEMU's, in the guest.
+    /// Intel 82576 (intel/igb, intel/igbvf).
     pub const IGB: Self = Self {
         driver: "igb",
         vf_driver: "igbvf",

@@ -80,7 +80,7 @@ impl Model {
             vfs: Vec::new(),
         });
         world.populate(address, vfs);
-        let now = world.clock + world.delay;
+        let now = world.clock.saturating_add(world.delay);
         world.advance(now);
         netdev
     }
@@ -90,7 +90,7 @@ impl Model {
         self.world().port(port, "test").expect("the port").vfs[usize::from(index)].address
     }
 
-    /// How many calls pass between the binding of a function and its device.
+    /// How many calls pass between the binding of a function and its device; with `u64::MAX` it never appears.
     pub fn set_delay(&self, calls: u64) {
         self.world().delay = calls;
     }
@@ -105,9 +105,9 @@ impl Model {
         self.world().port(port, "test").expect("the port").bound = bound;
     }
 
-    /// Has a port's driver refuse new functions so.
-    pub fn refuse_count(&self, port: IfIndex, errno: Option<i32>) {
-        self.world().port(port, "test").expect("the port").refuses_count = errno;
+    /// Has a port's driver refuse more functions than that so.
+    pub fn refuse_above(&self, port: IfIndex, most: u16, errno: i32) {
+        self.world().port(port, "test").expect("the port").refuses_count = Some((most, errno));
     }
 
     /// Has a port's driver make no more functions than that, whatever is asked.

@@ -38,7 +38,7 @@ pub(super) struct Port {
     pub(super) bound: bool,
     pub(super) carrier: bool,
     pub(super) autoprobe: bool,
-    pub(super) refuses_count: Option<i32>,
+    pub(super) refuses_count: Option<(u16, i32)>,
     pub(super) grants: Option<u16>,
     pub(super) vfs: Vec<Vf>,
 }
@@ -133,7 +133,7 @@ impl World {
 
     /// Binds a function to its driver, whose device appears later.
     pub(super) fn take(&mut self, function: PciAddress, driver: &str) {
-        let due = self.clock + self.delay;
+        let due = self.clock.saturating_add(self.delay);
         let Some((profile, vf)) = self.function(function) else { return };
         vf.driver = Some(driver.to_owned());
         if profile.vf_driver == driver {
