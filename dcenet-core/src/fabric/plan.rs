@@ -1,7 +1,7 @@
 //! What a node should have, as a function of who has what.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 
@@ -41,7 +41,7 @@ pub enum Hop {
     },
     /// Through the VXLAN device.
     Vxlan {
-        /// The neighbour on it: for IPv4 the prefix's own first address, which needs not be a host's, for it is never asked
+        /// The neighbour on it: for IPv4 the first address of the prefix that is no other node's neighbour, which needs not be a host's, for it is never asked
         /// for; for IPv6 the link-local address that belongs to the node's Ethernet address, for the kernel takes no other
         /// that it knows on another link (`ip6_route_check_nh_onlink` of `net/ipv6/route.c`).
         gateway: IpAddr,
@@ -69,7 +69,10 @@ pub fn plan(table: &FabricTable, local: &FabricNode, facts: &HostFacts, config: 
     }
     let peers = peers(table, local, facts, config, &mut wanted.problems);
     let mut unreached: BTreeMap<&str, BTreeSet<bool>> = BTreeMap::new();
-    for (prefix, owner) in &table.prefixes {
+    // The longest first, for a single address can be its own neighbour only.
+    let mut prefixes: Vec<_> = table.prefixes.iter().collect();
+    prefixes.sort_by_key(|(prefix, _)| std::cmp::Reverse(prefix.prefix_len()));
+    for (prefix, owner) in prefixes {
         let prefix = prefix.trunc();
         if *owner == local.name {
             // What is on the bridge has no route of its own that would go before this one.
@@ -91,7 +94,15 @@ pub fn plan(table: &FabricTable, local: &FabricNode, facts: &HostFacts, config: 
                 wanted.routes.insert(prefix, Hop::Direct { link, gateway });
             }
             (None, Some(vtep)) => {
-                let gateway = if ipv4 { prefix.network() } else { link_local(vtep.mac).into() };
+                let is_free = |a: &IpAddr| wanted.neighbours.get(a).is_none_or(|mac| *mac == vtep.mac);
+                let gateway = match prefix {
+                    IpNet::V4(net) => (net.network().to_bits()..=net.broadcast().to_bits())
+                        .map(|bits| IpAddr::from(Ipv4Addr::from_bits(bits)))
+                        .find(is_free),
+                    IpNet::V6(_) => Some(link_local(vtep.mac).into()),
+                };
+                // Where none is free every address of it is another node's, by a route of its own.
+                let Some(gateway) = gateway else { continue };
                 wanted.neighbours.insert(gateway, vtep.mac);
                 wanted.forwarding.insert(vtep.mac, vtep.address);
                 wanted.routes.insert(prefix, Hop::Vxlan { gateway });
