@@ -66,7 +66,7 @@ impl Model {
         let address: PciAddress = address.parse().expect("a PCI address");
         let mut world = self.world();
         let mac = world.random_mac();
-        let netdev = world.add_device("pf", None, mac);
+        let netdev = world.add_device("pf", Some(address), mac);
         world.drivers.insert(profile.vf_driver.to_owned());
         world.ports.push(Port {
             address,

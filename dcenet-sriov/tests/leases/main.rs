@@ -1,0 +1,6 @@
+//! Leases on the modelled kernel: whatever is killed, refused or done by a tenant, the function comes back as it was.
+
+mod choice;
+mod crashes;
+mod regressions;
+mod world;
