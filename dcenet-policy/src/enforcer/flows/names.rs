@@ -159,13 +159,14 @@ mod tests {
             let numbers: Vec<_> = names.ids().map(|id| (id.0, names.in_use(id))).collect();
             numbers
         };
-        assert_eq!(learn(&mut names, table([(5, rule("a", 0)), (6, rule("a", 1))])), [(5, true), (6, true)]);
-        assert_eq!(learn(&mut names, table([(7, rule("b", 0))])), [(5, false), (6, false), (7, true)]);
+        let [a, b, c, d] = [0, 1, 2, 3].map(|n| RuleId::FIRST.0 + n);
+        assert_eq!(learn(&mut names, table([(a, rule("a", 0)), (b, rule("a", 1))])), [(a, true), (b, true)]);
+        assert_eq!(learn(&mut names, table([(c, rule("b", 0))])), [(a, false), (b, false), (c, true)]);
         assert_eq!(
-            learn(&mut names, table([(7, rule("b", 0)), (8, rule("a", 0))])),
-            [(6, false), (7, true), (8, true)]
+            learn(&mut names, table([(c, rule("b", 0)), (d, rule("a", 0))])),
+            [(b, false), (c, true), (d, true)]
         );
-        assert_eq!(learn(&mut names, table([(8, rule("a", 0))])), [(6, false), (7, false), (8, true)]);
+        assert_eq!(learn(&mut names, table([(d, rule("a", 0))])), [(b, false), (c, false), (d, true)]);
         assert!(names.in_use(RuleId::ISOLATED));
     }
 }
