@@ -491,7 +491,15 @@ pub trait FabricSource: Send {
     /// would take each other's traffic in turns.
     async fn announce(&mut self, node: &FabricNode) -> Result<(), FabricSourceError>;
 
-    /// Has the others forget a node. What is its own is then reached by nobody. Of a node that is not known it is `Ok`.
+    /// Has the node own an address of each family whose prefixes nodes have, durably, for [`FabricNode::inside`]. They are in
+    /// prefixes of its own, and the same whenever it is asked until [`withdraw`](Self::withdraw).
+    ///
+    /// # Errors
+    /// [`FabricSourceError::Inside`] where there is none to be had: the node can do without.
+    async fn lease_inside(&mut self, name: &str) -> Result<Vec<IpAddr>, FabricSourceError>;
+
+    /// Has the others forget a node, and gives its addresses inside back. What else is its own is then reached by nobody. Of a
+    /// node that is not known it is `Ok`.
     async fn withdraw(&mut self, name: &str) -> Result<(), FabricSourceError>;
 }
 
@@ -505,6 +513,10 @@ pub struct FabricNode {
     /// Where it takes in VXLAN datagrams, if it does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vtep: Option<Vtep>,
+    /// What it sends through VXLAN itself comes from these addresses of its own prefixes, at most one of a family, so that
+    /// answers come back through it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub inside: Vec<IpAddr>,
 }
 
 /// The end of VXLAN tunnels that a node has (RFC 7348, section 3).
@@ -543,6 +555,18 @@ pub enum FabricSourceError {
         name: String,
         /// The other's addresses.
         addresses: Vec<IpAddr>,
+    },
+    /// The node gets no addresses inside.
+    #[error(
+        "node {name} gets no addresses for what it sends through VXLAN itself, so that answers go past it; give its pools \
+         free addresses: {source}"
+    )]
+    Inside {
+        /// The node.
+        name: String,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// What holds the records failed.
     #[error(transparent)]

@@ -1,7 +1,6 @@
 //! Carrying out a plan's steps and their undos.
 
 use std::collections::HashMap;
-use std::io;
 use std::path::Path;
 use std::time::Duration;
 
@@ -10,8 +9,8 @@ use super::{AttachRequest, Engine, NamespaceEntry};
 use crate::link::link_local_of_another;
 use crate::model::{AttachmentKey, IfIndex, IfName, Mtu};
 use crate::netlink::{
-    self, Failure, Gate, LinkChange, LinkKind, LinkView, Message, NetkitPolicy, NetlinkError, NewLink, NewRoute,
-    NewVeth, RouteView, Socket, gate,
+    self, Failure, LinkChange, LinkKind, LinkView, Message, NetkitPolicy, NetlinkError, NewLink, NewRoute, NewVeth,
+    RouteView, Socket, gated,
 };
 use crate::netns::{NetNs, NetNsError, NetNsGuard};
 use crate::plan::{Device, Operation, Plan, RouteSpec, Step, Target, Undo, mark};
@@ -456,23 +455,6 @@ impl Engine {
                 drop(guard);
                 Ok(value)
             }
-        }
-    }
-}
-
-/// A change that is no netlink message, through the gate by which faults come.
-pub(super) fn gated(
-    what: &str,
-    call: impl FnOnce() -> Result<io::Result<()>, NetNsError>,
-) -> Result<io::Result<()>, NetNsError> {
-    match gate(what) {
-        Gate::Pass => call(),
-        Gate::Fail(errno) => Ok(Err(io::Error::from_raw_os_error(errno))),
-        Gate::Lose => Ok(call()?.and_then(|()| Err(io::Error::other("injected: outcome unknown")))),
-        Gate::DieAfter => {
-            // Whatever came of it: the process ends before it could tell.
-            drop(call());
-            std::process::abort()
         }
     }
 }

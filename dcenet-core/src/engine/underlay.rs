@@ -3,10 +3,10 @@
 use std::io;
 use std::net::IpAddr;
 
-use super::apply::{Session, gated, look_up};
+use super::apply::{Session, look_up};
 use super::error::StepError;
 use crate::model::{IfName, MacAddr};
-use crate::netlink::LinkView;
+use crate::netlink::{LinkView, gated};
 use crate::plan::{Operation, Step};
 use crate::probe::{GatewayProbe, Segment};
 

@@ -16,6 +16,9 @@
 //! | this node | an unreachable route: an address of its block that no pod has must not be sent back by the default route |
 //! | a pool | the same, for the same reason |
 //!
+//! The VXLAN device has [addresses](crate::provider::FabricNode::inside) of the node's own blocks, one of a family: what the
+//! node itself sends through it comes from them, so that answers come back through it.
+//!
 //! Pods must be routed one by one (`link.kind` `veth`, `netkit` or `vrf` without a table of its own): routes to them are
 //! more specific than these. A pod on a bridge takes all of its subnet to be on its own segment.
 //!
@@ -31,8 +34,9 @@
 //! [withdrawn](crate::provider::FabricSource::withdraw).
 //!
 //! # Limits
-//! A node itself reaches pods of other nodes from its own address, so what they answer goes past the tunnel: a network that
-//! lets only its own addresses through drops that. Pods among each other always use one way.
+//! Without an address inside, because none was leased, a node reaches pods of other nodes from its own address, and what they
+//! answer goes past the tunnel: a network that lets only its own addresses through drops that. Pods among each other always
+//! use one way. Straight routes need a network that lets pods' addresses through.
 //!
 //! # Minimum kernel version
 //! 5.0 (`NDA_PROTOCOL`, so that neighbours of others on the device are told apart).

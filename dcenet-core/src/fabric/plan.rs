@@ -19,6 +19,8 @@ pub struct Wanted {
     pub neighbours: BTreeMap<IpAddr, MacAddr>,
     /// Behind which host each Ethernet address on the VXLAN device is.
     pub forwarding: BTreeMap<MacAddr, IpAddr>,
+    /// Addresses of the VXLAN device: those of [`FabricNode::inside`] that other nodes lead here.
+    pub inside: BTreeSet<IpAddr>,
     /// The links on which packets of other nodes come in without VXLAN.
     pub underlay: BTreeSet<IfIndex>,
     /// The largest packet that reaches every node, in bytes, where there is VXLAN.
@@ -41,8 +43,8 @@ pub enum Hop {
     },
     /// Through the VXLAN device.
     Vxlan {
-        /// The neighbour on it: for IPv4 the first address of the prefix that is no other node's neighbour, which needs not be a host's, for it is never asked
-        /// for; for IPv6 the link-local address that belongs to the node's Ethernet address, for the kernel takes no other
+        /// The neighbour on it: for IPv4 the first address of the prefix that is no other node's neighbour, which needs not be
+        /// a host's, for it is never asked for; for IPv6 the link-local address that belongs to the node's Ethernet address, for the kernel takes no other
         /// that it knows on another link (`ip6_route_check_nh_onlink` of `net/ipv6/route.c`).
         gateway: IpAddr,
     },
@@ -56,6 +58,12 @@ pub fn plan(table: &FabricTable, local: &FabricNode, facts: &HostFacts, config: 
             // Whatever the underlay is, a device takes no less (`ETH_MIN_MTU`).
             mtu.saturating_sub(VxlanSpec::overhead(vtep.address)).max(68)
         });
+        // Until it is known whose it is, others may lead it elsewhere.
+        let leads_here = |address: &IpAddr| {
+            let around = table.prefixes.iter().filter(|(prefix, _)| prefix.contains(address));
+            around.max_by_key(|(prefix, _)| prefix.prefix_len()).is_some_and(|(_, owner)| *owner == local.name)
+        };
+        wanted.inside.extend(local.inside.iter().copied().filter(leads_here));
     }
     let bridge_of = |prefix: &IpNet| facts.bridged.iter().find(|(subnet, _)| subnet.contains(prefix));
     for pool in &table.pools {

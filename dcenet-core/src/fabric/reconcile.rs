@@ -11,8 +11,8 @@ use super::settings::{self, Settings, SettingsError};
 use super::{FabricConfig, Hop, HostFacts, MARK, METRIC, Wanted, plan};
 use crate::model::{IfIndex, IfName, MacAddr, Mtu};
 use crate::netlink::{
-    self, CreateLinkError, FABRIC_PROTOCOL, FabricRoute, Family, LinkKind, LinkView, Message, NetlinkError, NewLink,
-    NextHop, RouteView, Socket, VxlanSpec,
+    self, CreateLinkError, FABRIC_PROTOCOL, FabricRoute, Family, LinkChange, LinkKind, LinkView, Message, NetlinkError,
+    NewLink, NextHop, RouteView, Socket, VxlanSpec,
 };
 use crate::netns::{Host, NetNsError};
 use crate::provider::{FabricNode, FabricTable, Vtep};
@@ -97,7 +97,8 @@ impl Fabric {
         Ok(Self { host, config, node: node.to_owned(), run_dir: run_dir.to_owned() })
     }
 
-    /// How others reach this node, by what its host is like now.
+    /// How others reach this node, by what its host is like now. It has no addresses inside: who has leased some
+    /// ([`lease_inside`](crate::provider::FabricSource::lease_inside)) adds them.
     ///
     /// # Errors
     /// [`FabricError::Invalid`] where an address is told that the host has not; [`FabricError::NoAddress`].
@@ -121,7 +122,23 @@ impl Fabric {
         let FabricConfig { vni, port, .. } = self.config;
         let vtep = Vtep { address: first, mac: mac_of(&self.node), vni, port };
         let vtep = self.config.mode.has_vxlan().then_some(vtep);
-        Ok(FabricNode { name: self.node.clone(), addresses, vtep })
+        Ok(FabricNode { name: self.node.clone(), addresses, vtep, inside: Vec::new() })
+    }
+
+    /// The node's name.
+    pub fn node(&self) -> &str {
+        &self.node
+    }
+
+    /// The largest packet that VXLAN carries on this host as it is now, in bytes; `None` without VXLAN.
+    ///
+    /// # Errors
+    /// As [`local`](Fabric::local).
+    pub fn carries(&self) -> Result<Option<u32>, FabricError> {
+        let local = self.local()?;
+        let mut socket = self.host.0.socket(Family::Route)?;
+        let (facts, ..) = HostFacts::read(&mut socket, &self.config.device)?;
+        Ok(plan(&FabricTable::default(), &local, &facts, &self.config).mtu)
     }
 
     /// Makes the host what the table says. What is right stays untouched, so that repeating it changes nothing. `local` is
@@ -136,15 +153,19 @@ impl Fabric {
         let wanted = plan(table, local, &facts, &self.config);
         let mut report = Report { mtu: wanted.mtu, problems: wanted.problems.clone(), ..Report::default() };
         report.changed += self.set(&wanted, table, &links)?;
+        // Another mode or name was told before.
+        let stays = local.vtep.is_some().then_some(device);
+        report.changed += self.remove_devices(&mut socket, &links, stays, &mut routes)?;
         let mut index = None;
-        match &local.vtep {
-            Some(vtep) => {
-                let (found, changed) = self.ensure_device(&mut socket, vtep, wanted.mtu, &mut routes)?;
-                report.changed += changed;
-                index = Some(found);
+        if let Some(vtep) = &local.vtep {
+            let (found, changed) = self.ensure_device(&mut socket, vtep, wanted.mtu, &mut routes)?;
+            report.changed += changed;
+            index = Some(found);
+            if self.address(&mut socket, found, &wanted, table, &mut report)? {
+                // With its last address a link loses its IPv4 routes, and its neighbours of whom nothing is read yet
+                // (`fib_disable_ip` of `net/ipv4/fib_frontend.c`).
+                routes = socket.routes()?;
             }
-            // Another mode was told before.
-            None => report.changed += usize::from(self.remove_device(&mut socket, &mut routes)?),
         }
         let mut work = Work { index, report, first: Vec::new(), last: Vec::new() };
         if let Some(index) = index {
@@ -155,8 +176,9 @@ impl Fabric {
         Ok(work.report)
     }
 
-    /// Removes all that is the fabric's from the host, and makes its settings what they were. Nothing happens where there
-    /// is nothing.
+    /// Removes all that is the fabric's from the host, and makes its settings what they were: those that it changed, where
+    /// they still are as it made them. Who came to rely on them meanwhile must set them anew. Nothing happens where there is
+    /// nothing.
     ///
     /// # Errors
     /// The first thing that stays; repeating it goes on.
@@ -172,9 +194,9 @@ impl Fabric {
                 }
             }
         }
-        self.remove_device(&mut socket, &mut routes)?;
-        let mut settings = Settings::open(&self.run_dir).map_err(|e| FabricError::Setting(Box::new(e)))?;
-        Ok(settings.restore(&self.host)?)
+        let links = socket.links()?;
+        self.remove_devices(&mut socket, &links, None, &mut routes)?;
+        Ok(Settings::open(&self.run_dir)?.restore(&self.host)?)
     }
 
     /// Has the host forward what comes from other nodes.
@@ -185,17 +207,16 @@ impl Fabric {
             let underlay = links.iter().filter(|link| wanted.underlay.contains(&link.index));
             names.extend(underlay.map(|link| format!("ipv4/conf/{}/forwarding", link.name)));
         }
-        if table.pools.iter().any(|pool| pool.addr().is_ipv6()) {
-            names.insert("ipv6/conf/all/forwarding".to_owned());
-        }
-        if names.is_empty() {
+        let ipv6 = table.pools.iter().any(|pool| pool.addr().is_ipv6());
+        if names.is_empty() && !ipv6 {
             return Ok(0);
         }
-        let mut settings = Settings::open(&self.run_dir).map_err(|e| FabricError::Setting(Box::new(e)))?;
+        let mut settings = Settings::open(&self.run_dir)?;
         let mut changed = 0;
         for name in names {
             changed += usize::from(settings.set(&self.host, &name, "1")?);
         }
+        changed += usize::from(ipv6 && settings.forward_ipv6(&self.host)?);
         Ok(changed)
     }
 
@@ -213,8 +234,7 @@ impl Fabric {
         let mut changed = 0;
         if let Some((link, found)) = socket.vxlan(name)? {
             let same = found == Some(spec) && link.mac == Some(mac);
-            // One that was made a moment before its maker died bears no mark yet.
-            if link.alias.as_deref() != Some(MARK) && !same {
+            if !self.is_own(&link) {
                 return Err(FabricError::Foreign(name.clone()));
             }
             if same {
@@ -224,7 +244,7 @@ impl Fabric {
                 let fits = mtu.is_none_or(|mtu| mtu == link.mtu);
                 let marked = link.alias.as_deref() == Some(MARK);
                 if !(marked && fits && link.is_up() && lets_in("forwarding", "1")? && lets_in("rp_filter", "2")?) {
-                    socket.request(&netlink::set_up_vxlan(name, link.index, MARK, mtu))?;
+                    self.set_up_device(socket, link.index, mtu)?;
                     changed = 1;
                 }
                 return Ok((link.index, changed));
@@ -237,19 +257,80 @@ impl Fabric {
         let mtu = mtu.and_then(|mtu| Mtu::try_from(mtu).ok());
         let kind = LinkKind::Vxlan(spec);
         let index = socket.create_link(&NewLink { name, kind, mac: Some(mac), mtu, netns: None })?;
-        socket.request(&netlink::set_up_vxlan(name, index, MARK, None))?;
+        self.set_up_device(socket, index, None)?;
         Ok((index, changed + 1))
     }
 
-    /// Removes the device if it is the fabric's, and returns whether it was.
-    fn remove_device(&self, socket: &mut Socket, routes: &mut Vec<RouteView>) -> Result<bool, FabricError> {
-        let Some((link, _)) = socket.vxlan(&self.config.device)? else { return Ok(false) };
-        if link.alias.as_deref() != Some(MARK) {
+    /// Makes the addresses of the device what they should be, and returns whether some had to go. Of those in routed pools
+    /// none is anybody else's.
+    fn address(
+        &self,
+        socket: &mut Socket,
+        index: IfIndex,
+        wanted: &Wanted,
+        table: &FabricTable,
+        report: &mut Report,
+    ) -> Result<bool, NetlinkError> {
+        let name = self.config.device.as_str();
+        let mut here = BTreeSet::new();
+        let mut messages = Vec::new();
+        for found in socket.addresses()?.into_iter().filter(|a| a.index == index) {
+            let address = found.address.addr();
+            if wanted.inside.contains(&address) {
+                here.insert(address);
+            } else if table.pools.iter().any(|pool| pool.contains(&address)) {
+                messages.push(netlink::delete_address(name, index, found.address));
+            }
+        }
+        let removes = !messages.is_empty();
+        let missing = wanted.inside.difference(&here);
+        messages.extend(missing.map(|address| netlink::add_address(name, index, IpNet::from(*address))));
+        if messages.is_empty() {
             return Ok(false);
         }
-        socket.delete_link(&link)?;
-        routes.retain(|route| route.link != Some(link.index));
-        Ok(true)
+        for outcome in socket.batch(&messages) {
+            match outcome {
+                Ok(_) => report.changed += 1,
+                Err(error) if is_gone(&error) => {}
+                Err(error) => report.failures.push(error.to_string()),
+            }
+        }
+        Ok(removes)
+    }
+
+    /// In two requests, for one that does both sets up first.
+    fn set_up_device(&self, socket: &mut Socket, index: IfIndex, mtu: Option<u32>) -> Result<(), NetlinkError> {
+        let name = &self.config.device;
+        socket.request(&netlink::mark_vxlan(name, index, MARK, mtu))?;
+        let up = LinkChange { up: Some(true), ..Default::default() };
+        socket.request(&netlink::set_link(name, index, &up)).map(drop)
+    }
+
+    /// One that was made a moment before its maker died bears no mark yet, but the node's Ethernet address.
+    fn is_own(&self, link: &LinkView) -> bool {
+        let marked = match link.alias.as_deref() {
+            Some(alias) => alias == MARK,
+            None => link.mac == Some(mac_of(&self.node)),
+        };
+        marked && link.kind.as_deref() == Some("vxlan")
+    }
+
+    /// Removes devices of the fabric but for that of a name, and returns how many there were: another name may have been
+    /// told before, and a host has one device of a VNI and port.
+    fn remove_devices(
+        &self,
+        socket: &mut Socket,
+        links: &[LinkView],
+        but: Option<&IfName>,
+        routes: &mut Vec<RouteView>,
+    ) -> Result<usize, FabricError> {
+        let mut removed = 0;
+        for link in links.iter().filter(|link| self.is_own(link) && but.is_none_or(|name| link.name != name.as_str())) {
+            socket.delete_link(link)?;
+            routes.retain(|route| route.link != Some(link.index));
+            removed += 1;
+        }
+        Ok(removed)
     }
 }
 
@@ -364,13 +445,16 @@ impl Work {
                         self.report.installed += usize::from(*step == Step::Route);
                     }
                     // What was to go is gone.
-                    Err(error) if matches!(error.errno(), Some(libc::ESRCH | libc::ENOENT)) && *step == Step::Other => {
-                    }
+                    Err(error) if is_gone(&error) && *step == Step::Other => {}
                     Err(error) => self.report.failures.push(error.to_string()),
                 }
             }
         }
     }
+}
+
+fn is_gone(error: &NetlinkError) -> bool {
+    matches!(error.errno(), Some(libc::ESRCH | libc::ENOENT | libc::EADDRNOTAVAIL))
 }
 
 fn is_ours(route: &RouteView) -> bool {

@@ -25,7 +25,7 @@ fn index(n: u32) -> IfIndex {
 fn node(n: u8, addresses: &[&str], mode: Mode) -> FabricNode {
     let addresses: Vec<IpAddr> = addresses.iter().map(|a| ip(a)).collect();
     let vtep = Vtep { address: addresses[0], mac: MacAddr::new([2, 0xdc, 0, 0, 0, n]), vni: 3534, port: 4789 };
-    FabricNode { name: format!("n{n}"), addresses, vtep: mode.has_vxlan().then_some(vtep) }
+    FabricNode { name: format!("n{n}"), addresses, vtep: mode.has_vxlan().then_some(vtep), inside: Vec::new() }
 }
 
 fn table(nodes: &[FabricNode], pools: &[&str], prefixes: &[(&str, &str)]) -> FabricTable {
@@ -87,6 +87,17 @@ fn each_mode_leads_as_it_says() {
         assert_eq!(wanted.problems.len(), problems, "{mode:?}: {:?}", wanted.problems);
         assert_eq!(wanted.mtu, mode.has_vxlan().then_some(1450));
     }
+}
+
+#[test]
+fn an_address_inside_is_used_where_others_lead_it_here() {
+    let mut own = node(1, &["192.0.2.1"], Mode::Auto);
+    own.inside = ["10.0.0.1", "10.0.0.9", "10.0.0.65", "fd00::1"].map(ip).to_vec();
+    let prefixes = [("10.0.0.0/26", "n1"), ("10.0.0.9/32", "n2"), ("10.0.0.64/26", "n2")];
+    let table = table(&[own.clone()], &["10.0.0.0/16", "fd00::/64"], &prefixes);
+    assert_eq!(plan(&table, &own, &facts(), &config(Mode::Auto)).inside, [ip("10.0.0.1")].into());
+    own.vtep = None;
+    assert!(plan(&table, &own, &facts(), &config(Mode::Route)).inside.is_empty());
 }
 
 #[test]

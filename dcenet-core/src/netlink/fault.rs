@@ -3,6 +3,10 @@
 //! With the feature `fault-injection` a test makes the n-th call fail, or the process die there; without it the gate is
 //! nothing.
 
+use std::io;
+
+use crate::netns::NetNsError;
+
 /// What the caller of [`gate`] does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Gate {
@@ -15,6 +19,23 @@ pub(crate) enum Gate {
     Lose,
     /// The call, and end the process when it is done.
     DieAfter,
+}
+
+/// Makes a change that is no netlink message through the gate.
+pub(crate) fn gated(
+    what: &str,
+    call: impl FnOnce() -> Result<io::Result<()>, NetNsError>,
+) -> Result<io::Result<()>, NetNsError> {
+    match gate(what) {
+        Gate::Pass => call(),
+        Gate::Fail(errno) => Ok(Err(io::Error::from_raw_os_error(errno))),
+        Gate::Lose => Ok(call()?.and_then(|()| Err(io::Error::other("injected: outcome unknown")))),
+        Gate::DieAfter => {
+            // Whatever came of it: the process ends before it could tell.
+            drop(call());
+            std::process::abort()
+        }
+    }
 }
 
 #[cfg(not(feature = "fault-injection"))]

@@ -52,7 +52,7 @@ pub(crate) use address::{add_address, address_dump, delete_address};
 pub(crate) use carrier::{NO_ROUTE, is_local_route, is_operational};
 pub(crate) use conntrack::Flow;
 pub(crate) use device::{create_link, move_link, refused};
-pub(crate) use fault::{Gate, gate};
+pub(crate) use fault::{Gate, gate, gated};
 pub(crate) use link::{
     LinkChange, NewVeth, create_bridge, create_veth, delete_group, delete_link, hairpin, isolate, link_by_name,
     link_dump, set_group, set_link,
@@ -64,7 +64,7 @@ pub(crate) use route::{
 };
 pub(crate) use rule::{add_rule, delete_rule};
 pub(crate) use shaping::{add_clsact, divert, divert_dump, diverts_to, shape, shape_dump, shaped_rate};
-pub(crate) use vxlan::{delete_forwarding, set_forwarding, set_up_vxlan};
+pub(crate) use vxlan::{delete_forwarding, mark_vxlan, set_forwarding};
 
 /// Marks routes and rules of ours, in the field that tells who made them (`rtm_protocol`; 220 is free in iproute2's
 /// `rt_protos`).

@@ -295,9 +295,12 @@ impl Socket {
         Ok(changes)
     }
 
-    /// Has the kernel send changes of these kinds too (`RTNLGRP_*`).
+    /// Has the kernel send changes of these kinds (`RTNLGRP_*`) to a socket that has sent nothing yet.
     pub(crate) fn hear_of(&mut self, groups: &[u32]) -> Result<(), NetlinkError> {
         let failed = |e| NetlinkError::new("listen to changes", Failure::Socket(e));
+        // The first message sent would give it an address. Without one it is told nothing: 0 is whom the kernel leaves out
+        // where it leaves out nobody (`do_one_broadcast` of `net/netlink/af_netlink.c`).
+        self.inner.bind_auto().map_err(failed)?;
         groups.iter().try_for_each(|group| self.inner.add_membership(*group)).map_err(failed)
     }
 

@@ -120,12 +120,11 @@ pub(super) fn forwarding_dump(index: IfIndex) -> Message {
     message
 }
 
-/// Sets a VXLAN device up, with its mark: IPv4 is let in by it and may come from where no route over it leads to
-/// (`rp_filter` 2, RFC 3704, section 2.4), for an answer to a node's own address goes past the tunnel; it makes itself no
-/// IPv6 address. `None` leaves the MTU as it is.
-pub(crate) fn set_up_vxlan(name: &IfName, index: IfIndex, mark: &str, mtu: Option<u32>) -> Message {
-    let up = libc::IFF_UP as u32;
-    let mut message = new_link(0, format!("configure link {name}: vxlan"), &header(index.get(), up, up));
+/// Gives a VXLAN device its mark: IPv4 is let in by it and may come from where no route over it leads to (`rp_filter` 2,
+/// RFC 3704, section 2.4), for an answer to a node's own address goes past the tunnel; it makes itself no IPv6 address, if it
+/// is set up afterwards. `None` leaves the MTU as it is.
+pub(crate) fn mark_vxlan(name: &IfName, index: IfIndex, mark: &str, mtu: Option<u32>) -> Message {
+    let mut message = new_link(0, format!("configure link {name}: vxlan"), &header(index.get(), 0, 0));
     message.bytes(libc::IFLA_IFALIAS, mark.as_bytes());
     if let Some(mtu) = mtu {
         message.u32(libc::IFLA_MTU, mtu);

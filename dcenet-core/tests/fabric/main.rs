@@ -4,11 +4,14 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
-use dcenet_core::fabric::{Fabric, FabricConfig, Mode, Report};
+use dcenet_core::fabric::{Fabric, FabricConfig, KernelEvents, Mode, Report};
 use dcenet_core::netlink::{FABRIC_PROTOCOL, Family};
 use dcenet_core::provider::{Dns, FabricNode, FabricTable, Lease, LeasedAddress};
 use dcenet_core::test_support::{HostState, Rung, TestHost, TestNetNs, ping, require};
 
+mod repair;
+
+#[path = "../common/mod.rs"]
 mod common;
 
 const SOON: Duration = Duration::from_secs(20);
@@ -17,7 +20,7 @@ const NEVER: Duration = Duration::from_millis(600);
 /// Nodes `n1`, `n2`... on one segment, or each behind a port of its own of a router.
 struct Cluster {
     /// Its namespace joins the nodes.
-    _middle: TestHost,
+    middle: TestHost,
     nodes: Vec<Node>,
     mode: Mode,
     table: FabricTable,
@@ -34,6 +37,23 @@ struct Node {
 /// Node `n` has the blocks `10.20.0.(64n)/26` and `fd20::n00/120`; its pod is the fifth of each.
 fn pod_addresses(n: usize) -> [IpAddr; 2] {
     [format!("10.20.0.{}", 64 * n + 5).parse().unwrap(), format!("fd20::{n}05").parse().unwrap()]
+}
+
+/// What its address inside is, of each family.
+fn inside(n: usize) -> Vec<IpAddr> {
+    [format!("10.20.0.{}", 64 * n + 1), format!("fd20::{n}01")].iter().map(|a| a.parse().unwrap()).collect()
+}
+
+fn table_of<'a>(nodes: impl Iterator<Item = &'a FabricNode>) -> FabricTable {
+    let mut table = FabricTable::default();
+    table.pools.extend(["10.20.0.0/16", "fd20::/64"].map(|p| p.parse::<ipnet::IpNet>().unwrap()));
+    for (n, node) in nodes.enumerate() {
+        table.nodes.insert(node.name.clone(), node.clone());
+        for prefix in [format!("10.20.0.{}/26", 64 * n), format!("fd20::{n}00/120")] {
+            table.prefixes.insert(prefix.parse().unwrap(), node.name.clone());
+        }
+    }
+    table
 }
 
 impl Cluster {
@@ -79,15 +99,16 @@ impl Cluster {
             let local = fabric.local().unwrap();
             nodes.push(Node { host, fabric, local, pod, before });
         }
-        let mut table = FabricTable::default();
-        table.pools.extend(["10.20.0.0/16", "fd20::/64"].map(|p| p.parse::<ipnet::IpNet>().unwrap()));
-        for (n, node) in nodes.iter().enumerate() {
-            table.nodes.insert(node.local.name.clone(), node.local.clone());
-            for prefix in [format!("10.20.0.{}/26", 64 * n), format!("fd20::{n}00/120")] {
-                table.prefixes.insert(prefix.parse().unwrap(), node.local.name.clone());
-            }
+        let table = table_of(nodes.iter().map(|node| &node.local));
+        Self { middle, nodes, mode, table }
+    }
+
+    /// With addresses inside, or without.
+    fn have_inside(&mut self, wanted: bool) {
+        for (n, node) in self.nodes.iter_mut().enumerate() {
+            node.local.inside = if wanted { inside(n) } else { Vec::new() };
         }
-        Self { _middle: middle, nodes, mode, table }
+        self.table = table_of(self.nodes.iter().map(|node| &node.local));
     }
 
     fn apply(&self) -> Vec<Report> {
@@ -193,13 +214,14 @@ fn pods_of_three_segments_talk_through_vxlan() {
         return;
     }
     for ipv6 in [false, true] {
-        let cluster = Cluster::new(3, true, ipv6, Mode::Auto);
+        let mut cluster = Cluster::new(3, true, ipv6, Mode::Auto);
         let reports = cluster.apply();
         assert_eq!(reports[0].mtu, Some(if ipv6 { 1430 } else { 1450 }));
         cluster.attach();
         cluster.all_talk();
         cluster.streams(0, 2);
         let root = cluster.nodes[0].host.root();
+        assert_eq!(root.sh("ip -6 addr show dev dcvx0"), "", "it makes itself no address");
         // Its twins: without the entry of the forwarding database, and without the neighbour.
         let entry = root.sh("bridge fdb show dev dcvx0 | grep ' dst ' | head -n 1");
         let mac = entry.split_whitespace().next().unwrap().to_owned();
@@ -211,6 +233,29 @@ fn pods_of_three_segments_talk_through_vxlan() {
         root.sh("ip neigh flush dev dcvx0 nud permanent; ip -6 neigh flush dev dcvx0 nud permanent");
         assert_eq!(cluster.reaches(0, peer, NEVER), [false; 2]);
         assert_eq!(cluster.apply()[0].changed, 4);
+        cluster.all_talk();
+
+        // What a node itself sends, over a network that lets only nodes' addresses through.
+        let network = cluster.middle.root();
+        network.sh("ip rule add from 10.20.0.0/16 blackhole; ip -6 rule add from fd20::/64 blackhole");
+        let answered = |cluster: &Cluster, limit| {
+            pod_addresses(1).map(|address| ping(cluster.nodes[0].host.root(), address, limit).is_ok())
+        };
+        assert_eq!(answered(&cluster, NEVER), [false; 2], "answers go past the tunnel");
+        cluster.have_inside(true);
+        assert_eq!(cluster.apply().iter().map(|r| r.changed).collect::<Vec<_>>(), [2; 3]);
+        assert_eq!(answered(&cluster, SOON), [true; 2]);
+        assert_eq!(cluster.apply().iter().map(|r| r.changed).sum::<usize>(), 0);
+        // One that somebody removes comes back, also with the device.
+        cluster.nodes[0].host.root().sh("ip addr del 10.20.0.1/32 dev dcvx0");
+        assert_eq!(cluster.apply()[0].changed, 5, "and two routes and neighbours that the kernel took away with it");
+        cluster.nodes[0].host.root().sh("ip link del dcvx0");
+        cluster.apply();
+        assert_eq!(answered(&cluster, SOON), [true; 2]);
+        cluster.have_inside(false);
+        assert_eq!(cluster.apply().iter().map(|r| r.changed).collect::<Vec<_>>(), [6; 3]);
+        assert_eq!(cluster.apply().iter().map(|r| r.changed).sum::<usize>(), 0);
+        assert_eq!(answered(&cluster, NEVER), [false; 2]);
         cluster.all_talk();
         cluster.end();
     }
@@ -248,6 +293,23 @@ fn what_is_right_is_left_alone_and_what_is_others_too() {
     cluster.all_talk();
     root.sh("ip route show 10.99.0.0/16 | grep 2210 && ip route del 10.99.0.0/16");
     cluster.end();
+
+    // A device of another name that was told before goes.
+    let host = TestHost::new();
+    host.root().sh("ip link add up0 type veth peer name up1; ip link set up0 up; ip addr add 192.0.2.1/24 dev up0");
+    let before = host.state();
+    for device in ["vx1", "vx2"] {
+        let addresses = vec!["192.0.2.1".parse().unwrap()];
+        let config = FabricConfig { addresses, device: device.parse().unwrap(), ..FabricConfig::default() };
+        let fabric = Fabric::new(host.host(), config, "n1", &host.run_dir()).unwrap();
+        fabric.apply(&fabric.local().unwrap(), &FabricTable::default()).unwrap();
+        assert!(host.root().link(device).is_some());
+        if device == "vx2" {
+            assert!(host.root().link("vx1").is_none());
+            fabric.remove().unwrap();
+        }
+    }
+    assert_eq!(before.diff(&host.state()), "");
 
     // A link of that name that is somebody else's stays.
     let host = TestHost::new();
@@ -325,5 +387,44 @@ fn blocks_move_and_nodes_change_and_go() {
     }
     for n in [0, 2] {
         assert_eq!(cluster.nodes[n].before.diff(&cluster.nodes[n].host.state()), "");
+    }
+}
+
+#[test]
+fn what_others_change_is_heard_of_and_what_pods_change_is_not() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let cluster = Cluster::new(2, true, false, Mode::Auto);
+    let Node { host, fabric, local, .. } = &cluster.nodes[0];
+    let root = host.root();
+    let mut events = KernelEvents::listen(&host.host()).unwrap();
+    fabric.apply(local, &cluster.table).unwrap();
+    while events.wait(Duration::from_millis(300)).unwrap() {}
+    for change in [
+        "ip route del 10.20.0.64/26",
+        "ip -6 route del fd20::100/120",
+        "ip neigh flush dev dcvx0 nud permanent",
+        "bridge fdb del $(bridge fdb show dev dcvx0 | grep ' dst ' | cut -d' ' -f1) dev dcvx0",
+        "ip link set dcvx0 down",
+        "ip link del dcvx0",
+        "ip link set up0 mtu 1400",
+        "ip addr add 192.0.0.77/24 dev up0",
+        "ip route add 203.0.113.0/24 via 192.0.0.254",
+    ] {
+        root.sh(change);
+        assert!(events.wait(SOON).unwrap(), "{change}");
+        fabric.apply(local, &cluster.table).unwrap();
+        while events.wait(Duration::from_millis(300)).unwrap() {}
+        assert_eq!(fabric.apply(local, &cluster.table).unwrap().changed, 0, "{change}");
+    }
+    for noise in [
+        "ip route add 10.20.0.9/32 dev up0; ip -6 route add fd20::9/128 dev up0",
+        "ip route del 10.20.0.9/32; ip -6 route del fd20::9/128",
+        "ip neigh add 192.0.0.99 lladdr 02:00:00:00:00:09 dev up0; ip neigh del 192.0.0.99 dev up0",
+        "ip route add 203.0.113.0/24 via 192.0.0.254 table 77",
+    ] {
+        root.sh(noise);
+        assert!(!events.wait(NEVER).unwrap(), "{noise}");
     }
 }
