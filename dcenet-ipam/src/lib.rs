@@ -101,6 +101,7 @@ pub mod binder;
 pub mod capacity;
 mod claims;
 pub mod config;
+pub mod fabric;
 mod follow;
 pub mod groups;
 pub mod history;

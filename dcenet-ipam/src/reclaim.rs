@@ -38,7 +38,7 @@ use dcenet_core::provider::LeaseError;
 use crate::ipam::{Ipam, decode, store_error};
 use crate::machine::{Command, Reply};
 use crate::model::{AddressSpace, ClaimKey, KeepPolicy, NodeName};
-use crate::record::{AttachmentRecord, NodeRecord, attachment_of, network_prefix, node_key};
+use crate::record::{AttachmentRecord, NodeRecord, attachment_of, fabric_key, network_prefix, node_key};
 use crate::store::{Batch, Outcome, Write};
 
 /// Which bindings a snapshot speaks of. The default is all.
@@ -221,6 +221,10 @@ impl<'a> Reclaimer<'a> {
         let mut suspects: BTreeMap<(AttachmentKey, u64), First> = BTreeMap::new();
         let mut due = Vec::new();
         for Seen { attachment, record, sequence } in self.seen(scope.network.as_ref()).await? {
+            // No container is behind it.
+            if attachment.network.as_str() == crate::fabric::NETWORK {
+                continue;
+            }
             let key = (attachment, sequence);
             let first = self.attachments.get(&key).copied();
             if !scope.speaks_of(&record) {
@@ -410,9 +414,9 @@ impl Ipam {
         Ok(nodes)
     }
 
-    /// Releases everything that was bound on a node up to the revision, and forgets the node, by order of somebody who
-    /// knows that it is dead or fenced. Take [`Ipam::revision`] when that is known: what the node binds after its return
-    /// stays. Returns what was released.
+    /// Releases everything that was bound on a node up to the revision, and forgets the node and how it is reached, by order
+    /// of somebody who knows that it is dead or fenced. Take [`Ipam::revision`] when that is known: what the node binds after
+    /// its return stays. Returns what was released.
     pub async fn drop_node(&self, node: &NodeName, fence: u64) -> Result<Vec<(AttachmentKey, u64)>, LeaseError> {
         let mut released = Vec::new();
         for Seen { attachment, record, sequence } in self.seen(None).await? {
@@ -424,6 +428,7 @@ impl Ipam {
             }
         }
         self.write(Write::Delete(node_key(node))).await?;
+        self.write(Write::Delete(fabric_key(node.as_str()))).await?;
         Ok(released)
     }
 
@@ -438,7 +443,7 @@ impl Ipam {
         Ok(all)
     }
 
-    async fn write(&self, write: Write) -> Result<(), LeaseError> {
+    pub(crate) async fn write(&self, write: Write) -> Result<(), LeaseError> {
         let batch = Batch { guards: Vec::new(), writes: vec![write], request_id: self.request_id() };
         match self.store().commit(&batch).await.map_err(store_error)? {
             Outcome::Committed { .. } => Ok(()),

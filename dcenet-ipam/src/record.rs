@@ -10,6 +10,7 @@
 //! | `q/SPACE/F` + address (16 bytes) | empty: addresses in quarantine |
 //! | `h/SPACE/F` + address (16 bytes) + time (8 bytes) + tag (4 bytes) | [`EventRecord`]: what became of an address |
 //! | `n/NODE` | [`NodeRecord`]: a node's last sign of life |
+//! | `v/NODE` | [`FabricNode`](dcenet_core::provider::FabricNode): how others reach a node |
 //! | `f/SPACE/F/POOL/` + time (8 bytes) + address (16 bytes) | empty: released addresses, oldest first; `POOL@BLOCK` for those of a block |
 //! | `b/SPACE/F/POOL/` + block (16 bytes) | [`BlockRecord`]: which node or application owns a block |
 //! | `o/SPACE/F/POOL/OWNER/` + block (16 bytes) | empty: the blocks of a node, or of an application `NAMESPACE/NAME` |
@@ -347,6 +348,10 @@ pub(crate) fn event_of(prefix: &[u8], key: &[u8]) -> Option<(u128, u64)> {
 
 pub(crate) fn node_key(node: &NodeName) -> Key {
     format!("n/{node}").into_bytes()
+}
+
+pub(crate) fn fabric_key(node: &str) -> Key {
+    format!("v/{node}").into_bytes()
 }
 
 /// When and which address, of a key in a queue.

@@ -1,5 +1,6 @@
 //! The store on etcd: real members, killed, stopped and cut off.
 
+mod fabric;
 mod faults;
 mod many;
 mod rotation;

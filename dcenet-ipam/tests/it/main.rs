@@ -16,6 +16,7 @@ mod delegate;
 #[cfg(feature = "etcd")]
 mod etcd;
 mod external;
+mod fabric;
 mod faults;
 mod fill;
 mod group;
