@@ -10,9 +10,11 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use dcenet_core::fabric::FabricConfig;
 use dcenet_core::section;
 use dcenet_ipam::Layout;
 use dcenet_ipam::config::{IpamConfig, StoreConfig};
+use dcenet_ipam::model::{BlockOwner, Pool};
 use dcenet_policy::enforcer::PolicyConfig;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
@@ -40,6 +42,8 @@ pub struct Config {
     pub flows: Option<FlowsConfig>,
     /// Whether calls of the plugin are served, for configurations that say where: `"daemon": SOCKET`.
     pub server: Option<ServerConfig>,
+    /// How the pods of other nodes are reached.
+    pub fabric: Option<FabricConfig>,
     /// What is told to people.
     #[serde(default)]
     pub log: LogConfig,
@@ -248,6 +252,17 @@ impl Config {
                 return wrong("ipam.store.kind: \"memory\" is shared with no plugin; say \"log\"".to_owned());
             }
         }
+        if let Some(fabric) = &self.fabric {
+            fabric.check().map_err(|e| ConfigError::Wrong(e.to_string()))?;
+            let of_nodes = |pool: &Pool| pool.block.is_some_and(|blocks| blocks.owner == BlockOwner::Node);
+            if !self.layout().is_some_and(|layout| layout.pools.iter().any(of_nodes)) {
+                return wrong(
+                    "fabric: no pool of ipam has blocks that nodes own, so that there is nothing to route; add \"block\": \
+                     { \"size\": 64 } to a pool"
+                        .to_owned(),
+                );
+            }
+        }
         if self.policy.is_none() {
             let needy = [("policies", self.policies.is_some()), ("flows", self.flows.is_some())];
             if let Some((field, _)) = needy.into_iter().find(|(_, given)| *given) {
@@ -381,6 +396,9 @@ mod tests {
             (r#"{ "runDir": "run" }"#, "runDir: \"run\" is not absolute"),
             (r#"{ "ipam": { "pools": [] } }"#, "ipam.pools"),
             (&format!(r#"{{ "ipam": {{ "store": {{ "kind": "memory" }}, {pools} }} }}"#), "ipam.store.kind"),
+            (r#"{ "fabric": { "mode": "bgp" } }"#, "fabric.mode: unknown variant"),
+            (r#"{ "fabric": { "vni": 0 } }"#, "fabric.vni: 0"),
+            (&format!(r#"{{ "fabric": {{}}, "ipam": {{ {pools} }} }}"#), "fabric: no pool of ipam has blocks"),
             (r#"{ "log": { "format": "xml" } }"#, "log.format: unknown variant"),
         ] {
             let error = Config::parse(text).unwrap_err().to_string();

@@ -12,15 +12,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use dcenet_core::engine::Engine;
+use dcenet_core::fabric::Fabric;
 use dcenet_core::model::AttachmentKey;
 use dcenet_core::netlink::{AddressView, Family, LinkView};
 use dcenet_core::netns::{Host, NetNs};
-use dcenet_core::provider::PolicySink;
+use dcenet_core::provider::{FabricSource, PolicySink};
 use dcenet_ebpf::abi::Sizes;
 use dcenet_ebpf::attach::ClsactAttacher;
 use dcenet_ebpf::loader::AyaLoader;
 use dcenet_ebpf::probe::Features;
 use dcenet_ipam::Ipam;
+use dcenet_ipam::fabric::FabricFeed;
 use dcenet_ipam::metrics::Cause;
 use dcenet_ipam::select::Node;
 use dcenet_ipam::store::measured::MeasuredStore;
@@ -34,6 +36,7 @@ use rustix::io::Errno;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::config::Config;
+use crate::fabric::{FabricMetrics, Following, check_mtu};
 use crate::flows::Flows;
 use crate::lock::RunLock;
 use crate::metrics::{DaemonMetrics, Endpoint, Sources};
@@ -61,6 +64,8 @@ pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
     let most_rules = config.metrics.as_ref().map_or(0, |m| m.most_rules);
     let counted =
         owner.as_ref().map(|owner| (owner.enforcer.clone(), FlowMetrics::register(&mut registry, most_rules)));
+    let fabric = open_fabric(config, addresses.as_ref().map(|(ipam, _)| &**ipam))?;
+    let fabric = fabric.map(|fabric| (fabric, FabricMetrics::register(&mut registry)));
     let engine = open_engine(config)?;
     if let Some(owner) = &mut owner {
         owner.adopt(&engine);
@@ -78,6 +83,12 @@ pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
         None => None,
     };
     let stores = addresses.as_ref().map(|(_, metrics)| metrics.clone());
+    let following = match (fabric, &addresses) {
+        (Some((fabric, metrics)), Some((ipam, _))) => {
+            Some(Following::start(fabric, Host(NetNs::of_this_thread()?), ipam, metrics, &signals.threads)?)
+        }
+        _ => None,
+    };
     let sources = Sources { registry, daemon, addresses, policy: counted };
     let metrics = config.metrics.as_ref().map(|m| Endpoint::start(&m.listen, sources, &signals.threads)).transpose()?;
     let server = config.server.as_ref().map(|section| server::start(section, &config.run_dir, stores)).transpose()?;
@@ -106,6 +117,7 @@ pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
     }
     tell("STOPPING=1");
     // In this order: nothing asks the owner any more when it goes.
+    drop(following);
     drop(looking);
     drop(server);
     drop(metrics);
@@ -114,15 +126,46 @@ pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
     Ok(())
 }
 
-/// Removes all policy from the host.
+/// Removes all policy and all routes to other nodes from the host, and has the other nodes forget it.
 ///
 /// # Errors
 /// Where a daemon runs, or something cannot be removed.
 pub fn uninstall(config: &Config) -> Outcome {
-    let policy = config.policy.as_ref().ok_or("there is no section policy, so nothing is known to remove")?;
+    if config.policy.is_none() && config.fabric.is_none() {
+        return Err("there is no section policy and none of fabric, so nothing is known to remove".into());
+    }
     let _lock = RunLock::take(&config.run_dir)?;
-    open_enforcer(config, policy)?.uninstall()?;
-    Ok(Standing::read(&config.state_dir).note(false)?)
+    let addresses = open_addresses(config, &mut Registry::default())?;
+    if let (Some(fabric), Some((ipam, _))) = (open_fabric(config, None)?, &addresses) {
+        fabric.remove()?;
+        pollster::block_on(FabricFeed::new(ipam.clone()).withdraw(fabric.node()))?;
+    }
+    if let Some(policy) = &config.policy {
+        open_enforcer(config, policy)?.uninstall()?;
+        Standing::read(&config.state_dir).note(false)?;
+    }
+    Ok(())
+}
+
+/// The node's routes to others, under the name under which it owns blocks. `ipam` is asked for what its pools say of links.
+fn open_fabric(config: &Config, ipam: Option<&Ipam>) -> Outcome<Option<Fabric>> {
+    let Some(section) = &config.fabric else { return Ok(None) };
+    let owner = config.ipam.as_ref().and_then(|ipam| ipam.node.as_ref());
+    let node = match owner {
+        Some(node) => node.name.to_string(),
+        None => Node::of_this_machine()
+            .ok_or("ipam.node.name: the host name is no name of a node; give one")?
+            .name
+            .to_string(),
+    };
+    let fabric = Fabric::new(Host(NetNs::of_this_thread()?), section.clone(), &node, &config.run_dir)?;
+    if let Some(ipam) = ipam {
+        // Where it cannot be said yet, the thread tells of pods that do not fit.
+        let carried = fabric.carries().unwrap_or_default();
+        let pools = ipam.layout().pools.iter().enumerate().filter(|(_, pool)| pool.block.is_some());
+        check_mtu(pools.map(|(i, pool)| (i, pool.mtu.as_ref())), carried)?;
+    }
+    Ok(Some(fabric))
 }
 
 fn open_addresses(

@@ -3,6 +3,7 @@
 
 mod config;
 mod daemon;
+mod fabric;
 mod flows;
 mod http;
 mod lock;
@@ -25,7 +26,7 @@ use tracing::level_filters::LevelFilter;
 /// Owns the network policy of this node, takes back addresses of pods that are gone, and serves metrics and flow logs.
 ///
 /// Exit codes: 0 after SIGTERM or SIGINT, or where --check finds nothing wrong; 1 where it cannot begin or go on, as where
-/// the configuration cannot be read; 2 where arguments or configuration are wrong. Verdicts stay in force when it ends; only --uninstall removes them.
+/// the configuration cannot be read; 2 where arguments or configuration are wrong. Verdicts and routes stay in force when it ends; only --uninstall removes them.
 #[derive(Debug, Parser)]
 #[command(name = "dcenetd", version)]
 struct Options {
@@ -35,7 +36,8 @@ struct Options {
     /// Only tell whether configuration and policies are right.
     #[arg(long, conflicts_with = "uninstall")]
     check: bool,
-    /// Remove all policy from this host: afterwards pods are subject to none. No daemon may run.
+    /// Remove all policy from this host, and all routes to other nodes: afterwards pods are subject to none, and reach none.
+    /// No daemon may run.
     #[arg(long)]
     uninstall: bool,
 }

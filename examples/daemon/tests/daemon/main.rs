@@ -1,6 +1,7 @@
 //! The daemon as a service manager runs it: a process in a host of its own, with pods attached as the plugin does it.
 
 mod common;
+mod fabric;
 mod operating;
 mod owner;
 mod reclaim;
