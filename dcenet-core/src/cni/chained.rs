@@ -76,10 +76,14 @@ impl Call<'_> {
         if inside.kind.as_deref() != Some("veth") {
             return Ok(chained);
         }
-        // The two ends name each other: a name in a result may be wrong, or of a device of before.
-        let links = host.socket(Family::Route).map_err(|e| failed(&e))?.links().map_err(|e| failed(&e))?;
+        // The two ends name each other: a name in a result may be wrong, or of a device of before. Indices repeat between
+        // namespaces, and a pod's device may lead to a third one.
+        let mut socket = host.socket(Family::Route).map_err(|e| failed(&e))?;
+        let links = socket.links().map_err(|e| failed(&e))?;
+        let Some(number) = socket.netns_number(pod).map_err(|e| failed(&e))? else { return Ok(chained) };
         let is_end = |l: &&LinkView| {
-            Some(l.index) == inside.peer && l.peer == Some(inside.index) && l.kind.as_deref() == Some("veth")
+            let leads_there = l.peer_netns == Some(number) && l.peer == Some(inside.index);
+            leads_there && Some(l.index) == inside.peer && l.kind.as_deref() == Some("veth")
         };
         let Some(end) = links.iter().find(is_end) else { return Ok(chained) };
         let named = |i: &super::Interface| i.sandbox.as_ref().is_none_or(|s| s.as_os_str().is_empty());

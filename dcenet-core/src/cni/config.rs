@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use super::{CniError, CniResult, ErrorCode, SpecVersion, networks};
+use super::{CniError, CniResult, ErrorCode, SpecVersion, networks, ranges};
 use crate::bandwidth::Bandwidth;
 use crate::model::{ContainerId, IfName, LabelSet, MacAddr, NetworkName};
 use crate::nat::{Nat, NatConfig, PortMapping, Transport};
@@ -122,8 +122,7 @@ const KNOWN_KEYS: [&str; 15] = [
 ];
 
 /// Capabilities of the conventions that are not honoured, each with what to do instead.
-const LOST_CAPABILITIES: [(&str, &str); 3] = [
-    ("ipRanges", "write the ranges into ipam.pools[].ranges"),
+const LOST_CAPABILITIES: [(&str, &str); 2] = [
     ("deviceID", "name the device in a link of kind host-device"),
     ("infinibandGUID", "set the address on the device before the pod gets it"),
 ];
@@ -150,7 +149,7 @@ impl NetConf {
     pub fn parse(stdin: &[u8]) -> Result<Self, CniError> {
         let value: Value = serde_json::from_slice(stdin)
             .map_err(|e| CniError::new(ErrorCode::Decode, format!("the network configuration is not JSON: {e}")))?;
-        let Value::Object(keys) = value else {
+        let Value::Object(mut keys) = value else {
             return Err(CniError::new(ErrorCode::Decode, "the network configuration is JSON, but not an object"));
         };
         let version = version(&keys)?;
@@ -180,6 +179,13 @@ impl NetConf {
                 .map_err(|e| field("runtimeConfig.mac", e))?;
             runtime.addresses = addresses("runtimeConfig.ips", wire.ips.unwrap_or_default())?.or(runtime.addresses);
             runtime.pools = pools("runtimeConfig.pools", wire.pools.unwrap_or_default())?.or(runtime.pools);
+        }
+        // The meta role hands it on to the network that it is for.
+        if role != Role::Meta
+            && let Some(asked) = keys.get("runtimeConfig").and_then(|runtime| runtime.get("ipRanges")).cloned()
+            && !says_nothing(&asked)
+        {
+            ranges::put(&asked, &mut keys)?;
         }
         let previous = match keys.get("prevResult") {
             None | Some(Value::Null) => None,

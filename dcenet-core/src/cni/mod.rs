@@ -19,6 +19,7 @@ pub mod networks;
 #[cfg(feature = "node")]
 #[cfg_attr(docsrs, doc(cfg(feature = "node")))]
 pub mod node;
+mod ranges;
 mod result;
 mod serve;
 mod verbs;

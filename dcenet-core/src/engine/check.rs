@@ -155,7 +155,10 @@ impl Engine {
             compare(step, here, there, &record, &mut drift);
         }
         compare_limits(&mut socket, &plan.steps, &host, &mut drift).map_err(AttachError::Look)?;
-        let lacking = self.missing_translation(&record).map_err(AttachError::Look)?;
+        let mut lacking = self.missing_translation(&record).map_err(AttachError::Look)?;
+        if let Some(end) = &plan.host_end {
+            lacking.extend(self.contrary_settings(&record, plan.bridge.as_ref().unwrap_or(&end.name))?);
+        }
         drift.extend(lacking.into_iter().map(|what| Drift::TranslationChanged { what }));
         let mut seen = Vec::new();
         drift.retain(|d| {

@@ -4,6 +4,7 @@
 //! lock is needed among attachments, and no port is given twice.
 
 use std::net::IpAddr;
+use std::path::Path;
 
 use ipnet::IpNet;
 
@@ -11,7 +12,7 @@ use super::Engine;
 use super::error::{StepError, TeardownError};
 use crate::journal::{JournalError, Record};
 use crate::link::{PlanError, Policy};
-use crate::model::{AttachmentKey, NetworkName};
+use crate::model::{AttachmentKey, IfName, NetworkName};
 use crate::nat::{self, Element, HostPort, Nat, Transport};
 use crate::netlink::{Failure, Family, Flow, Message, NetlinkError, Socket, conntrack, nft};
 use crate::netns::NetNsError;
@@ -38,18 +39,7 @@ pub(super) fn add_to(plan: &mut Plan, nat: &Nat, policy: Policy, addresses: &[Le
     let addresses: Vec<IpNet> = addresses.iter().map(|a| a.address).collect();
     // Policy lets the host in, and would let in whoever bears its address.
     let elements = nat::elements(nat, &addresses, plan.bridge.is_some() && policy == Policy::None)?;
-    let mut settings = Vec::new();
-    for (ipv4, name) in [(true, "ipv4/ip_forward"), (false, "ipv6/conf/all/forwarding")] {
-        if elements.iter().any(|element| element.is_ipv4() == ipv4) {
-            settings.push(name.to_owned());
-        }
-    }
-    if nat.ports.iter().any(|port| nat::reached_by_loopback(port.host_ip))
-        && addresses.iter().any(|a| a.addr().is_ipv4())
-    {
-        // Over this link answers to 127.0.0.1 come in: what others send there from outside our table drops.
-        settings.push(format!("ipv4/conf/{}/route_localnet", plan.bridge.as_ref().unwrap_or(&end.name)));
-    }
+    let settings = settings(&elements, plan.bridge.as_ref().unwrap_or(&end.name));
     let port = end.name.clone();
     let write = |name| Step::new(Target::Host, Operation::WriteSetting { name, value: "1" });
     plan.steps.extend(settings.into_iter().map(write));
@@ -64,6 +54,26 @@ pub(super) fn add_to(plan: &mut Plan, nat: &Nat, policy: Policy, addresses: &[Le
         plan.steps.insert(0, Step::new(Target::Host, Operation::Translate { elements }).undone_by(undo));
     }
     Ok(())
+}
+
+/// The settings of the host without which elements translate nothing, all of which must be 1. Pods' packets come in by
+/// `link`.
+fn settings(elements: &[Element], link: &IfName) -> Vec<String> {
+    let mut settings = Vec::new();
+    for (ipv4, name) in [(true, "ipv4/ip_forward"), (false, "ipv6/conf/all/forwarding")] {
+        if elements.iter().any(|element| element.is_ipv4() == ipv4) {
+            settings.push(name.to_owned());
+        }
+    }
+    let is_local = |element: &Element| match element {
+        Element::Port { address, to, .. } => to.is_ipv4() && nat::reached_by_loopback(*address),
+        _ => false,
+    };
+    if elements.iter().any(is_local) {
+        // Over this link answers to 127.0.0.1 come in: what others send there from outside our table drops.
+        settings.push(format!("ipv4/conf/{link}/route_localnet"));
+    }
+    settings
 }
 
 /// The comment of an attachment's elements: its mark, or its short form where that does not fit (`NFT_USERDATA_MAXLEN` of
@@ -236,6 +246,18 @@ impl Engine {
             })?;
         }
         Ok(())
+    }
+
+    /// The settings of the host that keep an attachment's translation from working, in words. Its packets come in by `link`.
+    pub(super) fn contrary_settings(&self, record: &Record, link: &IfName) -> Result<Vec<String>, NetNsError> {
+        let settings = settings(record.translation(), link);
+        let is_off = |name: &String| {
+            // One that cannot be read is of a link that is gone, which is told.
+            let value = std::fs::read_to_string(Path::new("/proc/sys/net").join(name));
+            value.is_ok_and(|value| value.trim_end() != "1")
+        };
+        let off = self.run_in(&self.host.0, || settings.into_iter().filter(is_off).collect::<Vec<_>>())?;
+        Ok(off.into_iter().map(|name| format!("net.{} is not 1", name.replace('/', "."))).collect())
     }
 
     /// What an attachment lacks of its translation, in words.

@@ -44,6 +44,7 @@ fn bridge_link(kind: Option<&str>) -> LinkView {
         alias: None,
         master: None,
         peer: None,
+        peer_netns: None,
         tx_queue_len: 0,
     }
 }

@@ -27,6 +27,9 @@ pub struct LinkView {
     pub master: Option<IfIndex>,
     /// The index of its other end or parent (`IFLA_LINK`), in the namespace where that lives.
     pub peer: Option<IfIndex>,
+    /// The number by which the link's namespace knows that where the other end or parent lives
+    /// (`IFLA_LINK_NETNSID`, Linux 4.0); `None` where it is the same, and the index is of a link here.
+    pub peer_netns: Option<i32>,
     /// Length of its transmit queue, in packets.
     pub tx_queue_len: u32,
 }
@@ -49,6 +52,7 @@ impl LinkView {
             alias: attributes.find(libc::IFLA_IFALIAS).map(text),
             master: index(libc::IFLA_MASTER),
             peer: index(libc::IFLA_LINK),
+            peer_netns: attributes.find(libc::IFLA_LINK_NETNSID).and_then(number).map(|n| n as i32),
             tx_queue_len: attributes.find(libc::IFLA_TXQLEN).and_then(number).unwrap_or_default(),
         })
     }

@@ -18,6 +18,7 @@ mod list;
 mod message;
 mod neighbour;
 pub(crate) mod nft;
+mod nsid;
 #[cfg(test)]
 mod oracle;
 mod route;

@@ -27,7 +27,19 @@ impl HostState {
         let names: BTreeMap<u32, String> = links.iter().map(|l| (l.index.get(), l.name.clone())).collect();
         let name = |index: u32| names.get(&index).cloned().unwrap_or_else(|| format!("#{index}"));
         for link in &links {
-            let LinkView { index, name: own, kind, mac, mtu, flags, alias, master, peer: _, tx_queue_len } = link;
+            let LinkView {
+                index,
+                name: own,
+                kind,
+                mac,
+                mtu,
+                flags,
+                alias,
+                master,
+                peer: _,
+                peer_netns: _,
+                tx_queue_len,
+            } = link;
             let configured = flags & (libc::IFF_UP | libc::IFF_NOARP | libc::IFF_PROMISC | libc::IFF_ALLMULTI) as u32;
             lines.insert(format!(
                 "link {own} #{index} kind {kind:?} mac {mac:?} mtu {mtu} flags {configured:#x} alias {alias:?} \

@@ -63,13 +63,18 @@ impl HostUse {
                 unread = true;
                 continue;
             };
-            // Down to the device that sends in the end. Each is met once: a parent in another namespace has an index that
-            // may be anybody's here.
+            // Down to the device that sends in the end. A parent in another namespace has an index that may be anybody's
+            // here.
             for _ in 0..links.len() {
                 let Some(link) = by_index.get(&at) else { break };
                 used.insert(link.name.clone(), InUse::DefaultRoute);
                 match link.peer {
-                    Some(parent) if ON_A_PARENT.contains(&link.kind.as_deref().unwrap_or_default()) => at = parent,
+                    Some(parent)
+                        if link.peer_netns.is_none()
+                            && ON_A_PARENT.contains(&link.kind.as_deref().unwrap_or_default()) =>
+                    {
+                        at = parent;
+                    }
                     _ => break,
                 }
             }

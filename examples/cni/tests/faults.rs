@@ -115,6 +115,8 @@ const OF_POLICY: [&str; 6] = ["BPF_", "clsact", "filters", "program", "policy ow
 enum Policy {
     None,
     Awaited,
+    /// Awaited, with limits on what pods send and receive.
+    Limited,
     /// Awaited, on macvlans, whose programs are on the device in the pod.
     Inside,
 }
@@ -125,7 +127,7 @@ impl Policy {
             || (!Features::probe().is_ok_and(|f| f.tcx)).then(|| "the kernel has no tcx (Linux 6.6)".to_owned());
         match self {
             Self::None => require(Rung::Netns),
-            Self::Awaited => require(Rung::Kernel),
+            Self::Awaited | Self::Limited => require(Rung::Kernel),
             Self::Inside => require_with(Rung::Kernel, no_tcx),
         }
     }
@@ -135,6 +137,7 @@ impl Policy {
         match self {
             Self::None => verb.to_owned(),
             Self::Awaited => format!("{verb} under policy"),
+            Self::Limited => format!("{verb} limited"),
             Self::Inside => format!("{verb} under policy inside"),
         }
     }
@@ -147,6 +150,11 @@ impl Policy {
                  for end in far0 up0; do ip link set $end addrgenmode none; ip link set $end up; done");
             let underlay = json!({ "probes": 0, "announcements": 0 });
             node.config["link"] = json!({ "kind": "macvlan", "parent": "up0", "underlay": underlay });
+        }
+        if self == Self::Limited {
+            let (rate, burst) = (8_000_000, 512_000);
+            node.config["link"]["bandwidth"] =
+                json!({ "ingressRate": rate, "ingressBurst": burst, "egressRate": rate, "egressBurst": burst });
         }
         node.config["ipam"]["cooldown"] = json!("0s");
         node.config["ipam"]["pools"][0]["subnet"] = json!("10.20.0.0/28");
@@ -331,6 +339,11 @@ fn add_beside_a_neighbour_is_all_or_nothing() {
 #[test]
 fn add_under_policy_is_all_or_nothing() {
     add_is_all_or_nothing(Policy::Awaited, "ADD", "web");
+}
+
+#[test]
+fn add_of_a_limited_pod_is_all_or_nothing() {
+    add_is_all_or_nothing(Policy::Limited, "ADD", "web");
 }
 
 /// Verbs of a pod that is masqueraded and has a port, beside one whose entries must stay.
@@ -538,6 +551,11 @@ fn the_next_one_finishes(policy: Policy, verb: &str) {
 #[test]
 fn a_failed_del_is_finished_by_the_next() {
     the_next_one_finishes(Policy::None, "DEL");
+}
+
+#[test]
+fn a_failed_del_of_a_limited_pod_is_finished_by_the_next() {
+    the_next_one_finishes(Policy::Limited, "DEL");
 }
 
 #[test]

@@ -515,6 +515,7 @@ mod tests {
             alias: None,
             master: None,
             peer: None,
+            peer_netns: None,
             tx_queue_len: 0,
         };
         let address =

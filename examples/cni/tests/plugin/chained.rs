@@ -208,3 +208,32 @@ fn what_does_not_pass_the_host_is_refused_or_handed_on() {
     assert!(error["msg"].as_str().unwrap().contains("prevResult"), "{error}");
     list.theirs("DEL", &pod, None).unwrap();
 }
+
+/// Indices repeat between namespaces: the host has a device of the same index, whose other end has the same, too.
+#[test]
+fn a_device_that_leads_to_a_third_namespace_has_no_end_here() {
+    if !has_nft() {
+        return;
+    }
+    let mut node = Node::new();
+    let third = node.host.new_pod();
+    let (pod, other) = (node.pod("web"), node.pod("cache"));
+    for (from, name, to) in [(&third, "t0", &pod), (node.host.root(), "h0", &other)] {
+        let to = to.netns.path().display().to_string();
+        from.sh(&format!("ip link add name {name} index 7777 type veth peer name eth0 index 555 netns {to}"));
+    }
+    let ours = node.config.as_object_mut().unwrap();
+    ours.remove("link");
+    ours.remove("ipam");
+    node.config["nat"] = json!({ "masquerade": true });
+    let add = |pod: &Pod| {
+        let interface = json!({ "name": "eth0", "sandbox": pod.netns.path() });
+        let result =
+            json!({ "cniVersion": "1.1.0", "interfaces": [interface], "ips": [{ "address": "10.20.0.9/24" }] });
+        node.call("ADD", pod, &with_previous(&node.config, Some(&result)).to_string())
+    };
+    let error = add(&pod).unwrap_err();
+    assert!(error["msg"].as_str().unwrap().contains("do not pass the host"), "{error}");
+    add(&other).unwrap();
+    node.del(&other).unwrap();
+}

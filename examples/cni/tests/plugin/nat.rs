@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use dcenet_core::test_support::TestNetNs;
+use dcenet_core::test_support::{Rung, TestNetNs, require};
 use serde_json::{Value, json};
 
 use crate::common::{Node, Pod, elements, has_nft};
@@ -24,7 +24,10 @@ const SHORT: Duration = Duration::from_millis(700);
 
 /// A host, and a namespace outside that knows the way to the pods' own addresses.
 fn node() -> (Node, TestNetNs) {
-    let node = Node::new();
+    with_outside(Node::new())
+}
+
+fn with_outside(node: Node) -> (Node, TestNetNs) {
     let outside = node.host.new_pod();
     let host = node.host.root();
     host.sh(&format!("ip link add up0 type veth peer name out0 netns {}", outside.path().display()));
@@ -193,6 +196,13 @@ fn a_masqueraded_pod_bears_the_hosts_address_outside_and_its_own_at_home() {
     let neighbour = ["10.20.0.4", "2001:db8:20::4"];
     for (to, own) in neighbour.iter().zip(&own) {
         assert_answers(&pod.netns, to, 7000, &format!("neighbour {own}"));
+    }
+    node.check(&pod, &result).unwrap();
+    for name in ["net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding"] {
+        node.host.root().sh(&format!("sysctl -qw {name}=0"));
+        let error = node.check(&pod, &result).unwrap_err();
+        assert!(error["msg"].as_str().unwrap().contains(&format!("{name} is not 1")), "{error}");
+        node.host.root().sh(&format!("sysctl -qw {name}=1"));
     }
     node.check(&pod, &result).unwrap();
     let listed = elements(&node);
@@ -472,4 +482,40 @@ fn a_routed_pod_is_translated_too() {
         assert!(over_tcp(&pod.netns, HOST[family], 8080, LONG).unwrap().starts_with("web "));
     }
     assert!(over_tcp(node.host.root(), "127.0.0.1", 8080, LONG).unwrap().starts_with("web "));
+}
+
+/// Policy sees who really calls, and whom the pod really calls.
+#[test]
+fn what_policy_denies_is_not_translated_past_it() {
+    if !require(Rung::Kernel) || !has_nft() {
+        return;
+    }
+    let (mut node, outside) = with_outside(Node::under_policy());
+    node.config["nat"] = json!({ "masquerade": true });
+    let (open, closed) = (node.pod("web"), node.pod("db"));
+    // The policy selects `app: db` alone, and lets it talk to its like.
+    for (pod, app, port) in [(&open, "web", 8080), (&closed, "db", 8081)] {
+        node.config["args"] = json!({ "cni": { "labels": [{ "key": "app", "value": app }] } });
+        map(&mut node, both(port, 80));
+        node.add(pod).unwrap();
+    }
+    let _servers = [
+        Server::start(&open.netns, "::", 80, "open"),
+        Server::start(&closed.netns, "::", 80, "closed"),
+        Server::start(&outside, "::", 7000, "outside"),
+    ];
+    for family in [0, 1] {
+        assert_answers(&open.netns, OUTSIDE[family], 7000, &format!("outside {}", HOST[family]));
+        assert_answers(&outside, HOST[family], 8080, &format!("open {}", OUTSIDE[family]));
+        assert_silent(&closed.netns, OUTSIDE[family], 7000);
+        assert_silent(&outside, HOST[family], 8081);
+        // Not by the mapped port of the node either, though the node itself is let in.
+        assert_silent(&open.netns, HOST[family], 8081);
+        assert!(over_tcp(node.host.root(), HOST[family], 8081, LONG).unwrap().starts_with("closed "));
+    }
+    for pod in [&open, &closed] {
+        node.del(pod).unwrap();
+    }
+    assert_eq!(elements(&node), [""; 0]);
+    assert!(!node.policy().iter().any(|line| line.starts_with("endpoint ")), "{:?}", node.policy());
 }

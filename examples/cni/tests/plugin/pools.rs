@@ -341,3 +341,34 @@ fn an_ethernet_address_comes_from_the_runtime_or_stays_with_the_claim() {
     let message = error["msg"].as_str().unwrap();
     assert!(error["code"] == 7 && message.contains("runtimeConfig.mac") && message.contains("33:33:"), "{error}");
 }
+
+#[test]
+fn ranges_of_the_runtime_take_the_place_of_the_pools() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let mut node = node_with(json!([{ "name": "own", "subnet": "10.9.0.0/24" }]));
+    let range = |first: u8, last: u8| {
+        let (first, last) = (format!("10.7.0.{first}"), format!("10.7.0.{last}"));
+        json!({ "subnet": "10.7.0.0/24", "rangeStart": first, "rangeEnd": last, "gateway": "10.7.0.1" })
+    };
+    node.config["runtimeConfig"] =
+        json!({ "ipRanges": [[range(20, 20), range(40, 40)], [{ "subnet": "2001:db8:7::/64" }]] });
+    let pods = ["a", "b", "c"].map(|name| node.pod(name));
+    let result = node.add(&pods[0]).unwrap();
+    assert_eq!(addresses(&result), ["10.7.0.20/24", "2001:db8:7::1/64"]);
+    assert_eq!(result["ips"][0]["gateway"], "10.7.0.1");
+    assert_eq!(addresses(&node.add(&pods[1]).unwrap())[0], "10.7.0.40/24");
+    node.add(&pods[2]).unwrap_err();
+    node.check(&pods[0], &result).unwrap();
+    // Without the ranges, as a runtime without a cache calls, what was leased is released all the same.
+    let asking = node.config.clone();
+    node.config.as_object_mut().unwrap().remove("runtimeConfig");
+    node.del(&pods[0]).unwrap();
+    assert_eq!(addresses(&node.add(&pods[2]).unwrap()), ["10.9.0.1/24"]);
+    node.config = asking;
+    assert_eq!(addresses(&node.add(&pods[0]).unwrap())[0], "10.7.0.20/24");
+    node.config["runtimeConfig"] = json!({ "ipRanges": [[{ "subnet": "10.7.0.0/24", "rangeEnd": "10.8.0.1" }]] });
+    let error = node.add(&node.pod("d")).unwrap_err();
+    assert!(error["msg"].as_str().unwrap().starts_with("runtimeConfig.ipRanges[0][0].rangeEnd: "), "{error}");
+}
