@@ -15,8 +15,8 @@ use crate::netlink::{LinkView, Message, NetlinkError, Socket, delete_group, set_
 
 /// Has the links that several threads want deleted at a time deleted together. Shared by the engines of one host.
 ///
-/// Nobody waits to be joined: the first is deleted alone, and those that come meanwhile are the next group. Every call
-/// returns when its own link is gone.
+/// Nobody waits to be joined longer than for the kernel's lock: who gets that first takes all who have come by then, and
+/// those that come meanwhile are the next group. Every call returns when its own link is gone.
 #[derive(Debug, Default)]
 pub struct Removals {
     state: Mutex<State>,
@@ -47,7 +47,7 @@ impl Removals {
         let ticket = state.next;
         state.next += 1;
         state.waiting.push(Wanted { ticket, name: link.name.clone(), index: link.index });
-        let all = loop {
+        loop {
             match state.outcomes.remove(&ticket) {
                 Some(true) => return Ok(()),
                 // Alone it gets an error of its own, if any.
@@ -56,14 +56,21 @@ impl Removals {
                     return delete(socket, link);
                 }
                 None if state.busy => state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
-                None => break std::mem::take(&mut state.waiting),
+                None => break,
             }
-        };
+        }
         state.busy = true;
         drop(state);
-        let mut lead = Lead { removals: self, led: all, ticket, gone: false };
-        if lead.led.len() > 1 {
-            lead.gone = delete_together(socket, &lead.led);
+        let mut lead = Lead { removals: self, led: Vec::new(), ticket, gone: false };
+        // Drawn for this once, of 2^31, so that no link of anybody else's has it.
+        let group = RandomState::new().build_hasher().finish() as u32 | 1 << 31;
+        // This waits for the lock behind those who have it or were there before, as who looks a link up to have it deleted,
+        // too: they join.
+        let tagged = socket.request(&set_group(&link.name, link.index, group)).map(drop);
+        lead.led = std::mem::take(&mut self.lock().waiting);
+        let others: Vec<&Wanted> = lead.led.iter().filter(|wanted| wanted.ticket != ticket).collect();
+        if !others.is_empty() {
+            lead.gone = delete_together(socket, tagged, &others, group);
         }
         if lead.gone { Ok(()) } else { delete(socket, link) }
     }
@@ -97,12 +104,11 @@ fn is_there(error: &NetlinkError) -> bool {
     error.errno() != Some(libc::ENODEV)
 }
 
-/// Whether all of them are gone.
-fn delete_together(socket: &mut Socket, links: &[Wanted]) -> bool {
-    // Drawn for this once, of 2^31, so that no link of anybody else's has it.
-    let group = RandomState::new().build_hasher().finish() as u32 | 1 << 31;
-    let tags: Vec<Message> = links.iter().map(|link| set_group(&link.name, link.index, group)).collect();
-    let mut failed = socket.batch(&tags).into_iter().filter_map(Result::err).find(is_there);
+/// Deletes links, and one that is in the group if it could be put there. Whether all of them are gone.
+fn delete_together(socket: &mut Socket, own: Result<(), NetlinkError>, others: &[&Wanted], group: u32) -> bool {
+    let tags: Vec<Message> = others.iter().map(|link| set_group(&link.name, link.index, group)).collect();
+    let tagged = socket.batch(&tags).into_iter().map(|outcome| outcome.map(drop));
+    let mut failed = std::iter::once(own).chain(tagged).filter_map(Result::err).find(is_there);
     if failed.is_none() {
         failed = socket.request(&delete_group(group)).err().filter(is_there);
     }
