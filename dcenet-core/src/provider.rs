@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -67,6 +68,47 @@ pub trait AddressSource: Send + Sync {
 
     /// Whether a lease could be given now; cheap, for STATUS is polled. An exhausted pool is an error.
     async fn ready(&self) -> Result<(), LeaseError>;
+}
+
+/// One source for many who ask.
+#[async_trait]
+impl<T: AddressSource + ?Sized> AddressSource for Arc<T> {
+    async fn lease(&self, request: &LeaseRequest) -> Result<Lease, LeaseError> {
+        (**self).lease(request).await
+    }
+
+    async fn held(&self, attachment: &AttachmentKey) -> Result<Option<Lease>, LeaseError> {
+        (**self).held(attachment).await
+    }
+
+    async fn release(&self, attachment: &AttachmentKey, sequence: u64) -> Result<(), LeaseError> {
+        (**self).release(attachment, sequence).await
+    }
+
+    async fn retain(
+        &self,
+        network: &NetworkName,
+        valid: &[(ContainerId, IfName)],
+    ) -> Result<Vec<AttachmentKey>, LeaseError> {
+        (**self).retain(network, valid).await
+    }
+
+    async fn replace(
+        &self,
+        attachment: &AttachmentKey,
+        sequence: u64,
+        conflict: &Conflict,
+    ) -> Result<Option<Lease>, LeaseError> {
+        (**self).replace(attachment, sequence, conflict).await
+    }
+
+    fn is_fixed(&self, address: IpAddr) -> bool {
+        (**self).is_fixed(address)
+    }
+
+    async fn ready(&self) -> Result<(), LeaseError> {
+        (**self).ready().await
+    }
 }
 
 /// Who asks for addresses, and for which.

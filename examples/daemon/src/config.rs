@@ -128,7 +128,8 @@ pub struct FlowsConfig {
 pub struct ServerConfig {
     /// The socket; `dcenetd.sock` in the run directory unless told.
     pub socket: Option<PathBuf>,
-    /// How many calls at a time.
+    /// How many calls at a time. What calls do is mostly to wait, for flushes and for the kernel, and those that wait together
+    /// wait once: the links of as many DELs are deleted together.
     #[serde(default = "workers")]
     pub workers: NonZeroUsize,
 }
@@ -294,7 +295,7 @@ fn run_dir() -> PathBuf {
 }
 
 const fn workers() -> NonZeroUsize {
-    NonZeroUsize::new(16).unwrap()
+    NonZeroUsize::new(64).unwrap()
 }
 
 const fn most_rules() -> usize {
