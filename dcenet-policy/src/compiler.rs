@@ -593,7 +593,7 @@ impl Compiler {
     }
 
     /// For each endpoint in scope what identifies its policy sets, ingress first.
-    fn set_keys(&self, cluster: &Cluster) -> BTreeMap<PodId, [SetKey; 2]> {
+    pub(crate) fn set_keys(&self, cluster: &Cluster) -> BTreeMap<PodId, [SetKey; 2]> {
         let mut named: HashMap<&str, Vec<&Policy>> = HashMap::new();
         let mut selected: Vec<&Policy> = Vec::new();
         for policy in cluster.policies.values() {

@@ -90,18 +90,26 @@ pub(crate) fn names_used(
 type OwnPorts = BTreeMap<(String, Protocol), BTreeSet<u16>>;
 
 /// Where a rule stands.
-struct Place<'a> {
-    policy: &'a PolicyId,
-    direction: Direction,
-    rule: usize,
+pub(crate) struct Place<'a> {
+    pub(crate) policy: &'a PolicyId,
+    pub(crate) direction: Direction,
+    pub(crate) rule: usize,
+}
+
+impl Place<'_> {
+    /// The rule, whatever of it matches.
+    pub(crate) fn whole(&self) -> RuleRef {
+        let Self { policy, direction, rule } = *self;
+        RuleRef { policy: policy.clone(), direction, rule, peer: None, port: None }
+    }
 }
 
 /// A combination of peer and service that a rule matches.
-struct Match {
+pub(crate) struct Match {
     peer: Option<usize>,
     port: Option<usize>,
-    condition: Condition,
-    service: Service,
+    pub(crate) condition: Condition,
+    pub(crate) service: Service,
 }
 
 /// Numbers atoms and rules while flattening.
@@ -253,7 +261,7 @@ impl Flattener<'_> {
 
     /// The combinations of peer and service that a rule matches, peer by peer; each is to become an entry at least, beside
     /// those that there are.
-    fn matches(
+    pub(crate) fn matches(
         &mut self,
         rule: &Rule,
         direction: Direction,
@@ -359,7 +367,7 @@ impl Flattener<'_> {
         }
     }
 
-    fn atom(&mut self, atom: Atom) -> AtomId {
+    pub(crate) fn atom(&mut self, atom: Atom) -> AtomId {
         if let Some(id) = self.atoms.get(&atom) {
             return *id;
         }

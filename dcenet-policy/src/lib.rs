@@ -12,6 +12,8 @@
 //!   ([`classes`]), a class becomes a small local id, and a [`diagram`] over local id, protocol and port ends in a
 //!   verdict with the rule that decided.
 //! - [`target`] turns diagrams into eBPF programs.
+//! - [`analysis`] finds rules that do nothing or too much, and tells what changes between two sets of policies.
+//! - [`render`] writes policies down for enforcers of others, and what these cannot do.
 //! - [`reach`] asks who reaches whom in a cluster, evaluator or whole programs; the example of that name reads the cluster
 //!   from a directory of Kubernetes objects: `cargo run -p dcenet-policy --example reach -- --help`.
 //!
@@ -64,6 +66,7 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+pub mod analysis;
 pub mod classes;
 pub mod compiler;
 pub mod diagram;
@@ -78,6 +81,7 @@ pub mod model;
 pub mod opt;
 mod partition;
 pub mod reach;
+pub mod render;
 pub mod sources;
 pub mod target;
 #[cfg(feature = "test-support")]

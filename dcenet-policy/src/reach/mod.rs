@@ -58,6 +58,10 @@
 //! `kind` of a note is `left-out`, `assumed-namespace`, `closed-rule`, `tie`, `unused` or `not-read`
 //! ([`NoteKind`](crate::sources::kubernetes::NoteKind)); kinds may be added. The example `reach` has the same on stderr.
 //!
+//! # The report as a matrix
+//!
+//! [`Report::matrix_text`], [`Report::matrix_svg`] and [`Report::matrix_html`] show it by probe and family, sources as rows.
+//!
 //! # Examples
 //!
 //! ```
@@ -73,6 +77,7 @@
 //! assert!(report.results.iter().all(|result| result.verdict == Verdict::Allow));
 //! ```
 
+mod matrix;
 mod report;
 #[cfg(feature = "simulator")]
 mod simulator;

@@ -1,0 +1,89 @@
+//! What a set of policies amounts to, exactly: nothing here samples.
+//!
+//! | Question | Answer |
+//! |---|---|
+//! | which rules do nothing, contradict another or open too much? | [`findings`] |
+//! | what would change if these policies were applied? | [`diff`] |
+//! | who can reach a pod? what can it reach? | [`access`] |
+//!
+//! All three go over *regions* of addresses instead of addresses: everything that the policies in question treat alike is
+//! one, be it a pod, a node, or a prefix with holes ([`Peers`]); and over sets of services instead of ports
+//! ([`Services`]). The verdicts of [`diff`] and [`access`] are those of the compiled diagrams ([`Compiler`]); [`findings`]
+//! tries the rules of each pod itself, tier by tier. Each difference comes with an example that
+//! [`explain`](crate::explain) can be asked about.
+//!
+//! What is compared are the model's questions: the first packet of a flow, by the policies of one pod and direction
+//! ([`Tuple`](crate::model::Tuple)). [`access`] takes both ends together.
+//!
+//! ```
+//! # #[cfg(feature = "yaml")] {
+//! use dcenet_policy::analysis::diff;
+//! use dcenet_policy::model::{Cluster, Pod, PodId};
+//! use dcenet_policy::sources::networkpolicy::from_yaml;
+//!
+//! let mut before = Cluster::default();
+//! for (name, address) in [("db", "10.0.0.1"), ("web", "10.0.0.2")] {
+//!     before.pods.insert(PodId::new("shop", name), Pod::new([("app", name)], [address.parse().unwrap()]));
+//! }
+//! let mut after = before.clone();
+//! let policies = from_yaml(
+//!     r#"
+//! apiVersion: networking.k8s.io/v1
+//! kind: NetworkPolicy
+//! metadata: { name: db, namespace: shop }
+//! spec:
+//!   podSelector: { matchLabels: { app: db } }
+//!   ingress: [ { from: [ { podSelector: { matchLabels: { app: web } } } ], ports: [ { port: 5432 } ] } ]
+//! "#,
+//! )
+//! .unwrap();
+//! policies.into_iter().for_each(|policy| drop(after.insert_policy(policy)));
+//! let diff = diff(&before, &after).unwrap();
+//! assert!(diff.to_string().starts_with(
+//!     "deny ingress of shop/db from shop/web: every protocol but tcp; tcp 0-5431, 5433-65535\n"
+//! ));
+//! # }
+//! ```
+
+mod access;
+mod diff;
+mod findings;
+mod services;
+mod space;
+
+use crate::compiler::{CompileError, Compiler, Update};
+use crate::isolation::Fault;
+use crate::model::{Cluster, PodId};
+
+pub use self::access::{Access, Reachable, Way, access};
+pub use self::diff::{Change, Diff, Example, Judged, diff};
+pub use self::findings::{Decider, Finding, Findings, Thresholds, Width, findings};
+pub(crate) use self::services::allowed;
+pub use self::services::{ServiceRange, Services};
+pub use self::space::{Others, Peers};
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AnalysisError {
+    /// The policies cannot be compiled.
+    #[error(transparent)]
+    Compile(#[from] CompileError),
+    /// Some policies are beyond what is compiled, so that an answer would be of others than are written.
+    #[error("{0}; split the policies before asking")]
+    Refused(Box<Fault>),
+    /// The pod is not in the cluster.
+    #[error("pod {0} is not in the cluster; add it before asking")]
+    UnknownPod(PodId),
+    /// The pod is no subject of policy.
+    #[error("pod {0} uses its host's network: no policy judges what it sends or gets; ask about the node's firewall")]
+    HostNetwork(PodId),
+}
+
+fn compiled(cluster: &Cluster) -> Result<Update, AnalysisError> {
+    let mut update = Compiler::default().update(cluster)?;
+    match update.faults.iter().position(|fault| matches!(fault, Fault::Refused { .. })) {
+        Some(index) => Err(AnalysisError::Refused(Box::new(update.faults.swap_remove(index)))),
+        None => Ok(update),
+    }
+}
