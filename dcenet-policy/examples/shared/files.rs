@@ -1,0 +1,67 @@
+//! Objects of Kubernetes from files.
+
+use std::error::Error;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use dcenet_policy::sources::kubernetes::{Documents, Note, NoteKind};
+
+/// All objects of a directory, with those below it, or of a single file.
+pub(crate) fn read(resources: &Path) -> Result<(Documents, Vec<Note>), Box<dyn Error>> {
+    let (mut files, mut notes) = (Vec::new(), Vec::new());
+    if resources.is_dir() {
+        find(resources, &mut files, &mut notes)?;
+        files.sort();
+        notes.sort_by(|left, right| left.text.cmp(&right.text));
+        if files.is_empty() {
+            return Err(format!("{}: no file .yaml, .yml or .json is here", resources.display()).into());
+        }
+    } else {
+        files.push(resources.to_owned());
+    }
+    let mut documents = Documents::default();
+    for path in files {
+        let name = path.display().to_string();
+        let text = std::fs::read_to_string(&path).map_err(|error| format!("{name}: {error}"))?;
+        let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+        documents = if is_of(&path, &["json"]) {
+            documents.with_json(&name, text)?
+        } else {
+            documents.with_yaml(&name, text)?
+        };
+    }
+    Ok((documents, notes))
+}
+
+fn is_of(path: &Path, extensions: &[&str]) -> bool {
+    path.extension().is_some_and(|found| extensions.iter().any(|known| found.eq_ignore_ascii_case(known)))
+}
+
+fn find(directory: &Path, files: &mut Vec<PathBuf>, notes: &mut Vec<Note>) -> Result<(), String> {
+    let failed = |path: &Path, error: io::Error| format!("{}: {error}", path.display());
+    for entry in std::fs::read_dir(directory).map_err(|error| failed(directory, error))? {
+        let entry = entry.map_err(|error| failed(directory, error))?;
+        let path = entry.path();
+        if entry.file_name().as_encoded_bytes().starts_with(b".") {
+            continue;
+        }
+        let kind = entry.file_type().map_err(|error| failed(&path, error))?;
+        let mut not_read = |reason: &str| {
+            notes.push(Note { kind: NoteKind::NotRead, text: format!("not read: {}: {reason}", path.display()) });
+        };
+        if kind.is_dir() {
+            find(&path, files, notes)?;
+        } else if kind.is_symlink() && path.is_dir() {
+            // It may lead round in a circle.
+            not_read("a link to a directory is not followed; give the directory itself");
+        } else if is_of(&path, &["yaml", "yml", "json"]) {
+            let target = std::fs::metadata(&path).map_err(|error| failed(&path, error))?;
+            if target.is_file() {
+                files.push(path);
+            } else {
+                not_read("it is no regular file");
+            }
+        }
+    }
+    Ok(())
+}
