@@ -219,6 +219,12 @@ pub(super) fn set_vf(link: IfIndex, vf: u32, change: &VfChange) -> Message {
     let operation = format!("configure virtual function {vf} of link {link}");
     let mut message = Message::new(libc::RTM_SETLINK, 0, operation, &header(link.get(), 0, 0));
     let words = |words: &[u32]| words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<u8>>();
+    let of_guid = |Guid(guid)| {
+        // `struct ifla_vf_guid` has a hole before its 64 bits.
+        let mut content = words(&[vf, 0]);
+        content.extend(guid.to_ne_bytes());
+        content
+    };
     message.nest(IFLA_VFINFO_LIST, |list| {
         list.nest(IFLA_VF_INFO, |info| {
             if let Some(mac) = mac {
@@ -258,15 +264,17 @@ pub(super) fn set_vf(link: IfIndex, vf: u32, change: &VfChange) -> Message {
                     info.bytes(attribute, &words(&[vf, value]));
                 }
             }
-            for (attribute, guid) in [(IFLA_VF_IB_NODE_GUID, node_guid), (IFLA_VF_IB_PORT_GUID, port_guid)] {
-                if let Some(Guid(guid)) = guid {
-                    // `struct ifla_vf_guid` has a hole before its 64 bits.
-                    let mut content = words(&[vf, 0]);
-                    content.extend(guid.to_ne_bytes());
-                    info.bytes(attribute, &content);
-                }
+            if let Some(guid) = node_guid {
+                info.bytes(IFLA_VF_IB_NODE_GUID, &of_guid(guid));
             }
         });
+        // The kernel is done with an entry when it has set a node GUID (`do_setvfinfo` in net/core/rtnetlink.c): what
+        // came after it in the same entry would be dropped, and the answer is no error.
+        if let Some(guid) = port_guid {
+            list.nest(IFLA_VF_INFO, |info| {
+                info.bytes(IFLA_VF_IB_PORT_GUID, &of_guid(guid));
+            });
+        }
     });
     message
 }
@@ -495,13 +503,17 @@ mod tests {
         };
         assert_eq!(read.header.index, 7);
         let [LinkAttribute::VfInfoList(list)] = &read.attributes[..] else { panic!("{read:?}") };
-        let [LinkVfInfo(infos)] = &list[..] else { panic!("{list:?}") };
+        // Two entries of the one function, because the kernel ends the first with the node's GUID.
+        let [LinkVfInfo(infos), LinkVfInfo(after)] = &list[..] else { panic!("{list:?}") };
         // In the order in which the kernel does it.
-        let kinds: Vec<String> =
-            infos.iter().map(|info| format!("{info:?}").split('(').next().unwrap().to_owned()).collect();
-        let wanted =
-            ["Mac", "VlanList", "Rate", "SpoofCheck", "LinkState", "RssQueryEn", "Trust", "IbNodeGuid", "IbPortGuid"];
-        assert_eq!(kinds, wanted);
+        let kinds = |infos: &[VfInfo]| -> Vec<String> {
+            infos.iter().map(|info| format!("{info:?}").split('(').next().unwrap().to_owned()).collect()
+        };
+        let wanted = ["Mac", "VlanList", "Rate", "SpoofCheck", "LinkState", "RssQueryEn", "Trust", "IbNodeGuid"];
+        assert_eq!(kinds(infos), wanted);
+        assert_eq!(kinds(after), ["IbPortGuid"]);
+        let said = format!("{after:?}");
+        assert!(said.contains("vf_id: 5"), "{said}");
         let said = format!("{infos:?}");
         for part in ["vf_id: 5", "vlan_id: 100", "qos: 3", "min_tx_rate: 10", "max_tx_rate: 20", "Disable"] {
             assert!(said.contains(part), "{part}: {said}");
