@@ -259,12 +259,18 @@ where
         self.account.as_ref().map_err(|damage| damage.error(self.entry.path()))
     }
 
-    /// Writes what is true of the device whoever has it, and flushes it to disk.
+    /// Writes what is true of the device whoever has it, and flushes it to disk. A file that has become long is written
+    /// anew, where nothing is open.
     ///
     /// # Errors
-    /// Where the file cannot be written. It is as before.
+    /// Where the file cannot be written. It is as before; where it cannot be cut off either, which is logged, it may say
+    /// what was to be written.
     pub fn stand(&mut self, standing: &S) -> Result<(), LedgerError> {
-        self.account()?;
+        let account = self.account()?;
+        if self.len > COMPACT && account.open.is_none() {
+            let last = account.last;
+            return self.replace(Some(standing), last);
+        }
         self.write("write standing", &WriteLine::Standing(standing), Flush::Now)?;
         self.change(|account| account.standing = Some(standing.clone()))
     }
@@ -362,8 +368,14 @@ where
             self.entry.file.set_len(self.len).map_err(|e| JournalError::io(self.entry.path(), e))?;
         }
         self.entry.append(what, line)?;
-        if flush == Flush::Now {
-            self.entry.sync()?;
+        if flush == Flush::Now
+            && let Err(error) = self.entry.sync()
+        {
+            // The line is whole, and would count for whoever reads it next.
+            if let Err(error) = self.entry.file.set_len(self.len) {
+                tracing::warn!(path = %self.entry.path().display(), %error, "may say what was not flushed");
+            }
+            return Err(error.into());
         }
         self.len = length(&self.entry).map_err(|e| JournalError::io(self.entry.path(), e))?;
         Ok(())
@@ -526,6 +538,8 @@ const COMPACT: u64 = 128 << 10;
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
 
     type Fences = Ledger<String, String, u32>;
@@ -621,6 +635,45 @@ mod tests {
         assert_eq!(ledger.keys().unwrap(), [KEY]);
         fs::remove_file(&path).unwrap();
         assert!(ledger.enter(KEY).unwrap().begin(&colour).unwrap() > last);
+    }
+
+    #[test]
+    fn what_stands_is_written_anew_when_the_file_is_long_and_nothing_is_open() {
+        let state = tempfile::tempdir().unwrap();
+        let ledger = Fences::open(state.path(), "fences").unwrap();
+        let path = state.path().join("fences").join(KEY);
+        let mut page = ledger.enter(KEY).unwrap();
+        let last = page.begin(&"red".to_owned()).unwrap();
+        let colours = |round: usize| format!("{round}{}", "white".repeat(500));
+        for round in 0..100 {
+            page.stand(&colours(round)).unwrap();
+        }
+        // Open, it keeps all that it needs.
+        assert!(fs::metadata(&path).unwrap().len() > COMPACT && page.account().unwrap().open.is_some());
+        page.end().unwrap();
+        for round in 0..100 {
+            page.stand(&colours(round)).unwrap();
+            let read = ledger.read(KEY).unwrap().unwrap();
+            assert_eq!((read.standing, read.last), (Some(colours(round)), last));
+        }
+        assert!(fs::metadata(&path).unwrap().len() < COMPACT + 10_000);
+        assert!(matches!(ledger.enter(KEY), Err(LedgerError::Busy { .. })));
+    }
+
+    #[test]
+    fn who_had_opened_a_file_before_it_was_set_aside_gets_the_one_that_took_its_place() {
+        let state = tempfile::tempdir().unwrap();
+        let ledger = Fences::open(state.path(), "fences").unwrap();
+        write_one(&ledger);
+        let path = state.path().join("fences").join(KEY);
+        let before = OpenOptions::new().read(true).append(true).open(&path).unwrap();
+        let mut page = ledger.enter(KEY).unwrap();
+        page.set_aside(&"unknown".to_owned()).unwrap();
+        drop(page);
+        assert!(before.metadata().unwrap().nlink() > 0);
+        assert!(Entry::lock(before, &path).unwrap().is_none());
+        let now = OpenOptions::new().read(true).append(true).open(&path).unwrap();
+        assert!(Entry::lock(now, &path).unwrap().is_some());
     }
 
     #[test]

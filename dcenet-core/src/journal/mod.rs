@@ -319,15 +319,22 @@ impl Journal {
 }
 
 impl Entry {
-    /// `None` where the file was removed before the lock was had.
+    /// `None` where the file was removed, or another took its name, before the lock was had.
     fn lock(file: File, path: &Path) -> Result<Option<Self>, JournalError> {
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(JournalError::Busy { path: path.to_owned() }),
             Err(TryLockError::Error(error)) => return Err(JournalError::io(path, error)),
         }
-        let metadata = file.metadata().map_err(|e| JournalError::io(path, e))?;
-        Ok((metadata.nlink() > 0).then(|| Self { file, path: path.to_owned() }))
+        // Links do not tell: a file that was set aside has a name still.
+        let locked = file.metadata().map_err(|e| JournalError::io(path, e))?;
+        let named = match std::fs::metadata(path) {
+            Ok(named) => named,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(JournalError::io(path, error)),
+        };
+        let is_same = (locked.dev(), locked.ino()) == (named.dev(), named.ino());
+        Ok(is_same.then(|| Self { file, path: path.to_owned() }))
     }
 
     /// Where it is.
