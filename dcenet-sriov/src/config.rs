@@ -146,8 +146,9 @@ impl VfConfig {
         &self.0
     }
 
-    /// What is to be written to the port, of which `now` says what it keeps: where one message attribute carries several
-    /// settings, those that nobody asked for are written as they are.
+    /// What is to be written to the port, of which `now` says what it keeps: where one message attribute carries both
+    /// rates, the one that nobody asked for is written as it is. A VLAN is one setting: with `vlan` alone the tag's priority is 0
+    /// and its EtherType `802.1q`, whatever they are.
     ///
     /// # Errors
     /// Where what is asked for contradicts what is there.

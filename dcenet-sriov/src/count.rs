@@ -1,10 +1,13 @@
 //! How many virtual functions a port has.
 //!
 //! The kernel makes all or none: from one number to another it goes by way of 0, where every function vanishes from whoever
-//! has it. Here nothing of that happens while a function is in use, and what was made is there when the call returns.
+//! has it. Here nothing of that happens while a function is in use, and what was made is there when the call returns. Where
+//! functions are leased, [`Leases::set_vf_count`](crate::lease::Leases::set_vf_count) keeps them from being so meanwhile.
 
 use std::fmt;
 use std::time::{Duration, Instant};
+
+use dcenet_core::journal::LedgerError;
 
 use crate::address::{PciAddress, VfIndex};
 use crate::inventory::is_for_user_space;
@@ -18,7 +21,8 @@ pub struct CountRequest<'a> {
     pub autoprobe: Option<bool>,
     /// Who uses a function, for people; `None` for nobody. It is asked of each before any is taken away.
     pub user: &'a dyn Fn(PciAddress) -> Option<String>,
-    /// Takes functions away though their devices are in other namespaces. Never those that have a user.
+    /// Takes functions away though their devices are in other namespaces, or drivers of user space have them. Never those
+    /// that have a user.
     pub even_elsewhere: bool,
     /// How long to wait for functions and their devices.
     pub limit: Duration,
@@ -126,9 +130,12 @@ pub enum CountError {
         /// What is missing.
         missing: Missing,
     },
-    /// The port cannot be looked at.
+    /// The port cannot be looked at, or its autoprobe cannot be written: nothing was changed.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// Who has the functions cannot be told.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
 }
 
 /// What of new functions did not appear.
@@ -165,7 +172,8 @@ impl fmt::Display for Left {
 /// are bound to them.
 ///
 /// Where it has as many already nothing is written. Where the driver refuses, the number that was is written again, as far
-/// as it takes that; what the functions were set to is lost.
+/// as it takes that; what the functions were set to is lost. So it is where anything else fails after the functions are gone.
+/// Autoprobe goes back, too, and it is not waited for the functions then.
 ///
 /// # Errors
 /// See [`CountError`].
@@ -179,6 +187,16 @@ pub fn set_vf_count(
     port: PciAddress,
     request: &CountRequest<'_>,
 ) -> Result<Vec<(VfIndex, PciAddress)>, CountError> {
+    change_vf_count(kernel, port, request, &mut false)
+}
+
+/// As [`set_vf_count`], and says whether the functions are others than before, whatever comes of it.
+pub(crate) fn change_vf_count(
+    kernel: &dyn Kernel,
+    port: PciAddress,
+    request: &CountRequest<'_>,
+    anew: &mut bool,
+) -> Result<Vec<(VfIndex, PciAddress)>, CountError> {
     let CountRequest { count: wanted, autoprobe, limit, .. } = *request;
     let before = kernel.vf_count(port)?;
     if wanted > before.total {
@@ -190,24 +208,23 @@ pub fn set_vf_count(
     }
     // It hears of what appears while the write is under way.
     let mut watch = kernel.watch()?;
-    if changes && before.now != 0 {
-        write(kernel, port, 0, wanted)?;
-    }
+    // First: it alone can be refused without anything being lost.
     if let Some(autoprobe) = autoprobe.filter(|autoprobe| *autoprobe != before.autoprobe) {
         kernel.write_autoprobe(port, autoprobe)?;
     }
     if !changes {
         return wait(kernel, port, request, &mut *watch, |_, _| Ok(None));
     }
-    if wanted != 0
-        && let Err(error) = write(kernel, port, wanted, wanted)
-    {
-        put_back(kernel, port, before);
-        return Err(with_left(error, kernel.vf_count(port)?.now));
-    }
-    let made = kernel.vf_count(port)?.now;
-    if made != wanted {
-        return Err(CountError::Fewer { port, wanted, made });
+    match remake(kernel, port, before, wanted, anew) {
+        Ok(()) => {}
+        Err(error @ CountError::Fewer { .. }) => return Err(error),
+        Err(error) => {
+            put_back(kernel, port, before);
+            return Err(match kernel.vf_count(port) {
+                Ok(now) => with_left(error, now.now),
+                Err(_) => error,
+            });
+        }
     }
     tracing::debug!(%port, wanted, ?limit, "virtual functions made");
     let bound = autoprobe.unwrap_or(before.autoprobe);
@@ -224,11 +241,15 @@ fn refuse_where_used(kernel: &dyn Kernel, port: PciAddress, request: &CountReque
     for (_, function) in kernel.vf_addresses(port)? {
         let mut user = (request.user)(function);
         if user.is_none() && !request.even_elsewhere {
-            let driver = kernel.driver(function)?.driver;
-            let has_device = driver.is_some_and(|driver| !is_for_user_space(&driver));
-            if has_device && kernel.netdevs(&Namespace::Host, function)?.is_empty() {
-                user = Some("somebody in another network namespace, where its device is".to_owned());
-            }
+            user = match kernel.driver(function)?.driver {
+                // The write would wait until a virtual machine lets it go (`vfio_unregister_group_dev` in
+                // drivers/vfio/vfio_main.c), or take it away.
+                Some(driver) if is_for_user_space(&driver) => Some(format!("a program, by its driver {driver}")),
+                Some(_) if kernel.netdevs(&Namespace::Host, function)?.is_empty() => {
+                    Some("somebody in another network namespace, where its device is".to_owned())
+                }
+                _ => None,
+            };
         }
         if let Some(user) = user {
             return Err(CountError::InUse { port, function, user });
@@ -249,14 +270,39 @@ fn write(kernel: &dyn Kernel, port: PciAddress, count: u16, wanted: u16) -> Resu
     })
 }
 
+/// From one number to another, by way of 0.
+fn remake(
+    kernel: &dyn Kernel,
+    port: PciAddress,
+    before: VfCount,
+    wanted: u16,
+    anew: &mut bool,
+) -> Result<(), CountError> {
+    if before.now != 0 {
+        write(kernel, port, 0, wanted)?;
+    }
+    *anew = true;
+    if wanted != 0 {
+        write(kernel, port, wanted, wanted)?;
+    }
+    let made = kernel.vf_count(port)?.now;
+    if made == wanted { Ok(()) } else { Err(CountError::Fewer { port, wanted, made }) }
+}
+
 fn put_back(kernel: &dyn Kernel, port: PciAddress, before: VfCount) {
+    // What cannot be looked at is taken to differ.
+    let now = kernel.vf_count(port).ok();
+    // Before the number: it decides whether drivers are bound to the functions that come.
+    if now.is_none_or(|now| now.autoprobe != before.autoprobe)
+        && let Err(error) = kernel.write_autoprobe(port, before.autoprobe)
+    {
+        tracing::warn!(%port, %error, "autoprobe is not what it was");
+    }
     if before.now != 0
+        && now.is_none_or(|now| now.now != before.now)
         && let Err(error) = kernel.write_vf_count(port, before.now)
     {
-        tracing::warn!(%error, "the former number of virtual functions is not taken either");
-    }
-    if let Err(error) = kernel.write_autoprobe(port, before.autoprobe) {
-        tracing::debug!(%error, "autoprobe stays as it is");
+        tracing::warn!(%port, %error, "the former number of virtual functions is not taken either");
     }
 }
 

@@ -316,6 +316,11 @@ impl<S: Sysfs> Kernel for LinuxKernel<S> {
         Ok(all)
     }
 
+    fn in_host(&self, work: &mut (dyn FnMut() + Send)) -> Result<(), KernelError> {
+        let operation = "work in the host's namespace";
+        self.host.run_here_or_there(work).map_err(|error| of_namespace(operation, &error))
+    }
+
     fn watch(&self) -> Result<Box<dyn Watch + '_>, KernelError> {
         let events = Uevents::listen(&self.host).map_err(|error| of_namespace("watch devices", &error))?;
         Ok(Box::new(LinuxWatch(events)))

@@ -142,6 +142,12 @@ pub trait Kernel: fmt::Debug + Send + Sync {
     /// The addresses of a port's functions (`virtfnN`), in the order of their indices.
     fn vf_addresses(&self, port: PciAddress) -> Result<Vec<(VfIndex, PciAddress)>, KernelError>;
 
+    /// Has a thread work in the host's namespace: the calling one where it is there, else another.
+    ///
+    /// # Errors
+    /// Where the namespace cannot be entered. Nothing was done then.
+    fn in_host(&self, work: &mut (dyn FnMut() + Send)) -> Result<(), KernelError>;
+
     /// Begins to watch for devices that come, go or change.
     fn watch(&self) -> Result<Box<dyn Watch + '_>, KernelError>;
 }

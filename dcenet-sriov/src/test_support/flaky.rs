@@ -165,6 +165,10 @@ impl Kernel for FlakyKernel {
         self.pass("list VFs", || self.inner.vf_addresses(port))
     }
 
+    fn in_host(&self, work: &mut (dyn FnMut() + Send)) -> Result<(), KernelError> {
+        self.pass("work in the host's namespace", || self.inner.in_host(work))
+    }
+
     fn watch(&self) -> Result<Box<dyn Watch + '_>, KernelError> {
         self.pass("watch", || self.inner.watch())
     }

@@ -132,4 +132,36 @@ fn a_refused_count_puts_the_former_one_back() {
     let error = set_vf_count(&model, port(), &refused).unwrap_err();
     assert!(matches!(error, CountError::Exhausted { left: 2, .. }), "{error}");
     assert_eq!(model.vf_count(port()).unwrap(), before);
+    // With drivers, as they were.
+    for (_, function) in model.vf_addresses(port()).unwrap() {
+        assert_eq!(model.driver(function).unwrap().driver.as_deref(), Some(Profile::ICE.vf_driver));
+        assert_eq!(model.netdevs(&Namespace::Host, function).unwrap().len(), 1);
+    }
+}
+
+#[test]
+fn an_autoprobe_that_cannot_be_written_takes_no_function_away() {
+    let (model, netdev) = Model::with_port(Profile::ICE, 2);
+    let devices = || [0, 1].map(|n| model.netdevs(&Namespace::Host, model.function(netdev, n)).unwrap());
+    let before = devices();
+    model.refuse_autoprobe(netdev, Some(libc::EROFS));
+    let error = set_vf_count(&model, port(), &CountRequest { autoprobe: Some(false), ..request(4) }).unwrap_err();
+    assert!(matches!(&error, CountError::Kernel(error) if error.errno == Some(libc::EROFS)), "{error}");
+    assert_eq!(devices(), before);
+    assert_eq!(set_vf_count(&model, port(), &request(4)).unwrap().len(), 4);
+}
+
+#[test]
+fn a_function_that_a_virtual_machine_may_have_is_in_use() {
+    let (model, netdev) = Model::with_port(Profile::IGB, 2);
+    let function = model.function(netdev, 1);
+    model.unbind(function).unwrap();
+    model.set_driver_override(function, Some("vfio-pci")).unwrap();
+    model.bind(function, "vfio-pci").unwrap();
+    let error = set_vf_count(&model, port(), &request(1)).unwrap_err();
+    assert!(matches!(&error, CountError::InUse { function: f, .. } if *f == function), "{error}");
+    assert!(error.to_string().contains("vfio-pci"), "{error}");
+    assert_eq!(model.vf_count(port()).unwrap().now, 2);
+    let anyway = CountRequest { even_elsewhere: true, ..request(1) };
+    assert_eq!(set_vf_count(&model, port(), &anyway).unwrap().len(), 1);
 }

@@ -115,3 +115,25 @@ fn watching_ends_at_its_limit() {
         assert!(begin.elapsed() < Duration::from_secs(60), "devices change all the time");
     }
 }
+
+#[test]
+fn work_is_done_in_the_hosts_namespace_wherever_the_caller_is() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let host = TestHost::new();
+    let root = NetNs::open(host.root().path()).unwrap();
+    let id = root.id();
+    let kernel = LinuxKernel::new(NetNs::open(host.root().path()).unwrap(), SysfsDir::system());
+    let in_host = || {
+        let mut there = None;
+        kernel.in_host(&mut || there = Some(NetNs::of_this_thread().unwrap().id())).unwrap();
+        there
+    };
+    let here = NetNs::of_this_thread().unwrap().id();
+    assert_ne!(here, id);
+    assert_eq!(in_host(), Some(id));
+    assert_eq!(host.new_pod().netns().run(in_host).unwrap(), Some(id));
+    assert_eq!(root.run(in_host).unwrap(), Some(id));
+    assert_eq!(NetNs::of_this_thread().unwrap().id(), here);
+}

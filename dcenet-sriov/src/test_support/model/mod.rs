@@ -122,7 +122,12 @@ impl Kernel for Model {
         }
         let operation = format!("configure VF {index} of link {port}");
         let mut world = self.call(&operation);
+        let clock = world.clock;
         let port = world.port(port, &operation)?;
+        if clock < port.busy_until {
+            return Err(KernelError::refused(operation, libc::EAGAIN));
+        }
+        port.busy_until = clock.saturating_add(port.busy);
         let (profile, carrier) = (port.profile, port.carrier);
         let vf = port.vf(index, &operation)?;
         let outcome = set_vf(profile, carrier, vf, change);
@@ -172,6 +177,9 @@ impl Kernel for Model {
         let mut world = self.call(&operation);
         let target = space(&world, to, &operation)?;
         let found = device(&mut world, from, index, &operation)?;
+        if let Some(errno) = world.refuses_moves {
+            return Err(KernelError::refused(operation, errno));
+        }
         if world.devices[found].space != target {
             let state = &world.devices[found].state;
             let mut own = state.name.clone();
@@ -315,7 +323,12 @@ impl Kernel for Model {
 
     fn write_autoprobe(&self, port: PciAddress, autoprobe: bool) -> Result<(), KernelError> {
         let operation = format!("set autoprobe of {port}");
-        self.call(&operation).port_at(port, &operation)?.autoprobe = autoprobe;
+        let mut world = self.call(&operation);
+        let port = world.port_at(port, &operation)?;
+        if let Some(errno) = port.refuses_autoprobe {
+            return Err(KernelError::refused(operation, errno));
+        }
+        port.autoprobe = autoprobe;
         Ok(())
     }
 
@@ -330,6 +343,13 @@ impl Kernel for Model {
         drop(self.call("watch"));
         Ok(Box::new(ModelWatch(self)))
     }
+
+    /// Here: the model has no threads.
+    fn in_host(&self, work: &mut (dyn FnMut() + Send)) -> Result<(), KernelError> {
+        drop(self.call("work in the host's namespace"));
+        work();
+        Ok(())
+    }
 }
 
 struct ModelWatch<'a>(&'a Model);
@@ -337,6 +357,11 @@ struct ModelWatch<'a>(&'a Model);
 impl Watch for ModelWatch<'_> {
     fn wait(&mut self, limit: Duration) -> Result<bool, KernelError> {
         let mut world = self.0.world();
+        if world.deaf {
+            drop(world);
+            std::thread::sleep(limit);
+            return Ok(false);
+        }
         if let Some(next) = world.coming.iter().map(|(when, _)| *when).filter(|when| *when < u64::MAX).min() {
             return Ok(world.advance(next));
         }
@@ -380,6 +405,9 @@ fn set_vf(profile: Profile, carrier: bool, vf: &mut world::Vf, change: &VfChange
         vf.state.rate = rate;
     }
     if spoofchk.is_some() {
+        if !profile.has_spoofchk {
+            return Err((Attribute::Spoofchk, libc::EOPNOTSUPP));
+        }
         vf.state.spoofchk = spoofchk;
     }
     if let Some(link_state) = link_state {

@@ -24,6 +24,10 @@ pub struct Profile {
     pub has_trust: bool,
     /// Has the RSS query.
     pub has_rss_query: bool,
+    /// Reports the spoof check.
+    pub has_spoofchk: bool,
+    /// Gives each function an administrator's address when it is made.
+    pub has_mac_at_birth: bool,
     /// Refuses zeros as the administrator's address.
     pub refuses_zero_mac: bool,
     /// Reports the function's own address as the administrator's, once the function is up.
@@ -47,7 +51,9 @@ impl Profile {
         no_link_state: true,
         has_trust: true,
         has_rss_query: false,
+        has_spoofchk: true,
         refuses_zero_mac: false,
+        has_mac_at_birth: false,
         reports_own_mac: true,
         mac_reaches_device_at_once: false,
         mac_is_fixed: Some(libc::EADDRNOTAVAIL),
@@ -90,6 +96,7 @@ impl Profile {
         refuses_min_rate: true,
         has_trust: false,
         refuses_zero_mac: true,
+        has_mac_at_birth: true,
         mac_is_fixed: Some(libc::EADDRNOTAVAIL),
         ..Self::MLX5
     };

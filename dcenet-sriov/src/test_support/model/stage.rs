@@ -50,6 +50,8 @@ impl Model {
                 clock: 0,
                 delay: 0,
                 counter: 0,
+                refuses_moves: None,
+                deaf: false,
             }),
         }
     }
@@ -77,6 +79,9 @@ impl Model {
             autoprobe: true,
             refuses_count: None,
             grants: None,
+            refuses_autoprobe: None,
+            busy: 0,
+            busy_until: 0,
             vfs: Vec::new(),
         });
         world.populate(address, vfs);
@@ -113,6 +118,32 @@ impl Model {
     /// Has a port's driver make no more functions than that, whatever is asked.
     pub fn grant_at_most(&self, port: IfIndex, vfs: u16) {
         self.world().port(port, "test").expect("the port").grants = Some(vfs);
+    }
+
+    /// Has a port refuse another autoprobe so, as where sysfs can only be read; `None` ends it.
+    pub fn refuse_autoprobe(&self, port: IfIndex, errno: Option<i32>) {
+        self.world().port(port, "test").expect("the port").refuses_autoprobe = errno;
+    }
+
+    /// Has a port's driver be busy (`EAGAIN`) during so many calls after each change of a function's settings, as one that
+    /// resets the function (`i40e_ndo_set_vf_mac` in drivers/net/ethernet/intel/i40e/i40e_virtchnl_pf.c).
+    pub fn be_busy_after_writes(&self, port: IfIndex, calls: u64) {
+        self.world().port(port, "test").expect("the port").busy = calls;
+    }
+
+    /// Refuses to move any device so; `None` ends it.
+    pub fn refuse_moves(&self, errno: Option<i32>) {
+        self.world().refuses_moves = errno;
+    }
+
+    /// Has watches hear nothing, as in a container without the host's events.
+    pub fn be_deaf(&self) {
+        self.world().deaf = true;
+    }
+
+    /// Loads another driver, which takes functions that are to be taken by it only.
+    pub fn load_driver(&self, name: &str) {
+        self.world().drivers.insert(name.to_owned());
     }
 
     /// Has a port's driver leave a function out of its list, as one that is being reset.
@@ -233,7 +264,7 @@ impl World {
                     mac: MacAddr::new([0; 6]),
                     vlan: VfVlan::default(),
                     rate: VfRate::default(),
-                    spoofchk: Some(true),
+                    spoofchk: profile.has_spoofchk.then_some(true),
                     trust: profile.has_trust.then_some(false),
                     link_state: VfLinkState::Auto,
                     rss_query: profile.has_rss_query.then_some(false),
@@ -247,8 +278,7 @@ impl World {
                 no_reset: false,
             })
             .collect();
-        if profile.refuses_zero_mac {
-            // Such drivers give each function an address from the beginning.
+        if profile.has_mac_at_birth {
             for n in 0..functions.len() {
                 let mac = self.random_mac();
                 if let Ok(port) = self.port_at(address, "test") {

@@ -28,6 +28,8 @@ pub(super) struct World {
     pub(super) clock: u64,
     pub(super) delay: u64,
     pub(super) counter: u32,
+    pub(super) refuses_moves: Option<i32>,
+    pub(super) deaf: bool,
 }
 
 #[derive(Debug)]
@@ -40,6 +42,10 @@ pub(super) struct Port {
     pub(super) autoprobe: bool,
     pub(super) refuses_count: Option<(u16, i32)>,
     pub(super) grants: Option<u16>,
+    pub(super) refuses_autoprobe: Option<i32>,
+    /// During how many calls the driver is busy after each change, and until when it is now.
+    pub(super) busy: u64,
+    pub(super) busy_until: u64,
     pub(super) vfs: Vec<Vf>,
 }
 
