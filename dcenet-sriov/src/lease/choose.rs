@@ -53,12 +53,17 @@ impl Leases {
         request: &Request,
         wanted: &Wanted,
     ) -> Result<Chosen<'_>, ChooseError> {
-        let mut used = self.unavailable()?;
+        let (mut used, mut unfinished) = self.unavailable()?;
         let mut passed_over = Vec::new();
         'choice: loop {
-            let candidates = Candidates::of(inventory, members, |vf| used.contains(&vf));
+            let candidates = Candidates::of(inventory, members, |vf| used.contains(&vf) || unfinished.contains(&vf));
             let choice = match candidates.choose(request) {
                 Ok(choice) => choice,
+                Err(_) if !unfinished.is_empty() => {
+                    // Last, those that killed calls may have left.
+                    unfinished.clear();
+                    continue 'choice;
+                }
                 Err(refusal) => return Err(ChooseError::TooFew { refusal, passed_over }),
             };
             let mut leases = Vec::with_capacity(choice.functions.len());
@@ -81,14 +86,17 @@ impl Leases {
         }
     }
 
-    /// The functions that somebody has, or nobody may have.
-    fn unavailable(&self) -> Result<BTreeSet<PciAddress>, LeaseError> {
-        let mut all = BTreeSet::new();
+    /// The functions that somebody has, or nobody may have; and those of which a call is giving or taking one, or was when it
+    /// was killed.
+    fn unavailable(&self) -> Result<(BTreeSet<PciAddress>, BTreeSet<PciAddress>), LeaseError> {
+        let (mut all, mut unfinished) = (BTreeSet::new(), BTreeSet::new());
         for key in self.ledger.keys()? {
             let Ok(vf) = key.parse::<PciAddress>() else { continue };
             let unavailable = match self.ledger.read(&key) {
                 Ok(Some(account)) => {
-                    let leased = account.open.is_some_and(|open| open.boot == self.ledger.boot());
+                    let open = account.open.filter(|open| open.boot == self.ledger.boot());
+                    let leased = open.as_ref().is_some_and(|open| super::record::is_committed(&open.steps));
+                    unfinished.extend((open.is_some() && !leased).then_some(vf));
                     leased || account.standing.is_some_and(|standing| standing.quarantine.is_some())
                 }
                 Ok(None) => false,
@@ -97,7 +105,7 @@ impl Leases {
             };
             all.extend(unavailable.then_some(vf));
         }
-        Ok(all)
+        Ok((all, unfinished))
     }
 }
 
@@ -109,6 +117,7 @@ fn is_of_one(error: &LeaseError) -> bool {
             | LeaseError::Quarantined { .. }
             | LeaseError::Gone { .. }
             | LeaseError::Hidden { .. }
+            | LeaseError::Another { .. }
             | LeaseError::Ledger(LedgerError::Busy { .. })
     )
 }

@@ -3,6 +3,9 @@
 //! There is one way for giving and for taking back: look at what it is, change what differs, look again. So nothing is
 //! written that is right already (drivers refuse even that), every step can be repeated, and it does not matter which steps
 //! an earlier call did. Every step goes on past errors; all are reported.
+//! While a driver is busy, or has not taken over yet what was written, it is done again, with growing pauses: drivers refuse
+//! settings while they reset a function, which i40e's says takes up to 200 ms (`i40e_check_vf_init_timeout` in
+//! drivers/net/ethernet/intel/i40e/i40e_virtchnl_pf.c).
 //!
 //! The order, and why:
 //! 1. the driver, because a bound driver makes the network device anew, under a new name;
@@ -11,6 +14,9 @@
 //!    drivers refuse it (`igb_rcv_msg_from_vf` in drivers/net/ethernet/intel/igb/igb_main.c);
 //! 4. the port's settings, in one message;
 //! 5. the rest of the network device, which may need the trust, and last whether it is up.
+//!
+//! A network device that does not come home is a tenant's still, and so are the port's settings: what they keep it from, such
+//! as all VLANs but one, they go on to keep it from. Then only what closes is written.
 
 use std::time::{Duration, Instant};
 
@@ -20,8 +26,10 @@ use dcenet_core::provider::DeviceScrub;
 use super::VfId;
 use super::error::LeaseError;
 use super::record::Away;
-use super::snapshot::{NetdevSnapshot, NoAddress, VfSnapshot, is_zero};
-use crate::kernel::{Attribute, ErrorClass, Kernel, KernelError, Namespace, NetdevChange, NetdevState, VfChange};
+use super::snapshot::{Difference, NetdevSnapshot, NoAddress, VfSnapshot, is_zero};
+use crate::kernel::{
+    Attribute, ErrorClass, Kernel, KernelError, Namespace, NetdevChange, NetdevState, VfChange, VfLinkState,
+};
 
 /// One function being made what it is to be.
 pub(super) struct Converge<'a> {
@@ -30,13 +38,24 @@ pub(super) struct Converge<'a> {
     pub(super) vf: VfId,
     /// Where its network device may be beside the host's namespace.
     pub(super) away: Option<&'a Away>,
-    /// How long it may take to appear.
+    /// How long it may take to appear, and the driver to be no longer busy.
     pub(super) patience: Duration,
 }
 
 impl Converge<'_> {
-    /// What the function is now. Its network device is looked for in the host's namespace only.
+    /// What the function is now. Its network device is looked for in the host's namespace only. A driver that withholds the
+    /// function for a while is waited for.
     pub(super) fn snapshot(&self) -> Result<VfSnapshot, LeaseError> {
+        let mut pauses = Pauses::until(self.patience);
+        loop {
+            match self.look() {
+                Err(error) if is_busy(&error) && pauses.pause() => {}
+                looked => return looked,
+            }
+        }
+    }
+
+    fn look(&self) -> Result<VfSnapshot, LeaseError> {
         let driver = self.driver()?;
         let port = self.kernel.vf(self.port()?, self.vf.index)?;
         let netdev = self.at_home()?.map(NetdevSnapshot::from);
@@ -45,31 +64,42 @@ impl Converge<'_> {
 
     /// Makes it `goal`. Empty where it is, which was looked at last.
     pub(super) fn reach(&self, goal: &VfSnapshot) -> Vec<LeaseError> {
-        let mut none = NoAddress::Zeros;
-        let mut errors = Vec::new();
-        for _ in 0..ROUNDS {
-            errors.clear();
-            self.round(goal, &mut none, &mut errors);
+        self.restore(goal, &mut NoAddress::default())
+    }
+
+    /// As [`reach`](Self::reach), and knows what the driver takes an address of zeros for; what is new about that is told.
+    pub(super) fn restore(&self, goal: &VfSnapshot, none: &mut NoAddress) -> Vec<LeaseError> {
+        let mut pauses = Pauses::until(self.patience);
+        let mut rounds = 0;
+        loop {
+            rounds += 1;
+            let mut errors = Vec::new();
+            self.round(goal, none, &mut errors);
             if errors.iter().any(|error| matches!(error, LeaseError::Gone { .. } | LeaseError::Hidden { .. })) {
                 // Looking again would only wait again.
                 return errors;
             }
-            match self.snapshot().map(|now| goal.differences(&now, none)) {
+            match self.look().map(|now| goal.differences(&now, *none)) {
                 // What was refused on the way came right in the end.
                 Ok(differences) if differences.is_empty() => {
                     errors.retain(|error| matches!(error, LeaseError::Scrub(_)));
-                    return errors;
+                    if errors.is_empty() {
+                        return errors;
+                    }
                 }
                 Ok(differences) => errors.push(LeaseError::Unverified { vf: self.vf.address, differences }),
                 Err(error) => errors.push(error),
             }
+            let passes = errors.iter().any(is_busy) || errors.iter().all(is_passing);
+            if !(passes && pauses.pause()) && rounds >= ROUNDS {
+                return errors;
+            }
         }
-        errors
     }
 
     /// In what it is not `goal`.
-    pub(super) fn is(&self, goal: &VfSnapshot) -> Result<bool, LeaseError> {
-        Ok(goal.differences(&self.snapshot()?, NoAddress::Zeros).is_empty())
+    pub(super) fn is(&self, goal: &VfSnapshot, none: NoAddress) -> Result<bool, LeaseError> {
+        Ok(goal.differences(&self.snapshot()?, none).is_empty())
     }
 
     fn round(&self, goal: &VfSnapshot, none: &mut NoAddress, errors: &mut Vec<LeaseError>) {
@@ -83,7 +113,14 @@ impl Converge<'_> {
         if let Some(want) = &goal.netdev {
             match self.bring_home(want, errors) {
                 Ok(device) => self.names(&device, want, errors),
-                Err(error) => errors.push(error),
+                Err(error) => {
+                    let gone = matches!(error, LeaseError::Gone { .. });
+                    errors.push(error);
+                    if !gone && let Err(error) = self.close(errors) {
+                        errors.push(error);
+                    }
+                    return;
+                }
             }
             if let Err(error) = self.effective_mac(want) {
                 errors.push(error);
@@ -99,7 +136,27 @@ impl Converge<'_> {
         }
     }
 
-    fn driver(&self) -> Result<crate::kernel::DriverState, LeaseError> {
+    /// Has the port let through no more than before, and nothing where its driver can do that.
+    fn close(&self, errors: &mut Vec<LeaseError>) -> Result<(), LeaseError> {
+        let port = self.port()?;
+        let now = self.kernel.vf(port, self.vf.index)?;
+        let change = VfChange {
+            spoofchk: now.spoofchk.and_then(|checks| (!checks).then_some(true)),
+            link_state: (now.link_state != VfLinkState::Disable).then_some(VfLinkState::Disable),
+            trust: now.trust.and_then(|trusts| trusts.then_some(false)),
+            ..VfChange::default()
+        };
+        for (_, single) in singles(&change) {
+            match self.kernel.configure_vf(port, self.vf.index, &single) {
+                Err(error) if error.class == ErrorClass::Unsupported => {}
+                Err(error) => errors.push(error.into()),
+                Ok(()) => {}
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn driver(&self) -> Result<crate::kernel::DriverState, LeaseError> {
         self.kernel.driver(self.vf.address).map_err(|error| match error.class {
             ErrorClass::Gone => LeaseError::Gone { vf: self.vf.address },
             _ => error.into(),
@@ -181,7 +238,8 @@ impl Converge<'_> {
                 self.driver()?;
                 return Err(LeaseError::Hidden { vf: self.vf.address });
             }
-            watch.wait(left)?;
+            // In a container events may not come.
+            watch.wait(left.min(LONGEST_WAIT))?;
         }
     }
 
@@ -206,7 +264,13 @@ impl Converge<'_> {
         }
         // Its own name is taken at home.
         let transit = self.transit()?;
-        let change = NetdevChange { name: Some(transit.clone()), up: Some(false), ..NetdevChange::default() };
+        // First down: the kernel renames before it looks at the flags, and before Linux 6.3 refuses that of a device that
+        // is up (`do_setlink` in net/core/rtnetlink.c).
+        if device.up {
+            let down = NetdevChange { up: Some(false), ..NetdevChange::default() };
+            self.kernel.configure_netdev(there, device.index, &down)?;
+        }
+        let change = NetdevChange { name: Some(transit.clone()), ..NetdevChange::default() };
         self.kernel.configure_netdev(there, device.index, &change)?;
         self.kernel.move_netdev(there, device.index, &Namespace::Host, &transit, &none)?;
         Ok(())
@@ -246,6 +310,9 @@ impl Converge<'_> {
         if device.name != want.name {
             let change = NetdevChange { name: Some(want.name.clone()), ..NetdevChange::default() };
             if let Err(error) = self.kernel.configure_netdev(host, device.index, &change) {
+                if error.class == ErrorClass::Exists {
+                    self.step_aside(device, errors);
+                }
                 errors.push(error.into());
             }
         }
@@ -259,10 +326,31 @@ impl Converge<'_> {
         }
     }
 
+    /// Gives up its present name: whoever has the one that it wants may want this one.
+    fn step_aside(&self, device: &NetdevState, errors: &mut Vec<LeaseError>) {
+        let aside = self.transit().and_then(|transit| {
+            if device.name == transit {
+                return Ok(());
+            }
+            let change = NetdevChange { name: Some(transit), ..NetdevChange::default() };
+            Ok(self.kernel.configure_netdev(&Namespace::Host, device.index, &change)?)
+        });
+        if let Err(error) = aside {
+            errors.push(error);
+        }
+    }
+
     /// Takes foreign programs off the network device.
     fn scrub(&self, device: &NetdevState) -> Result<(), LeaseError> {
         let Some(scrub) = self.scrub else { return Ok(()) };
-        let found = scrub.scrub(device.index)?;
+        let mut outcome = None;
+        let failed = |error: KernelError| dcenet_core::provider::ScrubError {
+            device: device.index,
+            what: "what is on it".to_owned(),
+            source: Box::new(error),
+        };
+        self.kernel.in_host(&mut || outcome = Some(scrub.scrub(device.index))).map_err(failed)?;
+        let found = outcome.transpose()?.unwrap_or_default();
         if !found.is_empty() {
             tracing::warn!(vf = %self.vf.address, ?found, "took foreign programs off");
         }
@@ -309,7 +397,7 @@ impl Converge<'_> {
         let now = self.kernel.vf(port, self.vf.index)?;
         for (attribute, single) in singles(&goal.port_change(&now, *none)) {
             let Err(error) = self.kernel.configure_vf(port, self.vf.index, &single) else { continue };
-            if attribute == Attribute::Mac && single.mac.is_some_and(is_zero) && error.errno.is_some() {
+            if attribute == Attribute::Mac && single.mac.is_some_and(is_zero) && is_lasting(&error) {
                 // Some drivers cannot take an address away: its own one then, which is what it has without.
                 *none = NoAddress::OrOwn;
                 let now = self.kernel.vf(port, self.vf.index)?;
@@ -357,5 +445,50 @@ fn singles(change: &VfChange) -> Vec<(Attribute, VfChange)> {
     all.into_iter().filter(|(_, change)| !change.is_empty()).collect()
 }
 
-/// How often it is looked at and changed: setting one thing has drivers reset others.
+/// Whether the driver cannot do it, and not only not now.
+fn is_lasting(error: &KernelError) -> bool {
+    matches!(error.class, ErrorClass::Invalid | ErrorClass::Unsupported)
+}
+
+/// Whether the driver may do later what it did not do now.
+fn is_busy(error: &LeaseError) -> bool {
+    matches!(error, LeaseError::Kernel(error) if error.is_retryable())
+}
+
+/// Whether it may be over without anybody doing anything: the driver is busy, or takes over later what was written.
+fn is_passing(error: &LeaseError) -> bool {
+    match error {
+        LeaseError::Unverified { differences, .. } => differences.iter().all(Difference::is_taken_over_later),
+        error => is_busy(error),
+    }
+}
+
+/// Pauses that grow, until a time has passed.
+struct Pauses {
+    deadline: Instant,
+    next: Duration,
+}
+
+impl Pauses {
+    fn until(limit: Duration) -> Self {
+        Self { deadline: Instant::now() + limit, next: SHORTEST_PAUSE }
+    }
+
+    /// Pauses; false where the time had passed.
+    fn pause(&mut self) -> bool {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return false;
+        }
+        std::thread::sleep(self.next.min(left));
+        self.next = (self.next * 2).min(LONGEST_PAUSE);
+        true
+    }
+}
+
+/// How often it is looked at and changed at least: setting one thing has drivers reset others.
 const ROUNDS: usize = 3;
+const SHORTEST_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+/// How long it is waited for an event before looking all the same.
+const LONGEST_WAIT: Duration = Duration::from_millis(500);

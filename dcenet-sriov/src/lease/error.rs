@@ -54,6 +54,16 @@ pub enum LeaseError {
         /// The function.
         vf: PciAddress,
     },
+    /// The function at this address is not the one that was named.
+    #[error("{vf}: it is not VF {index} of port {port}; take the inventory anew")]
+    Another {
+        /// The address.
+        vf: PciAddress,
+        /// The port that was named.
+        port: PciAddress,
+        /// The number that was named.
+        index: crate::address::VfIndex,
+    },
     /// It is not what it should be, though nothing was refused.
     #[error("{vf}: {}; somebody else may configure it, or its driver cannot", list(differences))]
     Unverified {

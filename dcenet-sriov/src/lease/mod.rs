@@ -41,6 +41,7 @@
 mod choose;
 mod converge;
 mod error;
+mod port;
 mod record;
 mod snapshot;
 
@@ -62,6 +63,7 @@ use crate::address::{PciAddress, VfIndex};
 use crate::kernel::{Kernel, Namespace, NetdevChange, NetdevState, VfChange};
 use converge::Converge;
 use record::{Away, Intent, Standing, Step, VfAccount, VfLedger, VfOpen, VfPage, away, is_committed};
+use snapshot::NoAddress;
 
 /// Which function it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -136,7 +138,8 @@ pub struct Held {
 /// What came of giving a function back.
 #[derive(Debug)]
 pub enum Released {
-    /// It is what it was, and free.
+    /// It is what it was, as far as a [`VfSnapshot`] tells, and free. What a tenant set by ethtool, and a few attributes of
+    /// links, are not among it: see [`NetdevSnapshot`].
     Clean,
     /// It is not, and in quarantine.
     Quarantined(Vec<LeaseError>),
@@ -184,8 +187,7 @@ impl Leases {
         Ok(Self { kernel, scrub: None, ledger, restore: Restore::default(), patience: PATIENCE })
     }
 
-    /// With what takes foreign programs off devices. Calls come from the calling thread, which must be in the host's
-    /// namespace.
+    /// With what takes foreign programs off devices. It is called in the host's namespace.
     pub fn with_scrub(self, scrub: Arc<dyn DeviceScrub>) -> Self {
         Self { scrub: Some(scrub), ..self }
     }
@@ -196,7 +198,7 @@ impl Leases {
     }
 
     /// With another limit of the time that a network device may take to appear when its namespace has ended or its driver
-    /// was bound; 10 s by default.
+    /// was bound, and that a driver may be busy; 10 s by default.
     pub fn with_patience(self, patience: Duration) -> Self {
         Self { patience, ..self }
     }
@@ -212,6 +214,7 @@ impl Leases {
     pub fn prepare(&self, owner: &AttachmentKey, vf: VfId, wanted: &Wanted) -> Result<VfLease<'_>, LeaseError> {
         let mut page = self.ledger.enter(&vf.address.to_string())?;
         let account = self.account(&mut page, Some(vf))?;
+        let recorded = account.standing.as_ref().and_then(|standing| standing.vf).unwrap_or(vf);
         if let Some(quarantine) = account.standing.and_then(|standing| standing.quarantine) {
             return Err(LeaseError::Quarantined { vf: vf.address, reason: quarantine.reason });
         }
@@ -220,17 +223,20 @@ impl Leases {
                 let (owner, incarnation) = (Box::new(open.intent.owner), open.incarnation);
                 return Err(LeaseError::Taken { vf: vf.address, owner, incarnation });
             }
-            if let Released::Quarantined(errors) = self.take_back(&mut page, vf, &open)? {
+            if let Released::Quarantined(errors) = self.take_back(&mut page, recorded, &open)? {
                 return Err(LeaseError::Quarantined { vf: vf.address, reason: error::all(&errors) });
             }
         }
+        self.confirm(vf)?;
         let home = self.home(&mut page, vf)?;
+        let mut none = page.account()?.standing.as_ref().map(|standing| standing.no_address).unwrap_or_default();
         let work = self.work(vf, None);
-        if !work.is(&home)? {
-            let errors = work.reach(&home);
+        if !work.is(&home, none)? {
+            let errors = work.restore(&home, &mut none);
+            self.learn(&mut page, none)?;
             if !errors.is_empty() {
                 let reason = error::all(&errors);
-                self.quarantine(&mut page, vf, reason.clone())?;
+                self.quarantine(&mut page, vf, None, reason.clone())?;
                 return Err(LeaseError::Quarantined { vf: vf.address, reason });
             }
         }
@@ -283,22 +289,44 @@ impl Leases {
     }
 
     /// Brings every function to an end that is not an owner's whom `keep` knows: takes back leases that were not finished,
-    /// finishes releases that were not, and restores what is nobody's. Called at start and by GC. Repeating it changes
-    /// nothing.
+    /// finishes releases that were not, and restores what is nobody's. Called at start. Repeating it changes nothing.
+    ///
+    /// `keep` is asked of the owners of all networks, and whom it does not know loses the function: who knows one network's,
+    /// as a GC of CNI does, calls [`recover_network`](Self::recover_network).
+    ///
+    /// What is in quarantine is looked at once, without waiting.
     ///
     /// # Errors
     /// Where the ledger cannot be read. What concerns one function is told of that.
     pub fn recover(&self, keep: impl Fn(&Held) -> bool) -> Result<Vec<Recovered>, LeaseError> {
-        let mut all = Vec::new();
-        for key in self.ledger.keys()? {
-            let outcome = match self.recover_one(&key, &keep) {
-                Ok(outcome) => outcome,
-                Err(LeaseError::Ledger(LedgerError::Busy { .. })) => Outcome::Busy,
-                Err(error) => Outcome::Failed(error),
-            };
-            all.push(Recovered { key, outcome });
+        let recovered = |key: &str| match self.recover_one(key, &keep) {
+            Ok(outcome) => outcome,
+            Err(LeaseError::Ledger(LedgerError::Busy { .. })) => Outcome::Busy,
+            Err(error) => Outcome::Failed(error),
+        };
+        let keys = self.ledger.keys()?.into_iter();
+        let mut all: Vec<_> = keys.map(|key| Recovered { outcome: recovered(&key), key }).collect();
+        if all.iter().any(|one| matches!(one.outcome, Outcome::Restored)) {
+            // One that got its name back may have had another's.
+            for one in &mut all {
+                if matches!(&one.outcome, Outcome::Quarantined(quarantine) if quarantine.until == Until::Restored) {
+                    one.outcome = recovered(&one.key);
+                }
+            }
         }
         Ok(all)
+    }
+
+    /// As [`recover`](Self::recover), by somebody who knows the owners of one network only: committed leases of others stand.
+    ///
+    /// # Errors
+    /// As of [`recover`](Self::recover).
+    pub fn recover_network(
+        &self,
+        network: &dcenet_core::model::NetworkName,
+        keep: impl Fn(&Held) -> bool,
+    ) -> Result<Vec<Recovered>, LeaseError> {
+        self.recover(|held| held.owner.network != *network || keep(held))
     }
 
     fn recover_one(&self, key: &str, keep: &impl Fn(&Held) -> bool) -> Result<Outcome, LeaseError> {
@@ -341,11 +369,17 @@ impl Leases {
             return Ok(Outcome::Forgotten);
         };
         let home = self.restored(home);
-        let work = self.work(vf, None);
-        if standing.quarantine.is_none() && matches!(work.is(&home), Ok(true)) {
+        let away = standing.away.as_ref();
+        let mut none = standing.no_address;
+        let mut work = self.work(vf, away);
+        if standing.quarantine.is_some() {
+            // It was waited for when it went there.
+            work.patience = Duration::ZERO;
+        } else if matches!(work.is(&home, none), Ok(true)) {
             return Ok(Outcome::Free);
         }
-        Ok(match self.settle(&mut page, vf, work.reach(&home))? {
+        let errors = work.restore(&home, &mut none);
+        Ok(match self.settle(&mut page, vf, away, none, errors)? {
             Released::Clean => Outcome::Restored,
             Released::Gone | Released::NotHeld => Outcome::Forgotten,
             Released::Quarantined(errors) => {
@@ -368,7 +402,22 @@ impl Leases {
             let (owner, incarnation) = (Box::new(open.intent.owner), open.incarnation);
             return Err(LeaseError::Taken { vf: vf.address, owner, incarnation });
         }
+        self.confirm(vf)?;
         self.see(&mut page, vf).map(drop)
+    }
+
+    /// Whether the machine means the same by it as the caller, whose inventory may be old: else somebody else's settings
+    /// would be written.
+    fn confirm(&self, vf: VfId) -> Result<(), LeaseError> {
+        let all = match self.kernel.vf_addresses(vf.port) {
+            Err(error) if error.class == crate::kernel::ErrorClass::Gone => Vec::new(),
+            all => all?,
+        };
+        if all.contains(&(vf.index, vf.address)) {
+            return Ok(());
+        }
+        self.work(vf, None).driver()?;
+        Err(LeaseError::Another { vf: vf.address, port: vf.port, index: vf.index })
     }
 
     /// What the file says. One that is unreadable is set aside, and the function is nobody's until a person has looked at it:
@@ -382,7 +431,7 @@ impl Leases {
         let Ok(address) = page.key().parse() else { return Err(error.into()) };
         let reason = format!("what it was is not known: {error}");
         let quarantine = Some(Quarantine { reason: reason.clone(), until: Until::Readmitted });
-        let aside = page.set_aside(&Standing { vf, boot: self.ledger.boot().to_owned(), home: None, quarantine })?;
+        let aside = page.set_aside(&Standing { quarantine, ..Standing::of(vf, self.ledger.boot()) })?;
         tracing::error!(vf = page.key(), aside = %aside.display(), %error, "a function's record was unreadable");
         Err(LeaseError::Quarantined { vf: address, reason })
     }
@@ -400,11 +449,12 @@ impl Leases {
     /// Writes down what the function is now, and is to be whenever nobody has it.
     fn see(&self, page: &mut VfPage, vf: VfId) -> Result<VfSnapshot, LeaseError> {
         let now = self.work(vf, None).snapshot()?;
-        if now.netdev.is_none() && now.driver.driver.as_deref().is_some_and(|driver| !USER_SPACE.contains(&driver)) {
+        if now.netdev.is_none()
+            && now.driver.driver.as_deref().is_some_and(|driver| !crate::inventory::is_for_user_space(driver))
+        {
             return Err(LeaseError::Hidden { vf: vf.address });
         }
-        let boot = self.ledger.boot().to_owned();
-        page.stand(&Standing { vf: Some(vf), boot, home: Some(now.clone()), quarantine: None })?;
+        page.stand(&Standing { home: Some(now.clone()), ..Standing::of(Some(vf), self.ledger.boot()) })?;
         Ok(self.restored(now))
     }
 
@@ -418,6 +468,7 @@ impl Leases {
     /// Ends what was begun, whatever it takes.
     fn take_back(&self, page: &mut VfPage, vf: VfId, open: &VfOpen) -> Result<Released, LeaseError> {
         let standing = page.account()?.standing.clone();
+        let mut none = standing.as_ref().map(|standing| standing.no_address).unwrap_or_default();
         let home = standing.filter(|_| open.boot == self.ledger.boot()).and_then(|standing| standing.home);
         let Some(home) = home else {
             // The machine was started anew, and the function with it.
@@ -428,40 +479,66 @@ impl Leases {
         if is_committed(&open.steps) {
             page.step(&Step::Releasing)?;
         }
-        let errors = self.work(vf, away(&open.steps)).reach(&self.restored(home));
-        let released = self.settle(page, vf, errors)?;
+        let away = away(&open.steps);
+        let errors = self.work(vf, away).restore(&self.restored(home), &mut none);
+        let released = self.settle(page, vf, away, none, errors)?;
         // Last: before, whoever finds the file does all this once more.
         page.end()?;
         Ok(released)
     }
 
-    /// Writes down what came of restoring it.
-    fn settle(&self, page: &mut VfPage, vf: VfId, errors: Vec<LeaseError>) -> Result<Released, LeaseError> {
+    /// Writes down what came of restoring it, where its network device may be away.
+    fn settle(
+        &self,
+        page: &mut VfPage,
+        vf: VfId,
+        away: Option<&Away>,
+        none: NoAddress,
+        errors: Vec<LeaseError>,
+    ) -> Result<Released, LeaseError> {
         if errors.iter().any(|error| matches!(error, LeaseError::Gone { .. })) {
             self.forget(page, vf)?;
             return Ok(Released::Gone);
         }
+        self.learn(page, none)?;
         if !errors.is_empty() {
-            self.quarantine(page, vf, error::all(&errors))?;
+            self.quarantine(page, vf, away, error::all(&errors))?;
             return Ok(Released::Quarantined(errors));
         }
         if let Some(standing) = page.account()?.standing.clone().filter(|standing| standing.quarantine.is_some()) {
-            page.stand(&Standing { quarantine: None, ..standing })?;
+            page.stand(&Standing { quarantine: None, away: None, ..standing })?;
         }
         Ok(Released::Clean)
     }
 
-    fn quarantine(&self, page: &mut VfPage, vf: VfId, reason: String) -> Result<(), LeaseError> {
-        let home = page.account()?.standing.clone().and_then(|standing| standing.home);
-        tracing::error!(vf = %vf.address, reason, "a function could not be restored and is in quarantine");
+    /// Writes down what the driver takes an address of zeros for, where that is new.
+    fn learn(&self, page: &mut VfPage, none: NoAddress) -> Result<(), LeaseError> {
+        match page.account()?.standing.clone() {
+            Some(standing) if standing.no_address != none => {
+                Ok(page.stand(&Standing { no_address: none, ..standing })?)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn quarantine(&self, page: &mut VfPage, vf: VfId, away: Option<&Away>, reason: String) -> Result<(), LeaseError> {
+        let boot = self.ledger.boot();
+        let before = page.account()?.standing.clone();
+        let standing = before.clone().unwrap_or_else(|| Standing::of(Some(vf), boot));
         let quarantine = Some(Quarantine { reason, until: Until::Restored });
-        Ok(page.stand(&Standing { vf: Some(vf), boot: self.ledger.boot().to_owned(), home, quarantine })?)
+        let after = Standing { vf: Some(vf), boot: boot.to_owned(), quarantine, away: away.cloned(), ..standing };
+        if before.as_ref() == Some(&after) {
+            // A recovery that found nothing new must not make the file longer.
+            return Ok(());
+        }
+        let reason = after.quarantine.as_ref().map(|quarantine| &*quarantine.reason);
+        tracing::error!(vf = %vf.address, reason, "a function could not be restored and is in quarantine");
+        Ok(page.stand(&after)?)
     }
 
     /// Forgets what the function was: the next one at this address is another.
-    fn forget(&self, page: &mut VfPage, vf: VfId) -> Result<(), LeaseError> {
-        let boot = self.ledger.boot().to_owned();
-        Ok(page.stand(&Standing { vf: Some(vf), boot, home: None, quarantine: None })?)
+    fn forget(&self, page: &mut VfPage, vf: VfId) -> Result<(), LedgerError> {
+        page.stand(&Standing::of(Some(vf), self.ledger.boot()))
     }
 
     fn work<'a>(&'a self, vf: VfId, away: Option<&'a Away>) -> Converge<'a> {
@@ -487,7 +564,8 @@ fn holding(vf: PciAddress, open: VfOpen) -> Held {
     Held { vf, owner: open.intent.owner, incarnation: open.incarnation, committed }
 }
 
-/// A function that is being given to somebody. Dropped without [`commit`](Self::commit), it is taken back.
+/// A function that is being given to somebody. Dropped without [`commit`](Self::commit), it is taken back: the drop asks the
+/// kernel, flushes a file, and blocks its thread as long as the patience of the [`Leases`] at most for each wait.
 #[derive(Debug)]
 #[must_use = "dropped, it is taken back"]
 pub struct VfLease<'l> {
@@ -613,6 +691,4 @@ impl Drop for VfLease<'_> {
     }
 }
 
-/// Drivers that make no network device (`drivers/vfio/pci`, `drivers/uio`).
-const USER_SPACE: [&str; 3] = ["vfio-pci", "uio_pci_generic", "igb_uio"];
 const PATIENCE: Duration = Duration::from_secs(10);

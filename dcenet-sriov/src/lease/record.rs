@@ -22,6 +22,24 @@ pub(super) struct Standing {
     pub(super) home: Option<VfSnapshot>,
     /// Why nobody gets it.
     pub(super) quarantine: Option<Quarantine>,
+    /// Where its network device was left, while it is in quarantine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) away: Option<Away>,
+    /// What its driver takes an address of zeros for.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub(super) no_address: super::snapshot::NoAddress,
+}
+
+impl Standing {
+    /// Of a function of which nothing else is known.
+    pub(super) fn of(vf: Option<VfId>, boot: &str) -> Self {
+        let boot = boot.to_owned();
+        Self { vf, boot, home: None, quarantine: None, away: None, no_address: super::snapshot::NoAddress::default() }
+    }
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// Why nobody gets a function.

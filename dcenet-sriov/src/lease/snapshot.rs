@@ -1,4 +1,4 @@
-//! What a function is: everything that a tenant, or we, can change of it.
+//! What a function is: what is known of it, put back and looked at.
 
 use std::fmt;
 
@@ -22,6 +22,10 @@ pub struct VfSnapshot {
 }
 
 /// What its network device is. Not its index, which is another after every return.
+///
+/// Nor is it all that a tenant with `CAP_NET_ADMIN` can change. A move keeps, and nothing puts back: the length of the transmit
+/// queue, the group, the sizes of GSO and GRO (`do_setlink` in net/core/rtnetlink.c); and what ethtool sets, such as offloads,
+/// channels, rings and coalescing. Binding the driver anew does.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct NetdevSnapshot {
@@ -61,6 +65,14 @@ pub struct Difference {
     pub is: String,
 }
 
+impl Difference {
+    /// Whether drivers take it over some time after it was written: iavf does with an address when its port has answered
+    /// (`iavf_virtchnl_completion` in drivers/net/ethernet/intel/iavf/iavf_virtchnl.c).
+    pub(super) fn is_taken_over_later(&self) -> bool {
+        matches!(self.what, "mac" | "effectiveMac")
+    }
+}
+
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { what, want, is } = self;
@@ -69,9 +81,11 @@ impl fmt::Display for Difference {
 }
 
 /// What an address of zeros is taken for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub(super) enum NoAddress {
     /// Zeros.
+    #[default]
     Zeros,
     /// Zeros, or the function's own address where the driver cannot take an address away.
     OrOwn,

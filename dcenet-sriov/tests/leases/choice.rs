@@ -70,6 +70,24 @@ fn what_is_worked_on_or_cannot_be_found_is_passed_over_and_both_come_or_none() {
 }
 
 #[test]
+fn what_a_killed_call_left_is_taken_back_where_nothing_else_is_free() {
+    let (world, inventory, members) = host();
+    let leases = world.leases();
+    let wanted = world.wanted();
+    crate::adapters::kill(leases.prepare(&owner("a"), world.vf, &wanted).unwrap());
+    assert!(!world.is_home());
+    let choose = |count| leases.choose(&owner("b"), &inventory, &members, &Request::of(count), &wanted);
+    let chosen = choose(1).unwrap();
+    assert_eq!(chosen.choice.functions, [members[1]]);
+    drop(chosen);
+    assert!(!world.is_home());
+    let chosen = choose(2).unwrap();
+    assert_eq!(chosen.choice.functions, members);
+    drop(chosen);
+    assert!(world.is_home());
+}
+
+#[test]
 fn what_one_function_refuses_is_not_tried_with_all() {
     let (world, inventory, members) = host();
     world.model.set_carrier(world.port, false);

@@ -3,18 +3,18 @@
 use std::fs;
 use std::path::Path;
 
-use dcenet_sriov::kernel::{Kernel, Namespace, NetdevChange, VfChange};
+use dcenet_sriov::kernel::{Kernel, Namespace, NetdevChange, VfChange, VfLinkState};
 use dcenet_sriov::lease::{LeaseError, Outcome, Released, Restore, Until, Wanted};
 use dcenet_sriov::test_support::Profile;
 
 use crate::world::{Dress, POD, World, mac, owner};
 
-fn igb() -> World {
+pub(crate) fn igb() -> World {
     World::new(Profile::IGB, Dress::Plain)
 }
 
 /// A committed lease of pod a. Returns its number.
-fn add(world: &World) -> u64 {
+pub(crate) fn add(world: &World) -> u64 {
     let leases = world.leases();
     let mut lease = leases.prepare(&owner("a"), world.vf, &world.wanted()).unwrap();
     let moved = lease.move_to(Path::new(POD), &"net1".parse().unwrap()).unwrap();
@@ -283,4 +283,80 @@ fn a_lease_that_is_dropped_is_taken_back() {
     drop(lease);
     assert!(world.is_home());
     assert!(leases.held().unwrap().is_empty());
+}
+
+/// The port's fence is the tenant's own as long as the device is.
+#[test]
+fn a_tenant_that_keeps_the_device_gets_no_other_network() {
+    for profile in Profile::ALL {
+        let world = World::new(profile, Dress::Plain);
+        let incarnation = add(&world);
+        let leased = world.now().unwrap().settings;
+        let held = world.model.hold_namespace(POD);
+        world.model.remove_namespace(POD);
+        assert!(matches!(release(&world, incarnation), Released::Quarantined(_)));
+        for _ in 0..2 {
+            let kept = world.now().unwrap().settings;
+            assert_eq!((kept.vlan, kept.rate, kept.mac), (leased.vlan, leased.rate, leased.mac), "{}", profile.driver);
+            assert_eq!((kept.spoofchk, kept.trust), (Some(true), profile.has_trust.then_some(false)));
+            assert_eq!(kept.link_state == VfLinkState::Disable, !profile.no_link_state, "{}", profile.driver);
+            assert!(matches!(outcome(&world), Outcome::Quarantined(_)));
+        }
+        world.model.release_namespace(held);
+        assert!(matches!(outcome(&world), Outcome::Restored));
+        assert!(world.is_home(), "{:?}", world.now());
+    }
+}
+
+#[test]
+fn a_device_that_could_not_be_moved_is_fetched_later_from_where_it_was_left() {
+    let world = igb();
+    let incarnation = add(&world);
+    let vlan = world.now().unwrap().settings.vlan;
+    world.model.refuse_moves(Some(libc::ENOMEM));
+    assert!(matches!(release(&world, incarnation), Released::Quarantined(_)));
+    assert_eq!(world.now().unwrap().settings.vlan, vlan);
+    assert!(matches!(outcome(&world), Outcome::Quarantined(_)));
+    world.model.refuse_moves(None);
+    assert!(matches!(outcome(&world), Outcome::Restored));
+    assert!(world.is_home(), "{:?}", world.now());
+}
+
+#[test]
+fn a_recovery_that_finds_nothing_new_writes_nothing_and_waits_for_nothing() {
+    let world = igb();
+    let incarnation = add(&world);
+    let held = world.model.hold_namespace(POD);
+    world.model.remove_namespace(POD);
+    assert!(matches!(release(&world, incarnation), Released::Quarantined(_)));
+    outcome(&world);
+    let before = world.bytes();
+    let patience = std::time::Duration::from_secs(300);
+    let begin = std::time::Instant::now();
+    for _ in 0..20 {
+        let all = world.leases().with_patience(patience).recover(|_| true).unwrap();
+        assert!(matches!(all[0].outcome, Outcome::Quarantined(_)), "{all:?}");
+    }
+    assert!(begin.elapsed() < patience);
+    assert_eq!(world.bytes().len(), before.len());
+    world.model.release_namespace(held);
+    assert!(matches!(outcome(&world), Outcome::Restored));
+}
+
+#[test]
+fn a_device_whose_present_and_own_names_are_both_taken_comes_home_under_a_third() {
+    let world = igb();
+    let incarnation = add(&world);
+    world.meddle();
+    let own = world.home.netdev.as_ref().unwrap().1.name.to_string();
+    let other = world.model.add_link(&Namespace::Host, &own);
+    world.model.add_link(&Namespace::Host, "mine");
+    assert!(matches!(release(&world, incarnation), Released::Quarantined(_)));
+    let now = world.now().unwrap();
+    assert_eq!(now.settings, world.home.settings);
+    assert_eq!(now.netdev.unwrap().0, Some(Namespace::Host));
+    let rename = NetdevChange { name: Some("other".parse().unwrap()), ..NetdevChange::default() };
+    world.model.configure_netdev(&Namespace::Host, other, &rename).unwrap();
+    assert!(matches!(outcome(&world), Outcome::Restored));
+    assert!(world.is_home(), "{:?}", world.now());
 }

@@ -71,7 +71,13 @@ fn change_device(world: &mut World, at: usize, change: &NetdevChange, operation:
         if let Some(function) = world.devices[at].function {
             world.change_mac(function, mac).map_err(|errno| refused(errno).at(Attribute::EffectiveMac))?;
         }
-        world.devices[at].state.mac = Some(mac);
+        match world.devices[at].function {
+            Some(function) if world.late > 0 => {
+                let due = world.clock.saturating_add(world.late);
+                world.late_macs.push((due, function, mac));
+            }
+            _ => world.devices[at].state.mac = Some(mac),
+        }
     }
     if let Some(mtu) = mtu {
         if mtu.get() > 9_216 {

@@ -52,6 +52,8 @@ impl Model {
                 counter: 0,
                 refuses_moves: None,
                 deaf: false,
+                late: 0,
+                late_macs: Vec::new(),
             }),
         }
     }
@@ -129,6 +131,12 @@ impl Model {
     /// resets the function (`i40e_ndo_set_vf_mac` in drivers/net/ethernet/intel/i40e/i40e_virtchnl_pf.c).
     pub fn be_busy_after_writes(&self, port: IfIndex, calls: u64) {
         self.world().port(port, "test").expect("the port").busy = calls;
+    }
+
+    /// Has functions take the addresses of their devices over so many calls after they were set, as those of iavf do when
+    /// their port has answered.
+    pub fn take_addresses_late(&self, calls: u64) {
+        self.world().late = calls;
     }
 
     /// Refuses to move any device so; `None` ends it.

@@ -30,6 +30,9 @@ pub(super) struct World {
     pub(super) counter: u32,
     pub(super) refuses_moves: Option<i32>,
     pub(super) deaf: bool,
+    /// How many calls pass until a function's device has the address that it was given, and those that are under way.
+    pub(super) late: u64,
+    pub(super) late_macs: Vec<(u64, PciAddress, MacAddr)>,
 }
 
 #[derive(Debug)]
@@ -156,6 +159,12 @@ impl World {
     /// Time passes: devices that are due appear. Returns whether one did.
     pub(super) fn advance(&mut self, to: u64) -> bool {
         self.clock = self.clock.max(to);
+        let (due, later): (Vec<_>, Vec<_>) = self.late_macs.drain(..).partition(|(when, ..)| *when <= to);
+        self.late_macs = later;
+        for (_, function, mac) in due {
+            let device = self.devices.iter_mut().find(|device| device.function == Some(function));
+            device.into_iter().for_each(|device| device.state.mac = Some(mac));
+        }
         let (due, later): (Vec<_>, Vec<_>) = self.coming.drain(..).partition(|(when, _)| *when <= to);
         self.coming = later;
         for (_, function) in &due {
