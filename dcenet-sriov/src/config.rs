@@ -153,7 +153,7 @@ impl VfConfig {
     /// # Errors
     /// Where what is asked for contradicts what is there.
     ///
-    /// Bed: modelled.
+    /// Bed: igb, netdevsim; modelled.
     pub fn change(&self, now: &VfState) -> Result<VfChange, ConfigError> {
         let settings = &self.0;
         let vlan = settings.vlan.map(|vlan| VfVlan {
@@ -185,7 +185,7 @@ impl VfConfig {
     /// What is to be written to the network device. It is to be written after the port's: a function that is not trusted
     /// cannot change its address once the port has given it one.
     ///
-    /// Bed: modelled.
+    /// Bed: igb; modelled.
     pub fn netdev(&self) -> NetdevChange {
         NetdevChange {
             mac: self.0.mac,
@@ -283,7 +283,7 @@ impl Capabilities {
     /// What a port can do: what its driver leaves out of what it says of one of its functions, and what is known of
     /// the driver where that does not tell. Nothing is written. A driver that is not known may still refuse.
     ///
-    /// Bed: modelled.
+    /// Bed: igb, netdevsim; other drivers modelled.
     pub fn of(driver: Option<&str>, state: &VfState) -> Self {
         let mut missing: BTreeSet<Attribute> = [
             (state.spoofchk.is_none(), Attribute::Spoofchk),
@@ -310,7 +310,7 @@ impl Capabilities {
     /// # Errors
     /// The first setting that it cannot, in the order of [`Attribute`].
     ///
-    /// Bed: modelled.
+    /// Bed: igb; other drivers modelled.
     pub fn check(&self, config: &VfConfig) -> Result<(), Unsupported> {
         match config.attributes().intersection(&self.missing).next() {
             Some(attribute) => Err(Unsupported { attribute: *attribute, driver: self.driver.clone() }),

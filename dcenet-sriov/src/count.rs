@@ -171,6 +171,8 @@ impl fmt::Display for Left {
 /// Gives a port so many functions, and returns them when they are there: with drivers and network devices, where drivers
 /// are bound to them.
 ///
+/// Drivers may take the port's carrier away meanwhile, as igb does: it comes back some time after this returns.
+///
 /// Where it has as many already nothing is written. Where the driver refuses, the number that was is written again, as far
 /// as it takes that; what the functions were set to is lost. So it is where anything else fails after the functions are gone.
 /// Autoprobe goes back, too, and it is not waited for the functions then.
@@ -181,7 +183,7 @@ impl fmt::Display for Left {
 /// # Minimum kernel version
 /// 3.8; 4.12 for `autoprobe`.
 ///
-/// Bed: modelled.
+/// Bed: igb; what refuses and withholds, modelled.
 pub fn set_vf_count(
     kernel: &dyn Kernel,
     port: PciAddress,

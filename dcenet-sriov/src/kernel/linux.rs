@@ -21,8 +21,8 @@ use crate::sysfs::{Sysfs, SysfsDir, function};
 /// The host's namespace is that which it is made with, and sysfs must show that one's devices: it does where it was
 /// mounted there.
 ///
-/// Bed: veth pairs in namespaces, for network devices, their names and their moves. What a port keeps, drivers and counts were
-/// not tried on an adapter yet.
+/// Bed: igb, all of it, and netdevsim, for the settings and lists that igb has not, on Linux 6.1 and 6.12. Not tried:
+/// InfiniBand GUIDs.
 #[derive(Debug)]
 pub struct LinuxKernel<S = SysfsDir> {
     host: NetNs,

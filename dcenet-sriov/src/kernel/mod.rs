@@ -29,7 +29,7 @@ use crate::address::{PciAddress, VfIndex};
 /// Every call is synchronous and takes effect, or fails, as a whole, except where it says otherwise. The suite for
 /// implementations is `test_support::conformance`.
 ///
-/// Bed: modelled; what [`LinuxKernel`] was tried on is said there.
+/// Bed: igb, netdevsim; modelled with other drivers' quirks. See [`LinuxKernel`].
 pub trait Kernel: fmt::Debug + Send + Sync {
     /// What the port says of all of its functions, in the order of their indices. An index may be missing: drivers
     /// withhold functions that are being reset.

@@ -3,6 +3,7 @@
 pub mod conformance;
 mod fixture;
 mod flaky;
+pub mod guest;
 mod model;
 
 pub use fixture::{Port, Tree, VfOf};

@@ -1,4 +1,5 @@
-//! Virtual functions in trees of files, without privileges or adapters; and in the guest, of igb.
+//! Virtual functions in trees of files, without privileges or adapters; and in the guest, of igb
+//! and netdevsim.
 
 mod allocation;
 mod counts;
@@ -6,4 +7,5 @@ mod igb;
 mod inventory;
 mod linux;
 mod modelled;
+mod netdevsim;
 mod pools;

@@ -4,5 +4,6 @@ mod adapters;
 mod busy;
 mod choice;
 mod crashes;
+mod igb;
 mod regressions;
 mod world;

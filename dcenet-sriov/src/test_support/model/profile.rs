@@ -30,7 +30,9 @@ pub struct Profile {
     pub has_mac_at_birth: bool,
     /// Refuses zeros as the administrator's address.
     pub refuses_zero_mac: bool,
-    /// Reports the function's own address as the administrator's, once the function is up.
+    /// Reports the function's own address as the administrator's, once the function's driver has told it. The model has it
+    /// tell when the function is set up, as igbvf does where its port was down when it was bound, and on Linux 6.1; else
+    /// it does so when it is bound.
     pub reports_own_mac: bool,
     /// A function gets the administrator's address at once, and not when its driver is bound the next time.
     pub mac_reaches_device_at_once: bool,
@@ -39,7 +41,7 @@ pub struct Profile {
 }
 
 impl Profile {
-    /// Intel 82576 (intel/igb, intel/igbvf).
+    /// Intel 82576 (intel/igb, intel/igbvf). A test in the guest compares it with QEMU's.
     pub const IGB: Self = Self {
         driver: "igb",
         vf_driver: "igbvf",
