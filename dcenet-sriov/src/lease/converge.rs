@@ -20,7 +20,7 @@
 
 use std::time::{Duration, Instant};
 
-use dcenet_core::model::{IfIndex, IfName, Mtu};
+use dcenet_core::model::{IfIndex, IfName, MacAddr, Mtu};
 use dcenet_core::provider::DeviceScrub;
 
 use super::VfId;
@@ -40,6 +40,10 @@ pub(super) struct Converge<'a> {
     pub(super) away: Option<&'a Away>,
     /// How long it may take to appear, and the driver to be no longer busy.
     pub(super) patience: Duration,
+    /// The address that the administrator gives it. It is written though the port says it already: that may be what the
+    /// function told of itself, which does not hold the function to it (`igb_set_vf_mac_filter` in
+    /// drivers/net/ethernet/intel/igb/igb_main.c).
+    pub(super) pinned: Option<MacAddr>,
 }
 
 impl Converge<'_> {
@@ -389,13 +393,14 @@ impl Converge<'_> {
     ) -> Result<(), LeaseError> {
         let port = self.port()?;
         let now = self.kernel.vf(port, self.vf.index)?;
-        let change = goal.port_change(&now, *none);
+        let pinned = |change: VfChange| VfChange { mac: self.pinned.or(change.mac), ..change };
+        let change = pinned(goal.port_change(&now, *none));
         if change.is_empty() || self.kernel.configure_vf(port, self.vf.index, &change).is_ok() {
             return Ok(());
         }
         // What was refused must not keep back what comes after it.
         let now = self.kernel.vf(port, self.vf.index)?;
-        for (attribute, single) in singles(&goal.port_change(&now, *none)) {
+        for (attribute, single) in singles(&pinned(goal.port_change(&now, *none))) {
             let Err(error) = self.kernel.configure_vf(port, self.vf.index, &single) else { continue };
             if attribute == Attribute::Mac && single.mac.is_some_and(is_zero) && is_lasting(&error) {
                 // Some drivers cannot take an address away: its own one then, which is what it has without.

@@ -248,7 +248,7 @@ impl Leases {
         let intent = Intent { owner: owner.clone(), wanted: wanted.clone() };
         let incarnation = page.begin(&intent)?;
         let mut lease = VfLease { leases: self, page: Some(page), vf, incarnation, wanted: wanted.clone() };
-        let errors = work.reach(&home.with(wanted));
+        let errors = Converge { pinned: wanted.port.mac, ..work }.reach(&home.with(wanted));
         if errors.is_empty() { Ok(lease) } else { Err(lease.refuse(errors)) }
     }
 
@@ -547,7 +547,8 @@ impl Leases {
     }
 
     fn work<'a>(&'a self, vf: VfId, away: Option<&'a Away>) -> Converge<'a> {
-        Converge { kernel: &*self.kernel, scrub: self.scrub.as_deref(), vf, away, patience: self.patience }
+        let (kernel, scrub, patience) = (&*self.kernel, self.scrub.as_deref(), self.patience);
+        Converge { kernel, scrub, vf, away, patience, pinned: None }
     }
 }
 

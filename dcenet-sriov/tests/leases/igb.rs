@@ -226,6 +226,29 @@ fn a_function_whose_driver_was_bound_anew_under_the_pod_is_restored() {
     guest.assert_home("released");
 }
 
+/// The twin is trusted.
+#[test]
+fn a_tenant_without_trust_keeps_the_address_that_it_was_given() {
+    if !require(Rung::Vm) {
+        return;
+    }
+    let guest = Guest::new();
+    let pod = guest.host.new_pod();
+    let inside = Namespace::Path(pod.path().to_owned());
+    let leases = guest.leases();
+    for trusted in [false, true, false] {
+        let port = VfChange { mac: Some(mac(0xaa)), trust: Some(trusted), ..VfChange::default() };
+        let mut lease = leases.prepare(&owner("a"), guest.vf, &Wanted { port, ..Wanted::default() }).unwrap();
+        let device = lease.move_to(pod.path(), &"net1".parse().unwrap()).unwrap();
+        let incarnation = lease.commit().unwrap();
+        let other = NetdevChange { mac: Some(mac(0x99)), ..NetdevChange::default() };
+        let refused = guest.port.kernel.configure_netdev(&inside, device.index, &other);
+        assert_eq!(refused.err().and_then(|error| error.errno), (!trusted).then_some(libc::EADDRNOTAVAIL));
+        assert!(matches!(guest.release(incarnation), Released::Clean));
+        guest.assert_home("released");
+    }
+}
+
 /// A function that was given back works for the next pod: two of one port reach each other.
 #[test]
 fn functions_that_were_given_back_carry_the_next_pods_frames() {

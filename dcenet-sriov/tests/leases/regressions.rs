@@ -70,6 +70,29 @@ fn a_refused_setting_takes_back_what_came_before_it() {
     assert!(!calls.iter().any(|call| call.starts_with("configure VF")), "{calls:?}");
 }
 
+/// A driver that reports what the function told of itself looks as if the administrator had given that address.
+#[test]
+fn a_tenant_without_trust_keeps_the_address_that_it_was_given() {
+    for profile in Profile::ALL {
+        for trusted in [false, true] {
+            let world = World::new(profile, Dress::Plain);
+            let trust = profile.has_trust.then_some(trusted);
+            let port = VfChange { mac: Some(mac(0xaa)), trust, ..VfChange::default() };
+            let leases = world.leases();
+            let wanted = Wanted { port, ..Wanted::default() };
+            let mut lease = leases.prepare(&owner("a"), world.vf, &wanted).unwrap();
+            let device = lease.move_to(Path::new(POD), &"net1".parse().unwrap()).unwrap();
+            let incarnation = lease.commit().unwrap();
+            let other = NetdevChange { mac: Some(mac(0x99)), ..NetdevChange::default() };
+            let refused = world.model.configure_netdev(&Namespace::Path(POD.into()), device.index, &other);
+            let errno = profile.mac_is_fixed.filter(|_| trust != Some(true));
+            assert_eq!(refused.err().and_then(|error| error.errno), errno, "{} {trusted}", profile.driver);
+            assert!(matches!(release(&world, incarnation), Released::Clean));
+            assert!(world.is_home(), "{:?} is not {:?}", world.now(), world.home);
+        }
+    }
+}
+
 #[test]
 fn a_late_release_of_the_last_owner_leaves_the_next_one_alone() {
     // Who adds and deletes in which order: every merge of the two pods' calls.
