@@ -46,6 +46,8 @@
 //! 5.12 (32-bit jumps and fetching atomics), and 5.11 for the coarse clock.
 
 mod account;
+#[cfg(feature = "test-support")]
+pub mod alone;
 pub mod classes;
 mod classifier;
 mod emitter;
