@@ -9,7 +9,7 @@
 //! - [`Form::Code`]: each switch is a balanced search by comparisons with constants, so that a verdict takes about as
 //!   many branches as the logarithm of the number of rules;
 //! - [`Form::Table`]: the same search as nodes in an array map, walked by a loop. Its code is the same for every policy
-//!   and its size is bounded by memory alone, but each step is a map lookup.
+//!   but for the number of peers that it tells apart, and its size is bounded by memory alone, but each step is a map lookup.
 //!
 //! # Examples
 //! ```

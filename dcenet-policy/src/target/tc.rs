@@ -146,6 +146,8 @@ pub struct Classifier<'a> {
     diagram: &'a Diagram,
     names: Names,
     content: Option<MapContent>,
+    /// Of a table, the last local id that has a node of its own.
+    last_local: u16,
     #[cfg(feature = "test-support")]
     bug: Option<super::LoweringBug>,
 }
@@ -175,17 +177,18 @@ impl<'a> Classifier<'a> {
             let (found, limit) = (highest as usize, MAX_RULE as usize);
             return Err(TargetError::ImplLimitExceeded { what: "rule id", found, limit });
         }
-        let content = match form {
-            Form::Code => None,
+        let (content, last_local) = match form {
+            Form::Code => (None, 0),
             Form::Table => {
-                let bytes = table::nodes(&program.diagram)?;
-                Some(MapContent { map: names.map.to_owned(), bytes, stride: table::NODE_BYTES })
+                let (bytes, last) = table::nodes(&program.diagram)?;
+                (Some(MapContent { map: names.map.to_owned(), bytes, stride: table::NODE_BYTES }), last)
             }
         };
         Ok(Self {
             diagram: &program.diagram,
             names,
             content,
+            last_local,
             #[cfg(feature = "test-support")]
             bug: None,
         })
@@ -213,7 +216,7 @@ impl<'a> Classifier<'a> {
     /// leaves `R6` and `R9` alone. A label that `exit` is not asked for is not used.
     pub fn write(&self, frame: Frame, asm: &mut Asm, exit: &mut dyn FnMut(Verdict) -> Label) {
         if self.content.is_some() {
-            table::walk(self.names.map, frame, asm, exit);
+            table::walk(self.names.map, self.last_local, frame, asm, exit);
             return;
         }
         #[cfg_attr(not(feature = "test-support"), expect(unused_mut, reason = "only a planted bug changes it"))]
