@@ -14,6 +14,7 @@
 //!
 //! Class ids are stable while in use; see [`Compiler::release`](crate::Compiler::release) for their reuse.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
@@ -139,6 +140,18 @@ impl AddressTable {
         longest(&self.prefixes, address).copied().unwrap_or(ClassId::UNKNOWN)
     }
 
+    /// The table after changes of single addresses.
+    pub(crate) fn with_exact(&self, changes: &BTreeMap<IpAddr, Option<ClassId>>) -> Self {
+        let mut next = self.clone();
+        for (address, class) in changes {
+            match class {
+                Some(class) => drop(next.exact.insert(*address, *class)),
+                None => drop(next.exact.remove(address)),
+            }
+        }
+        next
+    }
+
     /// What has to be written to turn `self` into `next`.
     pub fn changes_to(&self, next: &Self) -> TableChanges {
         TableChanges { exact: changes(&self.exact, &next.exact), prefixes: changes(&self.prefixes, &next.prefixes) }
@@ -162,16 +175,28 @@ impl TableChanges {
 }
 
 fn changes<K: Ord + Copy>(from: &BTreeMap<K, ClassId>, to: &BTreeMap<K, ClassId>) -> BTreeMap<K, Option<ClassId>> {
-    let gone = from.keys().filter(|key| !to.contains_key(key)).map(|key| (*key, None));
-    let new = to.iter().filter(|(key, class)| from.get(key) != Some(class)).map(|(key, class)| (*key, Some(*class)));
-    gone.chain(new).collect()
+    let (mut from, mut to) = (from.iter().peekable(), to.iter().peekable());
+    let mut changes = BTreeMap::new();
+    loop {
+        let order = match (from.peek(), to.peek()) {
+            (None, None) => return changes,
+            (Some(_), None) => Ordering::Less,
+            (None, Some(_)) => Ordering::Greater,
+            (Some((old, _)), Some((new, _))) => old.cmp(new),
+        };
+        let old = if order.is_le() { from.next() } else { None };
+        let new = if order.is_ge() { to.next() } else { None };
+        if let (true, Some((key, _))) = (old != new, old.or(new)) {
+            changes.insert(*key, new.map(|(_, class)| *class));
+        }
+    }
 }
 
 /// The value of the longest prefix that holds an address.
 ///
 /// Prefixes sort by address, then length, so each one that holds the address stands before it, and the nearest that
 /// does not hold it shares a shorter prefix with it, beyond which the search goes on.
-fn longest<V>(prefixes: &BTreeMap<IpNet, V>, address: IpAddr) -> Option<&V> {
+pub(crate) fn longest<V>(prefixes: &BTreeMap<IpNet, V>, address: IpAddr) -> Option<&V> {
     let mut probe = IpNet::from(address);
     loop {
         let (found, value) = prefixes.range(..=probe).next_back()?;
@@ -229,7 +254,7 @@ pub(crate) fn classify(
 }
 
 /// The blocks that hold the addresses of each prefix that no longer prefix here holds.
-fn prefix_sets(catalog: &Catalog, atoms: &HashMap<Atom, AtomId>) -> BTreeMap<IpNet, ClassKey> {
+pub(crate) fn prefix_sets(catalog: &Catalog, atoms: &HashMap<Atom, AtomId>) -> BTreeMap<IpNet, ClassKey> {
     #[derive(Default)]
     struct Marks {
         begin: Vec<usize>,
@@ -286,12 +311,43 @@ fn prefix_sets(catalog: &Catalog, atoms: &HashMap<Atom, AtomId>) -> BTreeMap<IpN
 
 /// The atoms, blocks aside, of each address that a pod or node holds; addresses without any are left out.
 fn exact_sets(cluster: &Cluster, ambiguous: &Ambiguous, atoms: &HashMap<Atom, AtomId>) -> BTreeMap<IpAddr, ClassKey> {
-    let mut sets: BTreeMap<IpAddr, ClassKey> = BTreeMap::new();
+    let mut sets = sets_beside_pods(cluster, atoms);
     let mut add = |address: &IpAddr, ids: &[AtomId]| {
         if !ids.is_empty() {
             sets.entry(*address).or_default().extend(ids);
         }
     };
+    let by_namespace = selectors_by_namespace(cluster, atoms);
+    for (id, pod) in &cluster.pods {
+        if pod.network == PodNetwork::Host {
+            continue;
+        }
+        let candidates = by_namespace.get(id.namespace.as_str()).into_iter().flatten();
+        let mut sets = [Claim::Sole, Claim::Any].map(|claim| (claim, ClassKey::new()));
+        for (atom, _, claim) in candidates.filter(|(_, selector, _)| selector_holds(selector, &pod.labels)) {
+            sets.iter_mut().filter(|(of, _)| of == claim).for_each(|(_, set)| set.push(*atom));
+        }
+        for (claim, set) in &mut sets {
+            for port in &pod.ports {
+                let NamedPort { name, protocol, port } = port.clone();
+                set.extend(atoms.get(&Atom::Port { name, protocol, port, claim: *claim }));
+            }
+        }
+        for address in &pod.addresses {
+            for (claim, set) in &sets {
+                if *claim == Claim::Any || !ambiguous.contains_key(address) {
+                    add(address, set);
+                }
+            }
+        }
+    }
+    sets
+}
+
+/// The atoms of addresses that are asked for otherwise than by pods and prefixes: of nodes, and of backends.
+pub(crate) fn sets_beside_pods(cluster: &Cluster, atoms: &HashMap<Atom, AtomId>) -> BTreeMap<IpAddr, ClassKey> {
+    let mut sets: BTreeMap<IpAddr, ClassKey> = BTreeMap::new();
+    let mut add = |address: &IpAddr, ids: &[AtomId]| sets.entry(*address).or_default().extend(ids);
     for (node, addresses) in &cluster.nodes {
         if let Some(id) = atoms.get(&Atom::Node(node.clone())) {
             addresses.iter().for_each(|address| add(address, &[*id]));
@@ -318,6 +374,14 @@ fn exact_sets(cluster: &Cluster, ambiguous: &Ambiguous, atoms: &HashMap<Atom, At
             _ => {}
         }
     }
+    sets
+}
+
+/// What is asked about the pods of each namespace that has one.
+pub(crate) fn selectors_by_namespace<'a>(
+    cluster: &'a Cluster,
+    atoms: &'a HashMap<Atom, AtomId>,
+) -> HashMap<&'a str, Vec<(AtomId, &'a LabelSelector, Claim)>> {
     let mut by_namespace: HashMap<&str, Vec<(AtomId, &LabelSelector, Claim)>> = HashMap::new();
     let namespaces: BTreeSet<&str> = cluster.pods.keys().map(|pod| pod.namespace.as_str()).collect();
     for namespace in namespaces {
@@ -342,30 +406,7 @@ fn exact_sets(cluster: &Cluster, ambiguous: &Ambiguous, atoms: &HashMap<Atom, At
             }
         }
     }
-    for (id, pod) in &cluster.pods {
-        if pod.network == PodNetwork::Host {
-            continue;
-        }
-        let candidates = by_namespace.get(id.namespace.as_str()).into_iter().flatten();
-        let mut sets = [Claim::Sole, Claim::Any].map(|claim| (claim, ClassKey::new()));
-        for (atom, _, claim) in candidates.filter(|(_, selector, _)| selector_holds(selector, &pod.labels)) {
-            sets.iter_mut().filter(|(of, _)| of == claim).for_each(|(_, set)| set.push(*atom));
-        }
-        for (claim, set) in &mut sets {
-            for port in &pod.ports {
-                let NamedPort { name, protocol, port } = port.clone();
-                set.extend(atoms.get(&Atom::Port { name, protocol, port, claim: *claim }));
-            }
-        }
-        for address in &pod.addresses {
-            for (claim, set) in &sets {
-                if *claim == Claim::Any || !ambiguous.contains_key(address) {
-                    add(address, set);
-                }
-            }
-        }
-    }
-    sets
+    by_namespace
 }
 
 /// Whether labels satisfy a selector.
@@ -410,6 +451,30 @@ mod tests {
         assert_eq!(longest(&few, "11.0.0.0".parse().unwrap()), None);
         assert_eq!(longest(&few, "9.0.0.0".parse().unwrap()), None);
         assert_eq!(longest(&few, "::1".parse().unwrap()), None);
+    }
+
+    #[test]
+    fn changes_lead_from_any_table_to_any_other() {
+        let tables: Vec<BTreeMap<u8, ClassId>> = (0..81_u32)
+            .map(|number| {
+                let class = |key: u8| (key, ClassId(number / 3_u32.pow(key.into()) % 3));
+                (0..4).map(class).filter(|(_, class)| *class != ClassId::UNKNOWN).collect()
+            })
+            .collect();
+        for from in &tables {
+            for to in &tables {
+                let found = changes(from, to);
+                assert!(found.iter().all(|(key, class)| from.get(key) != class.as_ref()), "{found:?}");
+                let mut applied = from.clone();
+                for (key, class) in found {
+                    match class {
+                        Some(class) => drop(applied.insert(key, class)),
+                        None => drop(applied.remove(&key)),
+                    }
+                }
+                assert_eq!(applied, *to);
+            }
+        }
     }
 
     #[test]

@@ -17,6 +17,10 @@
 //! Until released, what fell out of use keeps its number, and classes still distinguish what only retired policy
 //! sets ask; so an enforcer that never releases pays with ever more classes.
 
+mod endpoints;
+mod members;
+
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
@@ -28,9 +32,15 @@ use crate::flatten::{self, ClassMembers, FlatSet, Flattener, SetKey, Signatures}
 use crate::ids::Ids;
 use crate::ir::{Leaf, RuleId, RuleList};
 use crate::isolation::{self, Ambiguous, Fault, Obstacle, Refusals};
-use crate::model::{Cluster, Direction, NamespaceMatch, PodId, PodMatch, PodNetwork, Policy, PolicyId, RuleRef, Tuple};
+use crate::model::{
+    Cluster, Direction, NamespaceMatch, Pod, PodId, PodMatch, PodNetwork, Policy, PolicyId, RuleRef, Tuple,
+};
 use crate::opt::{self, Shadowed};
 use crate::verify;
+
+pub use self::endpoints::Endpoints;
+
+use self::members::{Asked, Placed};
 
 /// Why something cannot be compiled.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -89,6 +99,17 @@ pub enum Scope {
     Cluster,
     /// The pods of one node.
     Node(String),
+}
+
+impl Scope {
+    /// Whether the pod is an endpoint.
+    fn holds(&self, pod: &Pod) -> bool {
+        let here = match self {
+            Self::Cluster => true,
+            Self::Node(node) => pod.node.as_ref() == Some(node),
+        };
+        here && pod.network == PodNetwork::Own
+    }
 }
 
 /// The number of a policy set: stable while it is in use, and the index of its class array.
@@ -191,7 +212,7 @@ pub struct Update {
     /// Counts updates of this compiler, from 1.
     pub generation: u64,
     /// The endpoints in scope; pods in their host's network namespace are none.
-    pub endpoints: BTreeMap<PodId, EndpointPlan>,
+    pub endpoints: Endpoints,
     /// Policy sets that are no endpoint's any more but whose programs may still run, with arrays for this update's
     /// classes.
     pub retiring: Vec<Arc<PolicySet>>,
@@ -199,6 +220,8 @@ pub struct Update {
     pub table: Arc<AddressTable>,
     /// What of the table differs from the update before.
     pub table_changes: TableChanges,
+    /// The table of the update before.
+    table_before: Arc<AddressTable>,
     /// Rule id to name.
     pub rules: Arc<RuleTable>,
     /// Classes in use, the unknown one included.
@@ -216,19 +239,31 @@ impl Update {
         Some(set.program.diagram.decide(local, tuple.protocol, tuple.port))
     }
 
+    /// What of the table differs from another one.
+    pub(crate) fn changes_from(&self, table: &Arc<AddressTable>) -> Cow<'_, TableChanges> {
+        if Arc::ptr_eq(table, &self.table_before) {
+            return Cow::Borrowed(&self.table_changes);
+        }
+        Cow::Owned(if Arc::ptr_eq(table, &self.table) {
+            TableChanges::default()
+        } else {
+            table.changes_to(&self.table)
+        })
+    }
+
     /// The distinct policy sets, by number.
     pub fn sets(&self) -> BTreeMap<SetId, &Arc<PolicySet>> {
-        let both = self.endpoints.values().flat_map(|plan| [&plan.ingress, &plan.egress]);
+        let both = self.endpoints.plans().flat_map(|plan| [&plan.ingress, &plan.egress]);
         both.map(|set| (set.id, set)).collect()
     }
 }
 
 impl Compiled {
     fn into_update(self, endpoints: &BTreeMap<&PodId, [SetKey; 2]>) -> (State, Update) {
-        let Self { next, table_changes, classes } = self;
+        let Self { next, table_changes, table_before, classes } = self;
         let plan = |[ingress, egress]: &[SetKey; 2]| EndpointPlan {
-            ingress: Arc::clone(&next.sets[ingress].0),
-            egress: Arc::clone(&next.sets[egress].0),
+            ingress: Arc::clone(&next.sets[ingress].set),
+            egress: Arc::clone(&next.sets[egress].set),
         };
         let update = Update {
             generation: next.generation,
@@ -236,6 +271,7 @@ impl Compiled {
             retiring: next.retired_sets.iter().map(|(_, set, _)| Arc::clone(set)).collect(),
             table: Arc::clone(&next.table),
             table_changes,
+            table_before,
             rules: Arc::clone(&next.rule_table),
             classes,
             faults: Vec::new(),
@@ -252,6 +288,10 @@ pub struct Compiler {
     state: State,
     /// Of the last update, so that it need not be found out again each time.
     too_large: TooLarge,
+    /// Of the last update; `None` where it closed something.
+    placed: Option<Placed>,
+    /// Of the last update but for pods, made when it is wanted.
+    asked: Option<Asked>,
     #[cfg(feature = "test-support")]
     planted: Option<crate::test_support::PlantedBug>,
 }
@@ -266,11 +306,19 @@ struct State {
     classes: Ids<ClassKey>,
     rules: Ids<RuleRef>,
     set_ids: Ids<(SetKey, u64)>,
-    sets: HashMap<SetKey, (Arc<PolicySet>, Signatures)>,
-    retired_sets: Vec<(u64, Arc<PolicySet>, Signatures)>,
+    sets: HashMap<SetKey, Held>,
+    retired_sets: Vec<(u64, Arc<PolicySet>, Arc<Signatures>)>,
     programs: HashMap<Arc<RuleList>, Arc<Program>>,
     table: Arc<AddressTable>,
     rule_table: Arc<RuleTable>,
+}
+
+/// A policy set in use, and what it is made of.
+#[derive(Debug, Clone)]
+struct Held {
+    set: Arc<PolicySet>,
+    signatures: Arc<Signatures>,
+    flat: Arc<FlatSet>,
 }
 
 impl State {
@@ -299,6 +347,7 @@ type TooLarge = HashMap<RuleList, CompileError>;
 struct Compiled {
     next: State,
     table_changes: TableChanges,
+    table_before: Arc<AddressTable>,
     classes: usize,
 }
 
@@ -317,6 +366,8 @@ impl Compiler {
             limits,
             state: State::new(),
             too_large: HashMap::new(),
+            placed: None,
+            asked: None,
             #[cfg(feature = "test-support")]
             planted: None,
         }
@@ -332,6 +383,7 @@ impl Compiler {
     #[cfg(feature = "test-support")]
     pub(crate) fn plant_bug(&mut self, bug: crate::test_support::PlantedBug) {
         self.planted = Some(bug);
+        self.placed = None;
     }
 
     /// Gives rules the ids that an earlier compiler gave them, so that counters and events keep their meaning over a
@@ -415,6 +467,8 @@ impl Compiler {
         update.faults = addresses.chain(refused).collect();
         self.state = next;
         self.too_large = too_large;
+        self.asked = None;
+        self.placed = update.faults.is_empty().then(|| Placed::new(cluster, &self.scope, &update.endpoints));
         Ok(update)
     }
 
@@ -488,35 +542,35 @@ impl Compiler {
         let old_programs = std::mem::take(&mut next.programs);
         let mut old_sets = std::mem::take(&mut next.sets);
         let mut sets_used = BTreeSet::new();
-        for (key, set) in &flat {
-            let before = old_sets.remove(*key);
-            let mut signatures = before.as_ref().map(|(_, signatures)| signatures.clone()).unwrap_or_default();
-            let (list, locals) = match signatures.resolve(set, &members, next.generation, &self.limits) {
+        for (key, flat) in flat {
+            let before = old_sets.remove(key);
+            let mut signatures = before.as_ref().map(|held| (*held.signatures).clone()).unwrap_or_default();
+            let (list, locals) = match signatures.resolve(&flat, &members, next.generation, &self.limits) {
                 Ok(resolved) => resolved,
                 Err(error) => {
-                    failed.push(((*key).clone(), error));
+                    failed.push((key.clone(), error));
                     continue;
                 }
             };
-            let id = next.set_ids.intern(&((*key).clone(), signatures.epoch));
+            let id = next.set_ids.intern(&(key.clone(), signatures.epoch));
             sets_used.insert(id);
             let program = match old_programs.get(&list).or_else(|| next.programs.get(&list)) {
                 Some(program) => Arc::clone(program),
                 None => match self.compile(&list, too_large) {
                     Ok(program) => Arc::new(program),
                     Err(error) => {
-                        failed.push(((*key).clone(), error));
+                        failed.push((key.clone(), error));
                         continue;
                     }
                 },
             };
             next.programs.insert(Arc::new(list), Arc::clone(&program));
             let before = match before {
-                Some((set, old)) if old.epoch != signatures.epoch => {
+                Some(Held { set, signatures: old, .. }) if old.epoch != signatures.epoch => {
                     next.retired_sets.push((next.generation, set, old));
                     None
                 }
-                before => before.map(|(set, _)| set),
+                before => before.map(|held| held.set),
             };
             let same = before.filter(|old| {
                 old.id.0 == id && Arc::ptr_eq(&old.program, &program) && *old.locals == *locals.as_slice()
@@ -525,13 +579,13 @@ impl Compiler {
             let set = same.unwrap_or_else(|| {
                 Arc::new(PolicySet { id: SetId(id), policies: policies(), program, locals: locals.into() })
             });
-            next.sets.insert((*key).clone(), (set, signatures));
+            next.sets.insert(key.clone(), Held { set, signatures: Arc::new(signatures), flat: Arc::new(flat) });
         }
         if !failed.is_empty() {
             return Err(Obstacle::Sets(failed));
         }
 
-        let gone = old_sets.into_values().map(|(set, signatures)| (next.generation, set, signatures));
+        let gone = old_sets.into_values().map(|Held { set, signatures, .. }| (next.generation, set, signatures));
         next.retired_sets.extend(gone);
         for (_, set, signatures) in &mut next.retired_sets {
             let locals = signatures.locals(&members);
@@ -554,7 +608,7 @@ impl Compiler {
         next.set_ids.retire_others(&sets_used, next.generation);
 
         let classes = classified.used.len() + usize::from(!classified.used.contains(&ClassId::UNKNOWN.0));
-        Ok(Compiled { next, table_changes, classes })
+        Ok(Compiled { next, table_changes, table_before: Arc::clone(&self.state.table), classes })
     }
 
     /// Says that nothing older than `generation` is in force any more: its tables and programs are written, and every
@@ -570,6 +624,7 @@ impl Compiler {
             let keep = *retired > generation;
             if !keep {
                 atoms.remove(atom);
+                self.asked = None;
             }
             keep
         });
@@ -602,54 +657,61 @@ impl Compiler {
                 NamespaceMatch::Selected(_) => selected.push(policy),
             }
         }
-        let mut names: HashMap<(Vec<PolicyId>, Direction), BTreeSet<_>> = HashMap::new();
+        let mut names: HashMap<Vec<PolicyId>, NamesUsed> = HashMap::new();
         let mut endpoints = BTreeMap::new();
         for (id, pod) in &cluster.pods {
-            let in_scope = match &self.scope {
-                Scope::Cluster => true,
-                Scope::Node(node) => pod.node.as_ref() == Some(node),
-            };
-            if pod.network == PodNetwork::Host || !in_scope {
+            if !self.scope.holds(pod) {
                 continue;
             }
             let candidates = named.get(id.namespace.as_str()).into_iter().flatten().chain(&selected);
-            let mut governing: Vec<&Policy> = candidates
-                .copied()
-                .filter(|policy| {
-                    let PodMatch { namespaces, pods } = &policy.subject;
-                    let here = match namespaces {
-                        NamespaceMatch::Named(_) => true,
-                        NamespaceMatch::Selected(selector) => {
-                            selector_holds(selector, &cluster.namespace_labels(&id.namespace))
-                        }
-                    };
-                    here && selector_holds(pods, &pod.labels)
-                })
-                .collect();
-            governing.sort_unstable_by(|left, right| cluster.order(left).cmp(&cluster.order(right)));
-            let keys = Direction::ALL.map(|direction| {
-                let with_rules = governing.iter().filter(|policy| policy.rules(direction).is_some());
-                let policies: Vec<PolicyId> = with_rules.map(|policy| policy.id.clone()).collect();
-                let is_believed = !(pod.on_segment && direction == Direction::Ingress);
-                let applies = |node: &String| !policies.is_empty() && is_believed && cluster.nodes.contains_key(node);
-                let node = pod.node.clone().filter(applies);
-                let mut named_ports = BTreeMap::new();
-                if direction == Direction::Ingress {
-                    let used = names
-                        .entry((policies.clone(), direction))
-                        .or_insert_with(|| flatten::names_used(cluster, &policies, direction));
-                    for (name, protocol) in used.iter() {
-                        let same = |port: &&crate::model::NamedPort| port.name == *name && port.protocol == *protocol;
-                        let numbers = pod.ports.iter().filter(same).map(|port| port.port).collect();
-                        named_ports.insert((name.clone(), *protocol), numbers);
-                    }
-                }
-                SetKey { direction, policies, node, named_ports, refused: BTreeSet::new() }
+            let governing = candidates.copied().filter(|policy| governs(cluster, policy, id, pod)).collect();
+            let keys = keys_of(cluster, pod, governing, &mut |policies| {
+                let used = names.entry(policies.to_vec());
+                used.or_insert_with(|| flatten::names_used(cluster, policies, Direction::Ingress)).clone()
             });
             endpoints.insert(id.clone(), keys);
         }
         endpoints
     }
+}
+
+/// Whether a policy whose subjects' namespace has the pod's name, or is selected, governs the pod.
+fn governs(cluster: &Cluster, policy: &Policy, id: &PodId, pod: &Pod) -> bool {
+    let PodMatch { namespaces, pods } = &policy.subject;
+    let here = match namespaces {
+        NamespaceMatch::Named(_) => true,
+        NamespaceMatch::Selected(selector) => selector_holds(selector, &cluster.namespace_labels(&id.namespace)),
+    };
+    here && selector_holds(pods, &pod.labels)
+}
+
+/// The names of ports that rules use.
+type NamesUsed = BTreeSet<(String, crate::model::Protocol)>;
+
+/// What identifies the policy sets of a pod that these policies govern, ingress first.
+fn keys_of(
+    cluster: &Cluster,
+    pod: &Pod,
+    mut governing: Vec<&Policy>,
+    names_used: &mut dyn FnMut(&[PolicyId]) -> NamesUsed,
+) -> [SetKey; 2] {
+    governing.sort_unstable_by(|left, right| cluster.order(left).cmp(&cluster.order(right)));
+    Direction::ALL.map(|direction| {
+        let with_rules = governing.iter().filter(|policy| policy.rules(direction).is_some());
+        let policies: Vec<PolicyId> = with_rules.map(|policy| policy.id.clone()).collect();
+        let is_believed = !(pod.on_segment && direction == Direction::Ingress);
+        let applies = |node: &String| !policies.is_empty() && is_believed && cluster.nodes.contains_key(node);
+        let node = pod.node.clone().filter(applies);
+        let mut named_ports = BTreeMap::new();
+        if direction == Direction::Ingress {
+            for (name, protocol) in names_used(&policies) {
+                let same = |port: &&crate::model::NamedPort| port.name == name && port.protocol == protocol;
+                let numbers = pod.ports.iter().filter(same).map(|port| port.port).collect();
+                named_ports.insert((name, protocol), numbers);
+            }
+        }
+        SetKey { direction, policies, node, named_ports, refused: BTreeSet::new() }
+    })
 }
 
 fn check(cluster: &Cluster) -> Result<(), CompileError> {

@@ -29,6 +29,7 @@ pub(crate) struct SetKey {
 pub(crate) type Condition = Vec<AtomId>;
 
 /// One rule before peers are known.
+#[derive(Debug, Clone)]
 pub(crate) struct Conditional {
     pub(crate) condition: Condition,
     pub(crate) service: Service,
@@ -36,6 +37,7 @@ pub(crate) struct Conditional {
 }
 
 /// A policy set before peers are known.
+#[derive(Debug, Clone)]
 pub(crate) struct FlatSet {
     pub(crate) direction: Direction,
     pub(crate) rules: Vec<Conditional>,
@@ -392,9 +394,32 @@ pub(crate) struct Signatures {
     conditions: Vec<Condition>,
     /// Per local id the conditions that hold, as ascending indices; the first is empty.
     known: Vec<Vec<u32>>,
+    /// How many local ids there may be before the numbering is begun anew.
+    most: usize,
 }
 
 impl Signatures {
+    /// The conditions that a class satisfies, as ascending indices.
+    pub(crate) fn of_class(&self, class: &[AtomId]) -> Vec<u32> {
+        let holds = |condition: &Condition| condition.iter().all(|atom| class.binary_search(atom).is_ok());
+        (0..).zip(&self.conditions).filter(|(_, condition)| holds(condition)).map(|(index, _)| index).collect()
+    }
+
+    /// The local id of a combination of conditions, if it has one.
+    pub(crate) fn local(&self, signature: &[u32]) -> Option<u16> {
+        self.known.iter().zip(0..).find(|(known, _)| known.as_slice() == signature).map(|(_, local)| local)
+    }
+
+    /// Gives a combination that has none a local id; `None` where the numbering is better begun anew, or is full.
+    pub(crate) fn add(&mut self, signature: Vec<u32>, limits: &Limits) -> Option<u16> {
+        let local = u16::try_from(self.known.len()).ok()?;
+        if self.known.len() >= self.most || self.known.len() >= limits.locals {
+            return None;
+        }
+        self.known.push(signature);
+        Some(local)
+    }
+
     /// The local id of every class, for a set whose rules are no longer compiled; a combination of conditions that it
     /// never had counts as none.
     pub(crate) fn locals(&self, classes: &ClassMembers) -> Vec<u16> {
@@ -417,17 +442,17 @@ impl Signatures {
         generation: u64,
         limits: &Limits,
     ) -> Result<(RuleList, Vec<u16>), CompileError> {
-        let mut index_of: HashMap<&Condition, u32> = HashMap::new();
+        let mut seen: HashSet<&Condition> = HashSet::new();
         let mut conditions: Vec<Condition> = Vec::new();
         for rule in set.rules.iter().filter(|rule| !rule.condition.is_empty()) {
-            index_of.entry(&rule.condition).or_insert_with(|| {
+            if seen.insert(&rule.condition) {
                 conditions.push(rule.condition.clone());
-                conditions.len() as u32 - 1
-            });
+            }
         }
         let held = held(&conditions, classes);
         let wanted: BTreeSet<&Vec<u32>> = held.values().collect();
-        if self.known.is_empty() || self.conditions != conditions || self.known.len() > 2 * wanted.len() + 64 {
+        self.most = 2 * wanted.len() + 64;
+        if self.known.is_empty() || self.conditions != conditions || self.known.len() > self.most {
             self.epoch = generation;
             self.known = vec![Vec::new()];
         }
@@ -448,6 +473,12 @@ impl Signatures {
         for (class, signature) in &held {
             locals[*class as usize] = local_of[signature];
         }
+        Ok((self.list(set), locals))
+    }
+
+    /// The set's rules by local ids.
+    pub(crate) fn list(&self, set: &FlatSet) -> RuleList {
+        let index_of: HashMap<&Condition, usize> = self.conditions.iter().zip(0..).collect();
         let mut members: Vec<Vec<u16>> = vec![Vec::new(); self.conditions.len()];
         for (local, signature) in (0..).zip(&self.known) {
             for condition in signature {
@@ -460,13 +491,13 @@ impl Signatures {
         for rule in &set.rules {
             let locals = match index_of.get(&rule.condition) {
                 None => LocalSet::below(count),
-                Some(index) => members[*index as usize].clone(),
+                Some(index) => members[*index].clone(),
             };
             if !locals.is_empty() {
                 entries.push(Entry { locals, service: rule.service, leaf: rule.leaf });
             }
         }
-        Ok((RuleList { direction: set.direction, locals: count, entries, default: set.default }, locals))
+        RuleList { direction: set.direction, locals: count, entries, default: set.default }
     }
 }
 

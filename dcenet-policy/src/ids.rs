@@ -37,6 +37,24 @@ impl<K: Clone + Eq + Hash> Ids<K> {
         id
     }
 
+    /// The number that stands for a key, retired or not.
+    pub(crate) fn get(&self, key: &K) -> Option<u32> {
+        self.ids.get(key).copied()
+    }
+
+    /// When a number was retired, if it is.
+    pub(crate) fn retired_at(&self, id: u32) -> Option<u64> {
+        self.retired.get(&id).copied()
+    }
+
+    /// Takes a number back that was given just now and that nobody has heard of.
+    pub(crate) fn take_back(&mut self, id: u32) {
+        if let Some(key) = self.keys.get_mut(id as usize).and_then(Option::take) {
+            self.ids.remove(&key);
+            self.free.insert(id);
+        }
+    }
+
     /// Gives a key the number that it had under another `Ids`; `false` where either is taken.
     pub(crate) fn restore(&mut self, id: u32, key: K) -> bool {
         if self.ids.contains_key(&key) || (id as usize) < self.keys.len() && !self.free.contains(&id) {
@@ -72,6 +90,13 @@ impl<K: Clone + Eq + Hash> Ids<K> {
             if key.is_some() && !used.contains(&id) {
                 self.retired.entry(id).or_insert(generation);
             }
+        }
+    }
+
+    /// Retires one number.
+    pub(crate) fn retire(&mut self, id: u32, generation: u64) {
+        if self.key(id).is_some() {
+            self.retired.entry(id).or_insert(generation);
         }
     }
 

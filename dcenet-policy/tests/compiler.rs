@@ -86,6 +86,68 @@ fn nothing_changes_for_an_unchanged_cluster() {
 }
 
 #[test]
+fn pods_alone_are_updated_by_what_they_touch() {
+    let mut compiler = Compiler::default();
+    let mut cluster = cluster();
+    // Asked for by nobody's rules yet: a second rule for a label that no pod has.
+    let peers = vec![Peer::Pods(pods("n", has("tier", "front")))];
+    cluster.insert_policy(ingress("api", has("app", "a"), vec![allow(peers, vec![tcp(443, 443)])]));
+    let first = compiler.update(&cluster).unwrap();
+    let verdict = |update: &dcenet_policy::Update, peer: u8, port| {
+        let question = Tuple::ingress([10, 0, 0, peer].into(), Protocol::TCP, port);
+        update.decide(&pod("p1"), &question).unwrap().verdict
+    };
+    assert_eq!([80, 443].map(|port| verdict(&first, 2, port)), [Verdict::Allow, Verdict::Deny]);
+    let set = |update: &dcenet_policy::Update| Arc::clone(&update.endpoints[&pod("p1")].ingress);
+
+    // What the peer satisfies now, nobody did before: its set alone gets another program, under the same number.
+    cluster.pods.get_mut(&pod("p2")).unwrap().labels.insert("tier".into(), "front".into());
+    let second = compiler.update_pods(&cluster, [&pod("p2")]).unwrap();
+    assert_eq!([80, 443].map(|port| verdict(&second, 2, port)), [Verdict::Allow, Verdict::Allow]);
+    assert_eq!([80, 443].map(|port| verdict(&second, 4, port)), [Verdict::Allow, Verdict::Deny]);
+    assert_eq!(set(&first).id, set(&second).id);
+    assert!(!Arc::ptr_eq(&set(&first).program, &set(&second).program));
+    let free = |update: &dcenet_policy::Update| Arc::clone(&update.endpoints[&pod("p2")].ingress);
+    assert!(Arc::ptr_eq(&free(&first), &free(&second)), "a set that asks for nobody stays as it is");
+    assert_eq!(second.table_changes.exact.len(), 1);
+
+    // Another peer that satisfies the same needs its entry and nothing else.
+    cluster.pods.get_mut(&pod("p4")).unwrap().labels.insert("tier".into(), "front".into());
+    let third = compiler.update_pods(&cluster, [&pod("p4")]).unwrap();
+    assert_eq!(verdict(&third, 4, 443), Verdict::Allow);
+    assert!(Arc::ptr_eq(&set(&second), &set(&third)));
+    assert_eq!(third.table_changes.exact.keys().map(ToString::to_string).collect::<Vec<_>>(), ["10.0.0.4"]);
+    assert_eq!(third.classes, 3, "unknown, `b`, and `b` of the tier");
+
+    // A pod that goes takes its entry along; one that comes is known.
+    cluster.pods.remove(&pod("p6"));
+    let labels = [("app", "b")];
+    cluster.pods.insert(pod("p7"), Pod::new(labels, [[10, 0, 0, 7].into()]));
+    let fourth = compiler.update_pods(&cluster, [&pod("p6"), &pod("p7")]).unwrap();
+    assert_eq!([6, 7].map(|peer| verdict(&fourth, peer, 80)), [Verdict::Deny, Verdict::Allow]);
+    assert!(!fourth.endpoints.contains_key(&pod("p6")) && fourth.endpoints.contains_key(&pod("p7")));
+    assert_eq!(fourth.generation, 4);
+}
+
+#[test]
+fn pods_for_whom_there_is_no_room_take_no_numbers() {
+    let mut compiler = Compiler::default();
+    let mut cluster = cluster();
+    let peers = vec![Peer::Pods(pods("n", has("tier", "front")))];
+    cluster.insert_policy(ingress("api", has("app", "a"), vec![allow(peers, vec![tcp(443, 443)])]));
+    compiler.update(&cluster).unwrap();
+    cluster.pods.get_mut(&pod("p2")).unwrap().labels.insert("tier".into(), "front".into());
+    let full = || CompileError::ImplLimitExceeded { what: "entries of a table", found: 2, limit: 1 };
+    for _ in 0..3 {
+        assert_eq!(compiler.update_pods_within(&cluster, [&pod("p2")], |_| Err(full())).unwrap_err(), full());
+    }
+    assert!(!compiler.is_unreleased());
+    let update = compiler.update_pods(&cluster, [&pod("p2")]).unwrap();
+    let class = update.table.lookup([10, 0, 0, 2].into());
+    assert_eq!(class.0, 2, "the first number that was free");
+}
+
+#[test]
 fn a_label_change_touches_only_the_pods_own_entries() {
     let mut compiler = Compiler::default();
     let mut cluster = cluster();

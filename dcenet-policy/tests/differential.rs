@@ -2,10 +2,11 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use dcenet_policy::compiler::{Limits, Scope};
 use dcenet_policy::ir::{Leaf, RuleList};
 use dcenet_policy::model::{
-    Action, Direction, IpBlock, LabelSelector, NamespaceMatch, Peer, Peers, PodId, PodMatch, Policy, PolicyId, Ports,
-    Protocol, Rule, Tier, Tuple, Verdict,
+    Action, Cluster, Direction, IpBlock, LabelSelector, NamespaceMatch, Peer, Peers, Pod, PodId, PodMatch, Policy,
+    PolicyId, Ports, Protocol, Rule, Tier, Tuple, Verdict,
 };
 use dcenet_policy::test_support::{
     PlantedBug, Rng, Tally, addresses, boundary_tuples, claim_twice, cluster, compare, compare_random, tuples,
@@ -158,6 +159,81 @@ fn between_the_steps_of_an_update_the_old_policy_stands() {
         }
     }
     assert!(compared > 50_000 && changed > 5_000, "{compared} compared, {changed} changed");
+}
+
+/// Changes a pod: its labels mostly; or it goes, or another comes that is no endpoint of a node.
+fn change_a_pod(rng: &mut Rng, cluster: &mut Cluster) -> PodId {
+    let names: Vec<PodId> = cluster.pods.keys().cloned().collect();
+    let (id, model) = (rng.pick(&names).clone(), rng.pick(&names).clone());
+    let labels = cluster.pods[&model].labels.clone();
+    match rng.below(10) {
+        0 if names.len() > 4 => drop(cluster.pods.remove(&id)),
+        1 => {
+            let fresh = IpAddr::from([10, 0, 3, rng.below(250) as u8]);
+            let id = PodId::new(id.namespace, format!("new{}", rng.below(4)));
+            cluster.pods.insert(id.clone(), Pod { labels, addresses: [fresh].into(), ..Pod::default() });
+            return id;
+        }
+        _ => cluster.pods.get_mut(&id).unwrap().labels = labels,
+    }
+    id
+}
+
+/// Sequences of changes of pods, of which `told` says whether the compiler hears of them: how many updates, how many of them
+/// needed no full compilation, and what was compared.
+fn pods_change(scope: &Scope, told: bool) -> Result<(usize, usize, Tally), String> {
+    let (mut all, mut quick, mut tally) = (0, 0, Tally::default());
+    for seed in 70_000..70_300 {
+        let rng = &mut Rng::new(seed);
+        let mut cluster = cluster(rng);
+        let new = || Compiler::new(scope.clone(), Limits::default());
+        let mut compiler = new();
+        let mut before = compiler.update(&cluster).unwrap();
+        for step in 0..10 {
+            let place = format!("seed {seed} step {step}");
+            let mut touched: Vec<PodId> = (0..=rng.below(2)).map(|_| change_a_pod(rng, &mut cluster)).collect();
+            if !told {
+                touched.clear();
+            }
+            quick += usize::from(!compiler.would_compile_all(&cluster, &touched));
+            all += 1;
+            let after = compiler.update_pods(&cluster, &touched).unwrap();
+            let fresh = new().update(&cluster).unwrap();
+            assert!(after.endpoints.keys().eq(fresh.endpoints.keys()), "{place}");
+            let questions: Vec<_> =
+                tuples(rng, &cluster, 80).into_iter().filter(|(pod, _)| after.endpoints.contains_key(pod)).collect();
+            compare(&cluster, &after, questions.clone(), &mut tally).map_err(|error| format!("{place}: {error}"))?;
+            // An owner writes arrays before tables, and tables before programs: what an old program meets then, it knows. Of
+            // pods that are not what they were it may judge as of somebody unknown.
+            let is_same = |address: &IpAddr| before.table.lookup(*address) == after.table.lookup(*address);
+            for (pod, tuple) in questions.iter().filter(|(_, tuple)| is_same(&tuple.peer)) {
+                if before.endpoints.contains_key(pod) {
+                    let (old, now) = (before.decide(pod, tuple), mixed(&before, &after, &after, pod, tuple));
+                    assert_eq!(now, old, "{place} {pod} {tuple:?}");
+                }
+            }
+            let changes = before.table.changes_to(&after.table);
+            assert_eq!(changes, after.table_changes, "{place}");
+            if rng.chance(50) {
+                compiler.release(after.generation);
+            }
+            before = after;
+        }
+    }
+    Ok((all, quick, tally))
+}
+
+#[test]
+fn pods_that_change_get_the_evaluators_verdict_after_each_step_and_one_that_nobody_names_is_missed() {
+    let (all, quick, tally) = pods_change(&Scope::Cluster, true).unwrap();
+    println!("of all pods: {quick} of {all} updates without a full compilation");
+    assert!(quick * 5 > all, "{quick} of {all} updates needed no full compilation");
+    assert!(tally.pairs > 100_000 && tally.by_rule * 4 > tally.pairs, "{} of {}", tally.by_rule, tally.pairs);
+    let (all, quick, tally) = pods_change(&Scope::Node("n1".to_owned()), true).unwrap();
+    println!("of one node: {quick} of {all} updates without a full compilation");
+    assert!(quick * 4 > all, "{quick} of {all} updates needed no full compilation");
+    assert!(tally.pairs > 20_000, "{}", tally.pairs);
+    assert!(pods_change(&Scope::Cluster, false).is_err(), "the comparison is blind");
 }
 
 #[test]

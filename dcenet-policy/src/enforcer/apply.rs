@@ -27,9 +27,9 @@ use super::state::{Known, Outcome, Shared};
 use super::tables::ClassTables;
 use super::{EnforcerError, LoweredObject, Phase};
 use crate::classes::{AddressTable, TableChanges};
-use crate::compiler::{CompileError, Compiler, EndpointPlan, Limits, PolicySet, Scope, SetId, Update};
+use crate::compiler::{CompileError, Compiler, EndpointPlan, Limits, PolicySet, RuleTable, Scope, SetId, Update};
 use crate::isolation::Fault;
-use crate::model::{Cluster, Direction};
+use crate::model::{Cluster, Direction, PodId};
 use crate::target::MAX_TABLE_NODES;
 
 /// Outcomes by endpoint.
@@ -61,6 +61,8 @@ pub(crate) struct Applier {
     strayed: bool,
     /// The last update that is in force everywhere, and since when.
     settled: Option<(u64, Instant)>,
+    /// The rules whose names are noted.
+    learnt: Option<Arc<RuleTable>>,
 }
 
 struct SetInForce {
@@ -147,6 +149,7 @@ impl Applier {
             table: Arc::default(),
             strayed: false,
             settled: None,
+            learnt: None,
         })
     }
 
@@ -155,11 +158,13 @@ impl Applier {
         self.compiler.plant_bug(bug);
     }
 
-    /// Puts the cluster's policies in force for the endpoints.
+    /// Puts the cluster's policies in force for the endpoints. All that is not as it was the last time are the pods in
+    /// `touched`, where these are known.
     pub(crate) fn run(
         &mut self,
         shared: &Shared,
         cluster: &Cluster,
+        touched: Option<&BTreeSet<PodId>>,
         endpoints: &BTreeMap<AttachmentKey, Known>,
     ) -> Result<Applied, EnforcerError> {
         self.drop_gone(shared, endpoints)?;
@@ -169,8 +174,15 @@ impl Applier {
             self.compiler.release(generation);
         }
         let Self { compiler, tables, sizes, .. } = self;
-        let update = compiler.update_within(cluster, |update| has_room(update, sizes, tables))?;
-        shared.names.write().learn(&update.rules, &flows::counters(shared)?, &shared.config.run_dir)?;
+        let room = |update: &Update| has_room(update, sizes, tables);
+        let update = match touched {
+            Some(pods) => compiler.update_pods_within(cluster, pods, room)?,
+            None => compiler.update_within(cluster, room)?,
+        };
+        if !self.learnt.as_ref().is_some_and(|learnt| Arc::ptr_eq(learnt, &update.rules)) {
+            shared.names.write().learn(&update.rules, &flows::counters(shared)?, &shared.config.run_dir)?;
+            self.learnt = Some(Arc::clone(&update.rules));
+        }
         let outcomes = self.carry_out(shared, &update, endpoints)?;
         // Numbers of what is no longer in force take room until they are released.
         let refused = update.faults.iter().any(|fault| matches!(fault, Fault::Refused { .. }));
@@ -453,7 +465,7 @@ impl Applier {
 
     /// Writes the class tables; puts them back where that fails.
     fn write_table(&mut self, update: &Update) -> Result<(), EnforcerError> {
-        let Err(error) = self.tables.write(&update.table) else { return Ok(()) };
+        let Err(error) = self.tables.write_update(update) else { return Ok(()) };
         // A class that is written means the same to every program in force, so nothing is wrong where this fails, too.
         if let Err(left) = self.tables.write(&self.table) {
             tracing::warn!(error = %left, "class tables are between two updates until the next attempt");
@@ -464,7 +476,7 @@ impl Applier {
 
     /// Notes what is in force now.
     fn commit(&mut self, update: &Update, switches: Vec<Switch<'_>>, replaced: &[Replaced]) {
-        let changes = self.table.changes_to(&update.table);
+        let changes = update.changes_from(&self.table);
         let mut touched: BTreeSet<SetId> = BTreeSet::new();
         let strayed = std::mem::take(&mut self.strayed);
         let retiring = update.retiring.iter().map(|set| (set.id, set));
@@ -614,7 +626,7 @@ fn has_room(update: &Update, sizes: &Sizes, tables: &mut ClassTables) -> Result<
     if found > limit {
         return Err(CompileError::ImplLimitExceeded { what: "classes of peers of the node", found, limit });
     }
-    tables.check(&update.table)
+    tables.check(update)
 }
 
 /// Filters that were replaced, and what was there.

@@ -70,6 +70,8 @@ pub(crate) struct State {
     retry_at: Option<Instant>,
     /// What policies are compiled for: `told` and the endpoints, joined.
     cluster: Arc<Cluster>,
+    /// The pods of it that are not what they were when a change was last carried out, where nothing else of it may be.
+    touched: Option<BTreeSet<PodId>>,
     /// Pods as the sources told them.
     told: BTreeMap<PodId, Pod>,
     endpoints: BTreeMap<AttachmentKey, Known>,
@@ -131,6 +133,7 @@ pub(crate) enum Outcome {
 
 impl State {
     pub(crate) fn cluster_mut(&mut self) -> &mut Cluster {
+        self.touched = None;
         Arc::make_mut(&mut self.cluster)
     }
 
@@ -212,19 +215,24 @@ impl State {
         }
         let held = self.addresses_of_endpoints();
         let cluster = Arc::make_mut(&mut self.cluster);
+        let mut touched = BTreeSet::from([id.clone()]);
         let Some(mut pod) = pod else {
             cluster.pods.remove(&id);
+            self.touched.iter_mut().for_each(|all| all.append(&mut touched));
             return;
         };
         // An address that an endpoint of this node has is no other pod's: a source that says so is late. Endpoints that
         // have one together may both send from it, so that is for the compiler to close.
         pod.addresses.retain(|address| held.get(address).is_none_or(|holders| holders.contains(&id)));
         for (address, holders) in held.iter().filter(|(_, holders)| holders.contains(&id)) {
-            for (_, other) in cluster.pods.iter_mut().filter(|(other, _)| !holders.contains(other)) {
-                other.addresses.remove(address);
+            for (other, pod) in cluster.pods.iter_mut().filter(|(other, _)| !holders.contains(other)) {
+                if pod.addresses.remove(address) {
+                    touched.insert(other.clone());
+                }
             }
         }
         cluster.pods.insert(id, pod);
+        self.touched.iter_mut().for_each(|all| all.append(&mut touched));
     }
 
     fn addresses_of_endpoints(&self) -> BTreeMap<IpAddr, BTreeSet<PodId>> {
@@ -324,16 +332,17 @@ impl Shared {
     /// Carries out what has changed, if it has been started; also what failed before.
     pub(crate) fn apply(&self) -> Result<Report, EnforcerError> {
         let mut applier = self.applier.lock();
-        let (revision, cluster, endpoints, bereft) = {
+        let (revision, cluster, touched, endpoints, bereft) = {
             let mut state = self.state.lock();
             if !state.started || state.stopping || (state.applied == state.revision && state.retry_at.is_none()) {
                 return Ok(state.report());
             }
             let bereft = std::mem::take(&mut state.bereft);
-            (state.revision, Arc::clone(&state.cluster), state.endpoints.clone(), bereft)
+            let touched = state.touched.replace(BTreeSet::new());
+            (state.revision, Arc::clone(&state.cluster), touched, state.endpoints.clone(), bereft)
         };
         applier.forget(&bereft);
-        let result = applier.run(self, &cluster, &endpoints);
+        let result = applier.run(self, &cluster, touched.as_ref(), &endpoints);
         // Another change in the meantime can then change the cluster in place.
         drop(cluster);
         let mut state = self.state.lock();
@@ -352,6 +361,7 @@ impl Shared {
                 None
             }
             Err(error) => {
+                state.touched = None;
                 for known in state.endpoints.values_mut() {
                     known.failure = Some(error.to_string());
                 }

@@ -12,7 +12,7 @@ use super::EnforcerError;
 use super::apply::wait_for_programs;
 use super::node::NodeMaps;
 use crate::classes::{AddressTable, ClassId, TableChanges};
-use crate::compiler::CompileError;
+use crate::compiler::{CompileError, Update};
 
 /// The class tables of an owner.
 pub(crate) struct ClassTables {
@@ -35,13 +35,13 @@ impl ClassTables {
         Ok(Self { classes, maps, table, pending, written: false })
     }
 
-    /// Whether there is room for this table in the place of the one that was written last. May wait until blocks of the
-    /// changes before are free.
+    /// Whether there is room for an update's table in the place of the one that was written last. May wait until blocks of
+    /// the changes before are free.
     ///
     /// # Errors
     /// What is full.
-    pub(crate) fn check(&mut self, after: &AddressTable) -> Result<(), CompileError> {
-        let changes = wanted(&self.table.changes_to(after), &self.table, after);
+    pub(crate) fn check(&mut self, update: &Update) -> Result<(), CompileError> {
+        let changes = wanted(&update.changes_from(&self.table), &self.table, &update.table);
         let mut checked = self.classes.check(&changes);
         if matches!(checked, Err(ClassError::Full { .. })) && self.pending.is_empty() && self.written {
             self.settle();
@@ -64,14 +64,28 @@ impl ClassTables {
         })
     }
 
+    /// Writes what of an update's table differs from the one that was written last.
+    ///
+    /// # Errors
+    /// As [`ClassTables::write`].
+    pub(crate) fn write_update(&mut self, update: &Update) -> Result<(), EnforcerError> {
+        let changes = update.changes_from(&self.table);
+        self.write_changes(&changes, &update.table)
+    }
+
     /// Writes what differs from the table that was written last.
     ///
     /// # Errors
     /// [`EnforcerError::Tables`] where there is no room, and nothing was changed; [`EnforcerError::Map`] where a store
     /// failed: the stores behind it are made first by the next call, whatever that is for.
     pub(crate) fn write(&mut self, after: &Arc<AddressTable>) -> Result<(), EnforcerError> {
+        let changes = self.table.changes_to(after);
+        self.write_changes(&changes, after)
+    }
+
+    fn write_changes(&mut self, changes: &TableChanges, after: &Arc<AddressTable>) -> Result<(), EnforcerError> {
         self.flush()?;
-        let changes = wanted(&self.table.changes_to(after), &self.table, after);
+        let changes = wanted(changes, &self.table, after);
         if changes.is_empty() {
             return Ok(());
         }
