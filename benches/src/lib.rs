@@ -9,7 +9,9 @@
 
 mod mounted;
 pub mod owner;
+pub mod plot;
 pub mod plugin;
+pub mod policies;
 mod summary;
 
 pub use mounted::Mounted;
@@ -50,4 +52,13 @@ impl Sample {
 /// Prints a line of a benchmark's report.
 pub fn say(line: impl std::fmt::Display) {
     println!("{line}");
+}
+
+/// Time that the calling thread has had a processor (clock_gettime(2), `CLOCK_THREAD_CPUTIME_ID`).
+///
+/// # Panics
+/// If the clock went backwards.
+pub fn on_cpu() -> std::time::Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    now.try_into().expect("a thread's time is not negative")
 }

@@ -53,6 +53,11 @@ impl Owner {
         Self { enforcer, _pins: mounted }
     }
 
+    /// The owner itself.
+    pub fn enforcer(&self) -> &Enforcer {
+        &self.enforcer
+    }
+
     /// Removes what it made.
     ///
     /// # Panics
