@@ -14,6 +14,7 @@ use crate::journal::{JournalError, Record};
 use crate::link::{PlanError, Policy};
 use crate::model::{AttachmentKey, IfName, NetworkName};
 use crate::nat::{self, Element, HostPort, Nat, Transport};
+use crate::netlink::nft::{change, lacks_subsystem, list};
 use crate::netlink::{Failure, Family, Flow, Message, NetlinkError, Socket, conntrack, nft};
 use crate::netns::NetNsError;
 use crate::plan::{MARK, Operation, Plan, Step, Target, Undo, mark};
@@ -215,7 +216,7 @@ impl Engine {
                 return Ok(Vec::new());
             }
             for set in nft::set_names() {
-                if !list(socket, &set)?.is_empty() {
+                if !list(socket, nft::TABLE, &set)?.is_empty() {
                     return Ok(Vec::new());
                 }
             }
@@ -235,7 +236,7 @@ impl Engine {
             change(&mut socket, what, |socket| {
                 let mut messages = Vec::new();
                 for set in nft::set_names() {
-                    for found in list(socket, &set)? {
+                    for found in list(socket, nft::TABLE, &set)? {
                         if messages.len() < DELETIONS && wanted(&found)? {
                             messages.push(nft::delete_listed(&set, &found));
                         }
@@ -296,16 +297,6 @@ impl Record {
     }
 }
 
-/// Whether the kernel answers so for want of the subsystem: without nfnetlink, and without what it leads to
-/// (`nfnetlink_rcv_msg` in `net/netfilter/nfnetlink.c`).
-fn lacks_subsystem(error: &NetlinkError) -> bool {
-    let errno = match &error.failure {
-        Failure::Socket(source) => source.raw_os_error(),
-        _ => error.errno(),
-    };
-    matches!(errno, Some(libc::EINVAL | libc::EOPNOTSUPP | libc::EPROTONOSUPPORT | libc::ENOENT))
-}
-
 fn no_translation(source: NetlinkError) -> StepError {
     StepError::NoTranslation { subsystem: "nftables (CONFIG_NF_TABLES)", source }
 }
@@ -331,7 +322,7 @@ fn refuse_held(
     }
     let [at, everywhere] = nft::port_maps(ipv4);
     for (set, is_everywhere) in [(at, false), (everywhere, true)] {
-        for found in list(socket, &set)? {
+        for found in list(socket, nft::TABLE, &set)? {
             let meets =
                 |(element, address, protocol, port, _): &&(&Element, Option<IpAddr>, Transport, u16, IpAddr)| {
                     let includes = is_everywhere || address.is_none() || found.has_key_of(element);
@@ -395,61 +386,5 @@ fn look_up(socket: &mut Socket, elements: &[Element]) -> Result<Vec<Option<nft::
     messages.chunks(32).flat_map(|chunk| socket.batch(chunk)).map(one).collect()
 }
 
-/// The elements of a set; none where there is no such set.
-fn list(socket: &mut Socket, set: &str) -> Result<Vec<nft::Found>, NetlinkError> {
-    match socket.dump(&nft::element_dump(set)) {
-        Ok(replies) => Ok(replies.iter().flat_map(|reply| nft::Found::parse(&reply.payload)).collect()),
-        Err(error) if error.errno() == Some(libc::ENOENT) => Ok(Vec::new()),
-        Err(error) => Err(error),
-    }
-}
-
-/// Makes the changes that `decide` finds necessary, all or none, on the state on which it decided. Of those who change
-/// something at once one succeeds, so that all do after as many rounds as they are.
-fn change<E: From<NetlinkError>>(
-    socket: &mut Socket,
-    what: &str,
-    mut decide: impl FnMut(&mut Socket) -> Result<Vec<Message>, E>,
-) -> Result<(), E> {
-    for _ in 0..ATTEMPTS {
-        let reply = socket.request(&nft::get_generation())?;
-        let Some(generation) = reply.iter().find_map(|reply| nft::generation(&reply.payload)) else {
-            let failure = Failure::Malformed("a generation of nftables without its number");
-            return Err(NetlinkError::new(what, failure).into());
-        };
-        let messages = decide(socket)?;
-        if messages.is_empty() {
-            return Ok(());
-        }
-        match socket.transact(&nft::begin(generation, what), &messages, &nft::end()) {
-            Err(error) if error.errno() == Some(libc::ERESTART) => tracing::debug!(what, "nftables changed; again"),
-            done => return Ok(done?),
-        }
-    }
-    Err(NetlinkError::new(what, Failure::Interrupted { attempts: ATTEMPTS }).into())
-}
-
-const ATTEMPTS: u32 = 200;
-
 /// How many elements one transaction deletes at most: it is one datagram, and must fit the socket's buffer.
 const DELETIONS: usize = 256;
-
-#[cfg(test)]
-mod tests {
-    use std::io;
-
-    use super::*;
-
-    #[test]
-    fn a_kernel_without_nftables_is_told_from_one_that_refuses() {
-        let refused = |errno| NetlinkError::new("x", Failure::Refused { errno, message: None, offset: None });
-        let unopened = |errno| NetlinkError::new("x", Failure::Socket(io::Error::from_raw_os_error(errno)));
-        for errno in [libc::EINVAL, libc::EOPNOTSUPP, libc::EPROTONOSUPPORT, libc::ENOENT] {
-            assert!(lacks_subsystem(&refused(errno)) && lacks_subsystem(&unopened(errno)), "{errno}");
-        }
-        for errno in [libc::EPERM, libc::ENOBUFS, libc::EMFILE] {
-            assert!(!lacks_subsystem(&refused(errno)) && !lacks_subsystem(&unopened(errno)), "{errno}");
-        }
-        assert!(!lacks_subsystem(&NetlinkError::new("x", Failure::Lost)));
-    }
-}

@@ -1,6 +1,6 @@
 //! What of a host decides how it reaches others.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -16,6 +16,8 @@ pub struct HostFacts {
     /// Routes of the main table that are not the fabric's: the destination, its metric, and the link where the destination is
     /// on that link; `None` where it is behind a router, or nowhere.
     pub paths: Vec<(IpNet, u32, Option<IfIndex>)>,
+    /// Routers of routes of the main table that are not the fabric's, each with its link.
+    pub routers: BTreeSet<(IpAddr, IfIndex)>,
     /// The MTU of each link, in bytes.
     pub mtus: BTreeMap<IfIndex, u32>,
     /// Subnets that bridges of the host have addresses in: their pods are on a segment, and have no routes of their own.
@@ -50,6 +52,7 @@ impl HostFacts {
             let straight = route.kind == libc::RTN_UNICAST && route.gateway.is_none() && route.unread.is_none();
             let link = route.link.filter(|link| straight && !own(*link));
             facts.paths.push((route.destination, route.metric, link));
+            facts.routers.extend(route.gateway.zip(route.link).filter(|(_, link)| !own(*link)));
         }
         facts.mtus = links.iter().map(|link| (link.index, link.mtu)).collect();
         let ours = |link: &&LinkView| {

@@ -22,6 +22,13 @@
 //! Pods must be routed one by one (`link.kind` `veth`, `netkit` or `vrf` without a table of its own): routes to them are
 //! more specific than these. A pod on a bridge takes all of its subnet to be on its own segment.
 //!
+//! # Who may send
+//! A VXLAN device believes its sender which pod a packet is from, and a host's port takes in what anybody sends. Therefore the
+//! table `inet dcenet-fabric` of nftables lets in only datagrams that come from the VTEP of a known node, by a link that bears
+//! this node's own, that a router is on, or that leads to the sender; nor does the node forward others to VTEPs, for they could
+//! be given its own address. It concerns nothing but the fabric's VNI, and counts what it drops. The device is up only while
+//! the table is there; who removes the table alone opens the device until the next [`Fabric::apply`].
+//!
 //! # Whose it is
 //! Routes and neighbours bear the number [`FABRIC_PROTOCOL`](crate::netlink::FABRIC_PROTOCOL), the device the alias
 //! [`MARK`]: only what bears them is ever changed or removed. Where somebody else has a route to the same prefix with the
@@ -38,10 +45,16 @@
 //! answer goes past the tunnel: a network that lets only its own addresses through drops that. Pods among each other always
 //! use one way. Straight routes need a network that lets pods' addresses through.
 //!
+//! A host of the underlay that can send with a node's address is taken for the node, as is a process of a node's own network
+//! namespace: VXLAN has no proof of origin (RFC 7348, section 7). Between nodes no addresses may be translated. Over IPv6, where
+//! several links lead to a peer by one route and none of them bears the node's own address, what comes by another than the
+//! first is dropped (`nft_fib6_eval` of `net/ipv6/netfilter/nft_fib_ipv6.c`).
+//!
 //! # Minimum kernel version
 //! 5.0 (`NDA_PROTOCOL`, so that neighbours of others on the device are told apart).
 
 mod events;
+mod fence;
 mod host;
 mod plan;
 mod reconcile;

@@ -23,6 +23,10 @@ pub struct Wanted {
     pub inside: BTreeSet<IpAddr>,
     /// The links on which packets of other nodes come in without VXLAN.
     pub underlay: BTreeSet<IfIndex>,
+    /// Who may send VXLAN here: the VTEPs of all other nodes, also of those that are reached straight, for the sender decides.
+    pub vteps: BTreeSet<IpAddr>,
+    /// The links that VXLAN may come in by wherever the way back leads: those that the own VTEP or a router is on.
+    pub entrances: BTreeSet<IfIndex>,
     /// The largest packet that reaches every node, in bytes, where there is VXLAN.
     pub mtu: Option<u32>,
     /// What cannot be, why, and what to do about it.
@@ -64,6 +68,13 @@ pub fn plan(table: &FabricTable, local: &FabricNode, facts: &HostFacts, config: 
             around.max_by_key(|(prefix, _)| prefix.prefix_len()).is_some_and(|(_, owner)| *owner == local.name)
         };
         wanted.inside.extend(local.inside.iter().copied().filter(leads_here));
+    }
+    if let Some(own) = &local.vtep {
+        let others = table.nodes.values().filter(|node| node.name != local.name).filter_map(|node| node.vtep);
+        let same = others.filter(|vtep| (vtep.vni, vtep.port) == (own.vni, own.port)).map(|vtep| vtep.address);
+        wanted.vteps = same.filter(|address| !facts.addresses.contains_key(address)).collect();
+        let routed = facts.routers.iter().map(|(_, link)| *link);
+        wanted.entrances = routed.chain(facts.addresses.get(&own.address).copied()).collect();
     }
     let bridge_of = |prefix: &IpNet| facts.bridged.iter().find(|(subnet, _)| subnet.contains(prefix));
     for pool in &table.pools {

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use ipnet::IpNet;
 use sha2::{Digest, Sha256};
 
+use super::fence::Fence;
 use super::settings::{self, Settings, SettingsError};
 use super::{FabricConfig, Hop, HostFacts, MARK, METRIC, Wanted, plan};
 use crate::model::{IfIndex, IfName, MacAddr, Mtu};
@@ -35,7 +36,7 @@ pub struct Report {
     pub wanted: usize,
     /// Those of them that are there now.
     pub installed: usize,
-    /// Entries that were added, changed or removed: routes, neighbours, forwarding, settings, the device.
+    /// Entries that were added, changed or removed: routes, neighbours, forwarding, who may send, settings, the device.
     pub changed: usize,
     /// The largest packet that reaches every node, in bytes: pods' links must not have more. `None` without VXLAN.
     pub mtu: Option<u32>,
@@ -67,6 +68,12 @@ pub enum FabricError {
         "fabric.device: link {0} is there, and it is not the fabric's (its alias is not {MARK}); remove it, or give another name"
     )]
     Foreign(IfName),
+    /// Nothing can keep strangers from sending into the VXLAN device.
+    #[error(
+        "fabric.mode: VXLAN needs nftables, or anybody could send for any pod: {0}; use a kernel with CONFIG_NF_TABLES_INET \
+         and CONFIG_NFT_FIB_INET, or mode route"
+    )]
+    NoFence(#[source] NetlinkError),
     /// The device cannot be made.
     #[error(transparent)]
     Create(#[from] CreateLinkError),
@@ -157,7 +164,12 @@ impl Fabric {
         let stays = local.vtep.is_some().then_some(device);
         report.changed += self.remove_devices(&mut socket, &links, stays, &mut routes)?;
         let mut index = None;
+        let mut fence = None;
         if let Some(vtep) = &local.vtep {
+            report.changed += self.remove_other_network(&mut socket, vtep, &mut routes)?;
+            let (raised, changed) = Fence::widen(&self.host, vtep, &wanted)?;
+            fence = Some(raised);
+            report.changed += changed;
             let (found, changed) = self.ensure_device(&mut socket, vtep, wanted.mtu, &mut routes)?;
             report.changed += changed;
             index = Some(found);
@@ -173,7 +185,16 @@ impl Fabric {
         }
         work.route(&wanted, &routes);
         work.run(&mut socket);
-        Ok(work.report)
+        let mut report = work.report;
+        let narrowed = match &mut fence {
+            Some(fence) => fence.narrow().map_err(FabricError::from),
+            None => Fence::remove(&self.host).map(usize::from),
+        };
+        match narrowed {
+            Ok(changed) => report.changed += changed,
+            Err(error) => report.failures.push(error.to_string()),
+        }
+        Ok(report)
     }
 
     /// Removes all that is the fabric's from the host, and makes its settings what they were: those that it changed, where
@@ -196,6 +217,7 @@ impl Fabric {
         }
         let links = socket.links()?;
         self.remove_devices(&mut socket, &links, None, &mut routes)?;
+        Fence::remove(&self.host)?;
         Ok(Settings::open(&self.run_dir)?.restore(&self.host)?)
     }
 
@@ -218,6 +240,26 @@ impl Fabric {
         }
         changed += usize::from(ipv6 && settings.forward_ipv6(&self.host)?);
         Ok(changed)
+    }
+
+    /// Removes the device of another network, for it would be without a fence when this one's is raised. Returns how many
+    /// there were.
+    fn remove_other_network(
+        &self,
+        socket: &mut Socket,
+        vtep: &Vtep,
+        routes: &mut Vec<RouteView>,
+    ) -> Result<usize, FabricError> {
+        match socket.vxlan(&self.config.device)? {
+            Some((link, Some(found)))
+                if link.alias.as_deref() == Some(MARK) && (found.port, found.vni) != (vtep.port, vtep.vni) =>
+            {
+                socket.delete_link(&link)?;
+                routes.retain(|route| route.link != Some(link.index));
+                Ok(1)
+            }
+            _ => Ok(0),
+        }
     }
 
     /// The index of the device, and how many changes that took. Routes over one that had to go are taken from `routes`.

@@ -17,8 +17,8 @@ pub struct VxlanSpec {
     pub port: u16,
     /// The address of the host that datagrams are sent from. It decides of which family all of them are.
     pub local: IpAddr,
-    /// Whether it takes senders' places from what it receives. A device without cannot be told lies by a host that can
-    /// send it datagrams.
+    /// Whether it takes senders' places from what it receives. A device without sends nothing astray, but takes in frames
+    /// from whoever can send it datagrams all the same.
     pub learning: bool,
 }
 

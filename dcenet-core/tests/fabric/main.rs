@@ -351,14 +351,14 @@ fn blocks_move_and_nodes_change_and_go() {
     cluster.table.prefixes.remove(&"10.20.0.70/32".parse().unwrap());
     assert_eq!(cluster.apply()[0].changed, 2, "its route and its neighbour");
 
-    // A node that changes its address is found again: one entry of the database changes.
+    // A node that changes its address is found again: one entry of the database changes, and two of those who may send.
     let root = cluster.nodes[1].host.root();
     root.sh("ip addr add 192.0.1.77/24 dev up0; ip addr del 192.0.1.2/24 dev up0; ip addr add 192.0.1.77/24 dev up0 || true");
     root.sh("ip route replace default via 192.0.1.254");
     cluster.nodes[1].local = cluster.nodes[1].fabric.local().unwrap();
     assert_eq!(cluster.nodes[1].local.addresses[0], "192.0.1.77".parse::<IpAddr>().unwrap());
     cluster.table.nodes.insert("n1".into(), cluster.nodes[1].local.clone());
-    assert_eq!(cluster.apply()[0].changed, 1);
+    assert_eq!(cluster.apply()[0].changed, 3);
     cluster.all_talk();
 
     // A block that is nobody's any more is unreachable, not sent to the default router.

@@ -1,4 +1,5 @@
-//! nftables: messages of `include/uapi/linux/netfilter/nf_tables.h`, and the one table that this crate has.
+//! nftables: messages of `include/uapi/linux/netfilter/nf_tables.h`, and the table of what is translated for pods. That of
+//! the fabric is in [`fence`].
 //!
 //! ```text
 //!  table inet dcenet
@@ -15,7 +16,9 @@
 //! of the family `inet` came with Linux 5.2, intervals in concatenated keys with 5.6.
 
 mod attributes;
+pub(crate) mod fence;
 mod rules;
+mod transaction;
 
 use std::net::IpAddr;
 
@@ -27,7 +30,8 @@ use crate::nat::{Element, Transport};
 
 pub(crate) use attributes::NFNL_MSG_BATCH_BEGIN;
 use attributes::*;
-use rules::{Base, CHAINS, rules};
+use rules::{Base, CHAINS, Expression, rules};
+pub(crate) use transaction::{change, lacks_subsystem, list};
 
 /// The name of the table.
 pub(crate) const TABLE: &str = "dcenet";
@@ -100,49 +104,70 @@ pub(crate) fn delete_table() -> Message {
 
 /// Makes the table, or makes it whole: what is there already stays, rules are written anew.
 pub(crate) fn layout() -> Vec<Message> {
-    let create = libc::NLM_F_CREATE;
-    let mut messages = Vec::new();
-    let mut table = message(libc::NFT_MSG_NEWTABLE, create, format!("create table {TABLE}"));
-    table.text(NFTA_TABLE_NAME, TABLE);
-    messages.push(table);
-    for (name, base) in CHAINS {
-        let mut chain = message(libc::NFT_MSG_NEWCHAIN, create, format!("create chain {name}"));
-        chain.text(NFTA_CHAIN_TABLE, TABLE).text(NFTA_CHAIN_NAME, name);
-        if let Some(Base { kind, hook, priority }) = base {
-            chain.nest(NFTA_CHAIN_HOOK | NESTED, |nest| {
-                be32(nest, NFTA_HOOK_HOOKNUM, hook);
-                be32(nest, NFTA_HOOK_PRIORITY, priority as u32);
-            });
-            chain.text(NFTA_CHAIN_TYPE, kind);
-        }
-        messages.push(chain);
-        let mut flush = message(libc::NFT_MSG_DELRULE, 0, format!("flush chain {name}"));
-        flush.text(NFTA_RULE_TABLE, TABLE).text(NFTA_RULE_CHAIN, name);
-        messages.push(flush);
+    let mut messages = vec![new_table(TABLE)];
+    for (name, base) in &CHAINS {
+        messages.extend([new_chain(TABLE, name, base.as_ref()), flush_chain(TABLE, name)]);
     }
     for (id, set) in SETS.iter().flat_map(|set| [(set, true), (set, false)]).enumerate() {
         messages.push(new_set(set.0, set.1, id as u32 + 1));
     }
-    for (chain, expressions) in rules() {
-        let mut rule = message(libc::NFT_MSG_NEWRULE, create | libc::NLM_F_APPEND, format!("add rule to {chain}"));
-        rule.text(NFTA_RULE_TABLE, TABLE).text(NFTA_RULE_CHAIN, chain);
-        rule.nest(NFTA_RULE_EXPRESSIONS | NESTED, |list| {
-            for expression in &expressions {
-                list.nest(NFTA_LIST_ELEM | NESTED, |nest| expression.encode(nest));
-            }
-        });
-        messages.push(rule);
-    }
+    messages.extend(rules().into_iter().map(|(chain, expressions)| new_rule(TABLE, chain, &expressions, None)));
     messages
+}
+
+fn new_table(table: &str) -> Message {
+    let mut message = message(libc::NFT_MSG_NEWTABLE, libc::NLM_F_CREATE, format!("create table {table}"));
+    message.text(NFTA_TABLE_NAME, table);
+    message
+}
+
+fn new_chain(table: &str, name: &str, base: Option<&Base>) -> Message {
+    let mut chain = message(libc::NFT_MSG_NEWCHAIN, libc::NLM_F_CREATE, format!("create chain {name}"));
+    chain.text(NFTA_CHAIN_TABLE, table).text(NFTA_CHAIN_NAME, name);
+    if let Some(Base { kind, hook, priority }) = base {
+        chain.nest(NFTA_CHAIN_HOOK | NESTED, |nest| {
+            be32(nest, NFTA_HOOK_HOOKNUM, *hook);
+            be32(nest, NFTA_HOOK_PRIORITY, *priority as u32);
+        });
+        chain.text(NFTA_CHAIN_TYPE, kind);
+    }
+    chain
+}
+
+fn flush_chain(table: &str, name: &str) -> Message {
+    let mut flush = message(libc::NFT_MSG_DELRULE, 0, format!("flush chain {name}"));
+    flush.text(NFTA_RULE_TABLE, table).text(NFTA_RULE_CHAIN, name);
+    flush
+}
+
+/// Appends a rule, with a comment for people.
+fn new_rule(table: &str, chain: &str, expressions: &[Expression], comment: Option<&str>) -> Message {
+    let flags = libc::NLM_F_CREATE | libc::NLM_F_APPEND;
+    let mut rule = message(libc::NFT_MSG_NEWRULE, flags, format!("add rule to {chain}"));
+    rule.text(NFTA_RULE_TABLE, table).text(NFTA_RULE_CHAIN, chain);
+    rule.nest(NFTA_RULE_EXPRESSIONS | NESTED, |list| {
+        for expression in expressions {
+            list.nest(NFTA_LIST_ELEM | NESTED, |nest| expression.encode(nest));
+        }
+    });
+    if let Some(text) = comment {
+        rule.bytes(NFTA_RULE_USERDATA, &userdata(text));
+    }
+    rule
+}
+
+/// A comment as nft(8) writes it, of 250 bytes at most.
+fn userdata(comment: &str) -> Vec<u8> {
+    let mut data = vec![UDATA_COMMENT, comment.len() as u8 + 1];
+    data.extend_from_slice(comment.as_bytes());
+    data.push(0);
+    data
 }
 
 /// Enters an element that is not there, with its owner as its comment.
 pub(crate) fn add_element(element: &Element, owner: &str) -> Message {
-    let mut comment = vec![UDATA_COMMENT, owner.len() as u8 + 1];
-    comment.extend_from_slice(owner.as_bytes());
-    comment.push(0);
     let flags = libc::NLM_F_CREATE | libc::NLM_F_EXCL;
-    element_message(libc::NFT_MSG_NEWSETELEM, flags, format!("add {element}"), element, Some(&comment))
+    element_message(libc::NFT_MSG_NEWSETELEM, flags, format!("add {element}"), element, Some(&userdata(owner)))
 }
 
 /// Asks for an element.
@@ -166,9 +191,9 @@ pub(crate) fn delete_listed(set: &str, found: &Found) -> Message {
 }
 
 /// Lists the elements of a set.
-pub(crate) fn element_dump(set: &str) -> Message {
+fn element_dump(table: &str, set: &str) -> Message {
     let mut dump = message(libc::NFT_MSG_GETSETELEM, 0, format!("list elements of {set}"));
-    dump.text(NFTA_SET_ELEM_LIST_TABLE, TABLE).text(NFTA_SET_ELEM_LIST_SET, set);
+    dump.text(NFTA_SET_ELEM_LIST_TABLE, table).text(NFTA_SET_ELEM_LIST_SET, set);
     dump
 }
 

@@ -35,6 +35,11 @@ pub(super) enum Expression {
     AddressType {
         to: u32,
     },
+    /// The index of the link that the packet came in by, if the way back to its source leads over it; else 0.
+    ReverseLink {
+        to: u32,
+    },
+    Counter,
     Payload {
         base: i32,
         offset: u32,
@@ -72,7 +77,8 @@ impl Expression {
         match self {
             Self::Meta { .. } => "meta",
             Self::OriginalPort { .. } | Self::ConntrackStatus { .. } => "ct",
-            Self::AddressType { .. } => "fib",
+            Self::AddressType { .. } | Self::ReverseLink { .. } => "fib",
+            Self::Counter => "counter",
             Self::Payload { .. } => "payload",
             Self::Mask { .. } => "bitwise",
             Self::Compare { .. } => "cmp",
@@ -100,6 +106,11 @@ impl Expression {
                     (NFTA_FIB_DREG, word(*to)),
                     (NFTA_FIB_RESULT, NFT_FIB_RESULT_ADDRTYPE),
                     (NFTA_FIB_FLAGS, NFTA_FIB_F_DADDR),
+                ]),
+                Self::ReverseLink { to } => numbers(&[
+                    (NFTA_FIB_DREG, word(*to)),
+                    (NFTA_FIB_RESULT, NFT_FIB_RESULT_OIF),
+                    (NFTA_FIB_FLAGS, NFTA_FIB_F_SADDR | NFTA_FIB_F_IIF),
                 ]),
                 Self::Payload { base, offset, len, to } => numbers(&[
                     (NFTA_PAYLOAD_DREG, word(*to)),
@@ -137,7 +148,7 @@ impl Expression {
                         (NFTA_NAT_REG_PROTO_MIN, word(*port)),
                     ]);
                 }
-                Self::Masquerade => {}
+                Self::Masquerade | Self::Counter => {}
                 Self::Verdict { code, chain } => {
                     numbers(&[(NFTA_IMMEDIATE_DREG, libc::NFT_REG_VERDICT as u32)]);
                     nest.nest(NFTA_IMMEDIATE_DATA | NESTED, |nest| {
@@ -159,26 +170,36 @@ const fn word(number: u32) -> u32 {
     libc::NFT_REG32_00 as u32 + number
 }
 
+/// Goes on if the packet is of that family.
+pub(super) fn family(ipv4: bool) -> [Expression; 2] {
+    let value = vec![if ipv4 { libc::NFPROTO_IPV4 as u8 } else { libc::NFPROTO_IPV6 as u8 }];
+    [Expression::Meta { key: libc::NFT_META_NFPROTO, to: 0 }, Expression::Compare { equal: true, at: 0, value }]
+}
+
+/// Reads the packet's source or destination (RFC 791, section 3.1; RFC 8200, section 3).
+pub(super) fn address(ipv4: bool, source: bool, to: u32) -> Expression {
+    let (offset, len) = match (ipv4, source) {
+        (true, true) => (12, 4),
+        (true, false) => (16, 4),
+        (false, true) => (8, 16),
+        (false, false) => (24, 16),
+    };
+    Expression::Payload { base: libc::NFT_PAYLOAD_NETWORK_HEADER, offset, len, to }
+}
+
+/// Reads the number of the transport protocol.
+pub(super) fn protocol(to: u32) -> Expression {
+    Expression::Meta { key: libc::NFT_META_L4PROTO, to }
+}
+
+/// Reads the destination port: the second two bytes of every transport header that has ports.
+pub(super) fn port(to: u32) -> Expression {
+    Expression::Payload { base: libc::NFT_PAYLOAD_TRANSPORT_HEADER, offset: 2, len: 2, to }
+}
+
 pub(super) fn rules() -> Vec<(&'static str, Vec<Expression>)> {
     use Expression::*;
     let mut rules = Vec::new();
-    let family = |ipv4: bool| {
-        let value = vec![if ipv4 { libc::NFPROTO_IPV4 as u8 } else { libc::NFPROTO_IPV6 as u8 }];
-        [Meta { key: libc::NFT_META_NFPROTO, to: 0 }, Compare { equal: true, at: 0, value }]
-    };
-    // Where the addresses are: RFC 791, section 3.1; RFC 8200, section 3.
-    let address = |ipv4: bool, source: bool, to: u32| {
-        let (offset, len) = match (ipv4, source) {
-            (true, true) => (12, 4),
-            (true, false) => (16, 4),
-            (false, true) => (8, 16),
-            (false, false) => (24, 16),
-        };
-        Payload { base: libc::NFT_PAYLOAD_NETWORK_HEADER, offset, len, to }
-    };
-    let protocol = |to| Meta { key: libc::NFT_META_L4PROTO, to };
-    // The second two bytes of every transport header that has ports.
-    let port = |to| Payload { base: libc::NFT_PAYLOAD_TRANSPORT_HEADER, offset: 2, len: 2, to };
 
     let mut guard = vec![
         Meta { key: libc::NFT_META_IIFTYPE, to: 0 },
