@@ -26,7 +26,7 @@ use crate::ir::Service;
 use crate::isolation::Ambiguous;
 use crate::model::{
     Action, Catalog, Cluster, Direction, IpBlock, LabelSelector, Labels, NamedPort, NamespaceMatch, Operator, Peer,
-    PodMatch, PodNetwork, Protocol, ServiceId,
+    PodMatch, PodNetwork, Protocol, SERVICE_ACCOUNT_LABEL, ServiceId,
 };
 
 /// A class of addresses.
@@ -48,7 +48,7 @@ pub(crate) enum Atom {
     /// The node of this name.
     Node(String),
     Nodes(LabelSelector, Claim),
-    /// A backend of the service, with this port.
+    /// A backend or an address of the service, with this port.
     Backend(ServiceId, Protocol, Option<u16>),
     Port {
         name: String,
@@ -59,17 +59,23 @@ pub(crate) enum Atom {
 }
 
 impl Atom {
-    /// What a rule asks about a peer: one of these, each for its services.
+    /// What a rule asks about a peer: one of these, each for its services. Where it is not known who is meant, and that
+    /// must not be, it is everybody.
     pub(crate) fn of(peer: &Peer, direction: Direction, claim: Claim, catalog: &Catalog) -> Vec<(Self, Service)> {
         let atom = match peer {
             Peer::Pods(pods) => Self::Pods(pods.clone(), claim),
             Peer::Block(block) => Self::Block(block.clone()),
             Peer::Group(name) => Self::Group(name.clone(), claim),
+            Peer::Nodes(_) if catalog.node_labels.is_empty() && claim == Claim::Any => return Self::everybody(),
             Peer::Nodes(selector) => Self::Nodes(selector.clone(), claim),
+            Peer::Service(_) if direction == Direction::Ingress => return Vec::new(),
             Peer::Service(id) => {
-                let backends = catalog.services.get(id).filter(|_| direction == Direction::Egress);
+                let known = [&catalog.services, &catalog.service_addresses].map(|listed| listed.get(id));
+                if known.contains(&None) && claim == Claim::Any {
+                    return Self::everybody();
+                }
                 let listening: BTreeSet<(Protocol, Option<u16>)> =
-                    backends.into_iter().flatten().map(|backend| (backend.protocol, backend.port)).collect();
+                    known.into_iter().flatten().flatten().map(|backend| (backend.protocol, backend.port)).collect();
                 let atom = |(protocol, port): (Protocol, Option<u16>)| {
                     let service = match port {
                         None => Service::all_of(protocol),
@@ -82,10 +88,19 @@ impl Atom {
         };
         vec![(atom, Service::Any)]
     }
+
+    fn everybody() -> Vec<(Self, Service)> {
+        everything().map(|block| (Self::Block(block), Service::Any)).to_vec()
+    }
 }
 
-/// Whether a pod that is asked about must be the only one that claims its address, and a node's labels or a group be
-/// known.
+/// All addresses of both families.
+fn everything() -> [IpBlock; 2] {
+    [IpNet::V4(Ipv4Net::default()), IpNet::V6(Ipv6Net::default())].map(|cidr| IpBlock { cidr, except: Vec::new() })
+}
+
+/// Whether a pod that is asked about must be the only one that claims its address, and its service account, a node's
+/// labels, a group or a service be known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Claim {
     /// It must.
@@ -95,6 +110,14 @@ pub(crate) enum Claim {
 }
 
 impl Claim {
+    /// Whether a pod with the labels is meant by the selector.
+    pub(crate) fn holds(self, selector: &LabelSelector, labels: &Labels) -> bool {
+        match self {
+            Self::Sole => selector_holds(selector, labels),
+            Self::Any => selector_may_hold(selector, labels),
+        }
+    }
+
     /// What rules ask for: where it is not known who has an address, nobody is allowed by it and everybody denied. A rule
     /// that passes asks for both.
     pub(crate) fn needed(action: Action) -> &'static [Self] {
@@ -260,8 +283,7 @@ pub(crate) fn prefix_sets(catalog: &Catalog, atoms: &HashMap<Atom, AtomId>) -> B
         begin: Vec<usize>,
         end: Vec<usize>,
     }
-    let everybody =
-        [IpNet::V4(Ipv4Net::default()), IpNet::V6(Ipv6Net::default())].map(|cidr| IpBlock { cidr, except: Vec::new() });
+    let everybody = everything();
     // A group's blocks may overlap, and an exception of one is none of another.
     let mut owners: Vec<AtomId> = Vec::new();
     let mut marks: BTreeMap<IpNet, Marks> = BTreeMap::new();
@@ -324,7 +346,7 @@ fn exact_sets(cluster: &Cluster, ambiguous: &Ambiguous, atoms: &HashMap<Atom, At
         }
         let candidates = by_namespace.get(id.namespace.as_str()).into_iter().flatten();
         let mut sets = [Claim::Sole, Claim::Any].map(|claim| (claim, ClassKey::new()));
-        for (atom, _, claim) in candidates.filter(|(_, selector, _)| selector_holds(selector, &pod.labels)) {
+        for (atom, _, claim) in candidates.filter(|(_, selector, claim)| claim.holds(selector, &pod.labels)) {
             sets.iter_mut().filter(|(of, _)| of == claim).for_each(|(_, set)| set.push(*atom));
         }
         for (claim, set) in &mut sets {
@@ -356,7 +378,7 @@ pub(crate) fn sets_beside_pods(cluster: &Cluster, atoms: &HashMap<Atom, AtomId>)
     for (atom, id) in atoms {
         match atom {
             Atom::Nodes(selector, claim) => {
-                for (node, addresses) in &cluster.nodes {
+                for (node, addresses) in cluster.nodes.iter().chain(&cluster.catalog.external_addresses) {
                     let holds = match cluster.catalog.node_labels.get(node) {
                         Some(labels) => selector_holds(selector, labels),
                         None => *claim == Claim::Any,
@@ -367,8 +389,9 @@ pub(crate) fn sets_beside_pods(cluster: &Cluster, atoms: &HashMap<Atom, AtomId>)
                 }
             }
             Atom::Backend(service, protocol, port) => {
-                let backends = cluster.catalog.services.get(service).into_iter().flatten();
-                let listening = backends.filter(|backend| backend.protocol == *protocol && backend.port == *port);
+                let Catalog { services, service_addresses, .. } = &cluster.catalog;
+                let all = [services, service_addresses].into_iter().filter_map(|listed| listed.get(service)).flatten();
+                let listening = all.filter(|backend| backend.protocol == *protocol && backend.port == *port);
                 listening.for_each(|backend| add(&backend.address, &[*id]));
             }
             _ => {}
@@ -411,7 +434,22 @@ pub(crate) fn selectors_by_namespace<'a>(
 
 /// Whether labels satisfy a selector.
 pub(crate) fn selector_holds(selector: &LabelSelector, labels: &Labels) -> bool {
+    holds_but(selector, labels, false)
+}
+
+/// Whether they may: what is not known is the service account of a pod without the label for it.
+pub(crate) fn selector_may_hold(selector: &LabelSelector, labels: &Labels) -> bool {
+    holds_but(selector, labels, true)
+}
+
+fn holds_but(selector: &LabelSelector, labels: &Labels, of_unknown: bool) -> bool {
     for requirement in &selector.requirements {
+        if requirement.key == SERVICE_ACCOUNT_LABEL && !labels.contains_key(SERVICE_ACCOUNT_LABEL) {
+            if of_unknown {
+                continue;
+            }
+            return false;
+        }
         let holds = match (&requirement.operator, labels.get(&requirement.key)) {
             (Operator::In(values), Some(value)) => values.contains(value),
             (Operator::NotIn(values), Some(value)) => !values.contains(value),

@@ -26,7 +26,9 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::classes::{self, AddressTable, Atom, AtomId, ClassId, ClassKey, TableChanges, selector_holds};
+use crate::classes::{
+    self, AddressTable, Atom, AtomId, ClassId, ClassKey, TableChanges, selector_holds, selector_may_hold,
+};
 use crate::diagram::Diagram;
 use crate::flatten::{self, ClassMembers, FlatSet, Flattener, SetKey, Signatures};
 use crate::ids::Ids;
@@ -464,7 +466,9 @@ impl Compiler {
         };
         let addresses = ambiguous.into_iter().map(|(address, pods)| Fault::AmbiguousAddress { address, pods });
         let refused = refusals.faults(whole.iter().flat_map(|(pod, keys)| keys.iter().map(move |key| (pod, key))));
-        update.faults = addresses.chain(refused).collect();
+        let unsure =
+            isolation::unknown_accounts(whole.iter().flat_map(|(pod, keys)| keys.iter().map(move |key| (pod, key))));
+        update.faults = addresses.chain(refused).chain(unsure).collect();
         self.state = next;
         self.too_large = too_large;
         self.asked = None;
@@ -682,7 +686,7 @@ fn governs(cluster: &Cluster, policy: &Policy, id: &PodId, pod: &Pod) -> bool {
         NamespaceMatch::Named(_) => true,
         NamespaceMatch::Selected(selector) => selector_holds(selector, &cluster.namespace_labels(&id.namespace)),
     };
-    here && selector_holds(pods, &pod.labels)
+    here && selector_may_hold(pods, &pod.labels)
 }
 
 /// The names of ports that rules use.
@@ -696,9 +700,11 @@ fn keys_of(
     names_used: &mut dyn FnMut(&[PolicyId]) -> NamesUsed,
 ) -> [SetKey; 2] {
     governing.sort_unstable_by(|left, right| cluster.order(left).cmp(&cluster.order(right)));
+    let is_unsure = |policy: &Policy| !selector_holds(&policy.subject.pods, &pod.labels);
     Direction::ALL.map(|direction| {
-        let with_rules = governing.iter().filter(|policy| policy.rules(direction).is_some());
-        let policies: Vec<PolicyId> = with_rules.map(|policy| policy.id.clone()).collect();
+        let with_rules = || governing.iter().filter(move |policy| policy.rules(direction).is_some());
+        let policies: Vec<PolicyId> = with_rules().map(|policy| policy.id.clone()).collect();
+        let unsure = with_rules().filter(|policy| is_unsure(policy)).map(|policy| policy.id.clone()).collect();
         let is_believed = !(pod.on_segment && direction == Direction::Ingress);
         let applies = |node: &String| !policies.is_empty() && is_believed && cluster.nodes.contains_key(node);
         let node = pod.node.clone().filter(applies);
@@ -710,7 +716,7 @@ fn keys_of(
                 named_ports.insert((name, protocol), numbers);
             }
         }
-        SetKey { direction, policies, node, named_ports, refused: BTreeSet::new() }
+        SetKey { direction, policies, node, named_ports, refused: BTreeSet::new(), unsure }
     })
 }
 

@@ -11,8 +11,8 @@ use serde::Serialize;
 
 use crate::model::{
     Action, Backend, Cluster, Direction, IpBlock, LabelSelector, Labels, NamespaceMatch, Operator, Peer, Peers, Pod,
-    PodId, PodMatch, PodNetwork, Policy, PolicyId, PortMatch, PortSpec, Ports, Rule, RuleRef, Tier, TierEnd, Tuple,
-    Verdict,
+    PodId, PodMatch, PodNetwork, Policy, PolicyId, PortMatch, PortSpec, Ports, Rule, RuleRef, SERVICE_ACCOUNT_LABEL,
+    Tier, TierEnd, Tuple, Verdict,
 };
 
 /// A verdict and why.
@@ -44,7 +44,8 @@ pub enum Reason {
     UnknownTier(Vec<PolicyId>),
     /// These policies govern the pod in this direction, none of them isolates it, and no rule of theirs decides.
     Unmatched(Vec<PolicyId>),
-    /// These policies govern the pod in this direction and are not enforced; no other that may speak allows it.
+    /// These policies are not enforced in this direction, or ask for the pod's service account, which is not known; no other
+    /// that may speak allows it.
     Refused(Vec<PolicyId>),
 }
 
@@ -81,7 +82,7 @@ impl fmt::Display for Reason {
                 f.write_str(" decides, and no policy isolates the pod")
             }
             Self::Refused(policies) => {
-                f.write_str("closed, for it is not enforced:")?;
+                f.write_str("closed, for it is not enforced, or not known whether it governs the pod:")?;
                 list(f, policies)?;
                 f.write_str("; no other policy allows it")
             }
@@ -149,7 +150,8 @@ pub fn evaluate_without(
     }
     let ids = |policies: &[&Policy]| policies.iter().map(|policy| policy.id.clone()).collect::<Vec<_>>();
     let mut not_enforced = ids(&governing);
-    not_enforced.retain(|id| refused.contains(&(subject.clone(), tuple.direction, id.clone())));
+    let unsure = |id: &PolicyId| !selects(cluster, &cluster.policies[id].subject, subject, pod, true);
+    not_enforced.retain(|id| refused.contains(&(subject.clone(), tuple.direction, id.clone())) || unsure(id));
     let closed = || Ok(Decision { verdict: Verdict::Deny, reason: Reason::Refused(not_enforced.clone()) });
 
     let question = Question { cluster, pod, tuple, claimants: pods_at(cluster, tuple.peer) };
@@ -258,11 +260,12 @@ impl Question<'_> {
     }
 }
 
+/// The policies that govern the pod, as far as is known.
 fn governors<'a>(cluster: &'a Cluster, subject: &PodId, pod: &Pod, direction: Direction) -> Vec<&'a Policy> {
     let mut governing: Vec<&Policy> = cluster
         .policies
         .values()
-        .filter(|policy| policy.rules(direction).is_some() && selects(cluster, &policy.subject, subject, pod))
+        .filter(|policy| policy.rules(direction).is_some() && selects(cluster, &policy.subject, subject, pod, false))
         .collect();
     governing.sort_by_key(|policy| cluster.order(policy));
     governing
@@ -285,26 +288,30 @@ fn matches_peer(cluster: &Cluster, peer: &Peer, tuple: &Tuple, pods: &[(&PodId, 
         cidr.contains(&address) && !except.iter().any(|hole| hole.contains(&address))
     };
     match peer {
-        Peer::Pods(wanted) => pods.iter().any(|(id, pod)| selects(cluster, wanted, id, pod)),
+        Peer::Pods(wanted) => pods.iter().any(|(id, pod)| selects(cluster, wanted, id, pod, sure)),
         Peer::Block(block) => in_block(block),
         Peer::Group(name) => match cluster.catalog.groups.get(name) {
             Some(blocks) => blocks.iter().any(in_block),
             None => !sure,
         },
-        Peer::Nodes(selector) => cluster.nodes.iter().any(|(name, addresses)| {
-            let selected = || match cluster.catalog.node_labels.get(name) {
-                Some(labels) => has_labels(selector, labels),
-                None => !sure,
-            };
-            addresses.contains(&address) && selected()
-        }),
+        Peer::Nodes(_) if cluster.catalog.node_labels.is_empty() => !sure,
+        Peer::Nodes(selector) => {
+            cluster.nodes.iter().chain(&cluster.catalog.external_addresses).any(|(name, addresses)| {
+                let selected = || match cluster.catalog.node_labels.get(name) {
+                    Some(labels) => has_labels(selector, labels, true),
+                    None => !sure,
+                };
+                addresses.contains(&address) && selected()
+            })
+        }
+        Peer::Service(_) if tuple.direction == Direction::Ingress => false,
         Peer::Service(id) => {
             let answers = |backend: &Backend| {
                 let port = backend.port.is_none_or(|port| port == tuple.port);
                 backend.address == address && backend.protocol == tuple.protocol && port
             };
-            let backends = cluster.catalog.services.get(id);
-            tuple.direction == Direction::Egress && backends.is_some_and(|backends| backends.iter().any(answers))
+            let known = [cluster.catalog.services.get(id), cluster.catalog.service_addresses.get(id)];
+            known.into_iter().any(|listed| listed.map_or(!sure, |listed| listed.iter().any(answers)))
         }
     }
 }
@@ -322,17 +329,21 @@ fn matches_port(wanted: &PortMatch, tuple: &Tuple, destinations: &[&Pod]) -> boo
     }
 }
 
-fn selects(cluster: &Cluster, wanted: &PodMatch, id: &PodId, pod: &Pod) -> bool {
+fn selects(cluster: &Cluster, wanted: &PodMatch, id: &PodId, pod: &Pod, sure: bool) -> bool {
     let namespace_fits = match &wanted.namespaces {
         NamespaceMatch::Named(name) => *name == id.namespace,
-        NamespaceMatch::Selected(selector) => has_labels(selector, &cluster.namespace_labels(&id.namespace)),
+        NamespaceMatch::Selected(selector) => has_labels(selector, &cluster.namespace_labels(&id.namespace), true),
     };
-    namespace_fits && has_labels(&wanted.pods, &pod.labels)
+    namespace_fits && has_labels(&wanted.pods, &pod.labels, sure)
 }
 
-fn has_labels(selector: &LabelSelector, labels: &Labels) -> bool {
+/// Whether all requirements hold; without being sure, whether they may.
+fn has_labels(selector: &LabelSelector, labels: &Labels, sure: bool) -> bool {
     selector.requirements.iter().all(|requirement| {
         let value = labels.get(&requirement.key);
+        if value.is_none() && requirement.key == SERVICE_ACCOUNT_LABEL {
+            return !sure;
+        }
         match &requirement.operator {
             Operator::In(values) => value.is_some_and(|value| values.contains(value)),
             Operator::NotIn(values) => !value.is_some_and(|value| values.contains(value)),

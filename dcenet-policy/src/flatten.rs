@@ -23,6 +23,15 @@ pub(crate) struct SetKey {
     pub(crate) named_ports: BTreeMap<(String, Protocol), BTreeSet<u16>>,
     /// Those of the policies that cannot be compiled; see [`isolation`](crate::isolation).
     pub(crate) refused: BTreeSet<PolicyId>,
+    /// Those of which it is not known whether they govern the endpoint: they allow nothing, either.
+    pub(crate) unsure: BTreeSet<PolicyId>,
+}
+
+impl SetKey {
+    /// Whether nothing is allowed by the policy.
+    pub(crate) fn is_closed(&self, policy: &PolicyId) -> bool {
+        self.refused.contains(policy) || self.unsure.contains(policy)
+    }
 }
 
 /// What a rule asks about the peer: all of these atoms. None: anybody.
@@ -131,8 +140,9 @@ pub(crate) struct Flattener<'a> {
 
 impl Flattener<'_> {
     pub(crate) fn flatten(&mut self, key: &SetKey) -> Result<FlatSet, CompileError> {
-        let SetKey { direction, policies, node, named_ports, refused } = key;
+        let SetKey { direction, policies, node, named_ports, refused, unsure } = key;
         let direction = *direction;
+        let all_open = refused.is_empty() && unsure.is_empty();
         if policies.is_empty() {
             let default = Leaf { verdict: Verdict::Allow, rule: RuleId::NOT_GOVERNED };
             return Ok(FlatSet { direction, rules: Vec::new(), default });
@@ -144,7 +154,7 @@ impl Flattener<'_> {
             return Ok(FlatSet { direction, rules: Vec::new(), default });
         };
         let isolates = policies.iter().any(|id| id.tier == Tier::NetworkPolicy);
-        let default = match (isolates, refused.is_empty()) {
+        let default = match (isolates, all_open) {
             (true, true) => Leaf { verdict: Verdict::Deny, rule: RuleId::ISOLATED },
             (true, false) => Leaf { verdict: Verdict::Deny, rule: RuleId::REFUSED },
             (false, _) => Leaf { verdict: Verdict::Allow, rule: RuleId::UNMATCHED },
@@ -166,7 +176,7 @@ impl Flattener<'_> {
             for id in tier {
                 let listed =
                     self.cluster.policies.get(id).and_then(|policy| policy.rules(direction)).unwrap_or_default();
-                if refused.contains(id) {
+                if key.is_closed(id) {
                     if listed.iter().any(|rule| rule.action != Action::Allow) {
                         let leaf = Leaf { verdict: Verdict::Deny, rule: RuleId::REFUSED };
                         rules.push(Conditional { condition: Vec::new(), service: Service::Any, leaf });
@@ -191,7 +201,7 @@ impl Flattener<'_> {
             }
             self.limits.check("entries in one policy set", rules.len() + behind.len(), self.limits.entries)?;
             if spec.end == TierEnd::Deny && !is_isolating {
-                let rule = if refused.is_empty() { RuleId::TIER_END } else { RuleId::REFUSED };
+                let rule = if all_open { RuleId::TIER_END } else { RuleId::REFUSED };
                 let leaf = Leaf { verdict: Verdict::Deny, rule };
                 rules.push(Conditional { condition: Vec::new(), service: Service::Any, leaf });
                 // Only rules that pass lead on, and they have what is behind already.

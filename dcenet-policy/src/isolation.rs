@@ -11,6 +11,7 @@
 //! | no rule matches, with a policy beyond a limit | denied where one of those beyond it denies or passes, or where a NetworkPolicy selects the pod; else allowed as ever: policies of the cluster that only allow close nothing |
 //! | policies that the node has no room for together | those in force stay; of the others, the one that asks for the most peers, or numbers that an egress rule's port names have on peers, is beyond the limit, then the next |
 //! | peers of those in force that the node has no room for | nothing changes anywhere until there is: the last verdicts stand, and the owner tries again each second |
+//! | a policy whose subject asks for a service account, and a pod of which none is known | of that pod's policies as one beyond a limit |
 //! | the pod's own node | allowed where no policy could have denied it: none of the tier admin that denies or passes is beyond a limit |
 //! | an address that several pods claim, as a peer | no pod: rules that allow pods by selector or named port do not match; rules that deny match where they do for one of the claimants; rules that pass deny there; blocks and rules for anybody match as ever |
 //! | the pod whose own address others claim, too | judged by its own policies, for its device tells who it is |
@@ -58,17 +59,27 @@ pub enum Fault {
         /// What is too large, and the remedy.
         source: CompileError,
     },
+    /// A policy governs pods of certain service accounts, and of pods that it may govern the account is not known. It allows
+    /// them nothing, and closes them where it denies or isolates.
+    #[error("{policy} asks for service accounts, and that of {} is not known: it allows nothing there; tell of the pods' v1 Pod objects", list(.pods))]
+    UnknownAccount {
+        /// The policy.
+        policy: PolicyId,
+        /// The pods in scope that it may govern.
+        pods: BTreeSet<PodId>,
+    },
 }
 
 impl Fault {
     /// Whether the pod's own verdicts are not what its policies say.
     pub fn closes(&self, pod: &PodId) -> bool {
-        matches!(self, Self::Refused { pods, .. } if pods.contains(pod))
+        matches!(self, Self::Refused { pods, .. } | Self::UnknownAccount { pods, .. } if pods.contains(pod))
     }
 
     /// Whether the pod is named: it is closed, or it claims the address.
     pub fn concerns(&self, pod: &PodId) -> bool {
-        let (Self::AmbiguousAddress { pods, .. } | Self::Refused { pods, .. }) = self;
+        let (Self::AmbiguousAddress { pods, .. } | Self::Refused { pods, .. } | Self::UnknownAccount { pods, .. }) =
+            self;
         pods.contains(pod)
     }
 }
@@ -114,6 +125,17 @@ pub(crate) fn ambiguous(cluster: &Cluster) -> Ambiguous {
         }
     }
     ambiguous
+}
+
+/// What is closed for want of pods' service accounts.
+pub(crate) fn unknown_accounts<'a>(endpoints: impl Iterator<Item = (&'a PodId, &'a SetKey)>) -> Vec<Fault> {
+    let mut found: BTreeMap<&PolicyId, BTreeSet<PodId>> = BTreeMap::new();
+    for (pod, key) in endpoints {
+        for policy in &key.unsure {
+            found.entry(policy).or_default().insert(pod.clone());
+        }
+    }
+    found.into_iter().map(|(policy, pods)| Fault::UnknownAccount { policy: policy.clone(), pods }).collect()
 }
 
 /// What stood in the way of a compilation.
@@ -165,7 +187,7 @@ impl Refusals {
         error: CompileError,
         mut alone: impl FnMut(SetKey) -> Result<(), CompileError>,
     ) -> Result<(), CompileError> {
-        let left: Vec<PolicyId> = key.policies.iter().filter(|id| !key.refused.contains(*id)).cloned().collect();
+        let left: Vec<PolicyId> = key.policies.iter().filter(|id| !key.is_closed(id)).cloned().collect();
         if left.is_empty() {
             return Err(error);
         }
@@ -173,7 +195,7 @@ impl Refusals {
         let mut found = Vec::new();
         if left.len() > 1 {
             for id in &left {
-                let single = SetKey { policies: vec![id.clone()], ..whole.clone() };
+                let single = SetKey { policies: vec![id.clone()], unsure: BTreeSet::new(), ..whole.clone() };
                 if let Err(error) = alone(single) {
                     found.push(([id.clone()].into(), error));
                 }
@@ -198,7 +220,7 @@ impl Refusals {
     ) -> Result<(), CompileError> {
         let mut weights: BTreeMap<(PolicyId, Direction), usize> = BTreeMap::new();
         for key in keys {
-            for id in key.policies.iter().filter(|id| !key.refused.contains(*id)) {
+            for id in key.policies.iter().filter(|id| !key.is_closed(id)) {
                 weights.entry((id.clone(), key.direction)).or_insert_with(|| {
                     let policy = cluster.policies.get(id).and_then(|policy| policy.rules(key.direction));
                     let atoms = policy

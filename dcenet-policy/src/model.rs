@@ -31,8 +31,22 @@
 //! one of them does; a rule that passes denies what it matches for one of them only because it matches a selector or
 //! named port.
 //!
-//! Likewise a node whose labels are not known, and a group of prefixes that is not: a rule that allows by them never
-//! matches, and one that denies or passes denies that node, and for want of the group everybody.
+//! What is not known is treated alike: a rule that allows by it does not match, and one that denies or passes denies.
+//!
+//! | Not known | Whom such a rule denies |
+//! |---|---|
+//! | a node's labels, where those of others are | that node |
+//! | the labels of all nodes: nor is it known which there are | everybody |
+//! | a group of prefixes | everybody |
+//! | who answers for a service, or its own addresses; what is known of it is still allowed | everybody, on egress |
+//! | a pod's service account, where the rule's selector asks for it and holds otherwise | that pod |
+//!
+//! A policy whose subject asks for the service account of a pod that has none that is known governs the pod, and allows
+//! nothing; where one of its rules denies or passes, nothing behind it allows anything either.
+//!
+//! A rule that names a service matches what is addressed to the service itself and to who answers for it: whoever
+//! translates the one to the other may stand before or behind the program that judges. What enters by a port of a node
+//! (`NodePort`) is addressed to the node.
 //!
 //! Replies are not the model's concern: whoever enforces it judges the first packet of a flow.
 
@@ -51,8 +65,8 @@ pub use catalog::{Backend, Catalog, ServiceId, TierEnd, TierSpec};
 /// (`k8s.io/api/core/v1`, `LabelMetadataName`; set by the API server since Kubernetes 1.21).
 pub const NAMESPACE_NAME_LABEL: &str = "kubernetes.io/metadata.name";
 
-/// The label that stands for a pod's service account (`PodSpec.serviceAccountName`). No object can have it, nor a
-/// selector of Kubernetes ask for it: a label's key has no `:`.
+/// The label that stands for a pod's service account (`PodSpec.serviceAccountName`); of a pod without it the account is not
+/// known. No object can have it, nor a selector of Kubernetes ask for it: a label's key has no `:`.
 pub const SERVICE_ACCOUNT_LABEL: &str = "dcenet:service-account";
 
 /// Labels of a pod or a namespace.
@@ -251,8 +265,8 @@ pub enum Peer {
     Nodes(LabelSelector),
     /// The addresses of one of [`Catalog::groups`].
     Group(String),
-    /// The backends of one of [`Catalog::services`], at their ports, on egress; on ingress nobody. One that is not known
-    /// has none.
+    /// The backends of one of [`Catalog::services`] and its [own addresses](Catalog::service_addresses), at their ports, on
+    /// egress; on ingress nobody.
     Service(ServiceId),
 }
 

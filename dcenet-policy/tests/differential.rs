@@ -4,12 +4,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use dcenet_policy::compiler::{Limits, Scope};
 use dcenet_policy::ir::{Leaf, RuleList};
+use dcenet_policy::isolation::Fault;
 use dcenet_policy::model::{
     Action, Cluster, Direction, IpBlock, LabelSelector, NamespaceMatch, Peer, Peers, Pod, PodId, PodMatch, Policy,
     PolicyId, Ports, Protocol, Rule, Tier, Tuple, Verdict,
 };
 use dcenet_policy::test_support::{
-    PlantedBug, Rng, Tally, addresses, boundary_tuples, claim_twice, cluster, compare, compare_random, tuples,
+    PlantedBug, Rng, Tally, addresses, ask_for_accounts, boundary_tuples, claim_twice, cluster, compare,
+    compare_random, tuples,
 };
 use dcenet_policy::{Compiler, Update};
 
@@ -75,7 +77,23 @@ fn addresses_that_several_pods_claim_are_judged_alike_and_a_believer_is_caught()
     let tally = run(&Compiler::default).unwrap();
     assert!(tally.pairs > 100_000 && tally.by_rule * 4 > tally.pairs, "{} of {}", tally.by_rule, tally.pairs);
     let error = run(&|| Compiler::default().with_planted_bug(PlantedBug::ClaimsBelieved)).unwrap_err();
-    assert!(error.contains("the evaluator says deny"), "{error}");
+    assert!(error.contains("the evaluator says"), "{error}");
+}
+
+#[test]
+fn accounts_that_are_not_known_are_judged_alike() {
+    let (mut tally, mut unknown) = (Tally::default(), 0);
+    for seed in 40_000..40_300 {
+        let mut rng = Rng::new(seed);
+        let mut cluster = cluster(&mut rng);
+        ask_for_accounts(&mut rng, &mut cluster);
+        claim_twice(&mut rng, &mut cluster);
+        let update = Compiler::default().update(&cluster).unwrap();
+        unknown += update.faults.iter().filter(|fault| matches!(fault, Fault::UnknownAccount { .. })).count();
+        let questions = tuples(&mut rng, &cluster, 500);
+        compare(&cluster, &update, questions, &mut tally).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+    }
+    assert!(unknown > 200 && tally.by_rule * 4 > tally.pairs, "{unknown}; {} of {}", tally.by_rule, tally.pairs);
 }
 
 #[test]

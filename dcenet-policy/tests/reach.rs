@@ -6,6 +6,8 @@
 mod cli;
 #[path = "reach/input.rs"]
 mod input;
+#[path = "reach/objects.rs"]
+mod objects;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -256,8 +258,7 @@ fn a_dump_is_told_what_takes_no_part() {
         "reach: pod shop/migrate-x7k2p is left out: it is finished\n\
          reach: pod shop/web-pending is left out: it has no address; set status.podIP\n\
          reach: namespace monitoring is not given: it has no label but its name\n\
-         reach: not used: apps/v1 ReplicaSet (1)\n\
-         reach: not used: v1 Service (2)\n"
+         reach: not used: apps/v1 ReplicaSet (1)\n"
     );
     assert_eq!(
         out.lines().next().unwrap(),

@@ -19,8 +19,8 @@ use super::{
     keys_of,
 };
 use crate::classes::{
-    self, Atom, AtomId, Claim, ClassId, ClassKey, TableChanges, longest, prefix_sets, selector_holds,
-    selectors_by_namespace, sets_beside_pods,
+    self, Atom, AtomId, Claim, ClassId, ClassKey, TableChanges, longest, prefix_sets, selectors_by_namespace,
+    sets_beside_pods,
 };
 use crate::flatten::{self, SetKey, Signatures};
 use crate::ids::Ids;
@@ -130,8 +130,10 @@ impl Asked {
         let mut key = self.beside_pods.get(&address).cloned().unwrap_or_default();
         if let Some((id, pod)) = pod {
             let asked = self.of_namespace.get(&id.namespace).into_iter().flatten();
-            let holds = |atom: &AtomId| self.selectors.get(atom).is_some_and(|s| selector_holds(s, &pod.labels));
-            key.extend(asked.map(|(atom, _)| *atom).filter(holds));
+            let meant = asked.filter(|(atom, claim)| {
+                self.selectors.get(atom).is_some_and(|selector| claim.holds(selector, &pod.labels))
+            });
+            key.extend(meant.map(|(atom, _)| *atom));
             for NamedPort { name, protocol, port } in &pod.ports {
                 for claim in [Claim::Sole, Claim::Any] {
                     let atom = Atom::Port { name: name.clone(), protocol: *protocol, port: *port, claim };

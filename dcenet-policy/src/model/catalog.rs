@@ -15,11 +15,20 @@ pub struct Catalog {
     pub tiers: BTreeMap<String, TierSpec>,
     /// Groups of prefixes, by name; a group holds an address that one of its blocks holds.
     pub groups: BTreeMap<String, Vec<IpBlock>>,
-    /// Labels of nodes. Of a node whose labels are not known nobody can say whether a selector holds.
+    /// Labels of nodes. Of a node whose labels are not known nobody can say whether a selector holds; where none are known
+    /// at all, nor which nodes there are.
     pub node_labels: BTreeMap<String, Labels>,
-    /// Who answers for a service.
+    /// Addresses under which nodes are known outside, beside those of [`Cluster::nodes`](super::Cluster::nodes). Several
+    /// nodes, and others, may share one, as where it is translated: a selector of nodes finds it, but it is not the address
+    /// of a pod's own node.
+    pub external_addresses: BTreeMap<String, BTreeSet<IpAddr>>,
+    /// Who answers for a service. A service that nobody answers for is known, with none; of one that is missing here it is
+    /// not known.
     #[serde(serialize_with = "by_text")]
     pub services: BTreeMap<ServiceId, BTreeSet<Backend>>,
+    /// A service's own addresses and ports, which somebody translates; known, with none, where it is headless.
+    #[serde(serialize_with = "by_text")]
+    pub service_addresses: BTreeMap<ServiceId, BTreeSet<Backend>>,
 }
 
 /// JSON's keys are text.
@@ -30,11 +39,13 @@ fn by_text<S: Serializer>(services: &BTreeMap<ServiceId, BTreeSet<Backend>>, to:
 impl Catalog {
     /// Adds what another one holds; of two of one name the other's counts.
     pub fn extend(&mut self, other: Self) {
-        let Self { tiers, groups, node_labels, services } = other;
+        let Self { tiers, groups, node_labels, external_addresses, services, service_addresses } = other;
         self.tiers.extend(tiers);
         self.groups.extend(groups);
         self.node_labels.extend(node_labels);
+        self.external_addresses.extend(external_addresses);
         self.services.extend(services);
+        self.service_addresses.extend(service_addresses);
     }
 
     /// What is known of a tier; `None` where policies name one that there is not.
@@ -70,7 +81,8 @@ impl fmt::Display for ServiceId {
     }
 }
 
-/// Where a service's traffic ends: what a packet is addressed to when the service's own address is translated.
+/// Where traffic to a service is addressed to: before its own address is translated ([`Catalog::service_addresses`]), or
+/// afterwards ([`Catalog::services`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct Backend {
     /// Its address.

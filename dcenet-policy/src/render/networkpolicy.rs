@@ -186,7 +186,12 @@ impl Renderer<'_> {
     /// What a rule says of a service's backends, each at its port.
     fn service_rules(&mut self, place: &str, rule: &Rule, id: &ServiceId, left: &str) -> Vec<Rule> {
         let mut listening: BTreeMap<(Protocol, Option<u16>), Vec<Peer>> = BTreeMap::new();
-        for Backend { address, protocol, port } in self.cluster.catalog.services.get(id).into_iter().flatten() {
+        let catalog = &self.cluster.catalog;
+        let known = [&catalog.services, &catalog.service_addresses].map(|listed| listed.get(id));
+        if known.contains(&None) && rule.action != Action::Allow {
+            self.omit(place, format!("a service that is not known; {left}"));
+        }
+        for Backend { address, protocol, port } in known.into_iter().flatten().flatten() {
             let block = IpBlock { cidr: IpNet::from(*address), except: Vec::new() };
             listening.entry((*protocol, *port)).or_default().push(Peer::Block(block));
         }

@@ -156,6 +156,7 @@ fn omissions(cluster: &Cluster, update: &Update) -> Vec<Omission> {
                 let names: Vec<String> = policies.iter().map(ToString::to_string).collect();
                 Omission::new(format!("policy {}", names.join(", ")), fault.to_string())
             }
+            Fault::UnknownAccount { policy, .. } => Omission::new(format!("policy {policy}"), fault.to_string()),
         });
     }
     let host = cluster.pods.iter().filter(|(_, pod)| pod.network == PodNetwork::Host).count();

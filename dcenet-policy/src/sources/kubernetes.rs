@@ -9,7 +9,8 @@
 //! | `policy.networking.k8s.io` ClusterNetworkPolicy, AdminNetworkPolicy, BaselineAdminNetworkPolicy | everything, strictly: see [`clusternetworkpolicy`]; rules that are closed are told by [`Documents::closed`] |
 //! | `dcenet.io/v1alpha1` Policy | everything, strictly: see [`native`]; another version of it is refused |
 //! | `dcenet.io/v1alpha1` Tier, PrefixGroup | everything, strictly: see [`native`] |
-//! | `v1` Node | `metadata`: name, labels; `status.addresses` that are addresses |
+//! | `v1` Node | `metadata`: name, labels; `status.addresses` of the types `InternalIP` and `ExternalIP` |
+//! | `v1` Service | `metadata`: name, namespace; `spec`: `clusterIP`, `clusterIPs`, `externalIPs`, `ports`; `status.loadBalancer.ingress[].ip`. One of the type `ExternalName` is counted as not used |
 //! | `discovery.k8s.io/v1` EndpointSlice | `metadata`: namespace, the label `kubernetes.io/service-name`; `addressType`, `endpoints[].addresses`, `ports`; those of no service, and of names, are counted as not used |
 //! | any `List`, also typed ones such as `PodList` | its `items` |
 //! | another kind that is called `...NetworkPolicy` | refused: without it, verdicts would be others than in the cluster |
@@ -23,13 +24,15 @@
 //! | a pod without an address, such as one that is not scheduled yet | left out, likewise |
 //! | a pod whose namespace is not given | the namespace has only its name as label, as each has (`kubernetes.io/metadata.name`); told by [`Documents::assumed_namespaces`] |
 //! | two namespaces, pods or policies of one name, in whatever files | refused; policies of the cluster have one name in each tier |
-//! | an address of two pods that have networks of their own, or of such a pod and a node | refused |
+//! | an address of two pods that have networks of their own, or of such a pod and a node, but for the one below | refused |
 //! | an address that no pod can have: unspecified, loopback, multicast, broadcast | refused |
 //! | `hostNetwork: true` | the pod has its node's addresses, is no subject of policy, and no selector finds it; addresses that may be shared. `hostIPs` count where it has no `podIPs` |
 //!
 //! Nodes are known by their own objects, and by what pods say of theirs (`spec.nodeName` with `status.hostIPs`, or a host-network pod's own
 //! addresses), since traffic between a pod and its node is allowed. A pod that has its node's address without
-//! `hostNetwork`, as where each pod has a machine of its own (Fargate), has it alone: it is told as no node's.
+//! `hostNetwork`, as where each pod has a machine of its own (Fargate), has it alone: it is told as no node's, unless
+//! another pod says that it is. An `ExternalIP` may be shared by many, as where it is translated: rules that name nodes find
+//! it, but who comes from there is not the pods' own node.
 //!
 //! ```
 //! # #[cfg(feature = "yaml")] {
@@ -66,7 +69,8 @@ use super::clusternetworkpolicy::{self, Closed};
 use super::fields::{At, Fields};
 use super::native;
 use super::networkpolicy::{self, KindNeeded, dns_name, one_of, port_number};
-pub use super::notes::{Note, NoteKind};
+use super::nodes::{self, ReadNode};
+pub use super::notes::{Note, NoteKind, UnknownPeer};
 use super::objects::{self, Named};
 use super::services;
 use super::text::{self, Lines};
@@ -82,7 +86,7 @@ pub struct Documents {
     pub namespaces: BTreeMap<String, Labels>,
     /// The pods that have an address.
     pub pods: BTreeMap<PodId, Pod>,
-    /// Addresses of each node that a pod names.
+    /// Addresses of each node that is given or that a pod names.
     pub nodes: BTreeMap<String, BTreeSet<IpAddr>>,
     /// The policies.
     pub policies: BTreeMap<PolicyId, Policy>,
@@ -209,7 +213,7 @@ impl Documents {
             Object::Pod(pod) => ("Pod", pod.id.to_string()),
             Object::Policy(policy) => ("policy", policy.id.to_string()),
             Object::Named(named) => (named.kind, named.name.clone()),
-            Object::Node(node) => ("Node", node.name.clone()),
+            Object::Node(node) => (nodes::KIND, node.name.clone()),
             Object::Unused(kind) => {
                 *self.unused.entry(kind.clone()).or_default() += 1;
                 return Ok(());
@@ -240,16 +244,42 @@ impl Documents {
         self.catalog.extend(adds);
     }
 
-    fn add_node(&mut self, at: &At<'_>, ReadNode { name, labels, addresses }: ReadNode) -> Result<(), SourceError> {
+    fn add_node(&mut self, at: &At<'_>, read: ReadNode) -> Result<(), SourceError> {
+        let ReadNode { name, labels, mut internal, external } = read;
         let status = at.some_fields()?.field("status");
-        for address in &addresses {
-            self.hold(&status, *address, Holder::Node(name.clone()))?;
+        internal.retain(|address| !self.is_of_pod_on(*address, &name));
+        for address in &internal {
+            self.hold(&status, *address, Holder::Node { name: name.clone(), by_pod: false })?;
         }
-        if !addresses.is_empty() {
-            self.nodes.entry(name.clone()).or_default().extend(addresses);
+        if !internal.is_empty() {
+            self.nodes.entry(name.clone()).or_default().extend(internal);
+        }
+        if !external.is_empty() {
+            self.catalog.external_addresses.insert(name.clone(), external);
         }
         self.catalog.node_labels.insert(name, labels);
         Ok(())
+    }
+
+    /// Whether a pod of the node has the address, which is then not the node's.
+    fn is_of_pod_on(&self, address: IpAddr, node: &str) -> bool {
+        let Some(Holder::Pod(id)) = self.holders.get(&address) else { return false };
+        self.pods.get(id).is_some_and(|pod| pod.node.as_deref() == Some(node))
+    }
+
+    /// Takes an address from the node that only its own object gives it to, for a pod of that node.
+    fn take_from_node(&mut self, address: IpAddr, node: &str) {
+        let Some(Holder::Node { name, by_pod: false }) = self.holders.get(&address) else { return };
+        if name != node {
+            return;
+        }
+        self.holders.remove(&address);
+        if let Some(addresses) = self.nodes.get_mut(node) {
+            addresses.remove(&address);
+            if addresses.is_empty() {
+                self.nodes.remove(node);
+            }
+        }
     }
 
     fn add_pod(&mut self, at: &At<'_>, read: ReadPod) -> Result<(), SourceError> {
@@ -257,7 +287,7 @@ impl Documents {
         let status = at.some_fields()?.field("status");
         if let Some(node) = &pod.node {
             for address in &node_addresses {
-                self.hold(&status, *address, Holder::Node(node.clone()))?;
+                self.hold(&status, *address, Holder::Node { name: node.clone(), by_pod: true })?;
             }
             if !node_addresses.is_empty() {
                 self.nodes.entry(node.clone()).or_default().extend(&node_addresses);
@@ -271,6 +301,9 @@ impl Documents {
         } else {
             if pod.network == PodNetwork::Own {
                 for address in &pod.addresses {
+                    if let Some(node) = &pod.node {
+                        self.take_from_node(*address, node);
+                    }
                     self.hold(&status, *address, Holder::Pod(id.clone()))?;
                 }
             }
@@ -282,11 +315,12 @@ impl Documents {
     /// Notes whose an address is. A node's may be said by many pods, also under several names of nodes: it is no pod's.
     fn hold(&mut self, at: &At<'_>, address: IpAddr, holder: Holder) -> Result<(), SourceError> {
         match (self.holders.get(&address), &holder) {
-            (Some(other @ Holder::Pod(_)), _) | (Some(other @ Holder::Node(_)), Holder::Pod(_)) => {
+            (Some(other @ Holder::Pod(_)), _) | (Some(other @ Holder::Node { .. }), Holder::Pod(_)) => {
                 Err(at
                     .invalid(format!("{address} is the address of {other}, too; correct one, or remove what is gone")))
             }
-            (Some(Holder::Node(_)) | None, _) => {
+            (Some(Holder::Node { by_pod: true, .. }), Holder::Node { by_pod: false, .. }) => Ok(()),
+            (Some(Holder::Node { .. }) | None, _) => {
                 self.holders.insert(address, holder);
                 Ok(())
             }
@@ -330,14 +364,18 @@ impl Documents {
 #[derive(Debug, Clone)]
 enum Holder {
     Pod(PodId),
-    Node(String),
+    /// As its own object says, or a pod.
+    Node {
+        name: String,
+        by_pod: bool,
+    },
 }
 
 impl fmt::Display for Holder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Pod(id) => write!(f, "pod {id}"),
-            Self::Node(name) => write!(f, "node {name}"),
+            Self::Node { name, .. } => write!(f, "node {name}"),
         }
     }
 }
@@ -355,12 +393,6 @@ enum Object {
     Named(Named),
     Node(Box<ReadNode>),
     Unused(String),
-}
-
-struct ReadNode {
-    name: String,
-    labels: Labels,
-    addresses: BTreeSet<IpAddr>,
 }
 
 struct ReadPod {
@@ -404,11 +436,14 @@ fn read<'a>(at: &At<'a>, item: Option<ItemKind<'a>>, objects: &mut Objects<'a>) 
     let kind_needed = if item.is_some() { KindNeeded::No } else { KindNeeded::Yes };
     let object = match (version_text, kind_text) {
         (CORE, "Namespace") => namespace(&fields)?,
-        (CORE, "Node") => Object::Node(Box::new(node(&fields)?)),
-        (services::API_VERSION, services::KIND) => match services::read(&fields)? {
-            Some(slice) => Object::Named(slice),
-            None => Object::Unused(format!("{version_text} {kind_text}")),
-        },
+        (CORE, nodes::KIND) => Object::Node(Box::new(nodes::read(&fields)?)),
+        (CORE, services::SERVICE) | (services::API_VERSION, services::KIND) => {
+            let read = if kind_text == services::KIND { services::read } else { services::read_service };
+            match read(&fields)? {
+                Some(named) => Object::Named(named),
+                None => Object::Unused(format!("{version_text} {kind_text}")),
+            }
+        }
         (CORE, "Pod") => Object::Pod(Box::new(pod(&fields)?)),
         (networkpolicy::API_VERSION, networkpolicy::KIND) => {
             Object::Policy(networkpolicy::read_policy(at, kind_needed)?)
@@ -441,25 +476,12 @@ fn namespace(fields: &Fields<'_>) -> Result<Object, SourceError> {
     Ok(Object::Namespace(dns_name(&metadata.field("name"), 63)?.to_owned(), labels(&metadata)?))
 }
 
-fn labels(metadata: &Fields<'_>) -> Result<Labels, SourceError> {
+pub(super) fn labels(metadata: &Fields<'_>) -> Result<Labels, SourceError> {
     let mut labels = Labels::new();
     for (key, value) in metadata.field("labels").text_map()? {
         labels.insert(key.to_owned(), value.text()?.to_owned());
     }
     Ok(labels)
-}
-
-fn node(fields: &Fields<'_>) -> Result<ReadNode, SourceError> {
-    let metadata = fields.field("metadata").some_fields()?;
-    let mut addresses = BTreeSet::new();
-    for element in fields.field("status").some_fields()?.field("addresses").elements()? {
-        let element = element.some_fields()?;
-        // The others are names (`NodeAddressType` in k8s.io/api/core/v1).
-        if element.field("type").value.and_then(Value::as_str).is_some_and(|kind| kind.ends_with("IP")) {
-            addresses.insert(address(&element.field("address"))?);
-        }
-    }
-    Ok(ReadNode { name: dns_name(&metadata.field("name"), 253)?.to_owned(), labels: labels(&metadata)?, addresses })
 }
 
 fn pod(fields: &Fields<'_>) -> Result<ReadPod, SourceError> {

@@ -9,6 +9,7 @@ mod fields;
 pub mod kubernetes;
 pub mod native;
 pub mod networkpolicy;
+mod nodes;
 mod notes;
 mod objects;
 mod services;

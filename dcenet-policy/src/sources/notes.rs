@@ -1,10 +1,12 @@
 //! What a reader of a report should know of what was read.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use serde::Serialize;
 
 use super::kubernetes::Documents;
+use crate::model::{Catalog, Direction, Peer, Peers, PolicyId, ServiceId};
 
 /// Something that a verdict does not show and that may surprise.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -34,6 +36,8 @@ pub enum NoteKind {
     ClosedRule,
     /// A policy names a tier that is not given ([`Documents::unknown_tiers`]).
     UnknownTier,
+    /// A policy names nodes, a group or a service that is not given ([`Documents::unknown_peers`]).
+    UnknownPeer,
     /// Policies share a priority ([`Documents::ties`]).
     Tie,
     /// Objects of a kind do not count ([`Documents::unused`]).
@@ -42,7 +46,62 @@ pub enum NoteKind {
     NotRead,
 }
 
+/// What a policy names and no document gives.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum UnknownPeer {
+    /// Nodes, and there is no v1 Node.
+    Nodes,
+    /// A group of prefixes.
+    Group(String),
+    /// Who answers for a service: there is no EndpointSlice of it.
+    Backends(ServiceId),
+    /// A service's own addresses: there is no v1 Service of this name.
+    Service(ServiceId),
+}
+
+impl UnknownPeer {
+    fn of(peer: &Peer, catalog: &Catalog) -> Vec<Self> {
+        match peer {
+            Peer::Nodes(_) if catalog.node_labels.is_empty() => vec![Self::Nodes],
+            Peer::Group(name) if !catalog.groups.contains_key(name) => vec![Self::Group(name.clone())],
+            Peer::Service(id) => {
+                let backends = (!catalog.services.contains_key(id)).then(|| Self::Backends(id.clone()));
+                let service = (!catalog.service_addresses.contains_key(id)).then(|| Self::Service(id.clone()));
+                backends.into_iter().chain(service).collect()
+            }
+            Peer::Nodes(_) | Peer::Group(_) | Peer::Pods(_) | Peer::Block(_) => Vec::new(),
+        }
+    }
+}
+
+impl fmt::Display for UnknownPeer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Nodes => f.write_str("no v1 Node is given"),
+            Self::Group(name) => write!(f, "there is no PrefixGroup {name}"),
+            Self::Backends(id) => write!(f, "there is no EndpointSlice of service {id}"),
+            Self::Service(id) => write!(f, "there is no v1 Service {id}"),
+        }
+    }
+}
+
 impl Documents {
+    /// What policies name that is not given: by it nothing is allowed, and rules that deny or pass deny everybody.
+    pub fn unknown_peers(&self) -> BTreeSet<(&PolicyId, UnknownPeer)> {
+        let mut found = BTreeSet::new();
+        for policy in self.policies.values() {
+            for rule in Direction::ALL.into_iter().filter_map(|direction| policy.rules(direction)).flatten() {
+                if let Peers::OneOf(peers) = &rule.peers {
+                    let unknown = peers.iter().flat_map(|peer| UnknownPeer::of(peer, &self.catalog));
+                    found.extend(unknown.map(|unknown| (&policy.id, unknown)));
+                }
+            }
+        }
+        found
+    }
+
     /// All that may surprise, in the order of [`NoteKind`].
     pub fn notes(&self) -> Vec<Note> {
         let left_out = self.left_out.iter();
@@ -57,6 +116,12 @@ impl Documents {
                 format!("{id}: there is no tier {}: the pods that the policy governs are closed; add a Tier", id.tier);
             (NoteKind::UnknownTier, text)
         });
+        let peers = self.unknown_peers().into_iter().map(|(id, unknown)| {
+            let text = format!(
+                "{id}: {unknown}: rules that allow by it match nobody, and those that deny or pass deny everybody"
+            );
+            (NoteKind::UnknownPeer, text)
+        });
         let ties = self.ties().into_iter().map(|tied| {
             let names: Vec<String> = tied.iter().map(ToString::to_string).collect();
             let names = names.join(", ");
@@ -64,7 +129,7 @@ impl Documents {
         });
         let unused = self.unused.iter();
         let unused = unused.map(|(kind, count)| (NoteKind::Unused, format!("not used: {kind} ({count})")));
-        let all = left_out.chain(assumed).chain(closed).chain(unknown).chain(ties).chain(unused);
+        let all = left_out.chain(assumed).chain(closed).chain(unknown).chain(peers).chain(ties).chain(unused);
         all.map(|(kind, text)| Note { kind, text }).collect()
     }
 }

@@ -6,11 +6,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::IpNet;
 
 use super::Rng;
-use crate::classes::selector_holds;
+use crate::classes::{selector_holds, selector_may_hold};
 use crate::model::{
-    Action, Backend, Cluster, Direction, IpBlock, LabelSelector, Labels, NamedPort, NamespaceMatch, Operator, Peer,
-    Peers, Pod, PodId, PodMatch, PodNetwork, Policy, PolicyId, PortMatch, PortSpec, Ports, Protocol, Requirement, Rule,
-    ServiceId, Tier, TierEnd, TierSpec, Tuple,
+    Action, Backend, Catalog, Cluster, Direction, IpBlock, LabelSelector, Labels, NamedPort, NamespaceMatch, Operator,
+    Peer, Peers, Pod, PodId, PodMatch, PodNetwork, Policy, PolicyId, PortMatch, PortSpec, Ports, Protocol, Requirement,
+    Rule, SERVICE_ACCOUNT_LABEL, ServiceId, Tier, TierEnd, TierSpec, Tuple,
 };
 
 const NAMESPACES: [&str; 3] = ["x", "y", "z"];
@@ -88,16 +88,65 @@ fn catalog(rng: &mut Rng, cluster: &mut Cluster) {
         if rng.chance(80) {
             cluster.catalog.node_labels.insert(node.to_owned(), labels(rng));
         }
+        if rng.chance(30) {
+            // Now and then of both.
+            let number = 210 + rng.below(2) as u8;
+            cluster.catalog.external_addresses.insert(node.to_owned(), [Ipv4Addr::new(10, 0, 0, number).into()].into());
+        }
     }
     for name in SERVICES {
-        let mut backends = BTreeSet::new();
-        for _ in 0..rng.below(4) {
-            let host = 1 + rng.below(10) as u8;
-            let (address, protocol) = (v4(rng, host), *rng.pick(&PORTED));
-            let port = if rng.chance(90) { Some(*rng.pick(&EDGES)) } else { None };
-            backends.insert(Backend { address, protocol, port });
+        if rng.chance(90) {
+            let backends = backends(rng, 1);
+            cluster.catalog.services.insert(ServiceId::new("x", name), backends);
         }
-        cluster.catalog.services.insert(ServiceId::new("x", name), backends);
+        if rng.chance(90) {
+            let addresses = backends(rng, 100);
+            cluster.catalog.service_addresses.insert(ServiceId::new("x", name), addresses);
+        }
+    }
+}
+
+fn backends(rng: &mut Rng, first: u8) -> BTreeSet<Backend> {
+    let mut found = BTreeSet::new();
+    for _ in 0..rng.below(4) {
+        let host = first + rng.below(10) as u8;
+        let (address, protocol) = (v4(rng, host), *rng.pick(&PORTED));
+        let port = if rng.chance(90) { Some(*rng.pick(&EDGES)) } else { None };
+        found.insert(Backend { address, protocol, port });
+    }
+    found
+}
+
+fn listening<'a>(cluster: &'a Cluster, id: &ServiceId) -> impl Iterator<Item = IpAddr> + use<'a> {
+    let Catalog { services, service_addresses, .. } = &cluster.catalog;
+    let all = [services.get(id), service_addresses.get(id)].into_iter().flatten().flatten();
+    all.map(|backend| backend.address)
+}
+
+/// Gives service accounts to some pods, and lets policies ask for them.
+pub fn ask_for_accounts(rng: &mut Rng, cluster: &mut Cluster) {
+    for pod in cluster.pods.values_mut() {
+        if rng.chance(60) {
+            pod.labels.insert(SERVICE_ACCOUNT_LABEL.to_owned(), (*rng.pick(&VALUES)).to_owned());
+        }
+    }
+    for policy in cluster.policies.values_mut() {
+        let Policy { subject, ingress, egress, .. } = policy;
+        let rules = [ingress, egress].into_iter().flatten().flatten();
+        let peers = rules.filter_map(|rule| match &mut rule.peers {
+            Peers::OneOf(peers) => Some(peers),
+            Peers::Any => None,
+        });
+        let of_peers = peers.flatten().filter_map(|peer| match peer {
+            Peer::Pods(wanted) => Some(wanted),
+            _ => None,
+        });
+        for wanted in of_peers.chain([subject]) {
+            if rng.chance(30) {
+                let requirement = Requirement { key: SERVICE_ACCOUNT_LABEL.to_owned(), operator: operator(rng) };
+                wanted.pods.requirements.push(requirement);
+            }
+        }
     }
 }
 
@@ -115,7 +164,7 @@ pub fn claim_twice(rng: &mut Rng, cluster: &mut Cluster) {
 /// exception with their neighbours, and strangers.
 pub fn addresses(cluster: &Cluster) -> Vec<IpAddr> {
     let mut found: BTreeSet<IpAddr> = cluster.pods.values().flat_map(|pod| pod.addresses.iter().copied()).collect();
-    found.extend(cluster.nodes.values().flatten());
+    found.extend(cluster.nodes.values().chain(cluster.catalog.external_addresses.values()).flatten());
     found.extend(["192.0.2.1", "2001:db8::1"].into_iter().filter_map(|text| text.parse::<IpAddr>().ok()));
     for policy in cluster.policies.values() {
         for rule in Direction::ALL.into_iter().filter_map(|direction| policy.rules(direction)).flatten() {
@@ -125,7 +174,7 @@ pub fn addresses(cluster: &Cluster) -> Vec<IpAddr> {
                     Peer::Block(block) => std::slice::from_ref(block),
                     Peer::Group(name) => cluster.catalog.groups.get(name).map(Vec::as_slice).unwrap_or_default(),
                     Peer::Service(id) => {
-                        found.extend(cluster.catalog.services.get(id).into_iter().flatten().map(|b| b.address));
+                        found.extend(listening(cluster, id));
                         &[]
                     }
                     Peer::Pods(_) | Peer::Nodes(_) => &[],
@@ -202,12 +251,12 @@ fn aim(rng: &mut Rng, cluster: &Cluster, peers: &[Peer], own: &[(&PodId, &Pod)])
             _ => None,
         },
         Peer::Nodes(_) => {
-            let addresses: Vec<IpAddr> = cluster.nodes.values().flatten().copied().collect();
+            let all = cluster.nodes.values().chain(cluster.catalog.external_addresses.values());
+            let addresses: Vec<IpAddr> = all.flatten().copied().collect();
             if addresses.is_empty() { None } else { Some(*rng.pick(&addresses)) }
         }
         Peer::Service(id) => {
-            let backends = cluster.catalog.services.get(id).into_iter().flatten();
-            let addresses: Vec<IpAddr> = backends.map(|backend| backend.address).collect();
+            let addresses: Vec<IpAddr> = listening(cluster, id).collect();
             if addresses.is_empty() { None } else { Some(*rng.pick(&addresses)) }
         }
         Peer::Pods(wanted) => {
@@ -254,7 +303,7 @@ fn selected(cluster: &Cluster, wanted: &PodMatch, id: &PodId, pod: &Pod) -> bool
         NamespaceMatch::Named(name) => *name == id.namespace,
         NamespaceMatch::Selected(selector) => selector_holds(selector, &cluster.namespace_labels(&id.namespace)),
     };
-    here && selector_holds(&wanted.pods, &pod.labels)
+    here && selector_may_hold(&wanted.pods, &pod.labels)
 }
 
 fn policy(rng: &mut Rng, number: usize) -> Policy {

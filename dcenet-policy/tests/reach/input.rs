@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::symlink;
 
-use dcenet_policy::sources::kubernetes::Documents;
+use dcenet_policy::sources::kubernetes::{Documents, NoteKind};
 use serde_json::Value;
 
 use crate::{directory, folder, run};
@@ -85,6 +85,41 @@ fn an_address_that_pod_and_node_share_is_the_pods() {
 }
 
 #[test]
+fn what_policies_name_and_nobody_gives_is_told() {
+    let policy = "\
+{apiVersion: dcenet.io/v1alpha1, kind: Policy, metadata: {name: p, namespace: x}, spec: {egress: [
+  {action: allow, to: [{prefixGroups: [known, unknwon]}]},
+  {action: deny, to: [{service: {name: db}}]},
+  {action: deny, to: [{service: {name: early}}]},
+  {action: deny, to: [{service: {name: bd}}, {nodes: {}}]}]}}
+--- {apiVersion: dcenet.io/v1alpha1, kind: PrefixGroup, metadata: {name: known}, spec: {cidrs: [10.0.0.0/8]}}
+--- {apiVersion: v1, kind: Service, metadata: {name: db, namespace: x}, spec: {clusterIP: 10.96.0.1, ports: [{port: 1}]}}
+--- {apiVersion: v1, kind: Service, metadata: {name: early, namespace: x}, spec: {clusterIP: None}}
+--- {apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, metadata: {name: db-1, namespace: x,
+  labels: {kubernetes.io/service-name: db}}, addressType: IPv4, endpoints: [], ports: []}
+";
+    let told = |text: &str| {
+        let documents = Documents::default().with_yaml("a.yaml", text).unwrap();
+        let notes = documents.notes().into_iter().filter(|note| note.kind == NoteKind::UnknownPeer);
+        let texts: Vec<String> = notes.map(|note| note.text).collect();
+        let end = ": rules that allow by it match nobody, and those that deny or pass deny everybody";
+        texts.iter().map(|text| text.strip_suffix(end).unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(
+        told(policy),
+        [
+            "x/policy/p: no v1 Node is given",
+            "x/policy/p: there is no PrefixGroup unknwon",
+            "x/policy/p: there is no EndpointSlice of service x/bd",
+            "x/policy/p: there is no EndpointSlice of service x/early",
+            "x/policy/p: there is no v1 Service x/bd",
+        ]
+    );
+    let with_node = policy.to_owned() + "--- {apiVersion: v1, kind: Node, metadata: {name: n1}}\n";
+    assert_eq!(told(&with_node).len(), 4);
+}
+
+#[test]
 fn capitals_and_links_are_read_or_told() {
     let pod = |name: &str, address: &str| {
         format!(
@@ -132,7 +167,7 @@ fn told(report: &Value) -> String {
 #[test]
 fn the_json_carries_what_stderr_has() {
     for (of, kinds) in [
-        ("worlds/kubectl-dump", &["left-out", "left-out", "assumed-namespace", "unused", "unused"][..]),
+        ("worlds/kubectl-dump", &["left-out", "left-out", "assumed-namespace", "unused"][..]),
         ("scenarios/cluster-closed", &["closed-rule"; 3]),
         ("scenarios/cluster-priority", &["tie"]),
         ("scenarios/deny-all", &[]),
