@@ -245,7 +245,7 @@ impl NetConf {
         Ok(Some(Dns { nameservers: servers, domain: None, search: searches, options }))
     }
 
-    /// The capability `bandwidth` (CNI conventions), which goes before `link.bandwidth`. `None` where it asks for nothing.
+    /// The capability `bandwidth` (CNI conventions), which goes before `link.bandwidth` in each direction that it limits. `None` where it asks for nothing.
     ///
     /// # Errors
     /// Code 7, with the path of the wrong field.

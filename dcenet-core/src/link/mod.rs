@@ -209,7 +209,7 @@ impl LinkConfig {
         }
     }
 
-    /// The same with other limits than its own.
+    /// The same with these limits in the place of its own, in each direction that they limit.
     ///
     /// # Errors
     /// For a kind whose packets do not pass the host.
@@ -231,7 +231,8 @@ impl LinkConfig {
                 });
             }
         };
-        *limits = bandwidth;
+        *limits =
+            Bandwidth { ingress: bandwidth.ingress.or(limits.ingress), egress: bandwidth.egress.or(limits.egress) };
         Ok(self)
     }
 

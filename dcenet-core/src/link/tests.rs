@@ -1,6 +1,9 @@
 //! Plans, without a kernel.
 
+use serde_json::json;
+
 use super::*;
+use crate::bandwidth::Rate;
 use crate::model::{IfIndex, Mtu};
 use crate::plan::{Operation, Target, Undo};
 use crate::provider::LeasedAddress;
@@ -343,4 +346,19 @@ fn addresses_are_probed_for_before_they_are_entered_and_announced_after() {
     assert!(matches!(refused, Err(PlanError::Invalid { field: "link.underlay", .. })), "{refused:?}");
     let wrong = LinkConfig::read(&serde_json::json!({ "kind": "veth", "underlay": {} })).unwrap_err();
     assert_eq!(wrong.field, "link.underlay");
+}
+
+#[test]
+fn a_runtimes_limit_of_one_direction_leaves_the_other() {
+    let rate = |bits| Some(Rate::new(bits, 1_000_000).unwrap());
+    let link = json!({ "kind": "veth", "bandwidth": {
+        "ingressRate": 8000, "ingressBurst": 1_000_000, "egressRate": 16_000, "egressBurst": 1_000_000 } });
+    let limited = |by| match LinkConfig::read(&link).unwrap().limited(by).unwrap() {
+        LinkConfig::Veth(config) => config.bandwidth,
+        other => panic!("{other:?}"),
+    };
+    let of = |ingress, egress| Bandwidth { ingress, egress };
+    assert_eq!(limited(of(None, None)), of(rate(8000), rate(16_000)));
+    assert_eq!(limited(of(rate(32_000), None)), of(rate(32_000), rate(16_000)));
+    assert_eq!(limited(of(None, rate(32_000))), of(rate(8000), rate(32_000)));
 }
