@@ -64,5 +64,6 @@ fn links_deleted_together_are_all_gone_and_no_others() {
         let together = detach_at_once(&host, Some(&removals));
         println!("{PODS} pods: one by one {alone:?}, together {together:?}");
     }
+    assert!(removals.together() > 1, "none went with another");
     assert!(host.root().link("theirs").is_some());
 }

@@ -619,7 +619,7 @@ impl Engine {
                     return Ok(());
                 }
                 match &self.removals {
-                    Some(removals) if *target == Target::Host => removals.delete(socket, &link),
+                    Some(removals) if *target == Target::Host => removals.delete(socket, self.host.0.id(), &link),
                     _ => delete(socket, &link),
                 }
             }

@@ -12,8 +12,10 @@ use super::apply::delete;
 use super::error::TeardownError;
 use crate::model::IfIndex;
 use crate::netlink::{LinkView, Message, NetlinkError, Socket, delete_group, set_group};
+use crate::netns::NetNsId;
 
-/// Has the links that several threads want deleted at a time deleted together. Shared by the engines of one host.
+/// Has the links that several threads want deleted at a time deleted together. Engines share it; those of several host
+/// namespaces may, and take turns.
 ///
 /// Nobody waits to be joined longer than for the kernel's lock: who gets that first takes all who have come by then, and
 /// those that come meanwhile are the next group. Every call returns when its own link is gone.
@@ -31,22 +33,30 @@ struct State {
     waiting: Vec<Wanted>,
     /// What came of those that another deleted: whether they are gone.
     outcomes: HashMap<u64, bool>,
+    together: u64,
 }
 
 #[derive(Debug)]
 struct Wanted {
     ticket: u64,
+    /// Whose link has the index.
+    host: NetNsId,
     name: String,
     index: IfIndex,
 }
 
 impl Removals {
-    /// Deletes a link of the host, whose socket this is.
-    pub(super) fn delete(&self, socket: &mut Socket, link: &LinkView) -> Result<(), TeardownError> {
+    /// How many links went with others so far.
+    pub fn together(&self) -> u64 {
+        self.lock().together
+    }
+
+    /// Deletes a link of the host namespace whose socket this is.
+    pub(super) fn delete(&self, socket: &mut Socket, host: NetNsId, link: &LinkView) -> Result<(), TeardownError> {
         let mut state = self.lock();
         let ticket = state.next;
         state.next += 1;
-        state.waiting.push(Wanted { ticket, name: link.name.clone(), index: link.index });
+        state.waiting.push(Wanted { ticket, host, name: link.name.clone(), index: link.index });
         loop {
             match state.outcomes.remove(&ticket) {
                 Some(true) => return Ok(()),
@@ -67,7 +77,8 @@ impl Removals {
         // This waits for the lock behind those who have it or were there before, as who looks a link up to have it deleted,
         // too: they join.
         let tagged = socket.request(&set_group(&link.name, link.index, group)).map(drop);
-        lead.led = std::mem::take(&mut self.lock().waiting);
+        // In another namespace the index is somebody else's.
+        lead.led = self.lock().waiting.extract_if(.., |wanted| wanted.host == host).collect();
         let others: Vec<&Wanted> = lead.led.iter().filter(|wanted| wanted.ticket != ticket).collect();
         if !others.is_empty() {
             lead.gone = delete_together(socket, tagged, &others, group);
@@ -92,6 +103,7 @@ impl Drop for Lead<'_> {
     fn drop(&mut self) {
         let mut state = self.removals.lock();
         state.busy = false;
+        state.together += if self.gone { self.led.len() as u64 } else { 0 };
         let others = self.led.iter().filter(|wanted| wanted.ticket != self.ticket);
         state.outcomes.extend(others.map(|wanted| (wanted.ticket, self.gone)));
         drop(state);
