@@ -6,7 +6,7 @@ use dcenet_core::provider::ScrubError;
 
 use super::snapshot::Difference;
 use crate::address::PciAddress;
-use crate::kernel::KernelError;
+use crate::kernel::{Attribute, KernelError};
 
 /// Why something could not be done with a function.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +63,16 @@ pub enum LeaseError {
         port: PciAddress,
         /// The number that was named.
         index: crate::address::VfIndex,
+    },
+    /// The port does not tell of a setting that is wanted, so that nobody could see whether it holds. Nothing was changed.
+    #[error(
+        "{vf}: {attribute} is wanted, and the driver of its port does not tell of it; leave it out, or choose a function of another port"
+    )]
+    Untold {
+        /// The function.
+        vf: PciAddress,
+        /// The setting.
+        attribute: Attribute,
     },
     /// It is not what it should be, though nothing was refused.
     #[error("{vf}: {}; somebody else may configure it, or its driver cannot", list(differences))]

@@ -245,6 +245,9 @@ impl Leases {
                 return Err(LeaseError::Quarantined { vf: vf.address, reason });
             }
         }
+        if let Some(attribute) = home.untold(&wanted.port) {
+            return Err(LeaseError::Untold { vf: vf.address, attribute });
+        }
         let intent = Intent { owner: owner.clone(), wanted: wanted.clone() };
         let incarnation = page.begin(&intent)?;
         let mut lease = VfLease { leases: self, page: Some(page), vf, incarnation, wanted: wanted.clone() };

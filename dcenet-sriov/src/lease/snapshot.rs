@@ -5,7 +5,7 @@ use std::fmt;
 use dcenet_core::model::{IfName, MacAddr};
 use serde::{Deserialize, Serialize};
 
-use crate::kernel::{DriverState, NetdevState, VfChange, VfLinkState, VfRate, VfState, VfVlan};
+use crate::kernel::{Attribute, DriverState, NetdevState, VfChange, VfLinkState, VfRate, VfState, VfVlan};
 
 use super::Wanted;
 
@@ -116,6 +116,19 @@ impl VfSnapshot {
             netdev.up = false;
         }
         self
+    }
+
+    /// What is wanted of which the port does not tell.
+    pub(super) fn untold(&self, wanted: &VfChange) -> Option<Attribute> {
+        let VfState { spoofchk, trust, rss_query, guids, .. } = &self.port;
+        let told = [
+            (Attribute::Spoofchk, wanted.spoofchk.is_some(), spoofchk.is_some()),
+            (Attribute::Trust, wanted.trust.is_some(), trust.is_some()),
+            (Attribute::RssQuery, wanted.rss_query.is_some(), rss_query.is_some()),
+            (Attribute::NodeGuid, wanted.node_guid.is_some(), guids.is_some()),
+            (Attribute::PortGuid, wanted.port_guid.is_some(), guids.is_some()),
+        ];
+        told.into_iter().find_map(|(attribute, is_wanted, is_told)| (is_wanted && !is_told).then_some(attribute))
     }
 
     /// With what a function should be that belongs to nobody: no tag, no limit, no trust, its source addresses checked.

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use dcenet_sriov::kernel::{Kernel, Namespace, NetdevChange, VfChange, VfLinkState};
+use dcenet_sriov::kernel::{Attribute, Kernel, Namespace, NetdevChange, VfChange, VfLinkState};
 use dcenet_sriov::lease::{LeaseError, Outcome, Released, Restore, Until, Wanted};
 use dcenet_sriov::test_support::Profile;
 
@@ -382,4 +382,21 @@ fn a_device_whose_present_and_own_names_are_both_taken_comes_home_under_a_third(
     world.model.configure_netdev(&Namespace::Host, other, &rename).unwrap();
     assert!(matches!(outcome(&world), Outcome::Restored));
     assert!(world.is_home(), "{:?}", world.now());
+}
+
+#[test]
+fn a_setting_of_which_the_driver_does_not_tell_is_refused_before_anything_is_written() {
+    let mut profile = Profile::MLX5;
+    profile.has_spoofchk = false;
+    let world = World::new(profile, Dress::Plain);
+    let before = world.now();
+    let mut wanted = world.wanted();
+    wanted.port.spoofchk = Some(true);
+    let error = world.leases().prepare(&owner("a"), world.vf, &wanted).map(drop).unwrap_err();
+    assert!(matches!(&error, LeaseError::Untold { attribute: Attribute::Spoofchk, .. }), "{error}");
+    assert_eq!(world.now(), before);
+    assert!(world.leases().held().unwrap().is_empty());
+    // Who asks for what is told gets it.
+    wanted.port.spoofchk = None;
+    drop(world.leases().prepare(&owner("a"), world.vf, &wanted).unwrap());
 }
