@@ -21,8 +21,7 @@ use crate::sysfs::{Sysfs, SysfsDir, function};
 /// The host's namespace is that which it is made with, and sysfs must show that one's devices: it does where it was
 /// mounted there.
 ///
-/// Bed: igb, all of it, and netdevsim, for the settings and lists that igb has not, on Linux 6.1 and 6.12. Not tried:
-/// InfiniBand GUIDs.
+/// Bed: igb, all of it on Linux 6.1, and netdevsim, for the settings and lists that igb has not. Not tried: InfiniBand GUIDs.
 #[derive(Debug)]
 pub struct LinuxKernel<S = SysfsDir> {
     host: NetNs,

@@ -41,7 +41,7 @@
 //! may know no address of a new function until that is first set up; a function that was brought back to that hears
 //! nothing until it was set up and down once, or a lease gives it an address.
 //!
-//! Bed of everything here: igb, on Linux 6.1 and 6.12; modelled, with the quirks of five drivers and a fault at each call.
+//! Bed of everything here: igb, on Linux 6.1; modelled, with the quirks of five drivers and a fault at each call.
 
 mod choose;
 mod converge;
