@@ -39,7 +39,8 @@
 //! What a driver keeps and does not tell cannot be brought back: igb remembers that an address was given by its
 //! administrator, and holds an untrusted function to it, also where that is the function's own again. On Linux 6.1 its port
 //! may know no address of a new function until that is first set up; a function that was brought back to that hears
-//! nothing until it was set up and down once, or a lease gives it an address.
+//! nothing until it was set up and down once, or a lease gives it an address. There an untrusted function
+//! was also seen to take another address than its lease gave it.
 //!
 //! Bed of everything here: igb, on Linux 6.1; modelled, with the quirks of five drivers and a fault at each call.
 
