@@ -378,7 +378,7 @@ pub(crate) fn sets_beside_pods(cluster: &Cluster, atoms: &HashMap<Atom, AtomId>)
     for (atom, id) in atoms {
         match atom {
             Atom::Nodes(selector, claim) => {
-                for (node, addresses) in cluster.nodes.iter().chain(&cluster.catalog.external_addresses) {
+                for (node, addresses) in cluster.addresses_of_nodes() {
                     let holds = match cluster.catalog.node_labels.get(node) {
                         Some(labels) => selector_holds(selector, labels),
                         None => *claim == Claim::Any,

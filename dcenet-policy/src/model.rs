@@ -598,6 +598,11 @@ impl Cluster {
         (self.catalog.tier(tier).map(|spec| spec.order), tier, policy.priority, &policy.id)
     }
 
+    /// The addresses by which rules that name nodes mean each of them: its own, and its external ones.
+    pub fn addresses_of_nodes(&self) -> impl Iterator<Item = (&String, &BTreeSet<IpAddr>)> {
+        self.nodes.iter().chain(&self.catalog.external_addresses)
+    }
+
     /// A namespace's labels; one that is not known has only its name.
     pub fn namespace_labels(&self, name: &str) -> Labels {
         let known = self.namespaces.get(name).cloned();

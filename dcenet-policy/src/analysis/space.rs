@@ -93,7 +93,7 @@ impl Space {
                     holders.entry(*address).or_default().0.insert(id.clone());
                 }
             }
-            for (node, addresses) in &cluster.nodes {
+            for (node, addresses) in cluster.addresses_of_nodes() {
                 for address in addresses {
                     holders.entry(*address).or_default().1.insert(node.clone());
                 }

@@ -13,7 +13,6 @@
 //! | a group of prefixes | its prefixes | one that is not known: as for ICMP |
 //! | nodes by labels | their addresses in the tier NetworkPolicy, else `nodes` | |
 //! | a service | its own and its backends' addresses, a rule for each port | names of ports with it: as for ICMP |
-//! | what is closed here because a group, a service or nodes are not known; nodes' external addresses | nothing | not listed yet |
 //! | pods by service account | nothing | as for ICMP; where it is the subject the policy is left out: open to what is behind |
 //! | a port's name for one protocol, in the other tiers | the name for TCP, UDP and SCTP, where no pod uses it for another of them | else as above |
 //! | more than 25 rules, peers or services | several rules, several objects | |
@@ -248,7 +247,7 @@ impl Renderer<'_> {
                     Peer::Nodes(wanted) => {
                         let labels = &self.cluster.catalog.node_labels;
                         let known = |name| labels.get(name).is_some_and(|labels| selector_holds(wanted, labels));
-                        let nodes = self.cluster.nodes.iter().filter(|(name, _)| known(*name));
+                        let nodes = self.cluster.addresses_of_nodes().filter(|(name, _)| known(*name));
                         let blocks = nodes.flat_map(|(_, addresses)| addresses).map(|address| IpNet::from(*address));
                         peers.extend(blocks.map(|cidr| json!({ "ipBlock": { "cidr": cidr } })));
                     }
