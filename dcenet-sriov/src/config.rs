@@ -19,7 +19,9 @@ use std::collections::BTreeSet;
 use dcenet_core::model::{MacAddr, Mtu, VlanId};
 use serde::{Deserialize, Serialize};
 
-use crate::kernel::{Attribute, Guid, NetdevChange, VfChange, VfLinkState, VfRate, VfState, VfVlan, VlanProtocol};
+use crate::kernel::{
+    Attribute, Guid, NetdevChange, VfChange, VfLinkState, VfRate, VfState, VfVlan, VlanProtocol, asked,
+};
 
 /// What can be set of a virtual function, not checked yet.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -314,6 +316,14 @@ impl Capabilities {
     pub fn check(&self, config: &VfConfig) -> Result<(), Unsupported> {
         match config.attributes().intersection(&self.missing).next() {
             Some(attribute) => Err(Unsupported { attribute: *attribute, driver: self.driver.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    /// As [`check`](Self::check), of a change.
+    pub(crate) fn check_change(&self, change: &VfChange) -> Result<(), Unsupported> {
+        match asked(change).into_iter().find(|attribute| !self.supports(*attribute)) {
+            Some(attribute) => Err(Unsupported { attribute, driver: self.driver.clone() }),
             None => Ok(()),
         }
     }

@@ -130,7 +130,8 @@ pub enum CountError {
         /// What is missing.
         missing: Missing,
     },
-    /// The port cannot be looked at, or its autoprobe cannot be written: nothing was changed.
+    /// The port cannot be looked at, or its autoprobe cannot be written: nothing was changed; or, once the number is
+    /// written, what came of it cannot be looked at.
     #[error(transparent)]
     Kernel(#[from] KernelError),
     /// Who has the functions cannot be told.
@@ -217,16 +218,20 @@ pub(crate) fn change_vf_count(
     if !changes {
         return wait(kernel, port, request, &mut *watch, |_, _| Ok(None));
     }
-    match remake(kernel, port, before, wanted, anew) {
-        Ok(()) => {}
-        Err(error @ CountError::Fewer { .. }) => return Err(error),
-        Err(error) => {
-            put_back(kernel, port, before);
-            return Err(match kernel.vf_count(port) {
-                Ok(now) => with_left(error, now.now),
-                Err(_) => error,
-            });
-        }
+    if let Err(source) = remake(kernel, port, before.now, wanted, anew) {
+        put_back(kernel, port, before);
+        let left = kernel.vf_count(port).map_or(before.now, |count| count.now);
+        return Err(match source.errno {
+            Some(libc::EBUSY) => CountError::Raced { port, left },
+            Some(libc::ENOENT) => CountError::NoDriver { port, left },
+            Some(libc::ERANGE) => CountError::TooMany { port, wanted, total: before.total },
+            Some(libc::ENOSPC | libc::ENOMEM) => CountError::Exhausted { port, wanted, left, source },
+            _ => CountError::Refused { port, wanted, left, source },
+        });
+    }
+    let made = kernel.vf_count(port).inspect_err(|_| put_back(kernel, port, before))?.now;
+    if made != wanted {
+        return Err(CountError::Fewer { port, wanted, made });
     }
     tracing::debug!(%port, wanted, ?limit, "virtual functions made");
     let bound = autoprobe.unwrap_or(before.autoprobe);
@@ -260,35 +265,16 @@ fn refuse_where_used(kernel: &dyn Kernel, port: PciAddress, request: &CountReque
     Ok(())
 }
 
-fn write(kernel: &dyn Kernel, port: PciAddress, count: u16, wanted: u16) -> Result<(), CountError> {
-    let Err(source) = kernel.write_vf_count(port, count) else { return Ok(()) };
-    let left = kernel.vf_count(port)?.now;
-    Err(match source.errno {
-        Some(libc::EBUSY) => CountError::Raced { port, left },
-        Some(libc::ENOENT) => CountError::NoDriver { port, left },
-        Some(libc::ERANGE) => CountError::TooMany { port, wanted, total: kernel.vf_count(port)?.total },
-        Some(libc::ENOSPC | libc::ENOMEM) => CountError::Exhausted { port, wanted, left, source },
-        _ => CountError::Refused { port, wanted, left, source },
-    })
-}
-
 /// From one number to another, by way of 0.
-fn remake(
-    kernel: &dyn Kernel,
-    port: PciAddress,
-    before: VfCount,
-    wanted: u16,
-    anew: &mut bool,
-) -> Result<(), CountError> {
-    if before.now != 0 {
-        write(kernel, port, 0, wanted)?;
+fn remake(kernel: &dyn Kernel, port: PciAddress, before: u16, wanted: u16, anew: &mut bool) -> Result<(), KernelError> {
+    if before != 0 {
+        kernel.write_vf_count(port, 0)?;
     }
     *anew = true;
     if wanted != 0 {
-        write(kernel, port, wanted, wanted)?;
+        kernel.write_vf_count(port, wanted)?;
     }
-    let made = kernel.vf_count(port)?.now;
-    if made == wanted { Ok(()) } else { Err(CountError::Fewer { port, wanted, made }) }
+    Ok(())
 }
 
 fn put_back(kernel: &dyn Kernel, port: PciAddress, before: VfCount) {
@@ -305,16 +291,6 @@ fn put_back(kernel: &dyn Kernel, port: PciAddress, before: VfCount) {
         && let Err(error) = kernel.write_vf_count(port, before.now)
     {
         tracing::warn!(%port, %error, "the former number of virtual functions is not taken either");
-    }
-}
-
-fn with_left(error: CountError, now: u16) -> CountError {
-    match error {
-        CountError::NoDriver { port, .. } => CountError::NoDriver { port, left: now },
-        CountError::Raced { port, .. } => CountError::Raced { port, left: now },
-        CountError::Exhausted { port, wanted, source, .. } => CountError::Exhausted { port, wanted, left: now, source },
-        CountError::Refused { port, wanted, source, .. } => CountError::Refused { port, wanted, left: now, source },
-        other => other,
     }
 }
 

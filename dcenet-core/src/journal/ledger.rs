@@ -534,7 +534,7 @@ impl LedgerError {
 const NEW: &str = ".new";
 const UNREADABLE: &str = ".unreadable-";
 /// How long a file may become, in bytes, until it is written anew: some dozens of intents.
-const COMPACT: u64 = 128 << 10;
+const COMPACT: u64 = 16 << 10;
 
 #[cfg(test)]
 mod tests {

@@ -36,20 +36,24 @@ pub struct VfView {
 
 impl VfView {
     /// What has to be changed for a function that is as `now` to be as this says. What is as it was is not written:
-    /// writing an address would make it the administrator's, and drivers refuse some settings whatever the value.
+    /// writing an address would make it the administrator's, and drivers refuse some settings whatever the value. Nor is
+    /// what the driver does not tell now.
     pub fn restore(&self, now: &Self) -> VfChange {
         let guid = |which: fn(&VfGuids) -> Guid| {
-            let (then, now) = (self.guids.as_ref().map(which), now.guids.as_ref().map(which));
-            then.filter(|_| then != now)
+            let (then, now) = (self.guids.as_ref().map(which)?, now.guids.as_ref().map(which)?);
+            Some(then).filter(|then| *then != now)
         };
+        let flag = |then: Option<bool>, is: Option<bool>| then.filter(|_| is.is_some() && then != is);
+        // InfiniBand addresses are made of GUIDs, and cannot be set.
+        let ethernet = self.guids.is_none();
         VfChange {
-            mac: Some(self.mac).filter(|mac| *mac != now.mac),
+            mac: Some(self.mac).filter(|mac| ethernet && *mac != now.mac),
             vlan: Some(self.vlan).filter(|vlan| *vlan != now.vlan),
             rate: Some(self.rate).filter(|rate| *rate != now.rate),
-            spoofchk: self.spoofchk.filter(|_| self.spoofchk != now.spoofchk),
+            spoofchk: flag(self.spoofchk, now.spoofchk),
             link_state: Some(self.link_state).filter(|state| *state != now.link_state),
-            rss_query: self.rss_query.filter(|_| self.rss_query != now.rss_query),
-            trust: self.trust.filter(|_| self.trust != now.trust),
+            rss_query: flag(self.rss_query, now.rss_query),
+            trust: flag(self.trust, now.trust),
             node_guid: guid(|guids| guids.node),
             port_guid: guid(|guids| guids.port),
         }

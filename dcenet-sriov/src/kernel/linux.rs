@@ -11,7 +11,7 @@ use dcenet_core::netns::{NetNs, NetNsError, NetNsId};
 
 use super::{
     Attribute, DriverState, ErrorClass, Kernel, KernelError, Namespace, NetdevChange, NetdevState, VfChange, VfCount,
-    VfState, Watch,
+    VfState, Watch, asked,
 };
 use crate::address::{PciAddress, VfIndex};
 use crate::sysfs::{Sysfs, SysfsDir, function};
@@ -263,10 +263,6 @@ impl<S: Sysfs> Kernel for LinuxKernel<S> {
         self.write(&path, driver.unwrap_or("\n"), &operation)
     }
 
-    fn reset(&self, function: PciAddress) -> Result<(), KernelError> {
-        self.write(&crate::sysfs::function(function).join("reset"), "1", &format!("reset {function}"))
-    }
-
     fn vf_count(&self, port: PciAddress) -> Result<VfCount, KernelError> {
         let operation = format!("look up the VF count of {port}");
         let total = self.count(port, "sriov_totalvfs", &operation)?;
@@ -383,25 +379,6 @@ fn state(detail: &LinkDetail, operation: &str) -> Result<NetdevState, KernelErro
         promisc: link.flags & libc::IFF_PROMISC as u32 != 0,
         all_multicast: link.flags & libc::IFF_ALLMULTI as u32 != 0,
     })
-}
-
-/// What a change asks for, in the kernel's order.
-fn asked(change: &VfChange) -> Vec<Attribute> {
-    let VfChange { mac, vlan, rate, spoofchk, link_state, rss_query, trust, node_guid, port_guid } = change;
-    let said = [
-        (mac.is_some(), Attribute::Mac),
-        (vlan.is_some_and(|vlan| vlan.protocol != super::VlanProtocol::Dot1Q), Attribute::Protocol),
-        (vlan.is_some_and(|vlan| vlan.protocol == super::VlanProtocol::Dot1Q), Attribute::Vlan),
-        (rate.is_some_and(|rate| rate.min != 0), Attribute::MinRate),
-        (rate.is_some_and(|rate| rate.min == 0), Attribute::MaxRate),
-        (spoofchk.is_some(), Attribute::Spoofchk),
-        (link_state.is_some(), Attribute::LinkState),
-        (rss_query.is_some(), Attribute::RssQuery),
-        (trust.is_some(), Attribute::Trust),
-        (node_guid.is_some(), Attribute::NodeGuid),
-        (port_guid.is_some(), Attribute::PortGuid),
-    ];
-    said.into_iter().filter_map(|(set, attribute)| set.then_some(attribute)).collect()
 }
 
 /// The first that is asked for and is not so, in the kernel's order.

@@ -123,13 +123,6 @@ pub trait Kernel: fmt::Debug + Send + Sync {
     /// nothing until the next binding.
     fn set_driver_override(&self, function: PciAddress, driver: Option<&str>) -> Result<(), KernelError>;
 
-    /// Resets the function (Function Level Reset; PCI Express Base Specification, 6.6.2), by the file `reset`. Its driver
-    /// is told before and after.
-    ///
-    /// # Errors
-    /// [`ErrorClass::Gone`] where the function cannot be reset.
-    fn reset(&self, function: PciAddress) -> Result<(), KernelError>;
-
     /// How many functions a port has.
     fn vf_count(&self, port: PciAddress) -> Result<VfCount, KernelError>;
 
@@ -248,4 +241,23 @@ pub struct VfCount {
     pub now: u16,
     /// Whether drivers are bound to new ones (`sriov_drivers_autoprobe`).
     pub autoprobe: bool,
+}
+
+/// What a change asks for, in the kernel's order.
+pub(crate) fn asked(change: &VfChange) -> Vec<Attribute> {
+    let VfChange { mac, vlan, rate, spoofchk, link_state, rss_query, trust, node_guid, port_guid } = change;
+    let said = [
+        (mac.is_some(), Attribute::Mac),
+        (vlan.is_some_and(|vlan| vlan.protocol != VlanProtocol::Dot1Q), Attribute::Protocol),
+        (vlan.is_some_and(|vlan| vlan.protocol == VlanProtocol::Dot1Q), Attribute::Vlan),
+        (rate.is_some_and(|rate| rate.min != 0), Attribute::MinRate),
+        (rate.is_some_and(|rate| rate.min == 0), Attribute::MaxRate),
+        (spoofchk.is_some(), Attribute::Spoofchk),
+        (link_state.is_some(), Attribute::LinkState),
+        (rss_query.is_some(), Attribute::RssQuery),
+        (trust.is_some(), Attribute::Trust),
+        (node_guid.is_some(), Attribute::NodeGuid),
+        (port_guid.is_some(), Attribute::PortGuid),
+    ];
+    said.into_iter().filter_map(|(set, attribute)| set.then_some(attribute)).collect()
 }

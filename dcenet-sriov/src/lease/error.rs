@@ -6,7 +6,8 @@ use dcenet_core::provider::ScrubError;
 
 use super::snapshot::Difference;
 use crate::address::PciAddress;
-use crate::kernel::{Attribute, KernelError};
+use crate::config::Unsupported;
+use crate::kernel::KernelError;
 
 /// Why something could not be done with a function.
 #[derive(Debug, thiserror::Error)]
@@ -64,15 +65,13 @@ pub enum LeaseError {
         /// The number that was named.
         index: crate::address::VfIndex,
     },
-    /// The port does not tell of a setting that is wanted, so that nobody could see whether it holds. Nothing was changed.
-    #[error(
-        "{vf}: {attribute} is wanted, and the driver of its port does not tell of it; leave it out, or choose a function of another port"
-    )]
-    Untold {
+    /// The driver of its port cannot set what is wanted, or does not tell of it. Nothing was changed.
+    #[error("{vf}: {source}")]
+    Unsupported {
         /// The function.
         vf: PciAddress,
-        /// The setting.
-        attribute: Attribute,
+        /// What cannot be set.
+        source: Unsupported,
     },
     /// It is not what it should be, though nothing was refused.
     #[error("{vf}: {}; somebody else may configure it, or its driver cannot", list(differences))]

@@ -39,8 +39,8 @@
 //! What a driver keeps and does not tell cannot be brought back: igb remembers that an address was given by its
 //! administrator, and holds an untrusted function to it, also where that is the function's own again. On Linux 6.1 its port
 //! may know no address of a new function until that is first set up; a function that was brought back to that hears
-//! nothing until it was set up and down once, or a lease gives it an address. There an untrusted function
-//! was also seen to take another address than its lease gave it.
+//! nothing until it was set up and down once, or a lease gives it an address.
+//! Its driver speaks to nobody until then, and takes any address of a tenant, which the port does not know.
 //!
 //! Bed of everything here: igb, on Linux 6.1; modelled, with the quirks of five drivers and a fault at each call.
 
@@ -66,6 +66,7 @@ pub use record::{Quarantine, Until};
 pub use snapshot::{Difference, NetdevSnapshot, VfSnapshot};
 
 use crate::address::{PciAddress, VfIndex};
+use crate::config::Capabilities;
 use crate::kernel::{Kernel, Namespace, NetdevChange, NetdevState, VfChange};
 use converge::Converge;
 use record::{Away, Intent, Standing, Step, VfAccount, VfLedger, VfOpen, VfPage, away, is_committed};
@@ -246,9 +247,9 @@ impl Leases {
                 return Err(LeaseError::Quarantined { vf: vf.address, reason });
             }
         }
-        if let Some(attribute) = home.untold(&wanted.port) {
-            return Err(LeaseError::Untold { vf: vf.address, attribute });
-        }
+        let driver = self.kernel.driver(vf.port)?.driver;
+        let able = Capabilities::of(driver.as_deref(), &home.port).check_change(&wanted.port);
+        able.map_err(|source| LeaseError::Unsupported { vf: vf.address, source })?;
         let intent = Intent { owner: owner.clone(), wanted: wanted.clone() };
         let incarnation = page.begin(&intent)?;
         let mut lease = VfLease { leases: self, page: Some(page), vf, incarnation, wanted: wanted.clone() };

@@ -5,7 +5,7 @@ use std::fmt;
 use dcenet_core::model::{IfName, MacAddr};
 use serde::{Deserialize, Serialize};
 
-use crate::kernel::{Attribute, DriverState, NetdevState, VfChange, VfLinkState, VfRate, VfState, VfVlan};
+use crate::kernel::{DriverState, NetdevState, VfChange, VfLinkState, VfRate, VfState, VfVlan};
 
 use super::Wanted;
 
@@ -118,19 +118,6 @@ impl VfSnapshot {
         self
     }
 
-    /// What is wanted of which the port does not tell.
-    pub(super) fn untold(&self, wanted: &VfChange) -> Option<Attribute> {
-        let VfState { spoofchk, trust, rss_query, guids, .. } = &self.port;
-        let told = [
-            (Attribute::Spoofchk, wanted.spoofchk.is_some(), spoofchk.is_some()),
-            (Attribute::Trust, wanted.trust.is_some(), trust.is_some()),
-            (Attribute::RssQuery, wanted.rss_query.is_some(), rss_query.is_some()),
-            (Attribute::NodeGuid, wanted.node_guid.is_some(), guids.is_some()),
-            (Attribute::PortGuid, wanted.port_guid.is_some(), guids.is_some()),
-        ];
-        told.into_iter().find_map(|(attribute, is_wanted, is_told)| (is_wanted && !is_told).then_some(attribute))
-    }
-
     /// With what a function should be that belongs to nobody: no tag, no limit, no trust, its source addresses checked.
     pub(super) fn with_defaults(mut self) -> Self {
         let port = &mut self.port;
@@ -147,30 +134,12 @@ impl VfSnapshot {
     /// What has to be written to the port so that a function that is `now` is this again. What the driver does not tell is
     /// not written.
     pub(super) fn port_change(&self, now: &VfState, none: NoAddress) -> VfChange {
-        let VfState { mac, vlan, rate, spoofchk, trust, link_state, rss_query, guids } = &self.port;
-        let flag = |want: Option<bool>, is: Option<bool>| want.filter(|_| is.is_some() && want != is);
         let own = || self.netdev.as_ref().and_then(|netdev| netdev.mac);
         let mac = match none {
-            NoAddress::OrOwn if is_zero(*mac) => own().unwrap_or(NOBODY),
-            _ => *mac,
+            NoAddress::OrOwn if is_zero(self.port.mac) => own().unwrap_or(NOBODY),
+            _ => self.port.mac,
         };
-        let guid = |of: fn(&crate::kernel::VfGuids) -> crate::kernel::Guid| {
-            let (want, is) = (guids.as_ref().map(of)?, now.guids.as_ref().map(of)?);
-            (want != is).then_some(want)
-        };
-        // InfiniBand addresses are made of GUIDs, and cannot be set.
-        let ethernet = guids.is_none();
-        VfChange {
-            mac: (ethernet && mac != now.mac).then_some(mac),
-            vlan: (*vlan != now.vlan).then_some(*vlan),
-            rate: (*rate != now.rate).then_some(*rate),
-            spoofchk: flag(*spoofchk, now.spoofchk),
-            link_state: (*link_state != now.link_state).then_some(*link_state),
-            rss_query: flag(*rss_query, now.rss_query),
-            trust: flag(*trust, now.trust),
-            node_guid: guid(|guids| guids.node),
-            port_guid: guid(|guids| guids.port),
-        }
+        VfState { mac, ..self.port.clone() }.restore(now)
     }
 
     /// In what `now` is not this. Empty where it is.

@@ -260,5 +260,4 @@ fn drivers_are_exchanged(bed: &Bed<'_>, function: PciAddress) {
     assert_eq!(kernel.driver(function).expect("no error"), before);
     let back = bed.device(&Namespace::Host, function);
     assert!(!back.up, "{back:?}");
-    kernel.reset(function).expect("to reset it");
 }

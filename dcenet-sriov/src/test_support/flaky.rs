@@ -145,10 +145,6 @@ impl Kernel for FlakyKernel {
         self.pass("set driver override", || self.inner.set_driver_override(function, driver))
     }
 
-    fn reset(&self, function: PciAddress) -> Result<(), KernelError> {
-        self.pass("reset", || self.inner.reset(function))
-    }
-
     fn vf_count(&self, port: PciAddress) -> Result<VfCount, KernelError> {
         self.pass("look up VF count", || self.inner.vf_count(port))
     }

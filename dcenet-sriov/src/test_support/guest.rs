@@ -103,6 +103,21 @@ impl IgbPort {
         }
     }
 
+    /// Sets a function's device up and down until its driver has told the port's an address. The one that is bound while the
+    /// port begins anew, as on Linux 6.1 when functions are made, speaks to nobody until then: it takes any address, and
+    /// none is its port's.
+    pub fn acquaint(&self, vf: VfId) {
+        let name = self.device(vf.address).name;
+        let deadline = Instant::now() + LIMIT;
+        let told = || self.kernel.vf(self.index, vf.index).expect("to look").mac;
+        while told().bytes() == [0; 6] {
+            assert!(Instant::now() < deadline, "{name} does not speak to its port");
+            sh(&format!("ip link set {name} up"));
+            std::thread::sleep(Duration::from_millis(200));
+            sh(&format!("ip link set {name} down"));
+        }
+    }
+
     /// All that iproute2 and sysfs say of a function that its owner or its tenant can change, a line each.
     pub fn told(&self, vf: VfId) -> String {
         let port = parsed(&sh(&format!("ip -j -d link show {}", self.name)));

@@ -69,7 +69,6 @@ fn the_inventory_of_igb_is_what_kernel_and_netlink_say() {
 }
 
 #[test]
-#[ignore = "on Linux 6.12 a call of the suite never returns, and which is not known yet; on 6.1 it passes"]
 fn igb_conforms() {
     if !require(Rung::Vm) {
         return;
@@ -147,7 +146,6 @@ fn what_igb_refuses_is_refused_before_the_first_write() {
 
 /// What the model says of igb, asked of igb.
 #[test]
-#[ignore = "not seen to end on Linux 6.12 yet; on 6.1 it passes"]
 fn igb_is_as_its_profile_says() {
     if !require(Rung::Vm) {
         return;

@@ -29,7 +29,17 @@ struct Guest {
 
 impl Guest {
     fn new() -> Self {
+        Self::with(IgbPort::with(2))
+    }
+
+    /// One whose function's driver has spoken with its port's.
+    fn acquainted() -> Self {
         let port = IgbPort::with(2);
+        port.acquaint(port.vf(0));
+        Self::with(port)
+    }
+
+    fn with(port: IgbPort) -> Self {
         let vf = port.vf(0);
         let home = port.told(vf);
         Self { host: TestHost::new(), state: TempDir::new().unwrap(), vf, home, port }
@@ -215,7 +225,6 @@ fn a_namespace_that_somebody_holds_hides_it_until_recovery_finds_it() {
 }
 
 #[test]
-#[ignore = "on Linux 6.12 unbinding or binding igbvf did not return, and why is not known yet; on 6.1 it passes"]
 fn a_function_whose_driver_was_bound_anew_under_the_pod_is_restored() {
     if !require(Rung::Vm) {
         return;
@@ -237,12 +246,11 @@ fn a_function_whose_driver_was_bound_anew_under_the_pod_is_restored() {
 
 /// The twin is trusted.
 #[test]
-#[ignore = "igb of Linux 6.1 takes another address all the same, and why is not known yet"]
 fn a_tenant_without_trust_keeps_the_address_that_it_was_given() {
     if !require(Rung::Vm) {
         return;
     }
-    let guest = Guest::new();
+    let guest = Guest::acquainted();
     let pod = guest.host.new_pod();
     let inside = Namespace::Path(pod.path().to_owned());
     let leases = guest.leases();

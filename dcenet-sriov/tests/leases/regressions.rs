@@ -385,7 +385,7 @@ fn a_device_whose_present_and_own_names_are_both_taken_comes_home_under_a_third(
 }
 
 #[test]
-fn a_setting_of_which_the_driver_does_not_tell_is_refused_before_anything_is_written() {
+fn what_the_driver_cannot_set_or_does_not_tell_is_refused_before_anything_is_written() {
     let mut profile = Profile::MLX5;
     profile.has_spoofchk = false;
     let world = World::new(profile, Dress::Plain);
@@ -393,9 +393,16 @@ fn a_setting_of_which_the_driver_does_not_tell_is_refused_before_anything_is_wri
     let mut wanted = world.wanted();
     wanted.port.spoofchk = Some(true);
     let error = world.leases().prepare(&owner("a"), world.vf, &wanted).map(drop).unwrap_err();
-    assert!(matches!(&error, LeaseError::Untold { attribute: Attribute::Spoofchk, .. }), "{error}");
+    let is_of = |error: &LeaseError, attribute: Attribute| matches!(error, LeaseError::Unsupported { source, .. } if source.attribute == attribute);
+    assert!(is_of(&error, Attribute::Spoofchk), "{error}");
     assert_eq!(world.now(), before);
     assert!(world.leases().held().unwrap().is_empty());
+    // Nor what is known of the driver though it tells of it.
+    let world_of_igb = igb();
+    let mut refused = world_of_igb.wanted();
+    refused.port.link_state = Some(VfLinkState::Disable);
+    let error = world_of_igb.leases().prepare(&owner("a"), world_of_igb.vf, &refused).map(drop).unwrap_err();
+    assert!(is_of(&error, Attribute::LinkState), "{error}");
     // Who asks for what is told gets it.
     wanted.port.spoofchk = None;
     drop(world.leases().prepare(&owner("a"), world.vf, &wanted).unwrap());

@@ -242,6 +242,9 @@ impl Kernel for Model {
     fn driver(&self, function: PciAddress) -> Result<DriverState, KernelError> {
         let operation = format!("look up the driver of {function}");
         let mut world = self.call(&operation);
+        if let Ok(port) = world.port_at(function, &operation) {
+            return Ok(DriverState { driver: Some(port.profile.driver.to_owned()), driver_override: None });
+        }
         let (_, vf) = world.function(function).ok_or_else(|| KernelError::refused(operation, libc::ENOENT))?;
         Ok(DriverState { driver: vf.driver.clone(), driver_override: vf.driver_override.clone() })
     }
@@ -276,15 +279,6 @@ impl Kernel for Model {
         let mut world = self.call(&operation);
         let (_, vf) = world.function(function).ok_or_else(|| KernelError::refused(operation, libc::ENOENT))?;
         vf.driver_override = driver.map(str::to_owned);
-        Ok(())
-    }
-
-    fn reset(&self, function: PciAddress) -> Result<(), KernelError> {
-        let operation = format!("reset {function}");
-        let mut world = self.call(&operation);
-        let found = world.function(function).filter(|(_, vf)| !vf.no_reset);
-        let (_, vf) = found.ok_or_else(|| KernelError::refused(operation, libc::ENOENT))?;
-        vf.resets += 1;
         Ok(())
     }
 

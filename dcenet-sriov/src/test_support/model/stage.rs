@@ -23,8 +23,6 @@ pub struct FunctionState {
     pub netdev: Option<(Option<Namespace>, NetdevState)>,
     /// Programs on the device.
     pub programs: Vec<String>,
-    /// How often it was reset.
-    pub resets: u32,
 }
 
 impl Default for Model {
@@ -159,11 +157,6 @@ impl Model {
         self.world().function(function).expect("the function").1.withheld = withheld;
     }
 
-    /// The function cannot be reset.
-    pub fn forbid_reset(&self, function: PciAddress) {
-        self.world().function(function).expect("the function").1.no_reset = true;
-    }
-
     /// Makes a namespace.
     pub fn create_namespace(&self, path: impl Into<PathBuf>) -> Namespace {
         let path = path.into();
@@ -240,7 +233,7 @@ impl Model {
         let mut world = self.world();
         let (_, vf) = world.function(function)?;
         let driver = DriverState { driver: vf.driver.clone(), driver_override: vf.driver_override.clone() };
-        let (settings, resets) = (vf.state.clone(), vf.resets);
+        let settings = vf.state.clone();
         let device = world.devices.iter().find(|device| device.function == Some(function));
         let at = |device: &Device| match device.space {
             HOST => Some(Namespace::Host),
@@ -248,7 +241,7 @@ impl Model {
         };
         let netdev = device.map(|device| (at(device), device.state.clone()));
         let programs = device.map(|device| device.programs.clone()).unwrap_or_default();
-        Some(FunctionState { settings, driver, netdev, programs, resets })
+        Some(FunctionState { settings, driver, netdev, programs })
     }
 
     /// The calls since the last time that this was asked.
@@ -282,8 +275,6 @@ impl World {
                 driver: None,
                 driver_override: None,
                 withheld: false,
-                resets: 0,
-                no_reset: false,
             })
             .collect();
         if profile.has_mac_at_birth {

@@ -61,8 +61,6 @@ pub(super) struct Vf {
     pub(super) driver: Option<String>,
     pub(super) driver_override: Option<String>,
     pub(super) withheld: bool,
-    pub(super) resets: u32,
-    pub(super) no_reset: bool,
 }
 
 #[derive(Debug)]
