@@ -72,8 +72,9 @@ impl Socket {
         self.batch(std::slice::from_ref(message)).pop().expect("one outcome for one message")
     }
 
-    /// As [`request`](Self::request), for replies of any length: each is looked at before it is received, which costs one
-    /// more system call.
+    /// As [`request`](Self::request), for what has one reply, of any length: it is looked at before it is received, which
+    /// costs one more system call. No acknowledgement is asked for: behind a reply that fills the socket the kernel would
+    /// have to drop it (`netlink_attachskb` in net/netlink/af_netlink.c).
     pub fn request_large(&mut self, message: &Message) -> Result<Vec<Reply>, NetlinkError> {
         self.peek = true;
         let replies = self.request(message);
@@ -101,7 +102,7 @@ impl Socket {
                     outcomes.last_mut().expect("just pushed").end = Some(Err(refused));
                 }
                 Gate::Pass | Gate::Lose | Gate::DieAfter => {
-                    message.encode(sequence, libc::NLM_F_ACK as u16, &mut bytes);
+                    message.encode(sequence, if self.peek { 0 } else { libc::NLM_F_ACK as u16 }, &mut bytes);
                 }
             }
         }
@@ -134,6 +135,7 @@ impl Socket {
             }
             return;
         }
+        let acknowledged = !self.peek;
         while outcomes.iter().any(|p| p.end.is_none()) {
             let received = self.receive(|message| {
                 let slot = message.sequence.wrapping_sub(first) as usize;
@@ -141,7 +143,12 @@ impl Socket {
                 match message.kind {
                     ERROR => pending.end = Some(acknowledgement(message)),
                     NOOP => {}
-                    kind => pending.replies.push(Reply { kind, payload: message.payload.to_vec() }),
+                    kind => {
+                        pending.replies.push(Reply { kind, payload: message.payload.to_vec() });
+                        if !acknowledged {
+                            pending.end = Some(Ok(()));
+                        }
+                    }
                 }
             });
             if let Err(failure) = received {
