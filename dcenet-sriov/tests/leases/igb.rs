@@ -244,7 +244,9 @@ fn a_function_whose_driver_was_bound_anew_under_the_pod_is_restored() {
     guest.assert_home("released");
 }
 
-/// The twin is trusted.
+/// The twin is trusted. The port is asked, for it filters: igbvf itself takes an address that its port refuses where its
+/// last tenant had that (`e1000_rar_set_vf` in drivers/net/ethernet/intel/igbvf/vf.c falls back to the address of its last
+/// reset).
 #[test]
 fn a_tenant_without_trust_keeps_the_address_that_it_was_given() {
     if !require(Rung::Vm) {
@@ -254,14 +256,17 @@ fn a_tenant_without_trust_keeps_the_address_that_it_was_given() {
     let pod = guest.host.new_pod();
     let inside = Namespace::Path(pod.path().to_owned());
     let leases = guest.leases();
+    let kernel = &guest.port.kernel;
     for trusted in [false, true, false] {
         let port = VfChange { mac: Some(mac(0xaa)), trust: Some(trusted), ..VfChange::default() };
         let mut lease = leases.prepare(&owner("a"), guest.vf, &Wanted { port, ..Wanted::default() }).unwrap();
         let device = lease.move_to(pod.path(), &"net1".parse().unwrap()).unwrap();
         let incarnation = lease.commit().unwrap();
         let other = NetdevChange { mac: Some(mac(0x99)), ..NetdevChange::default() };
-        let refused = guest.port.kernel.configure_netdev(&inside, device.index, &other);
-        assert_eq!(refused.err().and_then(|error| error.errno), (!trusted).then_some(libc::EADDRNOTAVAIL));
+        let answer = kernel.configure_netdev(&inside, device.index, &other);
+        assert!(!trusted || answer.is_ok(), "{answer:?}");
+        let told = kernel.vf(guest.port.index, guest.vf.index).unwrap().mac;
+        assert_eq!(told, mac(if trusted { 0x99 } else { 0xaa }), "trusted: {trusted}, {answer:?}");
         assert!(matches!(guest.release(incarnation), Released::Clean));
         guest.assert_home("released");
     }
