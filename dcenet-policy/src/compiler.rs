@@ -509,18 +509,12 @@ impl Compiler {
         let mut failed = Vec::new();
 
         let named_ports = flatten::named_ports(cluster);
-        let mut flattener = Flattener {
-            cluster,
-            named_ports: &named_ports,
-            limits: &self.limits,
-            atoms: HashMap::new(),
-            known_atoms: &self.state.atoms,
-            next_atom: next.next_atom,
-            rules: &mut next.rules,
-            rules_used: BTreeSet::new(),
-            #[cfg(feature = "test-support")]
-            planted: self.planted,
-        };
+        let mut flattener = Flattener::new(cluster, &named_ports, &self.limits, &self.state.atoms, &mut next.rules);
+        flattener.next_atom = next.next_atom;
+        #[cfg(feature = "test-support")]
+        {
+            flattener.planted = self.planted;
+        }
         let mut flat: Vec<(&SetKey, FlatSet)> = Vec::with_capacity(keys.len());
         for key in keys {
             match flattener.flatten(key) {

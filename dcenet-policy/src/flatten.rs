@@ -138,7 +138,28 @@ pub(crate) struct Flattener<'a> {
     pub(crate) planted: Option<crate::test_support::PlantedBug>,
 }
 
-impl Flattener<'_> {
+impl<'a> Flattener<'a> {
+    pub(crate) fn new(
+        cluster: &'a Cluster,
+        named_ports: &'a NamedPorts,
+        limits: &'a Limits,
+        known_atoms: &'a HashMap<Atom, AtomId>,
+        rules: &'a mut Ids<RuleRef>,
+    ) -> Self {
+        Self {
+            cluster,
+            named_ports,
+            limits,
+            atoms: HashMap::new(),
+            known_atoms,
+            next_atom: 0,
+            rules,
+            rules_used: BTreeSet::new(),
+            #[cfg(feature = "test-support")]
+            planted: None,
+        }
+    }
+
     pub(crate) fn flatten(&mut self, key: &SetKey) -> Result<FlatSet, CompileError> {
         let SetKey { direction, policies, node, named_ports, refused, unsure } = key;
         let direction = *direction;

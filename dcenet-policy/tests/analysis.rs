@@ -9,7 +9,9 @@ use dcenet_core::test_support::effort;
 use dcenet_policy::analysis::{AnalysisError, Diff, Finding, Thresholds, Way, access, diff, findings};
 use dcenet_policy::eval::{self, Reason};
 use dcenet_policy::explain;
-use dcenet_policy::model::{Action, Cluster, Direction, Pod, PodId, PodNetwork, Protocol, Tuple, Verdict};
+use dcenet_policy::model::{
+    Action, Cluster, Direction, Pod, PodId, PodNetwork, PolicyId, Protocol, SERVICE_ACCOUNT_LABEL, Tuple, Verdict,
+};
 use dcenet_policy::sources::kubernetes::Documents;
 use dcenet_policy::test_support::{self, Rng};
 
@@ -107,6 +109,36 @@ spec: { tier: baseline, priority: 0, subject: { podSelector: { matchLabels: { ap
     let json = serde_json::to_value(&found).unwrap();
     assert_eq!(json["findings"][0]["kind"], "no-subject");
     assert_eq!(json["findings"][2]["winner"]["policy"]["name"], "policy/no-mon");
+}
+
+#[test]
+fn nothing_is_said_against_rules_beside_a_policy_that_may_not_govern() {
+    let rules = "ingress: [ { action: allow, services: [ { protocol: tcp, ports: [ 80 ] } ] } ]";
+    let policy = |name: &str, subject: &str| {
+        format!(
+            "---\n{{ apiVersion: dcenet.io/v1alpha1, kind: Policy, metadata: {{ name: {name}, namespace: shop }}, \
+             spec: {{ subject: {{ {subject} }}, {rules} }} }}\n"
+        )
+    };
+    let mut cluster = shop(&format!("{}{}", policy("a", "serviceAccounts: [ a ]"), policy("b", "")));
+    let told = |cluster: &Cluster| findings(cluster, &Thresholds::default()).unwrap().to_string();
+    let web = PodId::new("shop", "web");
+    let labels = |cluster: &mut Cluster, account: Option<&str>| {
+        for pod in cluster.pods.values_mut() {
+            pod.labels.remove(SERVICE_ACCOUNT_LABEL);
+            pod.labels.extend(account.map(|account| (SERVICE_ACCOUNT_LABEL.to_owned(), account.to_owned())));
+        }
+    };
+    // Where the account is known b does repeat a, and may be deleted.
+    labels(&mut cluster, Some("a"));
+    assert_eq!(told(&cluster), "duplicate: shop/policy/b ingress[0] repeats shop/policy/a ingress[0]\n");
+    // Where it is not a allows nothing, and who deletes b closes the pod.
+    labels(&mut cluster, None);
+    assert_eq!(told(&cluster), "");
+    let packet =
+        Tuple { direction: Direction::Ingress, peer: "10.0.0.3".parse().unwrap(), protocol: Protocol::TCP, port: 80 };
+    let Reason::Rule(decides) = eval::evaluate(&cluster, &web, &packet).unwrap().reason else { panic!() };
+    assert_eq!(decides.to_string(), "shop/policy/b ingress[0] ports[0]");
 }
 
 #[test]
@@ -447,7 +479,10 @@ fn access_is_that_of_the_evaluator() {
 fn rules_said_to_do_nothing_decide_nothing_and_the_others_do() {
     let (mut dead, mut alive) = (0, 0);
     for seed in 200..200 + effort(3_u64, 9, 200) {
-        let [cluster, _] = pair(seed);
+        let [mut cluster, _] = pair(seed);
+        if seed % 2 == 1 {
+            test_support::ask_for_accounts(&mut Rng::new(seed), &mut cluster);
+        }
         let told = findings(&cluster, &Thresholds::default()).unwrap();
         let mut idle = BTreeSet::new();
         for finding in &told.findings {
@@ -488,8 +523,16 @@ fn rules_said_to_do_nothing_decide_nothing_and_the_others_do() {
     assert!(dead > 20 && alive > 20, "{dead} idle, {alive} deciding");
 }
 
-/// Whether a policy governs any pod in a direction.
-fn told_of(cluster: &Cluster, policy: &dcenet_policy::model::PolicyId, direction: Direction) -> bool {
-    let mut own = cluster.pods.iter().filter(|(_, pod)| pod.network == PodNetwork::Own);
-    own.any(|(id, _)| eval::governing(cluster, id, direction).unwrap().contains(policy))
+/// Whether a policy governs any pod in a direction, and only such of which is known what governs them.
+fn told_of(cluster: &Cluster, policy: &PolicyId, direction: Direction) -> bool {
+    let own = cluster.pods.iter().filter(|(_, pod)| pod.network == PodNetwork::Own);
+    let governing = |id| eval::governing(cluster, id, direction).unwrap();
+    let governed = own.map(|(id, pod)| (pod, governing(id))).filter(|(_, ids)| ids.contains(policy));
+    let governed: Vec<_> = governed.collect();
+    let asks = |id: &PolicyId| {
+        let requirements = &cluster.policies[id].subject.pods.requirements;
+        requirements.iter().any(|requirement| requirement.key == SERVICE_ACCOUNT_LABEL)
+    };
+    let is_sure = |(pod, ids): &(&Pod, Vec<_>)| pod.labels.contains_key(SERVICE_ACCOUNT_LABEL) || !ids.iter().any(asks);
+    !governed.is_empty() && governed.iter().all(is_sure)
 }

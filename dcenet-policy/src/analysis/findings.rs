@@ -161,6 +161,10 @@ struct Seen {
 
 /// Looks at every rule of every policy.
 ///
+/// Where it is not known whether a policy governs a pod, for the pod's service account is not known, the policies of that
+/// pod and direction count as doing something: of their rules nothing is told that does not hold at other pods, and none of
+/// them is called unreachable, shadowed or a duplicate.
+///
 /// # Errors
 ///
 /// [`AnalysisError::Compile`] where a policy is more than the compiler takes.
@@ -175,18 +179,7 @@ pub fn findings(cluster: &Cluster, thresholds: &Thresholds) -> Result<Findings, 
     let ambiguous = isolation::ambiguous(cluster);
     let named_ports = flatten::named_ports(cluster);
     let (mut rule_ids, known_atoms) = (Ids::starting_at(0), HashMap::new());
-    let mut flattener = Flattener {
-        cluster,
-        named_ports: &named_ports,
-        limits: &limits,
-        atoms: HashMap::new(),
-        known_atoms: &known_atoms,
-        next_atom: 0,
-        rules: &mut rule_ids,
-        rules_used: BTreeSet::new(),
-        #[cfg(feature = "test-support")]
-        planted: None,
-    };
+    let mut flattener = Flattener::new(cluster, &named_ports, &limits, &known_atoms, &mut rule_ids);
     let mut placed = Vec::new();
     for (key, pods) in &sets {
         let node = key.node.clone().map(|node| flattener.atom(classes::Atom::Node(node)));
@@ -208,6 +201,14 @@ pub fn findings(cluster: &Cluster, thresholds: &Thresholds) -> Result<Findings, 
     let mut seen: BTreeMap<RuleRef, Seen> = BTreeMap::new();
     let mut conflicts: BTreeMap<(RuleRef, RuleRef), BTreeSet<PodId>> = BTreeMap::new();
     for (key, pods, rules, node) in &placed {
+        if !key.unsure.is_empty() {
+            // What its rules come to is not known: nothing is said against them.
+            for placed in rules {
+                let told = seen.entry(placed.rule.clone()).or_default();
+                (told.matches, told.decides) = (true, true);
+            }
+            continue;
+        }
         walk(cluster, key, pods, rules, *node, &satisfied, &mut seen, &mut conflicts);
     }
 
