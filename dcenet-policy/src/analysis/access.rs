@@ -1,6 +1,6 @@
 //! Who can reach a pod, and what it can reach.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::net::IpAddr;
 
@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::services::{Services, allowed};
 use super::space::{Peers, Space};
 use super::{AnalysisError, compiled};
-use crate::compiler::Update;
+use crate::compiler::{SetId, Update};
 use crate::model::{Cluster, Direction, PodId, PodNetwork};
 
 /// Which way is asked.
@@ -71,18 +71,19 @@ pub fn access(cluster: &Cluster, pod: &PodId, way: Way) -> Result<Access, Analys
         Way::To => (Direction::Ingress, Direction::Egress),
         Way::From => (Direction::Egress, Direction::Ingress),
     };
+    let mut sides = Sides { update: &update, known: HashMap::new() };
     let mut found: BTreeMap<(Services, Vec<usize>), Vec<IpAddr>> = BTreeMap::new();
     for address in &subject.addresses {
         let mut of_address: BTreeMap<Services, Vec<usize>> = BTreeMap::new();
         for (index, region) in space.regions.iter().enumerate() {
             let same_family = region.example.is_ipv4() == address.is_ipv4();
-            if !same_family || region.pods == [pod.clone()] {
+            if !same_family || region.pods == std::slice::from_ref(pod) {
                 continue;
             }
-            let mut services = side(&update, pod, own, region.example);
+            let mut services = sides.of(pod, own, region.example);
             if !region.pods.is_empty() {
                 let others = region.pods.iter().filter(|other| *other != pod);
-                let any = others.fold(Services::none(), |any, other| any.or(&side(&update, other, theirs, *address)));
+                let any = others.fold(Services::none(), |any, other| any.or(&sides.of(other, theirs, *address)));
                 services = services.and(&any);
             }
             if !services.is_empty() {
@@ -101,14 +102,19 @@ pub fn access(cluster: &Cluster, pod: &PodId, way: Way) -> Result<Access, Analys
     Ok(Access { version: 1, way, pod: pod.clone(), allowed })
 }
 
-/// What the policies of one pod allow with an address.
-fn side(update: &Update, pod: &PodId, direction: Direction, peer: IpAddr) -> Services {
-    match update.endpoints.get(pod) {
-        Some(plan) => {
-            let set = plan.set(direction);
-            allowed(&set.program.diagram, set.local(update.table.lookup(peer)))
-        }
-        None => Services::all(),
+/// What the policies of one end allow.
+struct Sides<'a> {
+    update: &'a Update,
+    known: HashMap<(SetId, u16), Services>,
+}
+
+impl Sides<'_> {
+    /// What the policies of one pod allow with an address.
+    fn of(&mut self, pod: &PodId, direction: Direction, peer: IpAddr) -> Services {
+        let Some(plan) = self.update.endpoints.get(pod) else { return Services::all() };
+        let set = plan.set(direction);
+        let local = set.local(self.update.table.lookup(peer));
+        self.known.entry((set.id, local)).or_insert_with(|| allowed(&set.program.diagram, local)).clone()
     }
 }
 
