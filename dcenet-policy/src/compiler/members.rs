@@ -187,12 +187,12 @@ struct Found {
 }
 
 impl Compiler {
-    /// As [`Compiler::update`], where all that differs from the cluster of the last update that succeeded is these pods: some
-    /// have come or gone, or have other labels, addresses or ports. Whatever else differs may be overlooked until [`Compiler::update`] is
-    /// called.
+    /// As [`Compiler::update`], where all that differs from the cluster of the last update that succeeded is these pods:
+    /// some have come or gone, or have other labels, addresses or ports. Whatever else differs may be overlooked until
+    /// [`Compiler::update`] is called.
     ///
-    /// What it costs depends on what the change touches, where policies stay what they were for each endpoint; otherwise it is a full
-    /// compilation.
+    /// What it costs depends on what the change touches, where no endpoint comes or goes and policies stay what they were
+    /// for each; otherwise it is a full compilation.
     ///
     /// # Errors
     ///
@@ -238,6 +238,18 @@ impl Compiler {
     /// The update, unless it is for the full compilation. Tells of the numbers of classes that it has given.
     fn find(&mut self, cluster: &Cluster, pods: &BTreeSet<&PodId>, numbers: &mut Numbers) -> Option<Found> {
         let before = self.placed.as_ref()?;
+        // What costs nothing is asked first: a pod of this node that comes or goes is for the full compilation.
+        let stays = |id: &&PodId| {
+            let (old, new) = (before.pods.get(*id), cluster.pods.get(*id));
+            let ports = [old.map(|place| &place.ports), new.map(|pod| &pod.ports)];
+            let [had, has] = ports.map(|ports| ports.filter(|ports| !ports.is_empty()));
+            new.is_none_or(|pod| pod.network == PodNetwork::Own)
+                && old.is_some_and(|place| place.is_endpoint) == new.is_some_and(|pod| self.scope.holds(pod))
+                && had == has
+        };
+        if !pods.iter().all(stays) {
+            return None;
+        }
         let state = &mut self.state;
         let asked = self.asked.get_or_insert_with(|| Asked::new(cluster, &state.atoms, &state.table));
         let mut placed_pods: Vec<(&PodId, Option<Place>)> = Vec::new();
@@ -245,23 +257,12 @@ impl Compiler {
         let mut keys: BTreeMap<IpAddr, ClassKey> = BTreeMap::new();
         for &id in pods {
             let (old, new) = (before.pods.get(id), cluster.pods.get(id));
-            if new.is_some_and(|pod| pod.network == PodNetwork::Host) {
-                return None;
-            }
             // Nothing was found out about a namespace without pods.
             if new.is_some() && !asked.of_namespace.contains_key(&id.namespace) {
                 return None;
             }
             let place = new.map(|pod| Place::of(pod, &self.scope));
-            let was_endpoint = old.is_some_and(|place| place.is_endpoint);
             let is_endpoint = place.as_ref().is_some_and(|place| place.is_endpoint);
-            if was_endpoint != is_endpoint {
-                return None;
-            }
-            let ports = |place: Option<&Place>| place.map(|place| place.ports.clone()).unwrap_or_default();
-            if ports(old) != ports(place.as_ref()) {
-                return None;
-            }
             if let (true, Some(pod), Some(old)) = (is_endpoint, new, old) {
                 if pod.node != old.node || pod.on_segment != old.on_segment {
                     return None;
