@@ -300,6 +300,7 @@ fn what_nftables_cannot_do_is_listed() {
             "1 pods in their hosts' networks: policies do not apply to them, here or there",
             "address 10.0.0.1: several pods claim it, and which one sends is not known: closed both ways where policy governs one",
             "everything: a change does not reach established connections; end them by conntrack -D",
+            "everything: a destination is judged after it is translated: prefixes that hold services' own addresses do not match what goes to a service",
             "everything: a pod is known by its address, not by its device: keep others from sending with it",
             "everything: frames between pods on one bridge are seen only with net.bridge.bridge-nf-call-iptables and -ip6tables",
             "pod x/c: its device is on a segment, past the host's stack: not enforced",

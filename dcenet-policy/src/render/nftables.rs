@@ -15,7 +15,7 @@
 //! | neighbour discovery between pod and node | solicitations and advertisements with hop limit 255 pass (RFC 4861, section 7.1) |
 //!
 //! Hooks are `forward`, `input` and `output` at priority `filter`, behind translation of destinations and before that of
-//! sources: policy sees backends of services, as it does here.
+//! sources: policy sees backends of services, not the services' own addresses.
 //!
 //! # What cannot be expressed
 //!
@@ -26,15 +26,17 @@
 //! - Pods on a segment (macvlan, ipvlan, VF) do not pass the host's stack: they are not enforced. Nor are frames between two
 //!   pods on one bridge, unless `net.bridge.bridge-nf-call-iptables` and `-ip6tables` are 1.
 //! - A change does not reach connections that are established already; end them by `conntrack -D`.
+//! - A destination is judged after it is translated, here before that. A rule by `service` means the same, as it names the
+//!   backends, too; a rule by prefix does not match what a pod sends to a service whose own address the prefix holds.
 //! - Which rule decided is not told.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Write;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::Omission;
-use crate::analysis::Services;
-use crate::classes::AddressTable;
+use crate::analysis::{Services, allowed};
+use crate::classes::{AddressTable, ClassId};
 use crate::compiler::{CompileError, Compiler, Limits, PolicySet, Scope, SetId, Update};
 use crate::isolation::Fault;
 use crate::model::{Cluster, Direction, PodNetwork, Protocol};
@@ -64,7 +66,7 @@ pub fn undo() -> String {
 pub fn render(cluster: &Cluster, scope: &Scope) -> Result<Rendered, CompileError> {
     let update = Compiler::new(scope.clone(), Limits::default()).update(cluster)?;
     let mut omitted = omissions(cluster, &update);
-    let mut writer = Writer { update: &update, body: String::new(), chains: BTreeMap::new() };
+    let mut writer = Writer { update: &update, body: String::new(), written: BTreeSet::new(), chains: BTreeMap::new() };
     let mut dispatch: BTreeMap<(Direction, bool), BTreeMap<IpAddr, BTreeSet<SetId>>> = BTreeMap::new();
     for (id, plan) in &update.endpoints {
         let pod = &cluster.pods[id];
@@ -78,16 +80,21 @@ pub fn render(cluster: &Cluster, scope: &Scope) -> Result<Rendered, CompileError
             }
         }
     }
-    let claims = |address: &IpAddr| {
-        update.faults.iter().any(|fault| matches!(fault, Fault::AmbiguousAddress { address: of, .. } if of == address))
-    };
+    let claimed: BTreeSet<IpAddr> = update
+        .faults
+        .iter()
+        .filter_map(|fault| match fault {
+            Fault::AmbiguousAddress { address, .. } => Some(*address),
+            _ => None,
+        })
+        .collect();
     let sets = update.sets();
     let mut judge = String::new();
     for ((direction, is_ipv4), pods) in &dispatch {
         let mut elements = Vec::new();
         for (address, of) in pods {
             let open = of.iter().filter_map(|id| sets.get(id)).all(|set| set.policies.is_empty());
-            match (claims(address), of.first().and_then(|id| sets.get(id))) {
+            match (claimed.contains(address), of.first().and_then(|id| sets.get(id))) {
                 (true, _) if open => {}
                 (true, _) => elements.push(format!("{address} : drop")),
                 (false, Some(set)) if !set.policies.is_empty() => {
@@ -111,8 +118,8 @@ pub fn render(cluster: &Cluster, scope: &Scope) -> Result<Rendered, CompileError
     }
     omitted.sort();
     let mut script = format!("{}table {TABLE} {{\n", undo());
-    for chain in writer.chains.values() {
-        script.push_str(chain);
+    for (name, body) in writer.chains.values() {
+        let _ = write!(script, "\tchain {name} {{\n{body}\t}}\n");
     }
     script.push_str(&writer.body);
     let _ = write!(script, "\tchain judge {{\n{PROLOGUE}{judge}\t}}\n");
@@ -137,6 +144,11 @@ fn omissions(cluster: &Cluster, update: &Update) -> Vec<Omission> {
             "frames between pods on one bridge are seen only with net.bridge.bridge-nf-call-iptables and -ip6tables",
         ),
         Omission::new("everything", "a change does not reach established connections; end them by conntrack -D"),
+        Omission::new(
+            "everything",
+            "a destination is judged after it is translated: prefixes that hold services' own addresses do not match what \
+             goes to a service",
+        ),
     ];
     for id in update.endpoints.keys() {
         if cluster.pods[id].on_segment {
@@ -172,27 +184,30 @@ fn omissions(cluster: &Cluster, update: &Update) -> Vec<Omission> {
 struct Writer<'a> {
     update: &'a Update,
     body: String,
-    /// Chains of services by their content's name, so that equal ones exist once.
-    chains: BTreeMap<String, String>,
+    /// The sets whose chains are in there.
+    written: BTreeSet<SetId>,
+    /// Chains' names and bodies by what they allow, so that equal ones exist once.
+    chains: BTreeMap<Services, (String, String)>,
 }
 
 impl Writer<'_> {
     /// The chain of a policy set, written once.
     fn set(&mut self, set: &PolicySet) -> String {
         let name = format!("set_{}", set.id.0);
-        if self.body.contains(&format!("\tchain {name} {{")) {
+        if !self.written.insert(set.id) {
             return name;
         }
         let direction = set.program.list.direction;
         let mut chain = String::new();
+        let mut of_locals: HashMap<u16, String> = HashMap::new();
         let unknown = self.services(set, 0);
         for is_ipv4 in [true, false] {
             let (family, kind) = family(is_ipv4);
             let mut elements = Vec::new();
             for (first, last, local) in intervals(&self.update.table, is_ipv4, |class| set.local(class)) {
-                let to = self.services(set, local);
+                let to = of_locals.entry(local).or_insert_with(|| self.services(set, local));
                 // What is not in the map goes the way of the unknown.
-                if to != unknown {
+                if *to != unknown {
                     let range = if first == last { first.to_string() } else { format!("{first}-{last}") };
                     elements.push(format!("{range} : goto {to}"));
                 }
@@ -214,28 +229,18 @@ impl Writer<'_> {
 
     /// The chain for what a group of peers may do.
     fn services(&mut self, set: &PolicySet, local: u16) -> String {
-        let allowed = crate::analysis::allowed(&set.program.diagram, local);
-        if allowed.is_all() {
-            return self.chain("allow_all", "\t\treturn\n".to_owned());
+        let allowed = allowed(&set.program.diagram, local);
+        if let Some((name, _)) = self.chains.get(&allowed) {
+            return name.clone();
         }
-        if allowed.is_empty() {
-            return self.chain("deny_all", "\t\tdrop\n".to_owned());
-        }
-        let body = body(&allowed);
-        let known =
-            self.chains.iter().find(|(name, chain)| **chain == written(name, &body)).map(|(name, _)| name.clone());
-        let name = known.unwrap_or_else(|| format!("services_{}", self.chains.len()));
-        self.chain(&name, body)
+        let (name, body) = match (allowed.is_all(), allowed.is_empty()) {
+            (true, _) => ("allow_all".to_owned(), "\t\treturn\n".to_owned()),
+            (_, true) => ("deny_all".to_owned(), "\t\tdrop\n".to_owned()),
+            (false, false) => (format!("services_{}", self.chains.len()), body(&allowed)),
+        };
+        self.chains.insert(allowed, (name.clone(), body));
+        name
     }
-
-    fn chain(&mut self, name: &str, body: String) -> String {
-        self.chains.entry(name.to_owned()).or_insert_with(|| written(name, &body));
-        name.to_owned()
-    }
-}
-
-fn written(name: &str, body: &str) -> String {
-    format!("\tchain {name} {{\n{body}\t}}\n")
 }
 
 /// Rules that return for what is allowed and drop the rest.
@@ -322,11 +327,7 @@ fn family(is_ipv4: bool) -> (&'static str, &'static str) {
 }
 
 /// All addresses of a family in ascending, disjoint intervals with a local id other than 0; neighbours differ.
-fn intervals(
-    table: &AddressTable,
-    is_ipv4: bool,
-    local: impl Fn(crate::classes::ClassId) -> u16,
-) -> Vec<(IpAddr, IpAddr, u16)> {
+fn intervals(table: &AddressTable, is_ipv4: bool, local: impl Fn(ClassId) -> u16) -> Vec<(IpAddr, IpAddr, u16)> {
     let end = if is_ipv4 { u128::from(u32::MAX) } else { u128::MAX };
     let number = |address: IpAddr| match address {
         IpAddr::V4(address) => u128::from(address.to_bits()),
