@@ -11,8 +11,8 @@
 //! | a prefix, group, node, or anybody, in `ingress` of admin and baseline | nothing, but pods | as for ICMP |
 //! | exceptions of a prefix in admin and baseline | the prefixes around them | |
 //! | a group of prefixes | its prefixes | one that is not known: as for ICMP |
-//! | nodes by labels | their addresses in the tier NetworkPolicy, else `nodes` | |
-//! | a service | its own and its backends' addresses, a rule for each port | names of ports with it: as for ICMP |
+//! | nodes by labels | their addresses in the tier NetworkPolicy, else `nodes`; their addresses in rules that allow, too, where labels of some are not known | a rule that denies or passes where labels of some are not known: as for ICMP |
+//! | a service | its own and its backends' addresses, a rule for each port | names of ports with it, or one that is not known: as for ICMP |
 //! | pods by service account | nothing | as for ICMP; where it is the subject the policy is left out: open to what is behind |
 //! | a port's name for one protocol, in the other tiers | the name for TCP, UDP and SCTP, where no pod uses it for another of them | else as above |
 //! | more than 25 rules, peers or services | several rules, several objects | |
@@ -170,7 +170,13 @@ impl Renderer<'_> {
         for peer in wanted {
             match peer {
                 Peer::Pods(pods) if !is_sayable(pods) => self.omit(place, format!("a service account; {left}")),
-                Peer::Pods(_) | Peer::Block(_) | Peer::Nodes(_) => peers.push(peer.clone()),
+                Peer::Nodes(_) => {
+                    if rule.action != Action::Allow && self.are_nodes_unknown() {
+                        self.omit(place, format!("nodes whose labels are not known; {left}"));
+                    }
+                    peers.push(peer.clone());
+                }
+                Peer::Pods(_) | Peer::Block(_) => peers.push(peer.clone()),
                 Peer::Group(name) => match self.cluster.catalog.groups.get(name) {
                     Some(blocks) => peers.extend(blocks.iter().cloned().map(Peer::Block)),
                     None => self.omit(place, format!("the group {name}, which is not known; {left}")),
@@ -245,11 +251,7 @@ impl Renderer<'_> {
                         );
                     }
                     Peer::Nodes(wanted) => {
-                        let labels = &self.cluster.catalog.node_labels;
-                        let known = |name| labels.get(name).is_some_and(|labels| selector_holds(wanted, labels));
-                        let nodes = self.cluster.addresses_of_nodes().filter(|(name, _)| known(*name));
-                        let blocks = nodes.flat_map(|(_, addresses)| addresses).map(|address| IpNet::from(*address));
-                        peers.extend(blocks.map(|cidr| json!({ "ipBlock": { "cidr": cidr } })));
+                        peers.extend(self.nodes(wanted).map(|cidr| json!({ "ipBlock": { "cidr": cidr } })));
                     }
                     Peer::Group(_) | Peer::Service(_) => self.omit(place, format!("a peer of another kind; {CLOSED}")),
                 }
@@ -371,6 +373,12 @@ impl Renderer<'_> {
                             let around = whole(block).map(|(cidr, except)| around(cidr, &except)).unwrap_or_default();
                             networks.extend(around.iter().map(|cidr| json!({ "networks": [cidr] })));
                         }
+                        // There the labels of all nodes are known, and more would be allowed.
+                        (Peer::Nodes(wanted), Direction::Egress)
+                            if rule.action == Action::Allow && self.are_nodes_unknown() =>
+                        {
+                            networks.extend(self.nodes(wanted).map(|cidr| json!({ "networks": [cidr] })));
+                        }
                         (Peer::Nodes(wanted), Direction::Egress) => networks.push(json!({ "nodes": selector(wanted) })),
                         (Peer::Block(_) | Peer::Nodes(_) | Peer::Group(_) | Peer::Service(_), _) => {
                             self.omit(place, format!("a peer that is no pod; {left}"));
@@ -451,6 +459,20 @@ impl Renderer<'_> {
         } else if first == last {
             numbers.push(json!({ name: { "destinationPort": { "number": first } } }));
         }
+    }
+
+    /// The addresses of nodes that are known to have the labels.
+    fn nodes(&self, wanted: &LabelSelector) -> impl Iterator<Item = IpNet> {
+        let labels = &self.cluster.catalog.node_labels;
+        let known = |name| labels.get(name).is_some_and(|labels| selector_holds(wanted, labels));
+        let nodes = self.cluster.addresses_of_nodes().filter(move |(name, _)| known(*name));
+        nodes.flat_map(|(_, addresses)| addresses).map(|address| IpNet::from(*address))
+    }
+
+    /// Whether there are nodes whose labels nobody gave: rules that deny or pass hold here for them, or for everybody.
+    fn are_nodes_unknown(&self) -> bool {
+        let labels = &self.cluster.catalog.node_labels;
+        labels.is_empty() || self.cluster.addresses_of_nodes().any(|(node, _)| !labels.contains_key(node))
     }
 
     fn selects(&self, wanted: &NamespaceMatch, name: &str) -> bool {
