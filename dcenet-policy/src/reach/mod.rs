@@ -45,7 +45,8 @@
 //! | `isolation` | policies isolate the pod, and no rule matches | `policies` |
 //! | `no-policy` | no policy selects the pod in this direction | |
 //! | `no-rule` | policies select the pod, none isolates it, and no rule of theirs decides | `policies` |
-//! | `not-enforced` | a policy cannot be enforced, and no other allows the packet (see [`isolation`](crate::isolation)); the engines here never say so: the evaluator judges by all policies, and the simulator refuses a cluster that it cannot enforce | `policies` |
+//! | `not-enforced` | a policy cannot be enforced, and no other allows the packet (see [`isolation`](crate::isolation)); of the engines here only the evaluator says so, of a policy whose subject asks for a service account that is not known; the simulator refuses a cluster that it cannot enforce | `policies` |
+//! | `tier-end` | no rule of a tier decides that denies what is left, or there is no such tier | `policies` |
 //! | `own-node` | the other end is the pod's own node | |
 //! | `host-network` | the pod is in its host's network | |
 //! | `same-pod` | both ends are one pod | |
@@ -55,8 +56,9 @@
 //! object's own `from` or `to` and `ports`; for a policy of the cluster they are not, since one element may become several
 //! or none: see [`clusternetworkpolicy`](crate::sources::clusternetworkpolicy). `text` uses the same numbers.
 //!
-//! `kind` of a note is `left-out`, `assumed-namespace`, `closed-rule`, `tie`, `unused` or `not-read`
-//! ([`NoteKind`](crate::sources::kubernetes::NoteKind)); kinds may be added. The example `reach` has the same on stderr.
+//! `kind` of a note is `left-out`, `assumed-namespace`, `closed-rule`, `unknown-tier`, `unknown-peer`, `tie`, `unused` or
+//! `not-read` ([`NoteKind`](crate::sources::kubernetes::NoteKind)); kinds may be added. The example `reach` has the same on
+//! stderr.
 //!
 //! # The report as a matrix
 //!

@@ -35,7 +35,7 @@
 //! everything. So do `domainNames`, which this implementation cannot resolve. [`Policies::closed`] names each.
 //!
 //! Of `nodes` the labels must be known ([`Catalog::node_labels`](crate::model::Catalog::node_labels)): a node whose labels
-//! are not is matched by rules that deny, and denied by those that pass.
+//! are not is matched by rules that deny, and denied by those that pass; where none are known at all, everybody is.
 //!
 //! # What numbers of peers and ports mean
 //!

@@ -48,7 +48,6 @@
 //! |---|---|---|
 //! | Tier | `spec.order` | its place, from 1 to 65535: lower ones are tried first, and equal ones by name. `admin` has 1000, `network-policy` 2000, `baseline` 3000. What is behind `network-policy` is not asked for a pod that a policy in there isolates; what is before it comes before traffic of the pod's own node, too |
 //! | | `spec.end` | of pods that a policy of the tier governs in a direction, what no rule decides: `pass` it to the next tier (so where missing), or `deny` it |
-//!
 //! | PrefixGroup | `spec.cidrs`, `spec.except` | prefixes and exceptions, as those of a rule. A change of a group changes classes of addresses, and no program |
 //!
 //! A policy of a tier that is not given closes the pods that it governs, in its directions.
