@@ -91,9 +91,9 @@ impl Emitter<'_> {
         self.judge(|emitter| emitter.allow(timeouts, hit));
     }
 
-    /// The straight way of most packets: of a settled flow, admitted by the policy of now, seen in this tick before, without a
-    /// change of its state. Of all others the rest of the stack is cleared, and they go on to `found` or `begun` as if they had
-    /// been looked up there.
+    /// The fast path of settled flows: admitted by the policy of now, seen in this tick before, without a change of state. Of
+    /// all other packets the rest of the stack is cleared, and they go on to `found` or `begun` as if they had been looked
+    /// up there.
     fn settled_flow(&mut self, sample: Option<NonZeroU32>, found: Label, begun: Label) {
         let [other, unsettled] = self.labels();
         self.asm.bind(self.places.common).call(Helper::Jiffies64).mov(R8, R0);

@@ -197,7 +197,7 @@ fn the_time_of_a_settled_flow_goes_on_with_the_clock() {
         let after = pod.flow().1;
         assert!(after.last_seen >= before.last_seen + 20_000_000, "{before:?} {after:?}");
         assert!(after.tick > before.tick, "{before:?} {after:?}");
-        // Within one tick packets are counted all the same, and a new policy is heeded.
+        // Packets are counted all the same, in whichever tick they come.
         for _ in 0..3 {
             pod.expect(direction, &there, None);
         }
