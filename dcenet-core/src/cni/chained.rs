@@ -27,6 +27,7 @@ impl Call<'_> {
             ));
         };
         let nat = self.conf.nat()?;
+        self.conf.refuse_ranges()?;
         self.conf.refuse_lost()?;
         self.conf.refuse_bandwidth()?;
         let policy = self.policy()?;

@@ -39,6 +39,8 @@ pub struct NetConf {
     pub previous: Option<CniResult>,
     /// `cni.dev/valid-attachments`, or its older name `cni.dev/attachments`: what GC must keep. Absent is not empty.
     pub valid_attachments: Option<Vec<(ContainerId, IfName)>>,
+    /// Why the capability `ipRanges` cannot be had. Only what hands out addresses needs it.
+    ranges: Option<CniError>,
     sections: Map<String, Value>,
 }
 
@@ -180,12 +182,13 @@ impl NetConf {
             runtime.addresses = addresses("runtimeConfig.ips", wire.ips.unwrap_or_default())?.or(runtime.addresses);
             runtime.pools = pools("runtimeConfig.pools", wire.pools.unwrap_or_default())?.or(runtime.pools);
         }
+        let mut ranges = None;
         // The meta role hands it on to the network that it is for.
         if role != Role::Meta
             && let Some(asked) = keys.get("runtimeConfig").and_then(|runtime| runtime.get("ipRanges")).cloned()
             && !says_nothing(&asked)
         {
-            ranges::put(&asked, &mut keys)?;
+            ranges = ranges::put(&asked, &mut keys).err();
         }
         let previous = match keys.get("prevResult") {
             None | Some(Value::Null) => None,
@@ -207,6 +210,7 @@ impl NetConf {
             labels,
             previous,
             valid_attachments,
+            ranges,
             sections: keys,
         })
     }
@@ -245,7 +249,8 @@ impl NetConf {
         Ok(Some(Dns { nameservers: servers, domain: None, search: searches, options }))
     }
 
-    /// The capability `bandwidth` (CNI conventions), which goes before `link.bandwidth` in each direction that it limits. `None` where it asks for nothing.
+    /// The capability `bandwidth` (CNI conventions), which goes before `link.bandwidth` in each direction that it limits.
+    /// `None` where it asks for nothing.
     ///
     /// # Errors
     /// Code 7, with the path of the wrong field.
@@ -262,6 +267,14 @@ impl NetConf {
             let remedy = "put the reference plugin `bandwidth` behind this one in the list";
             Err(lost("bandwidth", value, remedy))
         })
+    }
+
+    /// Refuses the capability `ipRanges` where its ranges cannot be had. Who releases addresses needs them not.
+    ///
+    /// # Errors
+    /// Code 7, with the path of the wrong field.
+    pub(super) fn refuse_ranges(&self) -> Result<(), CniError> {
+        self.ranges.clone().map_or(Ok(()), Err)
     }
 
     /// Refuses capabilities that nothing here honours: a runtime that is not told would believe that they are.

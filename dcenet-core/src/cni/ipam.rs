@@ -16,6 +16,7 @@ impl Call<'_> {
     /// ADD.
     pub(super) async fn lease_for_another(&self) -> Result<CniResult, CniError> {
         self.refuse_policy()?;
+        self.conf.refuse_ranges()?;
         let key = self.key()?;
         let hold = self.hold_foreign(&key)?;
         let before = self.held(&key).await?;

@@ -1,8 +1,8 @@
 //! The capability `ipRanges` (CNI conventions): what addresses a runtime wants a pod to get, as pools of the call.
 //!
 //! An attachment gets an address of each list, from the first of its ranges that has a free one. They take the place of
-//! `ipam.pools`: a runtime that names ranges has planned them. Releasing needs none of them, for a lease is found by its
-//! attachment.
+//! `ipam.pools`: a runtime that names ranges has planned them. An attachment gets one address of a subnet, so that two lists
+//! cannot have ranges of the same. Releasing needs none of them, for a lease is found by its attachment.
 
 use std::net::IpAddr;
 
@@ -80,6 +80,12 @@ fn add(range: &Range, path: &str, group: Option<&str>, pools: &mut Vec<Value>, f
         return Err(wrong(format!("{path}.rangeEnd"), reason));
     }
     let gateway = address("gateway", &range.gateway)?;
+    if pools[..from].iter().any(|pool| pool["subnet"] == json!(subnet)) {
+        let reason = format!(
+            "{subnet} is in a list before it, and an attachment gets one address of a subnet; put its ranges into one list"
+        );
+        return Err(wrong(format!("{path}.subnet"), reason));
+    }
     let of_subnet = pools[from..].iter_mut().find(|pool| pool["subnet"] == json!(subnet));
     let pool = match of_subnet {
         Some(pool) => pool,
@@ -166,6 +172,13 @@ mod tests {
             (
                 json!([[{ "subnet": "10.1.2.0/24" }, { "subnet": "2001:db8::/64" }]]),
                 "[0][1].subnet: is of another family",
+            ),
+            (
+                json!([
+                    [{ "subnet": "10.1.2.0/24", "rangeEnd": "10.1.2.19" }],
+                    [{ "subnet": "10.1.2.0/24", "rangeStart": "10.1.2.20" }],
+                ]),
+                "[1][0].subnet: 10.1.2.0/24 is in a list before it",
             ),
         ] {
             let error = pools(value).unwrap_err();

@@ -101,6 +101,7 @@ impl<'a> Call<'a> {
 
     pub(super) async fn add(&self) -> Result<CniResult, CniError> {
         let key = self.key()?;
+        self.conf.refuse_ranges()?;
         let mut link = self.link()?;
         if let Some(bandwidth) = self.conf.bandwidth()? {
             link = link.limited(bandwidth).map_err(|error| attach(error.into()))?;

@@ -369,6 +369,12 @@ fn ranges_of_the_runtime_take_the_place_of_the_pools() {
     node.config = asking;
     assert_eq!(addresses(&node.add(&pods[0]).unwrap())[0], "10.7.0.20/24");
     node.config["runtimeConfig"] = json!({ "ipRanges": [[{ "subnet": "10.7.0.0/24", "rangeEnd": "10.8.0.1" }]] });
-    let error = node.add(&node.pod("d")).unwrap_err();
+    let refused = node.pod("d");
+    let error = node.add(&refused).unwrap_err();
     assert!(error["msg"].as_str().unwrap().starts_with("runtimeConfig.ipRanges[0][0].rangeEnd: "), "{error}");
+    // The runtime asks for the same when it takes the pod down, and for that of one that it has had.
+    node.del(&refused).unwrap();
+    node.del(&pods[0]).unwrap();
+    node.config["runtimeConfig"] = json!({ "ipRanges": [[range(20, 20)]] });
+    assert_eq!(addresses(&node.add(&refused).unwrap()), ["10.7.0.20/24"]);
 }
