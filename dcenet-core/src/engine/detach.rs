@@ -94,14 +94,20 @@ impl Engine {
 
     fn delete_marked(&self, key: &AttachmentKey) -> Result<bool, TeardownError> {
         let mut socket = self.host_socket()?;
-        let mut found = false;
-        for name in [key.id().shaper_ifname(), key.id().host_ifname()] {
-            if let Some(link) = marked(&mut socket, key, &name)? {
-                delete(&mut socket, &link)?;
-                found = true;
+        let (mut found, mut refused) = (false, None);
+        for name in [key.id().host_ifname(), key.id().shaper_ifname()] {
+            let deleted = match marked(&mut socket, key, &name) {
+                Ok(Some(link)) => delete(&mut socket, &link).map(|()| true),
+                Ok(None) => Ok(false),
+                Err(error) => Err(error.into()),
+            };
+            match deleted {
+                Ok(deleted) => found |= deleted,
+                // One that stays keeps no other from going.
+                Err(error) => refused = refused.or(Some(error)),
             }
         }
-        Ok(found)
+        refused.map_or(Ok(found), Err)
     }
 
     /// Whether a device carries the attachment's mark.

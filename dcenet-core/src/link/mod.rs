@@ -214,12 +214,14 @@ impl LinkConfig {
     /// # Errors
     /// For a kind whose packets do not pass the host.
     pub fn limited(mut self, bandwidth: Bandwidth) -> Result<Self, PlanError> {
+        if bandwidth.is_none() {
+            return Ok(self);
+        }
         let limits = match &mut self {
             Self::Bridge(config) => &mut config.bandwidth,
             Self::Veth(config) => &mut config.bandwidth,
             Self::Vrf(config) => &mut config.bandwidth,
             Self::Netkit(config) => &mut config.bandwidth,
-            other if bandwidth.is_none() => return Ok(other.clone()),
             other => {
                 return Err(PlanError::Invalid {
                     field: "runtimeConfig.bandwidth",
