@@ -19,6 +19,8 @@ pub(super) struct Fence {
     port: u16,
     vni: u32,
     entries: fence::Entries,
+    /// Somebody was found in it who is wanted no more.
+    stale: bool,
 }
 
 impl Fence {
@@ -29,14 +31,14 @@ impl Fence {
     pub(super) fn widen(host: &Host, vtep: &Vtep, wanted: &Wanted) -> Result<(Self, usize), FabricError> {
         let socket = open(host)?.map_err(FabricError::NoFence)?;
         let entries = fence::entries(&wanted.vteps, &wanted.entrances);
-        let mut fence = Self { socket, port: vtep.port, vni: vtep.vni, entries };
+        let mut fence = Self { socket, port: vtep.port, vni: vtep.vni, entries, stale: false };
         let changed = fence.reconcile(false)?;
         Ok((fence, changed))
     }
 
     /// Shuts out who is wanted no more, and returns how many changes that took.
     pub(super) fn narrow(&mut self) -> Result<usize, NetlinkError> {
-        self.reconcile(true)
+        if self.stale { self.reconcile(true) } else { Ok(0) }
     }
 
     /// Removes the fence, and returns whether there was one.
@@ -55,7 +57,7 @@ impl Fence {
     }
 
     fn reconcile(&mut self, narrow: bool) -> Result<usize, NetlinkError> {
-        let Self { socket, port, vni, entries } = self;
+        let Self { socket, port, vni, entries, stale } = self;
         let (mut changed, mut more) = (0, true);
         while more {
             let mut now = 0;
@@ -75,8 +77,9 @@ impl Fence {
                 more = false;
                 for (set, keys) in &*entries {
                     let found: BTreeSet<_> = nft::list(socket, fence::TABLE, set)?.into_iter().map(|e| e.key).collect();
-                    let stale = found.difference(keys).filter(|_| narrow);
-                    for (enter, keys) in [(true, keys.difference(&found).collect()), (false, Vec::from_iter(stale))] {
+                    *stale |= found.difference(keys).next().is_some();
+                    let leaving = found.difference(keys).filter(|_| narrow);
+                    for (enter, keys) in [(true, keys.difference(&found).collect()), (false, Vec::from_iter(leaving))] {
                         let some = &keys[..keys.len().min(room)];
                         messages.extend(fence::change_entries(set, some, enter));
                         more |= some.len() < keys.len();

@@ -26,16 +26,26 @@ pub struct HostFacts {
     pub pods: Vec<(String, u32)>,
 }
 
-impl HostFacts {
-    pub(super) fn read(
-        socket: &mut Socket,
-        device: &IfName,
-    ) -> Result<(Self, Vec<RouteView>, Vec<LinkView>), NetlinkError> {
-        let (links, addresses, routes) = (socket.links()?, socket.addresses()?, socket.routes()?);
-        let facts = Self::of(&links, &addresses, &routes, device);
-        Ok((facts, routes, links))
+/// The lists of a host at one moment.
+#[derive(Debug)]
+pub(super) struct Lists {
+    pub(super) links: Vec<LinkView>,
+    pub(super) addresses: Vec<AddressView>,
+    pub(super) routes: Vec<RouteView>,
+}
+
+impl Lists {
+    pub(super) fn read(socket: &mut Socket) -> Result<Self, NetlinkError> {
+        Ok(Self { links: socket.links()?, addresses: socket.addresses()?, routes: socket.routes()? })
     }
 
+    /// `device` is the fabric's own.
+    pub(super) fn facts(&self, device: &IfName) -> HostFacts {
+        HostFacts::of(&self.links, &self.addresses, &self.routes, device)
+    }
+}
+
+impl HostFacts {
     /// What lists of the host say. `device` is the fabric's own.
     pub fn of(links: &[LinkView], addresses: &[AddressView], routes: &[RouteView], device: &IfName) -> Self {
         let link_of = |index| links.iter().find(|link| link.index == index);

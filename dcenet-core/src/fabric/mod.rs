@@ -45,6 +45,12 @@
 //! answer goes past the tunnel: a network that lets only its own addresses through drops that. Pods among each other always
 //! use one way. Straight routes need a network that lets pods' addresses through.
 //!
+//! Each node goes by the MTU of its own underlay: where one has a smaller one than others, give all pods what is left of the
+//! smallest. Addresses of a default route's link that are temporary (RFC 8981) are announced as any other: name the lasting one
+//! ([`FabricConfig::addresses`]). A host that forwards IPv6 takes no router advertisements, and loses default routes that it has
+//! of them, unless `accept_ra` is 2 (`net/ipv6/addrconf.c`). A pool must not hold addresses of nodes: its unreachable route cuts
+//! them off.
+//!
 //! A host of the underlay that can send with a node's address is taken for the node, as is a process of a node's own network
 //! namespace: VXLAN has no proof of origin (RFC 7348, section 7). Between nodes no addresses may be translated. Over IPv6, where
 //! several links lead to a peer by one route and none of them bears the node's own address, what comes by another than the
@@ -69,7 +75,7 @@ use serde::{Deserialize, Serialize};
 pub use self::events::KernelEvents;
 pub use self::host::HostFacts;
 pub use self::plan::{Hop, Wanted, plan};
-pub use self::reconcile::{Fabric, FabricError, Report};
+pub use self::reconcile::{Fabric, FabricError, Look, Report};
 use crate::model::IfName;
 
 /// How nodes are connected, as written in a configuration. The same on every node but for `addresses`.

@@ -27,7 +27,8 @@ pub struct Wanted {
     pub vteps: BTreeSet<IpAddr>,
     /// The links that VXLAN may come in by wherever the way back leads: those that the own VTEP or a router is on.
     pub entrances: BTreeSet<IfIndex>,
-    /// The largest packet that reaches every node, in bytes, where there is VXLAN.
+    /// The largest packet that VXLAN carries on this host, in bytes, where there is VXLAN; another node's underlay may carry
+    /// less.
     pub mtu: Option<u32>,
     /// What cannot be, why, and what to do about it.
     pub problems: Vec<String>,
@@ -48,8 +49,8 @@ pub enum Hop {
     /// Through the VXLAN device.
     Vxlan {
         /// The neighbour on it: for IPv4 the first address of the prefix that is no other node's neighbour, which needs not be
-        /// a host's, for it is never asked for; for IPv6 the link-local address that belongs to the node's Ethernet address, for the kernel takes no other
-        /// that it knows on another link (`ip6_route_check_nh_onlink` of `net/ipv6/route.c`).
+        /// a host's, for it is never asked for; for IPv6 the link-local address that belongs to the node's Ethernet address, for
+        /// the kernel takes no other that it knows on another link (`ip6_route_check_nh_onlink` of `net/ipv6/route.c`).
         gateway: IpAddr,
     },
 }
@@ -68,13 +69,11 @@ pub fn plan(table: &FabricTable, local: &FabricNode, facts: &HostFacts, config: 
             around.max_by_key(|(prefix, _)| prefix.prefix_len()).is_some_and(|(_, owner)| *owner == local.name)
         };
         wanted.inside.extend(local.inside.iter().copied().filter(leads_here));
-    }
-    if let Some(own) = &local.vtep {
         let others = table.nodes.values().filter(|node| node.name != local.name).filter_map(|node| node.vtep);
-        let same = others.filter(|vtep| (vtep.vni, vtep.port) == (own.vni, own.port)).map(|vtep| vtep.address);
+        let same = others.filter(|other| (other.vni, other.port) == (vtep.vni, vtep.port)).map(|other| other.address);
         wanted.vteps = same.filter(|address| !facts.addresses.contains_key(address)).collect();
         let routed = facts.routers.iter().map(|(_, link)| *link);
-        wanted.entrances = routed.chain(facts.addresses.get(&own.address).copied()).collect();
+        wanted.entrances = routed.chain(facts.addresses.get(&vtep.address).copied()).collect();
     }
     let bridge_of = |prefix: &IpNet| facts.bridged.iter().find(|(subnet, _)| subnet.contains(prefix));
     for pool in &table.pools {

@@ -8,6 +8,7 @@ use ipnet::IpNet;
 use sha2::{Digest, Sha256};
 
 use super::fence::Fence;
+use super::host::Lists;
 use super::settings::{self, Settings, SettingsError};
 use super::{FabricConfig, Hop, HostFacts, MARK, METRIC, Wanted, plan};
 use crate::model::{IfIndex, IfName, MacAddr, Mtu};
@@ -38,12 +39,22 @@ pub struct Report {
     pub installed: usize,
     /// Entries that were added, changed or removed: routes, neighbours, forwarding, who may send, settings, the device.
     pub changed: usize,
-    /// The largest packet that reaches every node, in bytes: pods' links must not have more. `None` without VXLAN.
+    /// The largest packet that VXLAN carries on this host, in bytes: pods' links must not have more. Another node's underlay
+    /// may carry less. `None` without VXLAN.
     pub mtu: Option<u32>,
     /// What cannot be, why, and what to do about it.
     pub problems: Vec<String>,
     /// What the kernel refused. The same call may succeed later.
     pub failures: Vec<String>,
+}
+
+/// What the host was like at one moment.
+#[derive(Debug)]
+pub struct Look {
+    /// How others reach this node. It has no addresses inside: who has leased some
+    /// ([`lease_inside`](crate::provider::FabricSource::lease_inside)) adds them.
+    pub local: FabricNode,
+    lists: Lists,
 }
 
 /// Why a fabric cannot be made.
@@ -110,8 +121,19 @@ impl Fabric {
     /// # Errors
     /// [`FabricError::Invalid`] where an address is told that the host has not; [`FabricError::NoAddress`].
     pub fn local(&self) -> Result<FabricNode, FabricError> {
-        let mut socket = self.host.0.socket(Family::Route)?;
-        let (found, routes) = (socket.addresses()?, socket.routes()?);
+        Ok(self.look()?.local)
+    }
+
+    /// Looks at the host, once for [`local`](Fabric::local) and [`apply_seen`](Fabric::apply_seen) together.
+    ///
+    /// # Errors
+    /// As [`local`](Fabric::local).
+    pub fn look(&self) -> Result<Look, FabricError> {
+        let lists = Lists::read(&mut self.host.0.socket(Family::Route)?)?;
+        Ok(Look { local: self.local_of(&lists)?, lists })
+    }
+
+    fn local_of(&self, Lists { addresses: found, routes, links: _ }: &Lists) -> Result<FabricNode, FabricError> {
         let mut addresses = self.config.addresses.clone();
         for (i, address) in addresses.iter().enumerate() {
             if !found.iter().any(|a| a.address.addr() == *address) {
@@ -123,7 +145,7 @@ impl Fabric {
             }
         }
         if addresses.is_empty() {
-            addresses = HostFacts::addresses_of_default_routes(&found, &routes);
+            addresses = HostFacts::addresses_of_default_routes(found, routes);
         }
         let first = *addresses.first().ok_or(FabricError::NoAddress)?;
         let FabricConfig { vni, port, .. } = self.config;
@@ -142,10 +164,8 @@ impl Fabric {
     /// # Errors
     /// As [`local`](Fabric::local).
     pub fn carries(&self) -> Result<Option<u32>, FabricError> {
-        let local = self.local()?;
-        let mut socket = self.host.0.socket(Family::Route)?;
-        let (facts, ..) = HostFacts::read(&mut socket, &self.config.device)?;
-        Ok(plan(&FabricTable::default(), &local, &facts, &self.config).mtu)
+        let Look { local, lists } = self.look()?;
+        Ok(plan(&FabricTable::default(), &local, &lists.facts(&self.config.device), &self.config).mtu)
     }
 
     /// Makes the host what the table says. What is right stays untouched, so that repeating it changes nothing. `local` is
@@ -155,25 +175,45 @@ impl Fabric {
     /// Where nothing can be done; what the kernel refuses of single entries is in [`Report::failures`].
     pub fn apply(&self, local: &FabricNode, table: &FabricTable) -> Result<Report, FabricError> {
         let mut socket = self.host.0.socket(Family::Route)?;
+        let lists = Lists::read(&mut socket)?;
+        self.apply_to(lists, &mut socket, local, table)
+    }
+
+    /// As [`apply`](Fabric::apply), by what a look has just found: what changed since may be refused, and is found by the next.
+    ///
+    /// # Errors
+    /// As [`apply`](Fabric::apply).
+    pub fn apply_seen(&self, look: Look, table: &FabricTable) -> Result<Report, FabricError> {
+        let Look { local, lists } = look;
+        self.apply_to(lists, &mut self.host.0.socket(Family::Route)?, &local, table)
+    }
+
+    fn apply_to(
+        &self,
+        lists: Lists,
+        socket: &mut Socket,
+        local: &FabricNode,
+        table: &FabricTable,
+    ) -> Result<Report, FabricError> {
         let device = &self.config.device;
-        let (facts, mut routes, links) = HostFacts::read(&mut socket, device)?;
-        let wanted = plan(table, local, &facts, &self.config);
+        let wanted = plan(table, local, &lists.facts(device), &self.config);
+        let Lists { links, mut routes, .. } = lists;
         let mut report = Report { mtu: wanted.mtu, problems: wanted.problems.clone(), ..Report::default() };
         report.changed += self.set(&wanted, table, &links)?;
         // Another mode or name was told before.
         let stays = local.vtep.is_some().then_some(device);
-        report.changed += self.remove_devices(&mut socket, &links, stays, &mut routes)?;
+        report.changed += self.remove_devices(socket, &links, stays, &mut routes)?;
         let mut index = None;
         let mut fence = None;
         if let Some(vtep) = &local.vtep {
-            report.changed += self.remove_other_network(&mut socket, vtep, &mut routes)?;
+            report.changed += self.remove_other_network(socket, vtep, &mut routes)?;
             let (raised, changed) = Fence::widen(&self.host, vtep, &wanted)?;
             fence = Some(raised);
             report.changed += changed;
-            let (found, changed) = self.ensure_device(&mut socket, vtep, wanted.mtu, &mut routes)?;
+            let (found, changed) = self.ensure_device(socket, vtep, wanted.mtu, &mut routes)?;
             report.changed += changed;
             index = Some(found);
-            if self.address(&mut socket, found, &wanted, table, &mut report)? {
+            if self.address(socket, found, &wanted, table, &mut report)? {
                 // With its last address a link loses its IPv4 routes, and its neighbours of whom nothing is read yet
                 // (`fib_disable_ip` of `net/ipv4/fib_frontend.c`).
                 routes = socket.routes()?;
@@ -181,10 +221,10 @@ impl Fabric {
         }
         let mut work = Work { index, report, first: Vec::new(), last: Vec::new() };
         if let Some(index) = index {
-            work.forward(&wanted, &mut socket, index, device)?;
+            work.forward(&wanted, socket, index, device)?;
         }
         work.route(&wanted, &routes);
-        work.run(&mut socket);
+        work.run(socket);
         let mut report = work.report;
         let narrowed = match &mut fence {
             Some(fence) => fence.narrow().map_err(FabricError::from),
