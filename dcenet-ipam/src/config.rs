@@ -179,7 +179,23 @@ impl Default for StoreConfig {
     }
 }
 
+impl IpamConfig {
+    /// The node that asks: the one that is told, else this machine by its host name; `None` where that is none that a node may
+    /// have.
+    pub fn owner(&self) -> Option<Node> {
+        self.node.clone().or_else(Node::of_this_machine)
+    }
+}
+
 impl StoreConfig {
+    /// Whether what it keeps is there when the process has ended.
+    pub fn outlives_process(&self) -> bool {
+        match self {
+            Self::Etcd(_) | Self::Log { .. } => true,
+            Self::Memory {} => false,
+        }
+    }
+
     /// Opens the store; `state_dir` is where the log goes that has no path of its own.
     pub fn open(&self, state_dir: &Path) -> Result<Arc<dyn Store>, StoreError> {
         Ok(match self {

@@ -11,6 +11,10 @@
 //!
 //! What a node itself sends through VXLAN comes from addresses that it leases as a pod would: the attachment
 //! `dcenet.fabric/NODE/vxlan`. No container is behind it, so that no snapshot of containers takes it back.
+//!
+//! # Limits
+//! Each node keeps all attachments of the routed pools in memory, and hears of every change of the store. A record that cannot
+//! be read stops the feeds of all nodes until it is mended or removed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -26,11 +30,11 @@ use ipnet::IpNet;
 
 use crate::Ipam;
 use crate::config::Layout;
-use crate::follow::{Follower, Replica};
+use crate::follow::{FAR, Follower, Replica};
 use crate::ipam::{decode, store_error};
-use crate::model::{Addr, BlockOwner, Pool};
+use crate::model::{Addr, NodeName, Pool};
 use crate::record::{AttachmentRecord, BlockRecord, block_prefix, fabric_key, network_prefix};
-use crate::store::{Batch, Change, Entry, Guard, Key, Outcome, Write, number_of};
+use crate::store::{Batch, Entry, Guard, Key, Outcome, Write, number_of};
 
 /// Tells which node has which prefix, whenever that has changed.
 ///
@@ -58,8 +62,6 @@ pub struct FabricFeed<I> {
     book: Book,
     follower: Follower,
     known: Option<FabricTable>,
-    /// Changes were missed.
-    behind: bool,
     /// What this feed told of its node.
     announced: Option<FabricNode>,
 }
@@ -74,19 +76,18 @@ impl<I: Deref<Target = Ipam>> FabricFeed<I> {
     /// The first call of [`FabricSource::next`] reads the records.
     pub fn new(ipam: I) -> Self {
         let book = Book::new(ipam.layout());
-        Self { ipam, book, follower: Follower::default(), known: None, behind: true, announced: None }
+        Self { ipam, book, follower: Follower::default(), known: None, announced: None }
     }
 
     async fn follow(&mut self, limit: Duration) -> Result<Option<FabricTable>, LeaseError> {
         // No deadline where the clock cannot express it.
         let deadline = Instant::now().checked_add(limit);
         loop {
-            if self.behind {
+            if self.follower.behind {
                 self.follower.scan(&self.ipam, &mut self.book).await?;
-                self.behind = false;
             }
-            self.drain().await?;
-            if self.behind {
+            self.follower.drain(&self.ipam, &mut self.book).await?;
+            if self.follower.behind {
                 continue;
             }
             if std::mem::take(&mut self.book.changed) || self.known.is_none() {
@@ -99,38 +100,11 @@ impl<I: Deref<Target = Ipam>> FabricFeed<I> {
             let left = deadline.map_or(FAR, |deadline| deadline.saturating_duration_since(Instant::now()));
             let Some(watch) = &mut self.follower.watch else { return Ok(None) };
             match watch.next(left).await.map_err(store_error)? {
-                Some(change) => self.learn(change)?,
+                Some(change) => self.follower.learn(change, &self.ipam, &mut self.book)?,
                 None if left.is_zero() => return Ok(None),
                 None => {}
             }
         }
-    }
-
-    /// Takes in what is ready, so that many changes make one table.
-    async fn drain(&mut self) -> Result<(), LeaseError> {
-        for _ in 0..AT_ONCE {
-            let Some(watch) = &mut self.follower.watch else { return Ok(()) };
-            match watch.next(Duration::ZERO).await.map_err(store_error)? {
-                Some(change) => self.learn(change)?,
-                None => return Ok(()),
-            }
-        }
-        Ok(())
-    }
-
-    fn learn(&mut self, change: Change) -> Result<(), LeaseError> {
-        match change {
-            // Before the scan.
-            Change::Writes { revision, .. } if revision <= self.follower.revision => {}
-            Change::Writes { revision, writes } => {
-                self.follower.revision = revision;
-                let taken = self.book.take_in(revision, writes, self.ipam.now());
-                // What the copy was doing is half done.
-                taken.inspect_err(|_| self.behind = true)?;
-            }
-            Change::Gap { .. } => self.behind = true,
-        }
-        Ok(())
     }
 
     /// Leases an address of the first routed pool of each family.
@@ -220,11 +194,16 @@ impl<I: Deref<Target = Ipam> + Send + Sync> FabricSource for FabricFeed<I> {
     }
 }
 
+/// Whether an attachment of a node holds its addresses inside: no container is behind it.
+pub(crate) fn is_inside(attachment: &AttachmentKey, node: Option<&NodeName>) -> bool {
+    node.is_some_and(|node| inside_of(node.as_str()).is_ok_and(|inside| inside == *attachment))
+}
+
 /// What holds the addresses of a node inside.
 fn inside_of(node: &str) -> Result<AttachmentKey, LeaseError> {
     let invalid = |reason: String| LeaseError::Invalid { field: "ipam.node.name".to_owned(), reason };
     Ok(AttachmentKey {
-        network: NETWORK.parse().expect("a network's name"),
+        network: "dcenet.fabric".parse().expect("a network's name"),
         container: node.parse().map_err(|e| invalid(format!("{node:?} cannot name what holds addresses: {e}")))?,
         ifname: "vxlan".parse().expect("an interface's name"),
     })
@@ -274,10 +253,7 @@ impl Replica for Book {
 
 impl Book {
     fn new(layout: &Layout) -> Self {
-        let routed = layout.pools.iter().filter_map(|pool| {
-            let blocks = pool.block.filter(|blocks| blocks.owner == BlockOwner::Node)?;
-            Some((pool.clone(), blocks.length))
-        });
+        let routed = layout.pools.iter().filter_map(|pool| Some((pool.clone(), pool.node_blocks()?)));
         let pools: Vec<_> = routed.collect();
         let mut prefixes = vec![network_prefix(None), fabric_key("")];
         prefixes.extend(pools.iter().map(|(pool, _)| block_prefix(&pool.space, pool.family(), &pool.name)));
@@ -379,11 +355,5 @@ fn set<K: Ord, V: PartialEq>(map: &mut BTreeMap<K, (u64, V)>, key: K, revision: 
     }
 }
 
-/// The network of attachments that no container is behind.
-pub(crate) const NETWORK: &str = "dcenet.fabric";
-/// Changes that are taken in before the next table.
-const AT_ONCE: usize = 1024;
 /// Attempts to write a record that others change.
 const TRIES: usize = 8;
-/// Waits that nothing limits.
-const FAR: Duration = Duration::from_secs(3600);

@@ -22,19 +22,28 @@ pub(crate) trait Replica {
 }
 
 /// Where a copy stands.
-#[derive(Default)]
 pub(crate) struct Follower {
     /// Up to which revision the copy knows everything.
     pub(crate) revision: u64,
     /// Opened by the first scan.
     pub(crate) watch: Option<Box<dyn Watch>>,
+    /// The copy is to be filled anew: it never was, changes were missed, or cannot be watched.
+    pub(crate) behind: bool,
+}
+
+impl Default for Follower {
+    fn default() -> Self {
+        Self { revision: 0, watch: None, behind: true }
+    }
 }
 
 impl Follower {
     /// Fills the copy with the records of one moment.
     pub(crate) async fn scan(&mut self, ipam: &Ipam, replica: &mut impl Replica) -> Result<(), LeaseError> {
+        self.behind = true;
         for _ in 0..SCANS {
             if self.scanned(ipam, replica).await? {
+                self.behind = false;
                 return Ok(());
             }
         }
@@ -50,6 +59,34 @@ impl Follower {
             found.extend(ipam.scan_all(prefix).await?);
         }
         replica.reset(found, ipam.now())
+    }
+
+    /// Takes in what is ready, so that many changes are looked at once.
+    pub(crate) async fn drain(&mut self, ipam: &Ipam, replica: &mut impl Replica) -> Result<(), LeaseError> {
+        for _ in 0..AT_ONCE {
+            let Some(watch) = &mut self.watch else { return Ok(()) };
+            match watch.next(Duration::ZERO).await.map_err(store_error)? {
+                Some(change) => self.learn(change, ipam, replica)?,
+                None => return Ok(()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes in what the watch told.
+    pub(crate) fn learn(&mut self, change: Change, ipam: &Ipam, replica: &mut impl Replica) -> Result<(), LeaseError> {
+        match change {
+            // Before the scan.
+            Change::Writes { revision, .. } if revision <= self.revision => {}
+            Change::Writes { revision, writes } => {
+                self.revision = revision;
+                let taken = replica.take_in(revision, writes, ipam.now());
+                // What the copy was doing is half done.
+                taken.inspect_err(|_| self.behind = true)?;
+            }
+            Change::Gap { .. } => self.behind = true,
+        }
+        Ok(())
     }
 
     /// Whether no change was missed between the pages of the scan.
@@ -87,5 +124,9 @@ impl Follower {
 
 /// How long a change may be on its way from the store to its watch.
 const SETTLE: Duration = Duration::from_secs(2);
+/// Changes that are taken in before who follows looks.
+const AT_ONCE: usize = 1024;
+/// Waits that nothing limits.
+pub(crate) const FAR: Duration = Duration::from_secs(3600);
 /// Scans before giving up on a store that forgets faster.
 const SCANS: usize = 8;

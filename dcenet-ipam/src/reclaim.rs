@@ -222,7 +222,7 @@ impl<'a> Reclaimer<'a> {
         let mut due = Vec::new();
         for Seen { attachment, record, sequence } in self.seen(scope.network.as_ref()).await? {
             // No container is behind it.
-            if attachment.network.as_str() == crate::fabric::NETWORK {
+            if crate::fabric::is_inside(&attachment, record.node.as_ref()) {
                 continue;
             }
             let key = (attachment, sequence);

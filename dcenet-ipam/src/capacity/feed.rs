@@ -8,9 +8,9 @@ use dcenet_core::provider::LeaseError;
 use super::Capacity;
 use super::book::Book;
 use crate::Ipam;
-use crate::follow::{Follower, Replica as _};
+use crate::follow::{FAR, Follower};
 use crate::ipam::store_error;
-use crate::store::{Change, StoreError};
+use crate::store::StoreError;
 
 impl Ipam {
     /// What becomes of the addresses of the configuration's pools. Reads every record of them: a tool's call; who asks
@@ -54,8 +54,6 @@ pub struct CapacityFeed<I> {
     book: Book,
     follower: Follower,
     known: Option<Capacity>,
-    /// Changes were missed, or cannot be watched.
-    behind: bool,
 }
 
 impl<I> std::fmt::Debug for CapacityFeed<I> {
@@ -68,7 +66,7 @@ impl<I: Deref<Target = Ipam>> CapacityFeed<I> {
     /// The first call of [`CapacityFeed::next`] reads the records.
     pub fn new(ipam: I) -> Self {
         let book = Book::new(ipam.layout().clone());
-        Self { ipam, book, follower: Follower::default(), known: None, behind: true }
+        Self { ipam, book, follower: Follower::default(), known: None }
     }
 
     /// Waits until a count differs from what the last call told, at most `limit`; `None` when none does. The first call
@@ -84,11 +82,11 @@ impl<I: Deref<Target = Ipam>> CapacityFeed<I> {
         // No deadline where the clock cannot express it.
         let deadline = Instant::now().checked_add(limit);
         loop {
-            if self.behind {
+            if self.follower.behind {
                 self.scan().await?;
             }
-            self.drain().await?;
-            if self.behind && self.follower.watch.is_some() {
+            self.follower.drain(&self.ipam, &mut self.book).await?;
+            if self.follower.behind && self.follower.watch.is_some() {
                 continue;
             }
             let now = self.count();
@@ -101,7 +99,7 @@ impl<I: Deref<Target = Ipam>> CapacityFeed<I> {
             let due = now.next_due.map_or(FAR, |at| Duration::from_millis(at.saturating_sub(self.ipam.now())));
             let Some(watch) = &mut self.follower.watch else { return Ok(None) };
             match watch.next(left.min(due)).await.map_err(store_error)? {
-                Some(change) => self.learn(change)?,
+                Some(change) => self.follower.learn(change, &self.ipam, &mut self.book)?,
                 None if deadline.is_some_and(|deadline| Instant::now() >= deadline) => return Ok(None),
                 None => {}
             }
@@ -110,7 +108,7 @@ impl<I: Deref<Target = Ipam>> CapacityFeed<I> {
 
     async fn scan(&mut self) -> Result<(), LeaseError> {
         match self.follower.scan(&self.ipam, &mut self.book).await {
-            Ok(()) => self.behind = false,
+            Ok(()) => {}
             Err(LeaseError::Store(error)) if matches!(error.downcast_ref(), Some(StoreError::Misuse(_))) => {
                 self.follower.scan_once(&self.ipam, &mut self.book).await?;
             }
@@ -119,39 +117,7 @@ impl<I: Deref<Target = Ipam>> CapacityFeed<I> {
         Ok(())
     }
 
-    /// Takes in what is ready, so that many changes cost one count.
-    async fn drain(&mut self) -> Result<(), LeaseError> {
-        for _ in 0..AT_ONCE {
-            let Some(watch) = &mut self.follower.watch else { return Ok(()) };
-            match watch.next(Duration::ZERO).await.map_err(store_error)? {
-                Some(change) => self.learn(change)?,
-                None => return Ok(()),
-            }
-        }
-        Ok(())
-    }
-
-    fn learn(&mut self, change: Change) -> Result<(), LeaseError> {
-        match change {
-            // Before the scan.
-            Change::Writes { revision, .. } if revision <= self.follower.revision => {}
-            Change::Writes { revision, writes } => {
-                self.follower.revision = revision;
-                let taken = self.book.take_in(revision, writes, self.ipam.now());
-                // What the copy was doing is half done.
-                taken.inspect_err(|_| self.behind = true)?;
-            }
-            Change::Gap { .. } => self.behind = true,
-        }
-        Ok(())
-    }
-
     fn count(&self) -> Capacity {
         self.book.count(self.follower.revision, self.ipam.now())
     }
 }
-
-/// Changes that are taken in before the next count.
-const AT_ONCE: usize = 1024;
-/// Waits that nothing limits.
-const FAR: Duration = Duration::from_secs(3600);

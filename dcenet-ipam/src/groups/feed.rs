@@ -8,7 +8,7 @@ use dcenet_core::provider::LeaseError;
 use super::fold::Fold;
 use super::{Grouping, Groups, Update};
 use crate::Ipam;
-use crate::follow::Follower;
+use crate::follow::{FAR, Follower};
 use crate::ipam::store_error;
 use crate::store::Change;
 
@@ -62,8 +62,6 @@ pub struct GroupFeed<I> {
     known: Groups,
     /// What is not yet known to be durable.
     ready: Option<Update>,
-    /// Changes were missed.
-    behind: bool,
 }
 
 impl<I> std::fmt::Debug for GroupFeed<I> {
@@ -92,7 +90,7 @@ impl<I: Deref<Target = Ipam>> GroupFeed<I> {
             return Err(LeaseError::Invalid { field: "space".to_owned(), reason });
         }
         let fold = Fold::new(ipam.layout().clone(), grouping.clone());
-        Ok(Self { ipam, fold, follower: Follower::default(), known: from, ready: None, behind: true })
+        Ok(Self { ipam, fold, follower: Follower::default(), known: from, ready: None })
     }
 
     /// Waits for the next update, at most `limit`; `None` when nothing changed. Zero looks without waiting.
@@ -111,11 +109,11 @@ impl<I: Deref<Target = Ipam>> GroupFeed<I> {
                 self.ipam.revision().await?;
                 return Ok(self.ready.take());
             }
-            if self.behind {
+            if self.follower.behind {
                 self.follower.scan(&self.ipam, &mut self.fold).await?;
                 let now = self.fold.groups(self.follower.revision);
                 self.ready = self.known.changes_to(&now);
-                (self.known, self.behind) = (now, false);
+                self.known = now;
                 continue;
             }
             let now = self.ipam.now();
@@ -132,7 +130,7 @@ impl<I: Deref<Target = Ipam>> GroupFeed<I> {
                     let learned = self.fold.learn(revision, writes, self.ipam.now());
                     self.tell(learned)?;
                 }
-                Some(Change::Gap { .. }) => self.behind = true,
+                Some(Change::Gap { .. }) => self.follower.behind = true,
                 None if end > left && deadline.is_some_and(|deadline| Instant::now() >= deadline) => return Ok(None),
                 None => {}
             }
@@ -146,13 +144,10 @@ impl<I: Deref<Target = Ipam>> GroupFeed<I> {
 
     fn tell(&mut self, update: Result<Option<Update>, LeaseError>) -> Result<(), LeaseError> {
         // What the fold was doing is half done.
-        self.ready = update.inspect_err(|_| self.behind = true)?;
+        self.ready = update.inspect_err(|_| self.follower.behind = true)?;
         if let Some(update) = &self.ready {
             self.known.apply(update);
         }
         Ok(())
     }
 }
-
-/// Waits that nothing limits.
-const FAR: Duration = Duration::from_secs(3600);

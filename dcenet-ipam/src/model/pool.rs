@@ -85,6 +85,11 @@ impl Pool {
         Family::of(&self.subnet)
     }
 
+    /// The length of its blocks where nodes own them: such pools are routed between nodes.
+    pub fn node_blocks(&self) -> Option<u8> {
+        self.block.filter(|blocks| blocks.owner == BlockOwner::Node).map(|blocks| blocks.length)
+    }
+
     /// How many addresses, or prefixes where it delegates those, it could have in use.
     pub fn size(&self) -> u128 {
         match self.delegate {
