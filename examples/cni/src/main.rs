@@ -7,8 +7,7 @@ use std::sync::Arc;
 
 use dcenet_core::cni::{Backends, CniError, ErrorCode, NetConf, PolicyChoice, serve};
 use dcenet_core::provider::{AddressSource, LeaseError};
-use dcenet_ipam::config::{IpamConfig, StoreConfig};
-use dcenet_ipam::select::Node;
+use dcenet_ipam::config::IpamConfig;
 use dcenet_ipam::{Ipam, OpenError};
 use dcenet_policy::enforcer::{PinnedDefault, PolicyConfig};
 
@@ -21,13 +20,13 @@ impl Backends for Dcenet {
         if let Some(other) = config.plugin.as_deref().filter(|p| *p != "dcenet") {
             return Err(invalid(format!("ipam.type: {other:?} cannot be run from here; say \"dcenet\"")));
         }
-        if matches!(config.store, StoreConfig::Memory {}) {
+        if !config.store.outlives_process() {
             // Every call is a process of its own: each would begin with all addresses free.
             return Err(invalid("ipam.store.kind: \"memory\" forgets between two calls; say \"log\"".to_owned()));
         }
         let open = |error: OpenError| CniError::from(LeaseError::from(error));
         let ipam = Ipam::open(&config, &conf.state_dir).map_err(open)?;
-        Ok(Some(Box::new(match Node::of_this_machine().filter(|_| config.node.is_none()) {
+        Ok(Some(Box::new(match config.owner() {
             Some(node) => ipam.on_node(node.name, node.labels),
             None => ipam,
         })))

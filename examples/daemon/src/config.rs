@@ -13,8 +13,7 @@ use std::time::Duration;
 use dcenet_core::fabric::FabricConfig;
 use dcenet_core::section;
 use dcenet_ipam::Layout;
-use dcenet_ipam::config::{IpamConfig, StoreConfig};
-use dcenet_ipam::model::{BlockOwner, Pool};
+use dcenet_ipam::config::IpamConfig;
 use dcenet_policy::enforcer::PolicyConfig;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
@@ -249,14 +248,13 @@ impl Config {
         }
         if let Some(ipam) = &self.ipam {
             ipam.layout().map_err(|e| ConfigError::Wrong(e.to_string()))?;
-            if ipam.store == (StoreConfig::Memory {}) {
+            if !ipam.store.outlives_process() {
                 return wrong("ipam.store.kind: \"memory\" is shared with no plugin; say \"log\"".to_owned());
             }
         }
         if let Some(fabric) = &self.fabric {
             fabric.check().map_err(|e| ConfigError::Wrong(e.to_string()))?;
-            let of_nodes = |pool: &Pool| pool.block.is_some_and(|blocks| blocks.owner == BlockOwner::Node);
-            if !self.layout().is_some_and(|layout| layout.pools.iter().any(of_nodes)) {
+            if !self.layout().is_some_and(|layout| layout.pools.iter().any(|pool| pool.node_blocks().is_some())) {
                 return wrong(
                     "fabric: no pool of ipam has blocks that nodes own, so that there is nothing to route; add \"block\": \
                      { \"size\": 64 } to a pool"

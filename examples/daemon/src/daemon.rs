@@ -135,34 +135,36 @@ pub fn uninstall(config: &Config) -> Outcome {
         return Err("there is no section policy and none of fabric, so nothing is known to remove".into());
     }
     let _lock = RunLock::take(&config.run_dir)?;
-    let addresses = open_addresses(config, &mut Registry::default())?;
-    if let (Some(fabric), Some((ipam, _))) = (open_fabric(config, None)?, &addresses) {
+    let fabric = open_fabric(config, None)?;
+    if let Some(fabric) = &fabric {
         fabric.remove()?;
-        pollster::block_on(FabricFeed::new(ipam.clone()).withdraw(fabric.node()))?;
     }
     if let Some(policy) = &config.policy {
         open_enforcer(config, policy)?.uninstall()?;
         Standing::read(&config.state_dir).note(false)?;
     }
+    // Last, for a node may be taken out when its store is gone.
+    if let Some(fabric) = fabric {
+        withdraw(config, &fabric)
+            .map_err(|error| format!("the host is clean, but the other nodes have not been told: {error}"))?;
+    }
     Ok(())
+}
+
+fn withdraw(config: &Config, fabric: &Fabric) -> Outcome {
+    let Some((ipam, _)) = open_addresses(config, &mut Registry::default())? else { return Ok(()) };
+    Ok(pollster::block_on(FabricFeed::new(ipam).withdraw(fabric.node()))?)
 }
 
 /// The node's routes to others, under the name under which it owns blocks. `ipam` is asked for what its pools say of links.
 fn open_fabric(config: &Config, ipam: Option<&Ipam>) -> Outcome<Option<Fabric>> {
-    let Some(section) = &config.fabric else { return Ok(None) };
-    let owner = config.ipam.as_ref().and_then(|ipam| ipam.node.as_ref());
-    let node = match owner {
-        Some(node) => node.name.to_string(),
-        None => Node::of_this_machine()
-            .ok_or("ipam.node.name: the host name is no name of a node; give one")?
-            .name
-            .to_string(),
-    };
-    let fabric = Fabric::new(Host(NetNs::of_this_thread()?), section.clone(), &node, &config.run_dir)?;
+    let (Some(section), Some(addresses)) = (&config.fabric, &config.ipam) else { return Ok(None) };
+    let node = addresses.owner().ok_or("ipam.node.name: the host name is no name of a node; give one")?.name;
+    let fabric = Fabric::new(Host(NetNs::of_this_thread()?), section.clone(), &node.to_string(), &config.run_dir)?;
     if let Some(ipam) = ipam {
         // Where it cannot be said yet, the thread tells of pods that do not fit.
         let carried = fabric.carries().unwrap_or_default();
-        let pools = ipam.layout().pools.iter().enumerate().filter(|(_, pool)| pool.block.is_some());
+        let pools = ipam.layout().pools.iter().enumerate().filter(|(_, pool)| pool.node_blocks().is_some());
         check_mtu(pools.map(|(i, pool)| (i, pool.mtu.as_ref())), carried)?;
     }
     Ok(Some(fabric))
@@ -176,7 +178,7 @@ fn open_addresses(
     let metrics = dcenet_ipam::metrics::Metrics::register(registry, &layout);
     let store = LateStore::new(&section.store, &config.state_dir).map_err(|e| format!("ipam.store: {e}"))?;
     let ipam = Ipam::new(section, Arc::new(MeasuredStore::new(Arc::new(store), &metrics)))?;
-    let ipam = match Node::of_this_machine().filter(|_| section.node.is_none()) {
+    let ipam = match section.owner() {
         Some(node) => ipam.on_node(node.name, node.labels),
         None => ipam,
     };

@@ -4,9 +4,9 @@
 //! |---|---|
 //! | `dcenet_fabric_routes_wanted` | routes that are wanted on this node |
 //! | `dcenet_fabric_routes_installed` | those of them that are there |
-//! | `dcenet_fabric_problems` | what cannot be, as told in the log |
-//! | `dcenet_fabric_errors_total` | what was refused by the kernel or the store, and is tried again |
-//! | `dcenet_fabric_mtu_bytes` | the largest packet that reaches every node; 0 without VXLAN |
+//! | `dcenet_fabric_problems` | what cannot be, as told in the log; 1 where nothing could be done at all |
+//! | `dcenet_fabric_errors_total` | what the kernel or the store refused, single entries too, and is tried again |
+//! | `dcenet_fabric_mtu_bytes` | the largest packet that VXLAN carries on this node; 0 without VXLAN |
 
 use std::io;
 use std::net::IpAddr;
@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
-use dcenet_core::fabric::{Fabric, FabricError, KernelEvents, Report};
+use dcenet_core::fabric::{Fabric, FabricError, KernelEvents, Look, Report};
 use dcenet_core::model::Mtu;
 use dcenet_core::netns::Host;
 use dcenet_core::provider::{FabricNode, FabricSource, FabricSourceError, FabricTable};
@@ -45,7 +45,7 @@ impl FabricMetrics {
         r.register("routes_installed", "Wanted routes that are there", metrics.installed.clone());
         r.register("problems", "What cannot be, as told in the log", metrics.problems.clone());
         r.register("errors", "What was refused and is tried again", metrics.errors.clone());
-        r.register_with_unit("mtu", "The largest packet that reaches every node", Unit::Bytes, metrics.mtu.clone());
+        r.register_with_unit("mtu", "The largest packet that VXLAN carries here", Unit::Bytes, metrics.mtu.clone());
         metrics
     }
 
@@ -59,16 +59,25 @@ impl FabricMetrics {
     }
 }
 
-/// What makes the host be looked at.
+/// What makes the host be looked at, or nobody look any more.
 enum Event {
     Table(FabricTable),
     Host,
+    Stop,
 }
 
 /// Keeps the routes right until it is dropped. They stay then.
 #[derive(Debug)]
 pub struct Following {
-    _stop: Sender<()>,
+    tell: Sender<Event>,
+}
+
+impl Drop for Following {
+    fn drop(&mut self) {
+        if self.tell.send(Event::Stop).is_err() {
+            tracing::debug!("nobody looks after routes any more");
+        }
+    }
 }
 
 impl Following {
@@ -83,15 +92,14 @@ impl Following {
         metrics: FabricMetrics,
         threads: &Threads,
     ) -> io::Result<Self> {
-        let (stop, stopped) = mpsc::channel();
         let (tell, told) = mpsc::channel();
         let mut feed = FabricFeed::new(ipam.clone());
-        let to = tell.clone();
+        let (to, stop) = (tell.clone(), tell.clone());
         threads.spawn("dcenetd-blocks", move || {
             loop {
                 let event = match pollster::block_on(feed.next(RESYNC)) {
                     Ok(Some(table)) => Event::Table(table),
-                    Ok(None) => Event::Host,
+                    Ok(None) => continue,
                     Err(error) => {
                         tracing::warn!(%error, "blocks of nodes cannot be followed; it is tried again");
                         std::thread::sleep(AGAIN);
@@ -113,10 +121,14 @@ impl Following {
                         .map(|_| true),
                     Some(events) => events.wait(RESYNC).map_err(|e| e.to_string()),
                 };
-                if let Err(error) = heard {
-                    tracing::warn!(error, "changes of links and routes are not heard of; it is tried again");
-                    events = None;
-                    std::thread::sleep(AGAIN);
+                match heard {
+                    Ok(true) => {}
+                    Ok(false) => continue,
+                    Err(error) => {
+                        tracing::warn!(error, "changes of links and routes are not heard of; it is tried again");
+                        events = None;
+                        std::thread::sleep(AGAIN);
+                    }
                 }
                 if tell.send(Event::Host).is_err() {
                     return;
@@ -126,8 +138,8 @@ impl Following {
         let announcer = FabricFeed::new(ipam.clone());
         let (table, local, inside, told_before) = (None, None, Inside::default(), Vec::new());
         let mut worker = Worker { fabric, announcer, metrics, table, local, inside, told: told_before };
-        threads.spawn("dcenetd-fabric", move || worker.run(&told, &stopped))?;
-        Ok(Self { _stop: stop })
+        threads.spawn("dcenetd-fabric", move || worker.run(&told))?;
+        Ok(Self { tell: stop })
     }
 }
 
@@ -160,48 +172,36 @@ enum Failure {
 }
 
 impl Worker {
-    fn run(&mut self, events: &Receiver<Event>, stopped: &Receiver<()>) {
-        let mut again = None;
+    fn run(&mut self, events: &Receiver<Event>) {
+        let mut wait = RESYNC;
         loop {
-            let wait = again.map_or(RESYNC, |at: Instant| at.saturating_duration_since(Instant::now()));
-            match events.recv_timeout(wait.min(STOP)) {
+            match events.recv_timeout(wait) {
                 Ok(event) => {
-                    self.take(event);
                     // Pods come and go by the dozen, and each makes some noise.
                     std::thread::sleep(QUIET);
-                    for event in events.try_iter() {
-                        self.take(event);
+                    for event in std::iter::once(event).chain(events.try_iter()) {
+                        match event {
+                            Event::Table(table) => self.table = Some(table),
+                            Event::Host => {}
+                            Event::Stop => return,
+                        }
                     }
-                }
-                Err(RecvTimeoutError::Timeout) if again.is_none_or(|at| Instant::now() < at) => {
-                    if stopped.try_recv() == Err(mpsc::TryRecvError::Disconnected) {
-                        return;
-                    }
-                    continue;
                 }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
-            if stopped.try_recv() == Err(mpsc::TryRecvError::Disconnected) {
-                return;
-            }
-            again = (!self.look()).then(|| Instant::now() + AGAIN);
-        }
-    }
-
-    fn take(&mut self, event: Event) {
-        if let Event::Table(table) = event {
-            self.table = Some(table);
+            wait = if self.look() { RESYNC } else { AGAIN };
         }
     }
 
     /// Returns whether all is done that can be.
     fn look(&mut self) -> bool {
-        let mut report = match self.announce().and_then(|local| self.apply(&local)) {
+        let mut report = match self.announce().and_then(|look| self.apply(look)) {
             Ok(Some(report)) => report,
             Ok(None) => return true,
             Err(failure) => {
                 self.metrics.errors.inc();
+                self.metrics.problems.set(1);
                 let text = match failure {
                     Failure::Fabric(error) => error.to_string(),
                     Failure::Source(error) => error.to_string(),
@@ -227,19 +227,20 @@ impl Worker {
         self.told = problems;
     }
 
-    /// Has the others know where this node is.
-    fn announce(&mut self) -> Result<FabricNode, Failure> {
-        let mut local = self.fabric.local().map_err(Failure::Fabric)?;
+    /// Looks at the host, and has the others know where this node is.
+    fn announce(&mut self) -> Result<Look, Failure> {
+        let mut look = self.fabric.look().map_err(Failure::Fabric)?;
+        let local = &mut look.local;
         if local.vtep.is_some() {
             self.lease_inside().map_err(Failure::Source)?;
             local.inside.clone_from(&self.inside.addresses);
         }
         let known = self.table.as_ref().and_then(|table| table.nodes.get(&local.name));
-        if self.local.as_ref() != Some(&local) || known != Some(&local) {
-            pollster::block_on(self.announcer.announce(&local)).map_err(Failure::Source)?;
+        if self.local.as_ref() != Some(&*local) || known != Some(&*local) {
+            pollster::block_on(self.announcer.announce(local)).map_err(Failure::Source)?;
             self.local = Some(local.clone());
         }
-        Ok(local)
+        Ok(look)
     }
 
     /// Asks once, and then from time to time: who forgets the node gives its addresses to others.
@@ -261,9 +262,9 @@ impl Worker {
         Ok(())
     }
 
-    fn apply(&self, local: &FabricNode) -> Result<Option<Report>, Failure> {
+    fn apply(&self, look: Look) -> Result<Option<Report>, Failure> {
         let Some(table) = &self.table else { return Ok(None) };
-        self.fabric.apply(local, table).map(Some).map_err(Failure::Fabric)
+        self.fabric.apply_seen(look, table).map(Some).map_err(Failure::Fabric)
     }
 }
 
@@ -294,8 +295,6 @@ const QUIET: Duration = Duration::from_millis(100);
 const AGAIN: Duration = Duration::from_secs(2);
 /// When the host is looked at without an event.
 const RESYNC: Duration = Duration::from_secs(300);
-/// How soon the thread sees that it is to end.
-const STOP: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
 mod tests {

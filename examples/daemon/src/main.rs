@@ -23,10 +23,12 @@ use clap::Parser;
 use config::{Config, ConfigError, LogConfig, LogFormat, LogLevel};
 use tracing::level_filters::LevelFilter;
 
-/// Owns the network policy of this node, takes back addresses of pods that are gone, and serves metrics and flow logs.
+/// Owns the network policy of this node, enters routes to other nodes, takes back addresses of pods that are gone, serves
+/// calls of the plugin, and serves metrics and flow logs.
 ///
 /// Exit codes: 0 after SIGTERM or SIGINT, or where --check finds nothing wrong; 1 where it cannot begin or go on, as where
-/// the configuration cannot be read; 2 where arguments or configuration are wrong. Verdicts and routes stay in force when it ends; only --uninstall removes them.
+/// the configuration cannot be read; 2 where arguments or configuration are wrong. Verdicts and routes stay in force when it
+/// ends; only --uninstall removes them.
 #[derive(Debug, Parser)]
 #[command(name = "dcenetd", version)]
 struct Options {

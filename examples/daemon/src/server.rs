@@ -121,12 +121,12 @@ impl Backends for Shared {
             let message = format!("ipam.type: {other:?} cannot be run from here; say \"dcenet\"");
             return Err(CniError::new(ErrorCode::InvalidConfig, message));
         }
-        if matches!(config.store, StoreConfig::Memory {}) {
+        if !config.store.outlives_process() {
             // Pods outlive the daemon: the next one would begin with all addresses free.
             let message = "ipam.store.kind: \"memory\" forgets when the daemon ends; say \"log\"".to_owned();
             return Err(CniError::new(ErrorCode::InvalidConfig, message));
         }
-        let node = Node::of_this_machine().filter(|_| config.node.is_none());
+        let node = config.owner();
         let asked = Asked { config, state_dir: conf.state_dir.clone(), node };
         let ipam = self.allocator(asked).map_err(|error| CniError::from(LeaseError::from(error)))?;
         Ok(Some(Box::new(ipam)))

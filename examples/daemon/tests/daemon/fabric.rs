@@ -122,11 +122,41 @@ fn pods_of_two_nodes_talk_through_a_restart_and_until_a_node_is_forgotten() {
 }
 
 #[test]
+fn a_node_is_taken_out_while_its_store_is_gone_and_told_of_later() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let cluster = Cluster::new();
+    let [one, two] = &cluster.nodes;
+    let [first, second] = [one.start(), two.start()];
+    two.add("shop", "db");
+    eventually("the other's block is known", || one.samples()["dcenet_fabric_routes_installed"] >= 2.0);
+    assert_eq!(first.stop().code(), Some(0));
+    assert_ne!(cluster.before[0].diff(&one.host.state()), "");
+    let shared = cluster.router.directory().join("shared");
+    assert_eq!(second.stop().code(), Some(0));
+    fs::rename(shared.join("ipam"), shared.join("away")).unwrap();
+    fs::write(shared.join("ipam"), "no directory").unwrap();
+    let ended = one.run("--uninstall");
+    let told = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(1), "{told}");
+    assert!(told.contains("the host is clean, but the other nodes have not been told: "), "{told}");
+    assert_eq!(cluster.before[0].diff(&one.host.state()), "");
+    fs::remove_file(shared.join("ipam")).unwrap();
+    fs::rename(shared.join("away"), shared.join("ipam")).unwrap();
+    let ended = one.run("--uninstall");
+    assert!(ended.status.success(), "{ended:?}");
+}
+
+#[test]
 fn a_pool_whose_packets_do_not_fit_is_refused_with_the_number_that_does() {
     if !require(Rung::Netns) {
         return;
     }
     let mut cluster = Cluster::new();
+    let apps = json!({ "name": "apps", "subnet": "10.21.0.0/24", "mtu": 1500, "block": { "size": 16, "owner": "application" } });
+    cluster.nodes[0].config["ipam"]["pools"].as_array_mut().unwrap().push(apps);
+    assert_eq!(cluster.nodes[0].start().stop().code(), Some(0), "blocks of applications are not routed");
     cluster.nodes[0].config["ipam"]["pools"][0]["mtu"] = json!(1500);
     let ended = cluster.nodes[0].run("--uninstall");
     assert!(ended.status.success(), "what is refused at the start can be removed: {ended:?}");
