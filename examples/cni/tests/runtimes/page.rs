@@ -69,6 +69,7 @@ fn every_list_of_the_page_works() {
         headings,
         [
             "One network",
+            "Limited bandwidth",
             "The network of the data centre",
             "Addresses for another plugin",
             "Behind another plugin",
