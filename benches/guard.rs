@@ -21,6 +21,7 @@ use dcenet_ebpf::test_support::packet::{Packet, eth};
 const ID: &str = "guard";
 const BURST: u32 = 4000;
 const TC_ACT_UNSPEC: i32 = -1;
+const TC_ACT_SHOT: i32 = 2;
 const SLOT: u16 = 5;
 /// BPF_PROG_TEST_RUN shows the loopback device.
 const PARENT: u32 = 1;
@@ -46,18 +47,34 @@ fn main() -> Result<(), Failure> {
     }
     let pod = Guarded { attachment: 1, netns: guard::netns_cookie()?, slot: u32::from(SLOT) };
     let sender = Sender { mac: source(&packet.bytes())?, parent: PARENT };
+    let namespace = Namespace { netns: pod.netns, parent: PARENT };
+    let know = || {
+        parent.namespaces.store(&namespace, &1, Put::Any)?;
+        parent.senders.store(&sender, &pod, Put::Any)
+    };
+    let forget = || {
+        parent.senders.remove(&sender)?;
+        parent.namespaces.remove(&namespace)
+    };
+    // Another's address shows whether a frame is taken for the pod's.
+    let spoofed = eth().ip("10.0.0.9".parse()?, "10.0.0.2".parse()?).udp(40_000, 53);
+    know()?;
+    let known = once(&parent.guard, &spoofed)?;
+    forget()?;
+    let unknown = once(&parent.guard, &spoofed)?;
+    if (known, unknown) != (TC_ACT_SHOT, TC_ACT_UNSPEC) {
+        return Err(format!("a spoofed frame of the pod met the verdict {known}, and one of nobody {unknown}").into());
+    }
     let [mut bare, mut nobody, mut own, mut judged] = [const { Vec::new() }; 4];
     for _ in 0..rounds(200, 10) {
         let least = run(&nothing, &packet, BURST)?;
         let over = |program: &Program| Ok::<_, Failure>((run(program, &packet, BURST)? - least).max(0.1));
         bare.push(over(&floor)?);
         nobody.push(over(&parent.guard)?);
-        parent.namespaces.store(&Namespace { netns: pod.netns, parent: PARENT }, &1, Put::Any)?;
-        parent.senders.store(&sender, &pod, Put::Any)?;
+        know()?;
         own.push(over(&parent.from_pod)?);
         judged.push(over(&parent.guard)?);
-        parent.senders.remove(&sender)?;
-        parent.namespaces.remove(&Namespace { netns: pod.netns, parent: PARENT })?;
+        forget()?;
     }
     let mut summary = Summary::default();
     summary.add(Row::compare(ID, "a frame of nobody", NOBODY, &nobody, ("copy, 2 look-ups", &bare)).in_unit("ns"));
@@ -73,6 +90,11 @@ fn run(program: &Program, packet: &Packet, repeat: u32) -> Result<f64, Failure> 
         TC_ACT_UNSPEC => Ok(run.duration.as_secs_f64() * 1e9),
         verdict => Err(format!("a packet of an allowed flow met the verdict {verdict}").into()),
     }
+}
+
+/// What becomes of a frame.
+fn once(program: &Program, packet: &Packet) -> Result<i32, Failure> {
+    Ok(program.test_run(&TestRun { packet: &packet.bytes(), context: &[], repeat: 1 })?.retval.cast_signed())
 }
 
 fn source(frame: &[u8]) -> Result<[u8; 6], Failure> {

@@ -1,4 +1,4 @@
-//! A figure of several lines over a logarithmic axis, as SVG.
+//! A figure of several lines over logarithmic axes, as SVG.
 
 use std::fmt::Write;
 

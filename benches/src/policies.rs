@@ -28,7 +28,7 @@ impl Random {
     }
 }
 
-/// What pods are in a namespace of their own.
+/// The namespace of the pods of [`one_subject`].
 pub const NAMESPACE: &str = "bench";
 
 /// The pod under policy.

@@ -64,6 +64,11 @@ impl Row {
         }
     }
 
+    /// What ours refuses to do at all misses the goal, by any clock: it has the greatest number that JSON can tell.
+    pub fn refused(id: &str, variant: &str, goal: f64, (peer_name, peer): (&str, f64)) -> Self {
+        Self::compare(id, variant, goal, &[f64::MAX], (peer_name, &[peer.max(1.0)]))
+    }
+
     /// Says another unit than milliseconds.
     #[must_use]
     pub fn in_unit(self, unit: &str) -> Self {
@@ -85,17 +90,20 @@ impl Summary {
     /// Prints the row and keeps it.
     pub fn add(&mut self, row: Row) {
         let floor = row.floor.map(|f| format!(", floor {f:.2}")).unwrap_or_default();
+        let ours = match row.ours {
+            f64::MAX => "refused".to_owned(),
+            ours => format!("{ours:>8.2} {}", row.unit),
+        };
+        let ratio = match row.ours {
+            f64::MAX => "none".to_owned(),
+            _ => format!("{:.2} ({:.2} to {:.2})", row.ratio, row.spread[0], row.spread[1]),
+        };
         say(format_args!(
-            "{:<12} {:<28} {:>8.2} {} against {:>8.2} of {}{floor}; ratio {:.2} ({:.2} to {:.2}), goal {:.2}: {}",
+            "{:<12} {:<28} {ours} against {:>8.2} of {}{floor}; ratio {ratio}, goal {:.2}: {}",
             row.id,
             row.variant,
-            row.ours,
-            row.unit,
             row.peer,
             row.peer_name,
-            row.ratio,
-            row.spread[0],
-            row.spread[1],
             row.goal,
             if row.met { "met" } else { "MISSED" },
         ));
