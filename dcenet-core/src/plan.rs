@@ -13,6 +13,7 @@ use crate::model::{AttachmentKey, IfName, MacAddr, Mtu, VlanId};
 use crate::nat::Element;
 use crate::netlink::{IpvlanFlag, IpvlanMode, MacvlanMode, NetkitMode, RouteMetrics, VlanProtocol};
 use crate::probe::{GatewayProbe, Timing};
+use crate::provider::LentDevice;
 
 /// Steps in the order in which they are done.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -464,6 +465,8 @@ pub enum Undo {
     /// Brings a device back that was moved to the pod, from there or from where the kernel put it when the pod's namespace
     /// ended, and makes it what it was.
     ReturnLink(Box<Lent>),
+    /// Has the source of the attachment's device bring it back and make it what it was.
+    ReleaseDevice(Box<LentDevice>),
     /// Deletes a route of ours over a link of the host that attachments share.
     DeleteRoute {
         /// The link.
@@ -507,6 +510,7 @@ impl Undo {
             Self::DeleteLink { .. }
             | Self::DeletePodLink { .. }
             | Self::ReturnLink(_)
+            | Self::ReleaseDevice(_)
             | Self::DeleteRoute { .. }
             | Self::DeleteNeighbour { .. }
             | Self::DeleteTranslation { .. }
@@ -520,6 +524,8 @@ impl Undo {
         match self {
             Self::DeletePodLink { .. } | Self::ReturnLink(_) | Self::DeleteLink { target: Target::Pod, .. } => true,
             Self::DeleteLink { target: Target::Host, .. }
+            // The source has written down where it went.
+            | Self::ReleaseDevice(_)
             | Self::DeleteRoute { .. }
             | Self::DeleteNeighbour { .. }
             | Self::DeleteTranslation { .. }

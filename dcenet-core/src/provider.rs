@@ -3,6 +3,8 @@
 //! The engine and the CNI verbs need addresses and policy without knowing who hands them out. A backend implements
 //! these traits; a binary composes.
 
+mod device;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
 use std::path::PathBuf;
@@ -13,6 +15,7 @@ use async_trait::async_trait;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+pub use self::device::{DeviceError, DeviceRequest, DeviceSource, DeviceWish, LentDevice};
 use crate::model::{
     AttachmentKey, ContainerId, IfIndex, IfName, LabelSet, MacAddr, Mtu, NetworkName, VlanId, Workload,
 };

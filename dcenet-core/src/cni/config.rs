@@ -102,7 +102,8 @@ const RUN_DIR: &str = "/run/dcenet";
 const PLUGIN: &str = "dcenet";
 
 /// The keys of ours at the top.
-const OWN_KEYS: [&str; 9] = ["link", "ipam", "nat", "policy", "networks", "selection", "stateDir", "runDir", "daemon"];
+const OWN_KEYS: [&str; 10] =
+    ["link", "ipam", "nat", "policy", "sriov", "networks", "selection", "stateDir", "runDir", "daemon"];
 
 /// The specification's keys, libcni's, and those that runtimes add.
 const KNOWN_KEYS: [&str; 15] = [
@@ -125,7 +126,7 @@ const KNOWN_KEYS: [&str; 15] = [
 
 /// Capabilities of the conventions that are not honoured, each with what to do instead.
 const LOST_CAPABILITIES: [(&str, &str); 2] = [
-    ("deviceID", "name the device in a link of kind host-device"),
+    ("deviceID", "name the device in a link of kind host-device, or use the kind sriov"),
     ("infinibandGUID", "set the address on the device before the pod gets it"),
 ];
 
@@ -282,14 +283,20 @@ impl NetConf {
     /// # Errors
     /// Code 2, with the field and the remedy.
     pub(super) fn refuse_lost(&self) -> Result<(), CniError> {
-        match LOST_CAPABILITIES.iter().find_map(|(name, remedy)| Some((name, self.asked(name)?, remedy))) {
+        self.refuse_lost_but("")
+    }
+
+    /// As [`refuse_lost`](Self::refuse_lost), but for one that is honoured this time.
+    pub(super) fn refuse_lost_but(&self, honoured: &str) -> Result<(), CniError> {
+        let mut lost_ones = LOST_CAPABILITIES.iter().filter(|(name, _)| *name != honoured);
+        match lost_ones.find_map(|(name, remedy)| Some((name, self.asked(name)?, remedy))) {
             None => Ok(()),
             Some((name, value, remedy)) => Err(lost(name, value, remedy)),
         }
     }
 
     /// A capability that asks for something.
-    fn asked(&self, capability: &str) -> Option<&Value> {
+    pub(super) fn asked(&self, capability: &str) -> Option<&Value> {
         self.key("runtimeConfig")?.get(capability).filter(|value| !says_nothing(value))
     }
 
@@ -485,7 +492,7 @@ fn lost(name: &str, value: &Value, remedy: &str) -> CniError {
 }
 
 /// Whether a capability asks for nothing: runtimes send zero rates and empty lists.
-fn says_nothing(value: &Value) -> bool {
+pub(super) fn says_nothing(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
         Value::Bool(true) => false,
@@ -520,7 +527,7 @@ fn port_mapping(path: &str, value: &Value) -> Result<Option<PortMapping>, CniErr
     Ok(Some(PortMapping { host_ip, host_port, container_port, protocol }))
 }
 
-fn field(path: &str, reason: impl ToString) -> CniError {
+pub(super) fn field(path: &str, reason: impl ToString) -> CniError {
     SectionError { field: path.to_owned(), reason: reason.to_string() }.into()
 }
 

@@ -12,6 +12,7 @@
 mod chained;
 mod config;
 mod delegate;
+mod device;
 mod environment;
 mod error;
 mod ipam;

@@ -12,7 +12,7 @@ use super::verbs::{Call, journal};
 use super::{CniError, ErrorCode, Invocation, NetConf, Role, SpecVersion, Verb};
 use crate::engine::Removals;
 use crate::model::AttachmentKey;
-use crate::provider::{AddressSource, PolicySink};
+use crate::provider::{AddressSource, DeviceSource, PolicySink};
 
 /// What a binary composes: who hands out addresses and who decides about traffic, by the configuration.
 pub trait Backends {
@@ -27,6 +27,17 @@ pub trait Backends {
     /// # Errors
     /// As for `addresses`.
     fn policy(&self, conf: &NetConf) -> Result<Option<PolicyChoice>, CniError>;
+
+    /// Who hands out devices of the host, for links that are made of such, and takes them back; `None` where this binary has nobody.
+    /// Asked whatever the section `link` says, for the attachment may have been made by another. An error fails every verb: what
+    /// is wrong with a section is better told when a device is asked for.
+    ///
+    /// # Errors
+    /// As for `addresses`.
+    fn devices(&self, conf: &NetConf) -> Result<Option<Arc<dyn DeviceSource>>, CniError> {
+        let _ = conf;
+        Ok(None)
+    }
 
     /// Whether a call can be served here although the configuration names a daemon, which does not take it: where the store
     /// is shared by processes. Where the daemon alone has the addresses, calls wait for it.

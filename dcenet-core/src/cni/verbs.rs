@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
+use super::device::DEVICE_ID;
 use super::error::causes;
 use super::serve::{Backends, PolicyChoice};
 use super::{Asked, CniError, CniResult, ErrorCode, Interface, Invocation, NetConf, Role, Verb, networks};
@@ -21,7 +22,8 @@ use crate::netlink::CreateLinkError;
 use crate::netns::{Host, NetNs, NetNsError, Pod};
 use crate::probe::Conflict;
 use crate::provider::{
-    AddressSource, Dns, Endpoint, Lease, LeaseError, LeaseRequest, LeasedAddress, PolicyError, PolicySink,
+    AddressSource, DeviceError, DeviceSource, Dns, Endpoint, Lease, LeaseError, LeaseRequest, LeasedAddress,
+    PolicyError, PolicySink,
 };
 
 /// A call whose configuration is read and whose backends are there.
@@ -31,6 +33,8 @@ pub(super) struct Call<'a> {
     /// An error here and in `policy` is the verb's own where it needs them; DEL and GC remove devices first.
     pub(super) addresses: Result<Option<Box<dyn AddressSource>>, CniError>,
     pub(super) policy: Result<Option<PolicyChoice>, CniError>,
+    /// Nobody where the binary has nobody.
+    pub(super) devices: Option<Arc<dyn DeviceSource>>,
     pub(super) backends: &'a dyn Backends,
     pub(super) engine: Engine,
 }
@@ -86,29 +90,34 @@ impl<'a> Call<'a> {
         let policy = backends.policy(conf);
         // No device is ours then, and so none is put under policy.
         if conf.role == Role::Ipam {
-            return Ok(Self { invocation, conf, addresses, policy, backends, engine: engine(conf, None)? });
+            let engine = engine(conf, None)?;
+            return Ok(Self { invocation, conf, addresses, policy, devices: None, backends, engine });
         }
         let sink: Option<Arc<dyn PolicySink>> = match &policy {
             Ok(choice) => choice.as_ref().map(|c| c.sink.clone()),
             Err(error) => Some(Arc::new(Unusable(error.clone()))),
         };
         let mut engine = engine(conf, sink)?;
+        let devices = backends.devices(conf)?;
+        if let Some(devices) = &devices {
+            engine = engine.lending_from(Arc::clone(devices));
+        }
         if let Some(removals) = backends.removals() {
             engine = engine.removing_with(removals);
         }
-        Ok(Self { invocation, conf, addresses, policy, backends, engine })
+        Ok(Self { invocation, conf, addresses, policy, devices, backends, engine })
     }
 
     pub(super) async fn add(&self) -> Result<CniResult, CniError> {
         let key = self.key()?;
         self.conf.refuse_ranges()?;
-        let mut link = self.link()?;
+        let mut link = self.conf.with_device(self.link()?)?;
+        self.conf.refuse_lost_but(if matches!(link, LinkConfig::Sriov(_)) { DEVICE_ID } else { "" })?;
         if let Some(bandwidth) = self.conf.bandwidth()? {
             link = link.limited(bandwidth).map_err(|error| attach(error.into()))?;
         }
         let nat = self.conf.nat()?;
         let dns = self.conf.dns()?;
-        self.conf.refuse_lost()?;
         let policy = self.policy()?;
         let path = self.netns_path()?;
         let pod = NetNs::open(path).map_err(netns)?;
@@ -250,6 +259,16 @@ impl<'a> Call<'a> {
                 holds.into_iter().for_each(Hold::keep);
             }
         }
+        if let Some(devices) = &self.devices {
+            match devices.retain(network, &kept) {
+                Ok(released) => {
+                    for released in released {
+                        tracing::info!(attachment = %released, "device collected");
+                    }
+                }
+                Err(error) => errors.push(error.to_string()),
+            }
+        }
         let alive = |key: &AttachmentKey| kept.iter().any(|(c, i)| *c == key.container && *i == key.ifname);
         errors.extend(self.engine.collect_translations(network, &alive).err().map(|error| error.to_string()));
         if valid.is_empty() {
@@ -264,15 +283,19 @@ impl<'a> Call<'a> {
     }
 
     pub(super) async fn status(&self) -> Result<(), CniError> {
+        let mut wants_device = false;
         // Read for their errors: an ADD would fail by them.
         if self.conf.role == Role::Main {
-            self.link()?;
+            wants_device = matches!(self.link()?, LinkConfig::Sriov(_));
         }
         self.conf.nat()?;
         let unavailable = |error: CniError| CniError { code: ErrorCode::Unavailable, ..error };
         self.engine.ready().map_err(|e| unavailable(journal(e)))?;
         if let Some(addresses) = self.addresses().map_err(unavailable)? {
             addresses.ready().await.map_err(|e| CniError { code: ErrorCode::Unavailable, ..e.into() })?;
+        }
+        if let Some(devices) = self.devices.as_ref().filter(|_| wants_device) {
+            devices.ready().map_err(|error| unavailable(attach(error.into())))?;
         }
         if let Some(policy) = self.policy().map_err(unavailable)? {
             policy.sink.ready().map_err(|e| unavailable(e.into()))?;
@@ -610,6 +633,8 @@ pub(super) fn attach(error: AttachError) -> CniError {
         _ if error.is_retryable() => ErrorCode::TryAgain,
         AttachError::Plan(PlanError::Invalid { .. } | PlanError::Conflict { .. })
         | AttachError::NoPolicyBackend { .. }
+        | AttachError::Device(DeviceError::Invalid { .. })
+        | AttachError::NoDeviceSource { .. }
         | AttachError::AlreadyAttached { .. } => ErrorCode::InvalidConfig,
         AttachError::InterfaceExists { .. } | AttachError::HostNameTaken { .. } => ErrorCode::LinkExists,
         AttachError::HostNamespace { .. } | AttachError::NetNs(NetNsError::NotANamespace { .. }) => {

@@ -569,6 +569,9 @@ impl Engine {
         if let Undo::ReturnLink(lent) = undo {
             return self.return_link(lent, pod);
         }
+        if let Undo::ReleaseDevice(device) = undo {
+            return self.release_device(key, device);
+        }
         if let Undo::DeleteTranslation { elements } = undo {
             return self.untranslate(elements, key);
         }
@@ -582,7 +585,9 @@ impl Engine {
             },
         };
         match undo {
-            Undo::DetachPolicy | Undo::ReturnLink(_) | Undo::DeleteTranslation { .. } => Ok(()),
+            Undo::DetachPolicy | Undo::ReturnLink(_) | Undo::ReleaseDevice(_) | Undo::DeleteTranslation { .. } => {
+                Ok(())
+            }
             Undo::DeletePodLink { link, transit } => {
                 for name in [link, transit] {
                     let Some(found) = look_up(socket, name)? else { continue };

@@ -108,19 +108,44 @@ impl Engine {
         recorded: &mut Option<Box<Record>>,
     ) -> Result<Attached, AttachError> {
         let mac = request.mac.or(request.lease.mac).unwrap_or_else(|| request.key.mac());
-        let link_request = LinkRequest {
+        let mut link_request = LinkRequest {
             key: request.key.clone(),
             mac,
             addresses: request.lease.addresses.clone(),
             routes: request.lease.routes.clone(),
             policy: request.policy,
+            device: None,
         };
         let driver = request.link.driver();
-        let needs = driver.needs(&link_request);
+        let Some(wish) = driver.device(&link_request)? else {
+            return self.attach_with(request, &link_request, entry, recorded);
+        };
+        link_request.device = Some(self.lend_device(request, wish, mac)?);
+        let attached = self.attach_with(request, &link_request, entry, recorded);
+        if attached.is_err() && recorded.is_none() {
+            // It may not have come so far that a step of the plan took it back.
+            if let Err(error) = self.release_devices(&request.key) {
+                tracing::error!(key = %request.key, %error, "a device stays lent until it is detached");
+            }
+        }
+        attached
+    }
+
+    /// Attaches by whatever device was lent for it.
+    fn attach_with(
+        &self,
+        request: &AttachRequest<'_>,
+        link_request: &LinkRequest,
+        entry: &mut Entry,
+        recorded: &mut Option<Box<Record>>,
+    ) -> Result<Attached, AttachError> {
+        let mac = link_request.mac;
+        let driver = request.link.driver();
+        let needs = driver.needs(link_request);
         let mut session = Session::new(self, request.pod.netns, self.host_socket()?);
         let mut look = || -> Result<(HostView, Plan), AttachError> {
             let view = view(session.host(), &needs).map_err(AttachError::Look)?;
-            let mut plan = driver.plan(&link_request, &view)?;
+            let mut plan = driver.plan(link_request, &view)?;
             super::translate::add_to(&mut plan, &request.nat, request.policy, &link_request.addresses)?;
             Ok((view, plan))
         };

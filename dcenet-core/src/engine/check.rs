@@ -130,6 +130,7 @@ impl Engine {
             addresses: record.lease.addresses.clone(),
             routes: record.lease.routes.clone(),
             policy: record.policy,
+            device: record.lent_device(),
         };
         let driver = record.link.driver();
         let needs = driver.needs(&request);

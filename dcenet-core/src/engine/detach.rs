@@ -53,7 +53,13 @@ impl Engine {
 
     /// Removes what carries the attachment's mark, where no record says more.
     pub(super) fn detach_by_mark(&self, key: &AttachmentKey, netns: Option<&NetNs>) -> Vec<TeardownError> {
-        let (mut deleted, mut errors) = (false, Vec::new());
+        // Before marks are looked for: what comes home by its source is not deleted.
+        let released = self.has_device(key).and_then(|lent| self.release_devices(key).map(|()| lent));
+        let mut deleted = match released {
+            Ok(lent) => lent,
+            Err(error) => return vec![error],
+        };
+        let mut errors = Vec::new();
         let inside = netns.map_or(Ok(false), |netns| self.delete_marked_in(netns, key));
         for outcome in [inside, self.delete_marked(key)] {
             match outcome {

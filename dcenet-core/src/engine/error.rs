@@ -11,7 +11,7 @@ use crate::model::{AttachmentKey, IfName};
 use crate::netlink::{CreateLinkError, NetlinkError};
 use crate::netns::NetNsError;
 use crate::probe::Conflict;
-use crate::provider::PolicyError;
+use crate::provider::{DeviceError, PolicyError};
 
 /// Why an attachment was not made. What had been done has been taken back, except for what `rollback` lists.
 #[derive(Debug, thiserror::Error)]
@@ -75,6 +75,15 @@ pub enum AttachError {
     /// A namespace cannot be used.
     #[error(transparent)]
     NetNs(#[from] NetNsError),
+    /// No device was given; nothing was changed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The link is made of a device that somebody hands out, and this program has nobody who does.
+    #[error("link.kind {kind:?} needs a source of devices, which this program does not have; use another kind")]
+    NoDeviceSource {
+        /// The kind.
+        kind: &'static str,
+    },
     /// The host could not be looked at; nothing was changed.
     #[error("{0}")]
     Look(#[source] NetlinkError),
@@ -107,6 +116,7 @@ impl AttachError {
         match self {
             Self::Journal(JournalError::Busy { .. }) => true,
             Self::Look(error) => error.is_retryable(),
+            Self::Device(error) => error.is_retryable(),
             Self::Step {
                 cause: StepError::Netlink(error) | StepError::Create(CreateLinkError::Netlink(error)),
                 ..
@@ -231,6 +241,17 @@ pub enum TeardownError {
     /// The policy backend failed.
     #[error(transparent)]
     Policy(#[from] PolicyError),
+    /// The device was not taken back.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The attachment has a device that somebody handed out, and this program has nobody who takes it back.
+    #[error(
+        "the pod has device {device}, and this program has no source of devices to take it back; use the one that gave it"
+    )]
+    NoDeviceSource {
+        /// The device, as its source calls it.
+        device: String,
+    },
     /// The journal failed.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -266,6 +287,7 @@ impl DetachErrors {
         self.0.iter().all(|error| match error {
             TeardownError::Journal(JournalError::Busy { .. }) => true,
             TeardownError::Netlink(error) => error.is_retryable(),
+            TeardownError::Device(error) => error.is_retryable(),
             TeardownError::Policy(PolicyError::TimedOut { .. } | PolicyError::NotReady { .. }) => true,
             _ => false,
         })

@@ -69,7 +69,7 @@ impl Engine {
     }
 
     /// Holds an attachment that something may be left of; `None` where nothing is: no record, no device with its mark, and
-    /// nobody who decides about policy and might know of it. `netns` helps where a device lives in the pod only.
+    /// nobody who decides about policy or hands out devices and might know of it. `netns` helps where a device lives in the pod only.
     ///
     /// # Errors
     /// As [`Engine::hold`], and where the host's devices cannot be looked at.
@@ -78,7 +78,8 @@ impl Engine {
         if let Some(entry) = self.journal.open_entry(key.id()).map_err(|e| failed(e.into()))? {
             return self.hold_entry(key, entry).map(Some).map_err(|e| failed(e.into()));
         }
-        if self.policy.is_none() && !self.has_marked(key, netns).map_err(failed)? {
+        let nothing = self.policy.is_none() && !self.has_marked(key, netns).map_err(failed)?;
+        if nothing && !self.has_device(key).map_err(failed)? {
             return Ok(None);
         }
         self.hold(key).map(Some).map_err(|e| failed(e.into()))

@@ -7,6 +7,7 @@ mod apply;
 mod attach;
 mod check;
 mod detach;
+mod device;
 mod error;
 mod hold;
 mod lend;
@@ -33,7 +34,7 @@ use crate::model::{AttachmentKey, IfIndex, LabelSet, MacAddr, NetworkName, Workl
 use crate::nat::Nat;
 use crate::netlink::{Family, Socket};
 use crate::netns::{Host, NetNs, NetNsError, Pod};
-use crate::provider::{Endpoint, Lease, PolicySink};
+use crate::provider::{DeviceSource, Endpoint, Lease, PolicySink};
 
 /// Makes and removes attachments on one host.
 ///
@@ -43,6 +44,7 @@ pub struct Engine {
     host: Host,
     journal: Journal,
     policy: Option<Arc<dyn PolicySink>>,
+    devices: Option<Arc<dyn DeviceSource>>,
     entry: NamespaceEntry,
     shared: SharedState,
     removals: Option<Arc<Removals>>,
@@ -134,6 +136,7 @@ impl Engine {
             host,
             journal: Journal::open(run)?,
             policy,
+            devices: None,
             entry: NamespaceEntry::default(),
             shared,
             removals: None,
@@ -144,6 +147,13 @@ impl Engine {
     #[must_use]
     pub fn entering(mut self, entry: NamespaceEntry) -> Self {
         self.entry = entry;
+        self
+    }
+
+    /// With who hands out devices, for links that are made of such.
+    #[must_use]
+    pub fn lending_from(mut self, devices: Arc<dyn DeviceSource>) -> Self {
+        self.devices = Some(devices);
         self
     }
 
@@ -220,11 +230,12 @@ impl Attached {
 
 impl std::fmt::Debug for Engine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { host, journal, policy, entry, shared: _, removals: _ } = self;
+        let Self { host, journal, policy, devices, entry, shared: _, removals: _ } = self;
         f.debug_struct("Engine")
             .field("host", host)
             .field("journal", journal)
             .field("policy", &policy.is_some())
+            .field("devices", &devices.is_some())
             .field("entry", entry)
             .finish_non_exhaustive()
     }

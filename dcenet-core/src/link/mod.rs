@@ -13,6 +13,7 @@ mod macvlan;
 mod netkit;
 mod pod_end;
 mod shaper;
+mod sriov;
 mod tap;
 #[cfg(test)]
 mod tests;
@@ -33,6 +34,7 @@ pub use self::host_device::HostDeviceConfig;
 pub use self::ipvlan::IpvlanConfig;
 pub use self::macvlan::MacvlanConfig;
 pub use self::netkit::NetkitConfig;
+pub use self::sriov::SriovConfig;
 pub use self::tap::{TapConfig, TapMode};
 pub use self::veth::VethConfig;
 pub use self::vlan::VlanConfig;
@@ -42,7 +44,7 @@ use crate::model::{AttachmentKey, IfName, MacAddr, Mtu};
 use crate::netlink::{AddressView, IpvlanMode, LinkView};
 use crate::plan::Plan;
 use crate::probe::Underlay;
-use crate::provider::{LeasedAddress, LeasedRoute};
+use crate::provider::{DeviceWish, LeasedAddress, LeasedRoute, LentDevice};
 use crate::section::{self, SectionError};
 
 /// Plans attachments of one kind.
@@ -51,6 +53,15 @@ use crate::section::{self, SectionError};
 pub trait LinkDriver: Send + Sync {
     /// The name of the kind, as in the configuration's `link.kind`.
     fn kind(&self) -> &'static str;
+
+    /// What it wants of a [`DeviceSource`](crate::provider::DeviceSource) before anything is planned; what that gives is
+    /// [`LinkRequest::device`]. `None`, the default, for kinds that make their devices.
+    ///
+    /// # Errors
+    /// As [`plan`](Self::plan), as far as it can be told without the device.
+    fn device(&self, _: &LinkRequest) -> Result<Option<DeviceWish>, PlanError> {
+        Ok(None)
+    }
 
     /// The links of the host that the plan depends on. Called before each [`plan`](Self::plan); the engine looks them
     /// up, with their addresses where `addresses` is set.
@@ -90,6 +101,8 @@ pub struct LinkRequest {
     pub routes: Vec<LeasedRoute>,
     /// Whether the host's end is put under policy before it is up.
     pub policy: Policy,
+    /// The device that a source gave, where the driver [wants](LinkDriver::device) one.
+    pub device: Option<LentDevice>,
 }
 
 /// Whether policy is wanted.
@@ -186,6 +199,8 @@ kinds! {
     "vlan" => Vlan(VlanConfig),
     /// A device of the host, which is the pod's for its life.
     "host-device" => HostDevice(HostDeviceConfig),
+    /// A virtual function of a network adapter, which is the pod's for its life.
+    "sriov" => Sriov(SriovConfig),
     /// A veth with routed addresses, in a routing domain of the host.
     "vrf" => Vrf(VrfConfig),
     /// A netkit pair with routed addresses.
@@ -205,6 +220,7 @@ impl LinkConfig {
             Self::Ipvlan(config) => (config.mode == IpvlanMode::L2).then(|| config.underlay.unwrap_or_default()),
             Self::Vlan(config) => Some(config.underlay.unwrap_or_default()),
             Self::HostDevice(config) => Some(config.underlay.unwrap_or_default()),
+            Self::Sriov(config) => Some(config.underlay.unwrap_or_default()),
             Self::Veth(_) | Self::Vrf(_) | Self::Netkit(_) | Self::Dummy(_) | Self::Tap(_) | Self::Chained(_) => None,
         }
     }

@@ -25,7 +25,14 @@ fn request(addresses: Vec<LeasedAddress>, routes: &[(&str, Option<&str>)]) -> Li
         destination: to.parse().unwrap(),
         gateway: via.map(|g| g.parse().unwrap()),
     };
-    LinkRequest { mac: key.mac(), key, addresses, routes: routes.iter().map(route).collect(), policy: Policy::Wanted }
+    LinkRequest {
+        mac: key.mac(),
+        key,
+        addresses,
+        routes: routes.iter().map(route).collect(),
+        policy: Policy::Wanted,
+        device: None,
+    }
 }
 
 fn config(json: &str) -> LinkConfig {

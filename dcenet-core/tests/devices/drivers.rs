@@ -423,6 +423,7 @@ fn unfit_parents_are_refused_by_name() {
         addresses: Vec::new(),
         routes: Vec::new(),
         policy: Policy::Wanted,
+        device: None,
     };
     for (link, words) in [
         (json!({ "kind": "vlan", "parent": "up0", "id": 7 }), "no device that policy could be attached to"),
