@@ -8,6 +8,7 @@
 //!   count       how many functions a port has         waits until they are there
 //!   kernel      settings, devices and drivers       netlink and sysfs, or a model of them
 //!   lease       who has which, and that it comes back as it was
+//!   source      all of it, as core's engine asks for devices
 //! ```
 //!
 //! An embedder brings its own tree by [`sysfs::Sysfs`], and its own kernel by [`kernel::Kernel`].
@@ -32,6 +33,7 @@ pub mod inventory;
 pub mod kernel;
 pub mod lease;
 pub mod pool;
+pub mod source;
 pub mod sysfs;
 #[cfg(feature = "test-support")]
 #[cfg_attr(docsrs, doc(cfg(feature = "test-support")))]

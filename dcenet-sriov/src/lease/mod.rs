@@ -108,7 +108,8 @@ impl Wanted {
 }
 
 /// What a function is made when its lease ends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Restore {
     /// What it was when the pool first saw it.
     #[default]
@@ -190,7 +191,7 @@ impl Leases {
     /// # Errors
     /// Where the boot's id cannot be read.
     pub fn open(kernel: Arc<dyn Kernel>, state: &Path) -> Result<Self, LedgerError> {
-        let ledger = Arc::new(VfLedger::open(state, "vfs")?);
+        let ledger = Arc::new(VfLedger::open(state, LEDGER)?);
         Ok(Self { kernel, scrub: None, ledger, restore: Restore::default(), patience: PATIENCE })
     }
 
@@ -701,5 +702,8 @@ impl Drop for VfLease<'_> {
         }
     }
 }
+
+/// The directory below the state directory in which the ledger is.
+pub(crate) const LEDGER: &str = "vfs";
 
 const PATIENCE: Duration = Duration::from_secs(10);

@@ -6,4 +6,5 @@ mod choice;
 mod crashes;
 mod igb;
 mod regressions;
+mod source;
 mod world;

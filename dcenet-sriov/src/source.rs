@@ -1,0 +1,382 @@
+//! Virtual functions as devices that core's engine asks for: a link of the kind `sriov`.
+//!
+//! ```json
+//! { "link":  { "kind": "sriov", "pool": "fast", "vf": { "vlan": 100 } },
+//!   "sriov": { "pools": [ { "name": "fast", "select": [ { "pfs": ["ens1#0-3"] } ] } ] } }
+//! ```
+//!
+//! Of the functions that are free somebody gets the one with the lowest address. Who has which, the ledger of
+//! [`Leases`](crate::lease::Leases) knows, and nobody else: two calls at a time never get one function, in however many
+//! processes. A lease is committed before the engine learns of the function, with the namespace into which that moves it: whatever
+//! dies afterwards, [`release`](DeviceSource::release) finds it there or at home.
+//!
+//! Bed: igb, by the CNI plugin; modelled.
+
+use std::collections::BTreeSet;
+use std::error::Error;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+use dcenet_core::journal::LedgerError;
+use dcenet_core::model::{AttachmentKey, ContainerId, IfName, MacAddr, NetworkName};
+use dcenet_core::netlink::Family;
+use dcenet_core::netns::NetNs;
+use dcenet_core::provider::{DeviceError, DeviceRequest, DeviceScrub, DeviceSource, DeviceWish, LentDevice};
+use dcenet_core::section;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::address::PciAddress;
+use crate::allocate::Request;
+use crate::config::{VfConfig, VfSettings};
+use crate::inventory::Inventory;
+use crate::kernel::{LinuxKernel, VfLinkState, VfRate, VfState, VfVlan};
+use crate::lease::{ChooseError, Chosen, LeaseError, Leases, Outcome, Restore, Wanted};
+use crate::pool::{HostUse, Pools};
+use crate::sysfs::{Sysfs, SysfsDir};
+
+/// The section `sriov`, as it is written.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct SourceConfig {
+    /// The pools, as [`Pools`] reads them.
+    #[serde(skip_serializing_if = "Value::is_null")]
+    pub pools: Value,
+    /// A file that holds such a list, in place of `pools`: one for all networks of the node.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pools_file: Option<PathBuf>,
+    /// What functions are made when they come back.
+    pub restore: Restore,
+}
+
+/// Hands out the virtual functions of a machine.
+pub struct VfSource {
+    open: Box<dyn Fn() -> Result<Machine, DeviceError> + Send + Sync>,
+    machine: OnceLock<Machine>,
+    /// Where the ledger is, once there is one.
+    ledger: PathBuf,
+    /// Read when it is needed: what is wrong with it keeps nobody from giving a function back.
+    section: Option<Value>,
+}
+
+/// What functions are found by, and who has them.
+pub struct Machine {
+    /// Who has which.
+    pub leases: Leases,
+    /// Where they are found.
+    pub sysfs: Arc<dyn Sysfs + Send + Sync>,
+    /// What the host uses itself.
+    pub host: Box<dyn Fn() -> Result<HostUse, DeviceError> + Send + Sync>,
+}
+
+impl VfSource {
+    /// The functions of this machine, which are seen in the network namespace of the thread that first asks. `section` is the
+    /// section `sriov` of a configuration, `scrub` takes foreign programs off devices.
+    ///
+    /// Nothing is opened before it is needed.
+    pub fn of_this_machine(state: &Path, section: Option<Value>, scrub: Option<Arc<dyn DeviceScrub>>) -> Self {
+        let directory = state.to_owned();
+        let open = move || {
+            let kernel = Arc::new(LinuxKernel::of_this_thread().map_err(failed)?);
+            let leases = Leases::open(kernel, &directory).map_err(failed)?;
+            Ok(Machine {
+                leases: match &scrub {
+                    Some(scrub) => leases.with_scrub(Arc::clone(scrub)),
+                    None => leases,
+                },
+                sysfs: Arc::new(SysfsDir::system()),
+                host: Box::new(|| {
+                    let mut socket =
+                        NetNs::of_this_thread().and_then(|host| host.socket(Family::Route)).map_err(failed)?;
+                    HostUse::read(&mut socket).map_err(failed)
+                }),
+            })
+        };
+        Self::new(state, section, Box::new(open))
+    }
+
+    /// Functions of any machine, whose leases are kept in the same state directory.
+    pub fn new(
+        state: &Path,
+        section: Option<Value>,
+        open: Box<dyn Fn() -> Result<Machine, DeviceError> + Send + Sync>,
+    ) -> Self {
+        Self { open, machine: OnceLock::new(), ledger: state.join(crate::lease::LEDGER), section }
+    }
+
+    fn machine(&self) -> Result<&Machine, DeviceError> {
+        match self.machine.get() {
+            Some(machine) => Ok(machine),
+            None => {
+                let opened = (self.open)()?;
+                Ok(self.machine.get_or_init(|| opened))
+            }
+        }
+    }
+
+    /// The machine, where anything was ever lent on it.
+    fn machine_with_ledger(&self) -> Result<Option<&Machine>, DeviceError> {
+        match self.ledger.try_exists() {
+            Ok(false) => Ok(None),
+            Ok(true) => self.machine().map(Some),
+            Err(error) => Err(failed(error)),
+        }
+    }
+
+    fn config(&self) -> Result<SourceConfig, DeviceError> {
+        let Some(value) = &self.section else { return Ok(SourceConfig::default()) };
+        section::read(SECTION, value).map_err(invalid_section)
+    }
+
+    fn leases(&self, machine: &Machine) -> Leases {
+        // A section that cannot be read restores what there was.
+        let restore = self.config().map(|config| config.restore).unwrap_or_default();
+        machine.leases.clone().with_restore(restore)
+    }
+
+    /// The functions that may serve a wish.
+    fn candidates(
+        &self,
+        machine: &Machine,
+        wish: &DeviceWish,
+        all: &Inventory,
+    ) -> Result<Vec<PciAddress>, DeviceError> {
+        let device = wish.device.as_deref().map(|text| self.named(text, all)).transpose()?;
+        let Some(pool) = &wish.pool else { return Ok(device.into_iter().collect()) };
+        let pools = self.pools()?;
+        let members = pools
+            .resolve(all, &(machine.host)()?)
+            .map_err(|error| DeviceError::Invalid { field: format!("{SECTION}.pools"), reason: error.to_string() })?;
+        let Some(members) = members.into_iter().find(|members| members.pool == *pool) else {
+            let known: Vec<&str> = pools.configs().iter().map(|pool| pool.name.as_str()).collect();
+            let hint = section::suggestion(pool, known.iter().copied());
+            let hint = hint.map(|name| format!("; did you mean {name:?}?")).unwrap_or_default();
+            return Err(DeviceError::Invalid {
+                field: "link.pool".to_owned(),
+                reason: format!("{pool:?} is none of the section {SECTION}'s pools, which are {known:?}{hint}"),
+            });
+        };
+        match device {
+            Some(device) if members.functions.contains(&device) => Ok(vec![device]),
+            Some(device) => Err(DeviceError::Invalid {
+                field: "link.device".to_owned(),
+                reason: format!("{device} is not of pool {pool:?}; name another, or leave link.pool out"),
+            }),
+            None if members.functions.is_empty() && !members.refused.is_empty() => {
+                let refused: Vec<String> = members.refused.iter().map(ToString::to_string).collect();
+                Err(DeviceError::Invalid {
+                    field: "link.pool".to_owned(),
+                    reason: format!("{pool:?} has no function that may be handed out: {}", refused.join("; ")),
+                })
+            }
+            None => Ok(members.functions),
+        }
+    }
+
+    fn named(&self, text: &str, all: &Inventory) -> Result<PciAddress, DeviceError> {
+        let invalid = |reason: String| DeviceError::Invalid { field: "link.device".to_owned(), reason };
+        let address: PciAddress = text.parse().map_err(|error| invalid(format!("{error}")))?;
+        match all.vf(address) {
+            Some(_) => Ok(address),
+            None => Err(invalid(format!(
+                "this machine has no virtual function {address}; `lspci -D` tells which there are"
+            ))),
+        }
+    }
+
+    fn pools(&self) -> Result<Pools, DeviceError> {
+        let SourceConfig { pools, pools_file, .. } = self.config()?;
+        let invalid =
+            |field: &str, reason: String| DeviceError::Invalid { field: format!("{SECTION}.{field}"), reason };
+        match pools_file {
+            Some(_) if !pools.is_null() => {
+                Err(invalid("poolsFile", "pools are given too; keep one of both".to_owned()))
+            }
+            Some(path) => {
+                let text = std::fs::read(&path)
+                    .map_err(|error| invalid("poolsFile", format!("{}: {error}", path.display())))?;
+                let value = serde_json::from_slice(&text)
+                    .map_err(|error| invalid("poolsFile", format!("{} is not JSON: {error}", path.display())))?;
+                Pools::read(&path.display().to_string(), &value).map_err(invalid_section)
+            }
+            None if pools.is_null() => Err(invalid("pools", "missing; give a list of pools, or poolsFile".to_owned())),
+            None => Pools::read(&format!("{SECTION}.pools"), &pools).map_err(invalid_section),
+        }
+    }
+}
+
+impl DeviceSource for VfSource {
+    fn lend(&self, request: &DeviceRequest) -> Result<LentDevice, DeviceError> {
+        let wanted = wanted(&request.wish, request.mac)?;
+        let machine = self.machine()?;
+        let leases = self.leases(machine);
+        let inventory = Inventory::scan(&*machine.sysfs).map_err(failed)?;
+        let members = self.candidates(machine, &request.wish, &inventory)?;
+        self.release(&request.attachment)?;
+        let choose = || leases.choose(&request.attachment, &inventory, &members, &Request::of(1), &wanted);
+        let chosen = match choose() {
+            // What is in quarantine may be found by now.
+            Err(ChooseError::TooFew { .. }) if restored_any(&leases, &request.attachment.network)? => choose(),
+            chosen => chosen,
+        };
+        let Chosen { leases: mut chosen, choice, .. } = chosen.map_err(of_choice)?;
+        let Some(mut lease) = chosen.pop() else {
+            return Err(failed("one function was wanted, and none was chosen"));
+        };
+        let why = choice.shares.first().map(ToString::to_string);
+        tracing::debug!(attachment = %request.attachment, vf = %lease.vf().address, why, "a function was chosen");
+        let id = lease.vf().address.to_string();
+        let Some(device) = lease.netdev().map_err(of_lease)? else {
+            return Err(DeviceError::Invalid {
+                field: "link.kind".to_owned(),
+                reason: format!(
+                    "the driver of {id} makes no network device, which a link needs; bind the kernel's driver, or keep such \
+                     functions out of the pool by `drivers`"
+                ),
+            });
+        };
+        lease.moving_to(&request.netns).map_err(of_lease)?;
+        lease.commit().map_err(of_lease)?;
+        Ok(LentDevice { id, name: device.name, index: device.index, mac: request.mac })
+    }
+
+    fn is_lent(&self, attachment: &AttachmentKey) -> Result<bool, DeviceError> {
+        let Some(machine) = self.machine_with_ledger()? else { return Ok(false) };
+        Ok(machine.leases.held().map_err(of_lease)?.iter().any(|held| held.owner == *attachment))
+    }
+
+    fn release(&self, attachment: &AttachmentKey) -> Result<(), DeviceError> {
+        let Some(machine) = self.machine_with_ledger()? else { return Ok(()) };
+        let leases = self.leases(machine);
+        for held in leases.held().map_err(of_lease)?.iter().filter(|held| held.owner == *attachment) {
+            // Whoever gets nothing of a function that is not as it was has been told by the log.
+            let released = leases.release(attachment, held.vf, held.incarnation).map_err(of_lease)?;
+            tracing::debug!(%attachment, vf = %held.vf, ?released, "a function was taken back");
+        }
+        Ok(())
+    }
+
+    fn retain(
+        &self,
+        network: &NetworkName,
+        valid: &[(ContainerId, IfName)],
+    ) -> Result<Vec<AttachmentKey>, DeviceError> {
+        let Some(machine) = self.machine_with_ledger()? else { return Ok(Vec::new()) };
+        let leases = self.leases(machine);
+        let is_valid = |key: &AttachmentKey| valid.iter().any(|(c, i)| *c == key.container && *i == key.ifname);
+        let stale = || -> Result<BTreeSet<AttachmentKey>, DeviceError> {
+            let held = leases.held().map_err(of_lease)?;
+            Ok(held
+                .into_iter()
+                .map(|held| held.owner)
+                .filter(|key| key.network == *network && !is_valid(key))
+                .collect())
+        };
+        let mut released = stale()?;
+        leases.recover_network(network, |held| is_valid(&held.owner)).map_err(of_lease)?;
+        let left = stale()?;
+        if let Some(key) = left.first() {
+            return Err(DeviceError::Busy(format!("the function of {key} could not be taken back now").into()));
+        }
+        released.retain(|key| !left.contains(key));
+        Ok(released.into_iter().collect())
+    }
+
+    fn ready(&self) -> Result<(), DeviceError> {
+        let SourceConfig { pools, pools_file, .. } = self.config()?;
+        if !pools.is_null() || pools_file.is_some() {
+            self.pools()?;
+        }
+        self.machine()?.leases.held().map(drop).map_err(of_lease)
+    }
+}
+
+impl std::fmt::Debug for VfSource {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { open: _, machine, ledger, section } = self;
+        f.debug_struct("VfSource")
+            .field("opened", &machine.get().is_some())
+            .field("ledger", ledger)
+            .field("section", section)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a function is to be for a pod.
+fn wanted(wish: &DeviceWish, mac: MacAddr) -> Result<Wanted, DeviceError> {
+    let invalid = |field: &str, reason: String| DeviceError::Invalid { field: format!("link.{field}"), reason };
+    let settings: VfSettings = read(&wish.settings)?;
+    let elsewhere = [
+        ("vf.mac", settings.mac.map(|mac| mac.to_string()), "every pod has its own; ask for one by the capability mac"),
+        ("vf.mtu", settings.mtu.map(|mtu| mtu.to_string()), "say link.mtu"),
+    ];
+    if let Some((field, value, remedy)) = elsewhere.into_iter().find_map(|(f, value, remedy)| Some((f, value?, remedy)))
+    {
+        return Err(invalid(field, format!("{value} has another place: {remedy}")));
+    }
+    let vlan = match (settings.vlan, wish.vlan) {
+        (Some(vlan), Some(of_pool)) if vlan != of_pool.get() => {
+            let reason =
+                format!("{vlan}, and the pod's addresses are of a pool in VLAN {}; keep one of both", of_pool.get());
+            return Err(invalid("vf.vlan", reason));
+        }
+        (vlan, of_pool) => vlan.or(of_pool.map(|vlan| vlan.get())),
+    };
+    let config = VfConfig::new(VfSettings { vlan, mac: Some(mac), mtu: wish.mtu, ..settings })
+        .map_err(|error| invalid("vf", error.to_string()))?;
+    let port = config.change(&nothing()).map_err(|error| invalid("vf", error.to_string()))?;
+    let VfSettings { all_multicast, promisc, .. } = *config.settings();
+    Ok(Wanted { port, mac: None, mtu: wish.mtu, promisc, all_multicast })
+}
+
+fn read(settings: &Map<String, Value>) -> Result<VfSettings, DeviceError> {
+    section::read("link.vf", &Value::Object(settings.clone())).map_err(invalid_section)
+}
+
+/// A function without rates: of two that go in one message, the one that is not asked for is none.
+fn nothing() -> VfState {
+    VfState {
+        mac: MacAddr::new([0; 6]),
+        vlan: VfVlan::default(),
+        rate: VfRate { min: 0, max: 0 },
+        spoofchk: None,
+        trust: None,
+        link_state: VfLinkState::Auto,
+        rss_query: None,
+        guids: None,
+    }
+}
+
+/// Whether a function came back to those that can be had.
+fn restored_any(leases: &Leases, network: &NetworkName) -> Result<bool, DeviceError> {
+    let recovered = leases.recover_network(network, |_| true).map_err(of_lease)?;
+    Ok(recovered.iter().any(|one| matches!(one.outcome, Outcome::Restored)))
+}
+
+fn of_choice(error: ChooseError) -> DeviceError {
+    match error {
+        ChooseError::TooFew { .. } => DeviceError::Unavailable(Box::new(error)),
+        ChooseError::Lease(error) => of_lease(error),
+    }
+}
+
+fn of_lease(error: LeaseError) -> DeviceError {
+    match error {
+        LeaseError::Ledger(LedgerError::Busy { .. }) => DeviceError::Busy(Box::new(error)),
+        LeaseError::Unsupported { .. } => {
+            DeviceError::Invalid { field: "link.vf".to_owned(), reason: error.to_string() }
+        }
+        error => failed(error),
+    }
+}
+
+fn invalid_section(error: section::SectionError) -> DeviceError {
+    DeviceError::Invalid { field: error.field, reason: error.reason }
+}
+
+fn failed(error: impl Into<Box<dyn Error + Send + Sync>>) -> DeviceError {
+    DeviceError::Failed(error.into())
+}
+
+/// Its name in a configuration.
+const SECTION: &str = "sriov";
