@@ -71,6 +71,7 @@ mod links;
 mod mprog;
 mod netkit;
 mod pinned;
+mod scrub;
 mod tcx;
 mod xdp;
 
@@ -80,6 +81,7 @@ pub use self::links::{LinkAttacher, PinnedLink};
 use self::mprog::Chained;
 pub use self::mprog::Placement;
 pub use self::netkit::{Netkit, NetkitAttacher};
+pub use self::scrub::Scrubber;
 pub use self::tcx::{Tcx, TcxAttacher};
 pub use self::xdp::{Xdp, XdpAttacher, XdpMode, XdpPlace};
 
