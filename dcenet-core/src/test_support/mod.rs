@@ -5,6 +5,7 @@
 mod host;
 mod rng;
 mod rung;
+mod shelf;
 mod snapshot;
 mod traffic;
 
@@ -15,5 +16,6 @@ pub use crate::netlink::{Fault, Injection, through_gate, with_fault};
 pub use host::{TestHost, TestNetNs};
 pub use rng::Rng;
 pub use rung::{Rung, effort, kernel_is_before, require, require_with};
+pub use shelf::Shelf;
 pub use snapshot::HostState;
 pub use traffic::{ping, tcp_echo, udp_echo};

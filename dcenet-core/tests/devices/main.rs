@@ -5,6 +5,7 @@ mod drivers;
 mod functions;
 mod igb;
 mod kinds;
+mod lent;
 mod netdevsim;
 mod underlay;
 mod vfio;

@@ -142,7 +142,7 @@ pub(super) fn configured(conf: &NetConf, invocation: &Invocation, first: &IfName
     };
     let mut networks = Vec::new();
     if top {
-        let sections = ["link", "ipam", "nat", "policy"].map(|key| (key, conf.key(key).cloned()));
+        let sections = ["link", "ipam", "nat", "policy", "sriov"].map(|key| (key, conf.key(key).cloned()));
         let by = own(conf, &conf.name, sections, &asked_by_runtime(conf), conf.key("args").cloned())?;
         networks.push(Network {
             label: conf.name.to_string(),
@@ -183,8 +183,13 @@ pub(super) fn configured(conf: &NetConf, invocation: &Invocation, first: &IfName
                 By::Plugins { chain, args: args(invocation, is_default, &[]), capabilities }
             }
             (None, Some(link)) => {
-                let sections =
-                    [("link", Some(link)), ("ipam", entry.ipam), ("nat", entry.nat), ("policy", entry.policy)];
+                let sections = [
+                    ("link", Some(link)),
+                    ("ipam", entry.ipam),
+                    ("nat", entry.nat),
+                    ("policy", entry.policy),
+                    ("sriov", None),
+                ];
                 let asked = if is_default { asked_by_runtime(conf) } else { Map::new() };
                 let arguments = if is_default { arguments(conf) } else { labels(conf) };
                 own(conf, &entry.name, sections, &asked, Some(json!({ "cni": arguments })))
@@ -310,7 +315,7 @@ fn of_definition(
                 }
                 asked.insert(key, value);
             }
-            let sections = ["link", "ipam", "nat", "policy"].map(|key| (key, keys.get(key).cloned()));
+            let sections = ["link", "ipam", "nat", "policy", "sriov"].map(|key| (key, keys.get(key).cloned()));
             own(conf, chain.name(), sections, &asked, keys.get("args").cloned()).map_err(|e| under(&path, e))?
         }
         None => {
@@ -343,7 +348,7 @@ const CAPABILITIES: [&str; 9] =
 fn own(
     conf: &NetConf,
     name: &NetworkName,
-    sections: [(&str, Option<Value>); 4],
+    sections: [(&str, Option<Value>); 5],
     asked: &Map<String, Value>,
     args: Option<Value>,
 ) -> Result<By, CniError> {
@@ -351,6 +356,10 @@ fn own(
         "cniVersion": SpecVersion::NEWEST, "name": name, "type": "dcenet",
         "stateDir": conf.state_dir, "runDir": conf.run_dir,
     });
+    // Whose devices they are is the node's affair, and told once for all networks.
+    if let Some(section) = conf.key("sriov") {
+        keys["sriov"] = section.clone();
+    }
     for (key, value) in sections {
         if let Some(value) = value {
             keys[key] = value;

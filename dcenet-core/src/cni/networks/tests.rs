@@ -142,6 +142,20 @@ fn labels_are_the_runtimes_and_pools_no_pods() {
 }
 
 #[test]
+fn the_nodes_pools_of_functions_are_those_of_every_network() {
+    let mut selecting = Selecting::new();
+    let (of_node, of_one) = (json!({ "poolsFile": "/etc/dcenet/pools.json" }), json!({ "pools": [] }));
+    selecting.conf["sriov"] = of_node.clone();
+    selecting.define("fast", &json!({ "type": "dcenet", "link": { "kind": "sriov", "pool": "fast" } }));
+    let other = json!({ "type": "dcenet", "link": { "kind": "sriov", "pool": "fast" }, "sriov": of_one });
+    selecting.define("other", &other);
+    let networks = selecting.asking(&json!("fast, other")).unwrap();
+    assert_eq!(ours(&networks[1])["sriov"], of_node);
+    assert_eq!(ours(&networks[2])["sriov"], of_node);
+    assert_eq!(ours(&networks[3])["sriov"], of_one);
+}
+
+#[test]
 fn files_hold_what_kubectl_writes_and_other_objects_beside() {
     let selecting = Selecting::new();
     let definition = |name: &str| {
