@@ -6,10 +6,12 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use dcenet_core::cni::{Backends, CniError, ErrorCode, NetConf, PolicyChoice, serve};
-use dcenet_core::provider::{AddressSource, LeaseError};
+use dcenet_core::provider::{AddressSource, DeviceSource, LeaseError};
+use dcenet_ebpf::attach::Scrubber;
 use dcenet_ipam::config::IpamConfig;
 use dcenet_ipam::{Ipam, OpenError};
 use dcenet_policy::enforcer::{PinnedDefault, PolicyConfig};
+use dcenet_sriov::source::VfSource;
 
 struct Dcenet;
 
@@ -39,6 +41,11 @@ impl Backends for Dcenet {
             sink: Arc::new(PinnedDefault::new(&config, &conf.run_dir)),
             await_enforced: (!limit.is_zero()).then_some(limit),
         }))
+    }
+
+    fn devices(&self, conf: &NetConf) -> Result<Option<Arc<dyn DeviceSource>>, CniError> {
+        let section = conf.section::<serde_json::Value>("sriov")?;
+        Ok(Some(Arc::new(VfSource::of_this_machine(&conf.state_dir, section, Some(Arc::new(Scrubber))))))
     }
 }
 

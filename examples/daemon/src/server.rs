@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use dcenet_core::cni::node::Server;
 use dcenet_core::cni::{Backends, CniError, ErrorCode, NetConf, PolicyChoice};
-use dcenet_core::provider::{AddressSource, LeaseError};
+use dcenet_core::provider::{AddressSource, DeviceSource, LeaseError};
+use dcenet_ebpf::attach::Scrubber;
 use dcenet_ipam::config::{IpamConfig, StoreConfig};
 use dcenet_ipam::metrics::Metrics;
 use dcenet_ipam::select::Node;
@@ -16,6 +17,7 @@ use dcenet_ipam::store::group::GroupStore;
 use dcenet_ipam::store::measured::MeasuredStore;
 use dcenet_ipam::{Ipam, OpenError};
 use dcenet_policy::enforcer::{PinnedDefault, PolicyConfig};
+use dcenet_sriov::source::VfSource;
 
 use crate::config::ServerConfig;
 
@@ -139,5 +141,10 @@ impl Backends for Shared {
             sink: Arc::new(PinnedDefault::new(&config, &conf.run_dir)),
             await_enforced: (!limit.is_zero()).then_some(limit),
         }))
+    }
+
+    fn devices(&self, conf: &NetConf) -> Result<Option<Arc<dyn DeviceSource>>, CniError> {
+        let section = conf.section::<serde_json::Value>("sriov")?;
+        Ok(Some(Arc::new(VfSource::of_this_machine(&conf.state_dir, section, Some(Arc::new(Scrubber))))))
     }
 }

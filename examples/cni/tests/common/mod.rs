@@ -319,9 +319,14 @@ fn execute(command: Command, stdin: &str) -> Result<Value, Value> {
 
 /// Runs the plugin where it may touch nothing: for calls that need no host.
 pub fn run_anywhere(environment: &[(&str, &str)], stdin: &str) -> Result<Value, Value> {
+    start_anywhere(environment, stdin).wait().expect("the plugin is not killed")
+}
+
+/// Starts the plugin in the namespace of the calling thread.
+pub fn start_anywhere(environment: &[(&str, &str)], stdin: &str) -> Running {
     let mut command = plugin();
     command.envs(environment.iter().copied());
-    execute(command, stdin)
+    Running::start(command, stdin)
 }
 
 /// Whether a test can run that makes namespaces and reads nftables by nft(8).

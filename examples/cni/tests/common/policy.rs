@@ -87,7 +87,7 @@ impl Owner {
     }
 
     /// The `policy` section of its clients, who wait for their verdicts.
-    fn section(&self) -> Value {
+    pub fn section(&self) -> Value {
         json!({ "default": "deny", "await": "30s", "pins": self.pins })
     }
 

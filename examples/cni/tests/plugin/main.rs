@@ -5,6 +5,7 @@ mod common;
 
 mod bandwidth;
 mod chained;
+mod igb;
 mod ipam;
 mod link;
 mod nat;

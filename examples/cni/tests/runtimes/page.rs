@@ -10,6 +10,8 @@ use crate::libcni::Runtime;
 use crate::{has, without_surprises};
 
 const PAGE: &str = include_str!("../../../../docs/operators.md");
+/// The guest has an adapter: the plugin's tests there begin with this list.
+const OF_AN_ADAPTER: &str = "Virtual functions";
 
 /// Heading and list of each section that has one.
 fn lists() -> Vec<(&'static str, Value)> {
@@ -74,9 +76,13 @@ fn every_list_of_the_page_works() {
             "Addresses for another plugin",
             "Behind another plugin",
             "Several networks",
+            OF_AN_ADAPTER,
         ]
     );
     for (heading, mut list) in lists {
+        if heading == OF_AN_ADAPTER {
+            continue;
+        }
         let node = Node::new();
         without_surprises(&node.host);
         // The segment's other end has the address of its gateway.
