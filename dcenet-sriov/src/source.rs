@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Of the functions that are free somebody gets the one with the lowest address. Who has which, the ledger of
-//! [`Leases`](crate::lease::Leases) knows, and nobody else: two calls at a time never get one function, in however many
+//! [`Leases`] knows, and nobody else: two calls at a time never get one function, in however many
 //! processes. A lease is committed before the engine learns of the function, with the namespace into which that moves it: whatever
 //! dies afterwards, [`release`](DeviceSource::release) finds it there or at home.
 //!
