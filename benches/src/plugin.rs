@@ -8,6 +8,8 @@ use std::time::Instant;
 use serde_json::Value;
 use wait4::Wait4;
 
+use crate::{rounds, target};
+
 /// A plugin's executable with a configuration.
 #[derive(Debug, Clone)]
 pub struct Plugin {
@@ -108,16 +110,31 @@ impl Plugin {
 /// # Panics
 /// If it cannot be built.
 pub fn build_ours() -> PathBuf {
+    let linked = ["--", "-C", "target-feature=+crt-static"];
+    build(&[&["rustc", "--release", "-p", "dcenet-cni", "--bin", "dcenet"], &linked[..]].concat(), "release/dcenet")
+}
+
+/// Builds the daemon's release binary and returns its path; under `DCENET_BENCH_QUICK` the one that tests use.
+///
+/// # Panics
+/// If it cannot be built.
+pub fn build_daemon() -> PathBuf {
+    if rounds(1, 0) == 1 {
+        build(&["build", "--release", "-p", "dcenet-daemon"], "release/dcenetd")
+    } else {
+        build(&["build", "--workspace", "--bin", "dcenetd"], "debug/dcenetd")
+    }
+}
+
+fn build(arguments: &[&str], binary: &str) -> PathBuf {
     let status = Command::new(env!("CARGO"))
-        .args(["rustc", "--release", "--quiet", "-p", "dcenet-cni", "--bin", "dcenet"])
-        .args(["--", "-C", "target-feature=+crt-static"])
+        .arg("--quiet")
+        .args(arguments)
         .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
         .status()
         .expect("cargo runs");
-    assert!(status.success(), "dcenet-cni does not build");
-    let target = std::env::var_os("CARGO_TARGET_DIR")
-        .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../target")), PathBuf::from);
-    target.join("release/dcenet").canonicalize().expect("cargo has built the binary")
+    assert!(status.success(), "cargo {}: it does not build", arguments.join(" "));
+    target().join(binary).canonicalize().expect("cargo has built the binary")
 }
 
 /// What an execution asked of the kernel, counted by strace: figures that no other load on the machine moves.
