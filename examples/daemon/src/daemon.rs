@@ -18,7 +18,7 @@ use dcenet_core::netlink::{AddressView, Family, LinkView};
 use dcenet_core::netns::{Host, NetNs};
 use dcenet_core::provider::{FabricSource, PolicySink};
 use dcenet_ebpf::abi::Sizes;
-use dcenet_ebpf::attach::ClsactAttacher;
+use dcenet_ebpf::attach::{ClsactAttacher, Scrubber};
 use dcenet_ebpf::loader::AyaLoader;
 use dcenet_ebpf::probe::Features;
 use dcenet_ipam::Ipam;
@@ -30,6 +30,7 @@ use dcenet_policy::enforcer::flows::prometheus::FlowMetrics;
 use dcenet_policy::enforcer::{Enforcer, EnforcerConfig, EnforcerError, PinnedDefault, PolicyConfig, Report, Tools};
 use dcenet_policy::sources::kubernetes::Documents;
 use dcenet_policy::target::Tc;
+use dcenet_sriov::source::VfSource;
 use prometheus_client::registry::Registry;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -188,7 +189,10 @@ fn open_addresses(
 fn open_engine(config: &Config) -> Outcome<Engine> {
     let sink = config.policy.as_ref().map(|policy| PinnedDefault::new(policy, &config.run_dir));
     let sink = sink.map(|sink| Arc::new(sink) as Arc<dyn PolicySink>);
-    Ok(Engine::new(Host(NetNs::of_this_thread()?), &config.run_dir, sink)?)
+    let engine = Engine::new(Host(NetNs::of_this_thread()?), &config.run_dir, sink)?;
+    // A function goes back to what it was, whatever the pools of its network.
+    let functions = VfSource::of_this_machine(&config.state_dir, None, Some(Arc::new(Scrubber)));
+    Ok(engine.lending_from(Arc::new(functions)))
 }
 
 fn open_enforcer(config: &Config, policy: &PolicyConfig) -> Outcome<Enforcer> {
