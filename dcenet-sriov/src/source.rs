@@ -16,9 +16,10 @@ use std::collections::BTreeSet;
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use dcenet_core::journal::LedgerError;
-use dcenet_core::model::{AttachmentKey, ContainerId, IfName, MacAddr, NetworkName};
+use dcenet_core::model::{AttachmentKey, MacAddr, NetworkName};
 use dcenet_core::netlink::Family;
 use dcenet_core::netns::NetNs;
 use dcenet_core::provider::{DeviceError, DeviceRequest, DeviceScrub, DeviceSource, DeviceWish, LentDevice};
@@ -29,9 +30,9 @@ use serde_json::{Map, Value};
 use crate::address::PciAddress;
 use crate::allocate::Request;
 use crate::config::{VfConfig, VfSettings};
-use crate::inventory::Inventory;
+use crate::inventory::{Inventory, VfDriverKind};
 use crate::kernel::{LinuxKernel, VfLinkState, VfRate, VfState, VfVlan};
-use crate::lease::{ChooseError, Chosen, LeaseError, Leases, Outcome, Restore, Wanted};
+use crate::lease::{ChooseError, Chosen, Held, LeaseError, Leases, Restore, Wanted};
 use crate::pool::{HostUse, Pools};
 use crate::sysfs::{Sysfs, SysfsDir};
 
@@ -141,11 +142,12 @@ impl VfSource {
         wish: &DeviceWish,
         all: &Inventory,
     ) -> Result<Vec<PciAddress>, DeviceError> {
-        let device = wish.device.as_deref().map(|text| self.named(text, all)).transpose()?;
+        let host = (machine.host)()?;
+        let device = wish.device.as_deref().map(|text| named(text, all, &host)).transpose()?;
         let Some(pool) = &wish.pool else { return Ok(device.into_iter().collect()) };
         let pools = self.pools()?;
         let members = pools
-            .resolve(all, &(machine.host)()?)
+            .resolve(all, &host)
             .map_err(|error| DeviceError::Invalid { field: format!("{SECTION}.pools"), reason: error.to_string() })?;
         let Some(members) = members.into_iter().find(|members| members.pool == *pool) else {
             let known: Vec<&str> = pools.configs().iter().map(|pool| pool.name.as_str()).collect();
@@ -169,18 +171,20 @@ impl VfSource {
                     reason: format!("{pool:?} has no function that may be handed out: {}", refused.join("; ")),
                 })
             }
-            None => Ok(members.functions),
-        }
-    }
-
-    fn named(&self, text: &str, all: &Inventory) -> Result<PciAddress, DeviceError> {
-        let invalid = |reason: String| DeviceError::Invalid { field: "link.device".to_owned(), reason };
-        let address: PciAddress = text.parse().map_err(|error| invalid(format!("{error}")))?;
-        match all.vf(address) {
-            Some(_) => Ok(address),
-            None => Err(invalid(format!(
-                "this machine has no virtual function {address}; `lspci -D` tells which there are"
-            ))),
+            // What a program of user space drives, or nothing, may be a virtual machine's: it is not touched to find out.
+            None => {
+                let (links, others): (Vec<_>, Vec<_>) = members
+                    .functions
+                    .into_iter()
+                    .partition(|vf| all.vf(*vf).is_some_and(|(_, vf)| matches!(vf.driver, VfDriverKind::Kernel(_))));
+                match others.first() {
+                    Some(first) if links.is_empty() => Err(DeviceError::Invalid {
+                        field: "link.pool".to_owned(),
+                        reason: format!("no function of {pool:?} has the kernel's driver, {first} for one; bind it"),
+                    }),
+                    _ => Ok(links),
+                }
+            }
         }
     }
 
@@ -210,13 +214,14 @@ impl DeviceSource for VfSource {
         let wanted = wanted(&request.wish, request.mac)?;
         let machine = self.machine()?;
         let leases = self.leases(machine);
+        // Also of a call whose wish was another.
+        self.release(&request.attachment)?;
         let inventory = Inventory::scan(&*machine.sysfs).map_err(failed)?;
         let members = self.candidates(machine, &request.wish, &inventory)?;
-        self.release(&request.attachment)?;
         let choose = || leases.choose(&request.attachment, &inventory, &members, &Request::of(1), &wanted);
         let chosen = match choose() {
             // What is in quarantine may be found by now.
-            Err(ChooseError::TooFew { .. }) if restored_any(&leases, &request.attachment.network)? => choose(),
+            Err(ChooseError::TooFew { .. }) if leases.recover_quarantined(&members).map_err(of_lease)? => choose(),
             chosen => chosen,
         };
         let Chosen { leases: mut chosen, choice, .. } = chosen.map_err(of_choice)?;
@@ -250,36 +255,17 @@ impl DeviceSource for VfSource {
         let leases = self.leases(machine);
         for held in leases.held().map_err(of_lease)?.iter().filter(|held| held.owner == *attachment) {
             // Whoever gets nothing of a function that is not as it was has been told by the log.
-            let released = leases.release(attachment, held.vf, held.incarnation).map_err(of_lease)?;
+            let released = patiently(|| leases.release(attachment, held.vf, held.incarnation)).map_err(of_lease)?;
             tracing::debug!(%attachment, vf = %held.vf, ?released, "a function was taken back");
         }
         Ok(())
     }
 
-    fn retain(
-        &self,
-        network: &NetworkName,
-        valid: &[(ContainerId, IfName)],
-    ) -> Result<Vec<AttachmentKey>, DeviceError> {
+    fn lent(&self, network: &NetworkName) -> Result<Vec<AttachmentKey>, DeviceError> {
         let Some(machine) = self.machine_with_ledger()? else { return Ok(Vec::new()) };
-        let leases = self.leases(machine);
-        let is_valid = |key: &AttachmentKey| valid.iter().any(|(c, i)| *c == key.container && *i == key.ifname);
-        let stale = || -> Result<BTreeSet<AttachmentKey>, DeviceError> {
-            let held = leases.held().map_err(of_lease)?;
-            Ok(held
-                .into_iter()
-                .map(|held| held.owner)
-                .filter(|key| key.network == *network && !is_valid(key))
-                .collect())
-        };
-        let mut released = stale()?;
-        leases.recover_network(network, |held| is_valid(&held.owner)).map_err(of_lease)?;
-        let left = stale()?;
-        if let Some(key) = left.first() {
-            return Err(DeviceError::Busy(format!("the function of {key} could not be taken back now").into()));
-        }
-        released.retain(|key| !left.contains(key));
-        Ok(released.into_iter().collect())
+        let owners = machine.leases.held().map_err(of_lease)?.into_iter().map(|Held { owner, .. }| owner);
+        let owners: BTreeSet<AttachmentKey> = owners.filter(|owner| owner.network == *network).collect();
+        Ok(owners.into_iter().collect())
     }
 
     fn ready(&self) -> Result<(), DeviceError> {
@@ -347,10 +333,32 @@ fn nothing() -> VfState {
     }
 }
 
-/// Whether a function came back to those that can be had.
-fn restored_any(leases: &Leases, network: &NetworkName) -> Result<bool, DeviceError> {
-    let recovered = leases.recover_network(network, |_| true).map_err(of_lease)?;
-    Ok(recovered.iter().any(|one| matches!(one.outcome, Outcome::Restored)))
+/// The function of that address, unless the host uses its device itself.
+fn named(text: &str, all: &Inventory, host: &HostUse) -> Result<PciAddress, DeviceError> {
+    let invalid = |reason: String| DeviceError::Invalid { field: "link.device".to_owned(), reason };
+    let address: PciAddress = text.parse().map_err(|error| invalid(format!("{error}")))?;
+    let Some((_, vf)) = all.vf(address) else {
+        return Err(invalid(format!(
+            "this machine has no virtual function {address}; `lspci -D` tells which there are"
+        )));
+    };
+    match vf.netdevs.iter().find_map(|name| Some((name, host.by(name)?))) {
+        Some((name, used)) => Err(invalid(format!("{address}: {name} {used}; name another"))),
+        None => Ok(address),
+    }
+}
+
+/// Somebody who looks at all functions, as a recovery does, has each to itself for a moment.
+fn patiently<T>(mut call: impl FnMut() -> Result<T, LeaseError>) -> Result<T, LeaseError> {
+    let begun = Instant::now();
+    loop {
+        match call() {
+            Err(LeaseError::Ledger(LedgerError::Busy { .. })) if begun.elapsed() < PATIENCE => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            outcome => return outcome,
+        }
+    }
 }
 
 fn of_choice(error: ChooseError) -> DeviceError {
@@ -378,5 +386,7 @@ fn failed(error: impl Into<Box<dyn Error + Send + Sync>>) -> DeviceError {
     DeviceError::Failed(error.into())
 }
 
+/// How long a function is waited for that somebody looks at.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// Its name in a configuration.
 const SECTION: &str = "sriov";

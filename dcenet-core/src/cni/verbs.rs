@@ -260,10 +260,12 @@ impl<'a> Call<'a> {
             }
         }
         if let Some(devices) = &self.devices {
-            match devices.retain(network, &kept) {
-                Ok(released) => {
-                    for released in released {
-                        tracing::info!(attachment = %released, "device collected");
+            // Of calls that died before they had written a record.
+            match devices.lent(network) {
+                Ok(lent) => {
+                    let known = |key: &AttachmentKey| kept.iter().any(|(c, i)| *c == key.container && *i == key.ifname);
+                    for key in lent.iter().filter(|key| !known(key)) {
+                        errors.extend(self.collect_device(key).err().map(|error| format!("{key}: {error}")));
                     }
                 }
                 Err(error) => errors.push(error.to_string()),
@@ -280,6 +282,20 @@ impl<'a> Call<'a> {
             errors.extend(removed.filter_map(Result::err).map(|error| error.to_string()));
         }
         if errors.is_empty() { Ok(()) } else { Err(CniError::new(ErrorCode::TryAgain, errors.join("; "))) }
+    }
+
+    /// Has the device of an attachment that has no record taken back.
+    fn collect_device(&self, key: &AttachmentKey) -> Result<(), DetachErrors> {
+        match self.engine.hold_remains(key, None)? {
+            // Attached since it was listed.
+            Some(hold) if hold.record().is_some() => Ok(()),
+            Some(mut hold) => {
+                hold.detach(None)?;
+                tracing::info!(attachment = %key, "device collected");
+                hold.close().map_err(|error| DetachErrors(vec![error.into()]))
+            }
+            None => Ok(()),
+        }
     }
 
     pub(super) async fn status(&self) -> Result<(), CniError> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::model::{AttachmentKey, ContainerId, IfIndex, IfName, MacAddr, Mtu, NetworkName, VlanId};
+use crate::model::{AttachmentKey, IfIndex, IfName, MacAddr, Mtu, NetworkName, VlanId};
 
 /// Hands out devices of the host and takes them back as they were.
 ///
@@ -36,9 +36,9 @@ pub trait DeviceSource: Send + Sync {
     /// that is the source's affair, and `Ok` too.
     fn release(&self, attachment: &AttachmentKey) -> Result<(), DeviceError>;
 
-    /// Releases the devices of every attachment of the network that is not in `valid`, and returns those. Called by GC.
-    fn retain(&self, network: &NetworkName, valid: &[(ContainerId, IfName)])
-    -> Result<Vec<AttachmentKey>, DeviceError>;
+    /// The attachments of a network that [have a device](Self::is_lent), in order, each once. Nothing is held: one may have given
+    /// its device back by now. For GC, which holds each before it releases it.
+    fn lent(&self, network: &NetworkName) -> Result<Vec<AttachmentKey>, DeviceError>;
 
     /// Whether the source could be asked now; for STATUS. That no device is free is no error.
     fn ready(&self) -> Result<(), DeviceError>;
@@ -58,12 +58,8 @@ impl<T: DeviceSource + ?Sized> DeviceSource for Arc<T> {
         (**self).release(attachment)
     }
 
-    fn retain(
-        &self,
-        network: &NetworkName,
-        valid: &[(ContainerId, IfName)],
-    ) -> Result<Vec<AttachmentKey>, DeviceError> {
-        (**self).retain(network, valid)
+    fn lent(&self, network: &NetworkName) -> Result<Vec<AttachmentKey>, DeviceError> {
+        (**self).lent(network)
     }
 
     fn ready(&self) -> Result<(), DeviceError> {

@@ -1,11 +1,11 @@
 //! Devices that stand for those of an adapter.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::TestHost;
-use crate::model::{AttachmentKey, ContainerId, IfName, MacAddr, NetworkName};
+use crate::model::{AttachmentKey, IfName, MacAddr, NetworkName};
 use crate::netlink::{Family, LinkChange, NetlinkError, Socket, move_link, set_link};
 use crate::netns::{Host, NetNs, NetNsError};
 use crate::plan::is_mark_of;
@@ -43,7 +43,7 @@ impl Shelf {
         Self { host: host.host(), homes: (0..count).map(home).collect(), lent: Mutex::default() }
     }
 
-    fn lent(&self) -> MutexGuard<'_, BTreeMap<String, (AttachmentKey, PathBuf)>> {
+    fn who(&self) -> MutexGuard<'_, BTreeMap<String, (AttachmentKey, PathBuf)>> {
         self.lent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -69,7 +69,7 @@ impl DeviceSource for Shelf {
         self.release(&request.attachment)?;
         let wished = |home: &&LentDevice| request.wish.device.as_ref().is_none_or(|device| *device == home.id);
         let home = {
-            let mut lent = self.lent();
+            let mut lent = self.who();
             let free = self.homes.iter().filter(wished).find(|home| !lent.contains_key(&home.id));
             let home = free.ok_or_else(|| DeviceError::Unavailable("the shelf is empty".into()))?;
             lent.insert(home.id.clone(), (request.attachment.clone(), request.netns.clone()));
@@ -88,14 +88,14 @@ impl DeviceSource for Shelf {
     }
 
     fn is_lent(&self, attachment: &AttachmentKey) -> Result<bool, DeviceError> {
-        Ok(self.lent().values().any(|(owner, _)| owner == attachment))
+        Ok(self.who().values().any(|(owner, _)| owner == attachment))
     }
 
     fn release(&self, attachment: &AttachmentKey) -> Result<(), DeviceError> {
         let of = |(id, (owner, path)): (&String, &(AttachmentKey, PathBuf))| {
             (owner == attachment).then(|| (id.clone(), path.clone()))
         };
-        let all: Vec<(String, PathBuf)> = self.lent().iter().filter_map(of).collect();
+        let all: Vec<(String, PathBuf)> = self.who().iter().filter_map(of).collect();
         for (id, path) in all {
             let Some(home) = self.homes.iter().find(|home| home.id == id) else { continue };
             match NetNs::open(&path) {
@@ -104,22 +104,14 @@ impl DeviceSource for Shelf {
                 Err(error) => return Err(failed_netns(error)),
             }
             self.restore(home)?;
-            self.lent().remove(&id);
+            self.who().remove(&id);
         }
         Ok(())
     }
 
-    fn retain(
-        &self,
-        network: &NetworkName,
-        valid: &[(ContainerId, IfName)],
-    ) -> Result<Vec<AttachmentKey>, DeviceError> {
-        let is_stale = |key: &AttachmentKey| {
-            key.network == *network && !valid.iter().any(|(c, i)| *c == key.container && *i == key.ifname)
-        };
-        let stale: Vec<_> = self.lent().values().map(|(owner, _)| owner.clone()).filter(is_stale).collect();
-        stale.iter().try_for_each(|key| self.release(key))?;
-        Ok(stale)
+    fn lent(&self, network: &NetworkName) -> Result<Vec<AttachmentKey>, DeviceError> {
+        let owners = self.who().values().map(|(owner, _)| owner.clone()).collect::<BTreeSet<_>>();
+        Ok(owners.into_iter().filter(|key| key.network == *network).collect())
     }
 
     fn ready(&self) -> Result<(), DeviceError> {

@@ -340,6 +340,32 @@ impl Leases {
         self.recover(|held| held.owner.network != *network || keep(held))
     }
 
+    /// As [`recover`](Self::recover), of those of these functions alone that are in quarantine. Whether one came back.
+    ///
+    /// # Errors
+    /// Where the ledger cannot be read.
+    pub fn recover_quarantined(&self, among: &[PciAddress]) -> Result<bool, LeaseError> {
+        let mut any = false;
+        for vf in among {
+            let key = vf.to_string();
+            let standing = match self.ledger.read(&key) {
+                Ok(account) => account.and_then(|account| account.standing),
+                // It is for an operator to readmit.
+                Err(LedgerError::Malformed { .. }) => continue,
+                Err(error) => return Err(error.into()),
+            };
+            if standing.is_none_or(|standing| standing.quarantine.is_none()) {
+                continue;
+            }
+            match self.recover_one(&key, &|_: &Held| true) {
+                Ok(outcome) => any |= matches!(outcome, Outcome::Restored),
+                Err(LeaseError::Ledger(LedgerError::Busy { .. })) => {}
+                Err(error) => tracing::warn!(%vf, %error, "a function stays in quarantine"),
+            }
+        }
+        Ok(any)
+    }
+
     fn recover_one(&self, key: &str, keep: &impl Fn(&Held) -> bool) -> Result<Outcome, LeaseError> {
         let Some(mut page) = self.ledger.find(key)? else { return Ok(Outcome::Forgotten) };
         let account = match self.account(&mut page, None) {

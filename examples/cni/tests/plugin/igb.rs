@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use dcenet_core::netns::{Host, NetNs};
 use dcenet_core::test_support::{Rung, TestHost, TestNetNs, effort, kernel_is_before, ping, require};
-use dcenet_sriov::lease::VfId;
+use dcenet_sriov::lease::{Leases, VfId};
 use dcenet_sriov::test_support::guest::IgbPort;
 use serde_json::{Value, json};
 
@@ -100,6 +100,9 @@ impl Guest {
     fn assert_home(&self, when: &str) {
         assert_eq!(self.not_home(), [""; 0], "{when}");
         assert_eq!(self.host.records(), [""; 0], "{when}");
+        let state = self.config["stateDir"].as_str().unwrap();
+        let leases = Leases::open(self.port.kernel.clone(), Path::new(state)).unwrap();
+        assert!(leases.held().unwrap().is_empty(), "{when}");
     }
 }
 
@@ -225,7 +228,7 @@ fn a_pod_under_policy_reaches_whom_it_may_and_killed_half_way_leaves_its_functio
     assert_eq!(left, [""; 0]);
 }
 
-/// In ADD and in DEL; the pod's namespace is gone the next time. The twin is what is there before the next call.
+/// In ADD and in DEL; the next call is a DEL or a GC. The twin is what is there before it.
 #[test]
 fn a_kill_after_any_call_leaves_nothing_after_the_next() {
     if !require(Rung::Vm) {
@@ -243,8 +246,14 @@ fn a_kill_after_any_call_leaves_nothing_after_the_next() {
             let died = guest.dies(verb, "a", pod.path(), calls);
             unclean += u32::from(died && !guest.not_home().is_empty());
             drop(pod);
-            // Who comes next finds it clean, though nobody has called DEL for the one before.
-            guest.del("a", Path::new("")).unwrap();
+            // The pod's namespace is gone.
+            if verb == "ADD" && kills % 2 == 1 {
+                let mut config = guest.config.clone();
+                config["cni.dev/valid-attachments"] = json!([]);
+                guest.call("GC", "a", Path::new(""), &config).unwrap();
+            } else {
+                guest.del("a", Path::new("")).unwrap();
+            }
             guest.assert_home(&format!("{verb} killed after call {calls}"));
             if !died {
                 break;
