@@ -98,8 +98,13 @@ impl Guest {
     }
 
     fn assert_home(&self, when: &str) {
-        assert_eq!(self.not_home(), [""; 0], "{when}");
+        self.assert_free(when);
         assert_eq!(self.host.records(), [""; 0], "{when}");
+    }
+
+    /// That every function is as it was, and nobody's.
+    fn assert_free(&self, when: &str) {
+        assert_eq!(self.not_home(), [""; 0], "{when}");
         let state = self.config["stateDir"].as_str().unwrap();
         let leases = Leases::open(self.port.kernel.clone(), Path::new(state)).unwrap();
         assert!(leases.held().unwrap().is_empty(), "{when}");
@@ -251,9 +256,10 @@ fn a_kill_after_any_call_leaves_nothing_after_the_next() {
                 let mut config = guest.config.clone();
                 config["cni.dev/valid-attachments"] = json!([]);
                 guest.call("GC", "a", Path::new(""), &config).unwrap();
-            } else {
-                guest.del("a", Path::new("")).unwrap();
+                guest.assert_free(&format!("collected after call {calls}"));
             }
+            // After a GC too: an empty record is nobody's until then.
+            guest.del("a", Path::new("")).unwrap();
             guest.assert_home(&format!("{verb} killed after call {calls}"));
             if !died {
                 break;
