@@ -52,6 +52,9 @@ impl IgbPort {
             name: device.name.parse().expect("a device has a name"),
             _alone: alone,
         };
+        // Linux 6.1 falls over where the port gets an IPv6 address while its functions change: `igb_restore_vf_multicasts` in
+        // drivers/net/ethernet/intel/igb/igb_main.c reads what `igb_disable_sriov` has freed.
+        sh(&format!("ip link set {} addrgenmode none", port.name));
         port.set_up(true);
         port.set_count(count);
         port
