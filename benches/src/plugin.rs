@@ -122,7 +122,7 @@ pub fn build_daemon() -> PathBuf {
     if rounds(1, 0) == 1 {
         build(&["build", "--release", "-p", "dcenet-daemon"], "release/dcenetd")
     } else {
-        build(&["build", "--workspace", "--bin", "dcenetd"], "debug/dcenetd")
+        build(&["test", "--workspace", "--no-run", "--test", "daemon"], "debug/dcenetd")
     }
 }
 
