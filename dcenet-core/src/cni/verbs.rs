@@ -259,19 +259,18 @@ impl<'a> Call<'a> {
                 holds.into_iter().for_each(Hold::keep);
             }
         }
+        let alive = |key: &AttachmentKey| kept.iter().any(|(c, i)| *c == key.container && *i == key.ifname);
         if let Some(devices) = &self.devices {
             // Of calls that died before they had written a record.
             match devices.lent(network) {
                 Ok(lent) => {
-                    let known = |key: &AttachmentKey| kept.iter().any(|(c, i)| *c == key.container && *i == key.ifname);
-                    for key in lent.iter().filter(|key| !known(key)) {
+                    for key in lent.iter().filter(|key| !alive(key)) {
                         errors.extend(self.collect_device(key).err().map(|error| format!("{key}: {error}")));
                     }
                 }
                 Err(error) => errors.push(error.to_string()),
             }
         }
-        let alive = |key: &AttachmentKey| kept.iter().any(|(c, i)| *c == key.container && *i == key.ifname);
         errors.extend(self.engine.collect_translations(network, &alive).err().map(|error| error.to_string()));
         if valid.is_empty() {
             errors.extend(self.engine.remove_idle_translation().err().map(|error| error.to_string()));
