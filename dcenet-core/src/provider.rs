@@ -575,6 +575,9 @@ pub struct Vtep {
     pub vni: u32,
     /// The UDP port.
     pub port: u16,
+    /// The largest packet that VXLAN carries on the node's own links, in bytes; `None` where it does not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u32>,
 }
 
 /// Who has what, at one moment.

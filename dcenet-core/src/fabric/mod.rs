@@ -45,11 +45,11 @@
 //! answer goes past the tunnel: a network that lets only its own addresses through drops that. Pods among each other always
 //! use one way. Straight routes need a network that lets pods' addresses through.
 //!
-//! Each node goes by the MTU of its own underlay: where one has a smaller one than others, give all pods what is left of the
-//! smallest. Addresses of a default route's link that are temporary (RFC 8981) are announced as any other: name the lasting one
-//! ([`FabricConfig::addresses`]). A host that forwards IPv6 takes no router advertisements, and loses default routes that it has
-//! of them, unless `accept_ra` is 2 (`net/ipv6/addrconf.c`). A pool must not hold addresses of nodes: its unreachable route cuts
-//! them off.
+//! The VXLAN device carries what fits the smallest of its ways ([`Wanted::mtu`]); a router in between that carries less is not
+//! known, and pods that were made before a node with a smaller MTU came keep theirs, which is told. Of IPv6 addresses those are
+//! announced that last (not temporary ones, RFC 8981), and the one that was announced before while the host has it. Links with
+//! routes of router advertisements go on to take them when the host begins to forward IPv6 (`accept_ra` 2). A pool or block
+//! that would cut off a node or a router is not led, and told.
 //!
 //! A host of the underlay that can send with a node's address is taken for the node, as is a process of a node's own network
 //! namespace: VXLAN has no proof of origin (RFC 7348, section 7). Between nodes no addresses may be translated. Over IPv6, where

@@ -5,9 +5,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 
+use super::reconcile::is_fabric_mac;
 use super::{FabricConfig, HostFacts, Mode};
 use crate::model::{IfIndex, MacAddr};
-use crate::netlink::VxlanSpec;
 use crate::provider::{FabricNode, FabricTable, Vtep};
 
 /// What a node should have.
@@ -27,8 +27,8 @@ pub struct Wanted {
     pub vteps: BTreeSet<IpAddr>,
     /// The links that VXLAN may come in by wherever the way back leads: those that the own VTEP or a router is on.
     pub entrances: BTreeSet<IfIndex>,
-    /// The largest packet that VXLAN carries on this host, in bytes, where there is VXLAN; another node's underlay may carry
-    /// less.
+    /// The largest packet that VXLAN carries between this node and all that it reaches so, in bytes, where there is VXLAN:
+    /// by the own links, by those that lead to each, and by what each tells of itself. A router in between may carry less.
     pub mtu: Option<u32>,
     /// What cannot be, why, and what to do about it.
     pub problems: Vec<String>,
@@ -59,10 +59,7 @@ pub enum Hop {
 pub fn plan(table: &FabricTable, local: &FabricNode, facts: &HostFacts, config: &FabricConfig) -> Wanted {
     let mut wanted = Wanted::default();
     if let Some(vtep) = &local.vtep {
-        wanted.mtu = facts.addresses.get(&vtep.address).and_then(|link| facts.mtus.get(link)).map(|mtu| {
-            // Whatever the underlay is, a device takes no less (`ETH_MIN_MTU`).
-            mtu.saturating_sub(VxlanSpec::overhead(vtep.address)).max(68)
-        });
+        wanted.mtu = facts.carried_from(vtep.address);
         // Until it is known whose it is, others may lead it elsewhere.
         let leads_here = |address: &IpAddr| {
             let around = table.prefixes.iter().filter(|(prefix, _)| prefix.contains(address));
@@ -76,12 +73,31 @@ pub fn plan(table: &FabricTable, local: &FabricNode, facts: &HostFacts, config: 
         wanted.entrances = routed.chain(facts.addresses.get(&vtep.address).copied()).collect();
     }
     let bridge_of = |prefix: &IpNet| facts.bridged.iter().find(|(subnet, _)| subnet.contains(prefix));
+    // What must be reached whatever the table says: without it the table itself could not be heard of any more.
+    let mut ways: BTreeMap<IpAddr, String> =
+        facts.routers.iter().map(|(address, _)| (*address, "a router's".to_owned())).collect();
+    for node in table.nodes.values().chain([local]) {
+        let ends = node.addresses.iter().copied().chain(node.vtep.map(|vtep| vtep.address));
+        ways.extend(ends.map(|address| (address, format!("node {}'s", node.name))));
+    }
+    // A route that is longer, or as long, goes before the fabric's.
+    let cut_off = |prefix: &IpNet| {
+        let is_cut = |address: &IpAddr| facts.reaches(*address).is_none_or(|length| length < prefix.prefix_len());
+        ways.iter().find(|(address, _)| prefix.contains(*address) && is_cut(address))
+    };
     for pool in &table.pools {
         if let Some((subnet, bridge)) = bridge_of(pool) {
             wanted.problems.push(format!(
                 "pool {pool}: bridge {bridge} has an address in {subnet}, so that its pods take all of the subnet to be on \
                  their segment, and reach no other node; use link.kind veth"
             ));
+        }
+        if let Some((address, whose)) = cut_off(pool) {
+            wanted.problems.push(format!(
+                "pool {pool}: {address}, {whose}, is in it, so that what of it is nobody's is not made unreachable; give the \
+                 pool a subnet without it"
+            ));
+            continue;
         }
         wanted.routes.insert(pool.trunc(), Hop::Unreachable);
     }
@@ -92,6 +108,13 @@ pub fn plan(table: &FabricTable, local: &FabricNode, facts: &HostFacts, config: 
     prefixes.sort_by_key(|(prefix, _)| std::cmp::Reverse(prefix.prefix_len()));
     for (prefix, owner) in prefixes {
         let prefix = prefix.trunc();
+        if let Some((address, whose)) = cut_off(&prefix) {
+            wanted.problems.push(format!(
+                "prefix {prefix} of node {owner}: {address}, {whose}, is in it, and it is not led there; give pods other \
+                 addresses than the underlay"
+            ));
+            continue;
+        }
         if *owner == local.name {
             // What is on the bridge has no route of its own that would go before this one.
             if bridge_of(&prefix).is_none() {
@@ -121,6 +144,8 @@ pub fn plan(table: &FabricTable, local: &FabricNode, facts: &HostFacts, config: 
                 };
                 // Where none is free every address of it is another node's, by a route of its own.
                 let Some(gateway) = gateway else { continue };
+                let on_the_way = [wanted.mtu, facts.carried_to(vtep.address), vtep.mtu.map(|mtu| mtu.max(68))];
+                wanted.mtu = on_the_way.into_iter().flatten().min();
                 wanted.neighbours.insert(gateway, vtep.mac);
                 wanted.forwarding.insert(vtep.mac, vtep.address);
                 wanted.routes.insert(prefix, Hop::Vxlan { gateway });
@@ -172,7 +197,8 @@ fn peers<'a>(
     let mut macs: BTreeMap<MacAddr, &str> = local.vtep.iter().map(|vtep| (vtep.mac, local.name.as_str())).collect();
     let mut peers = BTreeMap::new();
     for (name, node) in table.nodes.iter().filter(|(name, _)| **name != local.name) {
-        if let Some(shared) = node.addresses.iter().find(|address| facts.addresses.contains_key(*address)) {
+        let mut ends = node.addresses.iter().copied().chain(node.vtep.map(|vtep| vtep.address));
+        if let Some(shared) = ends.find(|address| facts.addresses.contains_key(address)) {
             problems.push(format!("node {name}: its address {shared} is this node's; correct fabric.addresses of one"));
             continue;
         }
@@ -187,6 +213,14 @@ fn peers<'a>(
             })
         };
         let mut vtep = node.vtep.as_ref().filter(fits).copied();
+        if let Some(end) = vtep.filter(|end| !is_fabric_mac(end.mac)) {
+            problems.push(format!(
+                "node {name}: its Ethernet address {} is none of the fabric's, which begin with 02:dc; have it announce itself \
+                 anew",
+                end.mac
+            ));
+            vtep = None;
+        }
         if let Some(end) = vtep {
             match macs.get(&end.mac) {
                 Some(other) => {

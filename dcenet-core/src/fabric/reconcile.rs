@@ -129,11 +129,16 @@ impl Fabric {
     /// # Errors
     /// As [`local`](Fabric::local).
     pub fn look(&self) -> Result<Look, FabricError> {
-        let lists = Lists::read(&mut self.host.0.socket(Family::Route)?)?;
-        Ok(Look { local: self.local_of(&lists)?, lists })
+        let mut socket = self.host.0.socket(Family::Route)?;
+        let lists = Lists::read(&mut socket)?;
+        let device = socket.vxlan(&self.config.device)?.filter(|(link, _)| self.is_own(link));
+        let announced = device.and_then(|(_, spec)| spec).map(|spec| spec.local);
+        Ok(Look { local: self.local_of(&lists, announced)?, lists })
     }
 
-    fn local_of(&self, Lists { addresses: found, routes, links: _ }: &Lists) -> Result<FabricNode, FabricError> {
+    /// `announced` is the address that others know already.
+    fn local_of(&self, lists: &Lists, announced: Option<IpAddr>) -> Result<FabricNode, FabricError> {
+        let Lists { addresses: found, routes, links: _ } = lists;
         let mut addresses = self.config.addresses.clone();
         for (i, address) in addresses.iter().enumerate() {
             if !found.iter().any(|a| a.address.addr() == *address) {
@@ -145,11 +150,12 @@ impl Fabric {
             }
         }
         if addresses.is_empty() {
-            addresses = HostFacts::addresses_of_default_routes(found, routes);
+            addresses = HostFacts::addresses_of_default_routes(found, routes, announced);
         }
         let first = *addresses.first().ok_or(FabricError::NoAddress)?;
         let FabricConfig { vni, port, .. } = self.config;
-        let vtep = Vtep { address: first, mac: mac_of(&self.node), vni, port };
+        let mtu = lists.facts(&self.config.device).carried_from(first);
+        let vtep = Vtep { address: first, mac: mac_of(&self.node), vni, port, mtu };
         let vtep = self.config.mode.has_vxlan().then_some(vtep);
         Ok(FabricNode { name: self.node.clone(), addresses, vtep, inside: Vec::new() })
     }
@@ -199,7 +205,12 @@ impl Fabric {
         let wanted = plan(table, local, &lists.facts(device), &self.config);
         let Lists { links, mut routes, .. } = lists;
         let mut report = Report { mtu: wanted.mtu, problems: wanted.problems.clone(), ..Report::default() };
-        report.changed += self.set(&wanted, table, &links)?;
+        match self.set(&wanted, table, &links, &routes) {
+            Ok(changed) => report.changed += changed,
+            // Routes are of use without it: somebody else may have made the host forward, or will.
+            Err(FabricError::Setting(error)) => report.failures.push(error.to_string()),
+            Err(error) => return Err(error),
+        }
         // Another mode or name was told before.
         let stays = local.vtep.is_some().then_some(device);
         report.changed += self.remove_devices(socket, &links, stays, &mut routes)?;
@@ -262,7 +273,19 @@ impl Fabric {
     }
 
     /// Has the host forward what comes from other nodes.
-    fn set(&self, wanted: &Wanted, table: &FabricTable, links: &[LinkView]) -> Result<usize, FabricError> {
+    fn set(
+        &self,
+        wanted: &Wanted,
+        table: &FabricTable,
+        links: &[LinkView],
+        routes: &[RouteView],
+    ) -> Result<usize, FabricError> {
+        // Those with IPv6 routes of router advertisements.
+        let is_advertised = |link: &&LinkView| {
+            let of_it = |r: &&RouteView| r.link == Some(link.index) && r.destination.addr().is_ipv6();
+            routes.iter().filter(of_it).any(|r| r.protocol == RTPROT_RA)
+        };
+        let advertised: Vec<String> = links.iter().filter(is_advertised).map(|link| link.name.clone()).collect();
         let mut names = BTreeSet::new();
         if table.pools.iter().any(|pool| pool.addr().is_ipv4()) {
             // Link by link, for a router in between may be no business of ours.
@@ -278,7 +301,10 @@ impl Fabric {
         for name in names {
             changed += usize::from(settings.set(&self.host, &name, "1")?);
         }
-        changed += usize::from(ipv6 && settings.forward_ipv6(&self.host)?);
+        if ipv6 {
+            changed += settings.keep_advertised(&self.host, advertised.iter().map(String::as_str))?;
+            changed += usize::from(settings.forward_ipv6(&self.host)?);
+        }
         Ok(changed)
     }
 
@@ -311,7 +337,7 @@ impl Fabric {
         routes: &mut Vec<RouteView>,
     ) -> Result<(IfIndex, usize), FabricError> {
         let name = &self.config.device;
-        let Vtep { address, mac, vni, port } = *vtep;
+        let Vtep { address, mac, vni, port, mtu: _ } = *vtep;
         let spec = VxlanSpec { vni, port, local: address, learning: false };
         let mut changed = 0;
         if let Some((link, found)) = socket.vxlan(name)? {
@@ -567,6 +593,8 @@ pub(super) fn is_fabric_mac(mac: MacAddr) -> bool {
 
 /// Locally administered.
 const OUI: [u8; 2] = [0x02, 0xdc];
+/// Routes of router advertisements (`include/uapi/linux/rtnetlink.h`).
+const RTPROT_RA: u8 = 9;
 const MAIN: u32 = libc::RT_TABLE_MAIN as u32;
 /// All answers of a batch must fit the socket's buffer of 208 KiB (`net.core.rmem_default`), where each takes 1 KiB or less.
 const AT_ONCE: usize = 128;

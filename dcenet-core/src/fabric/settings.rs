@@ -69,6 +69,27 @@ impl Settings {
         Ok(true)
     }
 
+    /// Has links go on to take router advertisements when the host forwards: without it the routes and addresses that they
+    /// have of them expire, and those that come with forwarding are purged at once (`accept_ra` of `ip-sysctl.rst`,
+    /// `rt6_purge_dflt_routers` of `net/ipv6/route.c`). A link that takes none stays so. Returns how many changed.
+    pub(super) fn keep_advertised<'a>(
+        &mut self,
+        host: &Host,
+        links: impl Iterator<Item = &'a str>,
+    ) -> Result<usize, SettingsError> {
+        let mut changed = 0;
+        for link in links {
+            let name = format!("{IPV6}/{link}/accept_ra");
+            match read(host, &name) {
+                Ok(value) if value == "1" => changed += usize::from(self.set(host, &name, "2")?),
+                Ok(_) => {}
+                Err(SettingsError::Setting { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(changed)
+    }
+
     /// Has the host forward IPv6, which it does for all links or for none (`ip6_forward` of `net/ipv6/ip6_output.c`).
     pub(super) fn forward_ipv6(&mut self, host: &Host) -> Result<bool, SettingsError> {
         // Writing what it is would set every link all the same.

@@ -24,7 +24,8 @@ fn index(n: u32) -> IfIndex {
 
 fn node(n: u8, addresses: &[&str], mode: Mode) -> FabricNode {
     let addresses: Vec<IpAddr> = addresses.iter().map(|a| ip(a)).collect();
-    let vtep = Vtep { address: addresses[0], mac: MacAddr::new([2, 0xdc, 0, 0, 0, n]), vni: 3534, port: 4789 };
+    let vtep =
+        Vtep { address: addresses[0], mac: MacAddr::new([2, 0xdc, 0, 0, 0, n]), vni: 3534, port: 4789, mtu: None };
     FabricNode { name: format!("n{n}"), addresses, vtep: mode.has_vxlan().then_some(vtep), inside: Vec::new() }
 }
 
@@ -117,7 +118,9 @@ fn what_cannot_be_is_told_with_a_remedy() {
         change(&mut far);
         far
     };
-    let cases: [(FabricNode, &str); 4] = [
+    let cases: [(FabricNode, &str); 6] = [
+        (far(|n| n.vtep.as_mut().unwrap().mac = MacAddr::new([2, 0, 0, 0, 0, 2])), "which begin with 02:dc"),
+        (far(|n| n.vtep.as_mut().unwrap().address = ip("192.0.2.1")), "correct fabric.addresses of one"),
         (far(|n| n.vtep.as_mut().unwrap().vni = 7), "use the same fabric.mode, vni, port and family"),
         (far(|n| n.vtep.as_mut().unwrap().mac = MacAddr::new([2, 0xdc, 0, 0, 0, 1])), "rename one"),
         (far(|n| n.addresses = vec![ip("192.0.2.1")]), "correct fabric.addresses of one"),
@@ -139,6 +142,69 @@ fn what_cannot_be_is_told_with_a_remedy() {
     assert!(told.contains("link dc1") && told.contains("1450 or less") && !told.contains("dc2"), "{told}");
     assert!(told.contains("bridge dc0") && told.contains("use link.kind veth"), "{told}");
     assert!(!wanted.routes.contains_key(&net("10.0.0.0/26")), "pods on the bridge must stay in reach");
+}
+
+#[test]
+fn no_pool_and_no_block_cuts_the_underlay_off() {
+    let nodes = [node(1, &["192.0.2.1"], Mode::Auto), node(2, &["198.51.100.2"], Mode::Auto)];
+    let mut facts = facts();
+    facts.routers.insert((ip("192.0.2.254"), index(2)));
+    let far = ("198.51.100.0/26", "n2");
+    type Blocks<'a> = &'a [(&'a str, &'a str)];
+    let cases: [(&str, Blocks<'_>, &[&str]); 4] = [
+        ("192.0.2.128/25", &[], &["pool 192.0.2.128/25: 192.0.2.254, a router's, is in it"]),
+        (
+            "198.51.100.0/24",
+            &[far],
+            &[
+                "pool 198.51.100.0/24: 198.51.100.2, node n2's, is in it",
+                "prefix 198.51.100.0/26 of node n2: 198.51.100.2, node n2's, is in it",
+            ],
+        ),
+        // The segment's own route goes before that of a pool as large, and after that of a block.
+        ("192.0.2.0/24", &[("192.0.2.192/26", "n2")], &["prefix 192.0.2.192/26 of node n2: 192.0.2.254, a router's"]),
+        ("192.0.2.0/24", &[("192.0.2.0/26", "n2")], &["prefix 192.0.2.0/26 of node n2: 192.0.2.1, node n1's"]),
+    ];
+    for (pool, prefixes, told) in cases {
+        let prefixes: Vec<_> = [("10.0.0.64/26", "n2")].iter().chain(prefixes).copied().collect();
+        let wanted = plan(&table(&nodes, &["10.0.0.0/16", pool], &prefixes), &nodes[0], &facts, &config(Mode::Auto));
+        assert_eq!(wanted.problems.len(), told.len(), "{:?}", wanted.problems);
+        for told in told {
+            assert!(wanted.problems.iter().any(|p| p.starts_with(told)), "{told}: {:?}", wanted.problems);
+        }
+        let mut led: Vec<IpNet> = wanted.routes.keys().copied().collect();
+        led.retain(|prefix| *prefix != net("192.0.2.0/24"));
+        assert_eq!(led, [net("10.0.0.0/16"), net("10.0.0.64/26")], "{pool}");
+    }
+    // Its twin: what holds nothing of the underlay is led, in a pool that is the segment's, too.
+    let prefixes = [("10.0.0.64/26", "n2"), ("192.0.2.64/26", "n2"), ("192.0.2.128/26", "n1")];
+    let wanted =
+        plan(&table(&nodes, &["10.0.0.0/16", "192.0.2.0/24"], &prefixes), &nodes[0], &facts, &config(Mode::Auto));
+    assert_eq!((wanted.routes.len(), wanted.problems.len()), (5, 0), "{:?}", wanted.problems);
+}
+
+#[test]
+fn the_mtu_is_the_smallest_on_any_way() {
+    let own = node(1, &["192.0.2.1"], Mode::Vxlan);
+    let near = node(2, &["192.0.2.2"], Mode::Vxlan);
+    let mut far = node(3, &["198.51.100.3"], Mode::Vxlan);
+    let prefixes = [("10.0.0.64/26", "n2"), ("10.0.1.64/26", "n3")];
+    let mut facts = facts();
+    facts.mtus = BTreeMap::from([(index(2), 9000), (index(3), 1400)]);
+    facts.exits = vec![(net("192.0.2.0/24"), 0, index(2)), (net("0.0.0.0/0"), 0, index(3))];
+    let mtu = |facts: &HostFacts, nodes: &[FabricNode]| {
+        plan(&table(nodes, &["10.0.0.0/16"], &prefixes), &own, facts, &config(Mode::Vxlan)).mtu
+    };
+    assert_eq!(mtu(&facts, std::slice::from_ref(&own)), Some(8950));
+    assert_eq!(mtu(&facts, &[own.clone(), near.clone()]), Some(8950));
+    assert_eq!(mtu(&facts, &[own.clone(), near.clone(), far.clone()]), Some(1350), "by the link of its router");
+    far.vtep.as_mut().unwrap().mtu = Some(1230);
+    assert_eq!(mtu(&facts, &[own.clone(), near.clone(), far.clone()]), Some(1230), "by what it tells");
+    far.vtep.as_mut().unwrap().mtu = Some(1);
+    assert_eq!(mtu(&facts, &[own.clone(), far]), Some(68), "no less than a device takes");
+    // The address is on a link that leads nowhere, as routers have it.
+    facts.addresses.insert(ip("192.0.2.1"), index(1));
+    assert_eq!(mtu(&facts, std::slice::from_ref(&own)), Some(1350), "by the default route's");
 }
 
 #[test]

@@ -9,6 +9,7 @@ use dcenet_core::netlink::{FABRIC_PROTOCOL, Family};
 use dcenet_core::provider::{Dns, FabricNode, FabricTable, Lease, LeasedAddress};
 use dcenet_core::test_support::{HostState, Rung, TestHost, TestNetNs, ping, require};
 
+mod advertised;
 mod repair;
 
 #[path = "../common/mod.rs"]

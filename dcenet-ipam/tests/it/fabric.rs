@@ -27,7 +27,7 @@ pub(crate) fn on(store: &Arc<dyn Store>, node: &str) -> Ipam {
 
 pub(crate) fn node(name: &str, address: &str) -> FabricNode {
     let address = address.parse().unwrap();
-    let vtep = Vtep { address, mac: MacAddr::new([2, 0xdc, 0, 0, 0, 1]), vni: 3534, port: 4789 };
+    let vtep = Vtep { address, mac: MacAddr::new([2, 0xdc, 0, 0, 0, 1]), vni: 3534, port: 4789, mtu: None };
     FabricNode { name: name.into(), addresses: vec![address], vtep: Some(vtep), inside: Vec::new() }
 }
 
