@@ -397,13 +397,14 @@ fn helpers_answer_from_the_environment() {
     fixture.env = Environment {
         ktime_ns: 1000,
         boottime_ns: 200,
-        coarse_ns: 3 * 4_000_000 + 30,
+        coarse_ns: 30,
+        jiffies: 12_000_003,
         cpu: 4,
         random: 0,
         ..Environment::default()
     };
     let run = fixture.run().unwrap();
-    assert_eq!(run.value, 3 * 4_000_000 + 3 + 1234 + 7);
+    assert_eq!(run.value, 12_000_003 + 1234 + 7);
     assert_eq!(run.redirect, Some(Redirect { ifindex: 9, ingress: true }));
     assert_eq!(
         trap(|a| {
@@ -411,6 +412,15 @@ fn helpers_answer_from_the_environment() {
         }),
         TrapKind::Helper(Helper::TracePrintk)
     );
+}
+
+#[test]
+fn a_tick_comes_every_four_milliseconds() {
+    let mut env = Environment { coarse_ns: 3_999_999, jiffies: 7, ..Environment::default() };
+    for (ns, ticks, time) in [(1, 8, 4_000_000), (3_999_999, 8, 7_999_999), (8_000_001, 11, 16_000_000)] {
+        env.advance(ns);
+        assert_eq!((env.jiffies, env.coarse_ns), (ticks, time));
+    }
 }
 
 #[test]

@@ -21,7 +21,7 @@ impl Machine<'_, '_> {
             Helper::KtimeGetNs => self.env.ktime_ns,
             Helper::KtimeGetBootNs => self.env.boottime_ns,
             Helper::KtimeGetCoarseNs => self.env.coarse_ns,
-            Helper::Jiffies64 => self.env.coarse_ns / TICK_NS,
+            Helper::Jiffies64 => self.env.jiffies,
             Helper::GetPrandomU32 => u64::from(self.env.next_random()),
             Helper::GetSmpProcessorId => u64::from(self.env.cpu),
             Helper::SkbLoadBytes => self.skb_load_bytes()?,
@@ -373,5 +373,3 @@ pub(super) const EFAULT: i32 = 14;
 pub(super) const EINVAL: i32 = 22;
 /// `BPF_RB_NO_WAKEUP` and `BPF_RB_FORCE_WAKEUP`.
 const WAKEUP_FLAGS: u64 = 0b11;
-/// Of 250 ticks in a second.
-const TICK_NS: u64 = 4_000_000;

@@ -65,8 +65,11 @@ pub struct Environment {
     pub ktime_ns: u64,
     /// `bpf_ktime_get_boot_ns`.
     pub boottime_ns: u64,
-    /// `bpf_ktime_get_coarse_ns`; `bpf_jiffies64` counts it in ticks of 4 ms, as of a kernel with 250 in a second.
+    /// `bpf_ktime_get_coarse_ns`.
     pub coarse_ns: u64,
+    /// `bpf_jiffies64`. A kernel begins to count five minutes below 2^32 (`INITIAL_JIFFIES`, include/linux/jiffies.h), and so
+    /// shows no 0, which programs may take for "not known".
+    pub jiffies: u64,
     /// `bpf_get_smp_processor_id`.
     pub cpu: u32,
     /// State of the generator behind `bpf_get_prandom_u32`; the same seed gives the same numbers.
@@ -80,13 +83,15 @@ pub struct Environment {
 }
 
 impl Default for Environment {
-    /// One second after boot, on CPU 0, with device 1 and no route.
+    /// One second after boot, on CPU 0, with device 1 and no route; of a kernel with 250 ticks in a second.
     fn default() -> Self {
         const SECOND: u64 = 1_000_000_000;
+        const AT_BOOT: u64 = (1 << 32) - 300 * SECOND / TICK_NS;
         Self {
             ktime_ns: SECOND,
             boottime_ns: SECOND,
             coarse_ns: SECOND,
+            jiffies: AT_BOOT + SECOND / TICK_NS,
             cpu: 0,
             random: 1,
             devices: vec![1],
@@ -97,8 +102,9 @@ impl Default for Environment {
 }
 
 impl Environment {
-    /// Lets all clocks go on.
+    /// Lets all clocks go on; a tick comes whenever the coarse clock passes a multiple of 4 ms.
     pub fn advance(&mut self, ns: u64) {
+        self.jiffies += (self.coarse_ns + ns) / TICK_NS - self.coarse_ns / TICK_NS;
         self.ktime_ns += ns;
         self.boottime_ns += ns;
         self.coarse_ns += ns;
@@ -113,6 +119,9 @@ impl Environment {
         ((z ^ z >> 31) >> 32) as u32
     }
 }
+
+/// Of 250 ticks in a second.
+const TICK_NS: u64 = 4_000_000;
 
 /// Where `bpf_redirect` sends the packet, if the program returns `TC_ACT_REDIRECT`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,5 +1,5 @@
-//! The datapath's programs on the real kernel, packet by packet (`BPF_PROG_TEST_RUN`) and on devices. Expected verdicts are
-//! written by hand.
+//! The datapath's programs on the real kernel, packet by packet (`BPF_PROG_TEST_RUN`) and on devices, and in the VM.
+//! Expected verdicts are written by hand.
 
 #![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
@@ -13,6 +13,7 @@ mod harness;
 mod loads;
 mod pressure;
 mod related;
+mod settled;
 mod swaps;
 mod traffic;
 mod verdicts;
