@@ -367,7 +367,7 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
             if !ahead.is_empty() {
                 let list: Vec<_> = ahead.iter().map(ToString::to_string).collect();
                 return Ok(Some(format!(
-                    "packets of {} ({direction:?}) meet {} before policy, and pass it by where that answers TC_ACT_OK or \
+                    "packets of {} ({direction:?}) meet {} before policy, and pass it by where that answers TC_ACT_OK or XDP_TX, or \
                      redirects; remove it, give it a later place, or name it in policy.ahead",
                     endpoint.ifname,
                     list.join(", ")
@@ -385,8 +385,8 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
                     let list: Vec<_> = ahead.iter().map(|stranger| stranger.text.as_str()).collect();
                     Ok((!list.is_empty()).then(|| {
                         format!(
-                            "frames of {} meet {} on its parent before the guard, and pass it by where that answers \
-                             TC_ACT_OK or redirects; remove it, give it a later place, or name it in policy.ahead",
+                            "frames of {} meet {} on its parent before the guard, and pass it by where that answers TC_ACT_OK or \
+                             XDP_TX, or redirects; remove it, give it a later place, or name it in policy.ahead",
                             endpoint.ifname,
                             list.join(", ")
                         )

@@ -3,7 +3,9 @@
 use dcenet_core::provider::PolicySink;
 use dcenet_core::test_support::{Rung, require};
 use dcenet_ebpf::asm::Asm;
-use dcenet_ebpf::attach::{Attacher, ClsactAttacher, Direction, Hook, TcxAttacher, verdict};
+use dcenet_ebpf::attach::{
+    Attacher, ClsactAttacher, Direction, Hook, TcxAttacher, XdpAttacher, XdpPlace, verdict, xdp_verdict,
+};
 use dcenet_ebpf::insn;
 use dcenet_ebpf::object::ProgramKind;
 use dcenet_ebpf::pin::Pins;
@@ -11,6 +13,7 @@ use dcenet_ebpf::probe::Features;
 use dcenet_ebpf::program::Program;
 use dcenet_policy::enforcer::{PinnedDefault, PolicyConfig};
 
+use crate::inside::{guarded_world, has_guards};
 use crate::world::*;
 
 #[test]
@@ -83,5 +86,46 @@ fn a_check_names_what_packets_meet_before_policy() {
         assert_eq!(missing(), None);
         world.udp("scan", "db", 5353, false);
     }
+    owner.uninstall().unwrap();
+}
+
+/// XDP in the stack sees what pods of a parent send to each other, and XDP in the driver only what the wire brings.
+#[test]
+fn a_program_in_the_driver_of_a_parent_is_not_ahead_of_its_guard() {
+    if !require(Rung::Kernel) || !has_guards() {
+        return;
+    }
+    let mut world = guarded_world();
+    let owner = world.started();
+    world.db_web_scan();
+    assert_eq!(world.missing("web"), None);
+    let root = world.host.root();
+    let hook = Hook { device: root.link("up0").unwrap().index, direction: Direction::Ingress };
+    let pins = Pins::open(world.host.directory().join("balancer")).unwrap();
+    for (place, verdict, passed, told) in [
+        (XdpPlace::Native, xdp_verdict::PASS, true, false),
+        (XdpPlace::Generic, xdp_verdict::PASS, true, true),
+        // Where each is, packets show.
+        (XdpPlace::Native, xdp_verdict::DROP, true, false),
+        (XdpPlace::Generic, xdp_verdict::DROP, false, true),
+    ] {
+        let mut code = Asm::program("balancer", ProgramKind::Xdp);
+        code.ret(verdict);
+        let balancer =
+            Program::load(ProgramKind::Xdp, "balancer", &insn::encode(code.finish().unwrap().insns())).unwrap();
+        let xdp = XdpAttacher::placed(pins.clone(), place);
+        root.run(|| xdp.attach(hook, &balancer, "balancer")).unwrap();
+        let missing = world.missing("web");
+        let is_told = missing.as_ref().is_some_and(|told| told.contains("\"balancer\" on XDP"));
+        assert_eq!((is_told, missing.is_none()), (told, !told), "{place:?}: {missing:?}");
+        for ipv6 in [false, true] {
+            let to = std::net::SocketAddr::new(world.address("db", ipv6), 5353);
+            let limit = if passed { ALLOWED } else { DENIED };
+            assert_eq!(udp(world.pod("web"), world.pod("db"), to, limit), passed, "{place:?} {verdict} {to}");
+        }
+        assert!(root.run(|| xdp.detach(hook)).unwrap());
+    }
+    pins.unmount().unwrap();
+    assert_eq!(world.missing("web"), None);
     owner.uninstall().unwrap();
 }

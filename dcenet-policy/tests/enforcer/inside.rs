@@ -48,7 +48,7 @@ fn ready() -> bool {
 }
 
 /// Whether parents of macvlans get guards, for whoever wants one.
-fn has_guards() -> bool {
+pub fn has_guards() -> bool {
     Features::probe().is_ok_and(|features| features.netns_cookie)
 }
 
@@ -57,7 +57,7 @@ fn world() -> World {
 }
 
 /// A world whose pods want guards.
-fn guarded_world() -> World {
+pub fn guarded_world() -> World {
     World::of_macvlans(PolicyConfig { require: Require::Guarded, ..PolicyConfig::default() })
 }
 
@@ -87,7 +87,7 @@ impl World {
     }
 
     /// What a check says of a pod.
-    fn missing(&self, name: &str) -> Option<String> {
+    pub fn missing(&self, name: &str) -> Option<String> {
         let endpoint = self.endpoint(name);
         self.pod(name).run(|| self.sink.missing(&endpoint)).unwrap()
     }
@@ -187,7 +187,7 @@ impl World {
         })
     }
 
-    fn db_web_scan(&mut self) {
+    pub fn db_web_scan(&mut self) {
         self.add_enforced("web", 2, &[("app", "web")]);
         self.add_enforced("db", 3, &[("app", "db")]);
         self.add_enforced("scan", 4, &[]);

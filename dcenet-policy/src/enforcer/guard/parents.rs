@@ -8,7 +8,7 @@ use dcenet_core::netlink::Family;
 use dcenet_core::netns::{NetNs, NetNsId};
 use dcenet_core::provider::{Endpoint, Place};
 use dcenet_ebpf::abi::{Guarded, Namespace, Sender};
-use dcenet_ebpf::attach::{AttachError, Attached, Attacher, Direction, Hook, TcxAttacher};
+use dcenet_ebpf::attach::{AttachError, Attached, Attacher, Direction, Hook, TcxAttacher, Via, XdpMode};
 use dcenet_ebpf::datapath::{DatapathError, Slot, guard};
 use dcenet_ebpf::loader::{LoadRequest, Loader};
 use dcenet_ebpf::maps::{HashTable, Map, MapError, ProgramArray, Put};
@@ -285,7 +285,8 @@ impl Guard {
         Ok(self.look_at(&mut covered, pod.sender.parent)? && is_written)
     }
 
-    /// Programs of others that frames of a pod meet on its parent before the guard.
+    /// Programs of others that frames of a pod meet on its parent before the guard: not those in the driver, where only what
+    /// the wire brings comes by.
     pub(super) fn before(&self, host: &NetNs, id: AttachmentId) -> Result<Vec<Attached>, EnforcerError> {
         let parent = self.covered.lock().pods.get(&id).and_then(|pod| IfIndex::new(pod.sender.parent));
         let Some(device) = parent else { return Ok(Vec::new()) };
@@ -294,6 +295,7 @@ impl Guard {
             for direction in [Direction::Ingress, Direction::Egress] {
                 all.extend(self.links.before(Hook { device, direction })?);
             }
+            all.retain(|program| !is_in_driver(program));
             Ok::<_, AttachError>(all)
         })??;
         Ok(before)
@@ -435,6 +437,12 @@ fn below(host: &NetNs, endpoint: &Endpoint) -> Result<Option<(IfIndex, u64)>, En
     }
     let cookie = pod.run(guard::netns_cookie)?.map_err(AttachError::from)?;
     Ok(Some((parent, cookie)))
+}
+
+/// Whether a program runs before the stack has a frame. What a pod sends to another on the same parent is in the stack already
+/// (drivers/net/macvlan.c, `macvlan_queue_xmit`; net/core/dev.c, `dev_forward_skb`), and meets XDP in the stack alone.
+fn is_in_driver(program: &Attached) -> bool {
+    matches!(program.via, Via::Xdp { mode: XdpMode::Native | XdpMode::Offloaded })
 }
 
 fn id_of(guarded: &Guarded) -> Option<AttachmentId> {
