@@ -1,8 +1,9 @@
 //! Carrying out a change, step by step, and taking it back.
 
+mod load;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -11,10 +12,7 @@ use dcenet_core::model::{AttachmentKey, IfIndex};
 use dcenet_core::provider::{Endpoint, Place};
 use dcenet_ebpf::abi::{self, Sizes, local_ids_element};
 use dcenet_ebpf::attach::{AttachError, Direction as HookDirection, Hook, Tag};
-use dcenet_ebpf::datapath::Slot;
-use dcenet_ebpf::datapath::guard::FROM_GUARDED;
-use dcenet_ebpf::loader::{LoadRequest, Loaded as LoadedObject};
-use dcenet_ebpf::maps::{Array, Map, Put};
+use dcenet_ebpf::maps::{Array, Map};
 use dcenet_ebpf::program::{Program as Loaded, wait_for_running};
 use parking_lot::Mutex;
 
@@ -22,7 +20,7 @@ use super::cells::Cells;
 use super::flows::{self, Names};
 use super::guard::Judge;
 use super::inside::{Holds, on_device};
-use super::node::{NodeMaps, create, program_name};
+use super::node::{NodeMaps, create};
 use super::state::{Known, Outcome, Shared};
 use super::tables::ClassTables;
 use super::{EnforcerError, LoweredObject, Phase};
@@ -54,6 +52,7 @@ pub(crate) struct Applier {
     programs: HashMap<ProgramKey, Weak<Programs>>,
     /// Programs for guards, which pods with equal policies share.
     guarded: HashMap<PolicyKey, Weak<Loaded>>,
+    walked: HashMap<PolicyKey, Weak<Walked>>,
     endpoints: BTreeMap<AttachmentKey, InForce>,
     /// The class tables by which the flows of before the latest bump were judged.
     table: Arc<AddressTable>,
@@ -97,6 +96,7 @@ struct Programs {
     /// What the guard on the parent of a device in a pod has judge once more, where one is wanted.
     guarded: Option<Arc<Loaded>>,
     key: ProgramKey,
+    _walked: Arc<Walked>,
     /// Keeps the diagrams, and thus the key, from being used by others.
     plan: EndpointPlan,
 }
@@ -108,6 +108,13 @@ impl Programs {
             HookDirection::Egress => &self.to_pod,
         }
     }
+}
+
+/// The tables that classifiers walk, by their maps' names: too large for a copy in each of the pods that have the same
+/// policies.
+#[derive(Default)]
+struct Walked {
+    maps: Vec<(String, Map)>,
 }
 
 /// Objects whose slot is a constant, by what else makes them; kept for one change.
@@ -145,6 +152,7 @@ impl Applier {
             sets: BTreeMap::new(),
             programs: HashMap::new(),
             guarded: HashMap::new(),
+            walked: HashMap::new(),
             endpoints: BTreeMap::new(),
             table: Arc::default(),
             strayed: false,
@@ -278,138 +286,6 @@ impl Applier {
         Ok(())
     }
 
-    /// Loads what is missing. An endpoint whose programs cannot be loaded goes on with those it has: their policy sets
-    /// are kept up to date until the compiler is told that nobody uses them.
-    fn load<'a>(
-        &mut self,
-        shared: &Shared,
-        update: &'a Update,
-        endpoints: &'a BTreeMap<AttachmentKey, Known>,
-        outcomes: &mut Outcomes,
-    ) -> Vec<Switch<'a>> {
-        let mut switches = Vec::new();
-        let mut refused: HashMap<ProgramKey, String> = HashMap::new();
-        let mut templates = Templates::new();
-        for (key, known) in endpoints {
-            let Some(plan) = known.pod().and_then(|pod| update.endpoints.get(&pod)) else {
-                outcomes.push((key.clone(), Outcome::Hopeless { reason: NO_WORKLOAD.to_owned() }));
-                continue;
-            };
-            let slot = if known.endpoint.place.is_host() {
-                None
-            } else {
-                match shared.cells.lock().reserve(&known.endpoint) {
-                    Ok(slot) => Some(slot),
-                    Err(error) => {
-                        let reason = error.to_string();
-                        outcomes.push((key.clone(), Outcome::Failed { reason, phase: known.phase }));
-                        continue;
-                    }
-                }
-            };
-            let wanted = ProgramKey { policy: policy_key(plan), slot, guarded: slot.is_some() && known.guarded };
-            let in_force = self.endpoints.get(key);
-            if in_force.is_some_and(|e| e.programs.key == wanted && e.addresses == known.endpoint.addresses) {
-                continue;
-            }
-            let cached = self.programs.get(&wanted).and_then(Weak::upgrade);
-            let loaded = match (cached, refused.get(&wanted)) {
-                (Some(programs), _) => Ok(programs),
-                (None, Some(reason)) => Err(reason.clone()),
-                (None, None) => self.load_one(shared, plan, wanted, &mut templates).map_err(|e| e.to_string()),
-            };
-            match loaded {
-                Ok(programs) => {
-                    self.programs.insert(wanted, Arc::downgrade(&programs));
-                    switches.push(Switch { key, known, programs });
-                }
-                Err(reason) => {
-                    refused.insert(wanted, reason.clone());
-                    outcomes.push((key.clone(), Outcome::Failed { reason, phase: known.phase }));
-                }
-            }
-        }
-        switches
-    }
-
-    fn load_one(
-        &mut self,
-        shared: &Shared,
-        plan: &EndpointPlan,
-        key: ProgramKey,
-        templates: &mut Templates,
-    ) -> Result<Arc<Programs>, EnforcerError> {
-        let lowering = &*shared.tools.lowering;
-        let slot = key.slot.map_or(Slot::Class, Slot::Constant);
-        let object = match (key.slot, templates.get(&key.policy)) {
-            (Some(slot), Some(template)) => {
-                let no_slot = || EnforcerError::Lowering("the object of a constant slot has none".into());
-                LoweredObject { elf: template.of_slot(slot).ok_or_else(no_slot)?, ..template.clone() }
-            }
-            _ => lowering.endpoint_object(plan, slot).map_err(EnforcerError::Lowering)?,
-        };
-        if key.slot.is_some() && object.slot_places.is_some() {
-            templates.entry(key.policy).or_insert_with(|| object.clone());
-        }
-        let mut loaded = self.load_object(shared, plan, &object)?;
-        let mut take = |direction| {
-            let name = program_name(direction, slot);
-            let missing = || EnforcerError::Lowering(format!("the object has no program {name:?}").into());
-            loaded.take_program(name).ok_or_else(missing)
-        };
-        let (from_pod, to_pod) = (take(HookDirection::Ingress)?, take(HookDirection::Egress)?);
-        let guarded = if key.guarded { Some(self.load_guarded(shared, plan, key.policy)?) } else { None };
-        Ok(Arc::new(Programs { from_pod, to_pod, guarded, key, plan: plan.clone() }))
-    }
-
-    /// What a guard calls about the pods that have these policies.
-    fn load_guarded(
-        &mut self,
-        shared: &Shared,
-        plan: &EndpointPlan,
-        key: PolicyKey,
-    ) -> Result<Arc<Loaded>, EnforcerError> {
-        if let Some(known) = self.guarded.get(&key).and_then(Weak::upgrade) {
-            return Ok(known);
-        }
-        let object = shared.tools.lowering.endpoint_object(plan, Slot::Guarded).map_err(EnforcerError::Lowering)?;
-        let mut loaded = self.load_object(shared, plan, &object)?;
-        let missing = || EnforcerError::Lowering(format!("the object has no program {FROM_GUARDED:?}").into());
-        let program = Arc::new(loaded.take_program(FROM_GUARDED).ok_or_else(missing)?);
-        self.guarded.insert(key, Arc::downgrade(&program));
-        Ok(program)
-    }
-
-    /// Loads an object with the maps of the node and of the policy sets.
-    fn load_object(
-        &self,
-        shared: &Shared,
-        plan: &EndpointPlan,
-        object: &LoweredObject,
-    ) -> Result<LoadedObject, EnforcerError> {
-        let has = |name: &str| object.maps.iter().any(|m| m == name);
-        let mut maps: Vec<_> =
-            shared.maps.all().filter(|(name, _)| has(name)).map(|(name, map)| (name, map.as_fd())).collect();
-        for direction in Direction::ALL {
-            let name = local_ids_name(direction);
-            let id = plan.set(direction).id;
-            if let Some(set) = self.sets.get(&id)
-                && has(name)
-            {
-                maps.push((name, set.map.as_fd()));
-            }
-        }
-        let mut loaded = shared.tools.loader.load(&object.elf, &LoadRequest { maps: &maps })?;
-        for content in &object.contents {
-            let missing = || EnforcerError::Lowering(format!("the object has no map {:?}", content.map).into());
-            let map = loaded.take_map(&content.map).ok_or_else(missing)?;
-            for (index, value) in content.values() {
-                map.update(&index.to_ne_bytes(), value, Put::Any).map_err(|e| EnforcerError::map(&content.map, e))?;
-            }
-        }
-        Ok(loaded)
-    }
-
     /// Puts programs on devices.
     fn attach(&mut self, shared: &Shared, switches: &[Switch<'_>], outcomes: &mut Outcomes) -> Vec<Replaced> {
         let mut replaced = Vec::new();
@@ -521,6 +397,7 @@ impl Applier {
         self.sets.retain(|id, _| used.contains(id));
         self.programs.retain(|_, programs| programs.strong_count() > 0);
         self.guarded.retain(|_, program| program.strong_count() > 0);
+        self.walked.retain(|_, walked| walked.strong_count() > 0);
     }
 
     /// Lets the endpoints' established flows be judged anew. What came of an endpoint already is not told again.

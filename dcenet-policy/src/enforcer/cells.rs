@@ -114,6 +114,8 @@ impl Cells {
     pub(crate) fn forget(&mut self, attachment: &AttachmentKey) {
         if self.slots.of(attachment.id()).is_some() {
             self.gone.insert(attachment.clone());
+            // An earlier owner may have given it.
+            self.holders.insert(attachment.clone());
         }
     }
 

@@ -1,5 +1,7 @@
 //! What the owner knows, and who may change it.
 
+mod admit;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
@@ -10,18 +12,15 @@ use dcenet_core::model::{AttachmentId, AttachmentKey, IfIndex};
 use dcenet_core::netns::Host;
 use dcenet_core::provider::{Endpoint, Enforcement, Place};
 use dcenet_ebpf::attach::{AttachError, Attacher, Direction, Hook, Owner};
-use dcenet_ebpf::datapath::Slot;
 use dcenet_ebpf::pin::Pins;
-use dcenet_ebpf::program::Program;
 use parking_lot::{Condvar, Mutex, RwLock};
 
 use super::apply::{Applied, Applier};
-use super::cells::{Cells, bare_hooks};
-use super::config::DefaultVerdict;
+use super::cells::Cells;
 use super::flows::Names;
-use super::guard::{Guards, Judge, Refusal};
-use super::inside::{Holds, Inside, InsideLink, on_device};
-use super::node::{NodeMaps, default_pin, load_default, pin_defaults};
+use super::guard::{Guards, Refusal};
+use super::inside::{Inside, InsideLink};
+use super::node::{NodeMaps, pin_defaults};
 use super::protocol::{Reply, Request, Stranger};
 use super::server::Answer;
 use super::sweep::{self, Listener};
@@ -386,86 +385,6 @@ impl Shared {
         // A namespace that ends takes its time, and who gets the slot must not share it with a device that is up.
         let in_force = |id| self.inside.of(id).map_or(true, |links| links.iter().any(InsideLink::lives));
         self.cells.lock().give_back_others([listed, &state.endpoints], in_force)
-    }
-
-    /// Lets the default programs of an endpoint know its addresses, where they are on its hooks. A change that is under way
-    /// is not waited for: until then neighbours would believe what an earlier holder of the addresses has told them. One
-    /// that is told again may have lost its own programs, and must not be called enforced without them by a change that
-    /// took them for granted.
-    fn admit(&self, endpoint: &Endpoint, again: bool) -> Result<(), EnforcerError> {
-        let attacher = &*self.tools.attacher;
-        let _change = again.then(|| self.applier.lock());
-        let state = self.state.lock();
-        let known = state.endpoints.get(&endpoint.attachment);
-        let Some(known) = known.filter(|known| known.is_on(endpoint.ifindex, &endpoint.place)) else {
-            // It went in the meantime.
-            return Ok(());
-        };
-        let guarded = known.guarded;
-        let mut cells = self.cells.lock();
-        drop(state);
-        let (cells_held, mut found) = (&mut *cells, false);
-        let admitted = if endpoint.place.is_host() {
-            self.host.0.run_here_or_there(|| {
-                let bare = bare_hooks(attacher, endpoint)?;
-                found = !bare.is_empty();
-                if found { cells_held.admit(attacher, endpoint, bare) } else { Ok(()) }
-            })
-        } else {
-            Ok(self.admit_inside(cells_held, endpoint, guarded, &mut found))
-        };
-        drop(cells);
-        if found {
-            self.note(|state| state.lost(&endpoint.attachment));
-        }
-        admitted?
-    }
-
-    /// As [`Shared::admit`], of a device in a pod. Its default programs know no slot: others that do take their place.
-    fn admit_inside(
-        &self,
-        cells: &mut Cells,
-        endpoint: &Endpoint,
-        guarded: bool,
-        found: &mut bool,
-    ) -> Result<(), EnforcerError> {
-        let links = self.inside.of(endpoint.attachment.id())?;
-        let living: Vec<&InsideLink> = links.iter().filter(|link| link.lives()).collect();
-        // Also where somebody has taken one away.
-        *found = living.len() < 2 || living.iter().any(|link| link.slot().is_none());
-        if !*found {
-            let slot = cells.slot(endpoint.attachment.id()).filter(|_| guarded);
-            return slot.map_or(Ok(()), |slot| self.cover(endpoint, slot, Judge::Present));
-        }
-        let (slot, _) = cells.settle(endpoint, true)?;
-        let mut deny = None;
-        let mut verdict = DefaultVerdict::Deny;
-        for link in living.into_iter().filter(|link| link.slot().is_none()) {
-            let there = Program::by_id(link.link.program).map_err(AttachError::from)?;
-            let at_host = on_device(link.link.direction, &endpoint.place);
-            let pin = default_pin(DefaultVerdict::Allow, at_host, false);
-            let allow = self.pins.get(pin)?.map(Program::from_fd).transpose().map_err(AttachError::from)?;
-            if allow.is_some_and(|allow| allow.info().id == there.info().id) {
-                self.inside.replace(link, &there, Holds::Default(slot))?;
-                verdict = DefaultVerdict::Allow;
-                continue;
-            }
-            let programs = match &mut deny {
-                Some(programs) => programs,
-                none => none.insert(load_default(
-                    &self.maps,
-                    &*self.tools.loader,
-                    &*self.tools.lowering,
-                    DefaultVerdict::Deny,
-                    Slot::Constant(slot),
-                )?),
-            };
-            for (direction, program) in programs.iter().filter(|(direction, _)| *direction == at_host) {
-                tracing::debug!(attachment = %endpoint.attachment, ?direction, slot, "admitted");
-                self.inside.replace(link, program, Holds::Default(slot))?;
-            }
-        }
-        if guarded { self.cover(endpoint, slot, Judge::Default(verdict)) } else { Ok(()) }
     }
 
     /// Forgets an attachment whose device is gone, or that wants no guard.

@@ -41,7 +41,7 @@ spec:
 /// How long is waited for what a machine that has much else to do must come to.
 const LONG: Duration = Duration::from_secs(60);
 
-fn ready() -> bool {
+pub fn ready() -> bool {
     require_with(Rung::Kernel, || {
         (!Features::probe().is_ok_and(|f| f.tcx)).then(|| "the kernel has no tcx (Linux 6.6)".to_owned())
     })

@@ -12,6 +12,7 @@ mod inside;
 mod isolation;
 mod packets;
 mod restart;
+mod shared;
 mod streams;
 mod sys;
 mod vanished;

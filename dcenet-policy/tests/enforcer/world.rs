@@ -100,6 +100,13 @@ impl World {
     }
 
     pub fn try_add(&mut self, name: &str, n: u16, labels: &[(&str, &str)]) -> Result<(), String> {
+        let pod = self.attach(name, n, labels)?;
+        self.pods.insert(name.to_owned(), pod);
+        Ok(())
+    }
+
+    /// Attaches a pod, which the caller keeps.
+    pub fn attach(&self, name: &str, n: u16, labels: &[(&str, &str)]) -> Result<TestNetNs, String> {
         let pod = self.host.new_pod();
         let (address, gateway) = ([format!("10.20.0.{n}/24"), format!("fd20::{n:x}/64")], ["10.20.0.1", "fd20::1"]);
         let addresses = address.iter().zip(gateway).map(|(address, gateway)| LeasedAddress {
@@ -136,8 +143,7 @@ impl World {
             }
             text
         })?;
-        self.pods.insert(name.to_owned(), pod);
-        Ok(())
+        Ok(pod)
     }
 
     pub fn add(&mut self, name: &str, n: u16, labels: &[(&str, &str)]) {
