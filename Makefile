@@ -36,7 +36,8 @@ bench: ## Compare with peers and floors; writes target/bench/summary.json.
 	.ci/setup
 	.ci/bench $(ID)
 
-soak: ## The long proofs: thousands of kills, many packets.
+soak: ## The long proofs, with what they counted: thousands of kills, many packets.
+	.ci/setup
 	DCENET_SOAK=1 .ci/test
 
 fuzz: ## Run each fuzz target for FUZZ_SECONDS.
