@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use dcenet_policy::model::{
-    Action, Cluster, IpBlock, LabelSelector, NamespaceMatch, Operator, Peer, Peers, Pod, PodId, PodMatch, Policy,
+    Action, Cluster, IpBlock, LabelSelector, Mode, NamespaceMatch, Operator, Peer, Peers, Pod, PodId, PodMatch, Policy,
     PolicyId, PortMatch, PortSpec, Ports, Protocol, Requirement, Rule,
 };
 use ipnet::{IpNet, Ipv4Net};
@@ -72,6 +72,7 @@ pub fn policy(rules: Vec<Rule>) -> Policy {
     Policy {
         id: PolicyId::new(NAMESPACE, "many"),
         priority: 0,
+        mode: Mode::Enforce,
         subject: PodMatch {
             namespaces: NamespaceMatch::Named(NAMESPACE.to_owned()),
             pods: LabelSelector {
@@ -192,6 +193,7 @@ pub fn large(policies: usize, pods: usize) -> Cluster {
         cluster.insert_policy(Policy {
             id: PolicyId::new(namespace.clone(), format!("policy{number}")),
             priority: 0,
+            mode: Mode::Enforce,
             subject: PodMatch { namespaces: NamespaceMatch::Named(namespace), pods: label("app", random.below(10)) },
             ingress: Some(ingress),
             egress: Some(egress),

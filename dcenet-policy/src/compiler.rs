@@ -18,7 +18,9 @@
 //! sets ask; so an enforcer that never releases pays with ever more classes.
 
 mod endpoints;
+mod keys;
 mod members;
+mod rules;
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -26,21 +28,18 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::classes::{
-    self, AddressTable, Atom, AtomId, ClassId, ClassKey, TableChanges, selector_holds, selector_may_hold,
-};
+use crate::classes::{self, AddressTable, Atom, AtomId, ClassId, ClassKey, TableChanges};
 use crate::diagram::Diagram;
 use crate::flatten::{self, ClassMembers, FlatSet, Flattener, SetKey, Signatures};
 use crate::ids::Ids;
 use crate::ir::{Leaf, RuleId, RuleList};
 use crate::isolation::{self, Ambiguous, Fault, Obstacle, Refusals};
-use crate::model::{
-    Cluster, Direction, NamespaceMatch, Pod, PodId, PodMatch, PodNetwork, Policy, PolicyId, RuleRef, Tuple,
-};
+use crate::model::{Cluster, Direction, Pod, PodId, PodNetwork, PolicyId, Tuple};
 use crate::opt::{self, Shadowed};
 use crate::verify;
 
 pub use self::endpoints::Endpoints;
+pub use self::rules::{Audit, Decider, Named, RuleTable};
 
 use self::members::{Asked, Placed};
 
@@ -130,6 +129,14 @@ pub struct Program {
     pub shadowed: Vec<Shadowed>,
 }
 
+impl Program {
+    /// Whether both become the same code. The numbers of what decides beside what policies in audit would do are in the
+    /// diagram alone, and may have been given anew.
+    pub(crate) fn is_same_code(&self, other: &Self) -> bool {
+        self.list == other.list && (self.list.audit.is_none() || self.diagram == other.diagram)
+    }
+}
+
 /// The policies of one or several endpoints in one direction.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PolicySet {
@@ -166,45 +173,6 @@ impl EndpointPlan {
             Direction::Ingress => &self.ingress,
             Direction::Egress => &self.egress,
         }
-    }
-}
-
-/// What each rule id stands for.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct RuleTable {
-    rules: BTreeMap<RuleId, RuleRef>,
-}
-
-impl RuleTable {
-    /// The rule of an id; `None` for the ids that stand for none, and for those not in use.
-    pub fn rule(&self, id: RuleId) -> Option<&RuleRef> {
-        self.rules.get(&id)
-    }
-
-    /// All rules in use.
-    pub fn iter(&self) -> impl Iterator<Item = (RuleId, &RuleRef)> {
-        self.rules.iter().map(|(id, rule)| (*id, rule))
-    }
-
-    /// A text for people.
-    pub fn name(&self, id: RuleId) -> String {
-        match (id, self.rule(id)) {
-            (RuleId::NOT_GOVERNED, _) => "no policy governs the pod in this direction".to_owned(),
-            (RuleId::ISOLATED, _) => "isolated; no rule matches".to_owned(),
-            (RuleId::OWN_NODE, _) => "the peer is the pod's own node".to_owned(),
-            (RuleId::UNMATCHED, _) => "no rule matches, and no policy isolates the pod".to_owned(),
-            (RuleId::TIER_END, _) => "no rule matches, and the tier denies what is left".to_owned(),
-            (RuleId::REFUSED, _) => "closed, for a policy cannot be enforced; no other allows it".to_owned(),
-            (_, Some(rule)) => rule.to_string(),
-            (RuleId(number), None) => format!("rule {number}, no longer in use"),
-        }
-    }
-}
-
-#[cfg(test)]
-impl FromIterator<(RuleId, RuleRef)> for RuleTable {
-    fn from_iter<I: IntoIterator<Item = (RuleId, RuleRef)>>(rules: I) -> Self {
-        Self { rules: rules.into_iter().collect() }
     }
 }
 
@@ -306,7 +274,7 @@ struct State {
     retired_atoms: HashMap<Atom, u64>,
     next_atom: AtomId,
     classes: Ids<ClassKey>,
-    rules: Ids<RuleRef>,
+    rules: Ids<Named>,
     set_ids: Ids<(SetKey, u64)>,
     sets: HashMap<SetKey, Held>,
     retired_sets: Vec<(u64, Arc<PolicySet>, Arc<Signatures>)>,
@@ -390,7 +358,7 @@ impl Compiler {
 
     /// Gives rules the ids that an earlier compiler gave them, so that counters and events keep their meaning over a
     /// restart. For a compiler that has not compiled yet; ids that are out of range or taken are passed over.
-    pub fn resume_rules(&mut self, rules: impl IntoIterator<Item = (RuleId, RuleRef)>) {
+    pub fn resume_rules(&mut self, rules: impl IntoIterator<Item = (RuleId, Named)>) {
         for (id, rule) in rules {
             if id >= RuleId::FIRST && id.0 < MAX_RESUMED {
                 self.state.rules.restore(id.0, rule);
@@ -526,7 +494,7 @@ impl Compiler {
         if !failed.is_empty() {
             return Err(Obstacle::Sets(failed));
         }
-        let Flattener { atoms, next_atom, rules_used, .. } = flattener;
+        let Flattener { atoms, next_atom, mut rules_used, .. } = flattener;
         next.retired_atoms.retain(|atom, _| !atoms.contains_key(atom));
         for atom in self.state.atoms.keys().filter(|atom| !atoms.contains_key(atom)) {
             next.retired_atoms.entry(atom.clone()).or_insert(next.generation);
@@ -554,7 +522,7 @@ impl Compiler {
             sets_used.insert(id);
             let program = match old_programs.get(&list).or_else(|| next.programs.get(&list)) {
                 Some(program) => Arc::clone(program),
-                None => match self.compile(&list, too_large) {
+                None => match self.compile(&list, too_large, &mut next.rules) {
                     Ok(program) => Arc::new(program),
                     Err(error) => {
                         failed.push((key.clone(), error));
@@ -562,6 +530,9 @@ impl Compiler {
                     }
                 },
             };
+            if list.audit.is_some() {
+                rules_used.extend(program.diagram.leaves().into_iter().map(|leaf| leaf.rule.0));
+            }
             next.programs.insert(Arc::new(list), Arc::clone(&program));
             let before = match before {
                 Some(Held { set, signatures: old, .. }) if old.epoch != signatures.epoch => {
@@ -597,7 +568,7 @@ impl Compiler {
             next.table = Arc::new(classified.table);
         }
         let named = rules_used.iter().filter_map(|id| Some((RuleId(*id), next.rules.key(*id)?.clone())));
-        let rule_table = RuleTable { rules: named.collect() };
+        let rule_table: RuleTable = named.collect();
         if *next.rule_table != rule_table {
             next.rule_table = Arc::new(rule_table);
         }
@@ -636,82 +607,20 @@ impl Compiler {
         kept || classes.any_retired() || rules.any_retired() || set_ids.any_retired()
     }
 
-    fn compile(&self, list: &RuleList, too_large: &mut TooLarge) -> Result<Program, CompileError> {
+    fn compile(
+        &self,
+        list: &RuleList,
+        too_large: &mut TooLarge,
+        rules: &mut Ids<Named>,
+    ) -> Result<Program, CompileError> {
         let known = self.too_large.get(list).or_else(|| too_large.get(list)).cloned();
-        let compiled = known.map_or_else(|| compile(list, &self.limits), Err);
+        let compiled = known
+            .map_or_else(|| compile(list, &self.limits, &mut |leaf, audit| rules::outcome(rules, leaf, audit)), Err);
         if let Err(error) = &compiled {
             too_large.insert(list.clone(), error.clone());
         }
         compiled
     }
-
-    /// For each endpoint in scope what identifies its policy sets, ingress first.
-    pub(crate) fn set_keys(&self, cluster: &Cluster) -> BTreeMap<PodId, [SetKey; 2]> {
-        let mut named: HashMap<&str, Vec<&Policy>> = HashMap::new();
-        let mut selected: Vec<&Policy> = Vec::new();
-        for policy in cluster.policies.values() {
-            match &policy.subject.namespaces {
-                NamespaceMatch::Named(name) => named.entry(name).or_default().push(policy),
-                NamespaceMatch::Selected(_) => selected.push(policy),
-            }
-        }
-        let mut names: HashMap<Vec<PolicyId>, NamesUsed> = HashMap::new();
-        let mut endpoints = BTreeMap::new();
-        for (id, pod) in &cluster.pods {
-            if !self.scope.holds(pod) {
-                continue;
-            }
-            let candidates = named.get(id.namespace.as_str()).into_iter().flatten().chain(&selected);
-            let governing = candidates.copied().filter(|policy| governs(cluster, policy, id, pod)).collect();
-            let keys = keys_of(cluster, pod, governing, &mut |policies| {
-                let used = names.entry(policies.to_vec());
-                used.or_insert_with(|| flatten::names_used(cluster, policies, Direction::Ingress)).clone()
-            });
-            endpoints.insert(id.clone(), keys);
-        }
-        endpoints
-    }
-}
-
-/// Whether a policy whose subjects' namespace has the pod's name, or is selected, governs the pod.
-fn governs(cluster: &Cluster, policy: &Policy, id: &PodId, pod: &Pod) -> bool {
-    let PodMatch { namespaces, pods } = &policy.subject;
-    let here = match namespaces {
-        NamespaceMatch::Named(_) => true,
-        NamespaceMatch::Selected(selector) => selector_holds(selector, &cluster.namespace_labels(&id.namespace)),
-    };
-    here && selector_may_hold(pods, &pod.labels)
-}
-
-/// The names of ports that rules use.
-type NamesUsed = BTreeSet<(String, crate::model::Protocol)>;
-
-/// What identifies the policy sets of a pod that these policies govern, ingress first.
-fn keys_of(
-    cluster: &Cluster,
-    pod: &Pod,
-    mut governing: Vec<&Policy>,
-    names_used: &mut dyn FnMut(&[PolicyId]) -> NamesUsed,
-) -> [SetKey; 2] {
-    governing.sort_unstable_by(|left, right| cluster.order(left).cmp(&cluster.order(right)));
-    let is_unsure = |policy: &Policy| !selector_holds(&policy.subject.pods, &pod.labels);
-    Direction::ALL.map(|direction| {
-        let with_rules = || governing.iter().filter(move |policy| policy.rules(direction).is_some());
-        let policies: Vec<PolicyId> = with_rules().map(|policy| policy.id.clone()).collect();
-        let unsure = with_rules().filter(|policy| is_unsure(policy)).map(|policy| policy.id.clone()).collect();
-        let is_believed = !(pod.on_segment && direction == Direction::Ingress);
-        let applies = |node: &String| !policies.is_empty() && is_believed && cluster.nodes.contains_key(node);
-        let node = pod.node.clone().filter(applies);
-        let mut named_ports = BTreeMap::new();
-        if direction == Direction::Ingress {
-            for (name, protocol) in names_used(&policies) {
-                let same = |port: &&crate::model::NamedPort| port.name == name && port.protocol == protocol;
-                let numbers = pod.ports.iter().filter(same).map(|port| port.port).collect();
-                named_ports.insert((name, protocol), numbers);
-            }
-        }
-        SetKey { direction, policies, node, named_ports, refused: BTreeSet::new(), unsure }
-    })
 }
 
 fn check(cluster: &Cluster) -> Result<(), CompileError> {
@@ -721,13 +630,20 @@ fn check(cluster: &Cluster) -> Result<(), CompileError> {
     Ok(())
 }
 
-fn compile(list: &RuleList, limits: &Limits) -> Result<Program, CompileError> {
+/// `outcome` numbers what decides beside what would if policies in audit were in force.
+fn compile(
+    list: &RuleList,
+    limits: &Limits,
+    outcome: &mut dyn FnMut(Leaf, Leaf) -> RuleId,
+) -> Result<Program, CompileError> {
     debug_verify(list);
-    let opt::Optimised { list, mut shadowed } = opt::optimise(list, limits)?;
+    let audit = list.audit.as_deref().map(|audit| opt::optimise(audit, limits)).transpose()?;
+    let opt::Optimised { mut list, mut shadowed } = opt::optimise(list, limits)?;
+    list.audit = audit.map(|audit| Box::new(audit.list));
     // What holds where no rule matches is no rule.
     shadowed.retain(|shadowed| shadowed.rule >= RuleId::FIRST);
     debug_verify(&list);
-    let diagram = Diagram::build(&list, limits)?;
+    let diagram = Diagram::build_audited(&list, limits, outcome)?;
     Ok(Program { list, diagram, shadowed })
 }
 

@@ -9,9 +9,9 @@ use std::collections::{BTreeSet, HashMap};
 use serde::Serialize;
 
 use crate::compiler::{CompileError, Limits};
-use crate::ir::{Leaf, RuleList};
+use crate::ir::{Leaf, RuleId, RuleList};
 use crate::model::Protocol;
-use crate::partition::{columns, others, pieces, protocols};
+use crate::partition::{both, columns, others, pieces, protocols};
 
 /// A node's index in its diagram.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -74,20 +74,46 @@ pub struct Diagram {
 }
 
 impl Diagram {
-    /// Builds the diagram of a list. A local id that the list does not have is decided as 0 is.
+    /// Builds the diagram of a list, whatever policies in audit would do. A local id that the list does not have is decided
+    /// as 0 is.
     ///
     /// # Errors
     ///
     /// [`CompileError::ImplLimitExceeded`] where it would be too large.
     pub fn build(list: &RuleList, limits: &Limits) -> Result<Self, CompileError> {
-        let columns = columns(list, limits)?;
-        let mut builder = Builder { nodes: Vec::new(), ids: HashMap::new(), arms: 0, limits };
-        let mut built: HashMap<&[u32], NodeId> = HashMap::new();
+        Self::of_sides(Sides { list, audit: None }, limits, &mut |leaf, _| leaf.rule)
+    }
+
+    /// As [`Diagram::build`], with policies in audit: each leaf has the verdict of the list, and as its rule what `outcome`
+    /// says of it and of what would be the leaf if those policies were in force.
+    ///
+    /// # Errors
+    ///
+    /// As [`Diagram::build`].
+    pub fn build_audited(
+        list: &RuleList,
+        limits: &Limits,
+        outcome: &mut dyn FnMut(Leaf, Leaf) -> RuleId,
+    ) -> Result<Self, CompileError> {
+        Self::of_sides(Sides { list, audit: list.audit.as_deref() }, limits, outcome)
+    }
+
+    fn of_sides(
+        sides: Sides<'_>,
+        limits: &Limits,
+        outcome: &mut dyn FnMut(Leaf, Leaf) -> RuleId,
+    ) -> Result<Self, CompileError> {
+        let Sides { list, audit } = sides;
+        let columns_in_force = columns(list, limits)?;
+        let columns_of_audit = audit.map(|audit| columns(audit, limits)).transpose()?.unwrap_or_default();
+        let mut builder = Builder { nodes: Vec::new(), ids: HashMap::new(), arms: 0, limits, outcome };
+        let mut built: HashMap<[&[u32]; 2], NodeId> = HashMap::new();
         let mut arms = Vec::new();
-        for (first, column) in (0..=u16::MAX).zip(&columns) {
-            let to = match built.get(column.as_slice()) {
+        for (first, column) in (0..=u16::MAX).zip(&columns_in_force) {
+            let columns = [column.as_slice(), columns_of_audit.get(usize::from(first)).map_or(&[], Vec::as_slice)];
+            let to = match built.get(&columns) {
                 Some(to) => *to,
-                None => *built.entry(column).or_insert(builder.column(list, column)?),
+                None => *built.entry(columns).or_insert(builder.column(&sides, columns)?),
             };
             arms.push(Arm { first, to });
         }
@@ -169,22 +195,35 @@ impl Diagram {
     }
 }
 
+/// What holds, and what would with policies in audit.
+#[derive(Clone, Copy)]
+struct Sides<'a> {
+    list: &'a RuleList,
+    audit: Option<&'a RuleList>,
+}
+
 struct Builder<'a> {
     nodes: Vec<Node>,
     ids: HashMap<Node, NodeId>,
     arms: usize,
     limits: &'a Limits,
+    outcome: &'a mut dyn FnMut(Leaf, Leaf) -> RuleId,
 }
 
 impl Builder<'_> {
-    fn column(&mut self, list: &RuleList, column: &[u32]) -> Result<NodeId, CompileError> {
-        let leaf_of = |entry: Option<u32>| entry.map_or(list.default, |index| list.entries[index as usize].leaf);
-        let rest = self.intern(Node::Leaf(leaf_of(others(list, column))));
+    fn column(&mut self, sides: &Sides<'_>, columns: [&[u32]; 2]) -> Result<NodeId, CompileError> {
+        let Sides { list, audit } = *sides;
+        let [column, of_audit] = columns;
+        let rest = self.leaf(sides, [others(list, column), audit.and_then(|audit| others(audit, of_audit))]);
         let mut arms = vec![Arm { first: 0, to: rest }];
-        for protocol in protocols(list, column) {
+        let mut told_apart = protocols(list, column);
+        told_apart.extend(audit.iter().flat_map(|audit| protocols(audit, of_audit)));
+        for protocol in told_apart {
             let mut ports = Vec::new();
-            for piece in pieces(list, column, protocol) {
-                ports.push(Arm { first: piece.first, to: self.intern(Node::Leaf(leaf_of(piece.entry))) });
+            let in_force = pieces(list, column, protocol);
+            let of_audit = audit.map(|audit| pieces(audit, of_audit, protocol)).unwrap_or_default();
+            for (first, entries) in both(&in_force, &of_audit) {
+                ports.push(Arm { first, to: self.leaf(sides, entries) });
             }
             let to = self.switch(Field::Port, ports)?;
             let number = u16::from(protocol.0);
@@ -197,6 +236,17 @@ impl Builder<'_> {
             }
         }
         self.switch(Field::Protocol, arms)
+    }
+
+    fn leaf(&mut self, sides: &Sides<'_>, entries: [Option<u32>; 2]) -> NodeId {
+        let leaf_of =
+            |list: &RuleList, entry: Option<u32>| entry.map_or(list.default, |index| list.entries[index as usize].leaf);
+        let leaf = leaf_of(sides.list, entries[0]);
+        let rule = match sides.audit {
+            Some(audit) => (self.outcome)(leaf, leaf_of(audit, entries[1])),
+            None => leaf.rule,
+        };
+        self.intern(Node::Leaf(Leaf { rule, ..leaf }))
     }
 
     fn switch(&mut self, field: Field, mut arms: Vec<Arm>) -> Result<NodeId, CompileError> {
@@ -246,7 +296,6 @@ impl Builder<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ir::RuleId;
     use crate::model::Verdict;
 
     fn diagram(entries: &str) -> Diagram {

@@ -10,9 +10,9 @@ use std::net::IpAddr;
 use serde::Serialize;
 
 use crate::model::{
-    Action, Backend, Cluster, Direction, IpBlock, LabelSelector, Labels, NamespaceMatch, Operator, Peer, Peers, Pod,
-    PodId, PodMatch, PodNetwork, Policy, PolicyId, PortMatch, PortSpec, Ports, Rule, RuleRef, SERVICE_ACCOUNT_LABEL,
-    Tier, TierEnd, Tuple, Verdict,
+    Action, Backend, Cluster, Direction, IpBlock, LabelSelector, Labels, Mode, NamespaceMatch, Operator, Peer, Peers,
+    Pod, PodId, PodMatch, PodNetwork, Policy, PolicyId, PortMatch, PortSpec, Ports, Rule, RuleRef,
+    SERVICE_ACCOUNT_LABEL, Tier, TierEnd, Tuple, Verdict,
 };
 
 /// A verdict and why.
@@ -118,14 +118,34 @@ pub fn evaluate(cluster: &Cluster, subject: &PodId, tuple: &Tuple) -> Result<Dec
     evaluate_without(cluster, &Refused::new(), subject, tuple)
 }
 
-/// The policies that govern a pod in a direction, in the order in which they are tried.
+/// The policies that govern a pod in a direction, in the order in which they are tried; those in audit are none of them.
 ///
 /// # Errors
 ///
 /// [`EvalError::UnknownPod`] if the cluster has no such pod.
 pub fn governing(cluster: &Cluster, subject: &PodId, direction: Direction) -> Result<Vec<PolicyId>, EvalError> {
     let pod = cluster.pods.get(subject).ok_or_else(|| EvalError::UnknownPod(subject.clone()))?;
-    Ok(governors(cluster, subject, pod, direction).into_iter().map(|policy| policy.id.clone()).collect())
+    Ok(governors(cluster, subject, pod, direction, false).into_iter().map(|policy| policy.id.clone()).collect())
+}
+
+/// What would become of a packet if all policies in audit were in force, where some policies are not enforced as for
+/// [`evaluate_without`]; `None` where no policy in audit governs the pod in this direction.
+///
+/// # Errors
+///
+/// [`EvalError::UnknownPod`] if the cluster has no such pod.
+pub fn audit(
+    cluster: &Cluster,
+    refused: &Refused,
+    subject: &PodId,
+    tuple: &Tuple,
+) -> Result<Option<Decision>, EvalError> {
+    let pod = cluster.pods.get(subject).ok_or_else(|| EvalError::UnknownPod(subject.clone()))?;
+    let all = governors(cluster, subject, pod, tuple.direction, true);
+    if pod.network == PodNetwork::Host || all.iter().all(|policy| policy.mode == Mode::Enforce) {
+        return Ok(None);
+    }
+    Ok(Some(judge(cluster, refused, subject, pod, tuple, &all)))
 }
 
 /// Judges a packet where some policies are not enforced: such a policy allows nothing, and where one of its rules denies
@@ -144,15 +164,27 @@ pub fn evaluate_without(
     if pod.network == PodNetwork::Host {
         return Ok(Decision { verdict: Verdict::Allow, reason: Reason::HostNetwork });
     }
-    let governing = governors(cluster, subject, pod, tuple.direction);
+    let governing = governors(cluster, subject, pod, tuple.direction, false);
+    Ok(judge(cluster, refused, subject, pod, tuple, &governing))
+}
+
+/// Judges by these policies, which govern the pod, in the order in which they are tried.
+fn judge(
+    cluster: &Cluster,
+    refused: &Refused,
+    subject: &PodId,
+    pod: &Pod,
+    tuple: &Tuple,
+    governing: &[&Policy],
+) -> Decision {
     if governing.is_empty() {
-        return Ok(Decision { verdict: Verdict::Allow, reason: Reason::NotGoverned });
+        return Decision { verdict: Verdict::Allow, reason: Reason::NotGoverned };
     }
     let ids = |policies: &[&Policy]| policies.iter().map(|policy| policy.id.clone()).collect::<Vec<_>>();
-    let mut not_enforced = ids(&governing);
+    let mut not_enforced = ids(governing);
     let unsure = |id: &PolicyId| !selects(cluster, &cluster.policies[id].subject, subject, pod, true);
     not_enforced.retain(|id| refused.contains(&(subject.clone(), tuple.direction, id.clone())) || unsure(id));
-    let closed = || Ok(Decision { verdict: Verdict::Deny, reason: Reason::Refused(not_enforced.clone()) });
+    let closed = || Decision { verdict: Verdict::Deny, reason: Reason::Refused(not_enforced.clone()) };
 
     let question = Question { cluster, pod, tuple, claimants: pods_at(cluster, tuple.peer) };
     for policies in governing.chunk_by(|one, next| one.id.tier == next.id.tier) {
@@ -163,12 +195,12 @@ pub fn evaluate_without(
             ids(&named.filter(|policy| end(policy) == wanted).collect::<Vec<_>>())
         };
         let Some(spec) = cluster.catalog.tier(tier) else {
-            return Ok(Decision { verdict: Verdict::Deny, reason: Reason::UnknownTier(ending(None)) });
+            return Decision { verdict: Verdict::Deny, reason: Reason::UnknownTier(ending(None)) };
         };
         let isolates = *tier == Tier::NetworkPolicy;
         let may_be_forged = pod.on_segment && tuple.direction == Direction::Ingress;
         if isolates && !may_be_forged && is_own_node(cluster, pod, tuple.peer) {
-            return Ok(Decision { verdict: Verdict::Allow, reason: Reason::OwnNode });
+            return Decision { verdict: Verdict::Allow, reason: Reason::OwnNode };
         }
         let mut passed = false;
         'tier: for policy in policies {
@@ -190,7 +222,7 @@ pub fn evaluate_without(
                 };
                 let direction = tuple.direction;
                 let decided = RuleRef { policy: policy.id.clone(), direction, rule: index, peer, port };
-                return Ok(Decision { verdict, reason: Reason::Rule(decided) });
+                return Decision { verdict, reason: Reason::Rule(decided) };
             }
         }
         if isolates || (spec.end == TierEnd::Deny && !passed) {
@@ -198,10 +230,10 @@ pub fn evaluate_without(
                 true => Reason::Isolated(ids(policies)),
                 false => Reason::TierEnd(ending(Some(TierEnd::Deny))),
             };
-            return if not_enforced.is_empty() { Ok(Decision { verdict: Verdict::Deny, reason }) } else { closed() };
+            return if not_enforced.is_empty() { Decision { verdict: Verdict::Deny, reason } } else { closed() };
         }
     }
-    Ok(Decision { verdict: Verdict::Allow, reason: Reason::Unmatched(ids(&governing)) })
+    Decision { verdict: Verdict::Allow, reason: Reason::Unmatched(ids(governing)) }
 }
 
 /// One packet, as a rule sees it.
@@ -260,11 +292,18 @@ impl Question<'_> {
     }
 }
 
-/// The policies that govern the pod, as far as is known.
-fn governors<'a>(cluster: &'a Cluster, subject: &PodId, pod: &Pod, direction: Direction) -> Vec<&'a Policy> {
+/// The policies that govern the pod, as far as is known; with those in audit, or without.
+fn governors<'a>(
+    cluster: &'a Cluster,
+    subject: &PodId,
+    pod: &Pod,
+    direction: Direction,
+    with_audit: bool,
+) -> Vec<&'a Policy> {
     let mut governing: Vec<&Policy> = cluster
         .policies
         .values()
+        .filter(|policy| with_audit || policy.mode == Mode::Enforce)
         .filter(|policy| policy.rules(direction).is_some() && selects(cluster, &policy.subject, subject, pod, false))
         .collect();
     governing.sort_by_key(|policy| cluster.order(policy));

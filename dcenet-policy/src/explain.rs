@@ -23,6 +23,10 @@ pub struct Explanation {
     pub decision: Decision,
     /// All policies that govern the subject in this direction, in the order in which they are tried.
     pub governing: Vec<PolicyId>,
+    /// What would be the answer if the policies in audit were in force; none where no such policy governs the subject in this
+    /// direction.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audit: Option<Decision>,
 }
 
 /// Both halves of a connection between two pods.
@@ -75,7 +79,8 @@ pub fn explain_without(
         Some(PodNetwork::Host) => Vec::new(),
         _ => eval::governing(cluster, subject, tuple.direction)?,
     };
-    Ok(Explanation { subject: subject.clone(), tuple: *tuple, peer_pods, peer_node, decision, governing })
+    let audit = eval::audit(cluster, refused, subject, tuple)?;
+    Ok(Explanation { subject: subject.clone(), tuple: *tuple, peer_pods, peer_node, decision, governing, audit })
 }
 
 /// Explains a connection from one pod to another: egress of the source, ingress of the destination.
@@ -125,6 +130,9 @@ impl fmt::Display for Explanation {
         for policy in &self.governing {
             write!(f, "\n  governed by {policy}")?;
         }
+        if let Some(audit) = &self.audit {
+            write!(f, "\n  with the policies in audit: {audit}")?;
+        }
         Ok(())
     }
 }
@@ -138,7 +146,7 @@ impl fmt::Display for ConnectionExplanation {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{NamespaceMatch, Pod, PodMatch, Policy};
+    use crate::model::{Mode, NamespaceMatch, Pod, PodMatch, Policy};
 
     #[test]
     fn a_connection_is_explained_from_both_ends() {
@@ -150,6 +158,7 @@ mod tests {
         cluster.insert_policy(Policy {
             id: PolicyId::new("x", "deny"),
             priority: 0,
+            mode: Mode::Enforce,
             subject: PodMatch { namespaces: NamespaceMatch::Named("x".to_owned()), pods: Default::default() },
             ingress: Some(Vec::new()),
             egress: None,
@@ -167,5 +176,16 @@ mod tests {
         let json = serde_json::to_value(&answer).unwrap();
         assert_eq!(json["ingress"]["decision"]["verdict"], "deny");
         assert_eq!(json["egress"]["peer_pods"][0]["name"], "b");
+        assert!(json["ingress"].get("audit").is_none());
+
+        cluster.policies.values_mut().for_each(|policy| policy.mode = Mode::Audit);
+        let answer = explain_connection(&cluster, (&a, at_a), (&b, at_b), Protocol::TCP, 80).unwrap();
+        assert_eq!(
+            answer.ingress.to_string(),
+            "ingress of x/b from 10.0.0.1 (pod x/a), tcp port 80\n  \
+             allow: no policy governs the pod in this direction\n  \
+             with the policies in audit: deny: isolated by x/deny; no rule matches"
+        );
+        assert_eq!((answer.verdict(), answer.egress.audit), (Verdict::Allow, None));
     }
 }

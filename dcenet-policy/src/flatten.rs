@@ -1,15 +1,19 @@
 //! From the policies that govern an endpoint to one list of conditions, in the order in which they are tried.
 
+mod signatures;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use crate::classes::{Atom, AtomId, Claim};
-use crate::compiler::{CompileError, Limits};
+use crate::compiler::{CompileError, Limits, Named};
 use crate::ids::Ids;
-use crate::ir::{Entry, Leaf, LocalSet, RuleId, RuleList, Service};
+use crate::ir::{Leaf, RuleId, Service};
 use crate::model::{
     Action, Cluster, Direction, Peer, Peers, PodNetwork, PolicyId, PortMatch, PortSpec, Ports, Protocol, Rule, RuleRef,
     Tier, TierEnd, TierSpec, Verdict,
 };
+
+pub(crate) use signatures::{ClassMembers, Signatures};
 
 /// What makes two endpoints' policies the same artefact.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -25,6 +29,8 @@ pub(crate) struct SetKey {
     pub(crate) refused: BTreeSet<PolicyId>,
     /// Those of which it is not known whether they govern the endpoint: they allow nothing, either.
     pub(crate) unsure: BTreeSet<PolicyId>,
+    /// What the set would be if policies in audit that govern the endpoint were in force; none where there are none.
+    pub(crate) audit: Option<Box<SetKey>>,
 }
 
 impl SetKey {
@@ -51,6 +57,8 @@ pub(crate) struct FlatSet {
     pub(crate) direction: Direction,
     pub(crate) rules: Vec<Conditional>,
     pub(crate) default: Leaf,
+    /// What it would be if policies in audit were in force.
+    pub(crate) audit: Option<Box<FlatSet>>,
 }
 
 /// The numbers of ports by name and protocol, over all pods that policy knows.
@@ -132,7 +140,7 @@ pub(crate) struct Flattener<'a> {
     /// Numbers of atoms that are known already, to be kept.
     pub(crate) known_atoms: &'a HashMap<Atom, AtomId>,
     pub(crate) next_atom: AtomId,
-    pub(crate) rules: &'a mut Ids<RuleRef>,
+    pub(crate) rules: &'a mut Ids<Named>,
     pub(crate) rules_used: BTreeSet<u32>,
     #[cfg(feature = "test-support")]
     pub(crate) planted: Option<crate::test_support::PlantedBug>,
@@ -144,7 +152,7 @@ impl<'a> Flattener<'a> {
         named_ports: &'a NamedPorts,
         limits: &'a Limits,
         known_atoms: &'a HashMap<Atom, AtomId>,
-        rules: &'a mut Ids<RuleRef>,
+        rules: &'a mut Ids<Named>,
     ) -> Self {
         Self {
             cluster,
@@ -161,18 +169,30 @@ impl<'a> Flattener<'a> {
     }
 
     pub(crate) fn flatten(&mut self, key: &SetKey) -> Result<FlatSet, CompileError> {
-        let SetKey { direction, policies, node, named_ports, refused, unsure } = key;
+        let audit = key.audit.as_deref().map(|key| self.in_force(key)).transpose()?.map(Box::new);
+        #[cfg(feature = "test-support")]
+        match (self.planted, &audit) {
+            (Some(crate::test_support::PlantedBug::AuditEnforced), Some(audit)) => return Ok((**audit).clone()),
+            (Some(crate::test_support::PlantedBug::AuditForgotten), _) => return self.in_force(key),
+            _ => {}
+        }
+        Ok(FlatSet { audit, ..self.in_force(key)? })
+    }
+
+    /// As far as the set's policies are in force.
+    fn in_force(&mut self, key: &SetKey) -> Result<FlatSet, CompileError> {
+        let SetKey { direction, policies, node, named_ports, refused, unsure, audit: _ } = key;
         let direction = *direction;
         let all_open = refused.is_empty() && unsure.is_empty();
         if policies.is_empty() {
             let default = Leaf { verdict: Verdict::Allow, rule: RuleId::NOT_GOVERNED };
-            return Ok(FlatSet { direction, rules: Vec::new(), default });
+            return Ok(FlatSet { direction, rules: Vec::new(), default, audit: None });
         }
         let tiers: Vec<&[PolicyId]> = policies.chunk_by(|one, next| one.tier == next.tier).collect();
         let spec = |tier: &[PolicyId]| tier.first().and_then(|id| self.cluster.catalog.tier(&id.tier));
         let Some(specs) = tiers.iter().map(|tier| spec(tier)).collect::<Option<Vec<TierSpec>>>() else {
             let default = Leaf { verdict: Verdict::Deny, rule: RuleId::TIER_END };
-            return Ok(FlatSet { direction, rules: Vec::new(), default });
+            return Ok(FlatSet { direction, rules: Vec::new(), default, audit: None });
         };
         let isolates = policies.iter().any(|id| id.tier == Tier::NetworkPolicy);
         let default = match (isolates, all_open) {
@@ -231,7 +251,7 @@ impl<'a> Flattener<'a> {
             rules.append(&mut behind);
             behind = rules;
         }
-        Ok(FlatSet { direction, rules: behind, default })
+        Ok(FlatSet { direction, rules: behind, default, audit: None })
     }
 
     /// Adds a rule that decides.
@@ -339,7 +359,7 @@ impl<'a> Flattener<'a> {
 
     fn rule(&mut self, place: &Place<'_>, peer: Option<usize>, port: Option<usize>) -> RuleId {
         let Place { policy, direction, rule } = *place;
-        let id = self.rules.intern(&RuleRef { policy: policy.clone(), direction, rule, peer, port });
+        let id = self.rules.intern(&Named::Rule(RuleRef { policy: policy.clone(), direction, rule, peer, port }));
         self.rules_used.insert(id);
         RuleId(id)
     }
@@ -414,156 +434,5 @@ impl<'a> Flattener<'a> {
         };
         self.atoms.insert(atom, id);
         id
-    }
-}
-
-/// The local ids of a policy set: each stands for one combination of the set's conditions.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Signatures {
-    /// The generation that began the numbering. Ids of different epochs mean different things.
-    pub(crate) epoch: u64,
-    conditions: Vec<Condition>,
-    /// Per local id the conditions that hold, as ascending indices; the first is empty.
-    known: Vec<Vec<u32>>,
-    /// How many local ids there may be before the numbering is begun anew.
-    most: usize,
-}
-
-impl Signatures {
-    /// The conditions that a class satisfies, as ascending indices.
-    pub(crate) fn of_class(&self, class: &[AtomId]) -> Vec<u32> {
-        let holds = |condition: &Condition| condition.iter().all(|atom| class.binary_search(atom).is_ok());
-        (0..).zip(&self.conditions).filter(|(_, condition)| holds(condition)).map(|(index, _)| index).collect()
-    }
-
-    /// The local id of a combination of conditions, if it has one.
-    pub(crate) fn local(&self, signature: &[u32]) -> Option<u16> {
-        self.known.iter().zip(0..).find(|(known, _)| known.as_slice() == signature).map(|(_, local)| local)
-    }
-
-    /// Gives a combination that has none a local id; `None` where the numbering is better begun anew, or is full.
-    pub(crate) fn add(&mut self, signature: Vec<u32>, limits: &Limits) -> Option<u16> {
-        let local = u16::try_from(self.known.len()).ok()?;
-        if self.known.len() >= self.most || self.known.len() >= limits.locals {
-            return None;
-        }
-        self.known.push(signature);
-        Some(local)
-    }
-
-    /// The local id of every class, for a set whose rules are no longer compiled; a combination of conditions that it
-    /// never had counts as none.
-    pub(crate) fn locals(&self, classes: &ClassMembers) -> Vec<u16> {
-        let local_of: HashMap<&Vec<u32>, u16> = self.known.iter().zip(0..).collect();
-        let mut locals = vec![0; classes.end];
-        for (class, signature) in held(&self.conditions, classes) {
-            locals[class as usize] = local_of.get(&signature).copied().unwrap_or(0);
-        }
-        locals
-    }
-
-    /// Assigns local ids to classes and resolves the rules to them.
-    ///
-    /// Ids given before are kept while the conditions are the same, so that a peer that comes and goes leaves the
-    /// list as it is.
-    pub(crate) fn resolve(
-        &mut self,
-        set: &FlatSet,
-        classes: &ClassMembers,
-        generation: u64,
-        limits: &Limits,
-    ) -> Result<(RuleList, Vec<u16>), CompileError> {
-        let mut seen: HashSet<&Condition> = HashSet::new();
-        let mut conditions: Vec<Condition> = Vec::new();
-        for rule in set.rules.iter().filter(|rule| !rule.condition.is_empty()) {
-            if seen.insert(&rule.condition) {
-                conditions.push(rule.condition.clone());
-            }
-        }
-        let held = held(&conditions, classes);
-        let wanted: BTreeSet<&Vec<u32>> = held.values().collect();
-        self.most = 2 * wanted.len() + 64;
-        if self.known.is_empty() || self.conditions != conditions || self.known.len() > self.most {
-            self.epoch = generation;
-            self.known = vec![Vec::new()];
-        }
-        let mut local_of: HashMap<Vec<u32>, u16> = HashMap::new();
-        for (signature, local) in self.known.iter().zip(0..) {
-            local_of.insert(signature.clone(), local);
-        }
-        for signature in wanted {
-            if !local_of.contains_key(signature) {
-                limits.check("groups of peers in one policy set", self.known.len() + 1, limits.locals)?;
-                local_of.insert(signature.clone(), self.known.len() as u16);
-                self.known.push(signature.clone());
-            }
-        }
-        self.conditions = conditions;
-
-        let mut locals = vec![0; classes.end];
-        for (class, signature) in &held {
-            locals[*class as usize] = local_of[signature];
-        }
-        Ok((self.list(set), locals))
-    }
-
-    /// The set's rules by local ids.
-    pub(crate) fn list(&self, set: &FlatSet) -> RuleList {
-        let index_of: HashMap<&Condition, usize> = self.conditions.iter().zip(0..).collect();
-        let mut members: Vec<Vec<u16>> = vec![Vec::new(); self.conditions.len()];
-        for (local, signature) in (0..).zip(&self.known) {
-            for condition in signature {
-                members[*condition as usize].push(local);
-            }
-        }
-        let members: Vec<LocalSet> = members.into_iter().map(LocalSet::from_iter).collect();
-        let count = self.known.len() as u32;
-        let mut entries = Vec::with_capacity(set.rules.len());
-        for rule in &set.rules {
-            let locals = match index_of.get(&rule.condition) {
-                None => LocalSet::below(count),
-                Some(index) => members[*index].clone(),
-            };
-            if !locals.is_empty() {
-                entries.push(Entry { locals, service: rule.service, leaf: rule.leaf });
-            }
-        }
-        RuleList { direction: set.direction, locals: count, entries, default: set.default }
-    }
-}
-
-/// The conditions that each class satisfies, as ascending indices; classes that satisfy none are left out.
-fn held(conditions: &[Condition], classes: &ClassMembers) -> BTreeMap<u32, Vec<u32>> {
-    let mut held: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
-    for (index, condition) in (0..).zip(conditions) {
-        for class in classes.satisfying(condition) {
-            held.entry(class).or_default().push(index);
-        }
-    }
-    held
-}
-
-/// Which classes satisfy an atom.
-pub(crate) struct ClassMembers {
-    by_atom: HashMap<AtomId, BTreeSet<u32>>,
-    end: usize,
-}
-
-impl ClassMembers {
-    pub(crate) fn new<'a>(classes: impl Iterator<Item = (u32, &'a Vec<AtomId>)>, end: u32) -> Self {
-        let mut by_atom: HashMap<AtomId, BTreeSet<u32>> = HashMap::new();
-        for (class, atoms) in classes {
-            for atom in atoms {
-                by_atom.entry(*atom).or_default().insert(class);
-            }
-        }
-        Self { by_atom, end: end as usize }
-    }
-
-    fn satisfying(&self, condition: &[AtomId]) -> Vec<u32> {
-        let Some((first, rest)) = condition.split_first() else { return Vec::new() };
-        let Some(candidates) = self.by_atom.get(first) else { return Vec::new() };
-        let also = |class: &u32| rest.iter().all(|atom| self.by_atom.get(atom).is_some_and(|set| set.contains(class)));
-        candidates.iter().copied().filter(also).collect()
     }
 }

@@ -3,6 +3,9 @@
 //! An entry matches on the peer's *local id* (see [`classes`](crate::classes)), on protocol, and on an interval of
 //! ports (of `type * 256 + code` for ICMP). Everything that depended on names, labels or addresses is resolved.
 //!
+//! Where policies in audit govern the endpoints, a second list says what would be if they were in force: after a line
+//! `audit`, without a first line of its own.
+//!
 //! The text form, one entry a line, prints and parses back:
 //!
 //! ```
@@ -22,12 +25,12 @@
 use std::fmt;
 use std::str::FromStr;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::model::{Direction, Protocol, Verdict};
 
 /// Names the rule that decided; the [`RuleTable`](crate::compiler::RuleTable) has its text.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct RuleId(pub u32);
 
@@ -158,6 +161,9 @@ pub struct RuleList {
     pub entries: Vec<Entry>,
     /// The answer where no entry matches.
     pub default: Leaf,
+    /// What would be the list if policies in audit were in force, of the same direction and local ids; none where there is
+    /// no such policy. It has no such list itself.
+    pub audit: Option<Box<RuleList>>,
 }
 
 impl fmt::Display for LocalSet {
@@ -186,15 +192,26 @@ impl fmt::Display for Service {
 
 impl fmt::Display for RuleList {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { direction, locals, entries, default } = self;
-        writeln!(f, "{direction} locals {locals}")?;
+        writeln!(f, "{} locals {}", self.direction, self.locals)?;
+        self.fmt_entries(f)?;
+        if let Some(audit) = &self.audit {
+            f.write_str("audit\n")?;
+            audit.fmt_entries(f)?;
+        }
+        Ok(())
+    }
+}
+
+impl RuleList {
+    fn fmt_entries(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { direction: _, locals, entries, default, audit: _ } = self;
         let all = LocalSet::below(*locals);
         for Entry { locals, service, leaf } in entries {
             write!(f, "{} {} peers ", leaf.verdict, leaf.rule.0)?;
             if *locals == all {
                 f.write_str("*")?;
             } else {
-                locals.fmt(f)?;
+                write!(f, "{locals}")?;
             }
             writeln!(f, " {service}")?;
         }
@@ -231,9 +248,15 @@ impl FromStr for RuleList {
 
         let mut entries = Vec::new();
         let mut default = None;
+        let mut in_force = None;
         for (number, line) in lines {
-            if default.is_some() {
-                return Err(fail(number, line, "nothing may follow the default"));
+            if let Some(leaf) = default {
+                if in_force.is_some() || line.trim() != "audit" {
+                    return Err(fail(number, line, "nothing may follow the default but `audit`, once"));
+                }
+                in_force = Some((std::mem::take(&mut entries), leaf));
+                default = None;
+                continue;
             }
             let words: Vec<_> = line.split_whitespace().collect();
             let [verdict, rule, rest @ ..] = &words[..] else {
@@ -255,7 +278,11 @@ impl FromStr for RuleList {
             }
         }
         let default = default.ok_or_else(|| fail(number, header, "the list must end with a default"))?;
-        Ok(Self { direction, locals, entries, default })
+        let list = Self { direction, locals, entries, default, audit: None };
+        Ok(match in_force {
+            Some((entries, default)) => Self { entries, default, audit: Some(Box::new(list.clone())), ..list },
+            None => list,
+        })
     }
 }
 

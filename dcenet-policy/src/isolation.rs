@@ -12,6 +12,7 @@
 //! | policies that the node has no room for together | those in force stay; of the others, the one that asks for the most peers, or numbers that an egress rule's port names have on peers, is beyond the limit, then the next |
 //! | peers of those in force that the node has no room for | nothing changes anywhere until there is: the last verdicts stand, and the owner tries again each second |
 //! | a policy whose subject asks for a service account, and a pod of which none is known | of that pod's policies as one beyond a limit |
+//! | with a policy in audit beyond a limit, or policies that the node has no room for | what is in force stands; what would be with the policies in audit is not told, of those pods or at all |
 //! | the pod's own node | allowed where no policy could have denied it: none of the tier admin that denies or passes is beyond a limit |
 //! | an address that several pods claim, as a peer | no pod: rules that allow pods by selector or named port do not match; rules that deny match where they do for one of the claimants; rules that pass deny there; blocks and rules for anybody match as ever |
 //! | the pod whose own address others claim, too | judged by its own policies, for its device tells who it is |
@@ -59,6 +60,19 @@ pub enum Fault {
         /// What is too large, and the remedy.
         source: CompileError,
     },
+    /// Policies in audit are beyond a limit together with those in force, or the node has no room for them. What is in force
+    /// stands; what would be with them is not told.
+    #[error("{} for {direction} of {}: in audit, and not told of: {source}", list(.policies), list(.pods))]
+    NotAudited {
+        /// The policies in audit.
+        policies: BTreeSet<PolicyId>,
+        /// In this direction only.
+        direction: Direction,
+        /// The pods in scope that they select.
+        pods: BTreeSet<PodId>,
+        /// What is too large, and the remedy.
+        source: CompileError,
+    },
     /// A policy governs pods of certain service accounts, and of pods that it may govern the account is not known. It allows
     /// them nothing, and closes them where it denies or isolates.
     #[error("{policy} asks for service accounts, and that of {} is not known: it allows nothing there; tell of the pods' v1 Pod objects", list(.pods))]
@@ -76,10 +90,12 @@ impl Fault {
         matches!(self, Self::Refused { pods, .. } | Self::UnknownAccount { pods, .. } if pods.contains(pod))
     }
 
-    /// Whether the pod is named: it is closed, or it claims the address.
+    /// Whether the pod is named: it is closed, or claims the address, or policies in audit are not told of.
     pub fn concerns(&self, pod: &PodId) -> bool {
-        let (Self::AmbiguousAddress { pods, .. } | Self::Refused { pods, .. } | Self::UnknownAccount { pods, .. }) =
-            self;
+        let (Self::AmbiguousAddress { pods, .. }
+        | Self::Refused { pods, .. }
+        | Self::NotAudited { pods, .. }
+        | Self::UnknownAccount { pods, .. }) = self;
         pods.contains(pod)
     }
 }
@@ -167,6 +183,10 @@ pub(crate) struct Refusals {
     sets: BTreeMap<SetKey, Vec<(BTreeSet<PolicyId>, CompileError)>>,
     /// In all policy sets.
     everywhere: BTreeMap<(PolicyId, Direction), CompileError>,
+    /// Sets whose policies in audit are left out.
+    not_audited: BTreeMap<SetKey, CompileError>,
+    /// All policies in audit are.
+    none_audited: Option<CompileError>,
     /// How many to leave out next, so that few rounds are needed where there is far too much.
     step: usize,
 }
@@ -174,19 +194,35 @@ pub(crate) struct Refusals {
 impl Refusals {
     /// The key of a policy set without what is left out of it.
     pub(crate) fn applied_to(&self, key: &SetKey) -> SetKey {
-        let of_set = self.sets.get(key).into_iter().flatten().flat_map(|(policies, _)| policies);
+        let in_force = in_force(key);
+        let of_set = self.sets.get(&in_force).into_iter().flatten().flat_map(|(policies, _)| policies);
         let everywhere = key.policies.iter().filter(|id| self.everywhere.contains_key(&((*id).clone(), key.direction)));
-        SetKey { refused: of_set.chain(everywhere).cloned().collect(), ..key.clone() }
+        let refused: BTreeSet<PolicyId> = of_set.chain(everywhere).cloned().collect();
+        let audit = key.audit.as_deref().filter(|_| self.reason_against_audit(key).is_none());
+        let audit = audit.map(|audit| Box::new(SetKey { refused: refused.clone(), ..audit.clone() }));
+        SetKey { refused, audit, ..in_force }
+    }
+
+    /// Why a set's policies in audit are left out, if they are.
+    fn reason_against_audit(&self, key: &SetKey) -> Option<&CompileError> {
+        let sought = SetKey { refused: BTreeSet::new(), ..key.clone() };
+        self.none_audited.as_ref().or_else(|| self.not_audited.get(&sought))
     }
 
     /// Leaves out what is to blame for a set that cannot be compiled; an error where nothing is left to leave out.
     /// `alone` compiles one of its policies.
     pub(crate) fn blame(
         &mut self,
-        key: SetKey,
+        mut key: SetKey,
         error: CompileError,
         mut alone: impl FnMut(SetKey) -> Result<(), CompileError>,
     ) -> Result<(), CompileError> {
+        if let Some(audit) = key.audit.take() {
+            let audit = SetKey { refused: BTreeSet::new(), ..*audit };
+            let whole = SetKey { refused: BTreeSet::new(), audit: Some(Box::new(audit)), ..key };
+            self.not_audited.insert(whole, error);
+            return Ok(());
+        }
         let left: Vec<PolicyId> = key.policies.iter().filter(|id| !key.is_closed(id)).cloned().collect();
         if left.is_empty() {
             return Err(error);
@@ -218,6 +254,11 @@ impl Refusals {
         known: impl Fn(&Atom) -> bool,
         error: CompileError,
     ) -> Result<(), CompileError> {
+        let keys: Vec<&SetKey> = keys.collect();
+        if keys.iter().any(|key| key.audit.is_some()) {
+            self.none_audited = Some(error);
+            return Ok(());
+        }
         let mut weights: BTreeMap<(PolicyId, Direction), usize> = BTreeMap::new();
         for key in keys {
             for id in key.policies.iter().filter(|id| !key.is_closed(id)) {
@@ -244,10 +285,16 @@ impl Refusals {
     /// In words, given what each pod's policy sets would be without refusals.
     pub(crate) fn faults<'a>(&self, endpoints: impl Iterator<Item = (&'a PodId, &'a SetKey)>) -> Vec<Fault> {
         let mut closed: BTreeMap<(Direction, &BTreeSet<PolicyId>), Closed<'_>> = BTreeMap::new();
+        let mut untold: BTreeMap<(Direction, BTreeSet<PolicyId>), Closed<'_>> = BTreeMap::new();
         let singles: BTreeMap<_, (BTreeSet<PolicyId>, _)> =
             self.everywhere.iter().map(|(key, error)| (key, ([key.0.clone()].into(), error))).collect();
         for (pod, key) in endpoints {
-            let of_set = self.sets.get(key).into_iter().flatten().map(|(policies, error)| (policies, error));
+            if let (Some(audit), Some(source)) = (&key.audit, self.reason_against_audit(key)) {
+                let policies = audit.policies.iter().filter(|id| !key.policies.contains(id)).cloned().collect();
+                let new = || Closed { pods: BTreeSet::new(), source };
+                untold.entry((key.direction, policies)).or_insert_with(new).pods.insert(pod.clone());
+            }
+            let of_set = self.sets.get(&in_force(key)).into_iter().flatten().map(|(policies, error)| (policies, error));
             let everywhere = key.policies.iter().filter_map(|id| {
                 let (policies, error) = singles.get(&(id.clone(), key.direction))?;
                 Some((policies, *error))
@@ -263,8 +310,19 @@ impl Refusals {
             pods,
             source: source.clone(),
         });
-        faults.collect()
+        let untold = untold.into_iter().map(|((direction, policies), Closed { pods, source })| Fault::NotAudited {
+            policies,
+            direction,
+            pods,
+            source: source.clone(),
+        });
+        faults.chain(untold).collect()
     }
+}
+
+/// The key of a set without its policies in audit.
+fn in_force(key: &SetKey) -> SetKey {
+    SetKey { audit: None, ..key.clone() }
 }
 
 /// What a rule asks about peers.

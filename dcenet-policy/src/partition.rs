@@ -92,3 +92,14 @@ pub(crate) fn pieces(list: &RuleList, column: &[u32], protocol: Protocol) -> Vec
     }
     pieces
 }
+
+/// The pieces of two lists for the same ports, with the entries of both; neighbours differ in one of them.
+pub(crate) fn both(one: &[Piece], other: &[Piece]) -> Vec<(u16, [Option<u32>; 2])> {
+    let firsts: BTreeSet<u16> = one.iter().chain(other).map(|piece| piece.first).collect();
+    // The first piece begins at port 0.
+    let entry = |pieces: &[Piece], first| {
+        let after = pieces.partition_point(|piece| piece.first <= first);
+        after.checked_sub(1).and_then(|at| pieces.get(at)?.entry)
+    };
+    firsts.into_iter().map(|first| (first, [entry(one, first), entry(other, first)])).collect()
+}

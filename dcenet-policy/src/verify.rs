@@ -11,6 +11,8 @@
 //!    [`RuleId::OWN_NODE`] allows and is never the default; [`RuleId::UNMATCHED`] allows; [`RuleId::ISOLATED`] and
 //!    [`RuleId::REFUSED`] deny.
 //! 6. A list whose default is [`RuleId::NOT_GOVERNED`] has no entries.
+//! 7. The list of what would be with policies in audit is of the same direction and local ids, keeps all these
+//!    invariants, and has no such list itself.
 
 use std::collections::HashMap;
 
@@ -35,7 +37,7 @@ pub struct VerifyError {
 ///
 /// The first that is broken.
 pub fn verify(list: &RuleList) -> Result<(), VerifyError> {
-    let RuleList { direction: _, locals, entries, default } = list;
+    let RuleList { direction, locals, entries, default, audit } = list;
     let broken = |invariant, place: &str, what: String| VerifyError { invariant, place: place.to_owned(), what };
     if !(1..=65_535).contains(locals) {
         return Err(broken(1, "list", format!("{locals} local ids")));
@@ -83,6 +85,12 @@ pub fn verify(list: &RuleList) -> Result<(), VerifyError> {
     if default.rule == RuleId::NOT_GOVERNED && !entries.is_empty() {
         return Err(broken(6, "list", format!("{} entries", entries.len())));
     }
+    if let Some(audit) = audit {
+        if audit.direction != *direction || audit.locals != *locals || audit.audit.is_some() {
+            return Err(broken(7, "audit", format!("{} locals {}", audit.direction, audit.locals)));
+        }
+        verify(audit).map_err(|error| VerifyError { place: format!("audit: {}", error.place), ..error })?;
+    }
     Ok(())
 }
 
@@ -123,5 +131,10 @@ mod tests {
         assert_eq!(broken_by("ingress locals 1\ndeny 3 default"), None);
         assert_eq!(broken_by("ingress locals 1\nallow 1 default"), Some(5));
         assert_eq!(broken_by("ingress locals 1\nallow 5 peers 0 any\nallow 0 default"), Some(6));
+        assert_eq!(broken_by("ingress locals 1\nallow 0 default\naudit\ndeny 5 peers 0 any\ndeny 1 default"), None);
+        assert_eq!(broken_by("ingress locals 1\nallow 0 default\naudit\nallow 1 default"), Some(5));
+        let mut nested: RuleList = "ingress locals 1\nallow 0 default".parse().unwrap();
+        nested.audit = Some(Box::new(RuleList { locals: 2, ..nested.clone() }));
+        assert_eq!(verify(&nested).unwrap_err().invariant, 7);
     }
 }

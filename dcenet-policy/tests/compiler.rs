@@ -30,6 +30,7 @@ fn ingress(name: &str, subject: LabelSelector, rules: Vec<Rule>) -> Policy {
     Policy {
         id: PolicyId::new("n", name),
         priority: 0,
+        mode: Mode::Enforce,
         subject: pods("n", subject),
         ingress: Some(rules),
         egress: None,
@@ -478,8 +479,14 @@ fn a_policy_whose_port_names_are_too_much_is_left_out_though_it_asks_for_anybody
     let named = |n| PortMatch { protocol: Protocol::TCP, port: PortSpec::Named(format!("port{n}")) };
     let rule = Rule { action: Action::Allow, peers: Peers::Any, ports: Ports::OneOf((0..10).map(named).collect()) };
     let subject = pods("n", has("app", "a"));
-    let names =
-        Policy { id: PolicyId::new("n", "names"), priority: 0, subject, ingress: None, egress: Some(vec![rule]) };
+    let names = Policy {
+        id: PolicyId::new("n", "names"),
+        priority: 0,
+        mode: Mode::Enforce,
+        subject,
+        ingress: None,
+        egress: Some(vec![rule]),
+    };
     cluster.insert_policy(names);
     let update = compiler.update_within(&cluster, below(50)).unwrap();
     assert_eq!(refused(&update)[0].0, ["n/names"]);
@@ -545,7 +552,14 @@ fn empty_lists_of_peers_or_ports_match_nothing() {
 /// A policy of the cluster for the pods with the label app=a, on ingress.
 fn of_tier(tier: Tier, priority: u16, name: &str, rules: Vec<Rule>) -> Policy {
     let subject = PodMatch { namespaces: NamespaceMatch::Selected(LabelSelector::default()), pods: has("app", "a") };
-    Policy { id: PolicyId::cluster(tier, name), priority, subject, ingress: Some(rules), egress: None }
+    Policy {
+        id: PolicyId::cluster(tier, name),
+        priority,
+        mode: Mode::Enforce,
+        subject,
+        ingress: Some(rules),
+        egress: None,
+    }
 }
 
 /// What evaluator and compiler say of packets from 10.0.0.2 (p2) and from a stranger to a port of p1.

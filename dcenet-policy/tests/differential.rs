@@ -6,8 +6,8 @@ use dcenet_policy::compiler::{Limits, Scope};
 use dcenet_policy::ir::{Leaf, RuleList};
 use dcenet_policy::isolation::Fault;
 use dcenet_policy::model::{
-    Action, Cluster, Direction, IpBlock, LabelSelector, NamespaceMatch, Peer, Peers, Pod, PodId, PodMatch, Policy,
-    PolicyId, Ports, Protocol, Rule, Tier, Tuple, Verdict,
+    Action, Cluster, Direction, IpBlock, LabelSelector, Mode, NamespaceMatch, Peer, Peers, Pod, PodId, PodMatch,
+    Policy, PolicyId, Ports, Protocol, Rule, Tier, Tuple, Verdict,
 };
 use dcenet_policy::test_support::{
     PlantedBug, Rng, Tally, addresses, ask_for_accounts, boundary_tuples, claim_twice, cluster, compare,
@@ -316,6 +316,7 @@ fn a_rule_that_passes_everything_takes_out_what_is_behind_it_in_its_tier_and_not
     let pass_all = |tier, priority| Policy {
         id: PolicyId::cluster(tier, "pass-all"),
         priority,
+        mode: Mode::Enforce,
         subject: everybody.clone(),
         ingress: Some(vec![pass.clone()]),
         egress: Some(vec![pass.clone()]),

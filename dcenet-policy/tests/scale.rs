@@ -35,6 +35,7 @@ fn one_pod(rng: &mut Rng, count: usize) -> (Cluster, PodId) {
     cluster.insert_policy(Policy {
         id: PolicyId::new("n", "p"),
         priority: 0,
+        mode: Mode::Enforce,
         subject,
         ingress: Some(rules),
         egress: None,
@@ -123,6 +124,7 @@ fn large(policies: usize, pods: usize) -> Cluster {
         cluster.insert_policy(Policy {
             id: PolicyId::new(namespace.clone(), format!("policy{number}")),
             priority: 0,
+            mode: Mode::Enforce,
             subject: PodMatch { namespaces: NamespaceMatch::Named(namespace), pods: label("app", rng.below(10)) },
             ingress: Some(ingress),
             egress: Some(egress),

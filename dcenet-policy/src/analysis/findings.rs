@@ -159,7 +159,7 @@ struct Seen {
     matched: Matched,
 }
 
-/// Looks at every rule of every policy.
+/// Looks at every rule of every policy in force; of those in audit nothing is said.
 ///
 /// Where it is not known whether a policy governs a pod, for the pod's service account is not known, the policies of that
 /// pod and direction count as doing something: of their rules nothing is told that does not hold at other pods, and none of
@@ -170,6 +170,7 @@ struct Seen {
 /// [`AnalysisError::Compile`] where a policy is more than the compiler takes.
 pub fn findings(cluster: &Cluster, thresholds: &Thresholds) -> Result<Findings, AnalysisError> {
     let limits = Limits::default();
+    let cluster = &*cluster.in_force();
     let mut sets: BTreeMap<SetKey, Vec<PodId>> = BTreeMap::new();
     for (pod, keys) in Compiler::default().set_keys(cluster) {
         for key in keys.into_iter().filter(|key| !key.policies.is_empty()) {

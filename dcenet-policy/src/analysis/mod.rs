@@ -81,7 +81,7 @@ pub enum AnalysisError {
 }
 
 fn compiled(cluster: &Cluster) -> Result<Update, AnalysisError> {
-    let mut update = Compiler::default().update(cluster)?;
+    let mut update = Compiler::default().update(&cluster.in_force())?;
     match update.faults.iter().position(|fault| matches!(fault, Fault::Refused { .. })) {
         Some(index) => Err(AnalysisError::Refused(Box::new(update.faults.swap_remove(index)))),
         None => Ok(update),

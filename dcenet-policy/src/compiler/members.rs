@@ -14,10 +14,8 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::{
-    CompileError, Compiler, EndpointPlan, Endpoints, Held, PolicySet, Program, Scope, SetId, Update, compile, governs,
-    keys_of,
-};
+use super::keys::{governs, keys_of};
+use super::{CompileError, Compiler, EndpointPlan, Endpoints, Held, PolicySet, Program, Scope, SetId, Update, compile};
 use crate::classes::{
     self, Atom, AtomId, Claim, ClassId, ClassKey, TableChanges, longest, prefix_sets, selectors_by_namespace,
     sets_beside_pods,
@@ -366,7 +364,11 @@ impl Compiler {
                 program = match state.programs.get(&list).or(known) {
                     Some(program) => Arc::clone(program),
                     None => {
-                        let program = Arc::new(compile(&list, &self.limits).ok()?);
+                        // What it ends with would need numbers.
+                        if list.audit.is_some() {
+                            return None;
+                        }
+                        let program = Arc::new(compile(&list, &self.limits, &mut |leaf, _| leaf.rule).ok()?);
                         programs.push((Arc::new(list), Arc::clone(&program)));
                         program
                     }

@@ -13,7 +13,7 @@ use dcenet_ebpf::vm::{Environment, Maps, Skb, Update as Mode, Vm};
 use ipnet::IpNet;
 
 use super::{Engine, ReachError};
-use crate::compiler::{Compiler, EndpointPlan, PolicySet, SetId, Update};
+use crate::compiler::{Compiler, Decider, EndpointPlan, PolicySet, SetId, Update};
 use crate::eval::{Decision, Reason};
 use crate::ir::RuleId;
 use crate::model::{Catalog, Cluster, Direction, PodId, PolicyId, Protocol, Tier, TierEnd, Tuple, Verdict};
@@ -132,7 +132,11 @@ impl Engine for Simulator {
         }
         let governing = || plan.set(tuple.direction).policies.to_vec();
         let isolating = || governing().into_iter().filter(|id| id.tier == Tier::NetworkPolicy).collect();
-        let reason = match RuleId(event.rule) {
+        let rule = match self.update.rules.decider(RuleId(event.rule)) {
+            Decider::Fixed(id) => id,
+            Decider::Rule(rule) => return Ok(Decision { verdict, reason: Reason::Rule(rule) }),
+        };
+        let reason = match rule {
             RuleId::NOT_GOVERNED => Reason::NotGoverned,
             RuleId::OWN_NODE => Reason::OwnNode,
             RuleId::ISOLATED => Reason::Isolated(isolating()),
@@ -150,10 +154,7 @@ impl Engine for Simulator {
             }
             RuleId::UNMATCHED => Reason::Unmatched(governing()),
             RuleId::REFUSED => Reason::Refused(governing()),
-            id => {
-                let rule = self.update.rules.rule(id).cloned();
-                Reason::Rule(rule.ok_or_else(|| defect(format!("told as rule {}, which there is not", id.0)))?)
-            }
+            id => return Err(defect(format!("told as rule {}, which there is not", id.0))),
         };
         Ok(Decision { verdict, reason })
     }

@@ -10,6 +10,8 @@ use std::fmt;
 
 use serde::Serialize;
 
+use crate::model::{Cluster, Mode};
+
 /// Something that is not enforced as it is written, and what happens instead.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Omission {
@@ -23,6 +25,13 @@ impl Omission {
     fn new(what: impl fmt::Display, reason: impl Into<String>) -> Self {
         Self { what: what.to_string(), reason: reason.into() }
     }
+}
+
+/// The policies in audit, which are left out.
+fn in_audit(cluster: &Cluster) -> impl Iterator<Item = Omission> {
+    let policies = cluster.policies.values().filter(|policy| policy.mode == Mode::Audit);
+    policies
+        .map(|policy| Omission::new(&policy.id, "it is in audit: left out, and nothing there tells what it would do"))
 }
 
 impl fmt::Display for Omission {

@@ -14,6 +14,7 @@
 //! | nodes by labels | their addresses in the tier NetworkPolicy, else `nodes`; their addresses in rules that allow, too, where labels of some are not known | a rule that denies or passes where labels of some are not known: as for ICMP |
 //! | a service | its own and its backends' addresses, a rule for each port | names of ports with it, or one that is not known: as for ICMP |
 //! | pods by service account | nothing | as for ICMP; where it is the subject the policy is left out: open to what is behind |
+//! | a policy in audit | nothing | left out: it changes no verdict, and nobody tells what it would do |
 //! | a port's name for one protocol, in the other tiers | the name for TCP, UDP and SCTP, where no pod uses it for another of them | else as above |
 //! | more than 25 rules, peers or services | several rules, several objects | |
 //! | priorities above 1000, or equal ones | their order, numbered from 0 | |
@@ -55,9 +56,11 @@ impl Rendered {
 /// Renders all policies of a cluster. Its pods, namespaces, nodes, ports' names and [`Catalog`](crate::model::Catalog)
 /// count where the objects' kinds have no words for what a policy means: render again when they change.
 pub fn render(cluster: &Cluster) -> Rendered {
+    let rendered = Rendered { objects: Vec::new(), omitted: super::in_audit(cluster).collect() };
+    let cluster = &*cluster.in_force();
     let mut policies: Vec<&Policy> = cluster.policies.values().collect();
     policies.sort_by_key(|policy| cluster.order(policy));
-    let mut renderer = Renderer { cluster, rendered: Rendered::default(), names: BTreeSet::new() };
+    let mut renderer = Renderer { cluster, rendered, names: BTreeSet::new() };
     let mut stopped: BTreeMap<(String, Direction), String> = BTreeMap::new();
     let (mut admin, mut baseline) = (Vec::new(), Vec::new());
     for policy in policies {

@@ -28,7 +28,7 @@
 //! - A change does not reach connections that are established already; end them by `conntrack -D`.
 //! - A destination is judged after it is translated, here before that. A rule by `service` means the same, as it names the
 //!   backends, too; a rule by prefix does not match what a pod sends to a service whose own address the prefix holds.
-//! - Which rule decided is not told.
+//! - Which rule decided is not told. Policies in audit are left out.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Write;
@@ -64,8 +64,10 @@ pub fn undo() -> String {
 ///
 /// [`CompileError`], as [`Compiler::update`].
 pub fn render(cluster: &Cluster, scope: &Scope) -> Result<Rendered, CompileError> {
-    let update = Compiler::new(scope.clone(), Limits::default()).update(cluster)?;
+    let in_force = cluster.in_force();
+    let update = Compiler::new(scope.clone(), Limits::default()).update(&in_force)?;
     let mut omitted = omissions(cluster, &update);
+    omitted.extend(super::in_audit(cluster));
     let mut writer = Writer { update: &update, body: String::new(), written: BTreeSet::new(), chains: BTreeMap::new() };
     let mut dispatch: BTreeMap<(Direction, bool), BTreeMap<IpAddr, BTreeSet<SetId>>> = BTreeMap::new();
     for (id, plan) in &update.endpoints {
@@ -165,6 +167,10 @@ fn omissions(cluster: &Cluster, update: &Update) -> Vec<Omission> {
                 "several pods claim it, and which one sends is not known: closed both ways where policy governs one",
             ),
             Fault::Refused { policies, .. } => {
+                let names: Vec<String> = policies.iter().map(ToString::to_string).collect();
+                Omission::new(format!("policy {}", names.join(", ")), fault.to_string())
+            }
+            Fault::NotAudited { policies, .. } => {
                 let names: Vec<String> = policies.iter().map(ToString::to_string).collect();
                 Omission::new(format!("policy {}", names.join(", ")), fault.to_string())
             }

@@ -80,7 +80,7 @@ use super::networkpolicy::{
 };
 use super::{SourceError, text};
 use crate::model::{
-    Action, IpBlock, LabelSelector, NamespaceMatch, Peer, Peers, PodMatch, Policy, PolicyId, PortMatch, PortSpec,
+    Action, IpBlock, LabelSelector, Mode, NamespaceMatch, Peer, Peers, PodMatch, Policy, PolicyId, PortMatch, PortSpec,
     Ports, Protocol, Rule, Tier,
 };
 
@@ -288,7 +288,7 @@ pub(super) fn read_policy(
     // A policy without rules for a direction has nothing to say about it.
     let any = |rules: Vec<Rule>| Some(rules).filter(|rules| !rules.is_empty());
     let id = PolicyId::cluster(tier, kind.prefix().to_owned() + text);
-    Ok(Policy { id, priority, subject, ingress: any(ingress), egress: any(egress) })
+    Ok(Policy { id, priority, mode: Mode::Enforce, subject, ingress: any(ingress), egress: any(egress) })
 }
 
 fn priority(at: &At<'_>) -> Result<u16, SourceError> {

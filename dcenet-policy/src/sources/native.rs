@@ -10,6 +10,7 @@
 //! | an address list of its own, that many rules name | PrefixGroup, `prefixGroups` |
 //! | nodes, services, service accounts | `nodes`, `service`, `serviceAccounts` |
 //! | more tiers | Tier, `spec.tier` |
+//! | to see what a policy would do before it does | `spec.mode: audit` |
 //!
 //! # Objects
 //!
@@ -25,6 +26,7 @@
 //! | Field | Meaning |
 //! |---|---|
 //! | `spec.subject` | `podSelector`, `serviceAccounts`, and for the cluster's `namespaceSelector`; what is missing selects all |
+//! | `spec.mode` | `enforce`, so where missing, or `audit`: the policy changes no verdict. Of each flow that it would have changed, or decided by another rule, it is told what the verdict would be if all policies in audit were in force ([`Flow::audit`](crate::enforcer::flows::Flow::audit)), and [`explain`](crate::explain) says so of every packet |
 //! | `spec.ingress[].from`, `spec.egress[].to` | missing: anybody. A list of `pods`, `cidrs`, `notCidrs`, `nodes`, `prefixGroups`, and in `to` `service` |
 //! | `pods` | `namespaceSelector`, `podSelector` and `serviceAccounts`; without the first the policy's namespace, and for the cluster's all |
 //! | `serviceAccounts` | names of the pods' `spec.serviceAccountName`; one that says nothing has `default`. Of a pod of which only its endpoint is known, and no v1 Pod object, the account is not known: a rule that allows by accounts does not match it, one that denies or passes denies it, and as the subject it is allowed nothing |
@@ -104,8 +106,8 @@ use super::networkpolicy::{
 };
 use super::{SourceError, text};
 use crate::model::{
-    Action, IpBlock, NamespaceMatch, Operator, Peer, Peers, PodMatch, Policy, PolicyId, PortMatch, PortSpec, Ports,
-    Protocol, Requirement, Rule, SERVICE_ACCOUNT_LABEL, ServiceId, Tier, Tuple,
+    Action, IpBlock, Mode, NamespaceMatch, Operator, Peer, Peers, PodMatch, Policy, PolicyId, PortMatch, PortSpec,
+    Ports, Protocol, Requirement, Rule, SERVICE_ACCOUNT_LABEL, ServiceId, Tier, Tuple,
 };
 
 /// Reads all policies of a YAML text. It may hold several documents, and `List` or `PolicyList` objects.
@@ -196,7 +198,7 @@ pub(super) fn read_policy(at: &At<'_>, kind_needed: KindNeeded) -> Result<Policy
         None => Owner::Cluster,
     };
 
-    let spec = object.field("spec").fields(&["tier", "priority", "subject", "ingress", "egress"])?;
+    let spec = object.field("spec").fields(&["tier", "priority", "mode", "subject", "ingress", "egress"])?;
     let (tier, priority, subject) = (spec.field("tier"), spec.field("priority"), spec.field("subject"));
     let (id, priority) = match owner {
         Owner::Namespace(namespace) => {
@@ -229,7 +231,12 @@ pub(super) fn read_policy(at: &At<'_>, kind_needed: KindNeeded) -> Result<Policy
     if ingress.is_none() && egress.is_none() {
         return Err(object.field("spec").invalid("must have ingress or egress; an empty list is one"));
     }
-    Ok(Policy { id, priority, subject, ingress, egress })
+    let mode = spec.field("mode");
+    let mode = match mode.value {
+        Some(_) if one_of(&mode, &["enforce", "audit"])? == "audit" => Mode::Audit,
+        _ => Mode::Enforce,
+    };
+    Ok(Policy { id, priority, mode, subject, ingress, egress })
 }
 
 fn rules(at: &At<'_>, peers_field: &'static str, owner: Owner<'_>) -> Result<Vec<Rule>, SourceError> {

@@ -50,7 +50,7 @@ use serde_json::Value;
 use super::fields::At;
 use super::{SourceError, text};
 use crate::model::{
-    Action, IpBlock, LabelSelector, NamespaceMatch, Operator, Peer, Peers, PodMatch, Policy, PolicyId, PortMatch,
+    Action, IpBlock, LabelSelector, Mode, NamespaceMatch, Operator, Peer, Peers, PodMatch, Policy, PolicyId, PortMatch,
     PortSpec, Ports, Protocol, Requirement, Rule,
 };
 
@@ -180,6 +180,7 @@ pub(super) fn read_policy(at: &At<'_>, kind_needed: KindNeeded) -> Result<Policy
     Ok(Policy {
         id,
         priority: 0,
+        mode: Mode::Enforce,
         subject: PodMatch { namespaces: NamespaceMatch::Named(namespace_name.to_owned()), pods },
         ingress: types.contains("Ingress").then_some(ingress),
         egress: types.contains("Egress").then_some(egress),

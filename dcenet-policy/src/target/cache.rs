@@ -23,7 +23,7 @@ struct Key([Arc<Program>; 2]);
 
 impl PartialEq for Key {
     fn eq(&self, other: &Self) -> bool {
-        self.0.iter().zip(&other.0).all(|(own, other)| Arc::ptr_eq(own, other) || own.list == other.list)
+        self.0.iter().zip(&other.0).all(|(own, other)| Arc::ptr_eq(own, other) || own.is_same_code(other))
     }
 }
 

@@ -8,9 +8,9 @@ pub mod table;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use crate::compiler::{CompileError, SetId, Update};
+use crate::compiler::{CompileError, Decider, SetId, Update};
 use crate::diagram::{Arm, Diagram, Field, Node, NodeId};
-use crate::eval::{self, Reason, Refused};
+use crate::eval::{self, Decision, Reason, Refused};
 use crate::ir::{Leaf, RuleId};
 use crate::isolation::Fault;
 use crate::model::{Cluster, Direction, PodId, Protocol, Tuple, Verdict};
@@ -31,6 +31,10 @@ pub enum PlantedBug {
     NothingIsolated,
     /// Rules that pass are left out.
     PassIgnored,
+    /// Policies in audit are in force.
+    AuditEnforced,
+    /// Policies in audit do nothing at all.
+    AuditForgotten,
 }
 
 /// The policies that an update does not enforce, for the evaluator.
@@ -54,6 +58,8 @@ pub struct Tally {
     pub by_rule: usize,
     /// Those that allow.
     pub allowed: usize,
+    /// Those whose verdict policies in audit would change.
+    pub audited: usize,
     /// Leaves of each policy set that were the answer at least once.
     pub leaves_hit: BTreeMap<SetId, BTreeSet<Leaf>>,
 }
@@ -90,19 +96,8 @@ pub fn compare(
             continue;
         }
         let found = update.decide(&pod, &tuple);
-        let agrees = found.is_some_and(|leaf| {
-            leaf.verdict == expected.verdict
-                && match &expected.reason {
-                    Reason::HostNetwork => false,
-                    Reason::NotGoverned => leaf.rule == RuleId::NOT_GOVERNED,
-                    Reason::OwnNode => leaf.rule == RuleId::OWN_NODE,
-                    Reason::Isolated(_) => leaf.rule == RuleId::ISOLATED,
-                    Reason::TierEnd(_) | Reason::UnknownTier(_) => leaf.rule == RuleId::TIER_END,
-                    Reason::Unmatched(_) => leaf.rule == RuleId::UNMATCHED,
-                    Reason::Refused(_) => leaf.rule == RuleId::REFUSED,
-                    Reason::Rule(rule) => update.rules.rule(leaf.rule) == Some(rule),
-                }
-        });
+        let in_force = |leaf: Leaf| (leaf.verdict, update.rules.decider(leaf.rule));
+        let agrees = found.is_some_and(|leaf| is_same(&in_force(leaf), &expected));
         let Some(leaf) = found.filter(|_| agrees) else {
             let found = match found {
                 None => "nothing".to_owned(),
@@ -110,15 +105,44 @@ pub fn compare(
             };
             return Err(Mismatch { pod, tuple, expected: expected.to_string(), found });
         };
+        let told = update.rules.audit(leaf.rule);
+        let found = told.map_or_else(|| in_force(leaf), |audit| (audit.verdict, audit.by.clone()));
+        match eval::audit(cluster, &refused, &pod, &tuple) {
+            Ok(Some(would)) if !is_same(&found, &would) => {
+                let (expected, found) = (format!("in audit, {would}"), format!("{}: {}", found.0, found.1));
+                return Err(Mismatch { pod, tuple, expected, found });
+            }
+            Ok(None) if told.is_some() => {
+                let (expected, found) = ("no audit".to_owned(), format!("{}: {}", found.0, found.1));
+                return Err(Mismatch { pod, tuple, expected, found });
+            }
+            _ => {}
+        }
+        tally.audited += usize::from(told.is_some_and(|audit| audit.verdict != leaf.verdict));
         tally.pairs += 1;
-        let default = matches!(leaf.rule, RuleId::NOT_GOVERNED | RuleId::ISOLATED | RuleId::UNMATCHED);
-        tally.by_rule += usize::from(!default);
+        let default = [RuleId::NOT_GOVERNED, RuleId::ISOLATED, RuleId::UNMATCHED].map(Decider::Fixed);
+        tally.by_rule += usize::from(!default.contains(&update.rules.decider(leaf.rule)));
         tally.allowed += usize::from(leaf.verdict == Verdict::Allow);
         if let Some(plan) = update.endpoints.get(&pod) {
             tally.leaves_hit.entry(plan.set(tuple.direction).id).or_default().insert(leaf);
         }
     }
     Ok(())
+}
+
+/// Whether both are one verdict for one reason.
+fn is_same(found: &(Verdict, Decider), expected: &Decision) -> bool {
+    let by = match &expected.reason {
+        Reason::HostNetwork => return false,
+        Reason::NotGoverned => Decider::Fixed(RuleId::NOT_GOVERNED),
+        Reason::OwnNode => Decider::Fixed(RuleId::OWN_NODE),
+        Reason::Isolated(_) => Decider::Fixed(RuleId::ISOLATED),
+        Reason::TierEnd(_) | Reason::UnknownTier(_) => Decider::Fixed(RuleId::TIER_END),
+        Reason::Unmatched(_) => Decider::Fixed(RuleId::UNMATCHED),
+        Reason::Refused(_) => Decider::Fixed(RuleId::REFUSED),
+        Reason::Rule(rule) => Decider::Rule(rule.clone()),
+    };
+    *found == (expected.verdict, by)
 }
 
 /// Packets at every boundary of an endpoint's diagram: from each of the given peers, both ends of every interval of

@@ -8,9 +8,9 @@ use ipnet::IpNet;
 use super::Rng;
 use crate::classes::{selector_holds, selector_may_hold};
 use crate::model::{
-    Action, Backend, Catalog, Cluster, Direction, IpBlock, LabelSelector, Labels, NamedPort, NamespaceMatch, Operator,
-    Peer, Peers, Pod, PodId, PodMatch, PodNetwork, Policy, PolicyId, PortMatch, PortSpec, Ports, Protocol, Requirement,
-    Rule, SERVICE_ACCOUNT_LABEL, ServiceId, Tier, TierEnd, TierSpec, Tuple,
+    Action, Backend, Catalog, Cluster, Direction, IpBlock, LabelSelector, Labels, Mode, NamedPort, NamespaceMatch,
+    Operator, Peer, Peers, Pod, PodId, PodMatch, PodNetwork, Policy, PolicyId, PortMatch, PortSpec, Ports, Protocol,
+    Requirement, Rule, SERVICE_ACCOUNT_LABEL, ServiceId, Tier, TierEnd, TierSpec, Tuple,
 };
 
 const NAMESPACES: [&str; 3] = ["x", "y", "z"];
@@ -25,7 +25,8 @@ const PORT_NAMES: [&str; 2] = ["web", "dns"];
 const PORTED: [Protocol; 3] = [Protocol::TCP, Protocol::UDP, Protocol::SCTP];
 const EDGES: [u16; 9] = [0, 1, 53, 80, 81, 443, 8080, 65534, 65535];
 
-/// A cluster of up to three namespaces, two nodes, ten pods, eight policies of namespaces and five of the cluster.
+/// A cluster of up to three namespaces, two nodes, ten pods, eight policies of namespaces and five of the cluster, and now
+/// and then one that is tried out.
 pub fn cluster(rng: &mut Rng) -> Cluster {
     let mut cluster = Cluster::default();
     for name in &NAMESPACES[..1 + rng.below(3)] {
@@ -72,6 +73,10 @@ pub fn cluster(rng: &mut Rng) -> Cluster {
     for number in 0..rng.below(6) {
         let policy = cluster_policy(rng, number);
         cluster.insert_policy(policy);
+    }
+    if rng.chance(35) {
+        let policy = if rng.chance(60) { cluster_policy(rng, 9) } else { policy(rng, 9) };
+        cluster.insert_policy(Policy { mode: Mode::Audit, ..policy });
     }
     cluster
 }
@@ -318,6 +323,7 @@ fn policy(rng: &mut Rng, number: usize) -> Policy {
     Policy {
         id: PolicyId::new(namespace, format!("policy{number}")),
         priority: 0,
+        mode: Mode::Enforce,
         subject: PodMatch { namespaces, pods: selector(rng) },
         ingress,
         egress,
@@ -340,7 +346,7 @@ fn cluster_policy(rng: &mut Rng, number: usize) -> Policy {
         _ => Tier::Named(rng.pick(&TIERS).0.to_owned()),
     };
     let id = PolicyId::cluster(tier, format!("policy{number}"));
-    Policy { id, priority: rng.below(3) as u16, subject, ingress, egress }
+    Policy { id, priority: rng.below(3) as u16, mode: Mode::Enforce, subject, ingress, egress }
 }
 
 fn rule(rng: &mut Rng, namespace: &str) -> Rule {

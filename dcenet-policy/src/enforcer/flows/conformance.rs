@@ -4,7 +4,7 @@ use std::io;
 
 use dcenet_core::model::IfIndex;
 
-use super::{Flow, FlowEnd, FlowKind, FlowSink, Losses};
+use super::{Flow, FlowAudit, FlowEnd, FlowKind, FlowSink, Losses};
 use crate::model::{Direction, PodId, PolicyId, Protocol, Verdict};
 
 /// What a sink shows of what it took.
@@ -71,6 +71,7 @@ pub fn flows() -> Vec<Flow> {
         policy: Some(PolicyId::new("shop", "web")),
         rule: Some("shop/web egress[0]".to_owned()),
         rule_number: Some(9),
+        audit: None,
         egress_packets: 3,
         egress_bytes: 300,
         ingress_packets: 2,
@@ -90,6 +91,14 @@ pub fn flows() -> Vec<Flow> {
             ..plain.clone()
         },
         Flow { protocol: Protocol::ICMP, icmp: Some((8, 0)), ..denied.clone() },
+        Flow {
+            audit: Some(FlowAudit {
+                verdict: Verdict::Deny,
+                policy: Some(PolicyId::new("shop", "strict")),
+                rule: "shop/strict egress[0] to[1]".to_owned(),
+            }),
+            ..plain.clone()
+        },
         Flow {
             pod: end(Some("fd00::1"), 0, None),
             peer: end(Some("fd00::2"), 0, None),

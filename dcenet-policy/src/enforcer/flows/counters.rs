@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::super::EnforcerError;
 use super::super::state::Shared;
-use super::{as_optional_text, direction_of};
+use super::{FlowAudit, as_optional_text, direction_of};
 use crate::ir::RuleId;
 use crate::model::{Direction, PolicyId, Verdict};
 
@@ -18,6 +18,10 @@ pub struct RuleCounter {
     /// The policy, where the rule is one's.
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "as_optional_text")]
     pub policy: Option<PolicyId>,
+    /// What would be if the policies in audit were in force, where that is something else. Such packets are counted apart: the
+    /// counts of one rule are those of all entries with its name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audit: Option<FlowAudit>,
     /// Whether the rule is in force. One that is not keeps its counts until its number is given to another rule, or it
     /// comes back with another number.
     pub in_use: bool,
@@ -56,7 +60,8 @@ pub(crate) fn rule_counters(shared: &Shared) -> Result<Vec<RuleCounter>, Enforce
     let sums = map.sum_range(0, end).map_err(|e| EnforcerError::map(abi::RULES, e))?;
     let counter = |id: RuleId| {
         let [packets, bytes] = sums[id.0 as usize];
-        RuleCounter { rule: names.text(id), policy: names.policy(id), in_use: names.in_use(id), packets, bytes }
+        let (rule, policy, audit) = (names.text(id), names.policy(id), names.audit(id));
+        RuleCounter { rule, policy, audit, in_use: names.in_use(id), packets, bytes }
     };
     Ok(ids.into_iter().map(counter).collect())
 }

@@ -39,6 +39,7 @@ pub use self::last::LastFlows;
 pub(crate) use self::names::Names;
 pub use self::reader::FlowReader;
 pub use self::tee::{Tee, TeeError};
+use crate::compiler::Audit;
 use crate::model::{Direction, PodId, PolicyId, Protocol, Verdict};
 
 /// What happened to a packet or flow.
@@ -85,6 +86,10 @@ pub struct Flow {
     /// The rule's number. It stands for the same rule until that falls out of use.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rule_number: Option<u32>,
+    /// What the verdict would be if the policies in audit were in force, where one governs the pod and something else would
+    /// decide. As [`Flow::rule`], it is what was found when the flow was judged last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audit: Option<FlowAudit>,
     /// Packets that the pod sent, of the flow so far.
     pub egress_packets: u64,
     /// Bytes that the pod sent.
@@ -93,6 +98,26 @@ pub struct Flow {
     pub ingress_packets: u64,
     /// Bytes that the pod received.
     pub ingress_bytes: u64,
+}
+
+/// What policies in [audit](crate::model::Mode::Audit) would do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct FlowAudit {
+    /// The verdict that there would be.
+    pub verdict: Verdict,
+    /// The policy that would decide, where one would.
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "as_optional_text")]
+    pub policy: Option<PolicyId>,
+    /// The rule that would decide, in words.
+    pub rule: String,
+}
+
+impl FlowAudit {
+    fn of(audit: &Audit) -> Self {
+        let Audit { verdict, by } = audit;
+        Self { verdict: *verdict, policy: by.policy().cloned(), rule: by.to_string() }
+    }
 }
 
 /// What a [`Flow`] tells.

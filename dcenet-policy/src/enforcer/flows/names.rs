@@ -9,15 +9,16 @@ use dcenet_ebpf::abi;
 use dcenet_ebpf::maps::PerCpuArray;
 
 use super::super::EnforcerError;
-use crate::compiler::RuleTable;
+use super::FlowAudit;
+use crate::compiler::{Named, RuleTable};
 use crate::ir::RuleId;
-use crate::model::{PolicyId, RuleRef};
+use crate::model::PolicyId;
 
 /// What numbers stand for. Rules that fell out of use keep their names until their number is given to another, or they
 /// come back with another number.
 #[derive(Debug, Default)]
 pub(crate) struct Names {
-    rules: BTreeMap<RuleId, RuleRef>,
+    rules: BTreeMap<RuleId, Named>,
     /// The numbers of the last update.
     used: BTreeSet<RuleId>,
     /// Numbers that an earlier owner gave to rules and that now stand for something else.
@@ -42,7 +43,7 @@ impl Names {
                 return Self::default();
             }
         };
-        match serde_json::from_slice::<Vec<(u32, RuleRef)>>(&text) {
+        match serde_json::from_slice::<Vec<(u32, Named)>>(&text) {
             Ok(rules) => {
                 let rules = rules.into_iter().map(|(id, rule)| (RuleId(id), rule));
                 let (rules, taken_back): (BTreeMap<_, _>, BTreeMap<_, _>) =
@@ -57,7 +58,7 @@ impl Names {
     }
 
     /// The rules with their numbers.
-    pub(crate) fn rules(&self) -> impl Iterator<Item = (RuleId, RuleRef)> {
+    pub(crate) fn rules(&self) -> impl Iterator<Item = (RuleId, Named)> {
         self.rules.iter().map(|(id, rule)| (*id, rule.clone()))
     }
 
@@ -70,7 +71,7 @@ impl Names {
         run_dir: &Path,
     ) -> Result<(), EnforcerError> {
         let learnt: Vec<_> = table.iter().filter(|(id, rule)| self.rules.get(id) != Some(*rule)).collect();
-        let named: BTreeSet<&RuleRef> = table.iter().map(|(_, rule)| rule).collect();
+        let named: BTreeSet<&Named> = table.iter().map(|(_, rule)| rule).collect();
         // A rule that comes back may have another number than before, and counts by that one alone.
         let left: BTreeSet<RuleId> = {
             let left = self.rules.iter().filter(|(id, rule)| table.rule(**id).is_none() && named.contains(*rule));
@@ -88,7 +89,7 @@ impl Names {
             let path = Self::path(run_dir);
             let failed = |source| EnforcerError::File { path: path.clone(), source };
             let fresh = run_dir.join("policy.rules,new");
-            let text: Vec<(u32, &RuleRef)> = rules.iter().map(|(id, rule)| (id.0, rule)).collect();
+            let text: Vec<(u32, &Named)> = rules.iter().map(|(id, rule)| (id.0, rule)).collect();
             let text = serde_json::to_vec(&text).map_err(|e| failed(e.into()))?;
             fs::write(&fresh, text).and_then(|()| fs::rename(&fresh, &path)).map_err(failed)?;
             // Only now: what is not written down is learnt again by the next attempt.
@@ -109,14 +110,19 @@ impl Names {
     }
 
     pub(super) fn policy(&self, id: RuleId) -> Option<PolicyId> {
-        self.rules.get(&id).map(|rule| rule.policy.clone())
+        self.rules.get(&id)?.decider().policy().cloned()
     }
 
     pub(super) fn text(&self, id: RuleId) -> String {
         match self.rules.get(&id) {
-            Some(rule) => rule.to_string(),
+            Some(named) => named.decider().to_string(),
             None => RuleTable::default().name(id),
         }
+    }
+
+    /// What would be with the policies in audit, where that is something else.
+    pub(super) fn audit(&self, id: RuleId) -> Option<FlowAudit> {
+        self.rules.get(&id)?.audit().map(FlowAudit::of)
     }
 }
 
@@ -127,19 +133,19 @@ mod tests {
 
     use super::super::super::node::create;
     use super::*;
-    use crate::model::Direction;
+    use crate::model::{Direction, RuleRef};
 
-    fn rule(policy: &str, index: usize) -> RuleRef {
-        RuleRef {
+    fn rule(policy: &str, index: usize) -> Named {
+        Named::Rule(RuleRef {
             policy: PolicyId::new("shop", policy),
             direction: Direction::Ingress,
             rule: index,
             peer: None,
             port: None,
-        }
+        })
     }
 
-    fn table<const N: usize>(rules: [(u32, RuleRef); N]) -> RuleTable {
+    fn table<const N: usize>(rules: [(u32, Named); N]) -> RuleTable {
         rules.into_iter().map(|(id, rule)| (RuleId(id), rule)).collect()
     }
 

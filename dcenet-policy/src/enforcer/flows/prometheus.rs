@@ -262,6 +262,7 @@ mod tests {
         let rule = |name: &str, packets| RuleCounter {
             rule: name.to_owned(),
             policy: Some(PolicyId::new("shop", "db")),
+            audit: None,
             in_use: true,
             packets,
             bytes: packets * 100,
@@ -302,7 +303,14 @@ mod tests {
     fn counts_of_one_name_are_added_up_once() {
         let mut registry = Registry::default();
         let metrics = FlowMetrics::register(&mut registry, 2);
-        let rule = |packets| RuleCounter { rule: "a".to_owned(), policy: None, in_use: true, packets, bytes: packets };
+        let rule = |packets| RuleCounter {
+            rule: "a".to_owned(),
+            policy: None,
+            audit: None,
+            in_use: true,
+            packets,
+            bytes: packets,
+        };
         for _ in 0..3 {
             metrics.publish(&[], &[rule(100), rule(3)]);
             assert_eq!(sum(&text(&registry), "dcenet_policy_rule_packets_total"), 103);
@@ -318,6 +326,7 @@ mod tests {
         let rule = |name: &str, in_use, packets| RuleCounter {
             rule: name.to_owned(),
             policy: None,
+            audit: None,
             in_use,
             packets,
             bytes: packets,

@@ -68,6 +68,10 @@ fn what_cannot_be_meant_is_refused_by_field() {
             "spec.tier: \"admin\": must be network-policy in a namespace; remove the namespace for another tier",
         ),
         (
+            refusal("", "tier: admin, priority: 1, mode: dry, ingress: []"),
+            "spec.mode: \"dry\": must be enforce or audit",
+        ),
+        (
             refusal(", namespace: shop", "priority: 0, ingress: []"),
             "spec.priority: 0: must be a number from 1 to 65535",
         ),
