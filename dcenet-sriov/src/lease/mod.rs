@@ -47,8 +47,10 @@
 mod choose;
 mod converge;
 mod error;
+mod lent;
 mod port;
 mod record;
+mod recover;
 mod snapshot;
 
 use std::path::Path;
@@ -56,18 +58,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dcenet_core::journal::LedgerError;
-use dcenet_core::model::{AttachmentKey, IfName, MacAddr, Mtu};
+use dcenet_core::model::{AttachmentKey, MacAddr, Mtu};
 use dcenet_core::provider::DeviceScrub;
 use serde::{Deserialize, Serialize};
 
 pub use choose::{ChooseError, Chosen};
 pub use error::LeaseError;
+pub use lent::VfLease;
 pub use record::{Quarantine, Until};
+pub use recover::{Outcome, Recovered};
 pub use snapshot::{Difference, NetdevSnapshot, VfSnapshot};
 
 use crate::address::{PciAddress, VfIndex};
 use crate::config::Capabilities;
-use crate::kernel::{Kernel, Namespace, NetdevChange, NetdevState, VfChange};
+use crate::kernel::{Kernel, VfChange};
 use converge::Converge;
 use record::{Away, Intent, Standing, Step, VfAccount, VfLedger, VfOpen, VfPage, away, is_committed};
 use snapshot::NoAddress;
@@ -157,34 +161,6 @@ pub enum Released {
     NotHeld,
 }
 
-/// What a recovery found of one function.
-#[derive(Debug)]
-pub struct Recovered {
-    /// The function, as its file is called.
-    pub key: String,
-    /// What came of it.
-    pub outcome: Outcome,
-}
-
-/// What came of recovering a function.
-#[derive(Debug)]
-pub enum Outcome {
-    /// It is free, and what it was.
-    Free,
-    /// It was not what it was and is now, or its lease was taken back.
-    Restored,
-    /// Somebody has it.
-    Leased(Held),
-    /// The machine has it no more, or has been started anew since.
-    Forgotten,
-    /// It is in quarantine, as before or from now on.
-    Quarantined(Quarantine),
-    /// Somebody works on it now.
-    Busy,
-    /// It could not be recovered. The next recovery tries again.
-    Failed(LeaseError),
-}
-
 impl Leases {
     /// The leases that are kept below a state directory, which a reboot must not empty. Creates nothing.
     ///
@@ -253,7 +229,7 @@ impl Leases {
         able.map_err(|source| LeaseError::Unsupported { vf: vf.address, source })?;
         let intent = Intent { owner: owner.clone(), wanted: wanted.clone() };
         let incarnation = page.begin(&intent)?;
-        let mut lease = VfLease { leases: self, page: Some(page), vf, incarnation, wanted: wanted.clone() };
+        let mut lease = VfLease::new(self, page, vf, incarnation, wanted.clone());
         let errors = Converge { pinned: wanted.port.mac, ..work }.reach(&home.with(wanted));
         if errors.is_empty() { Ok(lease) } else { Err(lease.refuse(errors)) }
     }
@@ -297,150 +273,6 @@ impl Leases {
             }
         }
         Ok(held)
-    }
-
-    /// Brings every function to an end that is not an owner's whom `keep` knows: takes back leases that were not finished,
-    /// finishes releases that were not, and restores what is nobody's. Called at start. Repeating it changes nothing.
-    ///
-    /// `keep` is asked of the owners of all networks, and whom it does not know loses the function: who knows one network's,
-    /// as a GC of CNI does, calls [`recover_network`](Self::recover_network).
-    ///
-    /// What is in quarantine is looked at once, without waiting.
-    ///
-    /// # Errors
-    /// Where the ledger cannot be read. What concerns one function is told of that.
-    pub fn recover(&self, keep: impl Fn(&Held) -> bool) -> Result<Vec<Recovered>, LeaseError> {
-        let recovered = |key: &str| match self.recover_one(key, &keep) {
-            Ok(outcome) => outcome,
-            Err(LeaseError::Ledger(LedgerError::Busy { .. })) => Outcome::Busy,
-            Err(error) => Outcome::Failed(error),
-        };
-        let keys = self.ledger.keys()?.into_iter();
-        let mut all: Vec<_> = keys.map(|key| Recovered { outcome: recovered(&key), key }).collect();
-        if all.iter().any(|one| matches!(one.outcome, Outcome::Restored)) {
-            // One that got its name back may have had another's.
-            for one in &mut all {
-                if matches!(&one.outcome, Outcome::Quarantined(quarantine) if quarantine.until == Until::Restored) {
-                    one.outcome = recovered(&one.key);
-                }
-            }
-        }
-        Ok(all)
-    }
-
-    /// As [`recover`](Self::recover), by somebody who knows the owners of one network only: committed leases of others stand.
-    ///
-    /// # Errors
-    /// As of [`recover`](Self::recover).
-    pub fn recover_network(
-        &self,
-        network: &dcenet_core::model::NetworkName,
-        keep: impl Fn(&Held) -> bool,
-    ) -> Result<Vec<Recovered>, LeaseError> {
-        self.recover(|held| held.owner.network != *network || keep(held))
-    }
-
-    /// As [`recover`](Self::recover), of those of these functions alone that are in quarantine. Whether one came back.
-    ///
-    /// # Errors
-    /// Where the ledger cannot be read.
-    pub fn recover_quarantined(&self, among: &[PciAddress]) -> Result<bool, LeaseError> {
-        let mut any = false;
-        for vf in among {
-            let key = vf.to_string();
-            let standing = match self.ledger.read(&key) {
-                Ok(account) => account.and_then(|account| account.standing),
-                // It is for an operator to readmit.
-                Err(LedgerError::Malformed { .. }) => continue,
-                Err(error) => return Err(error.into()),
-            };
-            if standing.is_none_or(|standing| standing.quarantine.is_none()) {
-                continue;
-            }
-            match self.recover_one(&key, &|_: &Held| true) {
-                Ok(outcome) => any |= matches!(outcome, Outcome::Restored),
-                Err(LeaseError::Ledger(LedgerError::Busy { .. })) => {}
-                Err(error) => tracing::warn!(%vf, %error, "a function stays in quarantine"),
-            }
-        }
-        Ok(any)
-    }
-
-    fn recover_one(&self, key: &str, keep: &impl Fn(&Held) -> bool) -> Result<Outcome, LeaseError> {
-        let Some(mut page) = self.ledger.find(key)? else { return Ok(Outcome::Forgotten) };
-        let account = match self.account(&mut page, None) {
-            Ok(account) => account,
-            Err(LeaseError::Quarantined { reason, .. }) => {
-                return Ok(Outcome::Quarantined(Quarantine { reason, until: Until::Readmitted }));
-            }
-            Err(error) => return Err(error),
-        };
-        let Some(standing) = account.standing else { return Ok(Outcome::Forgotten) };
-        let (vf, boot) = match (standing.vf, &standing.quarantine) {
-            (_, Some(quarantine)) if quarantine.until == Until::Readmitted => {
-                return Ok(Outcome::Quarantined(quarantine.clone()));
-            }
-            (Some(vf), _) => (vf, standing.boot),
-            (None, _) => return Ok(Outcome::Forgotten),
-        };
-        if let Some(open) = account.open {
-            if open.boot == self.ledger.boot() && is_committed(&open.steps) {
-                let held = holding(vf.address, open.clone());
-                if keep(&held) {
-                    return Ok(Outcome::Leased(held));
-                }
-            }
-            return Ok(match self.take_back(&mut page, vf, &open)? {
-                Released::Clean => Outcome::Restored,
-                Released::Gone | Released::NotHeld => Outcome::Forgotten,
-                Released::Quarantined(errors) => {
-                    Outcome::Quarantined(Quarantine { reason: error::all(&errors), until: Until::Restored })
-                }
-            });
-        }
-        let Some(home) = standing.home.filter(|_| boot == self.ledger.boot()) else {
-            if standing.quarantine.is_some() {
-                // The machine was started anew, and the function with it.
-                self.forget(&mut page, vf)?;
-            }
-            return Ok(Outcome::Forgotten);
-        };
-        let home = self.restored(home);
-        let away = standing.away.as_ref();
-        let mut none = standing.no_address;
-        let mut work = self.work(vf, away);
-        if standing.quarantine.is_some() {
-            // It was waited for when it went there.
-            work.patience = Duration::ZERO;
-        } else if matches!(work.is(&home, none), Ok(true)) {
-            return Ok(Outcome::Free);
-        }
-        let errors = work.restore(&home, &mut none);
-        Ok(match self.settle(&mut page, vf, away, none, errors)? {
-            Released::Clean => Outcome::Restored,
-            Released::Gone | Released::NotHeld => Outcome::Forgotten,
-            Released::Quarantined(errors) => {
-                Outcome::Quarantined(Quarantine { reason: error::all(&errors), until: Until::Restored })
-            }
-        })
-    }
-
-    /// Ends a quarantine: a person has looked at the function, and what it is now is what it is to be from now on.
-    ///
-    /// # Errors
-    /// Where somebody has it or works on it, or it cannot be looked at.
-    pub fn readmit(&self, vf: VfId) -> Result<(), LeaseError> {
-        let mut page = self.ledger.enter(&vf.address.to_string())?;
-        let account = match self.account(&mut page, Some(vf)) {
-            Err(LeaseError::Quarantined { .. }) => page.account()?.clone(),
-            other => other?,
-        };
-        if let Some(open) = account.open {
-            let (owner, incarnation) = (Box::new(open.intent.owner), open.incarnation);
-            return Err(LeaseError::Taken { vf: vf.address, owner, incarnation });
-        }
-        self.confirm(vf)?;
-        self.see(&mut page, vf).map(drop)
     }
 
     /// Whether the machine means the same by it as the caller, whose inventory may be old: else somebody else's settings
@@ -600,133 +432,6 @@ impl std::fmt::Debug for Leases {
 fn holding(vf: PciAddress, open: VfOpen) -> Held {
     let committed = is_committed(&open.steps);
     Held { vf, owner: open.intent.owner, incarnation: open.incarnation, committed }
-}
-
-/// A function that is being given to somebody. Dropped without [`commit`](Self::commit), it is taken back: the drop asks the
-/// kernel, flushes a file, and blocks its thread as long as the patience of the [`Leases`] at most for each wait.
-#[derive(Debug)]
-#[must_use = "dropped, it is taken back"]
-pub struct VfLease<'l> {
-    leases: &'l Leases,
-    page: Option<VfPage>,
-    vf: VfId,
-    incarnation: u64,
-    wanted: Wanted,
-}
-
-impl VfLease<'_> {
-    /// The function.
-    pub fn vf(&self) -> VfId {
-        self.vf
-    }
-
-    /// The number of this lease, which [`Leases::release`] must name.
-    pub fn incarnation(&self) -> u64 {
-        self.incarnation
-    }
-
-    /// Its network device in the host's namespace; `None` where its driver makes none.
-    ///
-    /// # Errors
-    /// Where the kernel does not answer.
-    pub fn netdev(&self) -> Result<Option<NetdevState>, LeaseError> {
-        let devices = self.leases.kernel.netdevs(&Namespace::Host, self.vf.address)?;
-        Ok(devices.into_iter().min_by_key(|device| device.index))
-    }
-
-    /// Moves its network device into a namespace under a name, and sets it up there, in one request. That it goes there is
-    /// written down before.
-    ///
-    /// # Errors
-    /// The device is where it was or there; dropping the lease brings it home.
-    pub fn move_to(&mut self, path: &Path, name: &IfName) -> Result<NetdevState, LeaseError> {
-        let kernel = &*self.leases.kernel;
-        let there = Namespace::Path(path.to_owned());
-        let hidden = || LeaseError::Hidden { vf: self.vf.address };
-        let device = self.netdev()?.ok_or_else(hidden)?;
-        self.moving_to(path)?;
-        let up = NetdevChange { up: Some(true), ..NetdevChange::default() };
-        kernel.move_netdev(&Namespace::Host, device.index, &there, name, &up)?;
-        let hidden = || LeaseError::Hidden { vf: self.vf.address };
-        let moved = kernel.netdevs(&there, self.vf.address)?.into_iter().min_by_key(|device| device.index);
-        let moved = moved.ok_or_else(hidden)?;
-        let differs = |what, want: String, is: String| (want != is).then_some(Difference { what, want, is });
-        let mac = self.wanted.mac().or(device.mac);
-        let differences: Vec<_> = [
-            differs("name", name.to_string(), moved.name.to_string()),
-            differs("effectiveMac", format!("{mac:?}"), format!("{:?}", moved.mac)),
-            differs("mtu", device.mtu.to_string(), moved.mtu.to_string()),
-            differs("up", true.to_string(), moved.up.to_string()),
-        ]
-        .into_iter()
-        .flatten()
-        .collect();
-        if differences.is_empty() {
-            Ok(moved)
-        } else {
-            Err(LeaseError::Unverified { vf: self.vf.address, differences })
-        }
-    }
-
-    /// Writes down that somebody else moves its network device into a namespace next.
-    ///
-    /// # Errors
-    /// Where the namespace is gone, or the ledger cannot be written.
-    pub fn moving_to(&mut self, path: &Path) -> Result<(), LeaseError> {
-        let there = Namespace::Path(path.to_owned());
-        let Some(netns) = self.leases.kernel.namespace_id(&there)? else {
-            use crate::kernel::{ErrorClass, KernelError};
-            return Err(KernelError::of_class(format!("look at {there}"), ErrorClass::NamespaceGone).into());
-        };
-        let away = Away { path: path.to_owned(), netns };
-        if let Some(page) = &mut self.page {
-            page.step(&Step::Moving(away))?;
-        }
-        Ok(())
-    }
-
-    /// The owner has it from now on. Returns the number of the lease.
-    ///
-    /// # Errors
-    /// Where the ledger cannot be written: it is taken back.
-    pub fn commit(mut self) -> Result<u64, LeaseError> {
-        if let Some(page) = &mut self.page {
-            page.step(&Step::Committed)?;
-        }
-        self.page = None;
-        Ok(self.incarnation)
-    }
-
-    /// Takes it back because of these errors.
-    fn refuse(&mut self, errors: Vec<LeaseError>) -> LeaseError {
-        let rollback = match self.take_back() {
-            Ok(Released::Quarantined(rollback)) => rollback,
-            Ok(Released::Clean | Released::Gone | Released::NotHeld) => Vec::new(),
-            Err(error) => vec![error],
-        };
-        LeaseError::Refused { errors, rollback }
-    }
-
-    fn take_back(&mut self) -> Result<Released, LeaseError> {
-        let Some(mut page) = self.page.take() else { return Ok(Released::NotHeld) };
-        let Some(open) = page.account()?.open.clone() else { return Ok(Released::NotHeld) };
-        self.leases.take_back(&mut page, self.vf, &open)
-    }
-}
-
-impl Drop for VfLease<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            // Nobody knows what state the caller is in. The record is open, and the next call begins with taking it back.
-            return;
-        }
-        match self.take_back() {
-            Ok(Released::Clean | Released::Gone | Released::NotHeld) => {}
-            // It was logged where it was put into quarantine.
-            Ok(Released::Quarantined(_)) => {}
-            Err(error) => tracing::error!(vf = %self.vf.address, %error, "a function waits for its recovery"),
-        }
-    }
 }
 
 /// The directory below the state directory in which the ledger is.
