@@ -523,9 +523,9 @@ impl Undo {
     pub fn is_in_pod(&self) -> bool {
         match self {
             Self::DeletePodLink { .. } | Self::ReturnLink(_) | Self::DeleteLink { target: Target::Pod, .. } => true,
+            // The source has written down where it went; here it is looked whether it has.
+            Self::ReleaseDevice(_) => true,
             Self::DeleteLink { target: Target::Host, .. }
-            // The source has written down where it went.
-            | Self::ReleaseDevice(_)
             | Self::DeleteRoute { .. }
             | Self::DeleteNeighbour { .. }
             | Self::DeleteTranslation { .. }

@@ -80,6 +80,7 @@ impl VfSource {
         let open = move || {
             let kernel = Arc::new(LinuxKernel::of_this_thread().map_err(failed)?);
             let leases = Leases::open(kernel, &directory).map_err(failed)?;
+            let leases = leases.with_claims(Path::new(CLAIMS)).map_err(failed)?;
             Ok(Machine {
                 leases: match &scrub {
                     Some(scrub) => leases.with_scrub(Arc::clone(scrub)),
@@ -127,12 +128,6 @@ impl VfSource {
     fn config(&self) -> Result<SourceConfig, DeviceError> {
         let Some(value) = &self.section else { return Ok(SourceConfig::default()) };
         section::read(SECTION, value).map_err(invalid_section)
-    }
-
-    fn leases(&self, machine: &Machine) -> Leases {
-        // A section that cannot be read restores what there was.
-        let restore = self.config().map(|config| config.restore).unwrap_or_default();
-        machine.leases.clone().with_restore(restore)
     }
 
     /// The functions that may serve a wish.
@@ -211,11 +206,11 @@ impl VfSource {
 
 impl DeviceSource for VfSource {
     fn lend(&self, request: &DeviceRequest) -> Result<LentDevice, DeviceError> {
-        let wanted = wanted(&request.wish, request.mac)?;
-        let machine = self.machine()?;
-        let leases = self.leases(machine);
         // Also of a call whose wish was another.
         self.release(&request.attachment)?;
+        let wanted = wanted(&request.wish, request.mac)?;
+        let machine = self.machine()?;
+        let leases = machine.leases.clone().with_restore(self.config()?.restore);
         let inventory = Inventory::scan(&*machine.sysfs).map_err(failed)?;
         let members = self.candidates(machine, &request.wish, &inventory)?;
         let choose = || leases.choose(&request.attachment, &inventory, &members, &Request::of(1), &wanted);
@@ -247,33 +242,56 @@ impl DeviceSource for VfSource {
 
     fn is_lent(&self, attachment: &AttachmentKey) -> Result<bool, DeviceError> {
         let Some(machine) = self.machine_with_ledger()? else { return Ok(false) };
-        Ok(machine.leases.held().map_err(of_lease)?.iter().any(|held| held.owner == *attachment))
+        Ok(owners(&machine.leases)?.contains(attachment))
+    }
+
+    fn missing(&self, attachment: &AttachmentKey, device: &LentDevice) -> Result<Vec<String>, DeviceError> {
+        let vf: PciAddress = device.id.parse().map_err(failed)?;
+        let drift = match self.machine_with_ledger()? {
+            Some(machine) => machine.leases.drift(attachment, vf).map_err(of_lease)?,
+            None => None,
+        };
+        Ok(match drift {
+            Some(differences) => differences.iter().map(ToString::to_string).collect(),
+            None => vec!["it is not lent to the pod any more".to_owned()],
+        })
     }
 
     fn release(&self, attachment: &AttachmentKey) -> Result<(), DeviceError> {
         let Some(machine) = self.machine_with_ledger()? else { return Ok(()) };
-        let leases = self.leases(machine);
+        let leases = &machine.leases;
         for held in leases.held().map_err(of_lease)?.iter().filter(|held| held.owner == *attachment) {
             // Whoever gets nothing of a function that is not as it was has been told by the log.
             let released = patiently(|| leases.release(attachment, held.vf, held.incarnation)).map_err(of_lease)?;
             tracing::debug!(%attachment, vf = %held.vf, ?released, "a function was taken back");
         }
-        Ok(())
+        for (vf, _) in leases.lost().map_err(of_lease)?.iter().filter(|(_, owner)| owner == attachment) {
+            leases.recover_quarantined(&[*vf]).map_err(of_lease)?;
+        }
+        match leases.lost().map_err(of_lease)?.into_iter().find(|(_, owner)| owner == attachment) {
+            Some((vf, _)) => Err(DeviceError::Busy(Box::new(LeaseError::Hidden { vf }))),
+            None => Ok(()),
+        }
     }
 
     fn lent(&self, network: &NetworkName) -> Result<Vec<AttachmentKey>, DeviceError> {
         let Some(machine) = self.machine_with_ledger()? else { return Ok(Vec::new()) };
-        let owners = machine.leases.held().map_err(of_lease)?.into_iter().map(|Held { owner, .. }| owner);
-        let owners: BTreeSet<AttachmentKey> = owners.filter(|owner| owner.network == *network).collect();
-        Ok(owners.into_iter().collect())
+        Ok(owners(&machine.leases)?.into_iter().filter(|owner| owner.network == *network).collect())
     }
 
-    fn ready(&self) -> Result<(), DeviceError> {
+    fn ready(&self, wish: Option<&DeviceWish>) -> Result<(), DeviceError> {
         let SourceConfig { pools, pools_file, .. } = self.config()?;
         if !pools.is_null() || pools_file.is_some() {
             self.pools()?;
         }
-        self.machine()?.leases.held().map(drop).map_err(of_lease)
+        let machine = self.machine()?;
+        if let Some(wish) = wish {
+            // Whose it will be changes nothing about what can be set.
+            wanted(wish, MacAddr::new([2, 0, 0, 0, 0, 0]))?;
+            let inventory = Inventory::scan(&*machine.sysfs).map_err(failed)?;
+            self.candidates(machine, wish, &inventory)?;
+        }
+        machine.leases.held().map(drop).map_err(of_lease)
     }
 }
 
@@ -286,6 +304,13 @@ impl std::fmt::Debug for VfSource {
             .field("section", section)
             .finish_non_exhaustive()
     }
+}
+
+/// Who has functions, or may have.
+fn owners(leases: &Leases) -> Result<BTreeSet<AttachmentKey>, DeviceError> {
+    let held = leases.held().map_err(of_lease)?.into_iter().map(|Held { owner, .. }| owner);
+    let lost = leases.lost().map_err(of_lease)?.into_iter().map(|(_, owner)| owner);
+    Ok(held.chain(lost).collect())
 }
 
 /// What a function is to be for a pod.
@@ -370,11 +395,21 @@ fn of_choice(error: ChooseError) -> DeviceError {
 
 fn of_lease(error: LeaseError) -> DeviceError {
     match error {
-        LeaseError::Ledger(LedgerError::Busy { .. }) => DeviceError::Busy(Box::new(error)),
+        error if passes(&error) => DeviceError::Busy(Box::new(error)),
         LeaseError::Unsupported { .. } => {
             DeviceError::Invalid { field: "link.vf".to_owned(), reason: error.to_string() }
         }
         error => failed(error),
+    }
+}
+
+/// Whether the same may be had later: somebody works on the function, or its driver is busy.
+fn passes(error: &LeaseError) -> bool {
+    match error {
+        LeaseError::Ledger(LedgerError::Busy { .. }) => true,
+        LeaseError::Kernel(error) => error.is_retryable(),
+        LeaseError::Refused { errors, rollback } => rollback.is_empty() && errors.iter().any(passes),
+        _ => false,
     }
 }
 
@@ -388,5 +423,7 @@ fn failed(error: impl Into<Box<dyn Error + Send + Sync>>) -> DeviceError {
 
 /// How long a function is waited for that somebody looks at.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Where it is written down in which state directory a function's lease is.
+const CLAIMS: &str = "/run/dcenet";
 /// Its name in a configuration.
 const SECTION: &str = "sriov";

@@ -3,11 +3,11 @@
 use serde_json::Value;
 
 use super::config::{field, says_nothing};
-use super::{CniError, NetConf};
+use super::{CniError, ErrorCode, NetConf};
 use crate::link::LinkConfig;
 
 /// The capability (CNI conventions, "Dynamic Plugin specific fields"), and the key at the top.
-pub(super) const DEVICE_ID: &str = "deviceID";
+pub(in crate::cni) const DEVICE_ID: &str = "deviceID";
 
 impl NetConf {
     /// The link with the device that the runtime chose: by the capability `deviceID`, else by the key of this name at the top,
@@ -27,6 +27,20 @@ impl NetConf {
             None => {}
         }
         Ok(LinkConfig::Sriov(config))
+    }
+
+    /// Refuses a device at the top for a link of another kind, which would leave it unused without a word.
+    ///
+    /// # Errors
+    /// Code 2, with the remedy.
+    pub(super) fn refuse_device(&self) -> Result<(), CniError> {
+        match self.key(DEVICE_ID).filter(|value| !says_nothing(value)) {
+            None => Ok(()),
+            Some(value) => Err(CniError::new(
+                ErrorCode::UnsupportedField,
+                format!("{DEVICE_ID}: {value} cannot be honoured by this kind of link; use the kind sriov, or drop it"),
+            )),
+        }
     }
 }
 
@@ -63,5 +77,19 @@ mod tests {
         }
         let error = chosen(link, json!({ "deviceID": 7 })).unwrap_err();
         assert!(error.message.starts_with("deviceID: 7 is not a string"), "{error}");
+    }
+
+    #[test]
+    fn a_device_for_a_link_of_another_kind_is_refused_also_at_the_top() {
+        let conf = |device: Value| {
+            let link = json!({ "kind": "bridge", "bridge": "br0" });
+            let conf =
+                json!({ "cniVersion": "1.1.0", "name": "a", "type": "dcenet", "link": link, "deviceID": device });
+            NetConf::parse(conf.to_string().as_bytes()).unwrap()
+        };
+        let error = conf(json!("0000:3b:02.1")).refuse_device().unwrap_err();
+        assert_eq!(error.code.number(), 2);
+        assert!(error.message.starts_with("deviceID: \"0000:3b:02.1\" cannot be honoured"), "{error}");
+        conf(json!("")).refuse_device().unwrap();
     }
 }

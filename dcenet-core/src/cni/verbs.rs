@@ -112,7 +112,12 @@ impl<'a> Call<'a> {
         let key = self.key()?;
         self.conf.refuse_ranges()?;
         let mut link = self.conf.with_device(self.link()?)?;
-        self.conf.refuse_lost_but(if matches!(link, LinkConfig::Sriov(_)) { DEVICE_ID } else { "" })?;
+        if matches!(link, LinkConfig::Sriov(_)) {
+            self.conf.refuse_lost_but(DEVICE_ID)?;
+        } else {
+            self.conf.refuse_lost()?;
+            self.conf.refuse_device()?;
+        }
         if let Some(bandwidth) = self.conf.bandwidth()? {
             link = link.limited(bandwidth).map_err(|error| attach(error.into()))?;
         }
@@ -298,10 +303,12 @@ impl<'a> Call<'a> {
     }
 
     pub(super) async fn status(&self) -> Result<(), CniError> {
-        let mut wants_device = false;
+        let mut wish = None;
         // Read for their errors: an ADD would fail by them.
-        if self.conf.role == Role::Main {
-            wants_device = matches!(self.link()?, LinkConfig::Sriov(_));
+        if self.conf.role == Role::Main
+            && let LinkConfig::Sriov(link) = self.link()?
+        {
+            wish = Some(link.wish().map_err(|error| attach(error.into()))?);
         }
         self.conf.nat()?;
         let unavailable = |error: CniError| CniError { code: ErrorCode::Unavailable, ..error };
@@ -309,8 +316,10 @@ impl<'a> Call<'a> {
         if let Some(addresses) = self.addresses().map_err(unavailable)? {
             addresses.ready().await.map_err(|e| CniError { code: ErrorCode::Unavailable, ..e.into() })?;
         }
-        if let Some(devices) = self.devices.as_ref().filter(|_| wants_device) {
-            devices.ready().map_err(|error| unavailable(attach(error.into())))?;
+        if let (Some(devices), Some(wish)) = (&self.devices, &wish) {
+            // Where the runtime names the function, which it is is not known yet.
+            let wish = Some(wish).filter(|wish| wish.pool.is_some() || wish.device.is_some());
+            devices.ready(wish).map_err(|error| unavailable(attach(error.into())))?;
         }
         if let Some(policy) = self.policy().map_err(unavailable)? {
             policy.sink.ready().map_err(|e| unavailable(e.into()))?;

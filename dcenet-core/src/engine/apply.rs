@@ -570,7 +570,7 @@ impl Engine {
             return self.return_link(lent, pod);
         }
         if let Undo::ReleaseDevice(device) = undo {
-            return self.release_device(key, device);
+            return self.release_device(key, device, pod);
         }
         if let Undo::DeleteTranslation { elements } = undo {
             return self.untranslate(elements, key);

@@ -1,7 +1,7 @@
 //! Attaching.
 
 use super::apply::{Session, look_up};
-use super::error::{AttachError, StepError};
+use super::error::{AttachError, DetachErrors, StepError};
 use super::{AttachRequest, Attached, Engine};
 use crate::journal::{Done, Entry, Interface, Record};
 use crate::link::{HostView, LinkConfig, LinkRequest, PlanError, Policy};
@@ -118,6 +118,15 @@ impl Engine {
         };
         let driver = request.link.driver();
         let Some(wish) = driver.device(&link_request)? else {
+            // A call that was killed before it had written a record may have lent one, for a link of another kind.
+            let left = self.has_device(&request.key).and_then(|lent| match lent {
+                true => self.release_devices(&request.key),
+                false => Ok(()),
+            });
+            left.map_err(|error| AttachError::Leftover {
+                key: request.key.clone(),
+                source: DetachErrors(vec![error]),
+            })?;
             return self.attach_with(request, &link_request, entry, recorded);
         };
         link_request.device = Some(self.lend_device(request, wish, mac)?);

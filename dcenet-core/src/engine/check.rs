@@ -70,6 +70,13 @@ pub enum Drift {
         /// What differs.
         what: &'static str,
     },
+    /// A device that a source handed out is not what it was lent as.
+    DeviceChanged {
+        /// The device, as its source calls it.
+        device: String,
+        /// What differs, as its source tells it.
+        what: String,
+    },
     /// The host does not translate all that it should for the pod.
     TranslationChanged {
         /// What is missing, or another's.
@@ -101,6 +108,7 @@ impl std::fmt::Display for Drift {
                 write!(f, "{}: neighbour {address} is missing", place(target))
             }
             Self::LimitChanged { link, what } => write!(f, "host: link {link}: {what}"),
+            Self::DeviceChanged { device, what } => write!(f, "host: device {device}: {what}"),
             Self::TranslationChanged { what } => write!(f, "host: {what}"),
         }
     }
@@ -161,6 +169,10 @@ impl Engine {
             lacking.extend(self.contrary_settings(&record, plan.bridge.as_ref().unwrap_or(&end.name))?);
         }
         drift.extend(lacking.into_iter().map(|what| Drift::TranslationChanged { what }));
+        if let Some(device) = &request.device {
+            let missing = self.missing_of_device(key, device, driver.kind())?;
+            drift.extend(missing.into_iter().map(|what| Drift::DeviceChanged { device: device.id.clone(), what }));
+        }
         let mut seen = Vec::new();
         drift.retain(|d| {
             !seen.contains(d) && {

@@ -4,7 +4,8 @@ use super::error::{AttachError, TeardownError};
 use super::{AttachRequest, Engine};
 use crate::journal::Record;
 use crate::model::{AttachmentKey, MacAddr};
-use crate::plan::Undo;
+use crate::netns::NetNs;
+use crate::plan::{Undo, lent_mark};
 use crate::provider::{DeviceRequest, DeviceWish, LentDevice};
 
 impl Engine {
@@ -28,17 +29,43 @@ impl Engine {
         Ok(self.host.0.run_here_or_there(|| source.is_lent(key))??)
     }
 
+    /// In what a device is not what it was lent as, for a link of this kind.
+    pub(super) fn missing_of_device(
+        &self,
+        key: &AttachmentKey,
+        device: &LentDevice,
+        kind: &'static str,
+    ) -> Result<Vec<String>, AttachError> {
+        let source = self.devices.as_ref().ok_or(AttachError::NoDeviceSource { kind })?;
+        Ok(self.host.0.run_here_or_there(|| source.missing(key, device))??)
+    }
+
     /// Has whatever the attachment has taken back.
     pub(super) fn release_devices(&self, key: &AttachmentKey) -> Result<(), TeardownError> {
         let Some(source) = &self.devices else { return Ok(()) };
         Ok(self.host.0.run_here_or_there(|| source.release(key))??)
     }
 
-    /// As [`release_devices`](Self::release_devices), of one that the attachment is known to have.
-    pub(super) fn release_device(&self, key: &AttachmentKey, device: &LentDevice) -> Result<(), TeardownError> {
-        match &self.devices {
-            Some(_) => self.release_devices(key),
-            None => Err(TeardownError::NoDeviceSource { device: device.id.clone() }),
+    /// As [`release_devices`](Self::release_devices), of one that the attachment is known to have. A source that has never
+    /// heard of it says that nothing is to be done: then it is looked for in the pod.
+    pub(super) fn release_device(
+        &self,
+        key: &AttachmentKey,
+        device: &LentDevice,
+        pod: Option<&NetNs>,
+    ) -> Result<(), TeardownError> {
+        if self.devices.is_none() {
+            return Err(TeardownError::NoDeviceSource { device: device.id.clone() });
+        }
+        let known = self.has_device(key)?;
+        self.release_devices(key)?;
+        let Some(pod) = pod.filter(|_| !known) else { return Ok(()) };
+        let alias = lent_mark(key, &device.name);
+        let left = self.pod_socket(pod)?.link(&key.ifname)?.is_some_and(|link| link.alias.as_ref() == Some(&alias));
+        if left {
+            Err(TeardownError::StillLent { device: device.id.clone(), ifname: key.ifname.clone() })
+        } else {
+            Ok(())
         }
     }
 }

@@ -252,6 +252,17 @@ pub enum TeardownError {
         /// The device, as its source calls it.
         device: String,
     },
+    /// The source of devices knows nothing of a device that the pod has.
+    #[error(
+        "device {device} is in the pod as {ifname}, and this source of devices never lent it to the pod; use the one that \
+         did, which keeps its records in the stateDir of that configuration"
+    )]
+    StillLent {
+        /// The device, as its source calls it.
+        device: String,
+        /// Its name in the pod.
+        ifname: IfName,
+    },
     /// The journal failed.
     #[error(transparent)]
     Journal(#[from] JournalError),

@@ -28,7 +28,7 @@ use super::{HostView, LinkDriver, LinkRequest, Need, PlanError, check_routes, de
 use crate::model::Mtu;
 use crate::plan::{End, Operation, Plan, Step, Target, Tuning, Undo, lent_mark};
 use crate::probe::Underlay;
-use crate::provider::DeviceWish;
+use crate::provider::{DeviceWish, LeasedAddress};
 
 /// `"link": { "kind": "sriov", ... }`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,6 +52,26 @@ pub struct SriovConfig {
     pub underlay: Option<Underlay>,
 }
 
+impl SriovConfig {
+    /// What is asked of the source for a pod without addresses.
+    ///
+    /// # Errors
+    /// [`PlanError::Invalid`].
+    pub fn wish(&self) -> Result<DeviceWish, PlanError> {
+        self.wish_with(&[])
+    }
+
+    fn wish_with(&self, addresses: &[LeasedAddress]) -> Result<DeviceWish, PlanError> {
+        Ok(DeviceWish {
+            pool: self.pool.clone(),
+            device: self.device.clone(),
+            settings: self.vf.clone(),
+            mtu: device_mtu(self.mtu, addresses)?,
+            vlan: addresses.iter().find_map(|address| address.vlan),
+        })
+    }
+}
+
 impl LinkDriver for SriovConfig {
     fn kind(&self) -> &'static str {
         "sriov"
@@ -68,13 +88,7 @@ impl LinkDriver for SriovConfig {
             });
         }
         check_routes(request)?;
-        Ok(Some(DeviceWish {
-            pool: self.pool.clone(),
-            device: self.device.clone(),
-            settings: self.vf.clone(),
-            mtu: device_mtu(self.mtu, &request.addresses)?,
-            vlan: request.addresses.iter().find_map(|address| address.vlan),
-        }))
+        self.wish_with(&request.addresses).map(Some)
     }
 
     fn needs(&self, request: &LinkRequest) -> Vec<Need> {

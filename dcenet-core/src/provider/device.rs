@@ -31,17 +31,27 @@ pub trait DeviceSource: Send + Sync {
     /// Whether the attachment has a device, or one was being given to it or taken from it when a call was killed.
     fn is_lent(&self, attachment: &AttachmentKey) -> Result<bool, DeviceError>;
 
+    /// In what the device is not what the attachment was lent: what the source set of it, or that it is lent to it no more. For
+    /// CHECK, while the device is where the caller moved it. Nothing is changed.
+    fn missing(&self, attachment: &AttachmentKey, device: &LentDevice) -> Result<Vec<String>, DeviceError>;
+
     /// Brings the attachment's device home from wherever it is, makes it what it was, and takes every program off it. Of an
-    /// attachment that has none it is `Ok`, for DEL is repeated. A device that cannot be made what it was goes to nobody else;
-    /// that is the source's affair, and `Ok` too.
+    /// attachment that has none it is `Ok`, for DEL is repeated. A device that is home and cannot be made what it was goes to
+    /// nobody else; that is the source's affair, and `Ok` too.
+    ///
+    /// # Errors
+    /// Also where the device is found nowhere and may be up in the pod's namespace still, which some process keeps:
+    /// [`DeviceError::Busy`], as often as it is asked, until it is found. Its addresses are not free as long, nor is its policy
+    /// to go.
     fn release(&self, attachment: &AttachmentKey) -> Result<(), DeviceError>;
 
     /// The attachments of a network that [have a device](Self::is_lent), in order, each once. Nothing is held: one may have given
     /// its device back by now. For GC, which holds each before it releases it.
     fn lent(&self, network: &NetworkName) -> Result<Vec<AttachmentKey>, DeviceError>;
 
-    /// Whether the source could be asked now; for STATUS. That no device is free is no error.
-    fn ready(&self) -> Result<(), DeviceError>;
+    /// Whether the source could be asked now, for such a device if one is given; for STATUS. That no device is free is no
+    /// error.
+    fn ready(&self, wish: Option<&DeviceWish>) -> Result<(), DeviceError>;
 }
 
 /// One source for many who ask.
@@ -54,6 +64,10 @@ impl<T: DeviceSource + ?Sized> DeviceSource for Arc<T> {
         (**self).is_lent(attachment)
     }
 
+    fn missing(&self, attachment: &AttachmentKey, device: &LentDevice) -> Result<Vec<String>, DeviceError> {
+        (**self).missing(attachment, device)
+    }
+
     fn release(&self, attachment: &AttachmentKey) -> Result<(), DeviceError> {
         (**self).release(attachment)
     }
@@ -62,8 +76,8 @@ impl<T: DeviceSource + ?Sized> DeviceSource for Arc<T> {
         (**self).lent(network)
     }
 
-    fn ready(&self) -> Result<(), DeviceError> {
-        (**self).ready()
+    fn ready(&self, wish: Option<&DeviceWish>) -> Result<(), DeviceError> {
+        (**self).ready(wish)
     }
 }
 

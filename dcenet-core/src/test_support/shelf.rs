@@ -9,7 +9,7 @@ use crate::model::{AttachmentKey, IfName, MacAddr, NetworkName};
 use crate::netlink::{Family, LinkChange, NetlinkError, Socket, move_link, set_link};
 use crate::netns::{Host, NetNs, NetNsError};
 use crate::plan::is_mark_of;
-use crate::provider::{DeviceError, DeviceRequest, DeviceSource, LentDevice};
+use crate::provider::{DeviceError, DeviceRequest, DeviceSource, DeviceWish, LentDevice};
 
 /// Hands out the devices `shelf0`, `shelf1` and so on of a host: ends of veth pairs, whose other ends are ports of the
 /// bridge `hub`. Who has which it keeps in memory, and one whose namespace ends is gone, as the kernel does with such pairs.
@@ -41,6 +41,11 @@ impl Shelf {
             LentDevice { id: name.clone(), name: name.parse().expect("an interface name"), index, mac }
         };
         Self { host: host.host(), homes: (0..count).map(home).collect(), lent: Mutex::default() }
+    }
+
+    /// Another source with the same devices, which knows of no pod.
+    pub fn stranger(&self, host: &TestHost) -> Self {
+        Self { host: host.host(), homes: self.homes.clone(), lent: Mutex::default() }
     }
 
     fn who(&self) -> MutexGuard<'_, BTreeMap<String, (AttachmentKey, PathBuf)>> {
@@ -91,6 +96,11 @@ impl DeviceSource for Shelf {
         Ok(self.who().values().any(|(owner, _)| owner == attachment))
     }
 
+    fn missing(&self, attachment: &AttachmentKey, device: &LentDevice) -> Result<Vec<String>, DeviceError> {
+        let lent = self.who().get(&device.id).is_some_and(|(owner, _)| owner == attachment);
+        Ok(if lent { Vec::new() } else { vec!["it is back on the shelf".to_owned()] })
+    }
+
     fn release(&self, attachment: &AttachmentKey) -> Result<(), DeviceError> {
         let of = |(id, (owner, path)): (&String, &(AttachmentKey, PathBuf))| {
             (owner == attachment).then(|| (id.clone(), path.clone()))
@@ -114,7 +124,7 @@ impl DeviceSource for Shelf {
         Ok(owners.into_iter().filter(|key| key.network == *network).collect())
     }
 
-    fn ready(&self) -> Result<(), DeviceError> {
+    fn ready(&self, _: Option<&DeviceWish>) -> Result<(), DeviceError> {
         Ok(())
     }
 }

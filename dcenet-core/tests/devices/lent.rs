@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use dcenet_core::engine::{AttachError, AttachRequest, Engine, TeardownError};
+use dcenet_core::engine::{AttachError, AttachRequest, Drift, Engine, TeardownError};
 use dcenet_core::link::LinkConfig;
 use dcenet_core::model::AttachmentKey;
 use dcenet_core::provider::{DeviceError, DeviceRequest, DeviceSource, DeviceWish, Dns, Lease, LeasedAddress};
@@ -135,6 +135,49 @@ fn a_device_that_was_lent_and_never_recorded_is_given_back_by_a_detach() {
     scene.shelf.lend(&lent).unwrap();
     scene.host.engine(None).detach(&key(2), None).unwrap();
     assert_ne!(scene.before.diff(&scene.host.state()), "");
+    scene.engine.detach(&key(2), None).unwrap();
+    scene.assert_as_before("detached");
+}
+
+/// The same, and the next attach is of another kind, whose record says nothing of the device. The twin has no source.
+#[test]
+fn a_device_that_was_lent_and_never_recorded_is_given_back_by_an_attach_of_another_kind() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let scene = Scene::new(1);
+    let pod = scene.host.new_pod();
+    let mac = "02:00:00:00:00:07".parse().unwrap();
+    let wish = DeviceWish { mtu: Some(1400.try_into().unwrap()), ..DeviceWish::default() };
+    scene.shelf.lend(&DeviceRequest { attachment: key(2), wish, mac, netns: pod.path().to_owned() }).unwrap();
+    let veth = request_by(2, &pod, json!({ "kind": "veth" }));
+    let without = scene.host.engine(None);
+    without.attach(&veth).unwrap();
+    without.detach(&key(2), Some(pod.netns())).unwrap();
+    assert!(scene.shelf.is_lent(&key(2)).unwrap());
+    scene.engine.attach(&veth).unwrap();
+    assert!(!scene.shelf.is_lent(&key(2)).unwrap());
+    scene.engine.detach(&key(2), Some(pod.netns())).unwrap();
+    scene.assert_as_before("detached");
+}
+
+/// As of another state directory. The twin is the source that lent it.
+#[test]
+fn a_source_that_never_lent_the_pods_device_does_not_say_that_all_is_well() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let scene = Scene::new(1);
+    let pod = scene.host.new_pod();
+    scene.engine.attach(&request(2, &pod)).unwrap();
+    let other = scene.host.engine(None).lending_from(Arc::new(scene.shelf.stranger(&scene.host)));
+    for netns in [Some(pod.netns()), None] {
+        let errors = other.detach(&key(2), netns).unwrap_err();
+        assert!(matches!(&errors.0[..], [TeardownError::StillLent { device, .. }] if device == "shelf0"), "{errors}");
+        let drift = other.check(&key(2), pod.netns()).unwrap();
+        assert!(matches!(&drift[..], [Drift::DeviceChanged { device, .. }] if device == "shelf0"), "{drift:?}");
+    }
+    assert_eq!(scene.engine.check(&key(2), pod.netns()).unwrap(), []);
     scene.engine.detach(&key(2), None).unwrap();
     scene.assert_as_before("detached");
 }

@@ -115,6 +115,7 @@ fn is_of_one(error: &LeaseError) -> bool {
         error,
         LeaseError::Taken { .. }
             | LeaseError::Quarantined { .. }
+            | LeaseError::Elsewhere { .. }
             | LeaseError::Gone { .. }
             | LeaseError::Hidden { .. }
             | LeaseError::Another { .. }

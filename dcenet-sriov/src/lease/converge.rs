@@ -59,6 +59,13 @@ impl Converge<'_> {
         }
     }
 
+    /// As [`snapshot`](Self::snapshot), wherever its network device is.
+    pub(super) fn snapshot_anywhere(&self) -> Result<VfSnapshot, LeaseError> {
+        let netdev = self.abroad()?.map(|(_, device)| device.into());
+        let now = self.snapshot()?;
+        Ok(VfSnapshot { netdev: netdev.or(now.netdev), ..now })
+    }
+
     fn look(&self) -> Result<VfSnapshot, LeaseError> {
         let driver = self.driver()?;
         let port = self.kernel.vf(self.port()?, self.vf.index)?;

@@ -1,5 +1,7 @@
 //! Why a function cannot be had, or not be given back.
 
+use std::path::PathBuf;
+
 use dcenet_core::journal::LedgerError;
 use dcenet_core::model::AttachmentKey;
 use dcenet_core::provider::ScrubError;
@@ -30,6 +32,14 @@ pub enum LeaseError {
         vf: PciAddress,
         /// Why.
         reason: String,
+    },
+    /// Somebody has it, or it is in quarantine, in the ledger of another state directory.
+    #[error("{vf}: the ledger of state directory {} has it; give one stateDir to all networks of the node", state.display())]
+    Elsewhere {
+        /// The function.
+        vf: PciAddress,
+        /// That state directory.
+        state: PathBuf,
     },
     /// The machine has no such function (any more).
     #[error("{vf}: the function is gone; its port's VF count was changed")]

@@ -45,6 +45,7 @@
 //! Bed of everything here: igb, on Linux 6.1; modelled, with the quirks of five drivers and a fault at each call.
 
 mod choose;
+mod claim;
 mod converge;
 mod error;
 mod lent;
@@ -53,7 +54,7 @@ mod record;
 mod recover;
 mod snapshot;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -122,6 +123,15 @@ pub enum Restore {
     Defaults,
 }
 
+impl Restore {
+    fn of(self, home: VfSnapshot) -> VfSnapshot {
+        match self {
+            Self::Snapshot => home,
+            Self::Defaults => home.with_defaults(),
+        }
+    }
+}
+
 /// Functions of this machine and who has them.
 ///
 /// Any number of processes may have one on the same state directory: a function is locked while it is worked on.
@@ -130,6 +140,9 @@ pub struct Leases {
     kernel: Arc<dyn Kernel>,
     scrub: Option<Arc<dyn DeviceScrub>>,
     ledger: Arc<VfLedger>,
+    /// Where the ledger is.
+    state: PathBuf,
+    claims: Option<Arc<claim::Claims>>,
     restore: Restore,
     patience: Duration,
 }
@@ -168,7 +181,10 @@ impl Leases {
     /// Where the boot's id cannot be read.
     pub fn open(kernel: Arc<dyn Kernel>, state: &Path) -> Result<Self, LedgerError> {
         let ledger = Arc::new(VfLedger::open(state, LEDGER)?);
-        Ok(Self { kernel, scrub: None, ledger, restore: Restore::default(), patience: PATIENCE })
+        // Others read it from elsewhere.
+        let state = std::path::absolute(state).unwrap_or_else(|_| state.to_owned());
+        let (restore, patience) = (Restore::default(), PATIENCE);
+        Ok(Self { kernel, scrub: None, ledger, state, claims: None, restore, patience })
     }
 
     /// With what takes foreign programs off devices. It is called in the host's namespace.
@@ -176,7 +192,7 @@ impl Leases {
         Self { scrub: Some(scrub), ..self }
     }
 
-    /// With what functions are made when their leases end.
+    /// With what functions are made when their leases end: those that are prepared from now on. It is written down with each.
     pub fn with_restore(self, restore: Restore) -> Self {
         Self { restore, ..self }
     }
@@ -197,6 +213,7 @@ impl Leases {
     /// 5.14: functions are recognised by their address in any namespace.
     pub fn prepare(&self, owner: &AttachmentKey, vf: VfId, wanted: &Wanted) -> Result<VfLease<'_>, LeaseError> {
         let mut page = self.ledger.enter(&vf.address.to_string())?;
+        let _claimed = self.claim(vf.address)?;
         let account = self.account(&mut page, Some(vf))?;
         let recorded = account.standing.as_ref().and_then(|standing| standing.vf).unwrap_or(vf);
         if let Some(quarantine) = account.standing.and_then(|standing| standing.quarantine) {
@@ -220,7 +237,7 @@ impl Leases {
             self.learn(&mut page, none)?;
             if !errors.is_empty() {
                 let reason = error::all(&errors);
-                self.quarantine(&mut page, vf, None, reason.clone())?;
+                self.quarantine(&mut page, vf, None, None, reason.clone())?;
                 return Err(LeaseError::Quarantined { vf: vf.address, reason });
             }
         }
@@ -260,19 +277,67 @@ impl Leases {
     /// # Errors
     /// Where the ledger cannot be read. Unreadable files are left out, for [`recover`](Self::recover) to set aside.
     pub fn held(&self) -> Result<Vec<Held>, LeaseError> {
-        let mut held = Vec::new();
+        let open = |(vf, account): (PciAddress, VfAccount)| Some((vf, account.open?));
+        let now = |(_, open): &(PciAddress, VfOpen)| open.boot == self.ledger.boot();
+        let all = self.accounts()?.into_iter().filter_map(open).filter(now);
+        Ok(all.map(|(vf, open)| holding(vf, open)).collect())
+    }
+
+    /// The functions in quarantine whose network devices were found nowhere when they were taken back, with those who had
+    /// them and may have them still, in the order of their addresses. A [recovery](Self::recover_quarantined) that finds one
+    /// brings it back.
+    ///
+    /// # Errors
+    /// As of [`held`](Self::held).
+    pub fn lost(&self) -> Result<Vec<(PciAddress, AttachmentKey)>, LeaseError> {
+        let owner = |(vf, account): (PciAddress, VfAccount)| {
+            let standing = account.standing.filter(|standing| standing.boot == self.ledger.boot())?;
+            Some((vf, standing.owner?))
+        };
+        Ok(self.accounts()?.into_iter().filter_map(owner).collect())
+    }
+
+    /// In what a function is not what its owner was given: what its port keeps, its driver, and what was wanted of its network
+    /// device, wherever that is. `None` where the owner has it no more. Nothing is locked.
+    ///
+    /// # Errors
+    /// Where the ledger cannot be read, or the kernel does not answer.
+    pub fn drift(&self, owner: &AttachmentKey, vf: PciAddress) -> Result<Option<Vec<Difference>>, LeaseError> {
+        let account = match self.ledger.read(&vf.to_string()) {
+            Err(LedgerError::Malformed { .. }) => None,
+            account => account?,
+        };
+        let Some(VfAccount { standing: Some(standing), open: Some(open), .. }) = account else { return Ok(None) };
+        let is_its = open.intent.owner == *owner && open.boot == self.ledger.boot() && is_committed(&open.steps);
+        let (true, Some(id), Some(home)) = (is_its, standing.vf, standing.home) else { return Ok(None) };
+        let wanted = &open.intent.wanted;
+        let goal = standing.restore.of(home).with(wanted);
+        let now = self.work(id, away(&open.steps)).snapshot_anywhere()?;
+        let mut differences = goal.differences(&now, standing.no_address);
+        differences.retain(|difference| match difference.what {
+            // What the pod does with its device beside is its own affair, and whether there is one is seen there.
+            "name" | "alternative names" | "alias" | "up" | "network device" => false,
+            "effectiveMac" => wanted.mac().is_some(),
+            "mtu" => wanted.mtu.is_some(),
+            "promisc" => wanted.promisc.is_some(),
+            "allMulticast" => wanted.all_multicast.is_some(),
+            _ => true,
+        });
+        Ok(Some(differences))
+    }
+
+    /// What is written down of all functions, in the order of their addresses, but what cannot be read.
+    fn accounts(&self) -> Result<Vec<(PciAddress, VfAccount)>, LeaseError> {
+        let mut all = Vec::new();
         for key in self.ledger.keys()? {
             let Ok(vf) = key.parse() else { continue };
             match self.ledger.read(&key) {
-                Ok(account) => {
-                    let open = account.and_then(|account| account.open).filter(|open| open.boot == self.ledger.boot());
-                    held.extend(open.map(|open| holding(vf, open)));
-                }
+                Ok(account) => all.extend(account.map(|account| (vf, account))),
                 Err(LedgerError::Malformed { .. }) => tracing::warn!(key, "record left out"),
                 Err(error) => return Err(error.into()),
             }
         }
-        Ok(held)
+        Ok(all)
     }
 
     /// Whether the machine means the same by it as the caller, whose inventory may be old: else somebody else's settings
@@ -309,10 +374,13 @@ impl Leases {
     fn home(&self, page: &mut VfPage, vf: VfId) -> Result<VfSnapshot, LeaseError> {
         let known = page.account()?.standing.clone();
         let known = known.filter(|standing| standing.boot == self.ledger.boot() && standing.vf == Some(vf));
-        match known.and_then(|standing| standing.home) {
-            Some(home) => Ok(self.restored(home)),
-            None => self.see(page, vf),
+        let Some((standing, home)) = known.and_then(|standing| Some((standing.clone(), standing.home?))) else {
+            return self.see(page, vf);
+        };
+        if standing.restore != self.restore {
+            page.stand(&Standing { restore: self.restore, ..standing })?;
         }
+        Ok(self.restore.of(home))
     }
 
     /// Writes down what the function is now, and is to be whenever nobody has it.
@@ -323,22 +391,17 @@ impl Leases {
         {
             return Err(LeaseError::Hidden { vf: vf.address });
         }
-        page.stand(&Standing { home: Some(now.clone()), ..Standing::of(Some(vf), self.ledger.boot()) })?;
-        Ok(self.restored(now))
-    }
-
-    fn restored(&self, home: VfSnapshot) -> VfSnapshot {
-        match self.restore {
-            Restore::Snapshot => home,
-            Restore::Defaults => home.with_defaults(),
-        }
+        let (home, restore) = (Some(now.clone()), self.restore);
+        page.stand(&Standing { home, restore, ..Standing::of(Some(vf), self.ledger.boot()) })?;
+        Ok(restore.of(now))
     }
 
     /// Ends what was begun, whatever it takes.
     fn take_back(&self, page: &mut VfPage, vf: VfId, open: &VfOpen) -> Result<Released, LeaseError> {
         let standing = page.account()?.standing.clone();
         let mut none = standing.as_ref().map(|standing| standing.no_address).unwrap_or_default();
-        let home = standing.filter(|_| open.boot == self.ledger.boot()).and_then(|standing| standing.home);
+        let home = standing.filter(|_| open.boot == self.ledger.boot());
+        let home = home.and_then(|standing| Some(standing.restore.of(standing.home?)));
         let Some(home) = home else {
             // The machine was started anew, and the function with it.
             self.forget(page, vf)?;
@@ -349,19 +412,20 @@ impl Leases {
             page.step(&Step::Releasing)?;
         }
         let away = away(&open.steps);
-        let errors = self.work(vf, away).restore(&self.restored(home), &mut none);
-        let released = self.settle(page, vf, away, none, errors)?;
+        let errors = self.work(vf, away).restore(&home, &mut none);
+        let released = self.settle(page, vf, away, Some(&open.intent.owner), none, errors)?;
         // Last: before, whoever finds the file does all this once more.
         page.end()?;
         Ok(released)
     }
 
-    /// Writes down what came of restoring it, where its network device may be away.
+    /// Writes down what came of restoring it, where its network device may be away with an owner.
     fn settle(
         &self,
         page: &mut VfPage,
         vf: VfId,
         away: Option<&Away>,
+        owner: Option<&AttachmentKey>,
         none: NoAddress,
         errors: Vec<LeaseError>,
     ) -> Result<Released, LeaseError> {
@@ -371,11 +435,12 @@ impl Leases {
         }
         self.learn(page, none)?;
         if !errors.is_empty() {
-            self.quarantine(page, vf, away, error::all(&errors))?;
+            let owner = owner.filter(|_| errors.iter().any(|error| matches!(error, LeaseError::Hidden { .. })));
+            self.quarantine(page, vf, away, owner, error::all(&errors))?;
             return Ok(Released::Quarantined(errors));
         }
         if let Some(standing) = page.account()?.standing.clone().filter(|standing| standing.quarantine.is_some()) {
-            page.stand(&Standing { quarantine: None, away: None, ..standing })?;
+            page.stand(&Standing { quarantine: None, away: None, owner: None, ..standing })?;
         }
         Ok(Released::Clean)
     }
@@ -390,12 +455,20 @@ impl Leases {
         }
     }
 
-    fn quarantine(&self, page: &mut VfPage, vf: VfId, away: Option<&Away>, reason: String) -> Result<(), LeaseError> {
+    fn quarantine(
+        &self,
+        page: &mut VfPage,
+        vf: VfId,
+        away: Option<&Away>,
+        owner: Option<&AttachmentKey>,
+        reason: String,
+    ) -> Result<(), LeaseError> {
         let boot = self.ledger.boot();
         let before = page.account()?.standing.clone();
         let standing = before.clone().unwrap_or_else(|| Standing::of(Some(vf), boot));
         let quarantine = Some(Quarantine { reason, until: Until::Restored });
-        let after = Standing { vf: Some(vf), boot: boot.to_owned(), quarantine, away: away.cloned(), ..standing };
+        let (away, owner) = (away.cloned(), owner.cloned());
+        let after = Standing { vf: Some(vf), boot: boot.to_owned(), quarantine, away, owner, ..standing };
         if before.as_ref() == Some(&after) {
             // A recovery that found nothing new must not make the file longer.
             return Ok(());
@@ -418,11 +491,12 @@ impl Leases {
 
 impl std::fmt::Debug for Leases {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { kernel, scrub, ledger, restore, patience } = self;
+        let Self { kernel, scrub, ledger, state: _, claims, restore, patience } = self;
         f.debug_struct("Leases")
             .field("kernel", kernel)
             .field("scrub", &scrub.is_some())
             .field("ledger", ledger)
+            .field("claims", claims)
             .field("restore", restore)
             .field("patience", patience)
             .finish()

@@ -8,7 +8,7 @@ use dcenet_core::netns::NetNsId;
 use serde::{Deserialize, Serialize};
 
 use super::snapshot::VfSnapshot;
-use super::{VfId, Wanted};
+use super::{Restore, VfId, Wanted};
 
 /// What is true of a function whoever has it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,6 +25,12 @@ pub(super) struct Standing {
     /// Where its network device was left, while it is in quarantine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) away: Option<Away>,
+    /// Who had it when its network device was left there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) owner: Option<AttachmentKey>,
+    /// What the last who got it had it made afterwards.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub(super) restore: Restore,
     /// What its driver takes an address of zeros for.
     #[serde(default, skip_serializing_if = "is_default")]
     pub(super) no_address: super::snapshot::NoAddress,
@@ -33,8 +39,16 @@ pub(super) struct Standing {
 impl Standing {
     /// Of a function of which nothing else is known.
     pub(super) fn of(vf: Option<VfId>, boot: &str) -> Self {
-        let boot = boot.to_owned();
-        Self { vf, boot, home: None, quarantine: None, away: None, no_address: super::snapshot::NoAddress::default() }
+        Self {
+            vf,
+            boot: boot.to_owned(),
+            home: None,
+            quarantine: None,
+            away: None,
+            owner: None,
+            restore: Restore::default(),
+            no_address: super::snapshot::NoAddress::default(),
+        }
     }
 }
 

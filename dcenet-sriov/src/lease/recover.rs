@@ -1,5 +1,6 @@
 //! Bringing functions to an end that calls left in between, and those back that could not be restored.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use dcenet_core::journal::LedgerError;
@@ -31,6 +32,8 @@ pub enum Outcome {
     Forgotten,
     /// It is in quarantine, as before or from now on.
     Quarantined(Quarantine),
+    /// It is lent, or in quarantine, in the ledger of this other state directory.
+    Elsewhere(PathBuf),
     /// Somebody works on it now.
     Busy,
     /// It could not be recovered. The next recovery tries again.
@@ -143,7 +146,11 @@ impl Leases {
             }
             return Ok(Outcome::Forgotten);
         };
-        let home = self.restored(home);
+        let _claimed = match self.claim(vf.address) {
+            Err(LeaseError::Elsewhere { state, .. }) => return Ok(Outcome::Elsewhere(state)),
+            claimed => claimed?,
+        };
+        let home = standing.restore.of(home);
         let away = standing.away.as_ref();
         let mut none = standing.no_address;
         let mut work = self.work(vf, away);
@@ -154,7 +161,7 @@ impl Leases {
             return Ok(Outcome::Free);
         }
         let errors = work.restore(&home, &mut none);
-        Ok(match self.settle(&mut page, vf, away, none, errors)? {
+        Ok(match self.settle(&mut page, vf, away, standing.owner.as_ref(), none, errors)? {
             Released::Clean => Outcome::Restored,
             Released::Gone | Released::NotHeld => Outcome::Forgotten,
             Released::Quarantined(errors) => {

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dcenet_core::provider::{DeviceError, DeviceRequest, DeviceSource, DeviceWish, LentDevice};
-use dcenet_sriov::kernel::{Kernel, Namespace, NetdevChange};
-use dcenet_sriov::lease::Leases;
+use dcenet_sriov::kernel::{Kernel, Namespace, NetdevChange, VfChange, VfRate, VfVlan};
+use dcenet_sriov::lease::{LeaseError, Leases, Outcome, Recovered};
 use dcenet_sriov::pool::HostUse;
 use dcenet_sriov::source::{Machine, VfSource};
 use dcenet_sriov::test_support::{Fault, FlakyKernel, Port, Profile, Tree};
@@ -77,7 +77,7 @@ fn pods_get_functions_as_they_wish_and_leave_them_as_they_were() {
     let source = modelled(&world);
     assert!(!source.is_lent(&owner("a")).unwrap());
     source.release(&owner("a")).unwrap();
-    source.ready().unwrap();
+    source.ready(Some(&request("a").wish)).unwrap();
 
     let first = source.lend(&request("a")).unwrap();
     assert_eq!((first.id.as_str(), first.mac), (world.vf.address.to_string().as_str(), mac(0xaa)));
@@ -233,10 +233,10 @@ fn pools_of_a_file_serve_every_network_of_the_node() {
     let file = world.state.path().join("pools.json");
     std::fs::write(&file, section()["pools"].to_string()).unwrap();
     let from_file = source(&world, world.model.clone(), json!({ "poolsFile": file }));
-    from_file.ready().unwrap();
+    from_file.ready(None).unwrap();
     assert_eq!(from_file.lend(&request("a")).unwrap().id, world.vf.address.to_string());
     std::fs::write(&file, "[{}]").unwrap();
-    let error = source(&world, world.model.clone(), json!({ "poolsFile": file })).ready().unwrap_err();
+    let error = source(&world, world.model.clone(), json!({ "poolsFile": file })).ready(None).unwrap_err();
     assert!(error.to_string().contains("pools.json"), "{error}");
     // Who cannot read it gives back all the same.
     source(&world, world.model.clone(), json!({ "poolsFile": file })).release(&owner("a")).unwrap();
@@ -309,4 +309,162 @@ fn a_kill_at_every_call_leaves_nothing_after_the_next_del() {
     }
     eprintln!("{kills} kills, {unclean} unclean before the next DEL");
     assert!(kills > 60 && unclean * 3 > kills, "{kills} kills, {unclean} unclean");
+}
+
+/// Two lists with state directories of their own. The twin has nothing in common.
+#[test]
+fn a_function_that_is_in_another_ledger_is_passed_over() {
+    for common in [true, false] {
+        let world = host();
+        let other = tempfile::TempDir::new().unwrap();
+        let open = |state: &std::path::Path| {
+            let leases = Leases::open(world.model.clone(), state).unwrap().with_patience(Duration::from_millis(20));
+            if common { leases.with_claims(&world.state.path().join("run")).unwrap() } else { leases }
+        };
+        let (ours, theirs) = (open(world.state.path()), open(other.path()));
+        let incarnation = ours.prepare(&owner("a"), world.vf, &world.wanted()).unwrap().commit().unwrap();
+        let taken = theirs.prepare(&owner("b"), world.vf, &world.wanted());
+        match taken {
+            Err(LeaseError::Elsewhere { ref state, .. }) if common => assert_eq!(state, world.state.path()),
+            Ok(lease) if !common => {
+                drop(lease);
+                continue;
+            }
+            other => panic!("{other:?}"),
+        }
+        let port = world.model.vf(world.port, world.vf.index).unwrap();
+        assert_eq!(port.vlan.id.map(|vlan| vlan.get()), Some(100), "nothing was written");
+        ours.release(&owner("a"), world.vf.address, incarnation).unwrap();
+        theirs.prepare(&owner("b"), world.vf, &world.wanted()).unwrap().commit().unwrap();
+        assert!(matches!(ours.prepare(&owner("a"), world.vf, &world.wanted()), Err(LeaseError::Elsewhere { .. })));
+        let recovered = ours.recover(|_| true).unwrap();
+        assert!(matches!(&recovered[..], [Recovered { outcome: Outcome::Elsewhere(_), .. }]), "{recovered:?}");
+        theirs.recover(|_| false).unwrap();
+        assert!(world.is_home());
+    }
+}
+
+/// What CHECK tells. The twin is a function with which nobody meddled.
+#[test]
+fn what_others_change_of_a_pods_function_is_told() {
+    let world = host();
+    let source = modelled(&world);
+    let device = source.lend(&request("a")).unwrap();
+    let up = NetdevChange { up: Some(true), ..NetdevChange::default() };
+    let there = Namespace::Path(POD.into());
+    world.model.move_netdev(&Namespace::Host, device.index, &there, &"net1".parse().unwrap(), &up).unwrap();
+    assert_eq!(source.missing(&owner("a"), &device).unwrap(), [""; 0]);
+
+    let index = world.model.netdevs(&there, world.vf.address).unwrap()[0].index;
+    let mtu =
+        NetdevChange { mtu: Some(1300.try_into().unwrap()), alias: Some("its".into()), ..NetdevChange::default() };
+    world.model.configure_netdev(&there, index, &mtu).unwrap();
+    assert_eq!(source.missing(&owner("a"), &device).unwrap(), ["mtu is 1300 instead of 1400"]);
+    let vlan = VfVlan { id: Some(7.try_into().unwrap()), ..VfVlan::default() };
+    let rate = VfRate { min: 0, max: 9 };
+    let change = VfChange { vlan: Some(vlan), trust: Some(false), rate: Some(rate), ..VfChange::default() };
+    world.model.configure_vf(world.port, world.vf.index, &change).unwrap();
+    let told = source.missing(&owner("a"), &device).unwrap();
+    let what: Vec<&str> = told.iter().map(|told| told.split(' ').next().unwrap()).collect();
+    assert_eq!(what, ["vlan", "rate", "trust", "mtu"], "{told:?}");
+    assert!(source.missing(&owner("b"), &device).unwrap()[0].contains("not lent to the pod"));
+    world.leases().recover(|_| false).unwrap();
+    assert_eq!(source.missing(&owner("a"), &device).unwrap(), ["it is not lent to the pod any more"]);
+}
+
+/// Some process keeps the namespace of a pod that is gone. The twin is a function that cannot be made what it was, but is home.
+#[test]
+fn a_function_that_is_not_found_keeps_its_attachment_until_it_is() {
+    let world = host();
+    let source = modelled(&world);
+    let device = source.lend(&request("a")).unwrap();
+    move_in(&world, &*world.model, &device);
+    let held = world.model.hold_namespace(POD);
+    world.model.remove_namespace(POD);
+    for _ in 0..2 {
+        let error = source.release(&owner("a")).unwrap_err();
+        assert!(matches!(error, DeviceError::Busy(_)) && error.is_retryable(), "{error}");
+        assert!(error.to_string().contains("in no namespace that can be looked into"), "{error}");
+        assert!(source.is_lent(&owner("a")).unwrap());
+        assert_eq!(source.lent(&owner("a").network).unwrap(), [owner("a")]);
+    }
+    // Others get what is left, and nobody its next device before.
+    world.model.create_namespace(POD);
+    assert_ne!(source.lend(&request("b")).unwrap().id, device.id);
+    assert!(matches!(source.lend(&request("a")), Err(DeviceError::Busy(_))));
+    world.model.release_namespace(held);
+    source.release(&owner("a")).unwrap();
+    assert!(world.is_home() && !source.is_lent(&owner("a")).unwrap());
+    let device = source.lend(&request("a")).unwrap();
+
+    // What it bears at home keeps nobody's addresses.
+    world.model.withhold(device.id.parse().unwrap(), true);
+    source.release(&owner("a")).unwrap();
+    assert!(!source.is_lent(&owner("a")).unwrap());
+    assert!(world.leases().lost().unwrap().is_empty() && world.leases().held().unwrap().len() == 1);
+}
+
+/// A DEL and a GC need no section, and who looks on the way says nothing of what a function is to be.
+#[test]
+fn a_function_becomes_what_its_own_network_says_whoever_takes_it_back() {
+    let vlan = |world: &World| world.model.vf(world.port, world.vf.index).unwrap().vlan.id.map(|vlan| vlan.get());
+    for restore in ["snapshot", "defaults"] {
+        let world = host();
+        let seven = VfVlan { id: Some(7.try_into().unwrap()), ..VfVlan::default() };
+        let change = VfChange { vlan: Some(seven), ..VfChange::default() };
+        world.model.configure_vf(world.port, world.vf.index, &change).unwrap();
+        let wanted = (restore == "snapshot").then_some(7);
+        let mut section = section();
+        section["restore"] = restore.into();
+        let device = source(&world, world.model.clone(), section).lend(&request("a")).unwrap();
+        assert_eq!(vlan(&world), Some(100));
+        move_in(&world, &*world.model, &device);
+        source(&world, world.model.clone(), Value::Null).release(&owner("a")).unwrap();
+        assert_eq!(vlan(&world), wanted, "{restore}");
+        world.leases().recover(|_| true).unwrap();
+        assert_eq!(vlan(&world), wanted, "{restore}: recovered");
+    }
+}
+
+#[test]
+fn status_tells_by_what_an_add_would_fail() {
+    let world = host();
+    let source = modelled(&world);
+    let wish = |change: &dyn Fn(&mut DeviceWish)| {
+        let mut wish = request("a").wish;
+        change(&mut wish);
+        wish
+    };
+    source.ready(Some(&wish(&|_| {}))).unwrap();
+    for (wish, words) in [
+        (wish(&|wish| wish.pool = Some("fats".to_owned())), "link.pool: \"fats\" is none of the section sriov's pools"),
+        (wish(&|wish| wish.device = Some("0000:07:10.0".to_owned())), "no virtual function 0000:07:10.0"),
+        (wish(&|wish| drop(wish.settings.insert("vlan".to_owned(), json!(5000)))), "link.vf: vlan 5000"),
+    ] {
+        let error = source.ready(Some(&wish)).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+    // That none is free is none.
+    for name in ["a", "b"] {
+        source.lend(&request(name)).unwrap();
+    }
+    source.ready(Some(&wish(&|_| {}))).unwrap();
+    assert_eq!(world.leases().held().unwrap().len(), 2);
+}
+
+/// The twin is a value that no driver takes.
+#[test]
+fn a_driver_that_resets_its_functions_is_asked_again_later() {
+    let world = World::new(Profile::I40E, Dress::Plain);
+    Tree::new(world.state.path()).port(&Port { vfs: 2, ..Port::igb("0000:01:00.0", "eth0") });
+    for function in 0..2 {
+        world.model.withhold(world.model.function(world.port, function), true);
+    }
+    let error = modelled(&world).lend(&request("a")).unwrap_err();
+    assert!(matches!(error, DeviceError::Busy(_)) && error.is_retryable(), "{error}");
+    let mut other = request("a");
+    other.wish.settings.insert("protocol".to_owned(), json!("802.1ad"));
+    let world = host();
+    let error = modelled(&world).lend(&other).unwrap_err();
+    assert!(!error.is_retryable(), "{error}");
 }

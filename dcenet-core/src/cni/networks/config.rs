@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::select::{self, Selected};
+use crate::cni::device::DEVICE_ID;
 use crate::cni::{Chain, CniError, ErrorCode, Invocation, NetConf, Role, SpecVersion};
 use crate::link::LinkConfig;
 use crate::model::{IfName, NetworkName};
@@ -142,7 +143,7 @@ pub(super) fn configured(conf: &NetConf, invocation: &Invocation, first: &IfName
     };
     let mut networks = Vec::new();
     if top {
-        let sections = ["link", "ipam", "nat", "policy", "sriov"].map(|key| (key, conf.key(key).cloned()));
+        let sections = ["link", "ipam", "nat", "policy", "sriov", DEVICE_ID].map(|key| (key, conf.key(key).cloned()));
         let by = own(conf, &conf.name, sections, &asked_by_runtime(conf), conf.key("args").cloned())?;
         networks.push(Network {
             label: conf.name.to_string(),
@@ -189,6 +190,7 @@ pub(super) fn configured(conf: &NetConf, invocation: &Invocation, first: &IfName
                     ("nat", entry.nat),
                     ("policy", entry.policy),
                     ("sriov", None),
+                    (DEVICE_ID, conf.key(DEVICE_ID).filter(|_| is_default).cloned()),
                 ];
                 let asked = if is_default { asked_by_runtime(conf) } else { Map::new() };
                 let arguments = if is_default { arguments(conf) } else { labels(conf) };
@@ -315,7 +317,8 @@ fn of_definition(
                 }
                 asked.insert(key, value);
             }
-            let sections = ["link", "ipam", "nat", "policy", "sriov"].map(|key| (key, keys.get(key).cloned()));
+            let sections =
+                ["link", "ipam", "nat", "policy", "sriov", DEVICE_ID].map(|key| (key, keys.get(key).cloned()));
             own(conf, chain.name(), sections, &asked, keys.get("args").cloned()).map_err(|e| under(&path, e))?
         }
         None => {
@@ -348,7 +351,7 @@ const CAPABILITIES: [&str; 9] =
 fn own(
     conf: &NetConf,
     name: &NetworkName,
-    sections: [(&str, Option<Value>); 5],
+    sections: [(&str, Option<Value>); 6],
     asked: &Map<String, Value>,
     args: Option<Value>,
 ) -> Result<By, CniError> {

@@ -146,11 +146,15 @@ fn the_nodes_pools_of_functions_are_those_of_every_network() {
     let mut selecting = Selecting::new();
     let (of_node, of_one) = (json!({ "poolsFile": "/etc/dcenet/pools.json" }), json!({ "pools": [] }));
     selecting.conf["sriov"] = of_node.clone();
-    selecting.define("fast", &json!({ "type": "dcenet", "link": { "kind": "sriov", "pool": "fast" } }));
+    // The kubelet's choice, as meta plugins write it into the network's configuration.
+    let device = "0000:3b:02.1";
+    let fast = json!({ "type": "dcenet", "link": { "kind": "sriov", "pool": "fast" }, "deviceID": device });
+    selecting.define("fast", &fast);
     let other = json!({ "type": "dcenet", "link": { "kind": "sriov", "pool": "fast" }, "sriov": of_one });
     selecting.define("other", &other);
     let networks = selecting.asking(&json!("fast, other")).unwrap();
     assert_eq!(ours(&networks[1])["sriov"], of_node);
+    assert_eq!(ours(&networks[1])["deviceID"], device);
     assert_eq!(ours(&networks[2])["sriov"], of_node);
     assert_eq!(ours(&networks[3])["sriov"], of_one);
 }

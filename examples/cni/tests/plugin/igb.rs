@@ -8,7 +8,7 @@ use std::time::Duration;
 use dcenet_core::netns::{Host, NetNs};
 use dcenet_core::test_support::{Rung, TestHost, TestNetNs, effort, kernel_is_before, ping, require};
 use dcenet_sriov::lease::{Leases, VfId};
-use dcenet_sriov::test_support::guest::IgbPort;
+use dcenet_sriov::test_support::guest::{IgbPort, sh};
 use serde_json::{Value, json};
 
 use super::common::{Owner, run_anywhere, start_anywhere};
@@ -154,6 +154,23 @@ fn pods_get_functions_talk_over_them_and_leave_them_as_they_were() {
     let mut checked = guest.config.clone();
     checked["prevResult"] = first.clone();
     guest.call("CHECK", "a", a.path(), &checked).unwrap();
+    // Somebody on the host says otherwise, and takes it back.
+    let pf = &guest.port.name;
+    sh(&format!("ip link set {pf} vf 0 vlan 7 qos 3"));
+    let error = guest.call("CHECK", "a", a.path(), &checked).unwrap_err();
+    assert_eq!(error["code"], 120, "{error}");
+    assert!(error["msg"].as_str().unwrap().contains("vlan is "), "{error}");
+    sh(&format!("ip link set {pf} vf 0 vlan 100 qos 3"));
+    guest.call("CHECK", "a", a.path(), &checked).unwrap();
+    // A list with another state directory neither lends it to another pod nor says that its DEL was one.
+    let mut stranger = guest.config.clone();
+    stranger["stateDir"] = json!(guest.host.directory().join("other"));
+    stranger["runtimeConfig"] = json!({ "deviceID": guest.vfs[0].address.to_string() });
+    let error = guest.call("ADD", "x", a.path(), &stranger).unwrap_err();
+    assert!(error["msg"].as_str().unwrap().contains("the ledger of state directory"), "{error}");
+    let error = guest.call("DEL", "a", a.path(), &stranger).unwrap_err();
+    assert!(error["msg"].as_str().unwrap().contains("never lent it"), "{error}");
+    guest.call("DEL", "x", a.path(), &stranger).unwrap();
     assert!(reaches(&a, address(&second)) && reaches(&b, address(&first)));
     // There are two.
     let c = guest.host.new_pod();
