@@ -9,6 +9,7 @@
 //!   kernel      settings, devices and drivers       netlink and sysfs, or a model of them
 //!   lease       who has which, and that it comes back as it was
 //!   source      all of it, as core's engine asks for devices
+//!   kubelet     what there is, as a resource of Kubernetes (a feature)
 //! ```
 //!
 //! An embedder brings its own tree by [`sysfs::Sysfs`], and its own kernel by [`kernel::Kernel`].
@@ -31,6 +32,9 @@ pub mod config;
 pub mod count;
 pub mod inventory;
 pub mod kernel;
+#[cfg(feature = "kubelet")]
+#[cfg_attr(docsrs, doc(cfg(feature = "kubelet")))]
+pub mod kubelet;
 pub mod lease;
 pub mod pool;
 pub mod source;

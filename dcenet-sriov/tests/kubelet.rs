@@ -1,0 +1,473 @@
+//! The device plugin against a kubelet that the test plays over real sockets, with messages of its own.
+
+#![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::future::Ready;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use dcenet_sriov::inventory::Inventory;
+use dcenet_sriov::kubelet::{DevicePlugin, KubeletError, Look, Resource};
+use dcenet_sriov::test_support::{Port, Tree, VfOf};
+use dcenet_sriov::{PciAddress, allocate::Shape};
+use hyper::server::conn::http2;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use prost::Message;
+use tokio::net::UnixListener;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tonic::codegen::http;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Request, Response, Status, Streaming};
+use tonic_prost::ProstCodec;
+
+const SOON: Duration = Duration::from_secs(20);
+
+#[derive(Clone, PartialEq, Message)]
+struct Nothing {}
+
+#[derive(Clone, PartialEq, Message)]
+struct Register {
+    #[prost(string, tag = "1")]
+    version: String,
+    #[prost(string, tag = "2")]
+    endpoint: String,
+    #[prost(string, tag = "3")]
+    resource_name: String,
+    #[prost(message, optional, tag = "4")]
+    options: Option<Options>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Options {
+    #[prost(bool, tag = "1")]
+    pre_start_required: bool,
+    #[prost(bool, tag = "2")]
+    preferred: bool,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct List {
+    #[prost(message, repeated, tag = "1")]
+    devices: Vec<Device>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Device {
+    #[prost(string, tag = "1")]
+    id: String,
+    #[prost(string, tag = "2")]
+    health: String,
+    #[prost(message, optional, tag = "3")]
+    topology: Option<Nodes>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Nodes {
+    #[prost(message, repeated, tag = "1")]
+    nodes: Vec<Node>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Node {
+    #[prost(int64, tag = "1")]
+    id: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Prefer {
+    #[prost(message, repeated, tag = "1")]
+    containers: Vec<PreferOne>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct PreferOne {
+    #[prost(string, repeated, tag = "1")]
+    available: Vec<String>,
+    #[prost(string, repeated, tag = "2")]
+    must: Vec<String>,
+    #[prost(int32, tag = "3")]
+    size: i32,
+}
+
+/// Lists of addresses, one for each container: what is preferred, and what is asked for.
+#[derive(Clone, PartialEq, Message)]
+struct Lists {
+    #[prost(message, repeated, tag = "1")]
+    containers: Vec<Ids>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Ids {
+    #[prost(string, repeated, tag = "1")]
+    ids: Vec<String>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Allocated {
+    #[prost(message, repeated, tag = "1")]
+    containers: Vec<Container>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Container {
+    #[prost(map = "string, string", tag = "1")]
+    envs: HashMap<String, String>,
+    #[prost(message, repeated, tag = "2")]
+    mounts: Vec<Nothing>,
+    #[prost(message, repeated, tag = "3")]
+    devices: Vec<File>,
+    #[prost(map = "string, string", tag = "4")]
+    annotations: HashMap<String, String>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct File {
+    #[prost(string, tag = "1")]
+    inside: String,
+    #[prost(string, tag = "2")]
+    outside: String,
+    #[prost(string, tag = "3")]
+    permissions: String,
+}
+
+/// A kubelet that has started. It ends with its socket, as a process that is killed leaves it.
+struct Kubelet {
+    registered: mpsc::UnboundedReceiver<Register>,
+    task: JoinHandle<()>,
+}
+
+impl Kubelet {
+    /// Removes all sockets, and answers `answer` to those who register.
+    fn start(directory: &Path, answer: Result<(), Status>) -> Self {
+        for entry in std::fs::read_dir(directory).unwrap() {
+            std::fs::remove_file(entry.unwrap().path()).unwrap();
+        }
+        let listener = UnixListener::bind(directory.join("kubelet.sock")).unwrap();
+        let (sender, registered) = mpsc::unbounded_channel();
+        let task = tokio::spawn(async move {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let (sender, answer) = (sender.clone(), answer.clone());
+                let service = service_fn(move |request: http::Request<hyper::body::Incoming>| {
+                    assert_eq!(request.uri().path(), "/v1beta1.Registration/Register");
+                    let method = Registration(sender.clone(), answer.clone());
+                    async move {
+                        let mut grpc = tonic::server::Grpc::new(ProstCodec::<Nothing, Register>::default());
+                        Ok::<_, Infallible>(grpc.unary(method, request).await)
+                    }
+                });
+                tokio::spawn(async move {
+                    let builder = http2::Builder::new(TokioExecutor::new());
+                    builder.serve_connection(TokioIo::new(stream), service).await.ok();
+                });
+            }
+        });
+        Self { registered, task }
+    }
+
+    async fn next(&mut self) -> Register {
+        timeout(SOON, self.registered.recv()).await.unwrap().unwrap()
+    }
+}
+
+impl Drop for Kubelet {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+struct Registration(mpsc::UnboundedSender<Register>, Result<(), Status>);
+
+impl tonic::server::UnaryService<Register> for Registration {
+    type Response = Nothing;
+    type Future = Ready<Result<Response<Nothing>, Status>>;
+
+    fn call(&mut self, request: Request<Register>) -> Self::Future {
+        let Self(sender, answer) = self;
+        sender.send(request.into_inner()).unwrap();
+        std::future::ready(answer.clone().map(|()| Response::new(Nothing {})))
+    }
+}
+
+/// The kubelet's client of a plugin.
+struct Client(tonic::client::Grpc<Channel>);
+
+impl Client {
+    async fn of(socket: &Path) -> Self {
+        let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display())).unwrap();
+        let mut grpc = tonic::client::Grpc::new(endpoint.connect().await.unwrap());
+        grpc.ready().await.unwrap();
+        Self(grpc)
+    }
+
+    async fn ask<Q, A>(&mut self, method: &'static str, request: Q) -> Result<A, Status>
+    where
+        Q: Message + 'static,
+        A: Message + Default + 'static,
+    {
+        self.0.ready().await.unwrap();
+        let path = http::uri::PathAndQuery::from_static(method);
+        let answer = self.0.unary(Request::new(request), path, ProstCodec::<Q, A>::default());
+        timeout(SOON, answer).await.unwrap().map(Response::into_inner)
+    }
+
+    async fn watch(&mut self) -> Streaming<List> {
+        let path = http::uri::PathAndQuery::from_static("/v1beta1.DevicePlugin/ListAndWatch");
+        let codec = ProstCodec::<Nothing, List>::default();
+        self.0.ready().await.unwrap();
+        self.0.server_streaming(Request::new(Nothing {}), path, codec).await.unwrap().into_inner()
+    }
+
+    async fn prefer(&mut self, available: &[&str], must: &[&str], size: i32) -> Result<Vec<String>, Status> {
+        let list = |ids: &[&str]| ids.iter().map(|id| (*id).to_owned()).collect();
+        let one = PreferOne { available: list(available), must: list(must), size };
+        let path = "/v1beta1.DevicePlugin/GetPreferredAllocation";
+        let lists: Lists = self.ask(path, Prefer { containers: vec![one] }).await?;
+        assert_eq!(lists.containers.len(), 1);
+        Ok(lists.containers[0].ids.clone())
+    }
+
+    async fn allocate(&mut self, containers: &[&[&str]]) -> Result<Vec<Container>, Status> {
+        let ids = |ids: &&[&str]| Ids { ids: ids.iter().map(|id| (*id).to_owned()).collect() };
+        let request = Lists { containers: containers.iter().map(ids).collect() };
+        self.ask::<_, Allocated>("/v1beta1.DevicePlugin/Allocate", request).await.map(|a| a.containers)
+    }
+}
+
+async fn next(list: &mut Streaming<List>) -> Vec<Device> {
+    timeout(SOON, list.message()).await.unwrap().unwrap().unwrap().devices
+}
+
+/// A plugin that runs.
+struct Running {
+    stop: oneshot::Sender<()>,
+    task: JoinHandle<Result<(), KubeletError>>,
+}
+
+impl Running {
+    fn start(plugin: &DevicePlugin, directory: &Path) -> Self {
+        let (stop, stopped) = oneshot::channel();
+        let (plugin, directory) = (plugin.clone(), directory.to_owned());
+        let task = tokio::spawn(async move { plugin.serve(&directory, async { stopped.await.unwrap() }).await });
+        Self { stop, task }
+    }
+
+    async fn end(self) {
+        self.stop.send(()).unwrap();
+        timeout(SOON, self.task).await.unwrap().unwrap().unwrap();
+    }
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
+}
+
+fn address(text: &str) -> PciAddress {
+    text.parse().unwrap()
+}
+
+/// Two ports with three functions each: of the first the kernel's with RDMA on node 1, of the second for user space on none.
+fn resource(root: &Path) -> Resource {
+    let mut tree = Tree::new(root);
+    tree.port(&Port { vfs: 3, ..Port::mlx5("0000:81:00.0", "ens1") });
+    tree.port(&Port { vfs: 3, vf: VfOf::UserSpace("vfio-pci"), ..Port::igb("0000:01:00.0", "ens2") });
+    let inventory = Inventory::scan(&tree.sysfs()).unwrap();
+    let members = inventory.vfs().map(|(_, vf)| vf.address).collect();
+    Resource { inventory, members, ..Resource::default() }
+}
+
+const RDMA: [&str; 3] = ["0000:81:00.2", "0000:81:00.3", "0000:81:00.4"];
+const VFIO: [&str; 3] = ["0000:01:10.0", "0000:01:10.2", "0000:01:10.4"];
+
+/// What is there, which tests change.
+type Shared = Arc<Mutex<Resource>>;
+
+fn plugin(resource: &Shared) -> DevicePlugin {
+    let shared = Arc::clone(resource);
+    let look: Arc<Look> = Arc::new(move || Ok(shared.lock().unwrap().clone()));
+    DevicePlugin::new("example.com/vf-fast", look).unwrap().every(Duration::from_millis(20))
+}
+
+#[test]
+fn a_kubelet_hears_of_functions_and_allots_them() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let sockets = directory.path().join("plugins");
+        std::fs::create_dir(&sockets).unwrap();
+        let resource = Arc::new(Mutex::new(resource(&directory.path().join("sys"))));
+        let mut kubelet = Kubelet::start(&sockets, Ok(()));
+        let running = Running::start(&plugin(&resource), &sockets);
+
+        let options = Some(Options { pre_start_required: false, preferred: true });
+        let register = kubelet.next().await;
+        assert_eq!((register.version.as_str(), register.resource_name.as_str()), ("v1beta1", "example.com/vf-fast"));
+        assert_eq!(register.options, options);
+        let socket: PathBuf = sockets.join(register.endpoint);
+        assert_eq!(mode(&socket), 0o600);
+        let mut client = Client::of(&socket).await;
+        let told: Options = client.ask("/v1beta1.DevicePlugin/GetDevicePluginOptions", Nothing {}).await.unwrap();
+        assert_eq!(Some(told), options);
+
+        let mut list = client.watch().await;
+        let device = |id: &str, health: &str, node: Option<i64>| Device {
+            id: id.to_owned(),
+            health: health.to_owned(),
+            topology: node.map(|id| Nodes { nodes: vec![Node { id }] }),
+        };
+        let mut expected: Vec<_> = VFIO.iter().map(|id| device(id, "Healthy", None)).collect();
+        expected.extend(RDMA.iter().map(|id| device(id, "Healthy", Some(1))));
+        assert_eq!(next(&mut list).await, expected);
+        resource.lock().unwrap().ailing.insert(address(RDMA[1]));
+        expected[4].health = "Unhealthy".into();
+        assert_eq!(next(&mut list).await, expected);
+        let refused = client.allocate(&[&[RDMA[1]]]).await.unwrap_err();
+        assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
+        resource.lock().unwrap().ailing.clear();
+        resource.lock().unwrap().members.retain(|a| *a != address(VFIO[2]));
+        assert_eq!(
+            next(&mut list).await.iter().map(|d| d.id.as_str()).collect::<Vec<_>>(),
+            [&VFIO[..2], &RDMA].concat()
+        );
+
+        let given = client.allocate(&[&[RDMA[2], RDMA[0]], &[VFIO[1]]]).await.unwrap();
+        let variable = |ids: &str| HashMap::from([("PCIDEVICE_EXAMPLE_COM_VF_FAST".to_owned(), ids.to_owned())]);
+        assert_eq!(given[0].envs, variable("0000:81:00.4,0000:81:00.2"));
+        assert_eq!(given[1].envs, variable("0000:01:10.2"));
+        let files = |c: &Container| {
+            let plain = |f: &File| {
+                assert_eq!((&f.inside, f.permissions.as_str()), (&f.outside, "rw"));
+                f.outside.clone()
+            };
+            c.devices.iter().map(plain).collect::<Vec<_>>()
+        };
+        let rdma = files(&given[0]);
+        assert!(rdma.contains(&"/dev/infiniband/rdma_cm".to_owned()), "{rdma:?}");
+        assert_eq!(rdma.iter().filter(|f| f.starts_with("/dev/infiniband/uverbs")).count(), 2, "{rdma:?}");
+        let vfio = files(&given[1]);
+        assert_eq!((vfio.len(), vfio[1].as_str()), (2, "/dev/vfio/vfio"), "{vfio:?}");
+        assert!(vfio[0].strip_prefix("/dev/vfio/").unwrap().parse::<u32>().is_ok(), "{vfio:?}");
+        let gone = client.allocate(&[&[VFIO[2]]]).await.unwrap_err();
+        assert_eq!((gone.code(), gone.message()), (Code::NotFound, "0000:01:10.4: no function of this resource"));
+
+        running.end().await;
+        assert!(!socket.exists());
+    });
+}
+
+#[test]
+fn the_functions_that_go_together_are_preferred() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let resource = Arc::new(Mutex::new(resource(&directory.path().join("sys"))));
+        let all = [VFIO, RDMA].concat();
+        for (shape, must, size, expected) in [
+            (Shape::Lowest, &[][..], 2, &[VFIO[0], VFIO[1]][..]),
+            (Shape::Distinct, &[], 2, &[VFIO[0], RDMA[0]]),
+            (Shape::Spread, &[VFIO[1]], 2, &[VFIO[1], RDMA[0]]),
+            (Shape::Distinct, &[VFIO[2]], 2, &[VFIO[2], RDMA[0]]),
+            (Shape::Pack, &[RDMA[2]], 3, &RDMA),
+            (Shape::Pack, &[RDMA[2]], 4, &[VFIO[0], RDMA[0], RDMA[1], RDMA[2]]),
+            (Shape::Lowest, &[RDMA[2]], 1, &[RDMA[2]]),
+        ] {
+            let sockets = tempfile::tempdir().unwrap();
+            let mut kubelet = Kubelet::start(sockets.path(), Ok(()));
+            let running = Running::start(&plugin(&resource).with_shape(shape), sockets.path());
+            let mut client = Client::of(&sockets.path().join(kubelet.next().await.endpoint)).await;
+            assert_eq!(client.prefer(&all, must, size).await.unwrap(), expected, "{shape:?} {must:?}");
+            let few = client.prefer(&[VFIO[0]], &[], 2).await.unwrap_err();
+            assert_eq!(few.code(), Code::FailedPrecondition, "{few}");
+            let strange = client.prefer(&["0000:ff:00.0"], &[], 1).await.unwrap_err();
+            assert_eq!(strange.code(), Code::NotFound, "{strange}");
+            running.end().await;
+        }
+    });
+}
+
+#[test]
+fn a_kubelet_that_starts_anew_is_told_again() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let sockets = directory.path().join("plugins");
+        std::fs::create_dir(&sockets).unwrap();
+        let resource = Arc::new(Mutex::new(resource(&directory.path().join("sys"))));
+        // What a plugin that was killed has left, and no kubelet yet.
+        drop(std::os::unix::net::UnixListener::bind(sockets.join("example.com_vf-fast.sock")).unwrap());
+        let running = Running::start(&plugin(&resource), &sockets);
+        for _ in 0..2 {
+            let mut kubelet = Kubelet::start(&sockets, Ok(()));
+            let register = kubelet.next().await;
+            let mut client = Client::of(&sockets.join(register.endpoint)).await;
+            assert_eq!(next(&mut client.watch().await).await.len(), 6);
+            // Who knows it is told once.
+            tokio::time::sleep(Duration::from_millis(2500)).await;
+            assert!(kubelet.registered.try_recv().is_err());
+        }
+        // Another plugin of the same resource is not let near.
+        let mut kubelet = Kubelet::start(&sockets, Ok(()));
+        kubelet.next().await;
+        let second = plugin(&resource);
+        let second = second.serve(&sockets, std::future::pending());
+        let error = timeout(SOON, second).await.unwrap().unwrap_err();
+        assert!(matches!(error, KubeletError::Served(_)), "{error}");
+        running.end().await;
+        assert_eq!(std::fs::read_dir(&sockets).unwrap().count(), 1);
+    });
+}
+
+#[test]
+fn what_a_kubelet_refuses_is_told_and_what_it_cannot_yet_is_asked_again() {
+    runtime().block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let sockets = directory.path().join("plugins");
+        std::fs::create_dir(&sockets).unwrap();
+        let resource = Arc::new(Mutex::new(resource(&directory.path().join("sys"))));
+        let said = "the ResourceName \"example.com/vf-fast\" is invalid";
+        let mut kubelet = Kubelet::start(&sockets, Err(Status::unknown(said)));
+        let running = Running::start(&plugin(&resource), &sockets);
+        kubelet.next().await;
+        let error = timeout(SOON, running.task).await.unwrap().unwrap().unwrap_err().to_string();
+        assert_eq!(error, format!("the kubelet refuses resource example.com/vf-fast: {said}"));
+
+        let mut kubelet = Kubelet::start(&sockets, Err(Status::unavailable("starting")));
+        let running = Running::start(&plugin(&resource), &sockets);
+        assert_eq!(kubelet.next().await, kubelet.next().await);
+        running.end().await;
+
+        let look: Arc<Look> = Arc::new(|| Err(io::Error::other("no tree").into()));
+        let blind = DevicePlugin::new("example.com/vf", look).unwrap();
+        let error = blind.serve(&sockets, std::future::pending()).await.unwrap_err().to_string();
+        assert_eq!(error, "the functions cannot be listed: no tree");
+    });
+}
+
+#[test]
+fn a_name_that_no_kubelet_takes_is_refused() {
+    for (name, told) in [
+        ("vf", "without a domain"),
+        ("/vf", "domain is none of DNS"),
+        ("Example.com/vf", "domain is none of DNS"),
+        ("example..com/vf", "domain is none of DNS"),
+        ("example.com/", "not up to 63"),
+        ("example.com/a/b", "not up to 63"),
+        ("example.com/-a", "not up to 63"),
+        ("kubernetes.io/vf", "Kubernetes' own"),
+        ("net.kubernetes.io/vf", "Kubernetes' own"),
+        ("requests.example.com/vf", "Kubernetes' own"),
+    ] {
+        let look: Arc<Look> = Arc::new(|| Ok(Resource::default()));
+        let error = DevicePlugin::new(name, look).err().unwrap().to_string();
+        assert!(error.starts_with("resource: ") && error.contains(told), "{name}: {error}");
+    }
+}
+
+fn mode(path: &Path) -> u32 {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::metadata(path).unwrap().permissions().mode() & 0o777
+}
