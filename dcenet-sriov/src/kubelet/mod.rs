@@ -33,6 +33,8 @@ use tonic::Status;
 use crate::address::PciAddress;
 use crate::allocate::{CandidatePort, Candidates, Near, Request, Shape};
 use crate::inventory::{Inventory, VfDriverKind};
+use crate::pool::Pools;
+use crate::source::Machine;
 
 /// Where a kubelet has its sockets unless it was told otherwise.
 pub const DIRECTORY: &str = "/var/lib/kubelet/device-plugins";
@@ -178,6 +180,26 @@ fn is_label(label: &str) -> bool {
 }
 
 impl Resource {
+    /// A pool as it is now, for a [`Look`]; ailing is what is in quarantine. Who has a function the kubelet knows itself.
+    ///
+    /// # Errors
+    /// Where the machine cannot be read, pools overlap, or none has the name.
+    ///
+    /// Bed: fixture, with the modelled kernel's ledger.
+    pub fn of_pool(
+        machine: &Machine,
+        pools: &Pools,
+        pool: &str,
+    ) -> Result<Self, Box<dyn std::error::Error + Send + Sync>> {
+        let inventory = Inventory::scan(&*machine.sysfs)?;
+        let members = pools.resolve(&inventory, &(machine.host)()?)?;
+        let Some(members) = members.into_iter().find(|members| members.pool == pool) else {
+            let known: Vec<&str> = pools.configs().iter().map(|pool| pool.name.as_str()).collect();
+            return Err(format!("{pool:?} is none of the pools, which are {known:?}").into());
+        };
+        Ok(Self { inventory, members: members.functions, ailing: machine.leases.quarantined()? })
+    }
+
     /// The devices as the kubelet is told of them, in the order of their addresses.
     fn devices(&self) -> Vec<api::Device> {
         let mut devices: BTreeMap<PciAddress, api::Device> = BTreeMap::new();

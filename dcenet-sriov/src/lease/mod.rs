@@ -54,6 +54,7 @@ mod record;
 mod recover;
 mod snapshot;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -295,6 +296,24 @@ impl Leases {
             Some((vf, standing.owner?))
         };
         Ok(self.accounts()?.into_iter().filter_map(owner).collect())
+    }
+
+    /// The functions that nobody gets, whoever asks: those in quarantine, and those of which cannot be read who has them.
+    ///
+    /// # Errors
+    /// As of [`held`](Self::held).
+    pub fn quarantined(&self) -> Result<BTreeSet<PciAddress>, LeaseError> {
+        let mut all = BTreeSet::new();
+        for key in self.ledger.keys()? {
+            let Ok(vf) = key.parse::<PciAddress>() else { continue };
+            let quarantined = match self.ledger.read(&key) {
+                Ok(account) => account.and_then(|a| a.standing).is_some_and(|standing| standing.quarantine.is_some()),
+                Err(LedgerError::Malformed { .. }) => true,
+                Err(error) => return Err(error.into()),
+            };
+            all.extend(quarantined.then_some(vf));
+        }
+        Ok(all)
     }
 
     /// In what a function is not what its owner was given: what its port keeps, its driver, and what was wanted of its network

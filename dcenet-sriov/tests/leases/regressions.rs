@@ -257,17 +257,20 @@ fn an_unreadable_record_puts_it_into_quarantine_until_a_person_has_looked() {
     let world = igb();
     add(&world);
     let damaged: Vec<u8> = world.bytes().iter().map(|b| if *b == b':' { b'?' } else { *b }).collect();
+    assert!(world.leases().quarantined().unwrap().is_empty());
     fs::write(world.file(), &damaged).unwrap();
+    assert_eq!(world.leases().quarantined().unwrap(), [world.vf.address].into());
     let refused = world.leases().prepare(&owner("b"), world.vf, &Wanted::default()).map(drop);
     assert!(matches!(refused, Err(LeaseError::Quarantined { .. })), "{refused:?}");
     let aside = world.file().with_file_name(format!("{}.unreadable-1", world.vf.address));
     assert_eq!(fs::read(aside).unwrap(), damaged);
     assert!(matches!(outcome(&world), Outcome::Quarantined(q) if q.until == Until::Readmitted));
+    assert_eq!(world.leases().quarantined().unwrap(), [world.vf.address].into());
     // It is hidden in the pod as yet.
     assert!(matches!(world.leases().readmit(world.vf), Err(LeaseError::Hidden { .. })));
     world.model.remove_namespace(POD);
     world.leases().readmit(world.vf).unwrap();
-    assert!(matches!(outcome(&world), Outcome::Free));
+    assert!(matches!(outcome(&world), Outcome::Free) && world.leases().quarantined().unwrap().is_empty());
 }
 
 #[test]

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use dcenet_core::provider::{DeviceError, DeviceRequest, DeviceSource, DeviceWish, LentDevice};
 use dcenet_sriov::kernel::{Kernel, Namespace, NetdevChange, VfChange, VfRate, VfVlan};
+use dcenet_sriov::kubelet::Resource;
 use dcenet_sriov::lease::{LeaseError, Leases, Outcome, Recovered};
-use dcenet_sriov::pool::HostUse;
+use dcenet_sriov::pool::{HostUse, Pools};
 use dcenet_sriov::source::{Machine, VfSource};
 use dcenet_sriov::test_support::{Fault, FlakyKernel, Port, Profile, Tree};
 use serde_json::{Value, json};
@@ -26,17 +27,20 @@ fn host() -> World {
     world
 }
 
-fn source(world: &World, kernel: Arc<dyn Kernel>, section: Value) -> VfSource {
+fn machine(world: &World, kernel: Arc<dyn Kernel>) -> impl Fn() -> Result<Machine, DeviceError> + use<> {
     let (state, scrub) = (world.state.path().to_owned(), world.model.clone());
-    let open = move || {
+    move || {
         let leases = Leases::open(kernel.clone(), &state).map_err(|error| DeviceError::Failed(error.into()))?;
         Ok(Machine {
             leases: leases.with_scrub(scrub.clone()).with_patience(Duration::from_millis(20)),
             sysfs: Arc::new(Tree::new(&state).sysfs()),
             host: Box::new(|| Ok(HostUse::default())),
         })
-    };
-    VfSource::new(world.state.path(), Some(section), Box::new(open))
+    }
+}
+
+fn source(world: &World, kernel: Arc<dyn Kernel>, section: Value) -> VfSource {
+    VfSource::new(world.state.path(), Some(section), Box::new(machine(world, kernel)))
 }
 
 fn modelled(world: &World) -> VfSource {
@@ -57,6 +61,22 @@ fn request(container: &str) -> DeviceRequest {
         mac: mac(0xaa),
         netns: POD.into(),
     }
+}
+
+#[test]
+fn a_resource_of_kubernetes_is_a_pool_with_what_ails() {
+    let world = host();
+    let machine = machine(&world, world.model.clone())().unwrap();
+    let pools = Pools::read("pools", &section()["pools"]).unwrap();
+    let seen = Resource::of_pool(&machine, &pools, "fast").unwrap();
+    let other = world.model.function(world.port, 1);
+    assert_eq!((seen.members, seen.ailing.len()), (vec![world.vf.address, other], 0));
+    modelled(&world).lend(&request("a")).unwrap();
+    std::fs::write(world.file(), String::from_utf8(world.bytes()).unwrap().replace(':', "?")).unwrap();
+    let seen = Resource::of_pool(&machine, &pools, "fast").unwrap();
+    assert_eq!((seen.members.len(), seen.ailing), (2, [world.vf.address].into()));
+    let error = Resource::of_pool(&machine, &pools, "slow").unwrap_err().to_string();
+    assert_eq!(error, r#""slow" is none of the pools, which are ["fast"]"#);
 }
 
 /// What the engine does with a device that it was lent.
