@@ -7,8 +7,8 @@
 //!
 //! Of the functions that are free somebody gets the one with the lowest address. Who has which, the ledger of
 //! [`Leases`] knows, and nobody else: two calls at a time never get one function, in however many
-//! processes. A lease is committed before the engine learns of the function, with the namespace into which that moves it: whatever
-//! dies afterwards, [`release`](DeviceSource::release) finds it there or at home.
+//! processes. A lease is committed before the engine learns of the function, with the namespace into which that moves
+//! it: whatever dies afterwards, [`release`](DeviceSource::release) finds it there or at home.
 //!
 //! Bed: igb, by the CNI plugin; modelled.
 
@@ -71,8 +71,8 @@ pub struct Machine {
 }
 
 impl VfSource {
-    /// The functions of this machine, which are seen in the network namespace of the thread that first asks. `section` is the
-    /// section `sriov` of a configuration, `scrub` takes foreign programs off devices.
+    /// The functions of this machine, which are seen in the network namespace of the thread that first asks. `section`
+    /// is the section `sriov` of a configuration, `scrub` takes foreign programs off devices.
     ///
     /// Nothing is opened before it is needed.
     pub fn of_this_machine(state: &Path, section: Option<Value>, scrub: Option<Arc<dyn DeviceScrub>>) -> Self {
@@ -166,7 +166,8 @@ impl VfSource {
                     reason: format!("{pool:?} has no function that may be handed out: {}", refused.join("; ")),
                 })
             }
-            // What a program of user space drives, or nothing, may be a virtual machine's: it is not touched to find out.
+            // What a program of user space drives, or nothing, may be a virtual machine's: it is not touched to find
+            // out.
             None => {
                 let (links, others): (Vec<_>, Vec<_>) = members
                     .functions
@@ -226,7 +227,7 @@ impl DeviceSource for VfSource {
         let why = choice.shares.first().map(ToString::to_string);
         tracing::debug!(attachment = %request.attachment, vf = %lease.vf().address, why, "a function was chosen");
         let id = lease.vf().address.to_string();
-        let Some(device) = lease.netdev().map_err(of_lease)? else {
+        let Some((name, index)) = lease.link().cloned() else {
             return Err(DeviceError::Invalid {
                 field: "link.kind".to_owned(),
                 reason: format!(
@@ -237,7 +238,7 @@ impl DeviceSource for VfSource {
         };
         lease.moving_to(&request.netns).map_err(of_lease)?;
         lease.commit().map_err(of_lease)?;
-        Ok(LentDevice { id, name: device.name, index: device.index, mac: request.mac })
+        Ok(LentDevice { id, name, index, mac: request.mac })
     }
 
     fn is_lent(&self, attachment: &AttachmentKey) -> Result<bool, DeviceError> {

@@ -22,9 +22,10 @@ pub(super) struct Session<'a> {
     pod_netns: &'a NetNs,
     host: Socket,
     pod: Option<Socket>,
-    links: HashMap<(Target, IfName), (IfIndex, Option<u32>)>,
+    /// Indices and MTUs of links, as far as they were learnt.
+    pub(super) links: HashMap<(Target, IfName), (IfIndex, Option<u32>)>,
     /// The names that links have before the plan renames them, by the later ones.
-    renamed: HashMap<(Target, IfName), IfName>,
+    pub(super) renamed: HashMap<(Target, IfName), IfName>,
 }
 
 /// What became of a plan.
@@ -48,29 +49,6 @@ impl<'a> Session<'a> {
     /// The pod's socket.
     pub(super) fn pod(&mut self) -> Result<&mut Socket, StepError> {
         self.socket(Target::Pod)
-    }
-
-    /// Remembers a link's index, so that it need not be asked for.
-    pub(super) fn know(&mut self, target: Target, link: &LinkView) {
-        if let Ok(name) = link.name.parse() {
-            self.links.insert((target, name), (link.index, Some(link.mtu)));
-        }
-    }
-
-    /// A link's index, if it was learnt.
-    pub(super) fn known(&self, target: Target, link: &IfName) -> Option<IfIndex> {
-        self.entry(target, link).map(|(index, _)| index)
-    }
-
-    fn entry(&self, target: Target, link: &IfName) -> Option<(IfIndex, Option<u32>)> {
-        let by = |name: &IfName| self.links.get(&(target, name.clone())).copied();
-        by(link).or_else(|| by(self.renamed.get(&(target, link.clone()))?))
-    }
-
-    /// A link's MTU, if it was learnt.
-    pub(super) fn known_mtu(&self, target: Target, link: &IfName) -> Option<Mtu> {
-        let (_, mtu) = self.entry(target, link)?;
-        mtu.and_then(|mtu| Mtu::try_from(mtu).ok())
     }
 
     pub(super) fn socket(&mut self, target: Target) -> Result<&mut Socket, StepError> {

@@ -171,6 +171,9 @@ impl Engine {
         for link in &host.links {
             session.know(Target::Host, link);
         }
+        if let Some(device) = &link_request.device {
+            session.know_index(Target::Host, &device.name, device.index);
+        }
 
         let mut record = Box::new(Record {
             key: request.key.clone(),

@@ -46,8 +46,8 @@ impl Engine {
         Ok(self.host.0.run_here_or_there(|| source.release(key))??)
     }
 
-    /// As [`release_devices`](Self::release_devices), of one that the attachment is known to have. A source that has never
-    /// heard of it says that nothing is to be done: then it is looked for in the pod.
+    /// As [`release_devices`](Self::release_devices), of one that the attachment is known to have. A source that has
+    /// never heard of it says that nothing is to be done: then it is looked for in the pod.
     pub(super) fn release_device(
         &self,
         key: &AttachmentKey,

@@ -10,6 +10,7 @@ mod detach;
 mod device;
 mod error;
 mod hold;
+mod known;
 mod lend;
 mod lock;
 mod removal;

@@ -9,16 +9,16 @@
 //! # Ok::<(), dcenet_core::section::SectionError>(())
 //! ```
 //!
-//! Which function it is, a [`DeviceSource`](crate::provider::DeviceSource) decides before anything is planned: one of a pool, or
-//! the one that the runtime names (capability `deviceID`). The source makes it what `vf` says, gives it the pod's Ethernet
-//! address and writes down what it was; here it is moved into the pod, still down, put under policy, set up and given its
-//! addresses. On detach the source brings it back from wherever it is, as it was.
+//! Which function it is, a [`DeviceSource`](crate::provider::DeviceSource) decides before anything is planned: one of a
+//! pool, or the one that the runtime names (capability `deviceID`). The source makes it what `vf` says, gives it the
+//! pod's Ethernet address and writes down what it was; here it is moved into the pod, still down, put under policy, set
+//! up and given its addresses. On detach the source brings it back from wherever it is, as it was.
 //!
 //! # Policy
-//! There is no end on the host: policy sits on the function's device in the pod, from before it is up, and needs Linux 6.6 (tcx).
-//! It holds what the pod's stack sends and takes
-//! ([`Enforcement::EgressBypassable`](crate::provider::Enforcement::EgressBypassable)); a pod with CAP_NET_RAW sends past it. The
-//! port holds an untrusted function to its Ethernet address, and no guard can be put on it.
+//! There is no end on the host: policy sits on the function's device in the pod, from before it is up, and needs Linux
+//! 6.6 (tcx). It holds what the pod's stack sends and takes
+//! ([`Enforcement::EgressBypassable`](crate::provider::Enforcement::EgressBypassable)); a pod with CAP_NET_RAW sends
+//! past it. The port holds an untrusted function to its Ethernet address, and no guard can be put on it.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -37,8 +37,8 @@ pub struct SriovConfig {
     /// The pool of which it is, as the section `sriov` names it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pool: Option<String>,
-    /// The function's PCI address, where it is to be this one; the capability `deviceID` goes before it. With a pool it must be of
-    /// that.
+    /// The function's PCI address, where it is to be this one; the capability `deviceID` goes before it. With a pool it
+    /// must be of that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
     /// The MTU in the pod, in bytes; unchanged where absent. The port's is the largest that passes.
@@ -91,8 +91,9 @@ impl LinkDriver for SriovConfig {
         self.wish_with(&request.addresses).map(Some)
     }
 
-    fn needs(&self, request: &LinkRequest) -> Vec<Need> {
-        request.device.iter().map(|device| Need { link: device.name.clone(), addresses: false }).collect()
+    /// Nothing: what the source lends it describes.
+    fn needs(&self, _: &LinkRequest) -> Vec<Need> {
+        Vec::new()
     }
 
     fn plan(&self, request: &LinkRequest, _: &HostView) -> Result<Plan, PlanError> {

@@ -10,17 +10,17 @@ use crate::model::{AttachmentKey, IfIndex, IfName, MacAddr, Mtu, NetworkName, Vl
 
 /// Hands out devices of the host and takes them back as they were.
 ///
-/// The source alone knows what a device was, and keeps that where a reboot does not lose it; the engine's journal only says
-/// which device an attachment has. So there is one owner of every change: the source makes the device what it is to be and
-/// brings it home; the engine moves it into the pod's namespace, puts it under policy and gives it addresses, none of which
-/// outlives its way home.
+/// The source alone knows what a device was, and keeps that where a reboot does not lose it; the engine's journal only
+/// says which device an attachment has. So there is one owner of every change: the source makes the device what it is
+/// to be and brings it home; the engine moves it into the pod's namespace, puts it under policy and gives it addresses,
+/// none of which outlives its way home.
 ///
-/// Called in the host's network namespace, by one caller at a time for an attachment ([`crate::engine::Hold`]), and by any
-/// number for others, in any number of processes. Synchronous, and as slow as drivers are.
+/// Called in the host's network namespace, by one caller at a time for an attachment ([`crate::engine::Hold`]), and by
+/// any number for others, in any number of processes. Synchronous, and as slow as drivers are.
 pub trait DeviceSource: Send + Sync {
-    /// Gives the attachment a device. It is in the host's namespace then, down, and what was wished for, and the caller moves it
-    /// into the namespace of the request next, and nowhere else. What the attachment had before, also by a call that was
-    /// killed, is taken back first.
+    /// Gives the attachment a device. It is in the host's namespace then, down, and what was wished for, and the caller
+    /// moves it into the namespace of the request next, and nowhere else. What the attachment had before, also by a
+    /// call that was killed, is taken back first.
     ///
     /// After `Ok` nobody else gets the device until it is released, whatever dies.
     ///
@@ -31,26 +31,26 @@ pub trait DeviceSource: Send + Sync {
     /// Whether the attachment has a device, or one was being given to it or taken from it when a call was killed.
     fn is_lent(&self, attachment: &AttachmentKey) -> Result<bool, DeviceError>;
 
-    /// In what the device is not what the attachment was lent: what the source set of it, or that it is lent to it no more. For
-    /// CHECK, while the device is where the caller moved it. Nothing is changed.
+    /// In what the device is not what the attachment was lent: what the source set of it, or that it is lent to it no
+    /// more. For CHECK, while the device is where the caller moved it. Nothing is changed.
     fn missing(&self, attachment: &AttachmentKey, device: &LentDevice) -> Result<Vec<String>, DeviceError>;
 
-    /// Brings the attachment's device home from wherever it is, makes it what it was, and takes every program off it. Of an
-    /// attachment that has none it is `Ok`, for DEL is repeated. A device that is home and cannot be made what it was goes to
-    /// nobody else; that is the source's affair, and `Ok` too.
+    /// Brings the attachment's device home from wherever it is, makes it what it was, and takes every program off it.
+    /// Of an attachment that has none it is `Ok`, for DEL is repeated. A device that is home and cannot be made what it
+    /// was goes to nobody else; that is the source's affair, and `Ok` too.
     ///
     /// # Errors
     /// Also where the device is found nowhere and may be up in the pod's namespace still, which some process keeps:
-    /// [`DeviceError::Busy`], as often as it is asked, until it is found. Its addresses are not free as long, nor is its policy
-    /// to go.
+    /// [`DeviceError::Busy`], as often as it is asked, until it is found. Its addresses are not free as long, nor is
+    /// its policy to go.
     fn release(&self, attachment: &AttachmentKey) -> Result<(), DeviceError>;
 
-    /// The attachments of a network that [have a device](Self::is_lent), in order, each once. Nothing is held: one may have given
-    /// its device back by now. For GC, which holds each before it releases it.
+    /// The attachments of a network that [have a device](Self::is_lent), in order, each once. Nothing is held: one may
+    /// have given its device back by now. For GC, which holds each before it releases it.
     fn lent(&self, network: &NetworkName) -> Result<Vec<AttachmentKey>, DeviceError>;
 
-    /// Whether the source could be asked now, for such a device if one is given; for STATUS. That no device is free is no
-    /// error.
+    /// Whether the source could be asked now, for such a device if one is given; for STATUS. That no device is free is
+    /// no error.
     fn ready(&self, wish: Option<&DeviceWish>) -> Result<(), DeviceError>;
 }
 

@@ -84,6 +84,18 @@ impl<S: Sysfs> LinuxKernel<S> {
         self.sysfs.write(path, value).map_err(|error| of_file(operation, path, &error))
     }
 
+    /// The function to which a link of sysfs leads, if there is one.
+    fn behind(&self, link: &Path, operation: &str) -> Result<Option<PciAddress>, KernelError> {
+        let target: PathBuf = match self.sysfs.link(link) {
+            Ok(target) => target,
+            Err(error) if is_absent(&error) => return Ok(None),
+            Err(error) => return Err(of_file(operation, link, &error)),
+        };
+        let address = target.file_name().and_then(|name| name.to_str()?.parse().ok());
+        let said = || format!("{} leads to {}, which is no PCI function", link.display(), target.display());
+        address.ok_or_else(|| KernelError::of_class(operation, ErrorClass::Other).saying(said())).map(Some)
+    }
+
     fn count(&self, port: PciAddress, name: &str, operation: &str) -> Result<u16, KernelError> {
         let text = self.read(&function(port).join(name), operation)?;
         let said = || format!("{name} says {text:?}, which is no number of functions");
@@ -137,21 +149,8 @@ impl<S: Sysfs> Kernel for LinuxKernel<S> {
         let found = match at {
             // A host has many links, and sysfs tells which of them to ask for.
             Namespace::Host => {
-                let directory = crate::sysfs::function(function).join("net");
-                let names = match self.sysfs.list(&directory) {
-                    Ok(names) => names,
-                    Err(error) if is_absent(&error) => Vec::new(),
-                    Err(error) => return Err(of_file(&operation, &directory, &error)),
-                };
                 let mut found = Vec::new();
-                for name in names {
-                    let index = match self.sysfs.read(&directory.join(name).join("ifindex")) {
-                        Ok(index) => index.parse().ok().and_then(IfIndex::new),
-                        // It went, or was renamed, meanwhile.
-                        Err(error) if is_absent(&error) => None,
-                        Err(error) => return Err(of_file(&operation, &directory, &error)),
-                    };
-                    let Some(index) = index else { continue };
+                for index in self.indices(function)? {
                     found.extend(self.ask(at, &operation, |socket| socket.link_detail(index).map_err(failed))?);
                 }
                 found
@@ -162,6 +161,26 @@ impl<S: Sysfs> Kernel for LinuxKernel<S> {
             }
         };
         found.iter().map(|detail| state(detail, &operation)).collect()
+    }
+
+    fn indices(&self, function: PciAddress) -> Result<Vec<IfIndex>, KernelError> {
+        let operation = format!("look for devices of {function}");
+        let directory = crate::sysfs::function(function).join("net");
+        let names = match self.sysfs.list(&directory) {
+            Ok(names) => names,
+            Err(error) if is_absent(&error) => Vec::new(),
+            Err(error) => return Err(of_file(&operation, &directory, &error)),
+        };
+        let mut found = Vec::new();
+        for name in names {
+            match self.sysfs.read(&directory.join(name).join("ifindex")) {
+                Ok(index) => found.extend(index.parse().ok().and_then(IfIndex::new)),
+                // It went, or was renamed, meanwhile.
+                Err(error) if is_absent(&error) => {}
+                Err(error) => return Err(of_file(&operation, &directory, &error)),
+            }
+        }
+        Ok(found)
     }
 
     fn netdev(&self, at: &Namespace, index: IfIndex) -> Result<Option<NetdevState>, KernelError> {
@@ -296,19 +315,14 @@ impl<S: Sysfs> Kernel for LinuxKernel<S> {
         let mut all = Vec::new();
         for name in names {
             let Some(index) = name.strip_prefix("virtfn").and_then(|n| n.parse().ok()) else { continue };
-            let link = directory.join(&name);
-            let target: PathBuf = match self.sysfs.link(&link) {
-                Ok(target) => target,
-                Err(error) if is_absent(&error) => continue,
-                Err(error) => return Err(of_file(&operation, &link, &error)),
-            };
-            let address = target.file_name().and_then(|name| name.to_str()?.parse().ok());
-            let said = || format!("{name} leads to {}, which is no PCI function", target.display());
-            let address = address.ok_or_else(|| KernelError::of_class(&operation, ErrorClass::Other).saying(said()))?;
-            all.push((VfIndex(index), address));
+            all.extend(self.behind(&directory.join(&name), &operation)?.map(|address| (VfIndex(index), address)));
         }
         all.sort_unstable();
         Ok(all)
+    }
+
+    fn vf_address(&self, port: PciAddress, vf: VfIndex) -> Result<Option<PciAddress>, KernelError> {
+        self.behind(&function(port).join(format!("virtfn{vf}")), &format!("look for VF {vf} of {port}"))
     }
 
     fn in_host(&self, work: &mut (dyn FnMut() + Send)) -> Result<(), KernelError> {

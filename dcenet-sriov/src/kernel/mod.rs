@@ -69,6 +69,11 @@ pub trait Kernel: fmt::Debug + Send + Sync {
     /// 5.14 for namespaces other than the host's (`IFLA_PARENT_DEV_NAME`).
     fn netdevs(&self, at: &Namespace, function: PciAddress) -> Result<Vec<NetdevState>, KernelError>;
 
+    /// The indices of a function's network devices in the host's namespace, as [`netdevs`](Self::netdevs) would tell.
+    fn indices(&self, function: PciAddress) -> Result<Vec<IfIndex>, KernelError> {
+        Ok(self.netdevs(&Namespace::Host, function)?.into_iter().map(|device| device.index).collect())
+    }
+
     /// A network device by its index in a namespace; `None` where there is none.
     fn netdev(&self, at: &Namespace, index: IfIndex) -> Result<Option<NetdevState>, KernelError>;
 
@@ -134,6 +139,11 @@ pub trait Kernel: fmt::Debug + Send + Sync {
 
     /// The addresses of a port's functions (`virtfnN`), in the order of their indices.
     fn vf_addresses(&self, port: PciAddress) -> Result<Vec<(VfIndex, PciAddress)>, KernelError>;
+
+    /// The address of one of them; `None` where the port has no such function.
+    fn vf_address(&self, port: PciAddress, vf: VfIndex) -> Result<Option<PciAddress>, KernelError> {
+        Ok(self.vf_addresses(port)?.into_iter().find_map(|(index, address)| (index == vf).then_some(address)))
+    }
 
     /// Has a thread work in the host's namespace: the calling one where it is there, else another.
     ///

@@ -86,8 +86,8 @@ impl Leases {
         }
     }
 
-    /// The functions that somebody has, or nobody may have; and those of which a call is giving or taking one, or was when it
-    /// was killed.
+    /// The functions that somebody has, or nobody may have; and those of which a call is giving or taking one, or was
+    /// when it was killed.
     fn unavailable(&self) -> Result<(BTreeSet<PciAddress>, BTreeSet<PciAddress>), LeaseError> {
         let (mut all, mut unfinished) = (BTreeSet::new(), BTreeSet::new());
         for key in self.ledger.keys()? {

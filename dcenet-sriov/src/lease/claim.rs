@@ -1,7 +1,8 @@
 //! Which of a machine's ledgers a function is in.
 //!
-//! Networks with different state directories have a ledger each, and what one has lent looks free to the others. So there is
-//! a place that follows no state directory, where it is written down in which of them a function was prepared last.
+//! Networks with different state directories have a ledger each, and what one has lent looks free to the others. So
+//! there is a place that follows no state directory, where it is written down in which of them a function was prepared
+//! last.
 
 use std::path::{Path, PathBuf};
 
@@ -26,9 +27,9 @@ pub(super) type Claims = Ledger<Claim, (), ()>;
 pub(super) type Claimed = Page<Claim, (), ()>;
 
 impl Leases {
-    /// With a directory, such as `/run/dcenet`, that all have in common who lend functions of this machine, whatever their
-    /// state directories, and that a reboot empties. Without it, functions are safe from those with the same state directory
-    /// alone.
+    /// With a directory, such as `/run/dcenet`, that all have in common who lend functions of this machine, whatever
+    /// their state directories, and that a reboot empties. Without it, functions are safe from those with the same
+    /// state directory alone.
     ///
     /// # Errors
     /// Where the boot's id cannot be read.
@@ -36,8 +37,8 @@ impl Leases {
         Ok(Self { claims: Some(std::sync::Arc::new(Claims::open(common, "functions")?)), ..self })
     }
 
-    /// Claims a function for this ledger, where no other one has it lent or in quarantine. Whoever begins a lease of it keeps
-    /// what is returned until that is written down.
+    /// Claims a function for this ledger, where no other one has it lent or in quarantine. Whoever begins a lease of it
+    /// keeps what is returned until that is written down.
     pub(super) fn claim(&self, vf: PciAddress) -> Result<Option<Claimed>, LeaseError> {
         let Some(claims) = &self.claims else { return Ok(None) };
         let mut page = claims.enter(&vf.to_string())?;

@@ -27,6 +27,7 @@ use super::VfId;
 use super::error::LeaseError;
 use super::record::Away;
 use super::snapshot::{Difference, NetdevSnapshot, NoAddress, VfSnapshot, is_zero};
+use super::straight::Seen;
 use crate::kernel::{
     Attribute, ErrorClass, Kernel, KernelError, Namespace, NetdevChange, NetdevState, VfChange, VfLinkState,
 };
@@ -47,9 +48,14 @@ pub(super) struct Converge<'a> {
 }
 
 impl Converge<'_> {
-    /// What the function is now. Its network device is looked for in the host's namespace only. A driver that withholds the
-    /// function for a while is waited for.
+    /// What the function is now. Its network device is looked for in the host's namespace only. A driver that withholds
+    /// the function for a while is waited for.
     pub(super) fn snapshot(&self) -> Result<VfSnapshot, LeaseError> {
+        self.see().map(|seen| seen.now)
+    }
+
+    /// As [`snapshot`](Self::snapshot), with the indices by which it was seen.
+    pub(super) fn see(&self) -> Result<Seen, LeaseError> {
         let mut pauses = Pauses::until(self.patience);
         loop {
             match self.look() {
@@ -66,11 +72,14 @@ impl Converge<'_> {
         Ok(VfSnapshot { netdev: netdev.or(now.netdev), ..now })
     }
 
-    fn look(&self) -> Result<VfSnapshot, LeaseError> {
+    pub(super) fn look(&self) -> Result<Seen, LeaseError> {
         let driver = self.driver()?;
-        let port = self.kernel.vf(self.port()?, self.vf.index)?;
-        let netdev = self.at_home()?.map(NetdevSnapshot::from);
-        Ok(VfSnapshot { port, driver, netdev })
+        let index = self.port()?;
+        let port = self.kernel.vf(index, self.vf.index)?;
+        let device = self.at_home()?;
+        let at = device.as_ref().map(|device| device.index);
+        let now = VfSnapshot { port, driver, netdev: device.map(NetdevSnapshot::from) };
+        Ok(Seen { now, port: index, device: at })
     }
 
     /// Makes it `goal`. Empty where it is, which was looked at last.
@@ -78,7 +87,8 @@ impl Converge<'_> {
         self.restore(goal, &mut NoAddress::default())
     }
 
-    /// As [`reach`](Self::reach), and knows what the driver takes an address of zeros for; what is new about that is told.
+    /// As [`reach`](Self::reach), and knows what the driver takes an address of zeros for; what is new about that is
+    /// told.
     pub(super) fn restore(&self, goal: &VfSnapshot, none: &mut NoAddress) -> Vec<LeaseError> {
         let mut pauses = Pauses::until(self.patience);
         let mut rounds = 0;
@@ -90,7 +100,7 @@ impl Converge<'_> {
                 // Looking again would only wait again.
                 return errors;
             }
-            match self.look().map(|now| goal.differences(&now, *none)) {
+            match self.look().map(|seen| goal.differences(&seen.now, *none)) {
                 // What was refused on the way came right in the end.
                 Ok(differences) if differences.is_empty() => {
                     errors.retain(|error| matches!(error, LeaseError::Scrub(_)));
@@ -174,16 +184,16 @@ impl Converge<'_> {
         })
     }
 
-    /// The index of the port's network device. A PCI function may have several: the port's is the one that tells of this
-    /// virtual function.
+    /// The index of the port's network device. A PCI function may have several: the port's is the one that tells of
+    /// this virtual function.
     fn port(&self) -> Result<IfIndex, LeaseError> {
-        let candidates = self.kernel.netdevs(&Namespace::Host, self.vf.port)?;
-        if let [only] = &candidates[..] {
-            return Ok(only.index);
+        let candidates = self.kernel.indices(self.vf.port)?;
+        if let [only] = candidates[..] {
+            return Ok(only);
         }
         for candidate in candidates {
-            if self.kernel.vf(candidate.index, self.vf.index).is_ok() {
-                return Ok(candidate.index);
+            if self.kernel.vf(candidate, self.vf.index).is_ok() {
+                return Ok(candidate);
             }
         }
         Err(LeaseError::NoPort { vf: self.vf.address, port: self.vf.port })
@@ -226,8 +236,8 @@ impl Converge<'_> {
         Ok(())
     }
 
-    /// Finds the network device wherever it is, and moves it into the host's namespace. It may take a while to appear there:
-    /// the kernel ends namespaces, and drivers make devices, when they come to it.
+    /// Finds the network device wherever it is, and moves it into the host's namespace. It may take a while to appear
+    /// there: the kernel ends namespaces, and drivers make devices, when they come to it.
     fn bring_home(&self, want: &NetdevSnapshot, errors: &mut Vec<LeaseError>) -> Result<NetdevState, LeaseError> {
         let deadline = Instant::now() + self.patience;
         let mut watch = None;
@@ -275,8 +285,8 @@ impl Converge<'_> {
         }
         // Its own name is taken at home.
         let transit = self.transit()?;
-        // First down: the kernel renames before it looks at the flags, and before Linux 6.3 refuses that of a device that
-        // is up (`do_setlink` in net/core/rtnetlink.c).
+        // First down: the kernel renames before it looks at the flags, and before Linux 6.3 refuses that of a device
+        // that is up (`do_setlink` in net/core/rtnetlink.c).
         if device.up {
             let down = NetdevChange { up: Some(false), ..NetdevChange::default() };
             self.kernel.configure_netdev(there, device.index, &down)?;
@@ -332,7 +342,7 @@ impl Converge<'_> {
                 errors.push(error.into());
             }
         }
-        if let Err(error) = self.scrub(device) {
+        if let Err(error) = self.scrub(device.index) {
             errors.push(error);
         }
     }
@@ -352,15 +362,15 @@ impl Converge<'_> {
     }
 
     /// Takes foreign programs off the network device.
-    fn scrub(&self, device: &NetdevState) -> Result<(), LeaseError> {
+    pub(super) fn scrub(&self, device: IfIndex) -> Result<(), LeaseError> {
         let Some(scrub) = self.scrub else { return Ok(()) };
         let mut outcome = None;
         let failed = |error: KernelError| dcenet_core::provider::ScrubError {
-            device: device.index,
+            device,
             what: "what is on it".to_owned(),
             source: Box::new(error),
         };
-        self.kernel.in_host(&mut || outcome = Some(scrub.scrub(device.index))).map_err(failed)?;
+        self.kernel.in_host(&mut || outcome = Some(scrub.scrub(device))).map_err(failed)?;
         let found = outcome.transpose()?.unwrap_or_default();
         if !found.is_empty() {
             tracing::warn!(vf = %self.vf.address, ?found, "took foreign programs off");

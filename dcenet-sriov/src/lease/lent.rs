@@ -2,14 +2,16 @@
 
 use std::path::Path;
 
-use dcenet_core::model::IfName;
+use dcenet_core::model::{IfIndex, IfName};
 
 use super::record::{Away, Step, VfPage};
+use super::straight::Seen;
 use super::{Difference, LeaseError, Leases, Released, VfId, Wanted};
 use crate::kernel::{ErrorClass, KernelError, Namespace, NetdevChange, NetdevState};
 
-/// A function that is being given to somebody. Dropped without [`commit`](Self::commit), it is taken back: the drop asks the
-/// kernel, flushes a file, and blocks its thread as long as the patience of the [`Leases`] at most for each wait.
+/// A function that is being given to somebody. Dropped without [`commit`](Self::commit), it is taken back: the drop
+/// asks the kernel, flushes a file, and blocks its thread as long as the patience of the [`Leases`] at most for each
+/// wait.
 #[derive(Debug)]
 #[must_use = "dropped, it is taken back"]
 pub struct VfLease<'l> {
@@ -18,11 +20,24 @@ pub struct VfLease<'l> {
     vf: VfId,
     incarnation: u64,
     wanted: Wanted,
+    link: Option<(IfName, IfIndex)>,
 }
 
 impl<'l> VfLease<'l> {
     pub(super) fn new(leases: &'l Leases, page: VfPage, vf: VfId, incarnation: u64, wanted: Wanted) -> Self {
-        Self { leases, page: Some(page), vf, incarnation, wanted }
+        Self { leases, page: Some(page), vf, incarnation, wanted, link: None }
+    }
+
+    /// It was seen as it is wanted.
+    pub(super) fn prepared(&mut self, seen: &Seen) {
+        let Seen { now, port: _, device } = seen;
+        self.link = now.netdev.as_ref().map(|netdev| netdev.name.clone()).zip(*device);
+    }
+
+    /// Name and index in the host's namespace of its network device, as it was prepared; `None` where its driver makes
+    /// none.
+    pub fn link(&self) -> Option<&(IfName, IfIndex)> {
+        self.link.as_ref()
     }
 
     /// The function.
@@ -44,8 +59,8 @@ impl<'l> VfLease<'l> {
         Ok(devices.into_iter().min_by_key(|device| device.index))
     }
 
-    /// Moves its network device into a namespace under a name, and sets it up there, in one request. That it goes there is
-    /// written down before.
+    /// Moves its network device into a namespace under a name, and sets it up there, in one request. That it goes there
+    /// is written down before.
     ///
     /// # Errors
     /// The device is where it was or there; dropping the lease brings it home.
@@ -126,7 +141,8 @@ impl<'l> VfLease<'l> {
 impl Drop for VfLease<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            // Nobody knows what state the caller is in. The record is open, and the next call begins with taking it back.
+            // Nobody knows what state the caller is in. The record is open, and the next call begins with taking it
+            // back.
             return;
         }
         match self.take_back() {

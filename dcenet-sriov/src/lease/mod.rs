@@ -7,15 +7,16 @@
 //!                              +---------> taken back ---> free              +---------------> quarantine
 //! ```
 //!
-//! What a function was when the pool first saw it is written down once, in a ledger that outlives processes and reboots.
-//! From then on there is one question, what differs from that, and one answer, change it: whatever a tenant did, whichever
-//! call was killed where. A function that cannot be brought back is kept in quarantine, and nobody gets it.
+//! What a function was when the pool first saw it is written down once, in a ledger that outlives processes and
+//! reboots. From then on there is one question, what differs from that, and one answer, change it: whatever a tenant
+//! did, whichever call was killed where. A function that cannot be brought back is kept in quarantine, and nobody gets
+//! it.
 //!
-//! Every lease has a number, the incarnation, that no other lease of the function ever has. A release names it: one that
-//! comes late finds that it means nothing any more.
+//! Every lease has a number, the incarnation, that no other lease of the function ever has. A release names it: one
+//! that comes late finds that it means nothing any more.
 //!
-//! What differs is written and nothing else, for drivers refuse attributes that they lack even where the value would change
-//! nothing.
+//! What differs is written and nothing else, for drivers refuse attributes that they lack even where the value would
+//! change nothing.
 //!
 //! ```no_run
 //! # use std::path::Path;
@@ -37,9 +38,9 @@
 //! ```
 //!
 //! What a driver keeps and does not tell cannot be brought back: igb remembers that an address was given by its
-//! administrator, and holds an untrusted function to it, also where that is the function's own again. On Linux 6.1 its port
-//! may know no address of a new function until that is first set up; a function that was brought back to that hears
-//! nothing until it was set up and down once, or a lease gives it an address.
+//! administrator, and holds an untrusted function to it, also where that is the function's own again. On Linux 6.1 its
+//! port may know no address of a new function until that is first set up; a function that was brought back to that
+//! hears nothing until it was set up and down once, or a lease gives it an address.
 //! Its driver speaks to nobody until then, and takes any address of a tenant, which the port does not know.
 //!
 //! Bed of everything here: igb, on Linux 6.1; modelled, with the quirks of five drivers and a fault at each call.
@@ -53,6 +54,7 @@ mod port;
 mod record;
 mod recover;
 mod snapshot;
+mod straight;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -120,7 +122,8 @@ pub enum Restore {
     /// What it was when the pool first saw it.
     #[default]
     Snapshot,
-    /// The same, but no tag, no limit and no trust, its source addresses checked, its carrier that of its port, and down.
+    /// The same, but no tag, no limit and no trust, its source addresses checked, its carrier that of its port, and
+    /// down.
     Defaults,
 }
 
@@ -164,8 +167,8 @@ pub struct Held {
 /// What came of giving a function back.
 #[derive(Debug)]
 pub enum Released {
-    /// It is what it was, as far as a [`VfSnapshot`] tells, and free. What a tenant set by ethtool, and a few attributes of
-    /// links, are not among it: see [`NetdevSnapshot`].
+    /// It is what it was, as far as a [`VfSnapshot`] tells, and free. What a tenant set by ethtool, and a few
+    /// attributes of links, are not among it: see [`NetdevSnapshot`].
     Clean,
     /// It is not, and in quarantine.
     Quarantined(Vec<LeaseError>),
@@ -193,19 +196,20 @@ impl Leases {
         Self { scrub: Some(scrub), ..self }
     }
 
-    /// With what functions are made when their leases end: those that are prepared from now on. It is written down with each.
+    /// With what functions are made when their leases end: those that are prepared from now on. It is written down with
+    /// each.
     pub fn with_restore(self, restore: Restore) -> Self {
         Self { restore, ..self }
     }
 
-    /// With another limit of the time that a network device may take to appear when its namespace has ended or its driver
-    /// was bound, and that a driver may be busy; 10 s by default.
+    /// With another limit of the time that a network device may take to appear when its namespace has ended or its
+    /// driver was bound, and that a driver may be busy; 10 s by default.
     pub fn with_patience(self, patience: Duration) -> Self {
         Self { patience, ..self }
     }
 
-    /// Makes a function what somebody wants, with its network device in the host's namespace and down, so that policy can
-    /// be put on it. What an earlier call of a killed process left is taken back first.
+    /// Makes a function what somebody wants, with its network device in the host's namespace and down, so that policy
+    /// can be put on it. What an earlier call of a killed process left is taken back first.
     ///
     /// # Errors
     /// The function is what it was before, or in quarantine ([`LeaseError::Refused`]).
@@ -230,10 +234,11 @@ impl Leases {
             }
         }
         self.confirm(vf)?;
-        let home = self.home(&mut page, vf)?;
-        let mut none = page.account()?.standing.as_ref().map(|standing| standing.no_address).unwrap_or_default();
         let work = self.work(vf, None);
-        if !work.is(&home, none)? {
+        let mut seen = work.see()?;
+        let home = self.home(&mut page, vf, &seen.now)?;
+        let mut none = page.account()?.standing.as_ref().map(|standing| standing.no_address).unwrap_or_default();
+        if !home.differences(&seen.now, none).is_empty() {
             let errors = work.restore(&home, &mut none);
             self.learn(&mut page, none)?;
             if !errors.is_empty() {
@@ -241,6 +246,7 @@ impl Leases {
                 self.quarantine(&mut page, vf, None, None, reason.clone())?;
                 return Err(LeaseError::Quarantined { vf: vf.address, reason });
             }
+            seen = work.see()?;
         }
         let driver = self.kernel.driver(vf.port)?.driver;
         let able = Capabilities::of(driver.as_deref(), &home.port).check_change(&wanted.port);
@@ -248,19 +254,24 @@ impl Leases {
         let intent = Intent { owner: owner.clone(), wanted: wanted.clone() };
         let incarnation = page.begin(&intent)?;
         let mut lease = VfLease::new(self, page, vf, incarnation, wanted.clone());
-        let errors = Converge { pinned: wanted.port.mac, ..work }.reach(&home.with(wanted));
-        if errors.is_empty() { Ok(lease) } else { Err(lease.refuse(errors)) }
+        match (Converge { pinned: wanted.port.mac, ..work }).reach_from(&home.with(wanted), &seen) {
+            Ok(seen) => {
+                lease.prepared(&seen);
+                Ok(lease)
+            }
+            Err(errors) => Err(lease.refuse(errors)),
+        }
     }
 
-    /// Takes a function back from its owner: its network device comes home from wherever it is, everything is made what it
-    /// was, and looked at. The caller has detached its policy before.
+    /// Takes a function back from its owner: its network device comes home from wherever it is, everything is made what
+    /// it was, and looked at. The caller has detached its policy before.
     ///
-    /// A lease that has ended is no error, for DEL is repeated; and whoever was stopped in between cannot take the function
-    /// from a later owner, because the incarnation is another.
+    /// A lease that has ended is no error, for DEL is repeated; and whoever was stopped in between cannot take the
+    /// function from a later owner, because the incarnation is another.
     ///
     /// # Errors
-    /// Where somebody works on the function now, or the ledger cannot be written. What the kernel refuses is none: the lease
-    /// ends, and the function is in quarantine.
+    /// Where somebody works on the function now, or the ledger cannot be written. What the kernel refuses is none: the
+    /// lease ends, and the function is in quarantine.
     pub fn release(&self, owner: &AttachmentKey, vf: PciAddress, incarnation: u64) -> Result<Released, LeaseError> {
         let Some(mut page) = self.ledger.find(&vf.to_string())? else { return Ok(Released::NotHeld) };
         let account = self.account(&mut page, None)?;
@@ -272,8 +283,8 @@ impl Leases {
         self.take_back(&mut page, id, &open)
     }
 
-    /// The leases that stand, in the order of the functions' addresses, also unfinished ones. Nothing is locked, and what is
-    /// told may be over.
+    /// The leases that stand, in the order of the functions' addresses, also unfinished ones. Nothing is locked, and
+    /// what is told may be over.
     ///
     /// # Errors
     /// Where the ledger cannot be read. Unreadable files are left out, for [`recover`](Self::recover) to set aside.
@@ -284,9 +295,9 @@ impl Leases {
         Ok(all.map(|(vf, open)| holding(vf, open)).collect())
     }
 
-    /// The functions in quarantine whose network devices were found nowhere when they were taken back, with those who had
-    /// them and may have them still, in the order of their addresses. A [recovery](Self::recover_quarantined) that finds one
-    /// brings it back.
+    /// The functions in quarantine whose network devices were found nowhere when they were taken back, with those who
+    /// had them and may have them still, in the order of their addresses. A [recovery](Self::recover_quarantined) that
+    /// finds one brings it back.
     ///
     /// # Errors
     /// As of [`held`](Self::held).
@@ -316,8 +327,8 @@ impl Leases {
         Ok(all)
     }
 
-    /// In what a function is not what its owner was given: what its port keeps, its driver, and what was wanted of its network
-    /// device, wherever that is. `None` where the owner has it no more. Nothing is locked.
+    /// In what a function is not what its owner was given: what its port keeps, its driver, and what was wanted of its
+    /// network device, wherever that is. `None` where the owner has it no more. Nothing is locked.
     ///
     /// # Errors
     /// Where the ledger cannot be read, or the kernel does not answer.
@@ -359,22 +370,22 @@ impl Leases {
         Ok(all)
     }
 
-    /// Whether the machine means the same by it as the caller, whose inventory may be old: else somebody else's settings
-    /// would be written.
+    /// Whether the machine means the same by it as the caller, whose inventory may be old: else somebody else's
+    /// settings would be written.
     fn confirm(&self, vf: VfId) -> Result<(), LeaseError> {
-        let all = match self.kernel.vf_addresses(vf.port) {
-            Err(error) if error.class == crate::kernel::ErrorClass::Gone => Vec::new(),
-            all => all?,
+        let there = match self.kernel.vf_address(vf.port, vf.index) {
+            Err(error) if error.class == crate::kernel::ErrorClass::Gone => None,
+            there => there?,
         };
-        if all.contains(&(vf.index, vf.address)) {
+        if there == Some(vf.address) {
             return Ok(());
         }
         self.work(vf, None).driver()?;
         Err(LeaseError::Another { vf: vf.address, port: vf.port, index: vf.index })
     }
 
-    /// What the file says. One that is unreadable is set aside, and the function is nobody's until a person has looked at it:
-    /// what it was is not known.
+    /// What the file says. One that is unreadable is set aside, and the function is nobody's until a person has looked
+    /// at it: what it was is not known.
     fn account(&self, page: &mut VfPage, vf: Option<VfId>) -> Result<VfAccount, LeaseError> {
         let error = match page.account() {
             Ok(account) => return Ok(account.clone()),
@@ -390,11 +401,11 @@ impl Leases {
     }
 
     /// What the function is while nobody has it.
-    fn home(&self, page: &mut VfPage, vf: VfId) -> Result<VfSnapshot, LeaseError> {
+    fn home(&self, page: &mut VfPage, vf: VfId, now: &VfSnapshot) -> Result<VfSnapshot, LeaseError> {
         let known = page.account()?.standing.clone();
         let known = known.filter(|standing| standing.boot == self.ledger.boot() && standing.vf == Some(vf));
         let Some((standing, home)) = known.and_then(|standing| Some((standing.clone(), standing.home?))) else {
-            return self.see(page, vf);
+            return self.first_see(page, vf, now);
         };
         if standing.restore != self.restore {
             page.stand(&Standing { restore: self.restore, ..standing })?;
@@ -403,8 +414,7 @@ impl Leases {
     }
 
     /// Writes down what the function is now, and is to be whenever nobody has it.
-    fn see(&self, page: &mut VfPage, vf: VfId) -> Result<VfSnapshot, LeaseError> {
-        let now = self.work(vf, None).snapshot()?;
+    fn first_see(&self, page: &mut VfPage, vf: VfId, now: &VfSnapshot) -> Result<VfSnapshot, LeaseError> {
         if now.netdev.is_none()
             && now.driver.driver.as_deref().is_some_and(|driver| !crate::inventory::is_for_user_space(driver))
         {
@@ -412,7 +422,7 @@ impl Leases {
         }
         let (home, restore) = (Some(now.clone()), self.restore);
         page.stand(&Standing { home, restore, ..Standing::of(Some(vf), self.ledger.boot()) })?;
-        Ok(restore.of(now))
+        Ok(restore.of(now.clone()))
     }
 
     /// Ends what was begun, whatever it takes.

@@ -10,8 +10,8 @@ use crate::address::{PciAddress, VfIndex};
 use crate::count::{CountError, CountRequest, change_vf_count};
 
 impl Leases {
-    /// As [`set_vf_count`](crate::count::set_vf_count), while nobody can take a function, and never under a lease, or under a
-    /// call that works on one. What the functions were is forgotten when they are made anew.
+    /// As [`set_vf_count`](crate::count::set_vf_count), while nobody can take a function, and never under a lease, or
+    /// under a call that works on one. What the functions were is forgotten when they are made anew.
     ///
     /// # Errors
     /// See [`CountError`].
@@ -38,8 +38,8 @@ impl Leases {
         outcome
     }
 
-    /// Forgets what a port's functions were, because somebody else has had them made anew. To be called after that, before
-    /// any is leased: else the new ones would be made what the old ones were.
+    /// Forgets what a port's functions were, because somebody else has had them made anew. To be called after that,
+    /// before any is leased: else the new ones would be made what the old ones were.
     ///
     /// # Errors
     /// [`CountError::InUse`] where one is leased: release it first, which a function that has gone does not hinder.

@@ -40,11 +40,12 @@ pub enum Outcome {
     Failed(LeaseError),
 }
 impl Leases {
-    /// Brings every function to an end that is not an owner's whom `keep` knows: takes back leases that were not finished,
-    /// finishes releases that were not, and restores what is nobody's. Called at start. Repeating it changes nothing.
+    /// Brings every function to an end that is not an owner's whom `keep` knows: takes back leases that were not
+    /// finished, finishes releases that were not, and restores what is nobody's. Called at start. Repeating it changes
+    /// nothing.
     ///
-    /// `keep` is asked of the owners of all networks, and whom it does not know loses the function: who knows one network's,
-    /// as a GC of CNI does, calls [`recover_network`](Self::recover_network).
+    /// `keep` is asked of the owners of all networks, and whom it does not know loses the function: who knows one
+    /// network's, as a GC of CNI does, calls [`recover_network`](Self::recover_network).
     ///
     /// What is in quarantine is looked at once, without waiting.
     ///
@@ -69,7 +70,8 @@ impl Leases {
         Ok(all)
     }
 
-    /// As [`recover`](Self::recover), by somebody who knows the owners of one network only: committed leases of others stand.
+    /// As [`recover`](Self::recover), by somebody who knows the owners of one network only: committed leases of others
+    /// stand.
     ///
     /// # Errors
     /// As of [`recover`](Self::recover).
@@ -185,6 +187,7 @@ impl Leases {
             return Err(LeaseError::Taken { vf: vf.address, owner, incarnation });
         }
         self.confirm(vf)?;
-        self.see(&mut page, vf).map(drop)
+        let now = self.work(vf, None).snapshot()?;
+        self.first_see(&mut page, vf, &now).map(drop)
     }
 }

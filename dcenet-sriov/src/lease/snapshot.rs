@@ -23,9 +23,9 @@ pub struct VfSnapshot {
 
 /// What its network device is. Not its index, which is another after every return.
 ///
-/// Nor is it all that a tenant with `CAP_NET_ADMIN` can change. A move keeps, and nothing puts back: the length of the transmit
-/// queue, the group, the sizes of GSO and GRO (`do_setlink` in net/core/rtnetlink.c); and what ethtool sets, such as offloads,
-/// channels, rings and coalescing. Binding the driver anew does.
+/// Nor is it all that a tenant with `CAP_NET_ADMIN` can change. A move keeps, and nothing puts back: the length of the
+/// transmit queue, the group, the sizes of GSO and GRO (`do_setlink` in net/core/rtnetlink.c); and what ethtool sets,
+/// such as offloads, channels, rings and coalescing. Binding the driver anew does.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct NetdevSnapshot {
@@ -66,8 +66,8 @@ pub struct Difference {
 }
 
 impl Difference {
-    /// Whether drivers take it over some time after it was written: iavf does with an address when its port has answered
-    /// (`iavf_virtchnl_completion` in drivers/net/ethernet/intel/iavf/iavf_virtchnl.c).
+    /// Whether drivers take it over some time after it was written: iavf does with an address when its port has
+    /// answered (`iavf_virtchnl_completion` in drivers/net/ethernet/intel/iavf/iavf_virtchnl.c).
     pub(super) fn is_taken_over_later(&self) -> bool {
         matches!(self.what, "mac" | "effectiveMac")
     }
@@ -131,8 +131,8 @@ impl VfSnapshot {
         self
     }
 
-    /// What has to be written to the port so that a function that is `now` is this again. What the driver does not tell is
-    /// not written.
+    /// What has to be written to the port so that a function that is `now` is this again. What the driver does not tell
+    /// is not written.
     pub(super) fn port_change(&self, now: &VfState, none: NoAddress) -> VfChange {
         let own = || self.netdev.as_ref().and_then(|netdev| netdev.mac);
         let mac = match none {

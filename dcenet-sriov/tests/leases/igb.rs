@@ -1,5 +1,7 @@
 //! Leases on a real kernel with an adapter: QEMU's igb in the guest. What a function is, iproute2 and sysfs tell.
 
+mod cost;
+
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;

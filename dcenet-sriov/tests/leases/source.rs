@@ -161,8 +161,8 @@ fn who_has_functions_is_told_by_network() {
     assert_eq!(source.lent(&fast).unwrap(), [owner("b")]);
 }
 
-/// What somebody does with a free function of no pool of his is not undone by a pod that finds its own pool empty. The twin is
-/// a recovery, which undoes it.
+/// What somebody does with a free function of no pool of his is not undone by a pod that finds its own pool empty. The
+/// twin is a recovery, which undoes it.
 #[test]
 fn an_empty_pool_disturbs_no_function_of_others() {
     let world = host();
@@ -299,7 +299,8 @@ fn calls_at_one_time_never_get_one_function() {
     }
 }
 
-/// A process that dies at any of its calls, in ADD or in DEL: the DEL after it leaves nothing. The twin is what there is before.
+/// A process that dies at any of its calls, in ADD or in DEL: the DEL after it leaves nothing. The twin is what there
+/// is before.
 #[test]
 fn a_kill_at_every_call_leaves_nothing_after_the_next_del() {
     let live = |world: &World, kernel: Arc<dyn Kernel>| {
@@ -392,7 +393,8 @@ fn what_others_change_of_a_pods_function_is_told() {
     assert_eq!(source.missing(&owner("a"), &device).unwrap(), ["it is not lent to the pod any more"]);
 }
 
-/// Some process keeps the namespace of a pod that is gone. The twin is a function that cannot be made what it was, but is home.
+/// Some process keeps the namespace of a pod that is gone. The twin is a function that cannot be made what it was, but
+/// is home.
 #[test]
 fn a_function_that_is_not_found_keeps_its_attachment_until_it_is() {
     let world = host();
