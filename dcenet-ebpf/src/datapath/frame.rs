@@ -28,6 +28,8 @@ pub(super) const SCRATCH: i16 = -184;
 pub(super) const L3: i16 = SCRATCH;
 /// A copied extension or transport header, 24 bytes.
 pub(super) const L4: i16 = SCRATCH + 40;
+/// What the extension header at hand is, while it lies before this; in no slot's lower half, as the numbers below.
+pub(super) const HEADER_KIND: i16 = L4 + 12;
 /// A copied option of neighbour discovery, 8 bytes.
 pub(super) const OPTION: i16 = L4 + 24;
 pub(super) const FLOW: i16 = SCRATCH;

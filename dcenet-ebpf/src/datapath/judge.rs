@@ -85,10 +85,12 @@ impl Emitter<'_> {
             .jump_if32(Cond::Sge, R1, 0, next)
             .load(Size::Dw, R2, R0, MemberV6::ADDRESS)
             .load(Size::Dw, R3, R10, frame::PEER)
-            .jump_if(Cond::Ne, R2, R3, next)
-            .load(Size::Dw, R2, R0, MemberV6::ADDRESS + 8)
-            .load(Size::Dw, R3, R10, frame::PEER + 8)
-            .jump_if(Cond::Ne, R2, R3, next)
+            .xor(R2, R3)
+            .load(Size::Dw, R3, R0, MemberV6::ADDRESS + 8)
+            .load(Size::Dw, R4, R10, frame::PEER + 8)
+            .xor(R3, R4)
+            .or(R2, R3)
+            .jump_if(Cond::Ne, R2, 0, next)
             .and(R1, (MEMBER_USED - 1) as i32)
             .mov(R0, R1)
             .jump(known)
@@ -107,7 +109,7 @@ impl Emitter<'_> {
 
     /// `R7` and `R8` are the halves of the address as numbers.
     fn trie_v6(&mut self, unknown: Label, known: Label) {
-        let [next, elsewhere, low, byte] = self.labels();
+        let [next, elsewhere] = self.labels();
         self.asm.mov(R1, 0);
         self.lookup_index(abi::NODES_V6, R1);
         self.asm
@@ -123,20 +125,26 @@ impl Emitter<'_> {
         self.lookup_index(abi::NODES_V6, R0);
         self.asm
             .jump_if(Cond::Eq, R0, 0, unknown)
+            // One branch for both halves: the verifier looks at each anew for every node on the way.
             .load(Size::Dw, R1, R0, NodeV6::MASK_HIGH)
             .and(R1, R7)
             .load(Size::Dw, R2, R0, NodeV6::PREFIX_HIGH)
-            .jump_if(Cond::Ne, R1, R2, elsewhere)
-            .load(Size::Dw, R1, R0, NodeV6::MASK_LOW)
-            .and(R1, R8)
-            .load(Size::Dw, R2, R0, NodeV6::PREFIX_LOW)
-            .jump_if(Cond::Ne, R1, R2, elsewhere)
+            .xor(R1, R2)
+            .load(Size::Dw, R2, R0, NodeV6::MASK_LOW)
+            .and(R2, R8)
+            .load(Size::Dw, R3, R0, NodeV6::PREFIX_LOW)
+            .xor(R2, R3)
+            .or(R1, R2)
+            .jump_if(Cond::Ne, R1, 0, elsewhere)
+            // R2 = R7 where the shift has the bit of 64, else R8, without a branch, by a mask of that bit's value.
             .load(Size::W, R3, R0, NodeV6::SHIFT)
+            .mov(R4, R3)
+            .lsh(R4, 57)
+            .arsh(R4, 63)
             .mov(R2, R7)
-            .jump_if(Cond::Set, R3, 64, byte)
-            .bind(low)
-            .mov(R2, R8)
-            .bind(byte)
+            .xor(R2, R8)
+            .and(R2, R4)
+            .xor(R2, R8)
             .and(R3, 63)
             .rsh(R2, R3)
             .and(R2, BLOCK_ENTRIES as i32 - 1)

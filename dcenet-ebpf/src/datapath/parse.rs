@@ -606,13 +606,16 @@ impl Emitter<'_> {
             // By way of the stack the verifier forgets where the offset comes from: otherwise every chain of headers is
             // a state of its own for it.
             .store(Size::W, R10, frame::NEXT_HEADER, R7)
-            .load(Size::W, R7, R10, frame::NEXT_HEADER);
+            .load(Size::W, R7, R10, frame::NEXT_HEADER)
+            .store(Size::B, R10, frame::HEADER_KIND, R8);
         for protocol in [HOP_BY_HOP, ROUTING, FRAGMENT, AUTHENTICATION, DESTINATION_OPTIONS] {
             self.asm.jump_if(Cond::Eq, R8, protocol, header);
         }
         self.asm
             .jump(done)
             .bind(header)
+            // And what it is: each kind would be followed by itself.
+            .load(Size::B, R8, R10, frame::HEADER_KIND)
             .load(Size::Dw, R1, R10, frame::COUNT)
             .add(R1, 1)
             .jump_if(Cond::Gt, R1, EXTENSION_HEADERS, too_many)
