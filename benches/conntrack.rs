@@ -5,16 +5,19 @@
 //! stands the time that was set beforehand.
 //!
 //! A flow that is known is settled, and its packets come faster than the kernel's clock ticks; the first packet of a tick asks
-//! the clock, too. One that is new is admitted by an allowing policy, takes the place of the same flow that has ended, and is
+//! the clock, too. As every packet of a burst would be of one tick, a program ahead of ours forgets each time which tick it was:
+//! that one is over the same program ahead of nothing, against a look-up, the clock and the counter of ticks. One that is new is admitted by an allowing policy, takes the place of the same flow that has ended, and is
 //! told of by an event; the event alone is what that takes over a flow that is not told of. Needs root.
 
+use std::os::fd::AsFd;
+
 use dcenet_benches::{Row, Summary, rounds, say};
-use dcenet_ebpf::abi::{self, Direction, Endpoint, Event, Flow, FlowKey, Sizes};
+use dcenet_ebpf::abi::{self, Be16, Direction, Endpoint, Event, Flow, FlowKey, Sizes};
 use dcenet_ebpf::asm::Asm;
 use dcenet_ebpf::datapath::{self, AllowAll, Spec};
-use dcenet_ebpf::insn::{Helper, Reg::*, Size};
+use dcenet_ebpf::insn::{Cond, Helper, Reg::*, Size};
 use dcenet_ebpf::loader::{AyaLoader, LoadRequest, Loaded, Loader};
-use dcenet_ebpf::maps::{Array, RingBuffer};
+use dcenet_ebpf::maps::{Array, Map, ProgramArray, RingBuffer};
 use dcenet_ebpf::object::{MapSpec, Object, ProgramKind};
 use dcenet_ebpf::program::{Program, TestRun};
 use dcenet_ebpf::test_support::packet::{FIN, Packet, SYN, eth};
@@ -23,10 +26,13 @@ const ID: &str = "conntrack";
 /// Runs of a burst: as many events as the ring has room for.
 const BURST: u32 = 4000;
 const TC_ACT_UNSPEC: i32 = -1;
+const UNKNOWN: i32 = 7;
 /// Nanoseconds, each where the map operations take as many as these.
 const KNOWN: (f64, f64) = (40.0, 31.0);
 const NEW: (f64, f64) = (320.0, 2.0 * 31.0 + 209.0 + 32.0);
 const EVENT: (f64, f64) = (40.0, 32.0);
+/// Half as much again, as for what is between the map operations.
+const FIRST: f64 = 1.5;
 const EVENT_BYTES: u32 = 1 << 20;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -51,17 +57,26 @@ fn main() -> Result<(), Failure> {
             cases.push((format!("new with event, {version}, {name}"), direction, anew, Kind::New));
         }
     }
+    let first = eth().ip(v4.0.parse()?, v4.1.parse()?).udp(40_000, 53);
+    let ticks = Ticks::load(&pod, &floors.nothing)?;
     let runs = rounds(200, 10);
     let mut ours = vec![Vec::new(); cases.len()];
     let mut events = Vec::new();
-    let [mut lookups, mut all, mut records] = [const { Vec::new() }; 3];
+    let [mut lookups, mut all, mut records, mut clocks, mut firsts] = [const { Vec::new() }; 5];
     for _ in 0..runs {
         let frame = eth().ip(v4.0.parse()?, v4.1.parse()?).udp(1, 2);
         let nothing = burst(&floors.nothing, &frame)?;
         let over = |program, packet: &Packet| Ok::<_, Failure>((burst(program, packet)? - nothing).max(0.1));
-        let [lookup, update, record] =
-            [over(&floors.lookup, &frame)?, over(&floors.update, &frame)?, over(&floors.record, &frame)?];
+        let [lookup, update, record, clock] = [
+            over(&floors.lookup, &frame)?,
+            over(&floors.update, &frame)?,
+            over(&floors.record, &frame)?,
+            over(&floors.clock, &frame)?,
+        ];
         floors.drain()?;
+        clocks.push(lookup + clock);
+        let ahead = burst(&ticks.ahead_of_nothing, &first)?;
+        firsts.push((burst(&ticks.ahead_of_ours, &first)? - ahead).max(0.1));
         lookups.push(lookup);
         all.push(2.0 * lookup + update + record);
         records.push(record);
@@ -82,6 +97,8 @@ fn main() -> Result<(), Failure> {
         };
         add(&mut summary, name, goal, times, peer);
     }
+    let clock = ("a look-up, the clock", &clocks[..]);
+    summary.add(Row::compare(ID, "known, the first of a tick, IPv4, sent", FIRST, &firsts, clock).in_unit("ns"));
     add(&mut summary, "an event", EVENT, &events, ("a record", &records));
     say(format_args!("{ID}: over an empty program"));
     summary.write();
@@ -114,6 +131,7 @@ struct Floors {
     lookup: Program,
     update: Program,
     record: Program,
+    clock: Program,
     loaded: Loaded,
 }
 
@@ -125,10 +143,10 @@ impl Floors {
         let (key, value) = (FlowKey::BYTES as u32, Flow::BYTES as u32);
         object.add_map(MapSpec::lru_hash("flows", key, value, Sizes::default().conntrack))?;
         object.add_map(MapSpec::ringbuf("events", EVENT_BYTES))?;
-        let names = ["nothing", "lookup", "update", "record"];
+        let names = ["nothing", "lookup", "update", "record", "clock"];
         for name in names {
             let mut code = Asm::program(name, ProgramKind::Classifier);
-            if name != "nothing" {
+            if !["nothing", "clock"].contains(&name) {
                 for at in (VALUE..0).step_by(8) {
                     code.store(Size::Dw, R10, at, 1);
                 }
@@ -150,14 +168,16 @@ impl Floors {
                     .mov(R3, Event::BYTES as i32)
                     .mov(R4, 0)
                     .call(Helper::RingbufOutput),
+                "clock" => code.call(Helper::KtimeGetCoarseNs).call(Helper::Jiffies64),
                 _ => &mut code,
             };
             code.ret(TC_ACT_UNSPEC);
             object.add(code.finish()?)?;
         }
         let mut loaded = load(&object)?;
-        let [nothing, lookup, update, record] = names.map(|name| loaded.take_program(name).ok_or(name));
-        let floors = Self { nothing: nothing?, lookup: lookup?, update: update?, record: record?, loaded };
+        let [nothing, lookup, update, record, clock] = names.map(|name| loaded.take_program(name).ok_or(name));
+        let (lookup, update, record, clock) = (lookup?, update?, record?, clock?);
+        let floors = Self { nothing: nothing?, lookup, update, record, clock, loaded };
         // So that the look-up finds something.
         burst(&floors.update, &eth())?;
         Ok(floors)
@@ -214,11 +234,93 @@ impl Pod {
     }
 }
 
+/// Programs ahead of others, which forget of a flow in which tick its last packet was.
+struct Ticks {
+    ahead_of_ours: Program,
+    ahead_of_nothing: Program,
+    /// Emptied where nobody holds it.
+    _next: ProgramArray,
+}
+
+impl Ticks {
+    /// Of the flow that the pod has settled, from its first address, ahead of what the pod's program does with it and of
+    /// `nothing`.
+    fn load(pod: &Pod, nothing: &Program) -> Result<Self, Failure> {
+        const KEY: i16 = -(FlowKey::BYTES as i16);
+        let peer: std::net::Ipv4Addr = "10.0.0.2".parse()?;
+        let key = FlowKey {
+            slot: 0,
+            protocol: 17,
+            version: 4,
+            pod_port: Be16(40_000),
+            peer_port: Be16(53),
+            peer: peer.to_ipv6_mapped().octets(),
+        };
+        let flows = Sizes::default().shared_maps().into_iter().find(|map| map.name == abi::CONNTRACK);
+        let mut object = Object::new();
+        object.add_map(flows.ok_or("the table of flows")?)?.add_map(MapSpec::prog_array("next", 2))?;
+        let names = ["ahead_of_ours", "ahead_of_nothing"];
+        for (index, name) in (0..).zip(names) {
+            let mut code = Asm::program(name, ProgramKind::Classifier);
+            let unknown = code.label();
+            code.mov(R6, R1);
+            for (at, word) in (KEY..0).step_by(8).zip(key.encode().chunks_exact(8)) {
+                code.load_imm64(R1, u64::from_ne_bytes(word.try_into()?)).store(Size::Dw, R10, at, R1);
+            }
+            code.load_map(R1, abi::CONNTRACK)
+                .mov(R2, R10)
+                .add(R2, i32::from(KEY))
+                .call(Helper::MapLookupElem)
+                .jump_if(Cond::Eq, R0, 0, unknown)
+                .store(Size::Dw, R0, Flow::TICK, 0)
+                .mov(R1, R6)
+                .load_map(R2, "next")
+                .mov(R3, index)
+                .call(Helper::TailCall)
+                .bind(unknown)
+                // The verdict of no program ahead of which it is.
+                .ret(UNKNOWN);
+            object.add(code.finish()?)?;
+        }
+        let flows = map(&pod.loaded, abi::CONNTRACK)?;
+        let request = LoadRequest { maps: &[(abi::CONNTRACK, flows.as_fd())] };
+        let mut loaded = AyaLoader.load(&object.to_elf()?, &request)?;
+        let next = ProgramArray::new(map(&loaded, "next")?)?;
+        next.set(0, &pod.from_pod)?;
+        next.set(1, nothing)?;
+        let [ours, nothing] = names.map(|name| loaded.take_program(name).ok_or(name));
+        let ticks = Self { ahead_of_ours: ours?, ahead_of_nothing: nothing?, _next: next };
+        // What it stands ahead of is reached, and has met a flow of no tick.
+        let before = tick(&flows, &key)?;
+        for program in [&ticks.ahead_of_nothing, &ticks.ahead_of_ours] {
+            let packet = eth().ip("10.0.0.1".parse()?, peer.into()).udp(40_000, 53).bytes();
+            let verdict = program.test_run(&TestRun { packet: &packet, context: &[], repeat: 1 })?.retval.cast_signed();
+            if verdict != TC_ACT_UNSPEC {
+                return Err(format!("a packet of a settled flow met the verdict {verdict}").into());
+            }
+            let is_ours = std::ptr::eq(program, &ticks.ahead_of_ours);
+            if (tick(&flows, &key)? != 0) != is_ours || before == 0 {
+                return Err("a packet of a flow whose tick was forgotten went the way of others".into());
+            }
+        }
+        Ok(ticks)
+    }
+}
+
+/// In which tick a flow's last packet was.
+fn tick(flows: &Map, key: &FlowKey) -> Result<u64, Failure> {
+    let mut bytes = [0; Flow::BYTES];
+    if !flows.lookup(&key.encode(), &mut bytes)? {
+        return Err("the flow just settled is not there".into());
+    }
+    Ok(Flow::decode(&bytes).ok_or("the bytes of a flow")?.tick)
+}
+
 fn load(object: &Object) -> Result<Loaded, Failure> {
     Ok(AyaLoader.load(&object.to_elf()?, &LoadRequest { maps: &[] })?)
 }
 
-fn map(loaded: &Loaded, name: &str) -> Result<dcenet_ebpf::maps::Map, Failure> {
+fn map(loaded: &Loaded, name: &str) -> Result<Map, Failure> {
     let found = loaded.maps.iter().find(|(n, _)| n == name).ok_or_else(|| format!("no map {name}"))?;
     Ok(found.1.try_clone()?)
 }
