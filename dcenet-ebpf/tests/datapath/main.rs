@@ -9,6 +9,7 @@ mod conntrack;
 mod costs;
 mod events;
 mod fragments;
+mod guarded;
 mod harness;
 mod loads;
 mod pressure;
