@@ -56,6 +56,8 @@ fn allow(peer: Peer, protocol: Protocol, first: u16, last: u16) -> Rule {
         action: Action::Allow,
         peers: Peers::OneOf(vec![peer]),
         ports: Ports::OneOf(vec![PortMatch { protocol, port }]),
+        schedule: None,
+        log: false,
     }
 }
 

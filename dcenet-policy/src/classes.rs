@@ -1,7 +1,7 @@
 //! Who an address is, as far as policies can tell.
 //!
 //! Everything that some policy in use asks about a peer is an *atom*: a pod selector, a CIDR block, a group of prefixes,
-//! a node, a backend of a service, a port that the peer names. The *class* of an address is the set of atoms that it satisfies, under a small number. One
+//! clusters, a node, a backend of a service, a port that the peer names. The *class* of an address is the set of atoms that it satisfies, under a small number. One
 //! [`AddressTable`] for the node turns an address into its class: an exact entry where a pod or node holds the
 //! address, else the longest prefix, else [`ClassId::UNKNOWN`].
 //!
@@ -45,6 +45,7 @@ pub(crate) enum Atom {
     Pods(PodMatch, Claim),
     Block(IpBlock),
     Group(String, Claim),
+    Clusters(LabelSelector, Claim),
     /// The node of this name.
     Node(String),
     Nodes(LabelSelector, Claim),
@@ -66,6 +67,7 @@ impl Atom {
             Peer::Pods(pods) => Self::Pods(pods.clone(), claim),
             Peer::Block(block) => Self::Block(block.clone()),
             Peer::Group(name) => Self::Group(name.clone(), claim),
+            Peer::Clusters(selector) => Self::Clusters(selector.clone(), claim),
             Peer::Nodes(_) if catalog.node_labels.is_empty() && claim == Claim::Any => return Self::everybody(),
             Peer::Nodes(selector) => Self::Nodes(selector.clone(), claim),
             Peer::Service(_) if direction == Direction::Ingress => return Vec::new(),
@@ -288,12 +290,20 @@ pub(crate) fn prefix_sets(catalog: &Catalog, atoms: &HashMap<Atom, AtomId>) -> B
     let mut owners: Vec<AtomId> = Vec::new();
     let mut marks: BTreeMap<IpNet, Marks> = BTreeMap::new();
     for (atom, id) in atoms {
-        let blocks = match atom {
-            Atom::Block(block) => std::slice::from_ref(block),
+        let blocks: Vec<&IpBlock> = match atom {
+            Atom::Block(block) => vec![block],
             Atom::Group(name, claim) => match (catalog.groups.get(name), claim) {
-                (Some(blocks), _) => blocks.as_slice(),
-                (None, Claim::Any) => &everybody,
-                (None, Claim::Sole) => &[],
+                (Some(blocks), _) => blocks.iter().collect(),
+                (None, Claim::Any) => everybody.iter().collect(),
+                (None, Claim::Sole) => Vec::new(),
+            },
+            Atom::Clusters(selector, claim) => match (catalog.clusters.is_empty(), claim) {
+                (true, Claim::Any) => everybody.iter().collect(),
+                (true, Claim::Sole) => Vec::new(),
+                (false, _) => {
+                    let meant = catalog.clusters.values().filter(|known| selector_holds(selector, &known.labels));
+                    meant.flat_map(|known| &known.blocks).collect()
+                }
             },
             _ => continue,
         };

@@ -261,10 +261,18 @@ impl Question<'_> {
             Some((peer, port)) => Outcome::Decided(verdict, peer, port),
             None => Outcome::NoMatch,
         };
+        let Cluster { catalog, time, .. } = self.cluster;
+        let holds = match &rule.schedule {
+            None => Some(true),
+            Some(name) => catalog.schedules.get(name).zip(*time).map(|(schedule, time)| schedule.holds_at(time)),
+        };
         match rule.action {
+            _ if holds == Some(false) => Outcome::NoMatch,
+            // Whether it holds is not known.
+            Action::Allow if holds.is_none() => Outcome::NoMatch,
             Action::Allow => decided(Verdict::Allow, matched(sole, true)),
             Action::Deny => decided(Verdict::Deny, matched(&self.claimants, false)),
-            Action::Pass if matched(sole, true).is_some() => Outcome::Pass,
+            Action::Pass if holds.is_some() && matched(sole, true).is_some() => Outcome::Pass,
             Action::Pass => decided(Verdict::Deny, matched(&self.claimants, false)),
         }
     }
@@ -333,6 +341,12 @@ fn matches_peer(cluster: &Cluster, peer: &Peer, tuple: &Tuple, pods: &[(&PodId, 
             Some(blocks) => blocks.iter().any(in_block),
             None => !sure,
         },
+        Peer::Clusters(_) if cluster.catalog.clusters.is_empty() => !sure,
+        Peer::Clusters(selector) => {
+            let mut selected =
+                cluster.catalog.clusters.values().filter(|known| has_labels(selector, &known.labels, true));
+            selected.any(|known| known.blocks.iter().any(in_block))
+        }
         Peer::Nodes(_) if cluster.catalog.node_labels.is_empty() => !sure,
         Peer::Nodes(selector) => {
             cluster.nodes.iter().chain(&cluster.catalog.external_addresses).any(|(name, addresses)| {

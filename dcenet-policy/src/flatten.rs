@@ -105,6 +105,17 @@ pub(crate) fn names_used(
         .collect()
 }
 
+/// What a rule does at the cluster's time; none where it does not hold then. Where that is not known it may only close.
+pub(crate) fn action_now(cluster: &Cluster, rule: &Rule) -> Option<Action> {
+    let Some(name) = &rule.schedule else { return Some(rule.action) };
+    let known = cluster.catalog.schedules.get(name).zip(cluster.time);
+    match (known.map(|(schedule, time)| schedule.holds_at(time)), rule.action) {
+        (Some(true), action) => Some(action),
+        (Some(false), _) | (None, Action::Allow) => None,
+        (None, Action::Deny | Action::Pass) => Some(Action::Deny),
+    }
+}
+
 /// What the names of ports that rules use mean on the endpoint.
 type OwnPorts = BTreeMap<(String, Protocol), BTreeSet<u16>>;
 
@@ -227,10 +238,11 @@ impl<'a> Flattener<'a> {
                 }
                 for (index, rule) in listed.iter().enumerate() {
                     let place = Place { policy: id, direction, rule: index };
-                    match rule.action {
-                        Action::Allow => self.decide(&mut rules, &place, rule, named_ports, Verdict::Allow)?,
-                        Action::Deny => self.decide(&mut rules, &place, rule, named_ports, Verdict::Deny)?,
-                        Action::Pass => {
+                    match action_now(self.cluster, rule) {
+                        None => {}
+                        Some(Action::Allow) => self.decide(&mut rules, &place, rule, named_ports, Verdict::Allow)?,
+                        Some(Action::Deny) => self.decide(&mut rules, &place, rule, named_ports, Verdict::Deny)?,
+                        Some(Action::Pass) => {
                             #[cfg(feature = "test-support")]
                             if self.planted == Some(crate::test_support::PlantedBug::PassIgnored) {
                                 continue;

@@ -38,6 +38,8 @@
 //! | a node's labels, where those of others are | that node |
 //! | the labels of all nodes: nor is it known which there are | everybody |
 //! | a group of prefixes | everybody |
+//! | which clusters there are, where none is known | everybody |
+//! | the schedule of a rule, or the time | whom it denies, or would pass |
 //! | who answers for a service, or its own addresses; what is known of it is still allowed | everybody, on egress |
 //! | a pod's service account, where the rule's selector asks for it and holds otherwise | that pod |
 //!
@@ -55,6 +57,7 @@
 
 mod catalog;
 mod policy;
+mod schedule;
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -64,12 +67,21 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-pub use catalog::{Backend, Catalog, ServiceId, TierEnd, TierSpec};
+pub use catalog::{Backend, Catalog, ClusterSpec, ServiceId, TierEnd, TierSpec};
 pub use policy::{Action, Mode, Policy, PolicyId, Rule, RuleRef, Tier};
+pub(crate) use schedule::{DAYS, MINUTES};
+pub use schedule::{Schedule, Time, Window};
 
 /// The label that every namespace carries with its own name
 /// (`k8s.io/api/core/v1`, `LabelMetadataName`; set by the API server since Kubernetes 1.21).
 pub const NAMESPACE_NAME_LABEL: &str = "kubernetes.io/metadata.name";
+
+/// The label of a cluster that holds its name, and that of the set of clusters that it belongs to: the names of the
+/// properties by which a cluster tells of itself (`about.k8s.io`, KEP-2149, "Well known properties").
+pub const CLUSTER_NAME_LABEL: &str = "cluster.clusterset.k8s.io";
+
+/// See [`CLUSTER_NAME_LABEL`].
+pub const CLUSTER_SET_LABEL: &str = "clusterset.k8s.io";
 
 /// The label that stands for a pod's service account (`PodSpec.serviceAccountName`); of a pod without it the account is not
 /// known. No object can have it, nor a selector of Kubernetes ask for it: a label's key has no `:`.
@@ -271,6 +283,8 @@ pub enum Peer {
     Nodes(LabelSelector),
     /// The addresses of one of [`Catalog::groups`].
     Group(String),
+    /// Addresses of [clusters](Catalog::clusters), by the clusters' labels.
+    Clusters(LabelSelector),
     /// The backends of one of [`Catalog::services`] and its [own addresses](Catalog::service_addresses), at their ports, on
     /// egress; on ingress nobody.
     Service(ServiceId),
@@ -406,6 +420,8 @@ pub struct Cluster {
     pub policies: BTreeMap<PolicyId, Policy>,
     /// What policies name beside pods.
     pub catalog: Catalog,
+    /// The time as of which rules with schedules are asked.
+    pub time: Option<Time>,
 }
 
 impl Cluster {
@@ -427,13 +443,37 @@ impl Cluster {
     }
 
     /// The cluster without the policies in audit, which change no verdict.
-    pub fn in_force(&self) -> Cow<'_, Self> {
+    pub fn without_audit(&self) -> Cow<'_, Self> {
         if self.policies.values().all(|policy| policy.mode == Mode::Enforce) {
             return Cow::Borrowed(self);
         }
         let mut cluster = self.clone();
         cluster.policies.retain(|_, policy| policy.mode == Mode::Enforce);
         Cow::Owned(cluster)
+    }
+
+    /// The same without policies in audit, and with rules for all time that come to what there is now: one that does not hold
+    /// matches nobody, and one of which that is not known allows nobody and denies whom it would pass.
+    pub fn in_force(&self) -> Cow<'_, Self> {
+        let mut cluster = self.without_audit();
+        let is_scheduled = |policy: &Policy| policy.all_rules().any(|rule| rule.schedule.is_some());
+        if !cluster.policies.values().any(is_scheduled) {
+            return cluster;
+        }
+        let Self { policies, catalog, time, .. } = cluster.to_mut();
+        for policy in policies.values_mut() {
+            let Policy { ingress, egress, .. } = policy;
+            for rule in [ingress, egress].into_iter().flatten().flatten() {
+                let Some(name) = rule.schedule.take() else { continue };
+                let holds = catalog.schedules.get(&name).zip(*time).map(|(schedule, time)| schedule.holds_at(time));
+                match (holds, rule.action) {
+                    (Some(true), _) | (None, Action::Deny) => {}
+                    (None, Action::Pass) => rule.action = Action::Deny,
+                    (Some(false), _) | (None, Action::Allow) => rule.peers = Peers::OneOf(Vec::new()),
+                }
+            }
+        }
+        cluster
     }
 
     /// What policies are tried by: the lower first. Those of a tier that is not known come before all others.

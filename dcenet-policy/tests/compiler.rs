@@ -23,7 +23,7 @@ fn tcp(first: u16, last: u16) -> PortMatch {
 }
 
 fn allow(peers: Vec<Peer>, ports: Vec<PortMatch>) -> Rule {
-    Rule { action: Action::Allow, peers: Peers::OneOf(peers), ports: Ports::OneOf(ports) }
+    Rule { action: Action::Allow, peers: Peers::OneOf(peers), ports: Ports::OneOf(ports), schedule: None, log: false }
 }
 
 fn ingress(name: &str, subject: LabelSelector, rules: Vec<Rule>) -> Policy {
@@ -321,7 +321,13 @@ fn others_get_their_changes_while_a_policy_is_refused_and_it_comes_back() {
 
 #[test]
 fn a_refused_policy_that_may_deny_stops_those_behind_it() {
-    let rule = |action, port| Rule { action, peers: Peers::Any, ports: Ports::OneOf(vec![tcp(port, port)]) };
+    let rule = |action, port| Rule {
+        action,
+        peers: Peers::Any,
+        ports: Ports::OneOf(vec![tcp(port, port)]),
+        schedule: None,
+        log: false,
+    };
     let mut cluster = cluster();
     cluster.policies.clear();
     cluster.insert_policy(ingress("1", has("app", "a"), vec![rule(Action::Allow, 1)]));
@@ -477,7 +483,13 @@ fn a_policy_whose_port_names_are_too_much_is_left_out_though_it_asks_for_anybody
     let mut compiler = Compiler::default();
     compiler.update_within(&cluster, below(50)).unwrap();
     let named = |n| PortMatch { protocol: Protocol::TCP, port: PortSpec::Named(format!("port{n}")) };
-    let rule = Rule { action: Action::Allow, peers: Peers::Any, ports: Ports::OneOf((0..10).map(named).collect()) };
+    let rule = Rule {
+        action: Action::Allow,
+        peers: Peers::Any,
+        ports: Ports::OneOf((0..10).map(named).collect()),
+        schedule: None,
+        log: false,
+    };
     let subject = pods("n", has("app", "a"));
     let names = Policy {
         id: PolicyId::new("n", "names"),
@@ -540,7 +552,7 @@ fn empty_lists_of_peers_or_ports_match_nothing() {
     let mut cluster = cluster();
     cluster.policies.clear();
     let any = Peers::Any;
-    let none = Rule { action: Action::Allow, peers: any, ports: Ports::OneOf(vec![]) };
+    let none = Rule { action: Action::Allow, peers: any, ports: Ports::OneOf(vec![]), schedule: None, log: false };
     cluster.insert_policy(ingress("p", has("app", "a"), vec![allow(vec![], vec![tcp(1, 9)]), none]));
     let update = Compiler::default().update(&cluster).unwrap();
     let tuple = Tuple::ingress([10, 0, 0, 2].into(), Protocol::TCP, 5);
@@ -580,7 +592,13 @@ fn told(cluster: &Cluster, port: u16) -> [String; 2] {
 
 #[test]
 fn tiers_are_tried_in_order_and_isolation_ends_them() {
-    let to = |action, port| Rule { action, peers: Peers::Any, ports: Ports::OneOf(vec![tcp(port, port)]) };
+    let to = |action, port| Rule {
+        action,
+        peers: Peers::Any,
+        ports: Ports::OneOf(vec![tcp(port, port)]),
+        schedule: None,
+        log: false,
+    };
     let mut cluster = cluster();
     cluster.policies.clear();
     assert_eq!(told(&cluster, 80), ["allow: no policy governs the pod in this direction"; 2]);
@@ -605,7 +623,8 @@ fn tiers_are_tried_in_order_and_isolation_ends_them() {
     assert_eq!(told(&cluster, 82), [isolated; 2]);
 
     // A rule that passes skips the rest of its tier, of later priorities too, for what it matches.
-    let pass_b = Rule { action: Action::Pass, peers: Peers::OneOf(from_b), ports: Ports::Any };
+    let pass_b =
+        Rule { action: Action::Pass, peers: Peers::OneOf(from_b), ports: Ports::Any, schedule: None, log: false };
     cluster.insert_policy(of_tier(Tier::Admin, 4, "zz-early", vec![pass_b]));
     assert_eq!(
         told(&cluster, 80),
@@ -626,7 +645,7 @@ fn the_own_node_belongs_to_the_tier_of_namespaces() {
     cluster.pods.get_mut(&pod("p1")).unwrap().node = Some("n1".to_owned());
     cluster.insert_policy(ingress("np", has("app", "a"), Vec::new()));
     assert_eq!(told(&cluster, 80)[1], "allow: the peer is the pod's own node");
-    let deny = Rule { action: Action::Deny, peers: Peers::Any, ports: Ports::Any };
+    let deny = Rule { action: Action::Deny, peers: Peers::Any, ports: Ports::Any, schedule: None, log: false };
     cluster.insert_policy(of_tier(Tier::Admin, 0, "deny", vec![deny.clone()]));
     assert_eq!(told(&cluster, 80)[1], "deny: admin:deny ingress[0]");
     cluster.insert_policy(of_tier(Tier::Admin, 0, "deny", vec![Rule { action: Action::Pass, ..deny }]));
@@ -640,7 +659,13 @@ fn the_own_node_belongs_to_the_tier_of_namespaces() {
 
 #[test]
 fn a_refused_policy_that_passes_closes_what_is_behind_it_in_every_tier() {
-    let to = |action, port| Rule { action, peers: Peers::Any, ports: Ports::OneOf(vec![tcp(port, port)]) };
+    let to = |action, port| Rule {
+        action,
+        peers: Peers::Any,
+        ports: Ports::OneOf(vec![tcp(port, port)]),
+        schedule: None,
+        log: false,
+    };
     let mut cluster = cluster();
     cluster.policies.clear();
     cluster.insert_policy(of_tier(Tier::Admin, 1, "before", vec![to(Action::Allow, 1)]));
@@ -668,8 +693,8 @@ fn a_rule_that_passes_denies_an_address_that_several_claim() {
     let mut cluster = cluster();
     cluster.policies.clear();
     let from_b = Peers::OneOf(vec![Peer::Pods(pods("n", has("app", "b")))]);
-    let pass = Rule { action: Action::Pass, peers: from_b, ports: Ports::Any };
-    let deny = Rule { action: Action::Deny, peers: Peers::Any, ports: Ports::Any };
+    let pass = Rule { action: Action::Pass, peers: from_b, ports: Ports::Any, schedule: None, log: false };
+    let deny = Rule { action: Action::Deny, peers: Peers::Any, ports: Ports::Any, schedule: None, log: false };
     cluster.insert_policy(of_tier(Tier::Admin, 0, "pass", vec![pass, deny]));
     let passed = "allow: no rule of admin:pass decides, and no policy isolates the pod";
     assert_eq!(told(&cluster, 80), [passed, "deny: admin:pass ingress[1]"]);
@@ -684,6 +709,8 @@ fn a_rule_that_passes_counts_what_it_reaches_and_not_what_it_might() {
         action,
         peers: Peers::Any,
         ports: Ports::OneOf(ports.map(|port| tcp(port, port)).collect()),
+        schedule: None,
+        log: false,
     };
     let mut cluster = cluster();
     cluster.policies.clear();
@@ -716,7 +743,7 @@ fn a_group_that_changes_touches_classes_and_no_program() {
         Tier::Admin,
         0,
         "deny",
-        vec![Rule { action: Action::Deny, peers, ports: Ports::Any }],
+        vec![Rule { action: Action::Deny, peers, ports: Ports::Any, schedule: None, log: false }],
     ));
     cluster.catalog.groups.insert("partners".to_owned(), vec![block("203.0.113.0/24")]);
     let mut compiler = Compiler::default();

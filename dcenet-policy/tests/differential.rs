@@ -279,7 +279,13 @@ fn rules_that_match_nobody_change_nothing() {
         let v4 = IpAddr::from(Ipv4Addr::from_bits(0xcb00_7100 + number % 256));
         let v6 = IpAddr::from(Ipv6Addr::from_bits((0x2001_0db8_0113 << 80) + u128::from(number)));
         let block = |address: IpAddr| Peer::Block(IpBlock { cidr: address.into(), except: Vec::new() });
-        Rule { action: Action::Deny, peers: Peers::OneOf(vec![block(v4), block(v6)]), ports: Ports::Any }
+        Rule {
+            action: Action::Deny,
+            peers: Peers::OneOf(vec![block(v4), block(v6)]),
+            ports: Ports::Any,
+            schedule: None,
+            log: false,
+        }
     };
     let mut denied_there = 0;
     for seed in 50_000..50_010 {
@@ -310,7 +316,7 @@ fn rules_that_match_nobody_change_nothing() {
 
 #[test]
 fn a_rule_that_passes_everything_takes_out_what_is_behind_it_in_its_tier_and_nothing_else() {
-    let pass = Rule { action: Action::Pass, peers: Peers::Any, ports: Ports::Any };
+    let pass = Rule { action: Action::Pass, peers: Peers::Any, ports: Ports::Any, schedule: None, log: false };
     let everybody =
         PodMatch { namespaces: NamespaceMatch::Selected(LabelSelector::default()), pods: LabelSelector::default() };
     let pass_all = |tier, priority| Policy {

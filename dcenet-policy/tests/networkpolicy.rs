@@ -41,7 +41,11 @@ fn policy_types_default_by_the_rules_that_are_there() {
 fn empty_and_missing_lists_match_everything() {
     for spec in ["{ingress: [{}]}", "{ingress: [{from: [], ports: []}]}", "{ingress: [{from: null, ports: null}]}"] {
         let rules = read(spec).ingress.unwrap();
-        assert_eq!(rules, [Rule { action: Action::Allow, peers: Peers::Any, ports: Ports::Any }], "{spec}");
+        assert_eq!(
+            rules,
+            [Rule { action: Action::Allow, peers: Peers::Any, ports: Ports::Any, schedule: None, log: false }],
+            "{spec}"
+        );
     }
     assert_eq!(read("{ingress: []}").ingress, Some(vec![]));
     assert_eq!(read("{ingress: null}").ingress, Some(vec![]));

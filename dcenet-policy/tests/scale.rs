@@ -28,6 +28,8 @@ fn one_pod(rng: &mut Rng, count: usize) -> (Cluster, PodId) {
             action: Action::Allow,
             peers: Peers::OneOf(vec![Peer::Block(IpBlock { cidr, except: Vec::new() })]),
             ports: Ports::OneOf(vec![PortMatch { protocol: *rng.pick(&[Protocol::TCP, Protocol::UDP]), port }]),
+            schedule: None,
+            log: false,
         }
     });
     let rules = rules.collect();
@@ -71,7 +73,7 @@ fn a_set_beyond_every_bound_is_refused_in_time() {
             port: PortSpec::Range { first: number, last: u16::MAX - number },
         };
         let ports = Ports::OneOf((0..10_000).map(overlapping).collect());
-        rule.push(Rule { action: Action::Allow, peers: Peers::Any, ports });
+        rule.push(Rule { action: Action::Allow, peers: Peers::Any, ports, schedule: None, log: false });
     }
     let start = Instant::now();
     let faults = Compiler::default().update(&cluster).unwrap().faults;
@@ -118,6 +120,8 @@ fn large(policies: usize, pods: usize) -> Cluster {
                 action: Action::Allow,
                 peers: Peers::OneOf(vec![peer]),
                 ports: Ports::OneOf(vec![PortMatch { protocol: Protocol::TCP, port }]),
+                schedule: None,
+                log: false,
             }
         };
         let (ingress, egress) = (vec![rule(), rule()], vec![rule(), rule()]);

@@ -181,7 +181,32 @@ fn a_compiler_that_enforces_or_forgets_what_is_tried_out_is_caught() {
         assert!(message.contains(says), "{message}");
     }
     let tally = compare_random(0..300, 300, Compiler::default).unwrap();
-    assert!(tally.audited * 50 > tally.pairs, "{} of {} would change", tally.audited, tally.pairs);
+    assert!(tally.audited * 100 > tally.pairs, "{} of {} would change", tally.audited, tally.pairs);
+}
+
+#[test]
+fn rules_are_logged_as_long_as_their_policies_want_it() {
+    let mut cluster = shop();
+    let mut compiler = Compiler::default();
+    let mut is_logged = |cluster: &Cluster, peer: u8, port| {
+        let update = compiler.update(cluster).unwrap();
+        let tuple = Tuple::ingress([10, 0, 0, peer].into(), Protocol::TCP, port);
+        let rule = update.decide(&PodId::new("shop", "db"), &tuple).unwrap().rule;
+        update.rules.is_logged(rule)
+    };
+    assert!(!is_logged(&cluster, 2, 5432));
+    let db = cluster.policies.get_mut(&PolicyId::new("shop", "policy/db")).unwrap();
+    db.ingress.iter_mut().flatten().for_each(|rule| rule.log = true);
+    assert_eq!([5432, 23].map(|port| is_logged(&cluster, 2, port)), [true; 2], "what would be denied, too");
+    assert!(!is_logged(&cluster, 3, 5432), "no rule");
+    let omitted = networkpolicy::render(&cluster).omitted;
+    assert!(
+        omitted.iter().any(|o| o.what == "shop/policy/db ingress[0]" && o.reason.contains("logged")),
+        "{omitted:?}"
+    );
+    let db = cluster.policies.get_mut(&PolicyId::new("shop", "policy/db")).unwrap();
+    db.ingress.iter_mut().flatten().for_each(|rule| rule.log = false);
+    assert!(!is_logged(&cluster, 2, 5432));
 }
 
 #[test]

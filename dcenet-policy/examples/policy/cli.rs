@@ -227,7 +227,7 @@ fn cluster(resources: &Path, err: &mut dyn Write) -> Result<(Cluster, Vec<Note>)
     let (documents, mut notes) = files::read(resources)?;
     notes.extend(documents.notes());
     notes.iter().try_for_each(|note| writeln!(err, "policy: {note}"))?;
-    Ok((documents.into_cluster(), notes))
+    Ok((files::cluster(documents), notes))
 }
 
 fn print(answer: &(impl Serialize + Display), output: &Output, out: &mut dyn Write) -> Result<(), Box<dyn Error>> {

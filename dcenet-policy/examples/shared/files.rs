@@ -3,7 +3,9 @@
 use std::error::Error;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
+use dcenet_policy::model::{Cluster, Time};
 use dcenet_policy::sources::kubernetes::{Documents, Note, NoteKind};
 
 /// All objects of a directory, with those below it, or of a single file.
@@ -31,6 +33,13 @@ pub(crate) fn read(resources: &Path) -> Result<(Documents, Vec<Note>), Box<dyn E
         };
     }
     Ok((documents, notes))
+}
+
+/// The cluster that documents tell of, as of now: rules with schedules are there or not.
+pub(crate) fn cluster(documents: Documents) -> Cluster {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).ok();
+    let time = since.and_then(|since| Time::try_from(since.as_secs()).ok());
+    Cluster { time, ..documents.into_cluster() }
 }
 
 fn is_of(path: &Path, extensions: &[&str]) -> bool {

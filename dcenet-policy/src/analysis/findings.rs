@@ -159,7 +159,8 @@ struct Seen {
     matched: Matched,
 }
 
-/// Looks at every rule of every policy in force; of those in audit nothing is said.
+/// Looks at every rule of every policy in force; of those in audit nothing is said, nor of rules whose schedule does not hold
+/// at the cluster's time.
 ///
 /// Where it is not known whether a policy governs a pod, for the pod's service account is not known, the policies of that
 /// pod and direction count as doing something: of their rules nothing is told that does not hold at other pods, and none of
@@ -170,7 +171,7 @@ struct Seen {
 /// [`AnalysisError::Compile`] where a policy is more than the compiler takes.
 pub fn findings(cluster: &Cluster, thresholds: &Thresholds) -> Result<Findings, AnalysisError> {
     let limits = Limits::default();
-    let cluster = &*cluster.in_force();
+    let cluster = &*cluster.without_audit();
     let mut sets: BTreeMap<SetKey, Vec<PodId>> = BTreeMap::new();
     for (pod, keys) in Compiler::default().set_keys(cluster) {
         for key in keys.into_iter().filter(|key| !key.policies.is_empty()) {
@@ -241,7 +242,8 @@ fn place(flattener: &mut Flattener<'_>, key: &SetKey) -> Result<Vec<Placed>, Ana
     for id in &key.policies {
         let rules = cluster.policies.get(id).and_then(|policy| policy.rules(direction)).unwrap_or_default();
         for (index, rule) in rules.iter().enumerate() {
-            let mut matches = classes::Claim::needed(rule.action)
+            let Some(action) = flatten::action_now(cluster, rule) else { continue };
+            let mut matches = classes::Claim::needed(action)
                 .iter()
                 .map(|claim| flattener.matches(rule, direction, &key.named_ports, *claim, 0))
                 .collect::<Result<Vec<_>, _>>()?
@@ -249,7 +251,7 @@ fn place(flattener: &mut Flattener<'_>, key: &SetKey) -> Result<Vec<Placed>, Ana
             let place = Place { policy: id, direction, rule: index };
             placed.push(Placed {
                 rule: place.whole(),
-                action: rule.action,
+                action,
                 conditions: matches.next().unwrap_or_default(),
                 denied: matches.next().unwrap_or_default(),
             });

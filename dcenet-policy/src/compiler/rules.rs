@@ -1,13 +1,13 @@
 //! What the numbers of rules stand for.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 use crate::ids::Ids;
 use crate::ir::{Leaf, RuleId};
-use crate::model::{PolicyId, RuleRef, Verdict};
+use crate::model::{Cluster, PolicyId, RuleRef, Verdict};
 
 /// What a number from [`RuleId::FIRST`] on stands for.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -100,12 +100,18 @@ pub struct Audit {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RuleTable {
     rules: BTreeMap<RuleId, Named>,
+    logged: BTreeSet<RuleId>,
 }
 
 impl RuleTable {
     /// The rule that decides where a program ends with this id; `None` where none does, and for ids that are not in use.
     pub fn rule(&self, id: RuleId) -> Option<&RuleRef> {
         self.rules.get(&id)?.rule()
+    }
+
+    /// What an id stands for; `None` for those below [`RuleId::FIRST`] and those that are not in use.
+    pub fn named(&self, id: RuleId) -> Option<&Named> {
+        self.rules.get(&id)
     }
 
     /// What decides where a program ends with this id.
@@ -116,6 +122,23 @@ impl RuleTable {
     /// What would decide if the policies in audit were in force, where that is something else.
     pub fn audit(&self, id: RuleId) -> Option<&Audit> {
         self.rules.get(&id)?.audit()
+    }
+
+    /// Whether the rule that decides where a program ends with this id wants its flows marked
+    /// ([`Rule::log`](crate::model::Rule::log)).
+    pub fn is_logged(&self, id: RuleId) -> bool {
+        self.logged.contains(&id)
+    }
+
+    /// The same with marks as the policies want them.
+    pub(super) fn logged_as_in(self, cluster: &Cluster) -> Self {
+        let wants = |named: &Named| {
+            let rule = named.rule()?;
+            let listed = cluster.policies.get(&rule.policy)?.rules(rule.direction)?;
+            Some(listed.get(rule.rule)?.log)
+        };
+        let logged = self.rules.iter().filter(|(_, named)| wants(named) == Some(true)).map(|(id, _)| *id).collect();
+        Self { logged, ..self }
     }
 
     /// All that is in use.
@@ -131,7 +154,7 @@ impl RuleTable {
 
 impl FromIterator<(RuleId, Named)> for RuleTable {
     fn from_iter<I: IntoIterator<Item = (RuleId, Named)>>(rules: I) -> Self {
-        Self { rules: rules.into_iter().collect() }
+        Self { rules: rules.into_iter().collect(), logged: BTreeSet::new() }
     }
 }
 

@@ -96,6 +96,7 @@
 mod apply;
 mod cells;
 pub mod client;
+mod clock;
 mod config;
 pub mod flows;
 mod guard;
@@ -128,6 +129,7 @@ use dcenet_ebpf::pin::{PinError, Pins};
 use dcenet_ebpf::probe::{Features, Missing, ProbeError};
 
 pub use self::client::{ClientError, PinnedDefault};
+pub use self::clock::Clock;
 pub use self::config::{Ahead, AheadError, DefaultVerdict, Limit, LimitError, PolicyConfig, Require};
 pub use self::lowering::{LoweredObject, Lowering, LoweringError};
 use self::server::{OwnerLock, Server};
@@ -372,6 +374,18 @@ impl Enforcer {
             cluster.policies = now.policies.clone();
             cluster.catalog = now.catalog.clone();
         })
+    }
+
+    /// Goes by another clock than the host's, for tests and rehearsals. It is asked which schedules hold
+    /// ([`Catalog::schedules`]), and for nothing else.
+    ///
+    /// # Errors
+    /// As [`Enforcer::set_policies`]; the clock counts all the same.
+    pub fn set_clock(&self, clock: Clock) -> Result<Report, EnforcerError> {
+        *self.shared.clock.lock() = clock;
+        let report = self.shared.apply();
+        self.shared.look_again();
+        report
     }
 
     /// Tries at once what failed, instead of waiting for the next attempt.

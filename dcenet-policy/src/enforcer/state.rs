@@ -17,6 +17,7 @@ use parking_lot::{Condvar, Mutex, RwLock};
 
 use super::apply::{Applied, Applier};
 use super::cells::Cells;
+use super::clock::{self, Clock};
 use super::flows::Names;
 use super::guard::{Guards, Refusal};
 use super::inside::{Inside, InsideLink};
@@ -48,6 +49,7 @@ pub(crate) struct Shared {
     pub(crate) cells: Mutex<Cells>,
     pub(crate) names: Arc<RwLock<Names>>,
     pub(crate) listener: Listener,
+    pub(super) clock: Mutex<Clock>,
 }
 
 impl fmt::Debug for Shared {
@@ -131,6 +133,10 @@ pub(crate) enum Outcome {
 }
 
 impl State {
+    pub(super) fn cluster_ref(&self) -> &Cluster {
+        &self.cluster
+    }
+
     pub(crate) fn cluster_mut(&mut self) -> &mut Cluster {
         self.touched = None;
         Arc::make_mut(&mut self.cluster)
@@ -313,6 +319,7 @@ impl Shared {
             cells: Mutex::new(cells),
             names: Arc::new(RwLock::new(names)),
             listener: Listener::default(),
+            clock: Mutex::new(clock::of_host()),
         })
     }
 
@@ -332,7 +339,12 @@ impl Shared {
     pub(crate) fn apply(&self) -> Result<Report, EnforcerError> {
         let mut applier = self.applier.lock();
         let (revision, cluster, touched, endpoints, bereft) = {
+            let now = self.time();
             let mut state = self.state.lock();
+            if state.is_late(now) {
+                state.cluster_mut().time = Some(now);
+                state.revision += 1;
+            }
             if !state.started || state.stopping || (state.applied == state.revision && state.retry_at.is_none()) {
                 return Ok(state.report());
             }
@@ -483,8 +495,8 @@ impl Shared {
         let mut sweep_at = Instant::now() + sweep::INTERVAL;
         let mut state = self.state.lock();
         while !state.stopping {
-            let now = Instant::now();
-            if state.retry_at.is_some_and(|at| at <= now) {
+            let (now, time) = (Instant::now(), self.time());
+            if state.retry_at.is_some_and(|at| at <= now) || state.is_late(time) {
                 drop(state);
                 if let Err(error) = self.apply() {
                     tracing::warn!(%error, "the latest policy is not in force; the last verdicts stand");
@@ -502,11 +514,17 @@ impl Shared {
                 sweep_at = Instant::now() + sweep::INTERVAL;
             } else {
                 let until = state.retry_at.map_or(sweep_at, |at| at.min(sweep_at));
+                let until = state.until_next_change(time).map_or(until, |wait| until.min(now + wait));
                 self.changed.wait_until(&mut state, until);
                 continue;
             }
             state = self.state.lock();
         }
+    }
+
+    /// Lets the retrying thread see what is to be done.
+    pub(super) fn look_again(&self) {
+        self.changed.notify_all();
     }
 
     pub(crate) fn stop(&self) {

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use serde::{Serialize, Serializer};
 
-use super::{IpBlock, Labels, Protocol, Tier};
+use super::{IpBlock, Labels, Protocol, Schedule, Tier, Time};
 
 /// Everything that policies may refer to by a name of its own.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -15,6 +15,11 @@ pub struct Catalog {
     pub tiers: BTreeMap<String, TierSpec>,
     /// Groups of prefixes, by name; a group holds an address that one of its blocks holds.
     pub groups: BTreeMap<String, Vec<IpBlock>>,
+    /// Clusters whose addresses are known, this one or others, by name. Where none is known, nobody can say who is meant by a
+    /// selector.
+    pub clusters: BTreeMap<String, ClusterSpec>,
+    /// When rules hold, by name.
+    pub schedules: BTreeMap<String, Schedule>,
     /// Labels of nodes. Of a node whose labels are not known nobody can say whether a selector holds; where none are known
     /// at all, nor which nodes there are.
     pub node_labels: BTreeMap<String, Labels>,
@@ -39,13 +44,21 @@ fn by_text<S: Serializer>(services: &BTreeMap<ServiceId, BTreeSet<Backend>>, to:
 impl Catalog {
     /// Adds what another one holds; of two of one name the other's counts.
     pub fn extend(&mut self, other: Self) {
-        let Self { tiers, groups, node_labels, external_addresses, services, service_addresses } = other;
+        let Self { tiers, groups, clusters, schedules, node_labels, external_addresses, services, service_addresses } =
+            other;
         self.tiers.extend(tiers);
         self.groups.extend(groups);
+        self.clusters.extend(clusters);
+        self.schedules.extend(schedules);
         self.node_labels.extend(node_labels);
         self.external_addresses.extend(external_addresses);
         self.services.extend(services);
         self.service_addresses.extend(service_addresses);
+    }
+
+    /// When the first of the schedules next begins or ceases to hold; `None` where none ever does.
+    pub fn next_change(&self, time: Time) -> Option<Time> {
+        self.schedules.values().filter_map(|schedule| schedule.next_change(time)).min()
     }
 
     /// What is known of a tier; `None` where policies name one that there is not.
@@ -57,6 +70,17 @@ impl Catalog {
             Tier::Named(name) => self.tiers.get(name).copied(),
         }
     }
+}
+
+/// What is known of a cluster. Its pods are known by its prefixes alone: between clusters, whoever joins them answers for
+/// that a cluster sends from its own.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct ClusterSpec {
+    /// Its labels, [`CLUSTER_NAME_LABEL`](super::CLUSTER_NAME_LABEL) and, where it belongs to a set,
+    /// [`CLUSTER_SET_LABEL`](super::CLUSTER_SET_LABEL) among them.
+    pub labels: Labels,
+    /// Its addresses: those that one of the blocks holds.
+    pub blocks: Vec<IpBlock>,
 }
 
 /// The name of a service.

@@ -27,6 +27,11 @@ pub struct Rule {
     pub peers: Peers,
     /// The service.
     pub ports: Ports,
+    /// The name of one of [`Catalog::schedules`](super::Catalog::schedules): the rule is there while that holds, and no rule
+    /// at other times; none where it always is.
+    pub schedule: Option<String>,
+    /// Whether flows that it decides are marked ([`Flow::log`](crate::enforcer::flows::Flow::log)); the verdict is the same.
+    pub log: bool,
 }
 
 /// A group of policies. Which is tried when is told by [`Catalog::tier`].
@@ -149,6 +154,11 @@ pub struct Policy {
 }
 
 impl Policy {
+    /// The rules of both directions.
+    pub fn all_rules(&self) -> impl Iterator<Item = &Rule> {
+        self.ingress.iter().chain(&self.egress).flatten()
+    }
+
     /// The rules of a direction, where it is governed.
     pub fn rules(&self, direction: Direction) -> Option<&[Rule]> {
         match direction {

@@ -10,7 +10,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::model::{Cluster, Mode};
+use crate::model::{Cluster, Direction, Mode, Rule};
 
 /// Something that is not enforced as it is written, and what happens instead.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -32,6 +32,36 @@ fn in_audit(cluster: &Cluster) -> impl Iterator<Item = Omission> {
     let policies = cluster.policies.values().filter(|policy| policy.mode == Mode::Audit);
     policies
         .map(|policy| Omission::new(&policy.id, "it is in audit: left out, and nothing there tells what it would do"))
+}
+
+/// The rules with a schedule, which are rendered as they are now.
+fn scheduled(cluster: &Cluster) -> impl Iterator<Item = Omission> {
+    rules_in_force(cluster).filter_map(|(place, rule)| {
+        let name = rule.schedule.as_ref()?;
+        let known = cluster.catalog.schedules.get(name).zip(cluster.time);
+        let now = match known.map(|(schedule, time)| schedule.holds_at(time)) {
+            Some(true) => "it holds now, and stays",
+            Some(false) => "it does not hold now, and is left out",
+            None => "whether it holds is not known: it allows nobody, or denies whom it would pass",
+        };
+        Some(Omission::new(place, format!("the schedule {name}: {now}; render again when that changes")))
+    })
+}
+
+/// The rules whose flows are to be marked, which nobody does there.
+fn logged(cluster: &Cluster) -> impl Iterator<Item = Omission> {
+    let rules = rules_in_force(cluster).filter(|(_, rule)| rule.log);
+    rules.map(|(place, _)| Omission::new(place, "it is to be logged: nothing there tells of its flows"))
+}
+
+fn rules_in_force(cluster: &Cluster) -> impl Iterator<Item = (String, &Rule)> {
+    let policies = cluster.policies.values().filter(|policy| policy.mode == Mode::Enforce);
+    policies.flat_map(|policy| {
+        Direction::ALL.into_iter().flat_map(move |direction| {
+            let rules = policy.rules(direction).unwrap_or_default().iter().enumerate();
+            rules.map(move |(index, rule)| (format!("{} {direction}[{index}]", policy.id), rule))
+        })
+    })
 }
 
 impl fmt::Display for Omission {

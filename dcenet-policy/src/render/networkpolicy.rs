@@ -11,9 +11,12 @@
 //! | a prefix, group, node, or anybody, in `ingress` of admin and baseline | nothing, but pods | as for ICMP |
 //! | exceptions of a prefix in admin and baseline | the prefixes around them | |
 //! | a group of prefixes | its prefixes | one that is not known: as for ICMP |
+//! | clusters by labels | their prefixes | where none is known: as for ICMP |
 //! | nodes by labels | their addresses in the tier NetworkPolicy, else `nodes`; their addresses in rules that allow, too, where labels of some are not known | a rule that denies or passes where labels of some are not known: as for ICMP |
 //! | a service | its own and its backends' addresses, a rule for each port | names of ports with it, or one that is not known: as for ICMP |
 //! | pods by service account | nothing | as for ICMP; where it is the subject the policy is left out: open to what is behind |
+//! | a rule that is to be logged | the rule | nothing tells of its flows |
+//! | a rule with a schedule | the rule, or nothing, as of the cluster's time | as it is then |
 //! | a policy in audit | nothing | left out: it changes no verdict, and nobody tells what it would do |
 //! | a port's name for one protocol, in the other tiers | the name for TCP, UDP and SCTP, where no pod uses it for another of them | else as above |
 //! | more than 25 rules, peers or services | several rules, several objects | |
@@ -56,7 +59,8 @@ impl Rendered {
 /// Renders all policies of a cluster. Its pods, namespaces, nodes, ports' names and [`Catalog`](crate::model::Catalog)
 /// count where the objects' kinds have no words for what a policy means: render again when they change.
 pub fn render(cluster: &Cluster) -> Rendered {
-    let rendered = Rendered { objects: Vec::new(), omitted: super::in_audit(cluster).collect() };
+    let omitted = super::in_audit(cluster).chain(super::scheduled(cluster)).chain(super::logged(cluster)).collect();
+    let rendered = Rendered { objects: Vec::new(), omitted };
     let cluster = &*cluster.in_force();
     let mut policies: Vec<&Policy> = cluster.policies.values().collect();
     policies.sort_by_key(|policy| cluster.order(policy));
@@ -184,6 +188,14 @@ impl Renderer<'_> {
                     Some(blocks) => peers.extend(blocks.iter().cloned().map(Peer::Block)),
                     None => self.omit(place, format!("the group {name}, which is not known; {left}")),
                 },
+                Peer::Clusters(_) if self.cluster.catalog.clusters.is_empty() => {
+                    self.omit(place, format!("clusters, of which none is known; {left}"));
+                }
+                Peer::Clusters(wanted) => {
+                    let known = self.cluster.catalog.clusters.values();
+                    let meant = known.filter(|known| selector_holds(wanted, &known.labels));
+                    peers.extend(meant.flat_map(|known| &known.blocks).cloned().map(Peer::Block));
+                }
                 Peer::Service(_) if direction == Direction::Ingress => {}
                 Peer::Service(id) => of_services.extend(self.service_rules(place, rule, id, left)),
             }
@@ -227,7 +239,7 @@ impl Renderer<'_> {
                 }
             };
             let ports = Ports::OneOf(ports.into_iter().map(|port| PortMatch { protocol, port }).collect());
-            rules.push(Rule { action: rule.action, peers: Peers::OneOf(peers), ports });
+            rules.push(Rule { action: rule.action, peers: Peers::OneOf(peers), ports, schedule: None, log: false });
         }
         rules
     }
@@ -256,7 +268,9 @@ impl Renderer<'_> {
                     Peer::Nodes(wanted) => {
                         peers.extend(self.nodes(wanted).map(|cidr| json!({ "ipBlock": { "cidr": cidr } })));
                     }
-                    Peer::Group(_) | Peer::Service(_) => self.omit(place, format!("a peer of another kind; {CLOSED}")),
+                    Peer::Group(_) | Peer::Clusters(_) | Peer::Service(_) => {
+                        self.omit(place, format!("a peer of another kind; {CLOSED}"))
+                    }
                 }
             }
             if peers.is_empty() {
@@ -383,7 +397,10 @@ impl Renderer<'_> {
                             networks.extend(self.nodes(wanted).map(|cidr| json!({ "networks": [cidr] })));
                         }
                         (Peer::Nodes(wanted), Direction::Egress) => networks.push(json!({ "nodes": selector(wanted) })),
-                        (Peer::Block(_) | Peer::Nodes(_) | Peer::Group(_) | Peer::Service(_), _) => {
+                        (
+                            Peer::Block(_) | Peer::Nodes(_) | Peer::Group(_) | Peer::Clusters(_) | Peer::Service(_),
+                            _,
+                        ) => {
                             self.omit(place, format!("a peer that is no pod; {left}"));
                         }
                     }

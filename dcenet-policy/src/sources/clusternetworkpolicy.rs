@@ -394,9 +394,13 @@ fn rules(
             closed.push(Closed { document, path, reason: format!("{reason}: {does}") });
         }
         rules.push(match (unknown.is_empty(), action) {
-            (true, _) => Rule { action, peers: Peers::OneOf(peers), ports },
-            (false, Action::Allow) => Rule { action, peers: Peers::OneOf(Vec::new()), ports },
-            (false, _) => Rule { action: Action::Deny, peers: Peers::Any, ports: Ports::Any },
+            (true, _) => Rule { action, peers: Peers::OneOf(peers), ports, schedule: None, log: false },
+            (false, Action::Allow) => {
+                Rule { action, peers: Peers::OneOf(Vec::new()), ports, schedule: None, log: false }
+            }
+            (false, _) => {
+                Rule { action: Action::Deny, peers: Peers::Any, ports: Ports::Any, schedule: None, log: false }
+            }
         });
     }
     Ok(rules)

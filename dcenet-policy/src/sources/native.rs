@@ -9,8 +9,10 @@
 //! | prefixes on ingress, above the policies of namespaces | `cidrs` in `from`, in the tier `admin` |
 //! | an address list of its own, that many rules name | PrefixGroup, `prefixGroups` |
 //! | nodes, services, service accounts | `nodes`, `service`, `serviceAccounts` |
+//! | clusters, and sets of them | Cluster, `clusters` |
 //! | more tiers | Tier, `spec.tier` |
 //! | to see what a policy would do before it does | `spec.mode: audit` |
+//! | a rule for some hours of some days | Schedule, `schedule` |
 //!
 //! # Objects
 //!
@@ -27,11 +29,12 @@
 //! |---|---|
 //! | `spec.subject` | `podSelector`, `serviceAccounts`, and for the cluster's `namespaceSelector`; what is missing selects all |
 //! | `spec.mode` | `enforce`, so where missing, or `audit`: the policy changes no verdict. Of each flow that it would have changed, or decided by another rule, it is told what the verdict would be if all policies in audit were in force ([`Flow::audit`](crate::enforcer::flows::Flow::audit)), and [`explain`](crate::explain) says so of every packet |
-//! | `spec.ingress[].from`, `spec.egress[].to` | missing: anybody. A list of `pods`, `cidrs`, `notCidrs`, `nodes`, `prefixGroups`, and in `to` `service` |
+//! | `spec.ingress[].from`, `spec.egress[].to` | missing: anybody. A list of `pods`, `cidrs`, `notCidrs`, `nodes`, `prefixGroups`, `clusters`, and in `to` `service` |
 //! | `pods` | `namespaceSelector`, `podSelector` and `serviceAccounts`; without the first the policy's namespace, and for the cluster's all |
 //! | `serviceAccounts` | names of the pods' `spec.serviceAccountName`; one that says nothing has `default`. Of a pod of which only its endpoint is known, and no v1 Pod object, the account is not known: a rule that allows by accounts does not match it, one that denies or passes denies it, and as the subject it is allowed nothing |
 //! | `nodes` | a selector for labels of nodes: their addresses, and so pods in their hosts' networks. `{}` selects all nodes. Nodes are those that v1 Node objects or pods tell of; of a node without such an object the labels are not known, so that a rule that allows does not match it and one that denies or passes denies it. Where there is no Node object at all, it denies everybody |
 //! | `prefixGroups` | names of groups. Of a group that is not given, a rule that allows matches nobody, and one that denies or passes denies everybody |
+//! | `clusters` | a selector for labels of Clusters: the addresses of those that it selects. `{}` selects all; `matchLabels: { clusterset.k8s.io: prod }` those of a set, `cluster.clusterset.k8s.io` one by its name. Where no Cluster is given, a rule that allows matches nobody, and one that denies or passes denies everybody |
 //! | `service` | `name` and `namespace` (for a policy of a namespace its own where missing): the service's own addresses and ports (v1 Service: cluster addresses, external ones, those of its balancer), and the addresses of its EndpointSlices (`discovery.k8s.io/v1`) with the ports there: where and whether the one is translated to the other makes no difference. All endpoints, ready or not. What enters by a `nodePort` is addressed to a node: name `nodes`. Where the Service or every slice of it is missing, a rule that allows matches what is known, and one that denies or passes denies everybody. The rule has no `services` |
 //! | `cidrs`, `except` | addresses of pods or not, but those of the exceptions |
 //! | `notCidrs` | addresses but these. The list names prefixes of both families, or the whole of the one that is not meant (`"::/0"`): what a list of one family should mean for the other cannot be guessed |
@@ -39,7 +42,9 @@
 //! | `protocol` | `tcp`, `udp`, `sctp`, `icmp`, `icmpv6` or a number (IANA, Assigned Internet Protocol Numbers) |
 //! | `ports`, `notPorts` | numbers, ranges as `8000-8100`; `ports` also names that pods give to theirs |
 //! | `type`, `code` | of ICMP (RFC 792) and ICMPv6 (RFC 4443); without `code` all of the type |
-//! | `action` | `allow`, `deny`, or `pass`: the rest of the tier is not asked |
+//! | `log` | `true`: flows that the rule decides are marked ([`Flow::log`](crate::enforcer::flows::Flow::log)), and [`Logged`](crate::enforcer::flows::Logged) hands on these alone. Nothing else changes; the limits of events hold for them, too, and what is beyond is counted |
+//! | `schedule` | the name of a Schedule: the rule is there while that holds, and is no rule at other times. Of a Schedule that is not given, a rule that allows matches nobody, and one that denies or passes denies whom it matches. Established flows are judged anew when it begins and when it ceases to hold, as after any change |
+//! | `action` | `allow`, `deny`, or `pass`: the rest of the tier is not asked. There is no `reject`: the programs drop what they deny, and to answer with a RST (RFC 9293, section 3.10.7) or an ICMP error (RFC 1812, section 5.2.7.1) they would have to turn the packet round and send it past the pod's own programs |
 //!
 //! # What policies refer to
 //!
@@ -51,6 +56,10 @@
 //! | Tier | `spec.order` | its place, from 1 to 65535: lower ones are tried first, and equal ones by name. `admin` has 1000, `network-policy` 2000, `baseline` 3000. What is behind `network-policy` is not asked for a pod that a policy in there isolates; what is before it comes before traffic of the pod's own node, too |
 //! | | `spec.end` | of pods that a policy of the tier governs in a direction, what no rule decides: `pass` it to the next tier (so where missing), or `deny` it |
 //! | PrefixGroup | `spec.cidrs`, `spec.except` | prefixes and exceptions, as those of a rule. A change of a group changes classes of addresses, and no program |
+//! | Cluster | `metadata.labels`, `spec.clusterSet` | its labels; `cluster.clusterset.k8s.io` is its name and `clusterset.k8s.io` its set, as the properties of a cluster are called (`about.k8s.io`, KEP-2149) |
+//! | | `spec.cidrs`, `spec.except` | its addresses: of pods, of services, of its gateways, as rules shall mean them. The own cluster may be one, too |
+//! | Schedule | `spec.utcOffset` | how far local time is from UTC, such as `"+01:00"`; UTC where missing. There are no zones that change for daylight saving |
+//! | | `spec.windows` | a list; it holds in each. `days` on which the window begins (`mon` to `sun`, missing: all), `from` and `until`, times of day such as `"08:00"`, in quotes; the second is not part of it, and is one of the next day where it is not after the first. Missing both: the whole day |
 //!
 //! A policy of a tier that is not given closes the pods that it governs, in its directions.
 //!
@@ -241,9 +250,9 @@ pub(super) fn read_policy(at: &At<'_>, kind_needed: KindNeeded) -> Result<Policy
 
 fn rules(at: &At<'_>, peers_field: &'static str, owner: Owner<'_>) -> Result<Vec<Rule>, SourceError> {
     let known: &[&str] = if peers_field == "from" {
-        &["name", "action", "from", "services"]
+        &["name", "action", "from", "services", "schedule", "log"]
     } else {
-        &["name", "action", "to", "services"]
+        &["name", "action", "to", "services", "schedule", "log"]
     };
     let mut rules = Vec::new();
     for rule in at.elements()? {
@@ -251,10 +260,22 @@ fn rules(at: &At<'_>, peers_field: &'static str, owner: Owner<'_>) -> Result<Vec
         if fields.field("name").value.is_some() {
             fields.field("name").text()?;
         }
-        let action = match one_of(&fields.field("action"), &["allow", "deny", "pass"])? {
+        let action = fields.field("action");
+        if action.value.and_then(Value::as_str) == Some("reject") {
+            return Err(action.invalid("is not enforced here: programs drop without an answer; use deny"));
+        }
+        let action = match one_of(&action, &["allow", "deny", "pass"])? {
             "allow" => Action::Allow,
             "deny" => Action::Deny,
             _ => Action::Pass,
+        };
+        let schedule = fields.field("schedule");
+        let schedule = schedule.value.map(|_| dns_name(&schedule, 63)).transpose()?.map(str::to_owned);
+        let log = fields.field("log");
+        let log = match log.value {
+            None | Some(Value::Bool(false)) => false,
+            Some(Value::Bool(true)) => true,
+            Some(_) => return Err(log.invalid("must be true or false")),
         };
         let list = fields.field(peers_field);
         let peers = some(&list, "for anybody", |item, peers| peer(item, owner, peers_field, peers))?;
@@ -268,6 +289,8 @@ fn rules(at: &At<'_>, peers_field: &'static str, owner: Owner<'_>) -> Result<Vec
             action,
             peers: peers.map_or(Peers::Any, Peers::OneOf),
             ports: ports.map_or(Ports::Any, Ports::OneOf),
+            schedule,
+            log,
         });
     }
     Ok(rules)
@@ -307,14 +330,16 @@ fn pods_of(fields: &Fields<'_>, owner: Owner<'_>) -> Result<PodMatch, SourceErro
 }
 
 fn peer(at: &At<'_>, owner: Owner<'_>, peers_field: &'static str, peers: &mut Vec<Peer>) -> Result<(), SourceError> {
-    let fields = at.fields(&["pods", "cidrs", "except", "notCidrs", "nodes", "prefixGroups", "service"])?;
+    let fields = at.fields(&["pods", "cidrs", "except", "notCidrs", "nodes", "prefixGroups", "clusters", "service"])?;
     let (pods, cidrs, except, not) =
         (fields.field("pods"), fields.field("cidrs"), fields.field("except"), fields.field("notCidrs"));
     let (nodes, groups, service) = (fields.field("nodes"), fields.field("prefixGroups"), fields.field("service"));
-    let kinds = [&pods, &cidrs, &not, &nodes, &groups, &service];
+    let clusters = fields.field("clusters");
+    let kinds = [&pods, &cidrs, &not, &nodes, &groups, &clusters, &service];
     if kinds.iter().filter(|field| field.value.is_some()).count() != 1 {
         return Err(at.invalid(
-            "must have exactly one of pods, cidrs, notCidrs, nodes, prefixGroups, service; make several elements of it",
+            "must have exactly one of pods, cidrs, notCidrs, nodes, prefixGroups, clusters, service; make several elements \
+             of it",
         ));
     }
     if except.value.is_some() && cidrs.value.is_none() {
@@ -325,6 +350,8 @@ fn peer(at: &At<'_>, owner: Owner<'_>, peers_field: &'static str, peers: &mut Ve
         peers.push(Peer::Pods(pods_of(&fields, owner)?));
     } else if nodes.value.is_some() {
         peers.push(Peer::Nodes(selector(&nodes)?));
+    } else if clusters.value.is_some() {
+        peers.push(Peer::Clusters(selector(&clusters)?));
     } else if groups.value.is_some() {
         let names = some(&groups, "for anybody", |item, names: &mut Vec<Peer>| {
             names.push(Peer::Group(dns_name(item, 63)?.to_owned()));

@@ -206,6 +206,8 @@ fn rules(at: &At<'_>, peers_field: &'static str, namespace: &str) -> Result<Vec<
             action: Action::Allow,
             peers: if peers.is_empty() { Peers::Any } else { Peers::OneOf(peers) },
             ports: if ports.is_empty() { Ports::Any } else { Ports::OneOf(ports) },
+            schedule: None,
+            log: false,
         });
     }
     Ok(rules)

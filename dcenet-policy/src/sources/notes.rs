@@ -59,19 +59,24 @@ pub enum UnknownPeer {
     Backends(ServiceId),
     /// A service's own addresses: there is no v1 Service of this name.
     Service(ServiceId),
+    /// Clusters: there is no Cluster.
+    Clusters,
+    /// When a rule holds: there is no Schedule of this name.
+    Schedule(String),
 }
 
 impl UnknownPeer {
     fn of(peer: &Peer, catalog: &Catalog) -> Vec<Self> {
         match peer {
             Peer::Nodes(_) if catalog.node_labels.is_empty() => vec![Self::Nodes],
+            Peer::Clusters(_) if catalog.clusters.is_empty() => vec![Self::Clusters],
             Peer::Group(name) if !catalog.groups.contains_key(name) => vec![Self::Group(name.clone())],
             Peer::Service(id) => {
                 let backends = (!catalog.services.contains_key(id)).then(|| Self::Backends(id.clone()));
                 let service = (!catalog.service_addresses.contains_key(id)).then(|| Self::Service(id.clone()));
                 backends.into_iter().chain(service).collect()
             }
-            Peer::Nodes(_) | Peer::Group(_) | Peer::Pods(_) | Peer::Block(_) => Vec::new(),
+            Peer::Nodes(_) | Peer::Group(_) | Peer::Clusters(_) | Peer::Pods(_) | Peer::Block(_) => Vec::new(),
         }
     }
 }
@@ -80,9 +85,11 @@ impl fmt::Display for UnknownPeer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Nodes => f.write_str("no v1 Node is given"),
+            Self::Clusters => f.write_str("no Cluster is given"),
             Self::Group(name) => write!(f, "there is no PrefixGroup {name}"),
             Self::Backends(id) => write!(f, "there is no EndpointSlice of service {id}"),
             Self::Service(id) => write!(f, "there is no v1 Service {id}"),
+            Self::Schedule(name) => write!(f, "there is no Schedule {name}"),
         }
     }
 }
@@ -93,6 +100,9 @@ impl Documents {
         let mut found = BTreeSet::new();
         for policy in self.policies.values() {
             for rule in Direction::ALL.into_iter().filter_map(|direction| policy.rules(direction)).flatten() {
+                let known = |name: &&String| self.catalog.schedules.contains_key(*name);
+                let unknown = rule.schedule.as_ref().filter(|name| !known(name));
+                found.extend(unknown.map(|name| (&policy.id, UnknownPeer::Schedule(name.clone()))));
                 if let Peers::OneOf(peers) = &rule.peers {
                     let unknown = peers.iter().flat_map(|peer| UnknownPeer::of(peer, &self.catalog));
                     found.extend(unknown.map(|unknown| (&policy.id, unknown)));

@@ -7,10 +7,12 @@ use ipnet::IpNet;
 
 use super::Rng;
 use crate::classes::{selector_holds, selector_may_hold};
+use crate::flatten;
 use crate::model::{
-    Action, Backend, Catalog, Cluster, Direction, IpBlock, LabelSelector, Labels, Mode, NamedPort, NamespaceMatch,
-    Operator, Peer, Peers, Pod, PodId, PodMatch, PodNetwork, Policy, PolicyId, PortMatch, PortSpec, Ports, Protocol,
-    Requirement, Rule, SERVICE_ACCOUNT_LABEL, ServiceId, Tier, TierEnd, TierSpec, Tuple,
+    Action, Backend, CLUSTER_SET_LABEL, Catalog, Cluster, ClusterSpec, Direction, IpBlock, LabelSelector, Labels, Mode,
+    NamedPort, NamespaceMatch, Operator, Peer, Peers, Pod, PodId, PodMatch, PodNetwork, Policy, PolicyId, PortMatch,
+    PortSpec, Ports, Protocol, Requirement, Rule, SERVICE_ACCOUNT_LABEL, Schedule, ServiceId, Tier, TierEnd, TierSpec,
+    Time, Tuple, Window,
 };
 
 const NAMESPACES: [&str; 3] = ["x", "y", "z"];
@@ -19,6 +21,7 @@ const VALUES: [&str; 3] = ["a", "b", "c"];
 /// With their places: before admin, between admin and NetworkPolicy, before and after baseline.
 const TIERS: [(&str, u16); 4] = [("first", 500), ("second", 1500), ("third", 2500), ("last", 3500)];
 const GROUPS: [&str; 2] = ["partners", "lists"];
+const SCHEDULES: [&str; 2] = ["odd", "even"];
 const SERVICES: [&str; 2] = ["db", "dns"];
 const NODES: [&str; 2] = ["n1", "n2"];
 const PORT_NAMES: [&str; 2] = ["web", "dns"];
@@ -81,7 +84,7 @@ pub fn cluster(rng: &mut Rng) -> Cluster {
     cluster
 }
 
-/// Groups, labels of nodes, and services; now and then one is missing.
+/// Groups, clusters, schedules, labels of nodes, and services; now and then one is missing.
 fn catalog(rng: &mut Rng, cluster: &mut Cluster) {
     for name in GROUPS {
         if rng.chance(85) {
@@ -99,6 +102,21 @@ fn catalog(rng: &mut Rng, cluster: &mut Cluster) {
             cluster.catalog.external_addresses.insert(node.to_owned(), [Ipv4Addr::new(10, 0, 0, number).into()].into());
         }
     }
+    for (name, set) in [("west", "prod"), ("east", "prod"), ("lab", "test")] {
+        if rng.chance(70) {
+            let label = [(CLUSTER_SET_LABEL.to_owned(), set.to_owned())];
+            let labels = labels(rng).into_iter().chain(label).collect();
+            let blocks = (0..rng.below(3)).map(|_| block(rng)).collect();
+            cluster.catalog.clusters.insert(name.to_owned(), ClusterSpec { labels, blocks });
+        }
+    }
+    for (name, days) in [("odd", 0b101_0101), ("even", 0b010_1010)] {
+        if rng.chance(90) {
+            let windows = vec![Window { days, from: 360, until: 360 }];
+            cluster.catalog.schedules.insert(name.to_owned(), Schedule { offset: 60, windows });
+        }
+    }
+    cluster.time = rng.chance(90).then(|| rng.below(1_000_000) as Time * 60);
     for name in SERVICES {
         if rng.chance(90) {
             let backends = backends(rng, 1);
@@ -178,6 +196,12 @@ pub fn addresses(cluster: &Cluster) -> Vec<IpAddr> {
                 let blocks = match peer {
                     Peer::Block(block) => std::slice::from_ref(block),
                     Peer::Group(name) => cluster.catalog.groups.get(name).map(Vec::as_slice).unwrap_or_default(),
+                    Peer::Clusters(_) => {
+                        let all = cluster.catalog.clusters.values().flat_map(|known| &known.blocks);
+                        let prefixes = all.flat_map(|block| [&block.cidr].into_iter().chain(&block.except));
+                        prefixes.for_each(|prefix| found.extend(prefix_edges(prefix)));
+                        &[]
+                    }
                     Peer::Service(id) => {
                         found.extend(listening(cluster, id));
                         &[]
@@ -201,8 +225,12 @@ pub fn tuples(rng: &mut Rng, cluster: &Cluster, count: usize) -> Vec<(PodId, Tup
     for (id, pod) in &own {
         for policy in cluster.policies.values().filter(|policy| selected(cluster, &policy.subject, id, pod)) {
             for direction in Direction::ALL {
-                let rules = policy.rules(direction).unwrap_or_default();
-                targets.extend(rules.iter().map(|rule| (*id, *pod, direction, rule)));
+                let rules = policy.rules(direction).unwrap_or_default().iter();
+                let there = rules.filter(|rule| flatten::action_now(cluster, rule).is_some());
+                // Rules that decide are met more often than those that are tried out.
+                let weight = if policy.mode == Mode::Enforce { 3 } else { 1 };
+                let aims = there.flat_map(|rule| std::iter::repeat_n((*id, *pod, direction, rule), weight));
+                targets.extend(aims);
             }
         }
     }
@@ -255,6 +283,15 @@ fn aim(rng: &mut Rng, cluster: &Cluster, peers: &[Peer], own: &[(&PodId, &Pod)])
             }
             _ => None,
         },
+        Peer::Clusters(wanted) => {
+            let known = cluster.catalog.clusters.values().filter(|known| selector_holds(wanted, &known.labels));
+            let blocks: Vec<&IpBlock> = known.flat_map(|known| &known.blocks).collect();
+            if blocks.is_empty() {
+                return None;
+            }
+            let block = *rng.pick(&blocks);
+            edge(rng, block)
+        }
         Peer::Nodes(_) => {
             let all = cluster.nodes.values().chain(cluster.catalog.external_addresses.values());
             let addresses: Vec<IpAddr> = all.flatten().copied().collect();
@@ -358,7 +395,14 @@ fn rule(rng: &mut Rng, namespace: &str) -> Rule {
         true => Ports::Any,
         false => Ports::OneOf((0..1 + rng.below(3)).map(|_| port(rng)).collect()),
     };
-    Rule { action: if rng.chance(20) { Action::Deny } else { Action::Allow }, peers, ports }
+    let schedule = rng.chance(6).then(|| (*rng.pick(&SCHEDULES)).to_owned());
+    Rule {
+        action: if rng.chance(20) { Action::Deny } else { Action::Allow },
+        peers,
+        ports,
+        schedule,
+        log: rng.chance(20),
+    }
 }
 
 fn peer(rng: &mut Rng, namespace: &str) -> Peer {
@@ -366,6 +410,7 @@ fn peer(rng: &mut Rng, namespace: &str) -> Peer {
         0..=6 => return Peer::Block(block(rng)),
         7..=8 => return Peer::Group((*rng.pick(&GROUPS)).to_owned()),
         9 => return Peer::Nodes(selector(rng)),
+        11 => return Peer::Clusters(selector(rng)),
         10 => return Peer::Service(ServiceId::new("x", *rng.pick(&SERVICES))),
         _ => {}
     }

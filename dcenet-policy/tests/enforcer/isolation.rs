@@ -24,6 +24,8 @@ fn huge() -> Policy {
         action: Action::Allow,
         peers: Peers::OneOf((0..500).map(|n| Peer::Block(block(n))).collect()),
         ports: Ports::OneOf((5300..5700).map(port).collect()),
+        schedule: None,
+        log: false,
     };
     for_db("huge", vec![rule])
 }
@@ -37,6 +39,8 @@ fn wide() -> Policy {
             except: vec![],
         })]),
         ports: Ports::OneOf(vec![PortMatch { protocol: Protocol::UDP, port: PortSpec::Range { first: n, last: n } }]),
+        schedule: None,
+        log: false,
     });
     for_db("wide", rules.collect())
 }
@@ -45,7 +49,7 @@ fn wide() -> Policy {
 fn scattered() -> Policy {
     let block = |n| Peer::Block(IpBlock { cidr: format!("{n}.7.7.0/24").parse().unwrap(), except: vec![] });
     let peers = Peers::OneOf((101..=200).map(block).collect());
-    for_db("scattered", vec![Rule { action: Action::Allow, peers, ports: Ports::Any }])
+    for_db("scattered", vec![Rule { action: Action::Allow, peers, ports: Ports::Any, schedule: None, log: false }])
 }
 
 fn for_db(name: &str, rules: Vec<Rule>) -> Policy {
@@ -172,6 +176,8 @@ fn peers_beyond_the_room_are_enforced_without_another_change_once_numbers_are_fr
             },
         })]),
         ports: Ports::OneOf(vec![PortMatch { protocol: Protocol::UDP, port: PortSpec::Any }]),
+        schedule: None,
+        log: false,
     };
     // `web` is a peer of the labelled class only, which tells by traffic which change is in force.
     let rules = (0..10).map(|bit| from(&format!("l{bit}"))).chain([from("chosen")]);

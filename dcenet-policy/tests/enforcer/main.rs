@@ -13,6 +13,7 @@ mod inside;
 mod isolation;
 mod packets;
 mod restart;
+mod schedules;
 mod shared;
 mod streams;
 mod sys;

@@ -71,6 +71,7 @@ pub fn flows() -> Vec<Flow> {
         policy: Some(PolicyId::new("shop", "web")),
         rule: Some("shop/web egress[0]".to_owned()),
         rule_number: Some(9),
+        log: false,
         audit: None,
         egress_packets: 3,
         egress_bytes: 300,
@@ -92,6 +93,7 @@ pub fn flows() -> Vec<Flow> {
         },
         Flow { protocol: Protocol::ICMP, icmp: Some((8, 0)), ..denied.clone() },
         Flow {
+            log: true,
             audit: Some(FlowAudit {
                 verdict: Verdict::Deny,
                 policy: Some(PolicyId::new("shop", "strict")),

@@ -9,6 +9,7 @@
 //! | `prometheus::FlowMetrics` (feature `metrics`) | counters |
 //! | [`ipfix::IpfixExporter`] | records for a collector (RFC 7011) |
 //! | [`Tee`] | what several others make of them |
+//! | [`Logged`] | what another makes of those whose rules are to be logged |
 //!
 //! What every sink must do is written down as a test in `conformance` (feature `test-support`).
 
@@ -18,6 +19,7 @@ mod counters;
 pub mod ipfix;
 mod json;
 mod last;
+mod logged;
 mod names;
 #[cfg(feature = "metrics")]
 pub mod prometheus;
@@ -36,6 +38,7 @@ pub use self::counters::{ReasonCounter, RuleCounter};
 pub(crate) use self::counters::{counters, reason_counters, rule_counters};
 pub use self::json::JsonLines;
 pub use self::last::LastFlows;
+pub use self::logged::Logged;
 pub(crate) use self::names::Names;
 pub use self::reader::FlowReader;
 pub use self::tee::{Tee, TeeError};
@@ -86,6 +89,10 @@ pub struct Flow {
     /// The rule's number. It stands for the same rule until that falls out of use.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rule_number: Option<u32>,
+    /// Whether the rule that decided wants its flows marked ([`Rule::log`](crate::model::Rule::log)), for whoever keeps these and
+    /// no others ([`Logged`]). Events about them have the same limits as others.
+    #[serde(skip_serializing_if = "is_false")]
+    pub log: bool,
     /// What the verdict would be if the policies in audit were in force, where one governs the pod and something else would
     /// decide. As [`Flow::rule`], it is what was found when the flow was judged last.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -250,6 +257,10 @@ fn direction_of(direction: PodDirection) -> Direction {
         PodDirection::Egress => Direction::Egress,
         PodDirection::Ingress => Direction::Ingress,
     }
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 fn as_text<T: std::fmt::Display, S: serde::Serializer>(value: &T, serializer: S) -> Result<S::Ok, S::Error> {

@@ -21,6 +21,8 @@ pub(crate) struct Names {
     rules: BTreeMap<RuleId, Named>,
     /// The numbers of the last update.
     used: BTreeSet<RuleId>,
+    /// Those of them whose flows are marked.
+    logged: BTreeSet<RuleId>,
     /// Numbers that an earlier owner gave to rules and that now stand for something else.
     taken_back: Vec<RuleId>,
 }
@@ -48,7 +50,12 @@ impl Names {
                 let rules = rules.into_iter().map(|(id, rule)| (RuleId(id), rule));
                 let (rules, taken_back): (BTreeMap<_, _>, BTreeMap<_, _>) =
                     rules.partition(|(id, _)| *id >= RuleId::FIRST);
-                Self { rules, used: BTreeSet::new(), taken_back: taken_back.into_keys().collect() }
+                Self {
+                    rules,
+                    used: BTreeSet::new(),
+                    logged: BTreeSet::new(),
+                    taken_back: taken_back.into_keys().collect(),
+                }
             }
             Err(error) => {
                 tracing::warn!(path = %path.display(), %error, "the names of rules are lost");
@@ -74,7 +81,7 @@ impl Names {
         let named: BTreeSet<&Named> = table.iter().map(|(_, rule)| rule).collect();
         // A rule that comes back may have another number than before, and counts by that one alone.
         let left: BTreeSet<RuleId> = {
-            let left = self.rules.iter().filter(|(id, rule)| table.rule(**id).is_none() && named.contains(*rule));
+            let left = self.rules.iter().filter(|(id, rule)| table.named(**id).is_none() && named.contains(*rule));
             left.map(|(id, _)| *id).collect()
         };
         if !learnt.is_empty() || !left.is_empty() || !self.taken_back.is_empty() {
@@ -97,6 +104,7 @@ impl Names {
             self.taken_back.clear();
         }
         self.used = table.iter().map(|(id, _)| id).collect();
+        self.logged = self.used.iter().copied().filter(|id| table.is_logged(*id)).collect();
         Ok(())
     }
 
@@ -120,6 +128,11 @@ impl Names {
         }
     }
 
+    /// Whether the rule wants its flows marked.
+    pub(super) fn is_logged(&self, id: RuleId) -> bool {
+        self.logged.contains(&id)
+    }
+
     /// What would be with the policies in audit, where that is something else.
     pub(super) fn audit(&self, id: RuleId) -> Option<FlowAudit> {
         self.rules.get(&id)?.audit().map(FlowAudit::of)
@@ -133,7 +146,8 @@ mod tests {
 
     use super::super::super::node::create;
     use super::*;
-    use crate::model::{Direction, RuleRef};
+    use crate::compiler::{Audit, Decider};
+    use crate::model::{Direction, RuleRef, Verdict};
 
     fn rule(policy: &str, index: usize) -> Named {
         Named::Rule(RuleRef {
@@ -174,5 +188,17 @@ mod tests {
         );
         assert_eq!(learn(&mut names, table([(d, rule("a", 0))])), [(b, false), (c, false), (d, true)]);
         assert!(names.in_use(RuleId::ISOLATED));
+
+        // What no rule decides, and a policy in audit would: it keeps its number, whatever comes and goes beside it.
+        let audited = Named::Audited {
+            by: Decider::Fixed(RuleId::ISOLATED),
+            audit: Audit { verdict: Verdict::Allow, by: rule("c", 0).decider() },
+        };
+        assert_eq!(learn(&mut names, table([(a, audited.clone()), (d, rule("a", 0))])).len(), 4);
+        let kept = learn(&mut names, table([(a, audited.clone()), (b, rule("a", 0))]));
+        assert_eq!(kept, [(a, true), (b, true), (c, false)]);
+        let told = names.audit(RuleId(a)).unwrap();
+        assert_eq!((told.verdict, told.rule.as_str()), (Verdict::Allow, "shop/c ingress[0]"));
+        assert_eq!((names.text(RuleId(a)), names.policy(RuleId(a))), ("isolated; no rule matches".to_owned(), None));
     }
 }

@@ -237,6 +237,7 @@ impl Resolver {
             policy: rule.and_then(|id| names.policy(id)),
             rule: rule.map(|id| names.text(id)),
             rule_number: rule.map(|id| id.0),
+            log: rule.is_some_and(|id| names.is_logged(id)),
             audit: rule.and_then(|id| names.audit(id)),
             egress_packets: event.egress_packets,
             egress_bytes: event.egress_bytes,

@@ -83,12 +83,17 @@ fn what_cannot_be_meant_is_refused_by_field() {
             refusal("", "tier: admin, priority: 1"),
             "spec: {\"priority\":1,\"tier\":\"admin\"}: must have ingress or egress; an empty list is one",
         ),
+        (
+            refusal("", "tier: admin, priority: 1, egress: [{action: reject}]"),
+            "spec.egress[0].action: \"reject\": is not enforced here: programs drop without an answer; use deny",
+        ),
+        (rule("log: yes please"), "spec.egress[0].log: \"yes please\": must be true or false"),
         (rule("to: []"), "spec.egress[0].to: []: must have at least one element; leave it out for anybody"),
         (rule("from: [{pods: {}}]"), "spec.egress[0].from: unknown field"),
         (
             rule("to: [{pods: {}, cidrs: [10.0.0.0/8]}]"),
             "spec.egress[0].to[0]: {\"cidrs\":[\"10.0.0.0/8\"],\"pods\":{}}: must have exactly one of pods, cidrs, notCidrs, nodes, prefixGroups, \
-             service; \
+             clusters, service; \
              make several elements of it",
         ),
         (

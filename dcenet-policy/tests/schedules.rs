@@ -1,0 +1,172 @@
+//! Rules that hold at times.
+
+#![cfg(feature = "yaml")]
+
+use dcenet_policy::compiler::Scope;
+use dcenet_policy::model::{Cluster, Pod, PodId, Protocol, Time, Tuple, Verdict};
+use dcenet_policy::render::{networkpolicy, nftables};
+use dcenet_policy::sources::kubernetes::Documents;
+use dcenet_policy::{Compiler, eval};
+
+/// Port 22 in office hours, nothing else from `bad` at night, and what passes on Sundays is not isolated.
+const TEXT: &str = r#"
+apiVersion: dcenet.io/v1alpha1
+kind: Schedule
+metadata: { name: office }
+spec:
+  utcOffset: "+01:00"
+  windows: [ { days: [ mon, tue, wed, thu, fri ], from: "08:00", until: "18:00" } ]
+---
+apiVersion: dcenet.io/v1alpha1
+kind: Schedule
+metadata: { name: night }
+spec: { windows: [ { from: "22:00", until: "06:00" } ] }
+---
+apiVersion: dcenet.io/v1alpha1
+kind: Policy
+metadata: { name: db, namespace: shop }
+spec:
+  ingress:
+  - { action: allow, services: [ { protocol: tcp, ports: [ 22 ] } ], schedule: office }
+  - { action: deny, from: [ { cidrs: [ 10.0.0.3/32 ] } ], schedule: night }
+  - { action: allow, services: [ { protocol: tcp, ports: [ 80 ] } ] }
+---
+apiVersion: dcenet.io/v1alpha1
+kind: Policy
+metadata: { name: first }
+spec:
+  tier: admin
+  priority: 1
+  ingress:
+  - { action: pass, services: [ { protocol: tcp, ports: [ 80 ] } ], schedule: night }
+  - { action: deny, services: [ { protocol: tcp, ports: [ 80 ] } ], from: [ { cidrs: [ 10.0.0.4/32 ] } ] }
+"#;
+
+/// 2026-11-23, a Monday, 00:00 UTC.
+const MONDAY: Time = 1_795_392_000;
+
+fn hour(day: i64, hour: i64) -> Option<Time> {
+    Some(MONDAY + day * 86_400 + hour * 3600)
+}
+
+fn shop(text: &str) -> Cluster {
+    let mut cluster = Documents::default().with_yaml("shop.yaml", text).unwrap().into_cluster();
+    cluster.insert_namespace("shop", []);
+    cluster.pods.insert(PodId::new("shop", "db"), Pod::new([], [[10, 0, 0, 1].into()]));
+    cluster
+}
+
+/// By evaluator and compiler.
+fn judged(compiler: &mut Compiler, cluster: &Cluster, peer: u8, port: u16) -> Verdict {
+    let (db, tuple) = (PodId::new("shop", "db"), Tuple::ingress([10, 0, 0, peer].into(), Protocol::TCP, port));
+    let said = eval::evaluate(cluster, &db, &tuple).unwrap();
+    let found = compiler.update(cluster).unwrap();
+    let leaf = found.decide(&db, &tuple).unwrap();
+    assert_eq!(
+        (leaf.verdict, found.rules.rule(leaf.rule).is_some()),
+        (said.verdict, matches!(said.reason, eval::Reason::Rule(_)))
+    );
+    // What renderers and analyses start from comes to the same.
+    assert_eq!(eval::evaluate(&cluster.in_force(), &db, &tuple).unwrap().verdict, said.verdict);
+    said.verdict
+}
+
+#[test]
+fn rules_are_there_in_their_hours_and_of_one_compiler() {
+    use Verdict::{Allow, Deny};
+    let mut cluster = shop(TEXT);
+    let mut compiler = Compiler::default();
+    for (time, ssh, web, web_of_3, web_of_4, what) in [
+        (hour(0, 6), Deny, Allow, Allow, Deny, "06:00 UTC is neither"),
+        (hour(0, 7), Allow, Allow, Allow, Deny, "the office opens"),
+        (hour(0, 17), Deny, Allow, Allow, Deny, "and closes"),
+        (hour(5, 10), Deny, Allow, Allow, Deny, "not on Saturdays"),
+        (hour(0, 22), Deny, Allow, Deny, Allow, "night: 3 is denied, and 4 passes by what would deny it"),
+        (hour(1, 5), Deny, Allow, Deny, Allow, "still"),
+        (hour(1, 6), Deny, Allow, Allow, Deny, "no longer"),
+        (None, Deny, Deny, Deny, Deny, "whoever does not know the time allows nothing by it"),
+    ] {
+        cluster.time = time;
+        let found =
+            [(2, 22), (2, 80), (3, 80), (4, 80)].map(|(peer, port)| judged(&mut compiler, &cluster, peer, port));
+        assert_eq!(found, [ssh, web, web_of_3, web_of_4], "{what}");
+        assert_eq!(judged(&mut compiler, &cluster, 2, 23), Deny);
+    }
+    // Nor without the schedules.
+    let mut unknown = cluster.clone();
+    unknown.time = hour(0, 7);
+    unknown.catalog.schedules.clear();
+    let found = [(2, 22), (2, 80), (3, 80)].map(|(peer, port)| judged(&mut compiler, &unknown, peer, port));
+    assert_eq!(found, [Deny; 3]);
+    assert_eq!(cluster.catalog.next_change(MONDAY), hour(0, 6), "the night ends before the office opens");
+}
+
+#[test]
+fn a_schedule_that_is_not_given_is_told_of_and_one_misspelt_is_refused() {
+    let without = TEXT.replace("name: night", "name: nights");
+    let documents = Documents::default().with_yaml("shop.yaml", &without).unwrap();
+    let told: Vec<String> = documents.unknown_peers().iter().map(|(id, what)| format!("{id}: {what}")).collect();
+    assert_eq!(told, ["admin:policy/first: there is no Schedule night", "shop/policy/db: there is no Schedule night"]);
+    for (from, to, error) in [
+        (
+            "\"08:00\"",
+            "\"8:00\"",
+            "shop.yaml:7: spec.windows[0].from: \"8:00\": must be a time of day from \"00:00\" to \"23:59\", in quotes",
+        ),
+        (
+            "\"18:00\"",
+            "\"24:01\"",
+            "shop.yaml:7: spec.windows[0].until: \"24:01\": must be a time of day from \"00:01\" to \"24:00\", in quotes; \"24:00\" is the day's end",
+        ),
+        (
+            ", until: \"18:00\"",
+            "",
+            "shop.yaml:7: spec.windows[0].until: nothing: is required beside the other; leave out both for the whole day",
+        ),
+        (
+            "mon, tue",
+            "mon, tuesday",
+            "shop.yaml:7: spec.windows[0].days[1]: \"tuesday\": must be mon or tue or wed or thu or fri or sat or sun",
+        ),
+        (
+            "[ mon, tue, wed, thu, fri ]",
+            "[]",
+            "shop.yaml:7: spec.windows[0].days: []: must have at least one day; leave it out for all",
+        ),
+        (
+            "\"+01:00\"",
+            "CET",
+            "shop.yaml:6: spec.utcOffset: \"CET\": must be a distance from UTC such as \"+01:00\" or \"-03:30\"",
+        ),
+        ("schedule: office", "schedule: Office", "shop.yaml:19: spec.ingress[0].schedule: \"Office\": "),
+    ] {
+        let text = TEXT.replacen(from, to, 1);
+        assert_ne!(text, TEXT, "{from}");
+        let found = Documents::default().with_yaml("shop.yaml", &text).unwrap_err().to_string();
+        let (place, what) = error.split_once(" spec").unwrap();
+        assert!(found.starts_with(place) && found.contains(&format!(" spec{what}")), "{found}");
+    }
+}
+
+#[test]
+fn renderings_are_of_their_time_and_say_so() {
+    let mut cluster = shop(TEXT);
+    cluster.time = hour(0, 7);
+    let said = |omitted: &[dcenet_policy::render::Omission]| -> Vec<String> {
+        let all = omitted.iter().map(ToString::to_string);
+        all.filter(|text| text.contains("schedule")).collect()
+    };
+    let expected = [
+        "admin:policy/first ingress[0]: the schedule night: it does not hold now, and is left out; render again when that changes",
+        "shop/policy/db ingress[0]: the schedule office: it holds now, and stays; render again when that changes",
+        "shop/policy/db ingress[1]: the schedule night: it does not hold now, and is left out; render again when that changes",
+    ];
+    let objects = networkpolicy::render(&cluster);
+    assert_eq!(said(&objects.omitted), expected);
+    let script = nftables::render(&cluster, &Scope::Cluster).unwrap();
+    assert_eq!(said(&script.omitted), expected);
+    let resolved = cluster.in_force().into_owned();
+    assert_eq!(script.script, nftables::render(&resolved, &Scope::Cluster).unwrap().script);
+    cluster.time = hour(0, 19);
+    assert_ne!(script.script, nftables::render(&cluster, &Scope::Cluster).unwrap().script);
+}
