@@ -21,5 +21,6 @@ pub mod probe;
 pub mod provider;
 pub mod section;
 mod sys;
+pub mod sysctl;
 #[cfg(feature = "test-support")]
 pub mod test_support;

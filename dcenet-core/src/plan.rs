@@ -129,7 +129,7 @@ pub enum Operation {
         /// Its path from there, such as `ipv6/conf/eth0/accept_ra`.
         name: String,
         /// Its value.
-        value: &'static str,
+        value: String,
     },
     /// Changes what a link has beside addresses.
     Tune {
@@ -488,6 +488,17 @@ pub enum Undo {
         /// The entries.
         elements: Vec<Element>,
     },
+    /// Gives a setting of a namespace the value that it had, unless another attachment needs it as it is.
+    RestoreSetting {
+        /// In which namespace. The pod's may be gone, with the setting.
+        target: Target,
+        /// Its path below `/proc/sys/net`.
+        name: String,
+        /// What it was before any attachment changed it.
+        before: String,
+        /// What the attachment asked for.
+        asked: String,
+    },
     /// Deletes the link of this name, if it has this address and nobody uses it: no port is left, and no route of ours.
     /// Not part of a normal detach.
     DeleteIdleLink(End),
@@ -514,18 +525,28 @@ impl Undo {
             | Self::DeleteRoute { .. }
             | Self::DeleteNeighbour { .. }
             | Self::DeleteTranslation { .. }
+            | Self::RestoreSetting { .. }
             | Self::DetachPolicy => false,
             Self::DeleteIdleLink(_) | Self::DeleteIdleBridge(_) | Self::DeleteIdleAddress { .. } => true,
         }
     }
 
+    /// Whether it concerns what others may be changing at the same time.
+    pub(crate) fn needs_lock(&self) -> bool {
+        self.is_shared() || matches!(self, Self::RestoreSetting { target: Target::Host, .. })
+    }
+
     /// Whether it is done in the pod's namespace, so that this is needed where it still exists.
     pub fn is_in_pod(&self) -> bool {
         match self {
-            Self::DeletePodLink { .. } | Self::ReturnLink(_) | Self::DeleteLink { target: Target::Pod, .. } => true,
+            Self::DeletePodLink { .. }
+            | Self::ReturnLink(_)
+            | Self::DeleteLink { target: Target::Pod, .. }
+            | Self::RestoreSetting { target: Target::Pod, .. }
             // The source has written down where it went; here it is looked whether it has.
-            Self::ReleaseDevice(_) => true,
+            | Self::ReleaseDevice(_) => true,
             Self::DeleteLink { target: Target::Host, .. }
+            | Self::RestoreSetting { target: Target::Host, .. }
             | Self::DeleteRoute { .. }
             | Self::DeleteNeighbour { .. }
             | Self::DeleteTranslation { .. }
@@ -589,9 +610,9 @@ impl Step {
 }
 
 impl Plan {
-    /// Whether the plan makes what other attachments will share.
+    /// Whether the plan makes or changes what other attachments will share.
     pub fn makes_shared(&self) -> bool {
-        self.steps.iter().filter_map(|s| s.undo.as_ref()).any(Undo::is_shared)
+        self.steps.iter().filter_map(|s| s.undo.as_ref()).any(Undo::needs_lock)
     }
 }
 

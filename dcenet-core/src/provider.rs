@@ -351,6 +351,12 @@ pub trait PolicySink: Send + Sync {
     /// nobody can reach any more must keep its policy.
     fn detach(&self, attachment: &AttachmentKey) -> Result<(), PolicyError>;
 
+    /// Takes policy off a device that lives on, for nobody asks for it any more: its packets pass as if there had never been any.
+    /// Called in the host's namespace. By default as [`detach`](Self::detach), for those of whom nothing is left on the device then.
+    fn lift(&self, endpoint: &Endpoint) -> Result<(), PolicyError> {
+        self.detach(&endpoint.attachment)
+    }
+
     /// As [`detach`](Self::detach), for an attachment that has neither a record nor a device on this host: most likely there
     /// never was one.
     fn forget(&self, attachment: &AttachmentKey) -> Result<(), PolicyError> {

@@ -28,6 +28,13 @@ pub trait Backends {
     /// As for `addresses`.
     fn policy(&self, conf: &NetConf) -> Result<Option<PolicyChoice>, CniError>;
 
+    /// Who takes policy off pods of other plugins that had it by a former configuration; asked where there is no section `policy`.
+    /// Nobody by default: then an ADD without the section is refused for them until DEL.
+    fn former_policy(&self, conf: &NetConf) -> Option<Arc<dyn PolicySink>> {
+        let _ = conf;
+        None
+    }
+
     /// Who hands out devices of the host, for links that are made of such, and takes them back; `None` where this binary has nobody.
     /// Asked whatever the section `link` says, for the attachment may have been made by another. An error fails every verb: what
     /// is wrong with a section is better told when a device is asked for.

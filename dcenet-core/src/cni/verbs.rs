@@ -25,6 +25,7 @@ use crate::provider::{
     AddressSource, DeviceError, DeviceSource, Dns, Endpoint, Lease, LeaseError, LeaseRequest, LeasedAddress,
     PolicyError, PolicySink,
 };
+use crate::sysctl::{ALLOW_LIST, AllowList};
 
 /// A call whose configuration is read and whose backends are there.
 pub(super) struct Call<'a> {
@@ -102,6 +103,12 @@ impl<'a> Call<'a> {
         if let Some(devices) = &devices {
             engine = engine.lending_from(Arc::clone(devices));
         }
+        if conf.role == Role::Chained
+            && matches!(policy, Ok(None))
+            && let Some(former) = backends.former_policy(conf)
+        {
+            engine = engine.lifting_by(former);
+        }
         if let Some(removals) = backends.removals() {
             engine = engine.removing_with(removals);
         }
@@ -121,6 +128,7 @@ impl<'a> Call<'a> {
         if let Some(bandwidth) = self.conf.bandwidth()? {
             link = link.limited(bandwidth).map_err(|error| attach(error.into()))?;
         }
+        allowed(&link, &key)?;
         let nat = self.conf.nat()?;
         let dns = self.conf.dns()?;
         let policy = self.policy()?;
@@ -264,6 +272,7 @@ impl<'a> Call<'a> {
                 holds.into_iter().for_each(Hold::keep);
             }
         }
+        errors.extend(self.engine.remove_empty_records().err().map(|error| error.to_string()));
         let alive = |key: &AttachmentKey| kept.iter().any(|(c, i)| *c == key.container && *i == key.ifname);
         if let Some(devices) = &self.devices {
             // Of calls that died before they had written a record.
@@ -615,6 +624,17 @@ pub(super) fn still_awaited(backends: &dyn Backends) -> Result<(), CniError> {
     Err(CniError::new(ErrorCode::TryAgain, message))
 }
 
+/// Refuses settings that this node does not allow.
+fn allowed(link: &LinkConfig, key: &AttachmentKey) -> Result<(), CniError> {
+    let sysctls = link.sysctl();
+    if sysctls.is_empty() {
+        return Ok(());
+    }
+    let list = AllowList::read(Path::new(ALLOW_LIST))
+        .map_err(|error| CniError::new(ErrorCode::Io, format!("link.sysctl: {error}")))?;
+    list.check(sysctls, &key.ifname).map_err(|error| attach(error.into()))
+}
+
 fn result(attached: &Attached) -> CniResult {
     let interfaces = attached
         .interfaces
@@ -663,6 +683,12 @@ pub(super) fn attach(error: AttachError) -> CniError {
         AttachError::InterfaceExists { .. } | AttachError::HostNameTaken { .. } => ErrorCode::LinkExists,
         AttachError::HostNamespace { .. } | AttachError::NetNs(NetNsError::NotANamespace { .. }) => {
             ErrorCode::InvalidNetns
+        }
+        // The kernel's word on a value of the configuration's.
+        AttachError::Step { cause: StepError::Setting { source, .. }, rollback }
+            if rollback.is_empty() && matches!(source.raw_os_error(), Some(libc::EINVAL | libc::ERANGE)) =>
+        {
+            ErrorCode::InvalidConfig
         }
         AttachError::Journal(_) => ErrorCode::Io,
         AttachError::Step { rollback, .. } if !rollback.is_empty() => ErrorCode::RollbackIncomplete,

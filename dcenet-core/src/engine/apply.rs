@@ -1,7 +1,6 @@
 //! Carrying out a plan's steps and their undos.
 
 use std::collections::HashMap;
-use std::path::Path;
 use std::time::Duration;
 
 use super::error::{StepError, TeardownError};
@@ -184,17 +183,14 @@ impl<'a> Session<'a> {
             Operation::AttachPolicy => self.attach_policy(step.target, plan, request),
             Operation::Translate { elements } => self.engine.translate(elements, &request.key),
             Operation::WriteSetting { name, value } => {
-                let path = Path::new("/proc/sys/net").join(name);
-                // Writing to `all/forwarding` what it is sets every link of the host all the same.
-                let write_if_other = || match std::fs::read_to_string(&path) {
-                    Ok(is) if is.trim_end() == *value => Ok(()),
-                    _ => std::fs::write(&path, value),
-                };
-                let write = || self.engine.run_in(self.netns(step.target), write_if_other);
-                match gated("write setting", write)? {
-                    Err(source) if source.raw_os_error().is_none_or(|e| !step.tolerate.contains(&e)) => {
-                        Err(StepError::Local { what: format!("write {value} to {}", path.display()), source })
+                let is_fine = |error: &StepError| match error {
+                    StepError::Setting { source, .. } => {
+                        source.raw_os_error().is_some_and(|errno| step.tolerate.contains(&errno))
                     }
+                    _ => false,
+                };
+                match self.engine.write_setting(self.netns(step.target), name, value) {
+                    Err(error) if !is_fine(&error) => Err(error),
                     _ => Ok(()),
                 }
             }
@@ -538,7 +534,7 @@ impl Engine {
         host: &mut Option<Socket>,
     ) -> Result<(), TeardownError> {
         if let Undo::DetachPolicy = undo {
-            let Some(sink) = &self.policy else {
+            let Some(sink) = self.policy.as_ref().or(self.lifting.as_ref()) else {
                 tracing::warn!(%key, "under policy, and this program has no policy backend: its state is left");
                 return Ok(());
             };
@@ -553,6 +549,10 @@ impl Engine {
         if let Undo::DeleteTranslation { elements } = undo {
             return self.untranslate(elements, key);
         }
+        if let Undo::RestoreSetting { target, name, before, .. } = undo {
+            let netns = if *target == Target::Host { Some(&self.host.0) } else { pod };
+            return netns.map_or(Ok(()), |netns| self.restore_setting(key, netns, (*target, name, before)));
+        }
         let mut in_pod = None;
         let socket = match pod {
             None if undo.is_in_pod() => return Ok(()),
@@ -563,9 +563,11 @@ impl Engine {
             },
         };
         match undo {
-            Undo::DetachPolicy | Undo::ReturnLink(_) | Undo::ReleaseDevice(_) | Undo::DeleteTranslation { .. } => {
-                Ok(())
-            }
+            Undo::DetachPolicy
+            | Undo::ReturnLink(_)
+            | Undo::ReleaseDevice(_)
+            | Undo::DeleteTranslation { .. }
+            | Undo::RestoreSetting { .. } => Ok(()),
             Undo::DeletePodLink { link, transit } => {
                 for name in [link, transit] {
                     let Some(found) = look_up(socket, name)? else { continue };

@@ -60,9 +60,26 @@ impl Engine {
                 let entered = self.translate(record.translation(), key);
                 entered.map_err(|cause| AttachError::Step { cause, rollback: Vec::new() })?;
             }
+            self.renew_settings(record, request.pod.netns)
+                .map_err(|cause| AttachError::Step { cause, rollback: Vec::new() })?;
             return Ok(Some(attached));
         };
         Err(AttachError::AlreadyAttached { key: key.clone(), difference })
+    }
+
+    /// Whether another plugin's device stands that is to have something else added than it has. Policy is never off between two
+    /// configurations that want it: those are refused as others are.
+    pub(super) fn is_changed(&self, record: &Record, request: &AttachRequest<'_>) -> bool {
+        let chained = |link: &LinkConfig| matches!(link, LinkConfig::Chained(_));
+        let stands = record.done.is_some()
+            && (&record.key, record.boot.as_str(), record.netns)
+                == (&request.key, self.journal.boot(), request.pod.netns.id());
+        let policy = match (record.policy, request.policy) {
+            (Policy::None, _) => true,
+            (Policy::Wanted, Policy::None) => self.lifting.is_some(),
+            (Policy::Wanted, Policy::Wanted) => false,
+        };
+        stands && policy && chained(&record.link) && chained(&request.link) && record.fingerprint != request.fingerprint
     }
 
     /// Whether a device that lives in the pod alone is still there.
@@ -155,6 +172,7 @@ impl Engine {
         let mut look = || -> Result<(HostView, Plan), AttachError> {
             let view = view(session.host(), &needs).map_err(AttachError::Look)?;
             let mut plan = driver.plan(link_request, &view)?;
+            super::setting::add_to(&mut plan, request.link.sysctl(), &request.key.ifname)?;
             super::translate::add_to(&mut plan, &request.nat, request.policy, &link_request.addresses)?;
             Ok((view, plan))
         };
@@ -168,6 +186,7 @@ impl Engine {
             (host, plan) = look()?;
         }
         self.check_port(request)?;
+        self.look_at_settings(&mut plan, request)?;
         for link in &host.links {
             session.know(Target::Host, link);
         }
@@ -197,10 +216,15 @@ impl Engine {
         let mut undo = applied.undo;
         let mut failure = applied.failure;
         if failure.is_none() {
-            let done = done(request, &plan, &host, &session);
-            match entry.complete(&done) {
-                Ok(()) => record.done = Some(done),
-                Err(error) => failure = Some((plan.steps.len(), error.into())),
+            let settings = self.settings_of(request.link.sysctl(), &request.key.ifname, request.pod.netns);
+            let completed = settings.and_then(|settings| {
+                let done = Done { settings, ..done(request, &plan, &host, &session) };
+                entry.complete(&done)?;
+                Ok(done)
+            });
+            match completed {
+                Ok(done) => record.done = Some(done),
+                Err(error) => failure = Some((plan.steps.len(), error)),
             }
         }
         let outcome = match failure {
@@ -344,5 +368,5 @@ fn done(request: &AttachRequest<'_>, plan: &Plan, host: &HostView, session: &Ses
     interfaces.push(Interface { name: pod.name.to_string(), mac: pod.mac, mtu, sandbox });
     let host_index = plan.host_end.as_ref().and_then(|end| session.known(Target::Host, &end.name));
     let pod_index = if plan.host_end.is_none() { session.known(Target::Pod, &plan.pod_end.name) } else { None };
-    Done { interfaces, host_index, pod_index }
+    Done { interfaces, host_index, pod_index, settings: Default::default() }
 }

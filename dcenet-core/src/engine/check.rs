@@ -12,7 +12,8 @@ use crate::link::{LinkRequest, is_link_local};
 use crate::model::{AttachmentKey, IfName, Mtu};
 use crate::netlink::{self, AddressView, LinkView, NeighbourView, NetlinkError, RouteView, Socket};
 use crate::netns::NetNs;
-use crate::plan::{Device, End, Operation, Step, Target, Tuning, Undo};
+use crate::plan::{Device, End, MARK, Operation, Step, Target, Tuning, Undo};
+use crate::sysctl::dotted;
 
 /// A difference between what was made and what is there.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,6 +83,17 @@ pub enum Drift {
         /// What is missing, or another's.
         what: String,
     },
+    /// A setting is not what it was made.
+    SettingChanged {
+        /// Whose it is.
+        target: Target,
+        /// Its path below `/proc/sys/net`.
+        name: String,
+        /// What it was made.
+        value: String,
+        /// What it is; `None` where it is gone.
+        is: Option<String>,
+    },
 }
 
 impl std::fmt::Display for Drift {
@@ -110,6 +122,12 @@ impl std::fmt::Display for Drift {
             Self::LimitChanged { link, what } => write!(f, "host: link {link}: {what}"),
             Self::DeviceChanged { device, what } => write!(f, "host: device {device}: {what}"),
             Self::TranslationChanged { what } => write!(f, "host: {what}"),
+            Self::SettingChanged { target, name, value, is: Some(is) } => {
+                write!(f, "{}: {} is {is:?}, and was made {value:?}", place(target), dotted(name))
+            }
+            Self::SettingChanged { target, name, value: _, is: None } => {
+                write!(f, "{}: {} is gone", place(target), dotted(name))
+            }
         }
     }
 }
@@ -163,6 +181,19 @@ impl Engine {
             };
             compare(step, here, there, &record, &mut drift);
         }
+        drift.extend(self.changed_settings(&record, netns)?);
+        // Whoever made a bridge for himself decides what it forwards.
+        let ours = |name: &IfName| {
+            let link = host.links.iter().find(|link| link.name == name.as_str());
+            link.and_then(|link| link.alias.as_deref()).is_some_and(|alias| alias.starts_with(MARK))
+        };
+        let forwarding = plan.steps.iter().filter_map(|step| match &step.operation {
+            Operation::ForwardIpv4 { link } if step.target == Target::Host && ours(link) => {
+                Some((format!("ipv4/conf/{link}/forwarding"), "1".to_owned()))
+            }
+            _ => None,
+        });
+        drift.extend(self.changed(Target::Host, &self.host.0, &forwarding.collect())?);
         compare_limits(&mut socket, &plan.steps, &host, &mut drift).map_err(AttachError::Look)?;
         let mut lacking = self.missing_translation(&record).map_err(AttachError::Look)?;
         if let Some(end) = &plan.host_end {

@@ -4,10 +4,11 @@ use super::Engine;
 use super::apply::{delete, look_up};
 use super::error::{DetachErrors, TeardownError};
 use crate::journal::{JournalError, Record};
+use crate::link::Policy;
 use crate::model::{AttachmentKey, IfName};
 use crate::netlink::{self, LinkChange, LinkView, NetlinkError, Socket};
 use crate::netns::NetNs;
-use crate::plan::{Undo, is_mark_of, lent_name, mark};
+use crate::plan::{Target, Undo, is_mark_of, lent_name, mark};
 
 impl Engine {
     /// Removes an attachment, as [`Hold::detach`](super::Hold::detach) does. Who releases addresses of it uses [`Engine::hold_remains`]
@@ -40,10 +41,39 @@ impl Engine {
             };
             netns = opened.as_ref();
         }
-        let lock = if undo.iter().any(Undo::is_shared) { Some(self.shared.changing(&self.host)) } else { None };
+        // Apart, and last: devices need not be deleted under the lock.
+        let of_host = |undo: &Undo| matches!(undo, Undo::RestoreSetting { target: Target::Host, .. });
+        let (settings, undo): (Vec<Undo>, Vec<Undo>) = undo.into_iter().partition(of_host);
+        let mut errors = self.take_back_locked(&undo, record, netns);
+        if !settings.is_empty() {
+            errors.extend(self.take_back_locked(&settings, record, netns));
+        }
+        errors
+    }
+
+    /// Takes off what was added to another plugin's device, which lives on.
+    pub(super) fn take_off(&self, record: &Record, netns: &NetNs) -> Vec<TeardownError> {
+        let lifted = match (&self.lifting, record.endpoint()) {
+            (Some(sink), Some(endpoint)) if record.policy == Policy::Wanted => {
+                self.host.0.run_here_or_there(|| sink.lift(&endpoint)).map_err(TeardownError::from)
+            }
+            _ => Ok(Ok(())),
+        };
+        match lifted {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return vec![error.into()],
+            Err(error) => return vec![error],
+        }
+        let mut record = record.clone();
+        record.undo.retain(|undo| !matches!(undo, Undo::DetachPolicy));
+        self.take_back_record(&record, Some(netns))
+    }
+
+    fn take_back_locked(&self, undo: &[Undo], record: &Record, netns: Option<&NetNs>) -> Vec<TeardownError> {
+        let lock = if undo.iter().any(Undo::needs_lock) { Some(self.shared.changing(&self.host)) } else { None };
         match lock.transpose() {
             Ok(lock) => {
-                let errors = self.take_back(&undo, &record.key, netns);
+                let errors = self.take_back(undo, &record.key, netns);
                 drop(lock);
                 errors
             }
@@ -164,6 +194,28 @@ impl Engine {
             }
         }
         Ok(done)
+    }
+}
+
+impl Engine {
+    /// Removes records that say nothing, of attaches whose processes were killed before they had written what they were about
+    /// to do. Nobody can tell whose they were, and nothing was made for them. Those that somebody holds are left alone.
+    ///
+    /// # Errors
+    /// Where records cannot be listed, read or removed.
+    pub fn remove_empty_records(&self) -> Result<(), JournalError> {
+        for id in self.journal.ids()? {
+            // Most say something, and need no lock to be read.
+            if !self.journal.is_empty(id)? {
+                continue;
+            }
+            match self.journal.find(id) {
+                Ok(Some((entry, None))) => entry.remove()?,
+                Ok(_) | Err(JournalError::Busy { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 }
 

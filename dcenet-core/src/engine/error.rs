@@ -12,6 +12,7 @@ use crate::netlink::{CreateLinkError, NetlinkError};
 use crate::netns::NetNsError;
 use crate::probe::Conflict;
 use crate::provider::{DeviceError, PolicyError};
+use crate::sysctl::dotted;
 
 /// Why an attachment was not made. What had been done has been taken back, except for what `rollback` lists.
 #[derive(Debug, thiserror::Error)]
@@ -160,6 +161,17 @@ pub enum StepError {
         #[source]
         source: std::io::Error,
     },
+    /// A setting of a namespace was refused.
+    #[error("{} cannot be set to {value:?}: {source}", dotted(name))]
+    Setting {
+        /// Its path below `/proc/sys/net`.
+        name: String,
+        /// What it was to be.
+        value: String,
+        /// What the kernel answered.
+        #[source]
+        source: std::io::Error,
+    },
     /// The device took no frame (`ENOBUFS`): its queue is full, or programs on it drop all of them, as the default policy of a
     /// device in a pod does before the policy owner has taken note of the pod.
     #[error("{what}: {source}: nothing passed the device; where the pod is under policy, does the policy owner run?")]
@@ -262,6 +274,17 @@ pub enum TeardownError {
         device: String,
         /// Its name in the pod.
         ifname: IfName,
+    },
+    /// A setting of a namespace did not get its value back.
+    #[error("{} cannot be set to {value:?} again: {source}", dotted(name))]
+    Setting {
+        /// Its path below `/proc/sys/net`.
+        name: String,
+        /// What it was.
+        value: String,
+        /// What the kernel answered.
+        #[source]
+        source: std::io::Error,
     },
     /// The journal failed.
     #[error(transparent)]

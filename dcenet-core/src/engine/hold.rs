@@ -139,6 +139,11 @@ impl Hold<'_> {
                 let (path, reason) = (self.entry.path().to_owned(), reason.clone());
                 return Err(JournalError::Malformed { path, line: *line, reason }.into());
             }
+            Found::Record(record) if self.engine.is_changed(record, request) => {
+                DetachErrors::or_ok(self.engine.take_off(record, request.pod.netns))
+                    .map_err(|source| AttachError::Leftover { key: self.key.clone(), source })?;
+                self.clear()?;
+            }
             Found::Record(record) => {
                 if let Some(attached) = self.engine.resume(record, request)? {
                     return Ok(attached);

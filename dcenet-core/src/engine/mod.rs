@@ -14,6 +14,7 @@ mod known;
 mod lend;
 mod lock;
 mod removal;
+mod setting;
 mod steer;
 mod translate;
 mod underlay;
@@ -45,6 +46,7 @@ pub struct Engine {
     host: Host,
     journal: Journal,
     policy: Option<Arc<dyn PolicySink>>,
+    lifting: Option<Arc<dyn PolicySink>>,
     devices: Option<Arc<dyn DeviceSource>>,
     entry: NamespaceEntry,
     shared: SharedState,
@@ -137,6 +139,7 @@ impl Engine {
             host,
             journal: Journal::open(run)?,
             policy,
+            lifting: None,
             devices: None,
             entry: NamespaceEntry::default(),
             shared,
@@ -155,6 +158,14 @@ impl Engine {
     #[must_use]
     pub fn lending_from(mut self, devices: Arc<dyn DeviceSource>) -> Self {
         self.devices = Some(devices);
+        self
+    }
+
+    /// With who takes policy off devices of other plugins that a former configuration put under it, where this one has nobody who
+    /// decides.
+    #[must_use]
+    pub fn lifting_by(mut self, policy: Arc<dyn PolicySink>) -> Self {
+        self.lifting = Some(policy);
         self
     }
 
@@ -231,7 +242,7 @@ impl Attached {
 
 impl std::fmt::Debug for Engine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { host, journal, policy, devices, entry, shared: _, removals: _ } = self;
+        let Self { host, journal, policy, lifting: _, devices, entry, shared: _, removals: _ } = self;
         f.debug_struct("Engine")
             .field("host", host)
             .field("journal", journal)

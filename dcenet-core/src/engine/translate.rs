@@ -10,6 +10,7 @@ use ipnet::IpNet;
 
 use super::Engine;
 use super::error::{StepError, TeardownError};
+use super::setting::{restored, write_step};
 use crate::journal::{JournalError, Record};
 use crate::link::{PlanError, Policy};
 use crate::model::{AttachmentKey, IfName, NetworkName};
@@ -42,8 +43,14 @@ pub(super) fn add_to(plan: &mut Plan, nat: &Nat, policy: Policy, addresses: &[Le
     let elements = nat::elements(nat, &addresses, plan.bridge.is_some() && policy == Policy::None)?;
     let settings = settings(&elements, plan.bridge.as_ref().unwrap_or(&end.name));
     let port = end.name.clone();
-    let write = |name| Step::new(Target::Host, Operation::WriteSetting { name, value: "1" });
-    plan.steps.extend(settings.into_iter().map(write));
+    // A bridge outlives the attachment.
+    let outlives = |name: &String| plan.bridge.is_some() && name.ends_with(ROUTE_LOCALNET);
+    let write = |name: String| match outlives(&name) {
+        true => restored(Target::Host, name, "1".to_owned()),
+        false => write_step(Target::Host, name, "1".to_owned()),
+    };
+    let writes: Vec<Step> = settings.into_iter().map(write).collect();
+    plan.steps.extend(writes);
     if !nat.ports.is_empty() && plan.bridge.is_some() {
         // With `bridge-nf-call-iptables` the bridge itself sends a pod's packets to its own mapped port back to it
         // (`br_nf_pre_routing_finish` in `net/bridge/br_netfilter_hooks.c`).
@@ -56,6 +63,9 @@ pub(super) fn add_to(plan: &mut Plan, nat: &Nat, policy: Policy, addresses: &[Le
     }
     Ok(())
 }
+
+/// Lets packets to 127.0.0.0/8 come in by a link.
+const ROUTE_LOCALNET: &str = "/route_localnet";
 
 /// The settings of the host without which elements translate nothing, all of which must be 1. Pods' packets come in by
 /// `link`.
@@ -72,7 +82,7 @@ fn settings(elements: &[Element], link: &IfName) -> Vec<String> {
     };
     if elements.iter().any(is_local) {
         // Over this link answers to 127.0.0.1 come in: what others send there from outside our table drops.
-        settings.push(format!("ipv4/conf/{link}/route_localnet"));
+        settings.push(format!("ipv4/conf/{link}{ROUTE_LOCALNET}"));
     }
     settings
 }
@@ -259,6 +269,14 @@ impl Engine {
         };
         let off = self.run_in(&self.host.0, || settings.into_iter().filter(is_off).collect::<Vec<_>>())?;
         Ok(off.into_iter().map(|name| format!("net.{} is not 1", name.replace('/', "."))).collect())
+    }
+
+    /// Whether anything is translated for an attachment.
+    pub(super) fn is_translating(&self, record: &Record) -> Result<bool, TeardownError> {
+        let Some(mut socket) = self.removal_socket()? else { return Ok(false) };
+        let owner = owner(&record.key);
+        let mut found = look_up(&mut socket, record.translation())?.into_iter().flatten();
+        Ok(found.any(|found| found.owner.as_ref() == Some(&owner)))
     }
 
     /// What an attachment lacks of its translation, in words.

@@ -14,6 +14,7 @@
 
 mod ledger;
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -114,6 +115,9 @@ pub struct Done {
     /// The index of the pod's device in its namespace, where there is no host's end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod_index: Option<IfIndex>,
+    /// What the pod's settings were made, by their paths below `/proc/sys/net`, as the kernel says it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub settings: BTreeMap<String, String>,
 }
 
 /// A device of an attachment.
@@ -296,6 +300,13 @@ impl Journal {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(JournalError::io(&path, error)),
         }
+    }
+
+    /// Whether a record's file is there, and says nothing.
+    pub(crate) fn is_empty(&self, id: AttachmentId) -> Result<bool, JournalError> {
+        let Some(bytes) = self.bytes(id)? else { return Ok(false) };
+        // One that cannot be read says something.
+        Ok(matches!(parse(&bytes, &self.path(id)), Ok(None)))
     }
 
     /// Reads all finished and unfinished records of a network, without their locks.
@@ -524,7 +535,8 @@ mod tests {
     #[test]
     fn a_record_cut_anywhere_says_what_was_written_whole() {
         let begun = record();
-        let done = Done { interfaces: Vec::new(), host_index: IfIndex::new(7), pod_index: None };
+        let done =
+            Done { interfaces: Vec::new(), host_index: IfIndex::new(7), pod_index: None, settings: BTreeMap::new() };
         let intent = serde_json::to_string(&WriteLine::Intent(&begun)).unwrap() + "\n";
         let text = intent.clone() + &serde_json::to_string(&WriteLine::Done(&done)).unwrap() + "\n";
         let finished = Record { done: Some(done), ..begun.clone() };

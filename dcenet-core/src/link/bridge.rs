@@ -16,6 +16,7 @@ use crate::model::{AttachmentKey, IfName, MacAddr, Mtu};
 use crate::plan::{End, Operation, Plan, Step, Target, Tuning, Undo, mark, shared_mark};
 use crate::probe::Underlay;
 use crate::provider::LeasedAddress;
+use crate::sysctl::Sysctls;
 use ipnet::IpNet;
 
 /// `"link": { "kind": "bridge", ... }`.
@@ -48,6 +49,9 @@ pub struct BridgeConfig {
     /// What care is taken of the pod's addresses on the segment; none where the key is absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub underlay: Option<Underlay>,
+    /// Settings of the pod's namespace, and of its device.
+    #[serde(default, skip_serializing_if = "Sysctls::is_empty")]
+    pub sysctl: Sysctls,
 }
 
 impl BridgeConfig {

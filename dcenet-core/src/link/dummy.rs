@@ -15,6 +15,7 @@ use super::pod_end::{Neighbours, PodDevice};
 use super::{HostView, LinkDriver, LinkRequest, Need, PlanError, check_routes, device_mtu, refuse_policy, refuse_vlan};
 use crate::model::Mtu;
 use crate::plan::{Device, End, Plan, Tuning};
+use crate::sysctl::Sysctls;
 
 /// `"link": { "kind": "dummy", ... }`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +27,9 @@ pub struct DummyConfig {
     /// What else it is to be.
     #[serde(default, skip_serializing_if = "Tuning::is_default")]
     pub tuning: Tuning,
+    /// Settings of the pod's namespace, and of its device.
+    #[serde(default, skip_serializing_if = "Sysctls::is_empty")]
+    pub sysctl: Sysctls,
 }
 
 impl LinkDriver for DummyConfig {

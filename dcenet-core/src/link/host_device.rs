@@ -25,6 +25,7 @@ use crate::model::{IfName, Mtu};
 use crate::netlink::LinkView;
 use crate::plan::{End, Lent, MARK, Operation, Plan, Step, Target, Tuning, Undo, lent_mark};
 use crate::probe::Underlay;
+use crate::sysctl::Sysctls;
 
 /// `"link": { "kind": "host-device", ... }`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,6 +42,9 @@ pub struct HostDeviceConfig {
     /// What care is taken of the pod's addresses on the segment; the default where the key is absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub underlay: Option<Underlay>,
+    /// Settings of the pod's namespace, and of its device.
+    #[serde(default, skip_serializing_if = "Sysctls::is_empty")]
+    pub sysctl: Sysctls,
 }
 
 impl HostDeviceConfig {

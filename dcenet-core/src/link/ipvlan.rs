@@ -28,6 +28,7 @@ use crate::model::{AttachmentKey, IfName, Mtu};
 use crate::netlink::{IpvlanFlag, IpvlanMode};
 use crate::plan::{Device, End, Plan, Tuning};
 use crate::probe::Underlay;
+use crate::sysctl::Sysctls;
 
 /// `"link": { "kind": "ipvlan", ... }`.
 ///
@@ -54,6 +55,9 @@ pub struct IpvlanConfig {
     /// What care is taken of the pod's addresses on the segment; the default where the key is absent, in the mode `l2`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub underlay: Option<Underlay>,
+    /// Settings of the pod's namespace, and of its device.
+    #[serde(default, skip_serializing_if = "Sysctls::is_empty")]
+    pub sysctl: Sysctls,
 }
 
 impl IpvlanConfig {

@@ -50,6 +50,7 @@ use crate::model::{IfName, MacAddr, Mtu};
 use crate::netlink::{LinkView, MacvlanMode};
 use crate::plan::{Device, End, Operation, Plan, Step, Target, Tuning, Undo, shared_mark};
 use crate::probe::Underlay;
+use crate::sysctl::Sysctls;
 use ipnet::IpNet;
 
 /// `"link": { "kind": "macvlan", ... }`.
@@ -77,6 +78,9 @@ pub struct MacvlanConfig {
     /// What care is taken of the pod's addresses on the segment; the default where the key is absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub underlay: Option<Underlay>,
+    /// Settings of the pod's namespace, and of its device.
+    #[serde(default, skip_serializing_if = "Sysctls::is_empty")]
+    pub sysctl: Sysctls,
 }
 
 impl MacvlanConfig {

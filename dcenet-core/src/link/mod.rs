@@ -46,6 +46,7 @@ use crate::plan::Plan;
 use crate::probe::Underlay;
 use crate::provider::{DeviceWish, LeasedAddress, LeasedRoute, LentDevice};
 use crate::section::{self, SectionError};
+use crate::sysctl::Sysctls;
 
 /// Plans attachments of one kind.
 ///
@@ -180,6 +181,14 @@ macro_rules! kinds {
                 match self {
                     $(Self::$variant(config) => config,)+
                     Self::Chained(config) => config,
+                }
+            }
+
+            /// Settings of the pod's namespace.
+            pub fn sysctl(&self) -> &Sysctls {
+                match self {
+                    $(Self::$variant(config) => &config.sysctl,)+
+                    Self::Chained(_) => Sysctls::NONE,
                 }
             }
         }

@@ -21,6 +21,7 @@ use crate::bandwidth::Bandwidth;
 use crate::model::{MacAddr, Mtu};
 use crate::netlink::NetkitMode;
 use crate::plan::{Device, Operation, Plan, Step, Target, Tuning, Undo, mark};
+use crate::sysctl::Sysctls;
 
 /// `"link": { "kind": "netkit", ... }`.
 ///
@@ -43,6 +44,9 @@ pub struct NetkitConfig {
     /// How fast the pod may send and receive; as it can where absent.
     #[serde(default, skip_serializing_if = "Bandwidth::is_none")]
     pub bandwidth: Bandwidth,
+    /// Settings of the pod's namespace, and of its device.
+    #[serde(default, skip_serializing_if = "Sysctls::is_empty")]
+    pub sysctl: Sysctls,
 }
 
 impl LinkDriver for NetkitConfig {

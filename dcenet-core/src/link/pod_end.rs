@@ -201,7 +201,7 @@ pub(super) fn no_link_local(target: Target, link: &IfName) -> Step {
 
 /// Has the pod's device take neither addresses nor routes from routers of the segment: it has what it was leased.
 pub(super) fn no_router_advertisements(link: &IfName) -> Step {
-    let operation = Operation::WriteSetting { name: format!("ipv6/conf/{link}/accept_ra"), value: "0" };
+    let operation = Operation::WriteSetting { name: format!("ipv6/conf/{link}/accept_ra"), value: "0".to_owned() };
     // Without IPv6 there is no such file.
     Step::new(Target::Pod, operation).content_with(&[libc::ENOENT])
 }

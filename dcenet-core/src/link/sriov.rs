@@ -29,6 +29,7 @@ use crate::model::Mtu;
 use crate::plan::{End, Operation, Plan, Step, Target, Tuning, Undo, lent_mark};
 use crate::probe::Underlay;
 use crate::provider::{DeviceWish, LeasedAddress};
+use crate::sysctl::Sysctls;
 
 /// `"link": { "kind": "sriov", ... }`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,6 +51,9 @@ pub struct SriovConfig {
     /// What care is taken of the pod's addresses on the segment; the default where the key is absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub underlay: Option<Underlay>,
+    /// Settings of the pod's namespace, and of its device.
+    #[serde(default, skip_serializing_if = "Sysctls::is_empty")]
+    pub sysctl: Sysctls,
 }
 
 impl SriovConfig {

@@ -18,6 +18,7 @@ use super::pod_end::{Neighbours, PodDevice, is_false};
 use super::{HostView, LinkDriver, LinkRequest, Need, PlanError, check_routes, device_mtu, refuse_policy, refuse_vlan};
 use crate::model::Mtu;
 use crate::plan::{End, Operation, Plan, Step, TapSpec, Target, Tuning};
+use crate::sysctl::Sysctls;
 
 /// `"link": { "kind": "tap", ... }`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,6 +42,9 @@ pub struct TapConfig {
     /// What else it is to be.
     #[serde(default, skip_serializing_if = "Tuning::is_default")]
     pub tuning: Tuning,
+    /// Settings of the pod's namespace, and of its device.
+    #[serde(default, skip_serializing_if = "Sysctls::is_empty")]
+    pub sysctl: Sysctls,
 }
 
 /// What a program reads from the device.

@@ -30,6 +30,7 @@ use crate::bandwidth::Bandwidth;
 use crate::model::{IfName, Mtu};
 use crate::plan::{End, Operation, Plan, RouteSpec, Step, Target, Tuning};
 use crate::provider::LeasedAddress;
+use crate::sysctl::Sysctls;
 
 /// `"link": { "kind": "veth", ... }`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,6 +46,9 @@ pub struct VethConfig {
     /// How fast the pod may send and receive; as it can where absent.
     #[serde(default, skip_serializing_if = "Bandwidth::is_none")]
     pub bandwidth: Bandwidth,
+    /// Settings of the pod's namespace, and of its device.
+    #[serde(default, skip_serializing_if = "Sysctls::is_empty")]
+    pub sysctl: Sysctls,
 }
 
 impl LinkDriver for VethConfig {

@@ -20,6 +20,7 @@ use crate::model::{IfName, Mtu, VlanId};
 use crate::netlink::VlanProtocol;
 use crate::plan::{Device, End, Plan, Tuning};
 use crate::probe::Underlay;
+use crate::sysctl::Sysctls;
 
 /// `"link": { "kind": "vlan", ... }`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,6 +43,9 @@ pub struct VlanConfig {
     /// What care is taken of the pod's addresses on the segment; the default where the key is absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub underlay: Option<Underlay>,
+    /// Settings of the pod's namespace, and of its device.
+    #[serde(default, skip_serializing_if = "Sysctls::is_empty")]
+    pub sysctl: Sysctls,
 }
 
 impl VlanConfig {

@@ -28,6 +28,7 @@ use super::{HostView, LinkDriver, LinkRequest, Need, PlanError};
 use crate::bandwidth::Bandwidth;
 use crate::model::{IfName, MacAddr, Mtu};
 use crate::plan::{Device, End, Operation, Plan, Step, Target, Tuning, Undo, shared_mark};
+use crate::sysctl::Sysctls;
 
 /// `"link": { "kind": "vrf", ... }`.
 ///
@@ -49,6 +50,9 @@ pub struct VrfConfig {
     /// How fast the pod may send and receive; as it can where absent.
     #[serde(default, skip_serializing_if = "Bandwidth::is_none")]
     pub bandwidth: Bandwidth,
+    /// Settings of the pod's namespace, and of its device.
+    #[serde(default, skip_serializing_if = "Sysctls::is_empty")]
+    pub sysctl: Sysctls,
 }
 
 impl VrfConfig {

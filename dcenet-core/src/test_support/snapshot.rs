@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::net::Ipv6Addr;
+use std::path::Path;
 
 use ipnet::{IpNet, Ipv6Net};
 
@@ -10,7 +11,7 @@ use crate::netlink::{Attributes, Family, LinkView, Message, NeighbourView, Netli
 use crate::netns::NetNs;
 
 /// Everything configured in a network namespace, one line of text per object: links, addresses, routes, rules,
-/// permanent neighbours, queueing disciplines and filters. What comes and goes by itself is left out: learnt
+/// permanent neighbours, queueing disciplines and filters, and some of the settings below `/proc/sys/net`. What comes and goes by itself is left out: learnt
 /// neighbours, counters, carrier.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostState(BTreeSet<String>);
@@ -94,6 +95,14 @@ impl HostState {
                 lines.insert(format!("tc {} {line}", link.name));
             }
         }
+        let on_links = links.iter().map(|link| format!("ipv4/conf/{}/route_localnet", link.name));
+        let settings = SETTINGS.iter().map(|name| (*name).to_owned()).chain(on_links);
+        let read = |name: String| {
+            // One of a link that has gone meanwhile.
+            let value = std::fs::read_to_string(Path::new("/proc/sys/net").join(&name)).ok()?;
+            Some(format!("setting {name} {}", value.trim()))
+        };
+        lines.extend(netns.run_here_or_there(|| settings.filter_map(read).collect::<Vec<_>>()).expect("to enter"));
         Self(lines)
     }
 
@@ -114,6 +123,9 @@ impl HostState {
         self.0.iter().map(String::as_str)
     }
 }
+
+/// Settings of a whole namespace, which tests change.
+const SETTINGS: [&str; 3] = ["core/somaxconn", "ipv4/ip_local_port_range", "ipv4/conf/default/rp_filter"];
 
 fn whole<T>(list: Result<Vec<T>, NetlinkError>) -> Vec<T> {
     list.unwrap_or_else(|error| panic!("{error}"))

@@ -104,6 +104,8 @@ fn bridge() -> Subject {
             ("ip link set END down", "is down"),
             ("ip link set END alias mine", "mark is gone"),
             ("ip link set END nomaster", "not a port"),
+            ("ip addr del 10.20.0.1/24 dev dc0", "address 10.20.0.1/24 of dc0"),
+            ("sysctl -qw net.ipv4.conf.dc0.forwarding=0", "net.ipv4.conf.dc0.forwarding"),
         ],
     }
 }
@@ -111,7 +113,12 @@ fn bridge() -> Subject {
 fn veth() -> Subject {
     Subject {
         prepare: the_host_is_the_router,
-        link: |_| json!({ "kind": "veth", "mtu": 1400, "tuning": { "txQueueLen": 77, "allmulti": true } }),
+        link: |_| {
+            json!({
+                "kind": "veth", "mtu": 1400, "tuning": { "txQueueLen": 77, "allmulti": true },
+                "sysctl": { "net.core.somaxconn": "77", "net.ipv4.conf.IFNAME.rp_filter": "2" },
+            })
+        },
         pods: Reach::Both,
         host: Reach::Both,
         own_mac: false,
@@ -120,6 +127,7 @@ fn veth() -> Subject {
             ("ip link set END alias mine", "mark is gone"),
             ("ip route del 10.20.0.2/32", "route 10.20.0.2/32"),
             ("ip neigh del 10.20.0.2 dev END", "neighbour 10.20.0.2"),
+            ("sysctl -qw net.ipv4.conf.END.forwarding=0", "forwarding is \"0\""),
         ],
     }
 }

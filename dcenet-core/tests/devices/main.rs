@@ -7,6 +7,7 @@ mod igb;
 mod kinds;
 mod lent;
 mod netdevsim;
+mod settings;
 mod underlay;
 mod vfio;
 

@@ -26,7 +26,7 @@ use super::{
 use crate::cni::serve::{PolicyChoice, STDIN_LIMIT, failure, respond};
 use crate::cni::{Backends, CniError, ErrorCode, NetConf};
 use crate::engine::Removals;
-use crate::provider::{AddressSource, DeviceSource};
+use crate::provider::{AddressSource, DeviceSource, PolicySink};
 
 /// How long a plugin may be silent before its call has begun: it has nothing to wait for.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -177,6 +177,10 @@ impl Backends for Attended<'_> {
 
     fn policy(&self, conf: &NetConf) -> Result<Option<PolicyChoice>, CniError> {
         self.backends.policy(conf)
+    }
+
+    fn former_policy(&self, conf: &NetConf) -> Option<Arc<dyn PolicySink>> {
+        self.backends.former_policy(conf)
     }
 
     fn devices(&self, conf: &NetConf) -> Result<Option<Arc<dyn DeviceSource>>, CniError> {

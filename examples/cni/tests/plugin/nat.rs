@@ -519,3 +519,31 @@ fn what_policy_denies_is_not_translated_past_it() {
     assert_eq!(elements(&node), [""; 0]);
     assert!(!node.policy().iter().any(|line| line.starts_with("endpoint ")), "{:?}", node.policy());
 }
+
+/// Packets to 127.0.0.0/8 come in by the bridge as long as a mapped port needs it.
+#[test]
+fn a_bridge_is_as_it_was_when_the_last_mapped_port_has_gone() {
+    if !has_nft() {
+        return;
+    }
+    let (mut node, _outside) = node();
+    let plain = node.pod("plain");
+    node.add(&plain).unwrap();
+    let is = |node: &Node| node.host.root().sh("sysctl -n net.ipv4.conf.dc0.route_localnet");
+    for before in ["0\n", "1\n"] {
+        node.host.root().sh(&format!("sysctl -qw net.ipv4.conf.dc0.route_localnet={before}"));
+        let pods = ["first", "second", "third"].map(|name| node.pod(name));
+        for (pod, port) in pods.iter().zip(8080..) {
+            map(&mut node, both(port, 80));
+            node.add(pod).unwrap();
+            assert_eq!(is(&node), "1\n");
+        }
+        let _server = Server::start(&pods[2].netns, "::", 80, "third");
+        node.del(&pods[0]).unwrap();
+        node.del(&pods[1]).unwrap();
+        assert_eq!(is(&node), "1\n", "the third needs it");
+        assert_answers(node.host.root(), "127.0.0.1", 8082, "third 10.20.0.1");
+        node.del(&pods[2]).unwrap();
+        assert_eq!(is(&node), before);
+    }
+}

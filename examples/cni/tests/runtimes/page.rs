@@ -72,6 +72,7 @@ fn every_list_of_the_page_works() {
         [
             "One network",
             "Limited bandwidth",
+            "Settings of pods",
             "The network of the data centre",
             "Addresses for another plugin",
             "Behind another plugin",
@@ -108,6 +109,9 @@ fn every_list_of_the_page_works() {
             "One network" => assert_eq!((&ips[0]["address"], ips.len()), (&json!("10.20.0.5/24"), 2), "its claim"),
             "The network of the data centre" => {
                 assert!(ips[0]["address"].as_str().unwrap().starts_with("10.50.0.6"), "{result}");
+            }
+            "Settings of pods" => {
+                assert_eq!(pod.netns.sh("sysctl -n net.core.somaxconn net.ipv4.conf.eth0.rp_filter"), "1024\n2\n");
             }
             "Several networks" => assert!(pod.netns.link("stor0").is_some(), "{result}"),
             _ => {}

@@ -1,0 +1,266 @@
+//! Settings of namespaces below `/proc/sys/net` that attachments ask for, each of which gets back the value that it had.
+//!
+//! Several attachments may need one setting. Whoever is the first writes down what it was, the others take that over from
+//! his record, and whoever is the last gives it back. The runtime attaches and detaches the networks of a pod one after the other
+//! (CNI 1.1.0, section 2, "Lifecycle & Ordering"); of settings of the host who reads and writes them holds the lock of what is shared.
+
+use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use super::check::Drift;
+use super::error::{AttachError, StepError, TeardownError};
+use super::{AttachRequest, Engine};
+use crate::journal::{JournalError, Record};
+use crate::link::PlanError;
+use crate::model::{AttachmentKey, IfName};
+use crate::netlink::gated;
+use crate::netns::{NetNs, NetNsError};
+use crate::plan::{Operation, Plan, Step, Target, Undo};
+use crate::sysctl::{Setting, Sysctls, dotted, invalid, same_value};
+
+/// Where settings of the calling thread's namespace are.
+const ROOT: &str = "/proc/sys/net";
+
+/// Adds to a plan what a configuration sets: for the whole pod first of all, of its device before that is up.
+///
+/// # Errors
+/// Where one is set twice.
+pub(super) fn add_to(plan: &mut Plan, sysctls: &Sysctls, ifname: &IfName) -> Result<(), PlanError> {
+    let (own, of_pod): (Vec<_>, Vec<_>) = sysctls.settings(ifname)?.into_iter().partition(|s| s.pattern.is_some());
+    if own.is_empty() && of_pod.is_empty() {
+        return Ok(());
+    }
+    let sets_up = |step: &Step| match &step.operation {
+        Operation::Up { link, .. } => step.target == Target::Pod && link == ifname,
+        _ => false,
+    };
+    let up = plan.steps.iter().position(sets_up).unwrap_or(plan.steps.len());
+    let own = own.into_iter().map(|s| write_step(Target::Pod, s.name, s.value));
+    plan.steps.splice(up..up, own);
+    plan.steps.splice(0..0, of_pod.into_iter().map(|s| restored(Target::Pod, s.name, s.value)));
+    Ok(())
+}
+
+/// Writes a setting.
+pub(super) fn write_step(target: Target, name: String, value: String) -> Step {
+    Step::new(target, Operation::WriteSetting { name, value })
+}
+
+/// The same, taken back. What it was is filled in before it is recorded.
+pub(super) fn restored(target: Target, name: String, value: String) -> Step {
+    let undo = Undo::RestoreSetting { target, name: name.clone(), before: String::new(), asked: value.clone() };
+    write_step(target, name, value).undone_by(undo)
+}
+
+impl Engine {
+    /// Fills in what settings are now, and refuses those that cannot be set or be given back, before anything is changed.
+    pub(super) fn look_at_settings(&self, plan: &mut Plan, request: &AttachRequest<'_>) -> Result<(), AttachError> {
+        let settings = request.link.sysctl().settings(&request.key.ifname)?;
+        let undos = plan.steps.iter_mut().filter_map(|step| step.undo.as_mut());
+        let undos: Vec<&mut Undo> = undos.filter(|undo| matches!(undo, Undo::RestoreSetting { .. })).collect();
+        if settings.is_empty() && undos.is_empty() {
+            return Ok(());
+        }
+        let pod = request.pod.netns;
+        self.run_in(pod, || settings.iter().try_for_each(is_settable))??;
+        let others = self.others(&request.key)?;
+        for undo in undos {
+            let Undo::RestoreSetting { target, name, before, asked } = undo else { continue };
+            let mut holders = others.iter().filter_map(|record| Some((record, held(record, *target, name)?)));
+            let first = match target {
+                Target::Host => holders.find(|(record, _)| self.is_on_this_host(record)),
+                Target::Pod => holders.find(|(record, _)| record.netns == pod.id()),
+            };
+            if let Some((record, held)) = first {
+                if !same_value(held.asked, asked) {
+                    let reason = format!(
+                        "attachment {} of the same pod has set it to {:?}; ask for the same value, or for none",
+                        record.key, held.asked
+                    );
+                    return Err(invalid(format!("{} = {asked}", dotted(name)), reason).into());
+                }
+                held.before.clone_into(before);
+                continue;
+            }
+            let netns = if *target == Target::Host { &self.host.0 } else { pod };
+            *before = self.run_in(netns, || read_or_default(name))?.map_err(|e| unreadable(name, &e))?;
+        }
+        Ok(())
+    }
+
+    /// What settings of the pod are, as the kernel says it.
+    pub(super) fn settings_of(
+        &self,
+        sysctls: &Sysctls,
+        ifname: &IfName,
+        pod: &NetNs,
+    ) -> Result<BTreeMap<String, String>, StepError> {
+        if sysctls.is_empty() {
+            return Ok(BTreeMap::new());
+        }
+        // They were read before, or written just now.
+        let names = sysctls.settings(ifname).unwrap_or_default().into_iter().map(|s| s.name);
+        Ok(self.run_in(pod, || names.filter_map(|name| read(&name).ok().map(|value| (name, value))).collect())?)
+    }
+
+    /// Makes settings again what they were made, where somebody changed them.
+    pub(super) fn renew_settings(&self, record: &Record, pod: &NetNs) -> Result<(), StepError> {
+        for undo in &record.undo {
+            if let Undo::RestoreSetting { target: Target::Host, name, asked, .. } = undo {
+                self.write_setting(&self.host.0, name, asked)?;
+            }
+        }
+        let changed = self.changed_settings(record, pod)?;
+        if changed.is_empty() {
+            return Ok(());
+        }
+        let is_changed = |setting: &Setting| {
+            changed.iter().any(|drift| matches!(drift, Drift::SettingChanged { name, .. } if *name == setting.name))
+        };
+        let settings = record.link.sysctl().settings(&record.key.ifname).unwrap_or_default();
+        settings.iter().filter(|s| is_changed(s)).try_for_each(|s| self.write_setting(pod, &s.name, &s.value))
+    }
+
+    /// Writes a setting, unless it is so: writing to `all/forwarding` what it is sets every link all the same.
+    pub(super) fn write_setting(&self, netns: &NetNs, name: &str, value: &str) -> Result<(), StepError> {
+        let written = gated("write setting", || self.run_in(netns, || write_if_other(name, value)))?;
+        written.map_err(|source| StepError::Setting { name: name.to_owned(), value: value.to_owned(), source })
+    }
+
+    /// Gives a setting its value back, unless another attachment needs it. For one of the host the caller holds the lock of what is
+    /// shared, and has ended the attachment's translation.
+    pub(super) fn restore_setting(
+        &self,
+        key: &AttachmentKey,
+        netns: &NetNs,
+        (target, name, before): (Target, &str, &str),
+    ) -> Result<(), TeardownError> {
+        for record in self.others(key)? {
+            let needs = held(&record, target, name).is_some()
+                && match target {
+                    Target::Pod => record.netns == netns.id(),
+                    // Its record may outlive what it needs the setting for, when both go at the same time.
+                    Target::Host => self.is_on_this_host(&record) && self.is_translating(&record)?,
+                };
+            if needs {
+                return Ok(());
+            }
+        }
+        match gated("restore setting", || self.run_in(netns, || write_if_other(name, before)))? {
+            // The device, or the family, is gone.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(source) => Err(TeardownError::Setting { name: name.to_owned(), value: before.to_owned(), source }),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// Settings of the pod that are not what they were made.
+    pub(super) fn changed_settings(&self, record: &Record, pod: &NetNs) -> Result<Vec<Drift>, NetNsError> {
+        let Some(made) = record.done.as_ref().map(|done| &done.settings).filter(|made| !made.is_empty()) else {
+            return Ok(Vec::new());
+        };
+        self.changed(Target::Pod, pod, made)
+    }
+
+    /// Settings of a namespace that are not so.
+    pub(super) fn changed(
+        &self,
+        target: Target,
+        netns: &NetNs,
+        made: &BTreeMap<String, String>,
+    ) -> Result<Vec<Drift>, NetNsError> {
+        self.run_in(netns, || {
+            let is = made.iter().map(|(name, value)| (name, value, read(name).ok()));
+            let differ = is.filter(|(_, value, is)| is.as_deref() != Some(value.as_str()));
+            differ
+                .map(|(name, value, is)| Drift::SettingChanged { target, name: name.clone(), value: value.clone(), is })
+                .collect()
+        })
+    }
+
+    /// Records of this boot but that of one attachment.
+    fn others(&self, key: &AttachmentKey) -> Result<Vec<Record>, JournalError> {
+        self.journal.records_that(|record| record.key != *key && record.boot == self.journal.boot())
+    }
+
+    fn is_on_this_host(&self, record: &Record) -> bool {
+        record.host.is_none_or(|host| host == self.host.0.id())
+    }
+}
+
+struct Held<'a> {
+    before: &'a str,
+    asked: &'a str,
+}
+
+/// What an attachment asked of a setting.
+fn held<'r>(record: &'r Record, target: Target, name: &str) -> Option<Held<'r>> {
+    record.undo.iter().find_map(|undo| match undo {
+        Undo::RestoreSetting { target: its, name: of, before, asked } if *its == target && of == name => {
+            Some(Held { before, asked })
+        }
+        _ => None,
+    })
+}
+
+/// Refuses what the calling thread's namespace does not have, or does not let be written.
+fn is_settable(setting: &Setting) -> Result<(), PlanError> {
+    let name = setting.pattern.as_ref().unwrap_or(&setting.name);
+    let refuse = |reason: String| Err(invalid(dotted(&setting.name), reason));
+    if setting.pattern.is_some() {
+        // Some families have no pattern of devices to come: the device itself will tell.
+        let directory = Path::new(ROOT).join(name);
+        if directory.parent().is_some_and(|d| !d.exists() && d.parent().is_some_and(Path::exists)) {
+            return Ok(());
+        }
+    }
+    match std::fs::metadata(Path::new(ROOT).join(name)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => refuse(
+            "the pod's namespace has no such setting: it is of the whole host, or this kernel lacks it; drop it, or see \
+             `sysctl -a` in a pod"
+                .to_owned(),
+        ),
+        Err(error) => refuse(error.to_string()),
+        Ok(found) if !found.is_file() => refuse("is not one setting but several; name one of them".to_owned()),
+        Ok(found) if found.mode() & 0o200 == 0 => {
+            refuse("cannot be written from a pod's namespace: it is of the whole host; drop it".to_owned())
+        }
+        Ok(_) => Ok(()),
+    }
+}
+
+fn unreadable(name: &str, error: &io::Error) -> PlanError {
+    invalid(dotted(name), format!("cannot be read, and so not be given back when the pod goes: {error}; drop it"))
+}
+
+fn read(name: &str) -> io::Result<String> {
+    Ok(std::fs::read_to_string(Path::new(ROOT).join(name))?.trim().to_owned())
+}
+
+/// As a device to come has it, where the device is not there.
+fn read_or_default(name: &str) -> io::Result<String> {
+    match read(name) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let mut parts: Vec<&str> = name.split('/').collect();
+            match parts.get_mut(2) {
+                Some(device) => *device = "default",
+                None => return Err(error),
+            }
+            read(&parts.join("/"))
+        }
+        found => found,
+    }
+}
+
+fn write_if_other(name: &str, value: &str) -> io::Result<()> {
+    match read(name) {
+        Ok(is) if same_value(&is, value) => Ok(()),
+        // An empty list is written as a line.
+        _ => {
+            OpenOptions::new().write(true).open(Path::new(ROOT).join(name))?.write_all(format!("{value}\n").as_bytes())
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! Settings of pods: `link.sysctl`.
+
+use dcenet_core::engine::{AttachError, AttachRequest, Drift, Engine};
+use dcenet_core::link::LinkConfig;
+use dcenet_core::model::AttachmentKey;
+use dcenet_core::plan::Target;
+use dcenet_core::provider::{Lease, LeasedAddress};
+use dcenet_core::test_support::{HostState, Rung, TestHost, TestNetNs, require};
+use serde_json::{Value, json};
+
+const SOMAXCONN: &str = "net.core.somaxconn";
+
+fn key(ifname: &str) -> AttachmentKey {
+    AttachmentKey {
+        network: "shop".parse().unwrap(),
+        container: "c1".parse().unwrap(),
+        ifname: ifname.parse().unwrap(),
+    }
+}
+
+fn attach(engine: &Engine, ifname: &str, pod: &TestNetNs, sysctl: Value) -> Result<bool, AttachError> {
+    let link = LinkConfig::read(&json!({ "kind": "veth", "sysctl": sysctl })).unwrap();
+    let address = format!("10.20.0.{}/24", 2 + ifname.len());
+    let lease = Lease {
+        addresses: vec![LeasedAddress::new(address.parse().unwrap(), "pods", 1)],
+        routes: Vec::new(),
+        dns: Default::default(),
+        mac: None,
+    };
+    engine.attach(&AttachRequest::new(key(ifname), pod.pod(), link, lease)).map(|attached| attached.repeated)
+}
+
+/// What sysctl(8) says in a namespace.
+fn value(netns: &TestNetNs, name: &str) -> String {
+    netns.sh(&format!("sysctl -n {name}")).split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn settings_are_made_looked_at_made_again_and_given_back() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let host = TestHost::new();
+    let engine = host.engine(None);
+    let (pod, of_host) = (host.new_pod(), host.state());
+    let before = HostState::capture(pod.netns());
+    let sysctl = json!({
+        SOMAXCONN: "77", "net/ipv4/ip_local_port_range": "20000 30000", "net.ipv4.conf.default.rp_filter": "1",
+        "net.ipv4.conf.IFNAME.rp_filter": "2", "net.ipv4.neigh.eth0.retrans_time_ms": "1500",
+    });
+    let wanted = [
+        (SOMAXCONN, "77"),
+        ("net.ipv4.ip_local_port_range", "20000 30000"),
+        ("net.ipv4.conf.default.rp_filter", "1"),
+        ("net.ipv4.conf.eth0.rp_filter", "2"),
+        ("net.ipv4.neigh.eth0.retrans_time_ms", "1500"),
+    ];
+    assert!(!attach(&engine, "eth0", &pod, sysctl.clone()).unwrap());
+    for (name, expected) in wanted {
+        assert_eq!(value(&pod, name), expected, "{name}");
+    }
+    assert_eq!(of_host.lines().filter(|l| l.starts_with("setting core")).count(), 1);
+    assert!(host.state().lines().all(|line| line != "setting core/somaxconn 77"), "the host has its own");
+    assert_eq!(engine.check(&key("eth0"), pod.netns()).unwrap(), []);
+
+    pod.sh("sysctl -qw net.core.somaxconn=78 net.ipv4.conf.eth0.rp_filter=0");
+    let drift = engine.check(&key("eth0"), pod.netns()).unwrap();
+    let changed = |name: &str, value: &str, is: &str| {
+        let [name, value, is] = [name, value, is].map(str::to_owned);
+        Drift::SettingChanged { target: Target::Pod, name, value, is: Some(is) }
+    };
+    assert_eq!(drift, [changed("core/somaxconn", "77", "78"), changed("ipv4/conf/eth0/rp_filter", "2", "0")]);
+    assert_eq!(drift[0].to_string(), "pod: net.core.somaxconn is \"78\", and was made \"77\"");
+
+    assert!(attach(&engine, "eth0", &pod, sysctl).unwrap());
+    assert_eq!(engine.check(&key("eth0"), pod.netns()).unwrap(), []);
+    engine.detach(&key("eth0"), None).unwrap();
+    assert_eq!(before.diff(&HostState::capture(pod.netns())), "");
+    assert_eq!(of_host.diff(&host.state()), "");
+}
+
+#[test]
+fn networks_of_a_pod_share_a_setting_until_the_last_has_gone() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let host = TestHost::new();
+    let engine = host.engine(None);
+    let pod = host.new_pod();
+    let before = value(&pod, SOMAXCONN);
+    assert_ne!(before, "77");
+    for order in [["eth0", "storage"], ["storage", "eth0"]] {
+        for ifname in ["eth0", "storage"] {
+            attach(&engine, ifname, &pod, json!({ SOMAXCONN: "77" })).unwrap();
+        }
+        // A second pod has nothing to do with it.
+        let other = host.new_pod();
+        let elsewhere = AttachmentKey { container: "c2".parse().unwrap(), ..key("eth0") };
+        let link = LinkConfig::read(&json!({ "kind": "veth", "sysctl": { SOMAXCONN: "99" } })).unwrap();
+        let none = Lease { addresses: Vec::new(), routes: Vec::new(), dns: Default::default(), mac: None };
+        engine.attach(&AttachRequest::new(elsewhere.clone(), other.pod(), link, none)).unwrap();
+        assert_eq!((value(&pod, SOMAXCONN), value(&other, SOMAXCONN)), ("77".to_owned(), "99".to_owned()));
+
+        // Another value is refused, before anything is made.
+        let error = attach(&engine, "third", &pod, json!({ SOMAXCONN: "78" })).unwrap_err().to_string();
+        for word in ["link.sysctl \"net.core.somaxconn = 78\"", "shop/c1/eth0", "\"77\""] {
+            assert!(error.contains(word) || word.ends_with("eth0") && error.contains("shop/c1/storage"), "{error}");
+        }
+        assert!(pod.link("third").is_none());
+
+        engine.detach(&key(order[0]), None).unwrap();
+        assert_eq!(value(&pod, SOMAXCONN), "77", "{order:?}");
+        engine.detach(&key(order[1]), None).unwrap();
+        assert_eq!(value(&pod, SOMAXCONN), before, "{order:?}");
+        engine.detach(&elsewhere, None).unwrap();
+        assert_eq!(value(&other, SOMAXCONN), before);
+    }
+    assert_eq!(host.records(), [""; 0]);
+}
+
+#[test]
+fn what_is_not_the_pods_or_refused_by_the_kernel_changes_nothing() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let host = TestHost::new();
+    let engine = host.engine(None);
+    let pod = host.new_pod();
+    let (of_host, of_pod) = (host.state(), HostState::capture(pod.netns()));
+    // Of the whole host: there for its administrator, not in a pod.
+    let backlog = || std::fs::read_to_string("/proc/1/root/proc/sys/net/core/netdev_max_backlog").ok();
+    let is = backlog();
+    for (name, set, words) in [
+        ("net.core.netdev_max_backlog", "4321", "has no such setting"),
+        ("net.core.nothing", "1", "has no such setting"),
+        ("net.ipv4.conf.IFNAME.nothing", "1", "has no such setting"),
+        ("net.ipv4.conf.eth9.rp_filter", "1", "has no such setting"),
+        ("net.ipv4.tcp_available_congestion_control", "x", "cannot be written"),
+        ("net.ipv4.route.flush", "1", "cannot be read"),
+        ("net.ipv4.conf", "1", "several"),
+        ("net.core.somaxconn", "many", "cannot be set to \"many\""),
+        ("net.ipv4.conf.IFNAME.rp_filter", "x", "cannot be set to \"x\""),
+    ] {
+        // What goes before it is given back.
+        let mut sysctl = json!({ "net.core.somaxconn": "77", "net.ipv4.ip_local_port_range": "20000 30000" });
+        sysctl[name] = json!(set);
+        let error = attach(&engine, "eth0", &pod, sysctl).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains(&name.replace("IFNAME", "eth0")) && text.contains(words), "{name}: {text}");
+        assert!(!error.is_retryable(), "{name}");
+        assert_eq!(of_pod.diff(&HostState::capture(pod.netns())), "", "{name}");
+        assert_eq!(of_host.diff(&host.state()), "", "{name}");
+        assert_eq!(host.records(), [""; 0], "{name}");
+    }
+    assert_eq!(backlog(), is);
+    assert_eq!(engine.check(&key("eth0"), pod.netns()).unwrap(), [Drift::NotAttached]);
+}
