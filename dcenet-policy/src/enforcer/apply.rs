@@ -291,8 +291,8 @@ impl Applier {
         let mut replaced = Vec::new();
         for switch in switches {
             let state = shared.state.lock();
-            // The links of one in a pod may live on after it was told to be gone, and are shut since.
-            let is_told = switch.known.endpoint.place.is_host() || state.has(&switch.known.endpoint);
+            // A device may live on after it was told to be gone: its links in a pod are shut since, or its policy was lifted.
+            let is_told = state.has(&switch.known.endpoint);
             let mut cells = shared.cells.lock();
             drop(state);
             // One of the same name may have been admitted since, and the cell is that one's.

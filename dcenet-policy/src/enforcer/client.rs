@@ -452,6 +452,18 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
         }
         self.tell(&Request::Gone { attachment: attachment.clone() }, false).map_err(|e| refused(doing(), e))
     }
+
+    fn lift(&self, endpoint: &Endpoint) -> Result<(), PolicyError> {
+        if !endpoint.place.is_host() {
+            return self.detach(&endpoint.attachment);
+        }
+        let doing = || format!("lift the policy of {}", endpoint.attachment);
+        // First, for an owner that knows the endpoint puts its programs back.
+        let gone = Request::Gone { attachment: endpoint.attachment.clone() };
+        self.tell(&gone, false).map_err(|e| refused(doing(), e))?;
+        let hooks = BOTH.map(|direction| Hook { device: endpoint.ifindex, direction });
+        remove(&self.attacher, &hooks, &endpoint.attachment).map_err(failed(doing()))
+    }
 }
 
 fn remove(attacher: &dyn Attacher, hooks: &[Hook], attachment: &AttachmentKey) -> Result<(), AttachError> {

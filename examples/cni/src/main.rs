@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use dcenet_core::cni::{Backends, CniError, ErrorCode, NetConf, PolicyChoice, serve};
-use dcenet_core::provider::{AddressSource, DeviceSource, LeaseError};
+use dcenet_core::provider::{AddressSource, DeviceSource, LeaseError, PolicySink};
 use dcenet_ebpf::attach::Scrubber;
 use dcenet_ipam::config::IpamConfig;
 use dcenet_ipam::{Ipam, OpenError};
@@ -41,6 +41,10 @@ impl Backends for Dcenet {
             sink: Arc::new(PinnedDefault::new(&config, &conf.run_dir)),
             await_enforced: (!limit.is_zero()).then_some(limit),
         }))
+    }
+
+    fn former_policy(&self, conf: &NetConf) -> Option<Arc<dyn PolicySink>> {
+        Some(Arc::new(PinnedDefault::new(&PolicyConfig::default(), &conf.run_dir)))
     }
 
     fn devices(&self, conf: &NetConf) -> Result<Option<Arc<dyn DeviceSource>>, CniError> {

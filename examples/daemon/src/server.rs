@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use dcenet_core::cni::node::Server;
 use dcenet_core::cni::{Backends, CniError, ErrorCode, NetConf, PolicyChoice};
-use dcenet_core::provider::{AddressSource, DeviceSource, LeaseError};
+use dcenet_core::provider::{AddressSource, DeviceSource, LeaseError, PolicySink};
 use dcenet_ebpf::attach::Scrubber;
 use dcenet_ipam::config::{IpamConfig, StoreConfig};
 use dcenet_ipam::metrics::Metrics;
@@ -141,6 +141,10 @@ impl Backends for Shared {
             sink: Arc::new(PinnedDefault::new(&config, &conf.run_dir)),
             await_enforced: (!limit.is_zero()).then_some(limit),
         }))
+    }
+
+    fn former_policy(&self, conf: &NetConf) -> Option<Arc<dyn PolicySink>> {
+        Some(Arc::new(PinnedDefault::new(&PolicyConfig::default(), &conf.run_dir)))
     }
 
     fn devices(&self, conf: &NetConf) -> Result<Option<Arc<dyn DeviceSource>>, CniError> {

@@ -128,6 +128,47 @@ fn pods_of_other_plugins_are_under_policy() {
     }
 }
 
+#[test]
+fn policy_goes_when_the_list_asks_for_it_no_more_and_comes_back() {
+    if !require(Rung::Kernel) || !has_debians("bridge") {
+        return;
+    }
+    let mut list = List::new(Node::under_policy(), bridge());
+    let (db, web) = (list.node.pod("db"), list.node.pod("web"));
+    let result = list.add(&db);
+    list.theirs("ADD", &web, None).unwrap();
+    let asks = list.node.config.clone();
+    let mut asks_not = asks.clone();
+    asks_not.as_object_mut().unwrap().remove("policy");
+    let endpoints = |list: &List| list.node.policy().iter().filter(|l| l.starts_with("endpoint ")).count();
+    let programs = |list: &List| {
+        let filters = "for d in $(ip -o link show type veth | cut -d' ' -f2 | \
+                       cut -d@ -f1); do tc filter show dev $d ingress; tc filter show dev $d egress; done";
+        list.node.host.root().sh(filters).matches(" bpf ").count()
+    };
+    assert!(programs(&list) > 0);
+    for _ in 0..2 {
+        assert!(!connects(&web, &db, &result, SHORT));
+        // Twice, for a runtime may not have heard the answer.
+        list.node.config = asks_not.clone();
+        for _ in 0..2 {
+            assert_eq!(list.ours("ADD", &db, Some(&result)).unwrap(), result);
+        }
+        assert_eq!((endpoints(&list), programs(&list)), (0, 0));
+        assert!(connects(&web, &db, &result, LONG));
+        list.ours("CHECK", &db, Some(&result)).unwrap();
+        list.node.config = asks.clone();
+        assert_eq!(list.ours("ADD", &db, Some(&result)).unwrap(), result);
+        assert_eq!(endpoints(&list), 1);
+        list.ours("CHECK", &db, Some(&result)).unwrap();
+    }
+    assert!(!connects(&web, &db, &result, SHORT));
+    // The section is gone before the pod is.
+    list.node.config = asks_not;
+    list.del(&db, Some(&result));
+    assert_eq!((endpoints(&list), list.node.host.records()), (0, Vec::new()));
+}
+
 fn call(netns: &TestNetNs, to: &str) {
     let to: SocketAddr = to.parse().unwrap();
     netns.run(|| TcpStream::connect_timeout(&to, LONG)).unwrap_or_else(|e| panic!("{to}: {e}"));
@@ -153,6 +194,12 @@ fn ports_lead_to_pods_of_other_plugins() {
         list.ours("CHECK", &pod, Some(&result)).unwrap();
         // A repeated ADD is the same; a second pod cannot have the port.
         assert_eq!(list.ours("ADD", &pod, Some(&result)).unwrap(), result);
+        // With another port it has that, and the one before no more.
+        list.node.config["runtimeConfig"]["portMappings"][0]["hostPort"] = json!(8081);
+        assert_eq!(list.ours("ADD", &pod, Some(&result)).unwrap(), result);
+        let listed = elements(&list.node).join("\n");
+        assert!(listed.contains("8081") && !listed.contains("8080"), "{listed}");
+        list.ours("CHECK", &pod, Some(&result)).unwrap();
         let rival = list.node.pod("rival");
         let first = list.theirs("ADD", &rival, None).unwrap();
         assert_eq!(list.ours("ADD", &rival, Some(&first)).unwrap_err()["code"], 112);
