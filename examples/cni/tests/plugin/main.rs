@@ -4,7 +4,9 @@
 mod common;
 
 mod bandwidth;
+mod burst;
 mod chained;
+mod collect;
 mod igb;
 mod ipam;
 mod link;
@@ -14,6 +16,7 @@ mod owner;
 mod pools;
 mod races;
 mod shared;
+mod sysctl;
 mod underlay;
 
 use common::Node;
