@@ -3,12 +3,13 @@
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::time::Duration;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
-use dcenet_core::test_support::{Rung, require_with};
+use dcenet_core::test_support::{Rung, effort, require_with};
 use serde_json::json;
 
-use crate::common::{Node, has_nft};
+use crate::common::{Node, has_nft, run_anywhere};
 use crate::has;
 use crate::machine::{IMAGE, Machine};
 
@@ -70,11 +71,16 @@ impl<'a> Podman<'a> {
         }
     }
 
-    fn try_run(&self, arguments: &[&str]) -> Result<String, String> {
+    fn command(&self, arguments: &[&str]) -> Command {
         let mut command = self.0.command("podman");
         command.env("CONTAINERS_CONF", self.0.directory().join("containers.conf"));
         command.env("CONTAINERS_STORAGE_CONF", self.0.directory().join("storage.conf"));
-        let output = command.args(arguments).output().expect("nsenter starts");
+        command.args(arguments);
+        command
+    }
+
+    fn try_run(&self, arguments: &[&str]) -> Result<String, String> {
+        let output = self.command(arguments).output().expect("nsenter starts");
         match output.status.success() {
             true => Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned()),
             false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
@@ -198,4 +204,98 @@ fn without_del_containers_leave_what_gc_collects() {
     let kept = machine.node.pod("kept");
     machine.node.gc(Some(&[&kept])).unwrap();
     assert_eq!(machine.traces(), before);
+}
+
+/// podman is killed while its plugin attaches a container, which goes on, or right afterwards. Then the container is
+/// removed, which podman may know nothing of, and GC called: nothing of ours is left.
+#[test]
+fn what_killed_podmans_leave_goes_by_del_or_gc() {
+    if !is_here() {
+        return;
+    }
+    let machine = machine();
+    let Some(podman) = Podman::on(&machine) else { return };
+    let (before, cgroup) = (ours(&machine), machine.cgroup());
+    // The bridge stays for those who are left.
+    let kept = machine.node.pod("kept");
+    let mut collect = machine.node.config_for_gc(&[&kept]);
+    collect["cniVersion"] = json!("1.1.0");
+    let (mut killed, mut unclean, mut by_gc) = (0u32, 0u32, 0u32);
+    let kills: u32 = effort(1, 6, 60);
+    for n in 0..kills {
+        let name = format!("killed{n}");
+        let mut start =
+            podman.command(&["run", "-d", "--name", &name, "--cgroup-parent", &cgroup, "-p", "8080:80", IMAGE]);
+        let mut start = start.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        // When the plugin is seen at work, when it has begun to write down what it does, or some time after that.
+        let is_due = || match n % 3 {
+            0 => descendants(start.id()).iter().any(|process| process.is_called("dcenet")),
+            _ => !machine.node.host.records().is_empty(),
+        };
+        while !is_due() && !has_ended(start.id()) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if n % 3 == 2 {
+            std::thread::sleep(Duration::from_millis(5) * n);
+        }
+        let below = descendants(start.id());
+        let podmans: Vec<&Process> = below.iter().filter(|process| process.is_called("podman")).collect();
+        podmans.iter().for_each(|process| process.kill());
+        start.wait().unwrap();
+        let deadline = Instant::now() + LONG;
+        while below.iter().any(|process| process.is_called("dcenet")) {
+            assert!(Instant::now() < deadline, "the plugin does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        killed += u32::from(!podmans.is_empty());
+        unclean += u32::from(!podmans.is_empty() && ours(&machine) != before);
+        // It may not know the container.
+        let _ = podman.try_run(&["rm", "-f", "-t0", &name]);
+        by_gc += u32::from(ours(&machine) != before);
+        machine.node.host.root().run(|| run_anywhere(&[("CNI_COMMAND", "GC")], &collect.to_string())).unwrap();
+        let after = ours(&machine);
+        assert_eq!(after, before, "{name}");
+    }
+    println!("{killed} of {kills} killed, {unclean} of them unclean before DEL, {by_gc} after it");
+    // The twin: there was something to remove.
+    assert!(unclean > 0, "{killed} of {kills} killed, {unclean} unclean");
+}
+
+/// Traces, without the names of namespaces, which are podman's.
+fn ours(machine: &Machine) -> BTreeSet<String> {
+    machine.traces().into_iter().filter(|line| !line.starts_with("namespace ")).collect()
+}
+
+/// Whether a child of ours has ended, or will not be there again.
+fn has_ended(id: u32) -> bool {
+    let state = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
+    state.is_empty() || state.contains(") Z ")
+}
+
+/// A process, which may have ended.
+struct Process(u32);
+
+impl Process {
+    fn is_called(&self, name: &str) -> bool {
+        let is = std::fs::read_to_string(format!("/proc/{}/comm", self.0));
+        // One that has ended is there until its parent knows.
+        let state = std::fs::read_to_string(format!("/proc/{}/stat", self.0)).unwrap_or_default();
+        is.is_ok_and(|is| is.trim() == name) && !state.contains(") Z ")
+    }
+
+    fn kill(&self) {
+        let id = rustix::process::Pid::from_raw(self.0.try_into().unwrap()).unwrap();
+        // It may have ended by itself.
+        let _ = rustix::process::kill_process(id, rustix::process::Signal::KILL);
+    }
+}
+
+/// The processes below one.
+fn descendants(id: u32) -> Vec<Process> {
+    let threads = std::fs::read_dir(format!("/proc/{id}/task")).into_iter().flatten().flatten();
+    let lists = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("children")).ok());
+    let children: Vec<u32> =
+        lists.flat_map(|list| list.split_whitespace().filter_map(|id| id.parse().ok()).collect::<Vec<_>>()).collect();
+    let below = children.iter().flat_map(|child| descendants(*child));
+    below.chain(children.iter().map(|child| Process(*child))).collect()
 }
