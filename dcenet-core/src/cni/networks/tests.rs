@@ -154,8 +154,8 @@ fn the_nodes_pools_of_functions_are_those_of_every_network() {
     selecting.define("other", &other);
     let networks = selecting.asking(&json!("fast, other")).unwrap();
     assert_eq!(ours(&networks[1])["sriov"], of_node);
-    assert_eq!(ours(&networks[1])["deviceID"], device);
     assert_eq!(ours(&networks[2])["sriov"], of_node);
+    assert_eq!(ours(&networks[2])["deviceID"], device);
     assert_eq!(ours(&networks[3])["sriov"], of_one);
 }
 
