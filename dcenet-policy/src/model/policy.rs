@@ -34,7 +34,7 @@ pub struct Rule {
     pub log: bool,
 }
 
-/// A group of policies. Which is tried when is told by [`Catalog::tier`].
+/// A group of policies. Which is tried when is told by [`Catalog::tier`](super::Catalog::tier).
 #[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(from = "String", into = "String")]
 pub enum Tier {
@@ -45,7 +45,7 @@ pub enum Tier {
     NetworkPolicy,
     /// What holds for pods that no policy of the tier NetworkPolicy isolates.
     Baseline,
-    /// One of [`Catalog::tiers`].
+    /// One of [`Catalog::tiers`](super::Catalog::tiers).
     Named(String),
 }
 
