@@ -86,6 +86,33 @@ fn hairpin_mode_is_set_on_the_port() {
 }
 
 #[test]
+fn a_port_that_others_set_otherwise_is_told() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let host = TestHost::new();
+    let engine = host.engine(None);
+    let pod = host.new_pod();
+    let text = r#"{ "kind": "bridge", "bridge": "dc0", "hairpinMode": true, "isolated": true }"#;
+    engine.attach(&request("c1", &pod, &serde_json::from_str(text).unwrap(), lease(2))).unwrap();
+    let drift = || engine.check(&key("c1"), pod.netns()).unwrap().iter().map(ToString::to_string).collect::<Vec<_>>();
+    assert_eq!(drift(), [""; 0]);
+    let port = key("c1").id().host_ifname();
+    for (setting, told) in
+        [("hairpin", "its hairpin mode was turned off"), ("isolated", "its isolation was turned off")]
+    {
+        host.root().sh(&format!("bridge link set dev {port} {setting} off"));
+        let found = drift();
+        assert!(found.len() == 1 && found[0].contains(told), "{found:?}");
+        host.root().sh(&format!("bridge link set dev {port} {setting} on"));
+        assert_eq!(drift(), [""; 0]);
+    }
+    host.root().sh(&format!("ip link set {port} nomaster"));
+    assert!(drift().iter().any(|told| told.contains("no port of a bridge")), "{:?}", drift());
+    engine.detach(&key("c1"), None).unwrap();
+}
+
+#[test]
 fn a_key_too_long_for_an_alias_is_marked_by_its_id() {
     if !require(Rung::Netns) {
         return;

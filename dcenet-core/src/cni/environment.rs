@@ -83,6 +83,33 @@ pub struct Invocation {
     pub path: OsString,
     /// `CNI_NETNS_OVERRIDE`: the caller's own namespace may be given as the container's.
     pub netns_override: bool,
+    /// `TRACEPARENT`: of which request the call is a part.
+    pub trace: Option<TraceParent>,
+}
+
+/// The request that a call is a part of, as its sender names it (W3C Trace Context, section 3.2: `VERSION-TRACE-PARENT-FLAGS`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TraceParent(String);
+
+impl TraceParent {
+    /// `None` where the text is none: it must then be as if nothing had been said (section 3.2.2).
+    fn of(text: &str) -> Option<Self> {
+        let hexadecimal = |part: &str, length| {
+            part.len() == length && part.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+        };
+        let mut parts = text.split('-');
+        let [version, trace, parent, flags] = [parts.next()?, parts.next()?, parts.next()?, parts.next()?];
+        let known = [(version, 2), (trace, 32), (parent, 16), (flags, 2)].iter().all(|(p, n)| hexadecimal(p, *n));
+        // Later versions may say more behind it.
+        let whole = if version == "00" { parts.next().is_none() } else { version != "ff" };
+        let zero = |part: &str| part.bytes().all(|b| b == b'0');
+        (known && whole && !zero(trace) && !zero(parent)).then(|| Self(text.to_owned()))
+    }
+
+    /// As it was given.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
 }
 
 impl Invocation {
@@ -102,6 +129,7 @@ impl Invocation {
             .parse()?;
 
         let path = get("CNI_PATH").unwrap_or_default();
+        let trace = get("TRACEPARENT").and_then(|text| TraceParent::of(text.to_str()?));
         let per_container = matches!(verb, Verb::Add | Verb::Check | Verb::Del);
         if !per_container {
             // Runtimes fill the rest with placeholders here, which are not worth an error.
@@ -113,6 +141,7 @@ impl Invocation {
                 args: CniArgs::default(),
                 path,
                 netns_override: false,
+                trace,
             });
         }
         let required = |name: &'static str| {
@@ -136,6 +165,7 @@ impl Invocation {
             },
             path,
             netns_override: text("CNI_NETNS_OVERRIDE")?.is_some_and(|v| is_true(&v)),
+            trace,
         })
     }
 }
@@ -272,6 +302,30 @@ mod tests {
             let error = add_with(&[(name, value)]).unwrap_err();
             assert_eq!(error.code.number(), 4);
             assert!(error.message.contains(name) && error.message.contains(value), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_trace_is_taken_as_it_is_or_not_at_all() {
+        let (trace, parent) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
+        for (text, taken) in [
+            (format!("00-{trace}-{parent}-01"), true),
+            (format!("cc-{trace}-{parent}-01-later"), true),
+            (format!("00-{trace}-{parent}-01-later"), false),
+            (format!("ff-{trace}-{parent}-01"), false),
+            (format!("00-{}-{parent}-01", trace.to_uppercase()), false),
+            (format!("00-{trace}-{parent}"), false),
+            (format!("00-{}-{parent}-01", "0".repeat(32)), false),
+            (format!("00-{trace}-{}-01", "0".repeat(16)), false),
+            (String::new(), false),
+        ] {
+            let found = Invocation::from_env(|name| match name {
+                "CNI_COMMAND" => Some("STATUS".into()),
+                "TRACEPARENT" => Some(text.clone().into()),
+                _ => None,
+            });
+            let found = found.unwrap().trace;
+            assert_eq!(found.as_ref().map(TraceParent::as_str), taken.then_some(text.as_str()));
         }
     }
 

@@ -28,7 +28,7 @@ mod version;
 
 pub use config::{Asked, NetConf, Role, RuntimeConfig};
 pub use delegate::{Chain, DelegateError, PluginCall, PluginName, Plugins, Progress};
-pub use environment::{CniArgs, Invocation, Verb};
+pub use environment::{CniArgs, Invocation, TraceParent, Verb};
 pub use error::{CniError, ErrorCode};
 pub use result::{CniResult, Interface, Ip, Route};
 pub use serve::{Backends, PolicyChoice, serve};

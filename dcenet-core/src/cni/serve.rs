@@ -6,10 +6,12 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tracing::{Instrument as _, Span};
+
 use super::config::version_of;
 use super::networks::{self, Networks};
 use super::verbs::{Call, journal};
-use super::{CniError, ErrorCode, Invocation, NetConf, Role, SpecVersion, Verb};
+use super::{CniError, ErrorCode, Invocation, NetConf, Role, SpecVersion, TraceParent, Verb};
 use crate::engine::Removals;
 use crate::model::AttachmentKey;
 use crate::provider::{AddressSource, DeviceSource, PolicySink};
@@ -135,9 +137,10 @@ pub(super) async fn respond(
     backends: &dyn Backends,
 ) -> (Option<String>, bool) {
     let input = stdin.as_ref().map_or(&[][..], |input| *input);
-    match answer(environment, stdin, backends).await {
+    let mut span = Span::none();
+    match answer(environment, stdin, backends, &mut span).await {
         Ok(text) => (text, true),
-        Err(error) => (Some(failure(&error, input)), false),
+        Err(error) => (Some(span.in_scope(|| failure(&error, input))), false),
     }
 }
 
@@ -175,10 +178,12 @@ fn pass(
     }
 }
 
+/// `span` becomes that of the call, once it is known what it is about.
 async fn answer(
     environment: impl Fn(&str) -> Option<OsString>,
     stdin: std::io::Result<&[u8]>,
     backends: &dyn Backends,
+    span: &mut Span,
 ) -> Result<Option<String>, CniError> {
     let invocation = Invocation::from_env(environment)?;
     if invocation.verb == Verb::Version {
@@ -186,6 +191,23 @@ async fn answer(
     }
     let stdin = stdin.map_err(|e| CniError::new(ErrorCode::Io, format!("the configuration cannot be read: {e}")))?;
     let conf = NetConf::parse(stdin)?;
+    *span = tracing::info_span!(
+        "call",
+        verb = %invocation.verb,
+        network = %conf.name,
+        container = invocation.container.as_ref().map(tracing::field::display),
+        ifname = invocation.ifname.as_ref().map(tracing::field::display),
+        traceparent = invocation.trace.as_ref().map(TraceParent::as_str),
+    );
+    dispatch(&invocation, &conf, backends).instrument(span.clone()).await
+}
+
+/// Does what is asked.
+async fn dispatch(
+    invocation: &Invocation,
+    conf: &NetConf,
+    backends: &dyn Backends,
+) -> Result<Option<String>, CniError> {
     #[cfg(not(feature = "node"))]
     if conf.daemon()?.is_some() {
         let message = "daemon: this build cannot hand calls over; build it with the feature node, or remove the key";
@@ -202,8 +224,8 @@ async fn answer(
             format!("{:?} needs cniVersion {since} or later; the configuration says {}", invocation.verb, conf.version),
         ));
     }
-    if conf.role == Role::Meta || is_left_of_several(&invocation, &conf)? {
-        let several = Networks::new(&invocation, &conf, backends)?;
+    if conf.role == Role::Meta || is_left_of_several(invocation, conf)? {
+        let several = Networks::new(invocation, conf, backends)?;
         return match invocation.verb {
             Verb::Add => several.add().await.map(Some),
             Verb::Check => several.check().await.map(|()| None),
@@ -213,7 +235,7 @@ async fn answer(
             Verb::Version => unreachable!("answered above"),
         };
     }
-    let call = Call::new(&invocation, &conf, backends)?;
+    let call = Call::new(invocation, conf, backends)?;
     let done = match (invocation.verb, conf.role) {
         (Verb::Add, Role::Main) => return call.add().await.map(|result| Some(result.to_json(conf.version))),
         (Verb::Add, Role::Ipam) => {

@@ -410,15 +410,23 @@ fn compare(step: &Step, here: &Observed, there: &Observed, record: &Record, drif
                 drift.push(Drift::NeighbourMissing { target, address: *address });
             }
         }
+        Operation::Hairpin { port } => {
+            if find(here, port).is_some_and(|l| !l.port.is_some_and(|port| port.hairpin)) {
+                drift.push(changed(target, port, "its hairpin mode was turned off, or it is no port of a bridge"));
+            }
+        }
+        Operation::Isolate { port } => {
+            if find(here, port).is_some_and(|l| !l.port.is_some_and(|port| port.isolated)) {
+                drift.push(changed(target, port, "its isolation was turned off, or it is no port of a bridge"));
+            }
+        }
         Operation::NoLinkLocal { .. }
         | Operation::WriteSetting { .. }
         | Operation::NoArpReplies { .. }
-        | Operation::Isolate { .. }
         | Operation::Shape { .. }
         | Operation::AddClsact { .. }
         | Operation::Divert { .. }
         | Operation::ForwardIpv4 { .. }
-        | Operation::Hairpin { .. }
         | Operation::SettleCarrier { .. }
         | Operation::SettleAddress { .. }
         | Operation::ForgetNeighbour { .. }

@@ -56,6 +56,7 @@ fn bridge_link(kind: Option<&str>) -> LinkView {
         peer: None,
         peer_netns: None,
         tx_queue_len: 0,
+        port: None,
     }
 }
 

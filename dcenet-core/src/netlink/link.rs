@@ -32,6 +32,27 @@ pub struct LinkView {
     pub peer_netns: Option<i32>,
     /// Length of its transmit queue, in packets.
     pub tx_queue_len: u32,
+    /// What its bridge does with it, where it is a port of one.
+    pub port: Option<BridgePort>,
+}
+
+/// Settings of a port of a bridge (`IFLA_BRPORT_*`, `br_port_fill_attrs` of `net/bridge/br_netlink.c`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct BridgePort {
+    /// Frames may leave by the port that they came in by.
+    pub hairpin: bool,
+    /// Frames do not pass between it and other isolated ports (Linux 4.18).
+    pub isolated: bool,
+}
+
+impl BridgePort {
+    fn parse(info: &[u8]) -> Option<Self> {
+        let info = Attributes::new(info);
+        info.find(IFLA_INFO_SLAVE_KIND).map(text).filter(|kind| kind == "bridge")?;
+        let port = Attributes::new(info.find(IFLA_INFO_SLAVE_DATA)?);
+        let is_set = |attribute| port.find(attribute).and_then(|value| value.first()).is_some_and(|value| *value != 0);
+        Some(Self { hairpin: is_set(IFLA_BRPORT_MODE), isolated: is_set(IFLA_BRPORT_ISOLATED) })
+    }
 }
 
 impl LinkView {
@@ -54,6 +75,7 @@ impl LinkView {
             peer: index(libc::IFLA_LINK),
             peer_netns: attributes.find(libc::IFLA_LINK_NETNSID).and_then(number).map(|n| n as i32),
             tx_queue_len: attributes.find(libc::IFLA_TXQLEN).and_then(number).unwrap_or_default(),
+            port: attributes.find(libc::IFLA_LINKINFO).and_then(BridgePort::parse),
         })
     }
 
@@ -301,6 +323,8 @@ const IPV4_DEVCONF_FORWARDING: u16 = 1;
 const IPV4_DEVCONF_ARP_IGNORE: u16 = 19;
 const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
 const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
+const IFLA_INFO_SLAVE_KIND: u16 = 4;
+const IFLA_INFO_SLAVE_DATA: u16 = 5;
 /// `IFLA_BRPORT_MODE`: hairpin.
 const IFLA_BRPORT_MODE: u16 = 4;
 const IFLA_BRPORT_ISOLATED: u16 = 33;

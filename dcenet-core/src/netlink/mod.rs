@@ -36,7 +36,7 @@ pub use detail::{LinkDetail, LinkSettings};
 pub use device::{
     CreateLinkError, IpvlanFlag, IpvlanMode, LinkKind, MacvlanMode, NetkitMode, NetkitPolicy, NewLink, VlanProtocol,
 };
-pub use link::LinkView;
+pub use link::{BridgePort, LinkView};
 pub use message::{Attributes, Message};
 pub use neighbour::NeighbourView;
 pub use route::{RouteMetrics, RouteView, RuleView};

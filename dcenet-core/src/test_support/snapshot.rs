@@ -40,11 +40,12 @@ impl HostState {
                 peer: _,
                 peer_netns: _,
                 tx_queue_len,
+                port,
             } = link;
             let configured = flags & (libc::IFF_UP | libc::IFF_NOARP | libc::IFF_PROMISC | libc::IFF_ALLMULTI) as u32;
             lines.insert(format!(
                 "link {own} #{index} kind {kind:?} mac {mac:?} mtu {mtu} flags {configured:#x} alias {alias:?} \
-                 queue {tx_queue_len} master {:?}",
+                 queue {tx_queue_len} master {:?} port {port:?}",
                 master.map(|m| name(m.get()))
             ));
         }

@@ -23,7 +23,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 pub use self::chain::{Chain, Progress};
-use super::{CniError, ErrorCode, Verb};
+use super::{CniError, ErrorCode, TraceParent, Verb};
 use crate::model::{ContainerId, IfName, ParseError};
 use crate::netlink::{Gate, gate};
 use crate::sys;
@@ -78,6 +78,8 @@ pub struct PluginCall {
     pub args: String,
     /// `CNI_NETNS_OVERRIDE`.
     pub netns_override: bool,
+    /// `TRACEPARENT`, in place of that of this process.
+    pub trace: Option<TraceParent>,
 }
 
 /// Where plugins are, and how long they may take.
@@ -158,6 +160,9 @@ impl Plugins {
         }
         if call.netns_override {
             command.env("CNI_NETNS_OVERRIDE", "true");
+        }
+        if let Some(trace) = &call.trace {
+            command.env("TRACEPARENT", trace.as_str());
         }
         let started = |source| DelegateError::Start { plugin: plugin.clone(), source };
         let said = match gate(&format!("run plugin {plugin} {}", verb.as_str())) {

@@ -56,6 +56,7 @@ fn call() -> PluginCall {
         ifname: Some("net1".parse().unwrap()),
         args: "IgnoreUnknown=1;K8S_POD_NAME=db".to_owned(),
         netns_override: false,
+        trace: None,
     }
 }
 

@@ -498,6 +498,7 @@ impl<'a> Networks<'a> {
             ifname: Some(network.ifname.clone()),
             args,
             netns_override: self.invocation.netns_override,
+            trace: self.invocation.trace.clone(),
         }
     }
 

@@ -11,7 +11,7 @@
 //! ```text
 //! plugin -> daemon   "dcen", version u32, length of environment u32, length of stdin u32; with it the pod's namespace
 //!                    (SCM_RIGHTS), where it can be opened; then NAME=VALUE with a zero byte behind each, and stdin.
-//!                    Names are those of CNI, and DCENET_HOST, DCENET_STATE_DIR and DCENET_RUN_DIR: the host's network
+//!                    Names are those of CNI, TRACEPARENT, and DCENET_HOST, DCENET_STATE_DIR and DCENET_RUN_DIR: the host's network
 //!                    namespace and the two directories, as DEVICE:INODE, or empty where there is no such directory
 //! daemon -> plugin   "A" accepted, or "D" declined with a length u32 and a reason
 //! plugin -> daemon   "G" go
@@ -53,9 +53,18 @@ const ACCEPTED: u8 = b'A';
 const DECLINED: u8 = b'D';
 const GO: u8 = b'G';
 
-/// What a plugin is told by its environment (CNI 1.1.0, section 2, "Parameters").
-const VARIABLES: [&str; 7] =
-    ["CNI_COMMAND", "CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_ARGS", "CNI_PATH", "CNI_NETNS_OVERRIDE"];
+/// What a plugin is told by its environment (CNI 1.1.0, section 2, "Parameters"), and of which request the call is a part (W3C
+/// Trace Context). A daemon leaves out what it does not know.
+const VARIABLES: [&str; 8] = [
+    "CNI_COMMAND",
+    "CNI_CONTAINERID",
+    "CNI_NETNS",
+    "CNI_IFNAME",
+    "CNI_ARGS",
+    "CNI_PATH",
+    "CNI_NETNS_OVERRIDE",
+    "TRACEPARENT",
+];
 
 /// What the plugin adds of its own.
 const SHARED: [&str; 3] = ["DCENET_HOST", "DCENET_STATE_DIR", "DCENET_RUN_DIR"];

@@ -68,6 +68,9 @@ impl Backends for Plugin {
     }
 }
 
+/// Of which request every call is a part.
+pub const TRACE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+
 impl Node {
     /// Addresses are taken back, and metrics served; nothing is under policy.
     pub fn new() -> Self {
@@ -200,6 +203,7 @@ impl Node {
             ("CNI_IFNAME", "eth0".into()),
             ("CNI_ARGS", args.into()),
             ("CNI_PATH", "/usr/lib/cni".into()),
+            ("TRACEPARENT", TRACE.into()),
         ]);
         let (get, stdin) = (|name: &str| environment.get(name).cloned(), conf.to_string());
         let answer = self.host.root().run(|| {

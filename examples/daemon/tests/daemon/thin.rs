@@ -94,6 +94,10 @@ fn every_verb_is_served_and_without_a_daemon_the_call_waits_or_stands_alone() {
     wrong["ipam"]["pools"][0]["gateway"] = json!("10.99.0.1");
     let error = node.call(&Nobody, "ADD", "wrong", Some(other.path()), &wrong).unwrap_err();
     assert!(error["code"] == 7 && error["msg"].as_str().unwrap().contains("ipam.pools[0].gateway"), "{error}");
+    let log = daemon.log();
+    let told = log.lines().find(|line| line.contains("ipam.pools[0].gateway")).unwrap_or_else(|| panic!("{log}"));
+    let call: Value = serde_json::from_str(told).unwrap();
+    assert_eq!((&call["span"]["traceparent"], &call["span"]["container"]), (&json!(TRACE), &json!("wrong")), "{told}");
     call("DEL", &node.network).unwrap();
     assert_eq!((before.diff(&node.host.state()).as_str(), node.leased().len()), ("", 0));
 
