@@ -184,8 +184,9 @@ impl NetConf {
             runtime.pools = pools("runtimeConfig.pools", wire.pools.unwrap_or_default())?.or(runtime.pools);
         }
         let mut ranges = None;
-        // The meta role hands it on to the network that it is for.
+        // The meta role hands it on to the network that it is for, and the IPAM plugins of others read it themselves.
         if role != Role::Meta
+            && !of_others(&keys)
             && let Some(asked) = keys.get("runtimeConfig").and_then(|runtime| runtime.get("ipRanges")).cloned()
             && !says_nothing(&asked)
         {
@@ -225,6 +226,16 @@ impl NetConf {
             return Ok(None);
         }
         directory(&self.sections, "daemon", "").map(Some)
+    }
+
+    /// Whether the section `ipam` names the plugin of others.
+    pub fn has_ipam_of_others(&self) -> bool {
+        of_others(&self.sections)
+    }
+
+    /// All of it.
+    pub(super) fn whole(&self) -> Value {
+        Value::Object(self.sections.clone())
     }
 
     /// A key at the top, as it is written.
@@ -328,6 +339,11 @@ impl NetConf {
             Some(value) => Ok(Some(section::read(name, value)?)),
         }
     }
+}
+
+fn of_others(keys: &Map<String, Value>) -> bool {
+    let plugin = keys.get("ipam").and_then(|ipam| ipam.get("type")).and_then(Value::as_str);
+    plugin.is_some_and(|plugin| plugin != PLUGIN)
 }
 
 fn role(keys: &Map<String, Value>) -> Role {

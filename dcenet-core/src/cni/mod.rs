@@ -27,7 +27,7 @@ mod verbs;
 mod version;
 
 pub use config::{Asked, NetConf, Role, RuntimeConfig};
-pub use delegate::{Chain, DelegateError, PluginCall, PluginName, Plugins, Progress};
+pub use delegate::{Chain, DelegateError, PluginAddresses, PluginCall, PluginName, Plugins, Progress};
 pub use environment::{CniArgs, Invocation, TraceParent, Verb};
 pub use error::{CniError, ErrorCode};
 pub use result::{CniResult, Interface, Ip, Route};

@@ -5,7 +5,7 @@ use std::io::{stdin, stdout};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use dcenet_core::cni::{Backends, CniError, ErrorCode, NetConf, PolicyChoice, serve};
+use dcenet_core::cni::{Backends, CniError, ErrorCode, NetConf, PluginAddresses, PolicyChoice, serve};
 use dcenet_core::provider::{AddressSource, DeviceSource, LeaseError, PolicySink};
 use dcenet_ebpf::attach::Scrubber;
 use dcenet_ipam::config::IpamConfig;
@@ -17,11 +17,11 @@ struct Dcenet;
 
 impl Backends for Dcenet {
     fn addresses(&self, conf: &NetConf) -> Result<Option<Box<dyn AddressSource>>, CniError> {
+        if conf.has_ipam_of_others() {
+            return Ok(Some(Box::new(PluginAddresses::new(conf, |name| std::env::var_os(name))?)));
+        }
         let Some(config) = conf.section::<IpamConfig>("ipam")? else { return Ok(None) };
         let invalid = |message: String| CniError::new(ErrorCode::InvalidConfig, message);
-        if let Some(other) = config.plugin.as_deref().filter(|p| *p != "dcenet") {
-            return Err(invalid(format!("ipam.type: {other:?} cannot be run from here; say \"dcenet\"")));
-        }
         if !config.store.outlives_process() {
             // Every call is a process of its own: each would begin with all addresses free.
             return Err(invalid("ipam.store.kind: \"memory\" forgets between two calls; say \"log\"".to_owned()));

@@ -118,11 +118,12 @@ impl Shared {
 
 impl Backends for Shared {
     fn addresses(&self, conf: &NetConf) -> Result<Option<Box<dyn AddressSource>>, CniError> {
-        let Some(config) = conf.section::<IpamConfig>("ipam")? else { return Ok(None) };
-        if let Some(other) = config.plugin.as_deref().filter(|p| *p != "dcenet") {
-            let message = format!("ipam.type: {other:?} cannot be run from here; say \"dcenet\"");
+        if conf.has_ipam_of_others() {
+            let message = "ipam.type: the IPAM plugins of others are not run by the daemon; remove \"daemon\", and the plugin \
+                           does it, or say \"dcenet\"";
             return Err(CniError::new(ErrorCode::InvalidConfig, message));
         }
+        let Some(config) = conf.section::<IpamConfig>("ipam")? else { return Ok(None) };
         if !config.store.outlives_process() {
             // Pods outlive the daemon: the next one would begin with all addresses free.
             let message = "ipam.store.kind: \"memory\" forgets when the daemon ends; say \"log\"".to_owned();

@@ -4,6 +4,7 @@
 //! foreign program will do can neither be planned nor undone step by step. Its whole ADD is one thing to do, and its DEL
 //! what takes it back.
 
+mod addresses;
 mod chain;
 #[cfg(test)]
 mod tests;
@@ -22,6 +23,7 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use serde_json::Value;
 
+pub use self::addresses::PluginAddresses;
 pub use self::chain::{Chain, Progress};
 use super::{CniError, ErrorCode, TraceParent, Verb};
 use crate::model::{ContainerId, IfName, ParseError};

@@ -17,6 +17,7 @@ mod pools;
 mod races;
 mod shared;
 mod sysctl;
+mod theirs;
 mod underlay;
 
 use common::Node;

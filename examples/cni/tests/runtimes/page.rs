@@ -75,6 +75,7 @@ fn every_list_of_the_page_works() {
             "Settings of pods",
             "The network of the data centre",
             "Addresses for another plugin",
+            "Addresses of another plugin",
             "Behind another plugin",
             "Several networks",
             OF_AN_ADAPTER,
