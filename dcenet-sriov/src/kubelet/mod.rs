@@ -14,9 +14,14 @@
 //! Who runs several pools runs one [`DevicePlugin`] for each.
 //!
 //! # When the kubelet goes
-//! A kubelet that starts removes all sockets of the directory, its own first, and knows no plugin any more
-//! (`pkg/kubelet/cm/devicemanager/plugin/v1beta1/server.go`). Therefore both sockets are looked at every second: where the own
-//! one is gone it is made anew, and where either is another one the plugin registers again. Without a kubelet it waits.
+//! A kubelet that starts removes all sockets of the directory and knows no plugin any more (`CleanupPluginDirectory` of
+//! `pkg/kubelet/cm/devicemanager/manager.go`). Therefore both sockets are looked at every second: where the own one is gone it
+//! is made anew, and where either is another one, or nobody follows the list any more, the plugin registers again. Without a
+//! kubelet it waits.
+//!
+//! # What else lends from the pool
+//! The kubelet knows what it allotted, and nobody else's: a pool that is a resource here is not to be named by `link.pool`
+//! too, or it allots functions that pods without the resource have.
 //!
 //! Bed: fixture, with a kubelet that tests play over the real sockets.
 
@@ -105,7 +110,7 @@ impl DevicePlugin {
     ///
     /// # Errors
     /// [`KubeletError::Name`], by the kubelet's rules for extended resources
-    /// (`pkg/apis/core/v1/helper/helpers.go`, `IsExtendedResourceName`).
+    /// (`IsExtendedResourceName` of `pkg/apis/core/v1/helper/helpers.go`).
     ///
     /// Bed: fixture.
     pub fn new(name: &str, look: Arc<Look>) -> Result<Self, KubeletError> {
@@ -115,14 +120,17 @@ impl DevicePlugin {
         let outer = |text: &str| {
             text.starts_with(|c: char| c.is_ascii_alphanumeric()) && text.ends_with(|c: char| c.is_ascii_alphanumeric())
         };
-        if domain.is_empty() || domain.len() > 253 || !domain.split('.').all(|label| outer(label) && is_label(label)) {
+        if domain.is_empty()
+            || domain.len() > 253 - "requests.".len()
+            || !domain.split('.').all(|label| outer(label) && is_label(label))
+        {
             return wrong("its domain is none of DNS, in lower case");
         }
         // The kubelet makes "requests." and the name a key of a quota.
         if resource.len() > 63 || !outer(resource) || !resource.chars().all(inner) {
             return wrong("what follows the domain is not up to 63 letters, digits, '-', '_' and '.'");
         }
-        if domain == "kubernetes.io" || domain.ends_with(".kubernetes.io") || domain.starts_with("requests.") {
+        if domain.ends_with("kubernetes.io") || domain.starts_with("requests.") {
             return wrong("its domain is Kubernetes' own");
         }
         Ok(Self {
@@ -157,8 +165,8 @@ impl DevicePlugin {
         format!("{}.sock", self.name.replace('/', "_"))
     }
 
-    /// Serves until `stop` ends, then removes its socket: the kubelet takes the functions for gone, and lets who has one keep
-    /// it. `directory` is [`DIRECTORY`] but in tests. Needs a runtime of tokio with I/O and time.
+    /// Serves until `stop` ends, then removes its socket: to the kubelet the functions are unhealthy then, and after five
+    /// minutes gone; who has one keeps it. `directory` is [`DIRECTORY`] but in tests. Needs a runtime of tokio with I/O and time.
     ///
     /// # Errors
     /// What must be mended by somebody: where the kubelet is not there, or goes, it is waited for.
@@ -180,7 +188,8 @@ fn is_label(label: &str) -> bool {
 }
 
 impl Resource {
-    /// A pool as it is now, for a [`Look`]; ailing is what is in quarantine. Who has a function the kubelet knows itself.
+    /// A pool as it is now, for a [`Look`]. Functions in quarantine are looked at again, for nobody else would: what the kubelet
+    /// is not offered it allots to nobody. Ailing is what stays there, and what has no driver.
     ///
     /// # Errors
     /// Where the machine cannot be read, pools overlap, or none has the name.
@@ -197,7 +206,15 @@ impl Resource {
             let known: Vec<&str> = pools.configs().iter().map(|pool| pool.name.as_str()).collect();
             return Err(format!("{pool:?} is none of the pools, which are {known:?}").into());
         };
-        Ok(Self { inventory, members: members.functions, ailing: machine.leases.quarantined()? })
+        let quarantined: Vec<PciAddress> = machine.leases.quarantined()?.into_iter().collect();
+        let mut ailing = BTreeSet::new();
+        if !quarantined.is_empty() {
+            machine.leases.recover_quarantined(&quarantined)?;
+            ailing = machine.leases.quarantined()?;
+        }
+        let bare = inventory.vfs().filter(|(_, vf)| vf.driver == VfDriverKind::None).map(|(_, vf)| vf.address);
+        ailing.extend(bare);
+        Ok(Self { inventory, members: members.functions, ailing })
     }
 
     /// The devices as the kubelet is told of them, in the order of their addresses.
@@ -214,29 +231,16 @@ impl Resource {
         devices.into_values().collect()
     }
 
-    /// The functions of a list of the kubelet's.
-    fn functions(&self, ids: &[String]) -> Result<Vec<PciAddress>, Status> {
-        ids.iter()
-            .map(|id| {
-                let known = id.parse::<PciAddress>().ok().filter(|a| self.members.contains(a));
-                known.ok_or_else(|| Status::not_found(format!("{id}: no function of this resource")))
-            })
-            .collect()
+    /// The function that the kubelet calls so.
+    fn function(&self, id: &str) -> Option<PciAddress> {
+        id.parse().ok().filter(|address| self.members.contains(address))
     }
 
-    /// Those that go best together with what must be among them.
-    fn prefer(
-        &self,
-        plugin: &DevicePlugin,
-        request: &api::ContainerPreferredAllocationRequest,
-    ) -> Result<Vec<PciAddress>, Status> {
-        let mut chosen = self.functions(&request.must_include)?;
-        let available = self.functions(&request.available)?;
-        let wanted = usize::try_from(request.size).unwrap_or(0);
-        let Some(missing) = wanted.checked_sub(chosen.len()) else {
-            let said = format!("{} must be among {wanted}", chosen.len());
-            return Err(Status::invalid_argument(said));
-        };
+    /// Those that go best together with what must be among them, as far as there are so many: it is a hint, by an error the
+    /// kubelet would refuse the pod.
+    fn prefer(&self, plugin: &DevicePlugin, request: &api::ContainerPreferredAllocationRequest) -> Vec<PciAddress> {
+        let known = |ids: &[String]| ids.iter().filter_map(|id| self.function(id)).collect::<Vec<_>>();
+        let (mut chosen, available) = (known(&request.must_include), known(&request.available));
         let left = |a: &PciAddress| available.contains(a) && !chosen.contains(a);
         let ports = self.inventory.functions.iter().map(|pf| {
             let vfs = pf.vfs.iter().map(|vf| vf.address);
@@ -248,32 +252,39 @@ impl Resource {
         });
         let ports = ports.filter(|(port, _)| !port.free.is_empty());
         let (begun, others): (Vec<_>, Vec<_>) = ports.partition(|(_, begun)| *begun);
-        let candidates = |ports: &[(CandidatePort, bool)]| Candidates {
-            ports: ports.iter().map(|(port, _)| port.clone()).collect(),
+        // As few ports as can be, and each function from another port, are meant together with what must be among them. What
+        // is missing then comes from anywhere.
+        let rounds = match plugin.shape {
+            Shape::Pack => vec![(begun.clone(), Shape::Pack), (others.clone(), Shape::Pack)],
+            Shape::Distinct => vec![(others.clone(), Shape::Distinct), ([begun, others].concat(), Shape::Spread)],
+            shape => vec![([begun, others].concat(), shape)],
         };
-        // As few ports as can be, and each function from another port, are meant together with what must be among them.
-        let rounds: Vec<Candidates> = match plugin.shape {
-            Shape::Pack => vec![candidates(&begun), candidates(&others)],
-            Shape::Distinct => vec![candidates(&others)],
-            _ => vec![candidates(&[begun, others].concat())],
-        };
-        let mut missing = missing;
-        let last = rounds.len() - 1;
-        for (round, candidates) in rounds.iter().enumerate() {
-            let there: usize = candidates.ports.iter().map(|port| port.free.len()).sum();
-            let count = if round == last { missing } else { missing.min(there) };
-            let request = Request { near: plugin.near.clone(), shape: plugin.shape, ..Request::of(count) };
-            let choice = candidates.choose(&request).map_err(|e| Status::failed_precondition(e.to_string()))?;
-            missing -= count;
-            chosen.extend(choice.functions);
+        let wanted = usize::try_from(request.size).unwrap_or(0);
+        for (ports, shape) in rounds {
+            let mut ports: Vec<CandidatePort> = ports.into_iter().map(|(port, _)| port).collect();
+            ports.iter_mut().for_each(|port| port.free.retain(|a| !chosen.contains(a)));
+            ports.retain(|port| !port.free.is_empty());
+            let there = match shape {
+                Shape::Distinct => ports.len(),
+                _ => ports.iter().map(|port| port.free.len()).sum(),
+            };
+            let count = wanted.saturating_sub(chosen.len()).min(there);
+            let request = Request { near: plugin.near.clone(), shape, ..Request::of(count) };
+            match (Candidates { ports }).choose(&request) {
+                Ok(choice) => chosen.extend(choice.functions),
+                Err(refusal) => tracing::debug!(%refusal, "no preference"),
+            }
         }
         chosen.sort_unstable();
-        Ok(chosen)
+        chosen
     }
 
     /// What a container finds of its functions.
     fn hand_over(&self, plugin: &DevicePlugin, ids: &[String]) -> Result<api::ContainerAllocateResponse, Status> {
-        let functions = self.functions(ids)?;
+        let known = |id: &String| {
+            self.function(id).ok_or_else(|| Status::not_found(format!("{id}: no function of this resource")))
+        };
+        let functions = ids.iter().map(known).collect::<Result<Vec<_>, Status>>()?;
         let mut files: BTreeSet<String> = BTreeSet::new();
         for address in &functions {
             let ailing = self.ailing.contains(address);

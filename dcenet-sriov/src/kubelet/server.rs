@@ -7,7 +7,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use hyper::server::conn::http2;
 use hyper::service::service_fn;
@@ -31,6 +32,8 @@ use super::{DevicePlugin, KubeletError, Resource, api};
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How often sockets are looked at.
 const WATCH: Duration = Duration::from_secs(1);
+/// How long a kubelet that has taken the plugin may leave its list alone.
+const FOLLOWED: Duration = Duration::from_secs(5);
 const KUBELET: &str = "kubelet.sock";
 
 /// A socket file, told apart from another of the same name.
@@ -38,14 +41,19 @@ const KUBELET: &str = "kubelet.sock";
 struct Identity {
     device: u64,
     inode: u64,
-    /// A file system may give the number of a file that is gone to the next one at once.
-    made: (i64, i64),
+    /// A file system may give the number of a file that is gone to the next one at once. Other changes of it are told by the
+    /// same time, so that it says nothing of the own one, whose number is nobody else's while it is bound.
+    changed: (i64, i64),
 }
 
 impl Identity {
     fn of(path: &Path) -> Option<Self> {
         let found = fs::symlink_metadata(path).ok().filter(|found| found.file_type().is_socket())?;
-        Some(Self { device: found.dev(), inode: found.ino(), made: (found.ctime(), found.ctime_nsec()) })
+        Some(Self { device: found.dev(), inode: found.ino(), changed: (found.ctime(), found.ctime_nsec()) })
+    }
+
+    fn is_same_file(self, other: Self) -> bool {
+        (self.device, self.inode) == (other.device, other.inode)
     }
 }
 
@@ -59,7 +67,8 @@ pub(super) async fn serve(
     let kubelet = directory.join(KUBELET);
     let resource = look(plugin).await.map_err(KubeletError::Look)?;
     let (sender, receiver) = watch::channel(Arc::new(resource));
-    let answers = Answers { plugin: Arc::new(plugin.clone()), resource: receiver };
+    let followers = Arc::new(AtomicUsize::new(0));
+    let answers = Answers { plugin: Arc::new(plugin.clone()), resource: receiver, followers: Arc::clone(&followers) };
     let mut looks = time::interval(plugin.interval);
     let mut watches = time::interval(WATCH);
     for ticks in [&mut looks, &mut watches] {
@@ -68,49 +77,68 @@ pub(super) async fn serve(
     // The first look has been.
     looks.tick().await;
     let mut listening: Option<Listening> = None;
-    let mut known_to: Option<Identity> = None;
+    // Which kubelet, and since when.
+    let mut known_to: Option<(Identity, Instant)> = None;
     loop {
         tokio::select! {
-            () = &mut stop => break,
-            _ = looks.tick() => match look(plugin).await {
-                Ok(found) => {
-                    sender.send_if_modified(|resource| {
-                        let differs = **resource != found;
-                        if differs {
-                            *resource = Arc::new(found);
-                        }
-                        differs
-                    });
-                }
-                Err(error) => tracing::warn!(resource = plugin.name, %error, "the functions cannot be listed"),
-            },
-            _ = watches.tick() => {
-                if listening.as_ref().is_none_or(|l| Identity::of(&own) != Some(l.identity)) {
-                    // A kubelet that has just started removes what it finds until its own socket is there.
-                    if Identity::of(&kubelet).is_none() {
-                        continue;
+            () = &mut stop => return Ok(()),
+            _ = looks.tick() => {
+                let found = tokio::select! {
+                    () = &mut stop => return Ok(()),
+                    found = look(plugin) => found,
+                };
+                match found {
+                    Ok(found) => {
+                        sender.send_if_modified(|resource| {
+                            let differs = **resource != found;
+                            if differs {
+                                *resource = Arc::new(found);
+                            }
+                            differs
+                        });
                     }
-                    listening = Some(Listening::at(&own, answers.clone()).await?);
-                    known_to = None;
+                    Err(error) => tracing::warn!(resource = plugin.name, %error, "the functions cannot be listed"),
                 }
-                let there = Identity::of(&kubelet);
-                if there.is_some() && there != known_to {
-                    match register(plugin, &kubelet).await {
-                        Ok(()) => known_to = there,
-                        Err(status) if is_final(&status) => {
-                            let reason = status.message().to_owned();
-                            return Err(KubeletError::Refused { name: plugin.name.clone(), reason });
-                        }
-                        Err(status) => {
-                            let reason = status.message();
-                            tracing::info!(resource = plugin.name, reason, "the kubelet does not take it yet");
-                        }
+            }
+            _ = watches.tick() => {
+                let Some(there) = Identity::of(&kubelet) else { continue };
+                let own_now = Identity::of(&own);
+                if !listening.as_ref().is_some_and(|l| own_now.is_some_and(|now| now.is_same_file(l.identity))) {
+                    // What is left of its connections ends first: a kubelet takes their end for the end of the plugin.
+                    listening = None;
+                    known_to = None;
+                    match Listening::at(&own, answers.clone()).await {
+                        Ok(made) => listening = Some(made),
+                        // A kubelet that has just started removes what it finds.
+                        Err(KubeletError::Socket { source, .. }) if source.kind() == io::ErrorKind::NotFound => continue,
+                        Err(error) => return Err(error),
+                    }
+                }
+                let is_followed = followers.load(Ordering::Relaxed) > 0;
+                let is_known = known_to.is_some_and(|(known, since)| {
+                    known == there && (is_followed || since.elapsed() < FOLLOWED)
+                });
+                if is_known {
+                    continue;
+                }
+                let registered = tokio::select! {
+                    () = &mut stop => return Ok(()),
+                    registered = register(plugin, &kubelet) => registered,
+                };
+                match registered {
+                    Ok(()) => known_to = Some((there, Instant::now())),
+                    Err(status) if is_final(&status) => {
+                        let reason = status.message().to_owned();
+                        return Err(KubeletError::Refused { name: plugin.name.clone(), reason });
+                    }
+                    Err(status) => {
+                        let reason = status.message();
+                        tracing::info!(resource = plugin.name, reason, "the kubelet does not take it yet");
                     }
                 }
             }
         }
     }
-    Ok(())
 }
 
 async fn look(plugin: &DevicePlugin) -> Result<Resource, Box<dyn std::error::Error + Send + Sync>> {
@@ -133,7 +161,7 @@ async fn register(plugin: &DevicePlugin, kubelet: &Path) -> Result<(), Status> {
     let endpoint = Endpoint::from_shared(target).map_err(|e| unavailable(&e))?;
     let channel = time::timeout(PATIENCE, endpoint.connect()).await.map_err(|e| unavailable(&e))?;
     let mut grpc = tonic::client::Grpc::new(channel.map_err(|e| unavailable(&e))?);
-    grpc.ready().await.map_err(|e| unavailable(&e))?;
+    time::timeout(PATIENCE, grpc.ready()).await.map_err(|e| unavailable(&e))?.map_err(|e| unavailable(&e))?;
     let request = api::RegisterRequest {
         version: api::VERSION.to_owned(),
         endpoint: plugin.socket(),
@@ -164,7 +192,10 @@ impl Listening {
             if UnixStream::connect(path).await.is_ok() {
                 return Err(KubeletError::Served(path.to_owned()));
             }
-            fs::remove_file(path).map_err(failed)?;
+            match fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+                _ => {}
+            }
         }
         let listener = UnixListener::bind(path).map_err(failed)?;
         fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
@@ -178,7 +209,7 @@ impl Listening {
 impl Drop for Listening {
     fn drop(&mut self) {
         self.connections.abort();
-        if Identity::of(&self.path) == Some(self.identity) {
+        if Identity::of(&self.path).is_some_and(|now| now.is_same_file(self.identity)) {
             // Whoever finds it finds nobody there.
             fs::remove_file(&self.path).ok();
         }
@@ -218,6 +249,24 @@ async fn accept(listener: UnixListener, answers: Answers) {
 struct Answers {
     plugin: Arc<DevicePlugin>,
     resource: watch::Receiver<Arc<Resource>>,
+    /// How many follow the list.
+    followers: Arc<AtomicUsize>,
+}
+
+/// One who follows the list.
+struct Follower(Arc<AtomicUsize>);
+
+impl Follower {
+    fn of(followers: &Arc<AtomicUsize>) -> Self {
+        followers.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(followers))
+    }
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Answers {
@@ -225,18 +274,18 @@ impl Answers {
         match request.uri().path() {
             "/v1beta1.DevicePlugin/GetDevicePluginOptions" => unary(request, |_: api::Empty| Ok(OPTIONS)).await,
             "/v1beta1.DevicePlugin/ListAndWatch" => {
-                Grpc::new(ProstCodec::default()).server_streaming(List(self.resource), request).await
+                Grpc::new(ProstCodec::default()).server_streaming(List(self.resource, self.followers), request).await
             }
             "/v1beta1.DevicePlugin/GetPreferredAllocation" => {
                 unary(request, |asked: api::PreferredAllocationRequest| {
                     let resource = self.resource();
                     let container_responses = asked.container_requests.iter().map(|container| {
-                        let chosen = resource.prefer(&self.plugin, container)?;
-                        let ids = chosen.iter().map(ToString::to_string).collect();
-                        Ok::<_, Status>(api::ContainerPreferredAllocationResponse { ids })
+                        let chosen = resource.prefer(&self.plugin, container);
+                        api::ContainerPreferredAllocationResponse {
+                            ids: chosen.iter().map(ToString::to_string).collect(),
+                        }
                     });
-                    let container_responses = container_responses.collect::<Result<_, _>>()?;
-                    Ok(api::PreferredAllocationResponse { container_responses })
+                    Ok(api::PreferredAllocationResponse { container_responses: container_responses.collect() })
                 })
                 .await
             }
@@ -284,7 +333,7 @@ impl<Q, A, F: FnMut(Q) -> Result<A, Status>> UnaryService<Q> for Unary<F> {
 }
 
 /// The list, and the list again when it has changed.
-struct List(watch::Receiver<Arc<Resource>>);
+struct List(watch::Receiver<Arc<Resource>>, Arc<AtomicUsize>);
 
 impl ServerStreamingService<api::Empty> for List {
     type Response = api::ListAndWatchResponse;
@@ -293,7 +342,9 @@ impl ServerStreamingService<api::Empty> for List {
 
     fn call(&mut self, _: Request<api::Empty>) -> Self::Future {
         let mut told: Option<Vec<api::Device>> = None;
+        let follower = Follower::of(&self.1);
         let lists = WatchStream::new(self.0.clone()).filter_map(move |resource| {
+            let _follows = &follower;
             let devices = resource.devices();
             // Not all that is known of a function is told.
             if told.as_ref() == Some(&devices) {

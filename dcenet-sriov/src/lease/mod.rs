@@ -464,7 +464,10 @@ impl Leases {
         }
         self.learn(page, none)?;
         if !errors.is_empty() {
-            let owner = owner.filter(|_| errors.iter().any(|error| matches!(error, LeaseError::Hidden { .. })));
+            // One without a driver has no device that an owner could have still.
+            let bound = || !self.work(vf, away).driver().is_ok_and(|state| state.driver.is_none());
+            let hidden = errors.iter().any(|error| matches!(error, LeaseError::Hidden { .. }));
+            let owner = owner.filter(|_| hidden && bound());
             self.quarantine(page, vf, away, owner, error::all(&errors))?;
             return Ok(Released::Quarantined(errors));
         }

@@ -101,7 +101,8 @@ impl Leases {
                 continue;
             }
             match self.recover_one(&key, &|_: &Held| true) {
-                Ok(outcome) => any |= matches!(outcome, Outcome::Restored),
+                // One that is another since the machine was started anew is free as well.
+                Ok(outcome) => any |= matches!(outcome, Outcome::Restored | Outcome::Forgotten),
                 Err(LeaseError::Ledger(LedgerError::Busy { .. })) => {}
                 Err(error) => tracing::warn!(%vf, %error, "a function stays in quarantine"),
             }
