@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
+use super::METRIC;
 use crate::model::{IfIndex, IfName};
 use crate::netlink::{AddressView, FABRIC_PROTOCOL, LinkView, NetlinkError, RouteView, Socket, VxlanSpec};
 
@@ -89,9 +90,13 @@ impl HostFacts {
         leads.max_by_key(|(to, metric, _)| (to.prefix_len(), u32::MAX - metric)).and_then(|(.., link)| *link)
     }
 
-    /// How long the longest prefix is by which the address is reached without the fabric.
-    pub(super) fn reaches(&self, address: IpAddr) -> Option<u8> {
-        self.paths.iter().filter(|(to, ..)| to.contains(&address)).map(|(to, ..)| to.prefix_len()).max()
+    /// Whether another route to the address goes before one of the fabric to `prefix`.
+    pub(super) fn has_better(&self, address: IpAddr, prefix: &IpNet) -> bool {
+        let before = |(to, metric, _): &&(IpNet, u32, Option<IfIndex>)| {
+            let (length, of_fabric) = (to.prefix_len(), prefix.prefix_len());
+            to.contains(&address) && (length > of_fabric || length == of_fabric && *metric < METRIC)
+        };
+        self.paths.iter().any(|path| before(&path))
     }
 
     /// The largest packet that VXLAN carries on the way to a VTEP, in bytes, as far as this host knows.
@@ -109,12 +114,12 @@ impl HostFacts {
         link.map(|mtu| carried(*mtu, own)).or_else(|| self.carried_to(nowhere))
     }
 
-    /// The addresses of the links that default routes lead through, IPv4 first. Of several the one that was announced
-    /// before, else the first that the kernel lists; of IPv6 none that will not last.
+    /// The addresses of the links that default routes lead through, IPv4 first. Of several one that was announced before,
+    /// else the first that the kernel lists; of IPv6 none that will not last.
     pub(super) fn addresses_of_default_routes(
         addresses: &[AddressView],
         routes: &[RouteView],
-        announced: Option<IpAddr>,
+        announced: &[IpAddr],
     ) -> Vec<IpAddr> {
         let main = u32::from(libc::RT_TABLE_MAIN);
         let of_family = |ipv4: bool| {
@@ -127,7 +132,7 @@ impl HostFacts {
                 Some(a.index) == best.link && a.address.addr().is_ipv4() == ipv4 && a.scope == libc::RT_SCOPE_UNIVERSE
             };
             let here = || addresses.iter().filter(here).filter(|a| lasts(a)).map(|a| a.address.addr());
-            let first = || here().find(|address| announced == Some(*address)).or_else(|| here().next());
+            let first = || here().find(|address| announced.contains(address)).or_else(|| here().next());
             best.source.or_else(first)
         };
         [true, false].into_iter().filter_map(of_family).collect()
@@ -175,8 +180,8 @@ mod tests {
             let addresses =
                 [at("192.0.2.1/24", 0), at("2001:db8::a/64", flags), at("2001:db8::1/64", 0), at("2001:db8::2/64", 0)];
             let told = |announced: Option<&str>| {
-                let announced = announced.map(|a| a.parse().unwrap());
-                HostFacts::addresses_of_default_routes(&addresses, &routes, announced)
+                let announced: Vec<IpAddr> = announced.iter().map(|a| a.parse().unwrap()).collect();
+                HostFacts::addresses_of_default_routes(&addresses, &routes, &announced)
                     .iter()
                     .map(ToString::to_string)
                     .collect::<Vec<_>>()
@@ -187,6 +192,6 @@ mod tests {
         }
         // The bit of temporary ones says of IPv4 that an address is not the first of its subnet.
         let second = [at("192.0.2.1/24", libc::IFA_F_SECONDARY)];
-        assert_eq!(HostFacts::addresses_of_default_routes(&second, &routes, None).len(), 1);
+        assert_eq!(HostFacts::addresses_of_default_routes(&second, &routes, &[]).len(), 1);
     }
 }

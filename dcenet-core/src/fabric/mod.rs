@@ -45,11 +45,12 @@
 //! answer goes past the tunnel: a network that lets only its own addresses through drops that. Pods among each other always
 //! use one way. Straight routes need a network that lets pods' addresses through.
 //!
-//! The VXLAN device carries what fits the smallest of its ways ([`Wanted::mtu`]); a router in between that carries less is not
-//! known, and pods that were made before a node with a smaller MTU came keep theirs, which is told. Of IPv6 addresses those are
-//! announced that last (not temporary ones, RFC 8981), and the one that was announced before while the host has it. Links with
-//! routes of router advertisements go on to take them when the host begins to forward IPv6 (`accept_ra` 2). A pool or block
-//! that would cut off a node or a router is not led, and told.
+//! The VXLAN device has the MTU of the node's own underlay; where less fits on the way to another node, by the link that leads
+//! there or by what that node tells of itself, the route says so ([`Hop::Vxlan`]), and senders are told by ICMP. A router in
+//! between that carries less is not known. Of IPv6 addresses those are announced that last (not temporary ones, RFC 8981); of
+//! several one that was announced before, while the process runs and, of the VTEP's family, after it. When the host begins to
+//! forward IPv6, links that take router advertisements go on to (`accept_ra` 2); links that come later take none. A pool or
+//! block that would cut off a node or a router is not led, and told.
 //!
 //! A host of the underlay that can send with a node's address is taken for the node, as is a process of a node's own network
 //! namespace: VXLAN has no proof of origin (RFC 7348, section 7). Between nodes no addresses may be translated. Over IPv6, where

@@ -27,8 +27,8 @@ pub struct Wanted {
     pub vteps: BTreeSet<IpAddr>,
     /// The links that VXLAN may come in by wherever the way back leads: those that the own VTEP or a router is on.
     pub entrances: BTreeSet<IfIndex>,
-    /// The largest packet that VXLAN carries between this node and all that it reaches so, in bytes, where there is VXLAN:
-    /// by the own links, by those that lead to each, and by what each tells of itself. A router in between may carry less.
+    /// The largest packet that VXLAN carries on this host, in bytes, where there is VXLAN. What fits less on the way to another
+    /// node is in the route to it.
     pub mtu: Option<u32>,
     /// What cannot be, why, and what to do about it.
     pub problems: Vec<String>,
@@ -52,6 +52,9 @@ pub enum Hop {
         /// a host's, for it is never asked for; for IPv6 the link-local address that belongs to the node's Ethernet address, for
         /// the kernel takes no other that it knows on another link (`ip6_route_check_nh_onlink` of `net/ipv6/route.c`).
         gateway: IpAddr,
+        /// The largest packet that fits the way there, in bytes, where that is less than [`Wanted::mtu`]: by the link that leads
+        /// there, and by what the node tells of itself. A router in between may carry less still.
+        mtu: Option<u32>,
     },
 }
 
@@ -76,13 +79,12 @@ pub fn plan(table: &FabricTable, local: &FabricNode, facts: &HostFacts, config: 
     // What must be reached whatever the table says: without it the table itself could not be heard of any more.
     let mut ways: BTreeMap<IpAddr, String> =
         facts.routers.iter().map(|(address, _)| (*address, "a router's".to_owned())).collect();
-    for node in table.nodes.values().chain([local]) {
+    for node in table.nodes.values().filter(|node| node.name != local.name) {
         let ends = node.addresses.iter().copied().chain(node.vtep.map(|vtep| vtep.address));
         ways.extend(ends.map(|address| (address, format!("node {}'s", node.name))));
     }
-    // A route that is longer, or as long, goes before the fabric's.
     let cut_off = |prefix: &IpNet| {
-        let is_cut = |address: &IpAddr| facts.reaches(*address).is_none_or(|length| length < prefix.prefix_len());
+        let is_cut = |address: &IpAddr| !facts.addresses.contains_key(address) && !facts.has_better(*address, prefix);
         ways.iter().find(|(address, _)| prefix.contains(*address) && is_cut(address))
     };
     for pool in &table.pools {
@@ -144,11 +146,18 @@ pub fn plan(table: &FabricTable, local: &FabricNode, facts: &HostFacts, config: 
                 };
                 // Where none is free every address of it is another node's, by a route of its own.
                 let Some(gateway) = gateway else { continue };
-                let on_the_way = [wanted.mtu, facts.carried_to(vtep.address), vtep.mtu.map(|mtu| mtu.max(68))];
-                wanted.mtu = on_the_way.into_iter().flatten().min();
+                let way = [facts.carried_to(vtep.address), vtep.mtu].into_iter().flatten().min();
+                if let Some(carried) = way.filter(|carried| !ipv4 && *carried < LEAST_IPV6) {
+                    wanted.problems.push(format!(
+                        "node {owner}: VXLAN carries {carried} bytes on the way there, and IPv6 needs {LEAST_IPV6}: larger packets \
+                         are lost; raise the MTU of its underlay, or do without IPv6 pools"
+                    ));
+                }
+                let least = if ipv4 { LEAST_IPV4 } else { LEAST_IPV6 };
+                let mtu = way.map(|mtu| mtu.max(least)).filter(|mtu| wanted.mtu.is_some_and(|own| *mtu < own));
                 wanted.neighbours.insert(gateway, vtep.mac);
                 wanted.forwarding.insert(vtep.mac, vtep.address);
-                wanted.routes.insert(prefix, Hop::Vxlan { gateway });
+                wanted.routes.insert(prefix, Hop::Vxlan { gateway, mtu });
             }
             (None, None) => {
                 unreached.entry(owner).or_default().insert(ipv4);
@@ -179,6 +188,10 @@ pub fn plan(table: &FabricTable, local: &FabricNode, facts: &HostFacts, config: 
     }
     wanted
 }
+
+/// What every link of a family must carry, in bytes (RFC 791, section 3.2; RFC 8200, section 5).
+const LEAST_IPV4: u32 = 68;
+const LEAST_IPV6: u32 = 1280;
 
 /// How another node is reached.
 struct Peer {

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use ipnet::IpNet;
 use sha2::{Digest, Sha256};
@@ -21,13 +22,16 @@ use crate::provider::{FabricNode, FabricTable, Vtep};
 
 /// The routes of one node to all others.
 ///
-/// It keeps nothing of the host in memory: each call of [`apply`](Fabric::apply) looks at what is there.
+/// It keeps nothing of the host in memory but which addresses it told last: each call of [`apply`](Fabric::apply) looks at what
+/// is there.
 #[derive(Debug)]
 pub struct Fabric {
     host: Host,
     config: FabricConfig,
     node: String,
     run_dir: PathBuf,
+    /// The node's addresses that were told last: of several those stay.
+    announced: Mutex<Vec<IpAddr>>,
 }
 
 /// What a call of [`Fabric::apply`] found and did.
@@ -112,7 +116,8 @@ impl Fabric {
     /// [`FabricError::Invalid`].
     pub fn new(host: Host, config: FabricConfig, node: &str, run_dir: &Path) -> Result<Self, FabricError> {
         config.check()?;
-        Ok(Self { host, config, node: node.to_owned(), run_dir: run_dir.to_owned() })
+        let announced = Mutex::default();
+        Ok(Self { host, config, node: node.to_owned(), run_dir: run_dir.to_owned(), announced })
     }
 
     /// How others reach this node, by what its host is like now. It has no addresses inside: who has leased some
@@ -132,12 +137,17 @@ impl Fabric {
         let mut socket = self.host.0.socket(Family::Route)?;
         let lists = Lists::read(&mut socket)?;
         let device = socket.vxlan(&self.config.device)?.filter(|(link, _)| self.is_own(link));
-        let announced = device.and_then(|(_, spec)| spec).map(|spec| spec.local);
-        Ok(Look { local: self.local_of(&lists, announced)?, lists })
+        let mut announced = self.announced.lock().unwrap_or_else(PoisonError::into_inner);
+        // By a process before this one.
+        announced.extend(device.and_then(|(_, spec)| spec).map(|spec| spec.local));
+        let local = self.local_of(&lists, &announced)?;
+        announced.clone_from(&local.addresses);
+        drop(announced);
+        Ok(Look { local, lists })
     }
 
-    /// `announced` is the address that others know already.
-    fn local_of(&self, lists: &Lists, announced: Option<IpAddr>) -> Result<FabricNode, FabricError> {
+    /// `announced` are addresses that others know already.
+    fn local_of(&self, lists: &Lists, announced: &[IpAddr]) -> Result<FabricNode, FabricError> {
         let Lists { addresses: found, routes, links: _ } = lists;
         let mut addresses = self.config.addresses.clone();
         for (i, address) in addresses.iter().enumerate() {
@@ -205,7 +215,7 @@ impl Fabric {
         let wanted = plan(table, local, &lists.facts(device), &self.config);
         let Lists { links, mut routes, .. } = lists;
         let mut report = Report { mtu: wanted.mtu, problems: wanted.problems.clone(), ..Report::default() };
-        match self.set(&wanted, table, &links, &routes) {
+        match self.set(&wanted, table, &links) {
             Ok(changed) => report.changed += changed,
             // Routes are of use without it: somebody else may have made the host forward, or will.
             Err(FabricError::Setting(error)) => report.failures.push(error.to_string()),
@@ -273,19 +283,7 @@ impl Fabric {
     }
 
     /// Has the host forward what comes from other nodes.
-    fn set(
-        &self,
-        wanted: &Wanted,
-        table: &FabricTable,
-        links: &[LinkView],
-        routes: &[RouteView],
-    ) -> Result<usize, FabricError> {
-        // Those with IPv6 routes of router advertisements.
-        let is_advertised = |link: &&LinkView| {
-            let of_it = |r: &&RouteView| r.link == Some(link.index) && r.destination.addr().is_ipv6();
-            routes.iter().filter(of_it).any(|r| r.protocol == RTPROT_RA)
-        };
-        let advertised: Vec<String> = links.iter().filter(is_advertised).map(|link| link.name.clone()).collect();
+    fn set(&self, wanted: &Wanted, table: &FabricTable, links: &[LinkView]) -> Result<usize, FabricError> {
         let mut names = BTreeSet::new();
         if table.pools.iter().any(|pool| pool.addr().is_ipv4()) {
             // Link by link, for a router in between may be no business of ours.
@@ -302,8 +300,12 @@ impl Fabric {
             changed += usize::from(settings.set(&self.host, &name, "1")?);
         }
         if ipv6 {
-            changed += settings.keep_advertised(&self.host, advertised.iter().map(String::as_str))?;
-            changed += usize::from(settings.forward_ipv6(&self.host)?);
+            let ours = |link: &&LinkView| {
+                link.flags & libc::IFF_LOOPBACK as u32 != 0
+                    || link.alias.as_deref().is_some_and(|alias| alias.starts_with("dcenet:"))
+            };
+            let others = links.iter().filter(|link| !ours(link)).map(|link| link.name.as_str());
+            changed += settings.forward_ipv6(&self.host, others)?;
         }
         Ok(changed)
     }
@@ -406,10 +408,15 @@ impl Fabric {
         Ok(removes)
     }
 
-    /// In two requests, for one that does both sets up first.
+    /// Set up last, for one request that does both sets up first.
     fn set_up_device(&self, socket: &mut Socket, index: IfIndex, mtu: Option<u32>) -> Result<(), NetlinkError> {
         let name = &self.config.device;
+        // The MTU by itself, for it decides whether there is IPv6.
         socket.request(&netlink::mark_vxlan(name, index, MARK, mtu))?;
+        match socket.request(&netlink::no_addresses_of_its_own(name, index)) {
+            Err(error) if error.errno() == Some(libc::EAFNOSUPPORT) => {}
+            outcome => drop(outcome?),
+        }
         let up = LinkChange { up: Some(true), ..Default::default() };
         socket.request(&netlink::set_link(name, index, &up)).map(drop)
     }
@@ -515,9 +522,9 @@ impl Work {
         for (destination, hop) in &wanted.routes {
             let hop = match *hop {
                 Hop::Unreachable => None,
-                Hop::Direct { link, gateway } => Some(NextHop { link, gateway, on_link: false }),
-                Hop::Vxlan { gateway } => match self.index {
-                    Some(link) => Some(NextHop { link, gateway, on_link: gateway.is_ipv4() }),
+                Hop::Direct { link, gateway } => Some(NextHop { link, gateway, on_link: false, mtu: None }),
+                Hop::Vxlan { gateway, mtu } => match self.index {
+                    Some(link) => Some(NextHop { link, gateway, on_link: gateway.is_ipv4(), mtu }),
                     None => continue,
                 },
             };
@@ -574,8 +581,9 @@ fn is_as(found: &RouteView, route: &FabricRoute) -> bool {
     match route.hop {
         // The kernel says that those of IPv6 lead over the loopback device.
         None => found.kind == libc::RTN_UNREACHABLE,
-        Some(NextHop { link, gateway, on_link: _ }) => {
-            found.kind == libc::RTN_UNICAST && found.link == Some(link) && found.gateway == Some(gateway)
+        Some(NextHop { link, gateway, on_link: _, mtu }) => {
+            let leads = found.kind == libc::RTN_UNICAST && found.link == Some(link) && found.gateway == Some(gateway);
+            leads && found.metrics.mtu == mtu
         }
     }
 }
@@ -593,8 +601,6 @@ pub(super) fn is_fabric_mac(mac: MacAddr) -> bool {
 
 /// Locally administered.
 const OUI: [u8; 2] = [0x02, 0xdc];
-/// Routes of router advertisements (`include/uapi/linux/rtnetlink.h`).
-const RTPROT_RA: u8 = 9;
 const MAIN: u32 = libc::RT_TABLE_MAIN as u32;
 /// All answers of a batch must fit the socket's buffer of 208 KiB (`net.core.rmem_default`), where each takes 1 KiB or less.
 const AT_ONCE: usize = 128;

@@ -69,10 +69,10 @@ impl Settings {
         Ok(true)
     }
 
-    /// Has links go on to take router advertisements when the host forwards: without it the routes and addresses that they
-    /// have of them expire, and those that come with forwarding are purged at once (`accept_ra` of `ip-sysctl.rst`,
-    /// `rt6_purge_dflt_routers` of `net/ipv6/route.c`). A link that takes none stays so. Returns how many changed.
-    pub(super) fn keep_advertised<'a>(
+    /// Has links go on to take router advertisements when the host forwards: without it default routes that they have of them
+    /// are purged at once, and none come any more, nor addresses (`accept_ra` of `ip-sysctl.rst`, `rt6_purge_dflt_routers` of
+    /// `net/ipv6/route.c`). A link that takes none stays so. Returns how many changed.
+    fn keep_advertised<'a>(
         &mut self,
         host: &Host,
         links: impl Iterator<Item = &'a str>,
@@ -90,19 +90,26 @@ impl Settings {
         Ok(changed)
     }
 
-    /// Has the host forward IPv6, which it does for all links or for none (`ip6_forward` of `net/ipv6/ip6_output.c`).
-    pub(super) fn forward_ipv6(&mut self, host: &Host) -> Result<bool, SettingsError> {
+    /// Has the host forward IPv6, which it does for all links or for none (`ip6_forward` of `net/ipv6/ip6_output.c`), and
+    /// `links` go on to take router advertisements. Links that come later take none, as on any host that forwards: they may be
+    /// of pods. Returns how many settings changed.
+    pub(super) fn forward_ipv6<'a>(
+        &mut self,
+        host: &Host,
+        links: impl Iterator<Item = &'a str>,
+    ) -> Result<usize, SettingsError> {
         // Writing what it is would set every link all the same.
         if read(host, &ipv6_of("all"))? == "1" {
-            return Ok(false);
+            return Ok(0);
         }
+        let changed = self.keep_advertised(host, links)?;
         if !self.record.settings.contains_key(&ipv6_of("all")) {
             self.record.links = ipv6_links(host)?;
         }
         if std::mem::take(&mut self.record.restoring) {
             self.write()?;
         }
-        self.set(host, &ipv6_of("all"), "1")
+        Ok(changed + usize::from(self.set(host, &ipv6_of("all"), "1")?))
     }
 
     /// Makes all what they were, as far as nobody else changed them since.

@@ -57,7 +57,7 @@ fn each_mode_leads_as_it_says() {
     let prefixes = [("10.0.0.0/26", "n1"), ("10.0.0.64/26", "n2"), ("10.0.0.128/26", "n3"), ("fd00::40/122", "n2")];
     let unreachable = |p: &str| (net(p), Hop::Unreachable);
     let direct = |p: &str, g: &str| (net(p), Hop::Direct { link: index(2), gateway: ip(g) });
-    let tunnel = |p: &str, g: &str| (net(p), Hop::Vxlan { gateway: ip(g) });
+    let tunnel = |p: &str, g: &str| (net(p), Hop::Vxlan { gateway: ip(g), mtu: None });
     let own = [unreachable("10.0.0.0/16"), unreachable("fd00::/64"), unreachable("10.0.0.0/26")];
     let near = [direct("10.0.0.64/26", "192.0.2.2"), direct("fd00::40/122", "2001:db8::2")];
     for (mode, expected, problems) in [
@@ -151,7 +151,7 @@ fn no_pool_and_no_block_cuts_the_underlay_off() {
     facts.routers.insert((ip("192.0.2.254"), index(2)));
     let far = ("198.51.100.0/26", "n2");
     type Blocks<'a> = &'a [(&'a str, &'a str)];
-    let cases: [(&str, Blocks<'_>, &[&str]); 4] = [
+    let cases: [(&str, Blocks<'_>, &[&str]); 3] = [
         ("192.0.2.128/25", &[], &["pool 192.0.2.128/25: 192.0.2.254, a router's, is in it"]),
         (
             "198.51.100.0/24",
@@ -163,7 +163,6 @@ fn no_pool_and_no_block_cuts_the_underlay_off() {
         ),
         // The segment's own route goes before that of a pool as large, and after that of a block.
         ("192.0.2.0/24", &[("192.0.2.192/26", "n2")], &["prefix 192.0.2.192/26 of node n2: 192.0.2.254, a router's"]),
-        ("192.0.2.0/24", &[("192.0.2.0/26", "n2")], &["prefix 192.0.2.0/26 of node n2: 192.0.2.1, node n1's"]),
     ];
     for (pool, prefixes, told) in cases {
         let prefixes: Vec<_> = [("10.0.0.64/26", "n2")].iter().chain(prefixes).copied().collect();
@@ -176,35 +175,52 @@ fn no_pool_and_no_block_cuts_the_underlay_off() {
         led.retain(|prefix| *prefix != net("192.0.2.0/24"));
         assert_eq!(led, [net("10.0.0.0/16"), net("10.0.0.64/26")], "{pool}");
     }
-    // Its twin: what holds nothing of the underlay is led, in a pool that is the segment's, too.
-    let prefixes = [("10.0.0.64/26", "n2"), ("192.0.2.64/26", "n2"), ("192.0.2.128/26", "n1")];
+    // Its twin: what holds nothing of the underlay but the own address, before which no route goes, is led, in a pool that is
+    // the segment's, too.
+    let prefixes = [("10.0.0.64/26", "n2"), ("192.0.2.0/26", "n2"), ("192.0.2.128/26", "n1")];
     let wanted =
         plan(&table(&nodes, &["10.0.0.0/16", "192.0.2.0/24"], &prefixes), &nodes[0], &facts, &config(Mode::Auto));
     assert_eq!((wanted.routes.len(), wanted.problems.len()), (5, 0), "{:?}", wanted.problems);
+    // A route of the segment that stands behind the fabric's does not keep it in reach.
+    facts.paths[0].1 = METRIC + 1;
+    let wanted = plan(&table(&nodes, &["192.0.2.0/24"], &[]), &nodes[0], &facts, &config(Mode::Auto));
+    assert!(wanted.problems.iter().any(|p| p.contains("192.0.2.254, a router's")), "{:?}", wanted.problems);
 }
 
 #[test]
-fn the_mtu_is_the_smallest_on_any_way() {
+fn what_fits_less_on_the_way_to_a_node_is_in_the_route_to_it() {
     let own = node(1, &["192.0.2.1"], Mode::Vxlan);
     let near = node(2, &["192.0.2.2"], Mode::Vxlan);
     let mut far = node(3, &["198.51.100.3"], Mode::Vxlan);
-    let prefixes = [("10.0.0.64/26", "n2"), ("10.0.1.64/26", "n3")];
     let mut facts = facts();
     facts.mtus = BTreeMap::from([(index(2), 9000), (index(3), 1400)]);
     facts.exits = vec![(net("192.0.2.0/24"), 0, index(2)), (net("0.0.0.0/0"), 0, index(3))];
-    let mtu = |facts: &HostFacts, nodes: &[FabricNode]| {
-        plan(&table(nodes, &["10.0.0.0/16"], &prefixes), &own, facts, &config(Mode::Vxlan)).mtu
+    let prefixes = [("10.0.0.64/26", "n2"), ("10.0.1.64/26", "n3"), ("fd00::40/122", "n3")];
+    let planned = |facts: &HostFacts, far: &FabricNode| {
+        let table = table(&[own.clone(), near.clone(), far.clone()], &["10.0.0.0/16", "fd00::/64"], &prefixes);
+        let wanted = plan(&table, &own, facts, &config(Mode::Vxlan));
+        let of = |prefix: &str| match wanted.routes[&net(prefix)] {
+            Hop::Vxlan { mtu, .. } => mtu,
+            hop => panic!("{prefix}: {hop:?}"),
+        };
+        let mtus = [of("10.0.0.64/26"), of("10.0.1.64/26"), of("fd00::40/122")];
+        (wanted.mtu, mtus, wanted.problems)
     };
-    assert_eq!(mtu(&facts, std::slice::from_ref(&own)), Some(8950));
-    assert_eq!(mtu(&facts, &[own.clone(), near.clone()]), Some(8950));
-    assert_eq!(mtu(&facts, &[own.clone(), near.clone(), far.clone()]), Some(1350), "by the link of its router");
-    far.vtep.as_mut().unwrap().mtu = Some(1230);
-    assert_eq!(mtu(&facts, &[own.clone(), near.clone(), far.clone()]), Some(1230), "by what it tells");
-    far.vtep.as_mut().unwrap().mtu = Some(1);
-    assert_eq!(mtu(&facts, &[own.clone(), far]), Some(68), "no less than a device takes");
-    // The address is on a link that leads nowhere, as routers have it.
+    let mut of = |told: Option<u32>| {
+        far.vtep.as_mut().unwrap().mtu = told;
+        planned(&facts, &far)
+    };
+    assert_eq!(of(None), (Some(8950), [None, Some(1350), Some(1350)], vec![]), "by the link of its router");
+    assert_eq!(of(Some(9000)).1, [None, Some(1350), Some(1350)]);
+    assert_eq!(of(Some(1300)).1, [None, Some(1300), Some(1300)], "by what it tells");
+    let (own_mtu, mtus, problems) = of(Some(1));
+    assert_eq!((own_mtu, mtus), (Some(8950), [None, Some(68), Some(1280)]), "no less than a link must carry");
+    assert!(problems.len() == 1 && problems[0].starts_with("node n3: VXLAN carries 1 bytes"), "{problems:?}");
+    // The own address is on a link that leads nowhere, as routers have it.
+    let mut facts = facts.clone();
     facts.addresses.insert(ip("192.0.2.1"), index(1));
-    assert_eq!(mtu(&facts, std::slice::from_ref(&own)), Some(1350), "by the default route's");
+    far.vtep.as_mut().unwrap().mtu = None;
+    assert_eq!(planned(&facts, &far).0, Some(1350), "by the default route's");
 }
 
 #[test]
@@ -255,7 +271,7 @@ fn planned(wanted: &Wanted, table: &FabricTable, to: IpAddr) -> String {
         None => "elsewhere".into(),
         Some(Hop::Unreachable) => "nobody".into(),
         Some(Hop::Direct { gateway, .. }) => format!("straight to {}", owner_at(gateway)),
-        Some(Hop::Vxlan { gateway }) => {
+        Some(Hop::Vxlan { gateway, mtu: _ }) => {
             format!("tunnel to {}", owner_at(wanted.forwarding[&wanted.neighbours[&gateway]]))
         }
     }

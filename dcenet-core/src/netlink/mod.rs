@@ -65,7 +65,7 @@ pub(crate) use route::{
 };
 pub(crate) use rule::{add_rule, delete_rule};
 pub(crate) use shaping::{add_clsact, divert, divert_dump, diverts_to, shape, shape_dump, shaped_rate};
-pub(crate) use vxlan::{delete_forwarding, mark_vxlan, set_forwarding};
+pub(crate) use vxlan::{delete_forwarding, mark_vxlan, no_addresses_of_its_own, set_forwarding};
 
 /// Marks routes and rules of ours, in the field that tells who made them (`rtm_protocol`; 220 is free in iproute2's
 /// `rt_protos`).

@@ -203,6 +203,8 @@ pub(crate) struct NextHop {
     pub(crate) link: IfIndex,
     pub(crate) gateway: IpAddr,
     pub(crate) on_link: bool,
+    /// The largest packet that fits all of the way, in bytes, where that is less than the link's (`RTAX_MTU`).
+    pub(crate) mtu: Option<u32>,
 }
 
 /// Enters a route between nodes: in place of ours to the same destination with the same metric where `replaces`, else
@@ -227,8 +229,13 @@ pub(crate) fn fabric_route(route: &FabricRoute, replaces: bool) -> Message {
     }
     let mut message = Message::new(libc::RTM_NEWROUTE, flags as u16, what, &header);
     message.bytes(libc::RTA_DST, &octets(destination.network()));
-    if let Some(NextHop { link, gateway, .. }) = hop {
+    if let Some(NextHop { link, gateway, mtu, on_link: _ }) = hop {
         message.bytes(libc::RTA_GATEWAY, &octets(gateway)).u32(libc::RTA_OIF, link.get());
+        if let Some(mtu) = mtu {
+            message.nest(libc::RTA_METRICS, |metrics| {
+                metrics.u32(RTAX_MTU, mtu);
+            });
+        }
     }
     message.u32(libc::RTA_PRIORITY, metric);
     message

@@ -121,8 +121,7 @@ pub(super) fn forwarding_dump(index: IfIndex) -> Message {
 }
 
 /// Gives a VXLAN device its mark: IPv4 is let in by it and may come from where no route over it leads to (`rp_filter` 2,
-/// RFC 3704, section 2.4), for an answer to a node's own address goes past the tunnel; it makes itself no IPv6 address, if it
-/// is set up afterwards. `None` leaves the MTU as it is.
+/// RFC 3704, section 2.4), for an answer to a node's own address goes past the tunnel. `None` leaves the MTU as it is.
 pub(crate) fn mark_vxlan(name: &IfName, index: IfIndex, mark: &str, mtu: Option<u32>) -> Message {
     let mut message = new_link(0, format!("configure link {name}: vxlan"), &header(index.get(), 0, 0));
     message.bytes(libc::IFLA_IFALIAS, mark.as_bytes());
@@ -135,6 +134,15 @@ pub(crate) fn mark_vxlan(name: &IfName, index: IfIndex, mark: &str, mtu: Option<
                 conf.u32(IPV4_DEVCONF_FORWARDING, 1).u32(IPV4_DEVCONF_RP_FILTER, 2);
             });
         });
+    });
+    message
+}
+
+/// Has a VXLAN device make itself no IPv6 address, if it is set up afterwards. Refused (EAFNOSUPPORT) for one without IPv6,
+/// which a link of less than 1280 bytes is (`inet6_validate_link_af` of `net/ipv6/addrconf.c`).
+pub(crate) fn no_addresses_of_its_own(name: &IfName, index: IfIndex) -> Message {
+    let mut message = new_link(0, format!("configure link {name}: no IPv6 address"), &header(index.get(), 0, 0));
+    message.nest(libc::IFLA_AF_SPEC | NESTED, |spec| {
         spec.nest(libc::AF_INET6 as u16 | NESTED, |inet6| {
             inet6.u8(IFLA_INET6_ADDR_GEN_MODE, IN6_ADDR_GEN_MODE_NONE);
         });

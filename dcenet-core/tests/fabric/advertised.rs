@@ -72,4 +72,10 @@ fn a_node_that_forwards_keeps_the_routes_that_it_was_told() {
     assert!(has_route(here));
     here.sysctl("ipv6/conf/all/forwarding", "1");
     assert!(!has_route(here), "{}", here.sh("ip -6 route"));
+
+    // Before the first has come, as while a host boots.
+    here.sysctl("ipv6/conf/all/forwarding", "0");
+    assert_eq!(fabric.apply(&local, &table).unwrap().failures, [""; 0]);
+    learn(there, here);
+    fabric.remove().unwrap();
 }
