@@ -531,11 +531,6 @@ impl Undo {
         }
     }
 
-    /// Whether it concerns what others may be changing at the same time.
-    pub(crate) fn needs_lock(&self) -> bool {
-        self.is_shared() || matches!(self, Self::RestoreSetting { target: Target::Host, .. })
-    }
-
     /// Whether it is done in the pod's namespace, so that this is needed where it still exists.
     pub fn is_in_pod(&self) -> bool {
         match self {
@@ -612,7 +607,13 @@ impl Step {
 impl Plan {
     /// Whether the plan makes or changes what other attachments will share.
     pub fn makes_shared(&self) -> bool {
-        self.steps.iter().filter_map(|s| s.undo.as_ref()).any(Undo::needs_lock)
+        self.steps.iter().filter_map(|s| s.undo.as_ref()).any(Undo::is_shared)
+    }
+
+    /// Whether it makes settings of the host that are given back.
+    pub(crate) fn restores_of_host(&self) -> bool {
+        let is_of_host = |undo: &Undo| matches!(undo, Undo::RestoreSetting { target: Target::Host, .. });
+        self.steps.iter().filter_map(|s| s.undo.as_ref()).any(is_of_host)
     }
 }
 

@@ -1,4 +1,4 @@
-//! Carrying out a plan's steps and their undos.
+//! Carrying out a plan's steps.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -6,13 +6,13 @@ use std::time::Duration;
 use super::error::{StepError, TeardownError};
 use super::{AttachRequest, Engine, NamespaceEntry};
 use crate::link::link_local_of_another;
-use crate::model::{AttachmentKey, IfIndex, IfName, Mtu};
+use crate::model::{IfIndex, IfName, Mtu};
 use crate::netlink::{
     self, Failure, LinkChange, LinkKind, LinkView, Message, NetkitPolicy, NetlinkError, NewLink, NewRoute, NewVeth,
     RouteView, Socket, gated,
 };
 use crate::netns::{NetNs, NetNsError, NetNsGuard};
-use crate::plan::{Device, Operation, Plan, RouteSpec, Step, Target, Undo, mark};
+use crate::plan::{Device, Operation, Plan, RouteSpec, Step, Target, Undo};
 use crate::provider::{Endpoint, Place};
 
 /// Sockets and indices of one attach.
@@ -87,9 +87,14 @@ impl<'a> Session<'a> {
         applied
     }
 
-    /// The end of the longest run of steps that can be sent at once: one target, every index known.
+    /// The end of the longest run of steps that can be done at once: settings, or messages whose indices are all known, of one
+    /// target.
     fn batch_end(&self, steps: &[Step], start: usize) -> usize {
         let first = &steps[start];
+        if let Operation::WriteSetting { .. } = first.operation {
+            let joins = |s: &&Step| s.target == first.target && matches!(s.operation, Operation::WriteSetting { .. });
+            return start + steps[start..].iter().take_while(joins).count();
+        }
         // A device that could not be named and marked must not be set up by what follows.
         if !is_message(&first.operation) || matches!(first.operation, Operation::Rename { .. }) {
             return start + 1;
@@ -112,6 +117,10 @@ impl<'a> Session<'a> {
     ) -> Result<(), (usize, StepError)> {
         let start = range.start;
         let steps = &plan.steps[range];
+        if let Operation::WriteSetting { .. } = steps[0].operation {
+            undo.extend(steps.iter().filter_map(|step| step.undo.clone()));
+            return self.write_settings(steps).map_err(|(offset, e)| (start + offset, e));
+        }
         if !is_message(&steps[0].operation) {
             undo.extend(steps[0].undo.clone());
             return self.do_locally(&steps[0], plan, request).map_err(|e| (start, e));
@@ -182,18 +191,6 @@ impl<'a> Session<'a> {
         match &step.operation {
             Operation::AttachPolicy => self.attach_policy(step.target, plan, request),
             Operation::Translate { elements } => self.engine.translate(elements, &request.key),
-            Operation::WriteSetting { name, value } => {
-                let is_fine = |error: &StepError| match error {
-                    StepError::Setting { source, .. } => {
-                        source.raw_os_error().is_some_and(|errno| step.tolerate.contains(&errno))
-                    }
-                    _ => false,
-                };
-                match self.engine.write_setting(self.netns(step.target), name, value) {
-                    Err(error) if !is_fine(&error) => Err(error),
-                    _ => Ok(()),
-                }
-            }
             Operation::CreateTap { link, transit, tap } => {
                 let what = || format!("create tap {}", link.name);
                 let make = || self.engine.run_in(self.netns(step.target), || crate::sys::create_tap(transit, tap));
@@ -504,127 +501,6 @@ pub(super) fn new_route(index: IfIndex, route: &RouteSpec) -> NewRoute {
 /// The link of this name, if there is one.
 pub(super) fn look_up(socket: &mut Socket, link: &IfName) -> Result<Option<LinkView>, NetlinkError> {
     socket.link(link)
-}
-
-impl Engine {
-    /// Takes back what `undo` lists, in reverse; goes on after errors and returns them.
-    ///
-    /// Own devices go first, for shared ones stay while they have ports. Policy goes last, and only when they are gone: a
-    /// device that is still there must not carry a packet without it.
-    pub(super) fn take_back(&self, undo: &[Undo], key: &AttachmentKey, pod: Option<&NetNs>) -> Vec<TeardownError> {
-        let (policy, devices): (Vec<_>, Vec<_>) = undo.iter().rev().partition(|u| matches!(u, Undo::DetachPolicy));
-        let (shared, own): (Vec<_>, Vec<_>) = devices.into_iter().partition(|u| u.is_shared());
-        let mut errors = Vec::new();
-        let mut host = None;
-        let mut take_back = |undo: &Undo| {
-            let failed = self.take_back_one(undo, key, pod, &mut host);
-            failed.inspect_err(|error| tracing::warn!(%key, ?undo, %error, "could not take back")).err()
-        };
-        errors.extend(own.into_iter().filter_map(&mut take_back));
-        let gone = errors.is_empty();
-        errors.extend(shared.into_iter().chain(policy.into_iter().filter(|_| gone)).filter_map(take_back));
-        errors
-    }
-
-    fn take_back_one(
-        &self,
-        undo: &Undo,
-        key: &AttachmentKey,
-        pod: Option<&NetNs>,
-        host: &mut Option<Socket>,
-    ) -> Result<(), TeardownError> {
-        if let Undo::DetachPolicy = undo {
-            let Some(sink) = self.policy.as_ref().or(self.lifting.as_ref()) else {
-                tracing::warn!(%key, "under policy, and this program has no policy backend: its state is left");
-                return Ok(());
-            };
-            return Ok(self.host.0.run_here_or_there(|| sink.detach(key))??);
-        }
-        if let Undo::ReturnLink(lent) = undo {
-            return self.return_link(lent, pod);
-        }
-        if let Undo::ReleaseDevice(device) = undo {
-            return self.release_device(key, device, pod);
-        }
-        if let Undo::DeleteTranslation { elements } = undo {
-            return self.untranslate(elements, key);
-        }
-        if let Undo::RestoreSetting { target, name, before, .. } = undo {
-            let netns = if *target == Target::Host { Some(&self.host.0) } else { pod };
-            return netns.map_or(Ok(()), |netns| self.restore_setting(key, netns, (*target, name, before)));
-        }
-        let mut in_pod = None;
-        let socket = match pod {
-            None if undo.is_in_pod() => return Ok(()),
-            Some(pod) if undo.is_in_pod() => in_pod.insert(self.pod_socket(pod)?),
-            _ => match host {
-                Some(socket) => socket,
-                none => none.insert(self.host_socket()?),
-            },
-        };
-        match undo {
-            Undo::DetachPolicy
-            | Undo::ReturnLink(_)
-            | Undo::ReleaseDevice(_)
-            | Undo::DeleteTranslation { .. }
-            | Undo::RestoreSetting { .. } => Ok(()),
-            Undo::DeletePodLink { link, transit } => {
-                for name in [link, transit] {
-                    let Some(found) = look_up(socket, name)? else { continue };
-                    // Nobody sets it up before it is marked.
-                    if found.alias.as_deref() == Some(&mark(key)) || name == transit && !found.is_up() {
-                        delete(socket, &found)?;
-                    } else {
-                        tracing::warn!(%key, link = %name, "a link of this name is not of this attachment; left alone");
-                    }
-                }
-                Ok(())
-            }
-            Undo::DeleteRoute { link: name, route } => {
-                let Some(link) = look_up(socket, name)? else { return Ok(()) };
-                let message = netlink::delete_route(name.as_str(), &new_route(link.index, route));
-                gone_is_fine(socket.request(&message).map(drop), &[libc::ESRCH, libc::ENODEV, libc::ENETUNREACH])
-            }
-            Undo::DeleteNeighbour { link: name, address } => {
-                let Some(link) = look_up(socket, name)? else { return Ok(()) };
-                let message = netlink::delete_neighbour(name.as_str(), link.index, *address);
-                gone_is_fine(socket.request(&message).map(drop), &[libc::ENOENT, libc::ENODEV])
-            }
-            Undo::DeleteIdleLink(end) => {
-                let Some(link) = look_up(socket, &end.name)? else { return Ok(()) };
-                if link.mac != Some(end.mac) || is_in_use(socket, link.index)? {
-                    return Ok(());
-                }
-                delete(socket, &link)
-            }
-            Undo::DeleteLink { end, target } => {
-                let Some(link) = look_up(socket, &end.name)? else { return Ok(()) };
-                if link.mac != Some(end.mac) && link.alias.as_deref() != Some(&mark(key)) {
-                    tracing::warn!(%key, link = %end.name, "a link of this name is not of this attachment; left alone");
-                    return Ok(());
-                }
-                match &self.removals {
-                    Some(removals) if *target == Target::Host => removals.delete(socket, self.host.0.id(), &link),
-                    _ => delete(socket, &link),
-                }
-            }
-            Undo::DeleteIdleBridge(end) => {
-                let Some(link) = look_up(socket, &end.name)? else { return Ok(()) };
-                if link.mac != Some(end.mac) || has_ports(socket, link.index)? {
-                    return Ok(());
-                }
-                delete(socket, &link)
-            }
-            Undo::DeleteIdleAddress { link: name, address } => {
-                let Some(link) = look_up(socket, name)? else { return Ok(()) };
-                if has_ports(socket, link.index)? {
-                    return Ok(());
-                }
-                let message = netlink::delete_address(name.as_str(), link.index, *address);
-                gone_is_fine(socket.request(&message).map(drop), &[libc::EADDRNOTAVAIL, libc::ENODEV])
-            }
-        }
-    }
 }
 
 /// Deletes a link; one that vanished meanwhile, as with its namespace, is fine.

@@ -186,6 +186,7 @@ impl Engine {
             (host, plan) = look()?;
         }
         self.check_port(request)?;
+        let settings = if plan.restores_of_host() { Some(self.journal.lock_settings()?) } else { None };
         self.look_at_settings(&mut plan, request)?;
         for link in &host.links {
             session.know(Target::Host, link);
@@ -212,6 +213,7 @@ impl Engine {
             done: None,
         });
         entry.begin(&record)?;
+        drop(settings);
         let applied = session.apply(&plan, request);
         let mut undo = applied.undo;
         let mut failure = applied.failure;

@@ -8,7 +8,7 @@ use crate::link::Policy;
 use crate::model::{AttachmentKey, IfName};
 use crate::netlink::{self, LinkChange, LinkView, NetlinkError, Socket};
 use crate::netns::NetNs;
-use crate::plan::{Target, Undo, is_mark_of, lent_name, mark};
+use crate::plan::{Undo, is_mark_of, lent_name, mark};
 
 impl Engine {
     /// Removes an attachment, as [`Hold::detach`](super::Hold::detach) does. Who releases addresses of it uses [`Engine::hold_remains`]
@@ -41,14 +41,7 @@ impl Engine {
             };
             netns = opened.as_ref();
         }
-        // Apart, and last: devices need not be deleted under the lock.
-        let of_host = |undo: &Undo| matches!(undo, Undo::RestoreSetting { target: Target::Host, .. });
-        let (settings, undo): (Vec<Undo>, Vec<Undo>) = undo.into_iter().partition(of_host);
-        let mut errors = self.take_back_locked(&undo, record, netns);
-        if !settings.is_empty() {
-            errors.extend(self.take_back_locked(&settings, record, netns));
-        }
-        errors
+        self.take_back_locked(&undo, record, netns)
     }
 
     /// Takes off what was added to another plugin's device, which lives on.
@@ -70,7 +63,7 @@ impl Engine {
     }
 
     fn take_back_locked(&self, undo: &[Undo], record: &Record, netns: Option<&NetNs>) -> Vec<TeardownError> {
-        let lock = if undo.iter().any(Undo::needs_lock) { Some(self.shared.changing(&self.host)) } else { None };
+        let lock = if undo.iter().any(Undo::is_shared) { Some(self.shared.changing(&self.host)) } else { None };
         match lock.transpose() {
             Ok(lock) => {
                 let errors = self.take_back(undo, &record.key, netns);

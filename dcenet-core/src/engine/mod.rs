@@ -18,6 +18,7 @@ mod setting;
 mod steer;
 mod translate;
 mod underlay;
+mod undo;
 
 use std::path::Path;
 use std::sync::Arc;

@@ -1,8 +1,10 @@
 //! Settings of namespaces below `/proc/sys/net` that attachments ask for, each of which gets back the value that it had.
 //!
 //! Several attachments may need one setting. Whoever is the first writes down what it was, the others take that over from
-//! his record, and whoever is the last gives it back. The runtime attaches and detaches the networks of a pod one after the other
-//! (CNI 1.1.0, section 2, "Lifecycle & Ordering"); of settings of the host who reads and writes them holds the lock of what is shared.
+//! his record, and whoever is the last gives it back. Of settings of the host, who reads what one is until he has recorded it,
+//! who makes it and who gives it back holds a lock. Of those of a pod nobody does: its networks are attached and detached one
+//! after the other (CNI 1.1.0, section 2, "Lifecycle & Ordering"). Where a runtime attaches them side by side all the same,
+//! what was before may be taken for what another of them has just written.
 
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
@@ -10,6 +12,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use super::apply::Session;
 use super::check::Drift;
 use super::error::{AttachError, StepError, TeardownError};
 use super::{AttachRequest, Engine};
@@ -56,7 +59,8 @@ pub(super) fn restored(target: Target, name: String, value: String) -> Step {
 }
 
 impl Engine {
-    /// Fills in what settings are now, and refuses those that cannot be set or be given back, before anything is changed.
+    /// Fills in what settings are now, and refuses those that cannot be set or be given back, before anything is changed. For one
+    /// of the host the caller holds the lock of settings until the plan is recorded.
     pub(super) fn look_at_settings(&self, plan: &mut Plan, request: &AttachRequest<'_>) -> Result<(), AttachError> {
         let settings = request.link.sysctl().settings(&request.key.ifname)?;
         let undos = plan.steps.iter_mut().filter_map(|step| step.undo.as_mut());
@@ -66,15 +70,11 @@ impl Engine {
         }
         let pod = request.pod.netns;
         self.run_in(pod, || settings.iter().try_for_each(is_settable))??;
-        let others = self.others(&request.key)?;
         for undo in undos {
             let Undo::RestoreSetting { target, name, before, asked } = undo else { continue };
-            let mut holders = others.iter().filter_map(|record| Some((record, held(record, *target, name)?)));
-            let first = match target {
-                Target::Host => holders.find(|(record, _)| self.is_on_this_host(record)),
-                Target::Pod => holders.find(|(record, _)| record.netns == pod.id()),
-            };
-            if let Some((record, held)) = first {
+            let netns = if *target == Target::Host { &self.host.0 } else { pod };
+            let holder = self.holder(&request.key, (*target, name), netns, |_| Ok::<_, JournalError>(true))?;
+            if let Some((record, held)) = holder.as_ref().and_then(|r| Some((r, held(r, *target, name)?))) {
                 if !same_value(held.asked, asked) {
                     let reason = format!(
                         "attachment {} of the same pod has set it to {:?}; ask for the same value, or for none",
@@ -85,7 +85,6 @@ impl Engine {
                 held.before.clone_into(before);
                 continue;
             }
-            let netns = if *target == Target::Host { &self.host.0 } else { pod };
             *before = self.run_in(netns, || read_or_default(name))?.map_err(|e| unreadable(name, &e))?;
         }
         Ok(())
@@ -110,6 +109,7 @@ impl Engine {
     pub(super) fn renew_settings(&self, record: &Record, pod: &NetNs) -> Result<(), StepError> {
         for undo in &record.undo {
             if let Undo::RestoreSetting { target: Target::Host, name, asked, .. } = undo {
+                let _lock = self.journal.lock_settings()?;
                 self.write_setting(&self.host.0, name, asked)?;
             }
         }
@@ -121,7 +121,8 @@ impl Engine {
             changed.iter().any(|drift| matches!(drift, Drift::SettingChanged { name, .. } if *name == setting.name))
         };
         let settings = record.link.sysctl().settings(&record.key.ifname).unwrap_or_default();
-        settings.iter().filter(|s| is_changed(s)).try_for_each(|s| self.write_setting(pod, &s.name, &s.value))
+        let settings: Vec<&Setting> = settings.iter().filter(|s| is_changed(s)).collect();
+        write_all(&settings, |s| self.write_setting(pod, &s.name, &s.value)).map_err(|(_, error)| error)
     }
 
     /// Writes a setting, unless it is so: writing to `all/forwarding` what it is sets every link all the same.
@@ -130,24 +131,26 @@ impl Engine {
         written.map_err(|source| StepError::Setting { name: name.to_owned(), value: value.to_owned(), source })
     }
 
-    /// Gives a setting its value back, unless another attachment needs it. For one of the host the caller holds the lock of what is
-    /// shared, and has ended the attachment's translation.
+    /// Gives a setting its value back, unless another attachment needs it. For one of the host the caller has ended the
+    /// attachment's translation.
     pub(super) fn restore_setting(
         &self,
         key: &AttachmentKey,
         netns: &NetNs,
         (target, name, before): (Target, &str, &str),
     ) -> Result<(), TeardownError> {
-        for record in self.others(key)? {
-            let needs = held(&record, target, name).is_some()
-                && match target {
-                    Target::Pod => record.netns == netns.id(),
-                    // Its record may outlive what it needs the setting for, when both go at the same time.
-                    Target::Host => self.is_on_this_host(&record) && self.is_translating(&record)?,
-                };
-            if needs {
-                return Ok(());
-            }
+        let _lock = match target {
+            Target::Host => Some(self.journal.lock_settings()?),
+            Target::Pod => None,
+        };
+        let needs = |record: &Record| match target {
+            Target::Pod => Ok(true),
+            // Its record may outlive what it needs the setting for, when both go at the same time; and who only begins makes it
+            // when he translates already, and under the lock.
+            Target::Host => self.is_translating(record),
+        };
+        if self.holder::<TeardownError>(key, (target, name), netns, needs)?.is_some() {
+            return Ok(());
         }
         match gated("restore setting", || self.run_in(netns, || write_if_other(name, before)))? {
             // The device, or the family, is gone.
@@ -181,14 +184,68 @@ impl Engine {
         })
     }
 
-    /// Records of this boot but that of one attachment.
-    fn others(&self, key: &AttachmentKey) -> Result<Vec<Record>, JournalError> {
-        self.journal.records_that(|record| record.key != *key && record.boot == self.journal.boot())
+    /// The first attachment but that of `key` that asked for a setting of this namespace, and `needs` it.
+    fn holder<E: From<JournalError>>(
+        &self,
+        key: &AttachmentKey,
+        (target, name): (Target, &str),
+        netns: &NetNs,
+        needs: impl Fn(&Record) -> Result<bool, E>,
+    ) -> Result<Option<Record>, E> {
+        self.journal.first_with(name, |record| {
+            let is_other = record.key != *key && record.boot == self.journal.boot();
+            if !is_other || held(record, target, name).is_none() {
+                return Ok(false);
+            }
+            let is_here = match target {
+                Target::Host => record.host.is_none_or(|host| host == netns.id()),
+                Target::Pod => is_in(record, netns),
+            };
+            Ok(is_here && needs(record)?)
+        })
     }
+}
 
-    fn is_on_this_host(&self, record: &Record) -> bool {
-        record.host.is_none_or(|host| host == self.host.0.id())
+impl Session<'_> {
+    /// Does steps that write settings of one target. An error comes with its step's place among them.
+    pub(super) fn write_settings(&self, steps: &[Step]) -> Result<(), (usize, StepError)> {
+        write_all(steps, |step| {
+            let Operation::WriteSetting { name, value } = &step.operation else { return Ok(()) };
+            let _lock = match &step.undo {
+                Some(Undo::RestoreSetting { target: Target::Host, .. }) => Some(self.engine.journal.lock_settings()?),
+                _ => None,
+            };
+            match self.engine.write_setting(self.netns(step.target), name, value) {
+                Err(StepError::Setting { source, .. })
+                    if source.raw_os_error().is_some_and(|errno| step.tolerate.contains(&errno)) =>
+                {
+                    Ok(())
+                }
+                written => written,
+            }
+        })
     }
+}
+
+/// Writes settings one by one, and what the kernel finds invalid once more after the others: it ties some to each other, as
+/// `ip_local_port_range` to `ip_unprivileged_port_start` (`ipv4_local_port_range` in `net/ipv4/sysctl_net_ipv4.c`). An error
+/// comes with its setting's place.
+fn write_all<T>(settings: &[T], mut write: impl FnMut(&T) -> Result<(), StepError>) -> Result<(), (usize, StepError)> {
+    let mut again = Vec::new();
+    for (place, setting) in settings.iter().enumerate() {
+        match write(setting) {
+            Ok(()) => {}
+            Err(StepError::Setting { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => again.push(place),
+            Err(error) => return Err((place, error)),
+        }
+    }
+    again.into_iter().try_for_each(|place| write(&settings[place]).map_err(|error| (place, error)))
+}
+
+/// Whether an attachment is of this namespace. Its number may be of one that is no more: the kernel gives the lowest that is
+/// free (`ns_alloc_inum` in `include/linux/proc_ns.h`), and a record outlives a pod that nobody has detached.
+fn is_in(record: &Record, netns: &NetNs) -> bool {
+    record.netns == netns.id() && NetNs::open(&record.netns_path).is_ok_and(|found| found.id() == netns.id())
 }
 
 struct Held<'a> {

@@ -327,6 +327,51 @@ impl Journal {
         }
         Ok(records)
     }
+
+    /// The first record that `wanted` takes, of those in which `text` is some string. Others are not parsed, and none behind it
+    /// is read.
+    pub(crate) fn first_with<E: From<JournalError>>(
+        &self,
+        text: &str,
+        wanted: impl Fn(&Record) -> Result<bool, E>,
+    ) -> Result<Option<Record>, E> {
+        let quoted = serde_json::Value::from(text).to_string().into_bytes();
+        for id in self.ids()? {
+            let Some(bytes) = self.bytes(id)? else { continue };
+            if !bytes.windows(quoted.len()).any(|part| part == quoted) {
+                continue;
+            }
+            match parse(&bytes, &self.path(id)) {
+                Ok(Some(record)) if wanted(&record)? => return Ok(Some(record)),
+                Ok(_) => {}
+                Err(error) => tracing::warn!(%error, "record left out"),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Waits until nobody, in any process, changes settings of the host that attachments share. Held shortly, and while nothing
+    /// else is waited for.
+    pub(crate) fn lock_settings(&self) -> Result<SettingsLock, JournalError> {
+        self.make_directory()?;
+        // The records themselves are locked one by one.
+        let directory = File::open(&self.directory).map_err(|e| JournalError::io(&self.directory, e))?;
+        directory.lock().map_err(|e| JournalError::io(&self.directory, e))?;
+        Ok(SettingsLock(directory))
+    }
+}
+
+/// The lock on settings of the host, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct SettingsLock(File);
+
+// As for an entry.
+impl Drop for SettingsLock {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.unlock() {
+            tracing::warn!(%error, "cannot unlock the directory of records");
+        }
+    }
 }
 
 impl Entry {

@@ -3,6 +3,7 @@
 use dcenet_core::engine::{AttachError, AttachRequest, Drift, Engine};
 use dcenet_core::link::LinkConfig;
 use dcenet_core::model::AttachmentKey;
+use dcenet_core::netns::Pod;
 use dcenet_core::plan::Target;
 use dcenet_core::provider::{Lease, LeasedAddress};
 use dcenet_core::test_support::{HostState, Rung, TestHost, TestNetNs, require};
@@ -19,6 +20,10 @@ fn key(ifname: &str) -> AttachmentKey {
 }
 
 fn attach(engine: &Engine, ifname: &str, pod: &TestNetNs, sysctl: Value) -> Result<bool, AttachError> {
+    attach_at(engine, ifname, pod.pod(), sysctl)
+}
+
+fn attach_at(engine: &Engine, ifname: &str, pod: Pod<'_>, sysctl: Value) -> Result<bool, AttachError> {
     let link = LinkConfig::read(&json!({ "kind": "veth", "sysctl": sysctl })).unwrap();
     let address = format!("10.20.0.{}/24", 2 + ifname.len());
     let lease = Lease {
@@ -27,7 +32,7 @@ fn attach(engine: &Engine, ifname: &str, pod: &TestNetNs, sysctl: Value) -> Resu
         dns: Default::default(),
         mac: None,
     };
-    engine.attach(&AttachRequest::new(key(ifname), pod.pod(), link, lease)).map(|attached| attached.repeated)
+    engine.attach(&AttachRequest::new(key(ifname), pod, link, lease)).map(|attached| attached.repeated)
 }
 
 /// What sysctl(8) says in a namespace.
@@ -118,6 +123,77 @@ fn networks_of_a_pod_share_a_setting_until_the_last_has_gone() {
     assert_eq!(host.records(), [""; 0]);
 }
 
+const PORTS: &str = "net.ipv4.ip_local_port_range";
+const FIRST_PORT: &str = "net.ipv4.ip_unprivileged_port_start";
+
+/// The range of ports begins at no privileged one, or is refused (`ipv4_local_port_range` and `ipv4_privileged_ports` in
+/// `net/ipv4/sysctl_net_ipv4.c`).
+#[test]
+fn settings_that_are_tied_to_each_other_come_and_go_together() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let host = TestHost::new();
+    let engine = host.engine(None);
+    let pod = host.new_pod();
+    let is = || (value(&pod, PORTS), value(&pod, FIRST_PORT));
+    let before = is();
+    assert_eq!(before.1, "1024");
+    let both = json!({ PORTS: "1000 65000", FIRST_PORT: "0" });
+    for _ in 0..2 {
+        attach(&engine, "eth0", &pod, both.clone()).unwrap();
+        assert_eq!(is(), ("1000 65000".to_owned(), "0".to_owned()));
+        pod.sh(&format!("sysctl -qw {PORTS}='20000 30000'; sysctl -qw {FIRST_PORT}=1024"));
+    }
+    attach(&engine, "eth0", &pod, both).unwrap();
+    engine.detach(&key("eth0"), None).unwrap();
+    assert_eq!(is(), before);
+    assert!(attach(&engine, "eth0", &pod, json!({ PORTS: "1000 65000" })).is_err());
+    assert_eq!((is(), host.records()), (before, Vec::new()));
+}
+
+#[test]
+fn what_a_pod_made_of_its_settings_does_not_keep_it() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let host = TestHost::new();
+    let engine = host.engine(None);
+    let (pod, of_host) = (host.new_pod(), host.state());
+    attach(&engine, "eth0", &pod, json!({ FIRST_PORT: "0", SOMAXCONN: "77" })).unwrap();
+    pod.sh(&format!("sysctl -qw {PORTS}='1000 65000'"));
+    let back = || pod.run(|| std::fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "1024\n"));
+    assert!(back().is_err(), "it cannot be given back");
+    engine.detach(&key("eth0"), None).unwrap();
+    assert_eq!((value(&pod, FIRST_PORT), host.records()), ("0".to_owned(), Vec::new()));
+    assert_ne!(value(&pod, SOMAXCONN), "77");
+    assert!(pod.link("eth0").is_none());
+    assert_eq!(of_host.diff(&host.state()), "");
+}
+
+/// The record of a pod that nobody detached, whose namespace's number is another's by now.
+#[test]
+fn a_record_of_a_namespace_that_is_no_more_asks_for_nothing() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let host = TestHost::new();
+    let engine = host.engine(None);
+    let pod = host.new_pod();
+    let path = host.directory().join("former");
+    std::os::unix::fs::symlink(pod.path(), &path).unwrap();
+    attach_at(&engine, "storage", Pod { netns: pod.netns(), path: &path }, json!({ SOMAXCONN: "77" })).unwrap();
+    // As long as the path leads there it is an attachment of the pod.
+    assert!(attach(&engine, "eth0", &pod, json!({ SOMAXCONN: "78" })).unwrap_err().to_string().contains("storage"));
+    std::fs::remove_file(&path).unwrap();
+    attach(&engine, "eth0", &pod, json!({ SOMAXCONN: "78" })).unwrap();
+    assert_eq!(value(&pod, SOMAXCONN), "78");
+    engine.detach(&key("eth0"), None).unwrap();
+    assert_eq!(value(&pod, SOMAXCONN), "77");
+    engine.detach(&key("storage"), None).unwrap();
+    assert_eq!(host.records(), [""; 0]);
+}
+
 #[test]
 fn what_is_not_the_pods_or_refused_by_the_kernel_changes_nothing() {
     if !require(Rung::Netns) {
@@ -128,8 +204,11 @@ fn what_is_not_the_pods_or_refused_by_the_kernel_changes_nothing() {
     let pod = host.new_pod();
     let (of_host, of_pod) = (host.state(), HostState::capture(pod.netns()));
     // Of the whole host: there for its administrator, not in a pod.
-    let backlog = || std::fs::read_to_string("/proc/1/root/proc/sys/net/core/netdev_max_backlog").ok();
+    let backlog = || std::fs::read_to_string("/proc/sys/net/core/netdev_max_backlog").ok();
     let is = backlog();
+    if is.is_none() {
+        eprintln!("not looked at whether net.core.netdev_max_backlog stays: this is not the machine's first namespace");
+    }
     for (name, set, words) in [
         ("net.core.netdev_max_backlog", "4321", "has no such setting"),
         ("net.core.nothing", "1", "has no such setting"),
