@@ -352,9 +352,10 @@ pub trait PolicySink: Send + Sync {
     fn detach(&self, attachment: &AttachmentKey) -> Result<(), PolicyError>;
 
     /// Takes policy off a device that lives on, for nobody asks for it any more: its packets pass as if there had never been any.
-    /// Called in the host's namespace. By default as [`detach`](Self::detach), for those of whom nothing is left on the device then.
+    /// Called in the host's namespace, for devices of the host. By default an error: [`detach`](Self::detach) may shut a device.
     fn lift(&self, endpoint: &Endpoint) -> Result<(), PolicyError> {
-        self.detach(&endpoint.attachment)
+        let what = format!("take policy off {}, which lives on: remove the pod instead", endpoint.ifname);
+        Err(PolicyError::Unsupported(what))
     }
 
     /// As [`detach`](Self::detach), for an attachment that has neither a record nor a device on this host: most likely there

@@ -5,6 +5,7 @@ use super::error::{AttachError, DetachErrors, StepError};
 use super::{AttachRequest, Attached, Engine};
 use crate::journal::{Done, Entry, Interface, Record};
 use crate::link::{HostView, LinkConfig, LinkRequest, PlanError, Policy};
+use crate::model::MacAddr;
 use crate::netlink::{self, AddressView, CreateLinkError, IpvlanMode, Socket};
 use crate::netns::NetNs;
 use crate::plan::{Device, Operation, Plan, Target, Undo, is_mark_of, mark};
@@ -67,21 +68,6 @@ impl Engine {
         Err(AttachError::AlreadyAttached { key: key.clone(), difference })
     }
 
-    /// Whether another plugin's device stands that is to have something else added than it has. Policy is never off between two
-    /// configurations that want it: those are refused as others are.
-    pub(super) fn is_changed(&self, record: &Record, request: &AttachRequest<'_>) -> bool {
-        let chained = |link: &LinkConfig| matches!(link, LinkConfig::Chained(_));
-        let stands = record.done.is_some()
-            && (&record.key, record.boot.as_str(), record.netns)
-                == (&request.key, self.journal.boot(), request.pod.netns.id());
-        let policy = match (record.policy, request.policy) {
-            (Policy::None, _) => true,
-            (Policy::Wanted, Policy::None) => self.lifting.is_some(),
-            (Policy::Wanted, Policy::Wanted) => false,
-        };
-        stands && policy && chained(&record.link) && chained(&request.link) && record.fingerprint != request.fingerprint
-    }
-
     /// Whether a device that lives in the pod alone is still there.
     fn stands_in_pod(&self, record: &Record, netns: &NetNs) -> Result<bool, AttachError> {
         let opened;
@@ -124,15 +110,8 @@ impl Engine {
         entry: &mut Entry,
         recorded: &mut Option<Box<Record>>,
     ) -> Result<Attached, AttachError> {
-        let mac = request.mac.or(request.lease.mac).unwrap_or_else(|| request.key.mac());
-        let mut link_request = LinkRequest {
-            key: request.key.clone(),
-            mac,
-            addresses: request.lease.addresses.clone(),
-            routes: request.lease.routes.clone(),
-            policy: request.policy,
-            device: None,
-        };
+        let mut link_request = link_request(request);
+        let mac = link_request.mac;
         let driver = request.link.driver();
         let Some(wish) = driver.device(&link_request)? else {
             // A call that was killed before it had written a record may have lent one, for a link of another kind.
@@ -195,23 +174,7 @@ impl Engine {
             session.know_index(Target::Host, &device.name, device.index);
         }
 
-        let mut record = Box::new(Record {
-            key: request.key.clone(),
-            boot: self.journal.boot().to_owned(),
-            host: Some(self.host.0.id()),
-            netns_path: request.pod.path.to_owned(),
-            netns: request.pod.netns.id(),
-            fingerprint: request.fingerprint.clone(),
-            link: request.link.clone(),
-            lease: request.lease.clone(),
-            mac,
-            workload: request.workload.clone(),
-            labels: request.labels.clone(),
-            policy: request.policy,
-            host_end: plan.host_end.clone(),
-            undo: plan.steps.iter().filter_map(|s| s.undo.clone()).collect(),
-            done: None,
-        });
+        let mut record = Box::new(self.record_of(request, mac, &plan));
         entry.begin(&record)?;
         drop(settings);
         let applied = session.apply(&plan, request);
@@ -249,6 +212,27 @@ impl Engine {
         };
         drop(lock);
         outcome
+    }
+
+    /// What is written down before the plan is carried out.
+    pub(super) fn record_of(&self, request: &AttachRequest<'_>, mac: MacAddr, plan: &Plan) -> Record {
+        Record {
+            key: request.key.clone(),
+            boot: self.journal.boot().to_owned(),
+            host: Some(self.host.0.id()),
+            netns_path: request.pod.path.to_owned(),
+            netns: request.pod.netns.id(),
+            fingerprint: request.fingerprint.clone(),
+            link: request.link.clone(),
+            lease: request.lease.clone(),
+            mac,
+            workload: request.workload.clone(),
+            labels: request.labels.clone(),
+            policy: request.policy,
+            host_end: plan.host_end.clone(),
+            undo: plan.steps.iter().filter_map(|s| s.undo.clone()).collect(),
+            done: None,
+        }
     }
 
     /// Says what stands in the way of a device, for the kernel says only "exists" or "busy".
@@ -334,6 +318,17 @@ impl Engine {
     }
 }
 
+pub(super) fn link_request(request: &AttachRequest<'_>) -> LinkRequest {
+    LinkRequest {
+        key: request.key.clone(),
+        mac: request.mac.or(request.lease.mac).unwrap_or_else(|| request.key.mac()),
+        addresses: request.lease.addresses.clone(),
+        routes: request.lease.routes.clone(),
+        policy: request.policy,
+        device: None,
+    }
+}
+
 pub(super) fn view(socket: &mut Socket, needs: &[crate::link::Need]) -> Result<HostView, crate::netlink::NetlinkError> {
     let mut view = HostView::default();
     for need in needs {
@@ -348,7 +343,7 @@ pub(super) fn view(socket: &mut Socket, needs: &[crate::link::Need]) -> Result<H
     Ok(view)
 }
 
-fn done(request: &AttachRequest<'_>, plan: &Plan, host: &HostView, session: &Session<'_>) -> Done {
+pub(super) fn done(request: &AttachRequest<'_>, plan: &Plan, host: &HostView, session: &Session<'_>) -> Done {
     let mut interfaces = Vec::with_capacity(3);
     if let Some(bridge) = &plan.bridge {
         let made = plan.steps.iter().find_map(|step| match &step.operation {

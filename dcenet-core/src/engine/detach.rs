@@ -4,7 +4,6 @@ use super::Engine;
 use super::apply::{delete, look_up};
 use super::error::{DetachErrors, TeardownError};
 use crate::journal::{JournalError, Record};
-use crate::link::Policy;
 use crate::model::{AttachmentKey, IfName};
 use crate::netlink::{self, LinkChange, LinkView, NetlinkError, Socket};
 use crate::netns::NetNs;
@@ -42,24 +41,6 @@ impl Engine {
             netns = opened.as_ref();
         }
         self.take_back_locked(&undo, record, netns)
-    }
-
-    /// Takes off what was added to another plugin's device, which lives on.
-    pub(super) fn take_off(&self, record: &Record, netns: &NetNs) -> Vec<TeardownError> {
-        let lifted = match (&self.lifting, record.endpoint()) {
-            (Some(sink), Some(endpoint)) if record.policy == Policy::Wanted => {
-                self.host.0.run_here_or_there(|| sink.lift(&endpoint)).map_err(TeardownError::from)
-            }
-            _ => Ok(Ok(())),
-        };
-        match lifted {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => return vec![error.into()],
-            Err(error) => return vec![error],
-        }
-        let mut record = record.clone();
-        record.undo.retain(|undo| !matches!(undo, Undo::DetachPolicy));
-        self.take_back_record(&record, Some(netns))
     }
 
     fn take_back_locked(&self, undo: &[Undo], record: &Record, netns: Option<&NetNs>) -> Vec<TeardownError> {

@@ -253,6 +253,9 @@ pub enum TeardownError {
     /// The policy backend failed.
     #[error(transparent)]
     Policy(#[from] PolicyError),
+    /// What a failed change had replaced could not be made again.
+    #[error("what was there before could not be made again: {0}")]
+    Former(#[source] Box<StepError>),
     /// The device was not taken back.
     #[error(transparent)]
     Device(#[from] DeviceError),

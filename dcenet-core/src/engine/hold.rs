@@ -132,7 +132,7 @@ impl Hold<'_> {
             return Err(AttachError::NotHeld { key: request.key.clone(), held: Box::new(self.key.clone()) });
         }
         self.engine.admit(request)?;
-        match &self.found {
+        match &mut self.found {
             Found::Nothing | Found::Closed => {}
             Found::Detached => self.clear()?,
             Found::Malformed { line, reason, .. } => {
@@ -140,9 +140,7 @@ impl Hold<'_> {
                 return Err(JournalError::Malformed { path, line: *line, reason }.into());
             }
             Found::Record(record) if self.engine.is_changed(record, request) => {
-                DetachErrors::or_ok(self.engine.take_off(record, request.pod.netns))
-                    .map_err(|source| AttachError::Leftover { key: self.key.clone(), source })?;
-                self.clear()?;
+                return self.engine.change(record, request, &mut self.entry);
             }
             Found::Record(record) => {
                 if let Some(attached) = self.engine.resume(record, request)? {

@@ -5,6 +5,7 @@
 
 mod apply;
 mod attach;
+mod change;
 mod check;
 mod detach;
 mod device;

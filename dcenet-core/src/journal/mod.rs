@@ -421,10 +421,30 @@ impl Entry {
         self.append("write completion", &WriteLine::Done(done))
     }
 
-    /// Writes one more line. `what` names it, for faults.
-    pub(crate) fn append(&mut self, what: &'static str, line: &impl Serialize) -> Result<(), JournalError> {
+    /// Writes what the record says from now on, with its end, at once: who is killed over it leaves what it said.
+    pub(crate) fn rewrite(&mut self, record: &Record) -> Result<(), JournalError> {
+        let mut text = self.line(&WriteLine::Intent(record))?;
+        if let Some(done) = &record.done {
+            text.extend(self.line(&WriteLine::Done(done))?);
+        }
+        let after = pass_gate("rewrite record", &self.path)?;
+        let length = self.file.metadata().map_err(|e| JournalError::io(&self.path, e))?.len();
+        if let Err(error) = self.file.write_all(&text) {
+            self.file.set_len(length).map_err(|e| JournalError::io(&self.path, e))?;
+            return Err(JournalError::io(&self.path, error));
+        }
+        after.finish(&self.path)
+    }
+
+    fn line(&self, line: &impl Serialize) -> Result<Vec<u8>, JournalError> {
         let mut text = serde_json::to_vec(line).map_err(|e| JournalError::io(&self.path, e.into()))?;
         text.push(b'\n');
+        Ok(text)
+    }
+
+    /// Writes one more line. `what` names it, for faults.
+    pub(crate) fn append(&mut self, what: &'static str, line: &impl Serialize) -> Result<(), JournalError> {
+        let text = self.line(line)?;
         let after = pass_gate(what, &self.path)?;
         self.file.write_all(&text).map_err(|e| JournalError::io(&self.path, e))?;
         after.finish(&self.path)

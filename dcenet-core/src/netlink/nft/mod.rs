@@ -175,6 +175,12 @@ pub(crate) fn get_element(element: &Element) -> Message {
     element_message(libc::NFT_MSG_GETSETELEM, 0, format!("look up {element}"), element, None)
 }
 
+/// Whether two elements cannot be in the table together: one set, and one key.
+pub(crate) fn is_same_entry(one: &Element, other: &Element) -> bool {
+    let (one, other) = (encode(one), encode(other));
+    one.set == other.set && one.key == other.key
+}
+
 /// Deletes an element that was found.
 pub(crate) fn delete_listed(set: &str, found: &Found) -> Message {
     let mut message = message(libc::NFT_MSG_DELSETELEM, 0, format!("delete an element of {set}"));
