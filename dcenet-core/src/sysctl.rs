@@ -79,21 +79,24 @@ impl Sysctls {
 
 impl Key {
     fn setting(&self, ifname: &IfName, value: &str) -> Setting {
-        let path = |device: &str| {
-            let parts = self.0.iter().skip(1).map(|part| if part == DEVICE { device } else { part });
-            parts.collect::<Vec<_>>().join("/")
+        let path = |key: &Self| key.0[1..].join("/");
+        let (name, pattern) = match self.is_of(ifname) {
+            true => (path(&self.with_device(ifname.as_str())), Some(path(&self.with_device("default")))),
+            false => (path(self), None),
         };
-        let pattern = self.is_of(ifname).then(|| self.with_device("default").0[1..].join("/"));
-        Setting { name: path(ifname.as_str()), value: value.to_owned(), pattern }
+        Setting { name, value: value.to_owned(), pattern }
     }
 
-    /// Whether it is of the device: `net.FAMILY.conf.DEVICE.NAME` or `net.FAMILY.neigh.DEVICE.NAME`.
+    /// Whether it is of the device.
     fn is_of(&self, ifname: &IfName) -> bool {
+        self.device().is_some_and(|device| device == DEVICE || device == ifname.as_str())
+    }
+
+    /// The device of `net.FAMILY.conf.DEVICE.NAME` and `net.FAMILY.neigh.DEVICE.NAME`.
+    fn device(&self) -> Option<&str> {
         match self.0.as_slice() {
-            [_, _, kind, device, _] => {
-                ["conf", "neigh"].contains(&kind.as_str()) && (device == DEVICE || device == ifname.as_str())
-            }
-            _ => false,
+            [_, _, kind, device, _] if ["conf", "neigh"].contains(&kind.as_str()) => Some(device),
+            _ => None,
         }
     }
 
@@ -126,9 +129,18 @@ impl FromStr for Key {
                 "{text:?} is no setting of a network; give one below net., such as net.core.somaxconn"
             ));
         }
-        match parts.iter().all(is_name) {
-            true => Ok(Self(parts)),
-            false => Err(format!("{text:?} is no name of a setting; write it as `sysctl -a` does")),
+        if !parts.iter().all(is_name) {
+            return Err(format!("{text:?} is no name of a setting; write it as `sysctl -a` does"));
+        }
+        let key = Self(parts);
+        // Whoever chooses a device's name would choose another setting.
+        let stands_for_device = usize::from(key.device() == Some(DEVICE));
+        match key.0.iter().filter(|part| *part == DEVICE).count() == stands_for_device {
+            true => Ok(key),
+            false => Err(format!(
+                "{text:?}: {DEVICE} stands for the device in net.FAMILY.conf.{DEVICE}.NAME and \
+                 net.FAMILY.neigh.{DEVICE}.NAME alone; write the name that is meant"
+            )),
         }
     }
 }
@@ -326,6 +338,11 @@ mod tests {
             "/proc/sys/net/core/somaxconn",
             "net.ipv4.conf.a b.rp_filter",
             "net.core.so\u{0}maxconn",
+            "net.ipv4.IFNAME.all.forwarding",
+            "net.IFNAME.ip_forward",
+            "net.ipv4.conf.IFNAME",
+            "net.ipv4.conf.IFNAME.IFNAME",
+            "net.ipv4.neigh.IFNAME.a.b",
         ] {
             let error = read(json!({ key: "1" })).unwrap_err();
             assert!(error.starts_with("link.sysctl: ") && error.contains(&format!("{key:?}")), "{key}: {error}");

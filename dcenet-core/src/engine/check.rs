@@ -182,13 +182,14 @@ impl Engine {
             compare(step, here, there, &record, &mut drift);
         }
         drift.extend(self.changed_settings(&record, netns)?);
+        let with_ipv4 = record.lease.addresses.iter().any(|a| a.address.addr().is_ipv4());
         // Whoever made a bridge for himself decides what it forwards.
         let ours = |name: &IfName| {
             let link = host.links.iter().find(|link| link.name == name.as_str());
             link.and_then(|link| link.alias.as_deref()).is_some_and(|alias| alias.starts_with(MARK))
         };
         let forwarding = plan.steps.iter().filter_map(|step| match &step.operation {
-            Operation::ForwardIpv4 { link } if step.target == Target::Host && ours(link) => {
+            Operation::ForwardIpv4 { link } if with_ipv4 && step.target == Target::Host && ours(link) => {
                 Some((format!("ipv4/conf/{link}/forwarding"), "1".to_owned()))
             }
             _ => None,

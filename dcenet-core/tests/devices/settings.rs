@@ -232,5 +232,32 @@ fn what_is_not_the_pods_or_refused_by_the_kernel_changes_nothing() {
         assert_eq!(host.records(), [""; 0], "{name}");
     }
     assert_eq!(backlog(), is);
+    // A device's name, which a tenant may choose, is in the place of a device alone.
+    let read = |name: &str| LinkConfig::read(&json!({ "kind": "veth", "sysctl": { name: "1" } }));
+    read("net.ipv4.neigh.IFNAME.retrans_time_ms").unwrap();
+    for name in ["net.ipv4.IFNAME.all.forwarding", "net.IFNAME.ip_forward", "net.ipv4.conf.IFNAME.IFNAME"] {
+        let error = read(name).unwrap_err().to_string();
+        assert!(error.contains("link.sysctl") && error.contains(&format!("{name:?}: IFNAME stands")), "{error}");
+    }
     assert_eq!(engine.check(&key("eth0"), pod.netns()).unwrap(), [Drift::NotAttached]);
+}
+
+#[test]
+fn forwarding_of_ipv4_is_missed_by_who_has_such_an_address() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    for (address, missed) in [("10.20.0.2/24", true), ("fd20::2/64", false)] {
+        let host = TestHost::new();
+        let engine = host.engine(None);
+        let pod = host.new_pod();
+        let link = LinkConfig::read(&json!({ "kind": "bridge", "bridge": "dc0", "isGateway": true })).unwrap();
+        let address = LeasedAddress::new(address.parse().unwrap(), "pods", 1);
+        let lease = Lease { addresses: vec![address], routes: Vec::new(), dns: Default::default(), mac: None };
+        engine.attach(&AttachRequest::new(key("eth0"), pod.pod(), link, lease)).unwrap();
+        assert_eq!(engine.check(&key("eth0"), pod.netns()).unwrap(), []);
+        host.root().sysctl("ipv4/conf/dc0/forwarding", "0");
+        assert_eq!(!engine.check(&key("eth0"), pod.netns()).unwrap().is_empty(), missed);
+        engine.detach(&key("eth0"), None).unwrap();
+    }
 }
