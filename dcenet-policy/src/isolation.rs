@@ -325,10 +325,11 @@ fn in_force(key: &SetKey) -> SetKey {
     SetKey { audit: None, ..key.clone() }
 }
 
-/// What a rule asks about peers.
+/// What a rule asks about peers at the cluster's time.
 fn asked(cluster: &Cluster, rule: &Rule, direction: Direction, named_ports: &NamedPorts) -> HashSet<Atom> {
     let mut atoms = HashSet::new();
-    for claim in Claim::needed(rule.action) {
+    let Some(action) = flatten::action_now(cluster, rule) else { return atoms };
+    for claim in Claim::needed(action) {
         if let Peers::OneOf(peers) = &rule.peers {
             let of = |peer| Atom::of(peer, direction, *claim, &cluster.catalog).into_iter().map(|(atom, _)| atom);
             atoms.extend(peers.iter().flat_map(of));

@@ -2,7 +2,8 @@
 
 #![cfg(feature = "yaml")]
 
-use dcenet_policy::compiler::Scope;
+use dcenet_policy::compiler::{CompileError, Scope, Update};
+use dcenet_policy::isolation::Fault;
 use dcenet_policy::model::{Cluster, Pod, PodId, Protocol, Time, Tuple, Verdict};
 use dcenet_policy::render::{networkpolicy, nftables};
 use dcenet_policy::sources::kubernetes::Documents;
@@ -169,4 +170,48 @@ fn renderings_are_of_their_time_and_say_so() {
     assert_eq!(script.script, nftables::render(&resolved, &Scope::Cluster).unwrap().script);
     cluster.time = hour(0, 19);
     assert_ne!(script.script, nftables::render(&cluster, &Scope::Cluster).unwrap().script);
+}
+
+#[test]
+fn a_rule_that_does_not_hold_asks_for_no_room() {
+    // Blocks of one rule are one class; with a port of its own for each they are many.
+    let rules = |count: u8, second: u8, schedule: &str| -> String {
+        let rule = |n| {
+            format!(
+                "  - {{ action: allow, from: [ {{ cidrs: [ 10.{second}.{n}.0/24 ] }} ], \
+                 services: [ {{ protocol: tcp, ports: [ {} ] }} ]{schedule} }}\n",
+                u16::from(n) + 1
+            )
+        };
+        (0..count).map(rule).collect()
+    };
+    let policy = |name: &str, rules: String| {
+        let metadata = format!("metadata: {{ name: {name}, namespace: shop }}");
+        format!("---\napiVersion: dcenet.io/v1alpha1\nkind: Policy\n{metadata}\nspec:\n  ingress:\n{rules}")
+    };
+    let at_night = policy("watch", rules(50, 1, ", schedule: night"));
+    let late = policy("late", rules(20, 2, ""));
+    let refused = |compiler: &mut Compiler, cluster: &Cluster, limit: usize| -> Vec<String> {
+        let room = |update: &Update| match update.classes {
+            found if found > limit => Err(CompileError::ImplLimitExceeded { what: "classes", found, limit }),
+            _ => Ok(()),
+        };
+        let update = compiler.update_within(cluster, room).unwrap();
+        let names = update.faults.iter().flat_map(|fault| match fault {
+            Fault::Refused { policies, .. } => policies.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            other => panic!("{other}"),
+        });
+        names.collect()
+    };
+    let (before, after) = (shop(&format!("{TEXT}{at_night}")), shop(&format!("{TEXT}{at_night}{late}")));
+    for (time, limit) in [(hour(0, 12), 10), (hour(0, 23), 60)] {
+        let at = |cluster: &Cluster| Cluster { time, ..cluster.clone() };
+        let mut compiler = Compiler::default();
+        assert_eq!(refused(&mut compiler, &at(&before), limit), [""; 0]);
+        assert_eq!(refused(&mut compiler, &at(&after), limit), ["shop/policy/late"], "{time:?}: who is in force stays");
+    }
+    // Of two that come together the one that asks for more goes, which at noon is another.
+    let at_once = |time, limit| refused(&mut Compiler::default(), &Cluster { time, ..after.clone() }, limit);
+    assert_eq!(at_once(hour(0, 23), 30), ["shop/policy/watch"]);
+    assert_eq!(at_once(hour(0, 12), 10), ["shop/policy/late"]);
 }
