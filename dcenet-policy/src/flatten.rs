@@ -107,13 +107,7 @@ pub(crate) fn names_used(
 
 /// What a rule does at the cluster's time; none where it does not hold then. Where that is not known it may only close.
 pub(crate) fn action_now(cluster: &Cluster, rule: &Rule) -> Option<Action> {
-    let Some(name) = &rule.schedule else { return Some(rule.action) };
-    let known = cluster.catalog.schedules.get(name).zip(cluster.time);
-    match (known.map(|(schedule, time)| schedule.holds_at(time)), rule.action) {
-        (Some(true), action) => Some(action),
-        (Some(false), _) | (None, Action::Allow) => None,
-        (None, Action::Deny | Action::Pass) => Some(Action::Deny),
-    }
+    cluster.catalog.action_at(cluster.time, rule)
 }
 
 /// What the names of ports that rules use mean on the endpoint.

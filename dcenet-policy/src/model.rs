@@ -420,7 +420,8 @@ pub struct Cluster {
     pub policies: BTreeMap<PolicyId, Policy>,
     /// What policies name beside pods.
     pub catalog: Catalog,
-    /// The time as of which rules with schedules are asked.
+    /// The time as of which rules with schedules are asked. `None`, as sources leave it: it is not known whether they hold, so
+    /// that those that allow match nobody, and those that deny or pass deny whom they match.
     pub time: Option<Time>,
 }
 
@@ -464,13 +465,11 @@ impl Cluster {
         for policy in policies.values_mut() {
             let Policy { ingress, egress, .. } = policy;
             for rule in [ingress, egress].into_iter().flatten().flatten() {
-                let Some(name) = rule.schedule.take() else { continue };
-                let holds = catalog.schedules.get(&name).zip(*time).map(|(schedule, time)| schedule.holds_at(time));
-                match (holds, rule.action) {
-                    (Some(true), _) | (None, Action::Deny) => {}
-                    (None, Action::Pass) => rule.action = Action::Deny,
-                    (Some(false), _) | (None, Action::Allow) => rule.peers = Peers::OneOf(Vec::new()),
+                match catalog.action_at(*time, rule) {
+                    Some(action) => rule.action = action,
+                    None => rule.peers = Peers::OneOf(Vec::new()),
                 }
+                rule.schedule = None;
             }
         }
         cluster

@@ -483,28 +483,17 @@ fn rules_said_to_do_nothing_decide_nothing_and_the_others_do() {
         if seed % 2 == 1 {
             test_support::ask_for_accounts(&mut Rng::new(seed), &mut cluster);
         }
-        let told = findings(&cluster, &Thresholds::default()).unwrap();
-        let mut idle = BTreeSet::new();
-        for finding in &told.findings {
-            match finding {
-                Finding::Unreachable { rule } | Finding::Shadowed { rule, .. } | Finding::Duplicate { rule, .. } => {
-                    idle.insert((rule.policy.clone(), rule.direction, rule.rule));
-                }
-                Finding::NoSubject { policy } => {
-                    for direction in Direction::ALL {
-                        let rules = cluster.policies[policy].rules(direction).unwrap_or_default().len();
-                        idle.extend((0..rules).map(|rule| (policy.clone(), direction, rule)));
-                    }
-                }
-                _ => {}
-            }
-        }
-        let mut decided = BTreeSet::new();
-        for (pod, tuple) in universe([&cluster, &cluster]) {
-            if let Reason::Rule(rule) = eval::evaluate(&cluster, &pod, &tuple).unwrap().reason {
-                decided.insert((rule.policy, rule.direction, rule.rule));
-            }
-        }
+        // At other times, too.
+        let mut later = cluster.clone();
+        later.time = cluster.time.map(|time| time + 86_400);
+        let mut at_times = decided_in(&cluster);
+        at_times.append(&mut decided_in(&later));
+        let dead_at_times = idle_of(&cluster);
+        assert_eq!(dead_at_times.intersection(&at_times).next(), None, "seed {seed}: not at all times");
+        // With rules that are there for good or not at all, nothing is passed over.
+        let cluster = cluster.in_force().into_owned();
+        let (idle, decided) = (idle_of(&cluster), decided_in(&cluster));
+        assert!(dead_at_times.is_subset(&idle));
         assert_eq!(idle.intersection(&decided).next(), None, "seed {seed}: said to do nothing, and decides");
         for policy in cluster.policies.values() {
             for direction in Direction::ALL {
@@ -512,10 +501,7 @@ fn rules_said_to_do_nothing_decide_nothing_and_the_others_do() {
                     let key = (policy.id.clone(), direction, index);
                     if idle.contains(&key) {
                         dead += 1;
-                    } else if rule.action != Action::Pass
-                        && rule.schedule.is_none()
-                        && told_of(&cluster, &policy.id, direction)
-                    {
+                    } else if rule.action != Action::Pass && told_of(&cluster, &policy.id, direction) {
                         assert!(decided.contains(&key), "seed {seed}: {key:?} decides nothing, and is not told");
                         alive += 1;
                     }
@@ -524,6 +510,39 @@ fn rules_said_to_do_nothing_decide_nothing_and_the_others_do() {
         }
     }
     assert!(dead > 20 && alive > 20, "{dead} idle, {alive} deciding");
+}
+
+type Place = (PolicyId, Direction, usize);
+
+/// The rules that are said to do nothing.
+fn idle_of(cluster: &Cluster) -> BTreeSet<Place> {
+    let mut idle = BTreeSet::new();
+    for finding in &findings(cluster, &Thresholds::default()).unwrap().findings {
+        match finding {
+            Finding::Unreachable { rule } | Finding::Shadowed { rule, .. } | Finding::Duplicate { rule, .. } => {
+                idle.insert((rule.policy.clone(), rule.direction, rule.rule));
+            }
+            Finding::NoSubject { policy } => {
+                for direction in Direction::ALL {
+                    let rules = cluster.policies[policy].rules(direction).unwrap_or_default().len();
+                    idle.extend((0..rules).map(|rule| (policy.clone(), direction, rule)));
+                }
+            }
+            _ => {}
+        }
+    }
+    idle
+}
+
+/// The rules that decide anything, by the evaluator.
+fn decided_in(cluster: &Cluster) -> BTreeSet<Place> {
+    let mut decided = BTreeSet::new();
+    for (pod, tuple) in universe([cluster, cluster]) {
+        if let Reason::Rule(rule) = eval::evaluate(cluster, &pod, &tuple).unwrap().reason {
+            decided.insert((rule.policy, rule.direction, rule.rule));
+        }
+    }
+    decided
 }
 
 /// Whether a policy governs any pod in a direction, and only such of which is known what governs them.

@@ -58,6 +58,18 @@ fn each_verb_answers_with_its_status() {
     );
     assert_eq!(run(&["diff", "--before", "@1", "--after", "@2"], &[&open, &open]).0, 0);
 
+    // A rule for one minute of the week is told of whatever the clock says.
+    let late = format!(
+        "{open}---\n{{ apiVersion: dcenet.io/v1alpha1, kind: Schedule, metadata: {{ name: late }}, \
+         spec: {{ windows: [ {{ days: [ sun ], from: \"23:59\", until: \"24:00\" }} ] }} }}\n\
+         ---\n{{ apiVersion: dcenet.io/v1alpha1, kind: Policy, metadata: {{ name: late, namespace: shop }}, \
+         spec: {{ ingress: [ {{ action: allow, schedule: late }} ] }} }}\n"
+    );
+    let (status, out, _) = run(&["diff", "--before", "@1", "--after", "@2"], &[&open, &late]);
+    assert!(status == 3 && out.contains("scheduled: shop/policy/late ingress[0]: late "), "{out}");
+    assert_eq!(run(&["diff", "--before", "@1", "--after", "@2"], &[&late, &late]).0, 0);
+    assert_eq!(run(&["analyse", "--resources", "@1"], &[&late]).0, 3);
+
     let (status, out, _) = run(&["who", "--resources", "@1", "--pod", "shop/db"], &[&open]);
     assert_eq!(status, 0);
     assert_eq!(out, "shop/db (10.0.0.1) from shop/web: tcp 5432\nshop/db (10.0.0.1) from node n1: everything\n");

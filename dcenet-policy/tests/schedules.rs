@@ -2,6 +2,7 @@
 
 #![cfg(feature = "yaml")]
 
+use dcenet_policy::analysis::{Finding, Findings, Thresholds, Way, access, diff, findings};
 use dcenet_policy::compiler::{CompileError, Scope, Update};
 use dcenet_policy::isolation::Fault;
 use dcenet_policy::model::{Cluster, Pod, PodId, Protocol, Time, Tuple, Verdict};
@@ -147,6 +148,15 @@ fn a_schedule_that_is_not_given_is_told_of_and_one_misspelt_is_refused() {
         let (place, what) = error.split_once(" spec").unwrap();
         assert!(found.starts_with(place) && found.contains(&format!(" spec{what}")), "{found}");
     }
+    let of_windows = |count: usize| {
+        let listed = vec!["{}"; count].join(", ");
+        let text =
+            TEXT.replacen("windows: [ { from: \"22:00\", until: \"06:00\" } ]", &format!("windows: [ {listed} ]"), 1);
+        Documents::default().with_yaml("shop.yaml", &text).map(drop).map_err(|error| error.to_string())
+    };
+    assert_eq!(of_windows(100), Ok(()));
+    let error = of_windows(101).unwrap_err();
+    assert!(error.ends_with("spec.windows: 101 windows, more than the 100 that this implementation takes"), "{error}");
 }
 
 #[test]
@@ -168,6 +178,19 @@ fn renderings_are_of_their_time_and_say_so() {
     assert_eq!(said(&script.omitted), expected);
     let resolved = cluster.in_force().into_owned();
     assert_eq!(script.script, nftables::render(&resolved, &Scope::Cluster).unwrap().script);
+    // What does not hold stops nothing behind it.
+    let mut without = cluster.clone();
+    for policy in without.policies.values_mut() {
+        policy.ingress.iter_mut().for_each(|rules| rules.retain(|rule| rule.schedule.as_deref() != Some("night")));
+    }
+    assert_eq!(objects.text(), networkpolicy::render(&without).text());
+    let stopped = |cluster: &Cluster| {
+        let omitted = networkpolicy::render(cluster).omitted;
+        omitted.iter().any(|omission| omission.reason.contains("may stop it"))
+    };
+    assert!(objects.text().contains("\"port\": 80") && !stopped(&cluster));
+    cluster.time = hour(0, 23);
+    assert!(stopped(&cluster), "the twin: it holds");
     cluster.time = hour(0, 19);
     assert_ne!(script.script, nftables::render(&cluster, &Scope::Cluster).unwrap().script);
 }
@@ -214,4 +237,83 @@ fn a_rule_that_does_not_hold_asks_for_no_room() {
     let at_once = |time, limit| refused(&mut Compiler::default(), &Cluster { time, ..after.clone() }, limit);
     assert_eq!(at_once(hour(0, 23), 30), ["shop/policy/watch"]);
     assert_eq!(at_once(hour(0, 12), 10), ["shop/policy/late"]);
+}
+
+/// The kinds of what is found, and of which rules.
+fn found(cluster: &Cluster) -> Vec<String> {
+    let Findings { findings, .. } = findings(cluster, &Thresholds::default()).unwrap();
+    let idle = findings.iter().filter(|f| matches!(f, Finding::Shadowed { .. } | Finding::Duplicate { .. }));
+    idle.map(ToString::to_string).collect()
+}
+
+#[test]
+fn rules_are_called_idle_only_where_they_are_so_at_all_times() {
+    let text = r#"
+apiVersion: dcenet.io/v1alpha1
+kind: Policy
+metadata: { name: idle, namespace: shop }
+spec:
+  ingress:
+  - { action: deny, from: [ { cidrs: [ 10.0.0.3/32 ] } ], schedule: office }
+  - { action: deny, from: [ { cidrs: [ 10.0.0.3/32 ] } ] }
+  - { action: allow, from: [ { cidrs: [ 10.0.0.5/32 ] } ] }
+  - { action: allow, from: [ { cidrs: [ 10.0.0.5/32 ] } ], schedule: office }
+  - { action: allow, from: [ { cidrs: [ 10.0.0.6/32 ] } ], services: [ { protocol: tcp, ports: [ 90 ] } ] }
+---
+apiVersion: dcenet.io/v1alpha1
+kind: Policy
+metadata: { name: shut }
+spec:
+  tier: admin
+  priority: 1
+  ingress:
+  - { action: pass, services: [ { protocol: tcp, ports: [ 90 ] } ], schedule: night }
+  - { action: deny, services: [ { protocol: tcp, ports: [ 90 ] } ] }
+"#;
+    let schedules = TEXT.split("---\napiVersion: dcenet.io/v1alpha1\nkind: Policy").next().unwrap();
+    let at = |text: &str, time| Cluster { time, ..shop(&format!("{schedules}---{text}")) };
+    let duplicate = "duplicate: shop/policy/idle ingress[3] repeats shop/policy/idle ingress[2]";
+    assert_eq!(found(&at(text, hour(0, 12))), [duplicate], "it is there when the other is, and always idle");
+    assert_eq!(found(&at(text, hour(0, 20))), [""; 0]);
+    // The twins: for all time, what takes their packets does so.
+    let always = text.replace("/32 ] } ], schedule: office }\n  - { action: deny", "/32 ] } ] }\n  - { action: deny");
+    assert_ne!(always, text);
+    let second = "duplicate: shop/policy/idle ingress[1] repeats shop/policy/idle ingress[0]";
+    assert_eq!(found(&at(&always, hour(0, 12))), [second, duplicate]);
+    let without =
+        text.replace("  - { action: pass, services: [ { protocol: tcp, ports: [ 90 ] } ], schedule: night }\n", "");
+    assert_ne!(without, text);
+    let shadowed = "shadowed: shop/policy/idle ingress[4] by admin:policy/shut ingress[0]";
+    assert_eq!(found(&at(&without, hour(0, 20))), [shadowed]);
+}
+
+#[test]
+fn answers_say_of_which_rules_they_are_as_of_now() {
+    let open = "---
+apiVersion: dcenet.io/v1alpha1
+kind: Policy
+metadata: { name: open, namespace: shop }
+spec: { ingress: [ { action: allow, schedule: night } ] }
+";
+    let [mut before, mut after] = [TEXT.to_owned(), format!("{TEXT}{open}")].map(|text| shop(&text));
+    let mut told = |time| {
+        (before.time, after.time) = (time, time);
+        assert_eq!(diff(&before, &before).unwrap().scheduled, [], "equal clusters are so at all times");
+        let told = diff(&before, &after).unwrap();
+        (told.changes.len(), told.to_string(), access(&after, &PodId::new("shop", "db"), Way::To).unwrap().to_string())
+    };
+    let (changes, diff, access) = told(hour(0, 12));
+    let expected = [
+        "scheduled: admin:policy/first ingress[0]: night does not hold now; ask again for other times\n",
+        "scheduled: shop/policy/db ingress[0]: office holds now; ask again for other times\n",
+        "scheduled: shop/policy/db ingress[1]: night does not hold now; ask again for other times\n",
+        "scheduled: shop/policy/open ingress[0]: night does not hold now; ask again for other times\n",
+    ];
+    assert_eq!((changes, diff), (0, expected.concat()));
+    assert!(access.ends_with(&expected.concat()), "{access}");
+    let (changes, diff, _) = told(hour(0, 23));
+    assert!(changes > 0 && diff.contains("open ingress[0]: night holds now"), "{diff}");
+    assert!(told(None).1.contains("open ingress[0]: night is not known to hold"));
+    let found = findings(&shop(TEXT), &Thresholds::default()).unwrap();
+    assert_eq!(found.scheduled.len(), 3);
 }

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use dcenet_policy::analysis::{Thresholds, Way, access, diff, findings};
 use dcenet_policy::compiler::Scope;
-use dcenet_policy::model::{Cluster, PodId};
+use dcenet_policy::model::{Cluster, PodId, Time};
 use dcenet_policy::reach::{Evaluator, Probe, reach};
 use dcenet_policy::render::{Omission, networkpolicy, nftables};
 use dcenet_policy::sources::kubernetes::Note;
@@ -20,8 +20,10 @@ use serde::Serialize;
 
 /// Reads Kubernetes objects, as the example `reach` does, and tells what their policies amount to.
 ///
-/// Exit status: 0 where there is nothing to tell or all was rendered; 3 with findings, changes, or omissions of a
-/// rendering; 2 for bad input or usage; 1 where something else fails.
+/// Rules with a schedule are taken as of now, and listed.
+///
+/// Exit status: 0 where there is nothing to tell or all was rendered; 3 with findings, changes, rules with a schedule in
+/// either, or omissions of a rendering; 2 for bad input or usage; 1 where something else fails.
 #[derive(Debug, Parser)]
 #[command(name = "policy", version)]
 struct Options {
@@ -153,28 +155,30 @@ pub(crate) fn run(arguments: impl IntoIterator<Item = OsString>, out: &mut dyn W
 }
 
 fn carry_out(verb: Verb, out: &mut dyn Write, err: &mut dyn Write) -> Result<u8, Box<dyn Error>> {
+    // Once, for over an edge two clusters would differ by it.
+    let now = files::now();
     match verb {
         Verb::Analyse { input, v4, v6, ports } => {
-            let (cluster, _) = cluster(&input.resources, err)?;
+            let (cluster, _) = cluster(&input.resources, now, err)?;
             let found = findings(&cluster, &Thresholds { v4, v6, ports })?;
             print(&found, &input.output, out)?;
-            Ok(status(found.findings.is_empty()))
+            Ok(status(found.findings.is_empty() && found.scheduled.is_empty()))
         }
         Verb::Diff { before, after, output } => {
-            let (before, after) = (cluster(&before, err)?.0, cluster(&after, err)?.0);
+            let (before, after) = (cluster(&before, now, err)?.0, cluster(&after, now, err)?.0);
             let told = diff(&before, &after)?;
             print(&told, &output, out)?;
-            Ok(status(told.changes.is_empty()))
+            Ok(status(told.changes.is_empty() && told.scheduled.is_empty()))
         }
         Verb::Who { input, pod, from } => {
-            let (cluster, _) = cluster(&input.resources, err)?;
+            let (cluster, _) = cluster(&input.resources, now, err)?;
             let name = pod.split_once('/').ok_or_else(|| format!("--pod {pod}: write NAMESPACE/NAME"))?;
             let way = if from { Way::From } else { Way::To };
             print(&access(&cluster, &PodId::new(name.0, name.1), way)?, &input.output, out)?;
             Ok(0)
         }
         Verb::Render { input, enforcer, node } => {
-            let (cluster, _) = cluster(&input.resources, err)?;
+            let (cluster, _) = cluster(&input.resources, now, err)?;
             let (text, omitted) = match (enforcer, node) {
                 (Enforcer::Nftables, node) => {
                     let rendered = nftables::render(&cluster, &node.map_or(Scope::Cluster, Scope::Node))?;
@@ -198,7 +202,7 @@ fn carry_out(verb: Verb, out: &mut dyn Write, err: &mut dyn Write) -> Result<u8,
             Ok(status(omitted.is_empty()))
         }
         Verb::Matrix { resources, probes, output } => {
-            let (cluster, notes) = cluster(&resources, err)?;
+            let (cluster, notes) = cluster(&resources, now, err)?;
             let mut report = reach(&cluster, &probes, &mut Evaluator::new(&cluster))?;
             report.notes = notes;
             match output {
@@ -223,11 +227,12 @@ fn status(nothing: bool) -> u8 {
     if nothing { 0 } else { SOMETHING }
 }
 
-fn cluster(resources: &Path, err: &mut dyn Write) -> Result<(Cluster, Vec<Note>), Box<dyn Error>> {
+/// As of a time: rules with schedules are there or not.
+fn cluster(resources: &Path, time: Option<Time>, err: &mut dyn Write) -> Result<(Cluster, Vec<Note>), Box<dyn Error>> {
     let (documents, mut notes) = files::read(resources)?;
     notes.extend(documents.notes());
     notes.iter().try_for_each(|note| writeln!(err, "policy: {note}"))?;
-    Ok((files::cluster(documents), notes))
+    Ok((Cluster { time, ..documents.into_cluster() }, notes))
 }
 
 fn print(answer: &(impl Serialize + Display), output: &Output, out: &mut dyn Write) -> Result<(), Box<dyn Error>> {

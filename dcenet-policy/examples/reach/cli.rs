@@ -9,6 +9,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
+use dcenet_policy::model::Cluster;
 use dcenet_policy::reach::{Evaluator, Probe, ReachError, Simulator, reach};
 
 /// Reads Kubernetes objects and tells for every pair of pods whether policies allow each probe, and which rule decides.
@@ -78,7 +79,7 @@ fn report(options: &Options, out: &mut dyn Write, err: &mut dyn Write) -> Result
     for note in &notes {
         writeln!(err, "reach: {note}")?;
     }
-    let cluster = files::cluster(documents);
+    let cluster = Cluster { time: files::now(), ..documents.into_cluster() };
     if cluster.pods.is_empty() {
         return Err(format!("{}: there is no pod with an address", options.resources.display()).into());
     }

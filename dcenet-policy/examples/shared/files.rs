@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use dcenet_policy::model::{Cluster, Time};
+use dcenet_policy::model::Time;
 use dcenet_policy::sources::kubernetes::{Documents, Note, NoteKind};
 
 /// All objects of a directory, with those below it, or of a single file.
@@ -35,11 +35,10 @@ pub(crate) fn read(resources: &Path) -> Result<(Documents, Vec<Note>), Box<dyn E
     Ok((documents, notes))
 }
 
-/// The cluster that documents tell of, as of now: rules with schedules are there or not.
-pub(crate) fn cluster(documents: Documents) -> Cluster {
+/// What the host's clock says.
+pub(crate) fn now() -> Option<Time> {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).ok();
-    let time = since.and_then(|since| Time::try_from(since.as_secs()).ok());
-    Cluster { time, ..documents.into_cluster() }
+    since.and_then(|since| Time::try_from(since.as_secs()).ok())
 }
 
 fn is_of(path: &Path, extensions: &[&str]) -> bool {

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::services::{Services, allowed};
 use super::space::{Peers, Space};
-use super::{AnalysisError, compiled};
+use super::{AnalysisError, Scheduled, compiled, scheduled};
 use crate::compiler::{SetId, Update};
 use crate::model::{Cluster, Direction, PodId, PodNetwork};
 
@@ -34,6 +34,8 @@ pub struct Access {
     pub pod: PodId,
     /// Who, with what. Each pair of addresses is in one element at most; in none is what is denied.
     pub allowed: Vec<Reachable>,
+    /// The rules that were taken as of the cluster's time.
+    pub scheduled: Vec<Scheduled>,
 }
 
 fn one<S: serde::Serializer>(pod: &PodId, serializer: S) -> Result<S::Ok, S::Error> {
@@ -99,7 +101,8 @@ pub fn access(cluster: &Cluster, pod: &PodId, way: Way) -> Result<Access, Analys
     };
     let mut allowed: Vec<Reachable> = found.into_iter().filter_map(reachable).collect();
     allowed.sort_by(|left, right| (&left.own, left.peers.example).cmp(&(&right.own, right.peers.example)));
-    Ok(Access { version: 1, way, pod: pod.clone(), allowed })
+    let scheduled = scheduled(cluster).into_iter().collect();
+    Ok(Access { version: 1, way, pod: pod.clone(), allowed, scheduled })
 }
 
 /// What the policies of one end allow.
@@ -120,12 +123,12 @@ impl Sides<'_> {
 
 impl fmt::Display for Access {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { way, pod, allowed, .. } = self;
+        let Self { way, pod, allowed, scheduled, .. } = self;
         if allowed.is_empty() {
-            return match way {
-                Way::To => writeln!(f, "nobody reaches {pod}"),
-                Way::From => writeln!(f, "{pod} reaches nobody"),
-            };
+            match way {
+                Way::To => writeln!(f, "nobody reaches {pod}")?,
+                Way::From => writeln!(f, "{pod} reaches nobody")?,
+            }
         }
         for Reachable { own, peers, services } in allowed {
             let own: Vec<String> = own.iter().map(ToString::to_string).collect();
@@ -134,6 +137,6 @@ impl fmt::Display for Access {
                 Way::From => writeln!(f, "{pod} ({}) to {peers}: {services}", own.join(", "))?,
             }
         }
-        Ok(())
+        scheduled.iter().try_for_each(|rule| writeln!(f, "{rule}"))
     }
 }

@@ -1,6 +1,6 @@
 //! What changes between two sets of policies.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::services::{Services, column};
 use super::space::{Peers, Space, as_texts};
-use super::{AnalysisError, compiled};
+use super::{AnalysisError, Scheduled, compiled, scheduled};
 use crate::compiler::{PolicySet, Update};
 use crate::ir::{Leaf, RuleId};
 use crate::model::{Cluster, Direction, PodId, Protocol, Tuple, Verdict};
@@ -27,6 +27,9 @@ pub struct Diff {
     /// Pods that only the second one has.
     #[serde(serialize_with = "as_texts")]
     pub new: Vec<PodId>,
+    /// The rules of either that were taken as of its time: at other times more may change, or less. None where the clusters
+    /// are equal.
+    pub scheduled: Vec<Scheduled>,
 }
 
 /// Tuples whose verdict changes in one way: all services with all peers, at each of the pods.
@@ -121,7 +124,9 @@ pub fn diff(before: &Cluster, after: &Cluster) -> Result<Diff, AnalysisError> {
     let only = |left: &Cluster, right: &Cluster| {
         left.pods.keys().filter(|pod| !right.pods.contains_key(pod)).cloned().collect()
     };
-    Ok(Diff { version: 1, changes, gone: only(before, after), new: only(after, before) })
+    let taken = [before, after].into_iter().filter(|_| before != after).flat_map(scheduled);
+    let scheduled = taken.collect::<BTreeSet<_>>().into_iter().collect();
+    Ok(Diff { version: 1, changes, gone: only(before, after), new: only(after, before), scheduled })
 }
 
 fn compare(
@@ -180,7 +185,7 @@ impl fmt::Display for Diff {
         for (pods, what) in [(&self.gone, "gone"), (&self.new, "new")] {
             pods.iter().try_for_each(|pod| writeln!(f, "{what}: pod {pod}"))?;
         }
-        Ok(())
+        self.scheduled.iter().try_for_each(|rule| writeln!(f, "{rule}"))
     }
 }
 

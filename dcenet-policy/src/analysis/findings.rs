@@ -5,9 +5,9 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::AnalysisError;
 use super::services::Services;
 use super::space::{Peers, Space, as_texts};
+use super::{AnalysisError, Scheduled};
 use crate::classes;
 use crate::compiler::{Compiler, Limits};
 use crate::flatten::{self, Flattener, Place, SetKey};
@@ -40,9 +40,12 @@ pub struct Findings {
     pub version: u32,
     /// What was found.
     pub findings: Vec<Finding>,
+    /// The rules that were taken as of the cluster's time: of those that do not hold nothing is said.
+    pub scheduled: Vec<Scheduled>,
 }
 
-/// One thing to look at. All of them are of the pods, labels and addresses that there are now.
+/// One thing to look at. All of them are of the pods, labels and addresses that there are now. A rule is called shadowed or
+/// a duplicate only where it does nothing at other times either: by rules without a schedule, or with its own.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 #[non_exhaustive]
@@ -157,6 +160,8 @@ struct Seen {
     twins: Option<BTreeSet<RuleRef>>,
     action: Option<Action>,
     matched: Matched,
+    /// Whether more may come to it at other times.
+    comes_later: bool,
 }
 
 /// Looks at every rule of every policy in force; of those in audit nothing is said, nor of rules whose schedule does not hold
@@ -221,7 +226,7 @@ pub fn findings(cluster: &Cluster, thresholds: &Thresholds) -> Result<Findings, 
     let unknown = cluster.policies.keys().filter(|id| cluster.catalog.tier(&id.tier).is_none());
     findings.extend(unknown.map(|policy| Finding::UnknownTier { policy: policy.clone() }));
     for (rule, seen) in &seen {
-        findings.extend(verdict_on(rule, seen));
+        findings.extend(verdict_on(cluster, rule, seen));
         if seen.action == Some(Action::Allow) {
             findings.extend(too_wide(rule, seen, thresholds, cluster, &space, &regions));
         }
@@ -232,7 +237,7 @@ pub fn findings(cluster: &Cluster, thresholds: &Thresholds) -> Result<Findings, 
             pods: pods.iter().cloned().collect(),
         }));
     }
-    Ok(Findings { version: 1, findings })
+    Ok(Findings { version: 1, findings, scheduled: super::scheduled(cluster).into_iter().collect() })
 }
 
 /// The rules of a policy set, in the order in which they are tried.
@@ -290,6 +295,9 @@ fn walk(
     let mut open: Matched = satisfied.keys().map(|class| (*class, Services::all())).collect();
     let mut taken: Vec<(Decider, Matched)> = Vec::new();
     let mut alike: HashMap<Vec<(u32, Services)>, Vec<&Placed>> = HashMap::new();
+    let listed = key.policies.iter().filter_map(|id| cluster.policies.get(id)?.rules(key.direction)).flatten();
+    let passes_at_times: BTreeSet<_> =
+        listed.filter(|rule| rule.action == Action::Pass).map(|rule| &rule.schedule).collect();
     let tiers: Vec<&[PolicyId]> = key.policies.chunk_by(|one, next| one.tier == next.tier).collect();
     let unknown = tiers.iter().flat_map(|of| of.first()).find(|id| cluster.catalog.tier(&id.tier).is_none());
     if let Some(PolicyId { tier, .. }) = unknown {
@@ -323,6 +331,8 @@ fn walk(
             open = take(&open, &decided);
             here = take(&here, &decided);
             told.action = Some(placed.action);
+            told.comes_later |=
+                passes_at_times.iter().any(|schedule| !is_there_with(cluster, schedule.as_ref(), &placed.rule));
             told.matches |= !whole.is_empty() || !denied.is_empty();
             told.decides |= !effective.is_empty() || !decided.is_empty();
             let same = alike.entry(whole.clone().into_iter().collect()).or_default();
@@ -376,11 +386,31 @@ fn take(from: &Matched, what: &Matched) -> Matched {
     left.filter(|(_, services)| !services.is_empty()).collect()
 }
 
-fn verdict_on(rule: &RuleRef, seen: &Seen) -> Option<Finding> {
+/// Whether what has the schedule is there whenever the rule is.
+fn is_there_with(cluster: &Cluster, schedule: Option<&String>, rule: &RuleRef) -> bool {
+    schedule.is_none() || schedule == schedule_of(cluster, rule)
+}
+
+fn schedule_of<'a>(cluster: &'a Cluster, rule: &RuleRef) -> Option<&'a String> {
+    cluster.policies.get(&rule.policy)?.rules(rule.direction)?.get(rule.rule)?.schedule.as_ref()
+}
+
+fn verdict_on(cluster: &Cluster, rule: &RuleRef, seen: &Seen) -> Option<Finding> {
     if !seen.matches {
         return Some(Finding::Unreachable { rule: rule.clone() });
     }
     if seen.decides {
+        return None;
+    }
+    let stays = |other: &RuleRef| is_there_with(cluster, schedule_of(cluster, other), rule);
+    // In one tier nothing comes to the later one that does not come to the earlier.
+    let near =
+        |twin: &&RuleRef| seen.action != Some(Action::Pass) && twin.policy.tier == rule.policy.tier && stays(twin);
+    if let Some(of) = seen.twins.iter().flatten().find(near) {
+        return Some(Finding::Duplicate { rule: rule.clone(), of: of.clone() });
+    }
+    let goes = |by: &Decider| matches!(by, Decider::Rule(by) if !stays(by));
+    if seen.comes_later || seen.by.iter().any(goes) {
         return None;
     }
     Some(match seen.twins.iter().flatten().next() {
@@ -469,6 +499,7 @@ impl fmt::Display for Finding {
 
 impl fmt::Display for Findings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.findings.iter().try_for_each(|finding| writeln!(f, "{finding}"))
+        self.findings.iter().try_for_each(|finding| writeln!(f, "{finding}"))?;
+        self.scheduled.iter().try_for_each(|rule| writeln!(f, "{rule}"))
     }
 }

@@ -12,6 +12,9 @@
 //! tries the rules of each pod itself, tier by tier. Each difference comes with an example that
 //! [`explain`](crate::explain) can be asked about.
 //!
+//! Answers are of the cluster's time. Rules with a schedule, which are there or not as of then, are listed beside them
+//! ([`Scheduled`]): at other times the answer may be another.
+//!
 //! What is compared are the model's questions: the first packet of a flow, by the policies of one pod and direction
 //! ([`Tuple`](crate::model::Tuple)). [`access`] takes both ends together.
 //!
@@ -51,9 +54,15 @@ mod findings;
 mod services;
 mod space;
 
+use std::collections::BTreeSet;
+use std::fmt;
+
+use serde::Serialize;
+
 use crate::compiler::{CompileError, Compiler, Update};
 use crate::isolation::Fault;
-use crate::model::{Cluster, PodId};
+use crate::model::{Cluster, PodId, Rule, RuleRef};
+use crate::render::rules_in_force;
 
 pub use self::access::{Access, Reachable, Way, access};
 pub use self::diff::{Change, Diff, Example, Judged, diff};
@@ -78,6 +87,38 @@ pub enum AnalysisError {
     /// The pod is no subject of policy.
     #[error("pod {0} uses its host's network: no policy judges what it sends or gets; ask about the node's firewall")]
     HostNetwork(PodId),
+}
+
+/// A rule with a schedule, and how it was taken.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Scheduled {
+    /// The rule.
+    pub rule: RuleRef,
+    /// The name of its schedule.
+    pub schedule: String,
+    /// Whether that holds at the cluster's time; `None` where it is not known, so that the rule may only close.
+    pub holds: Option<bool>,
+}
+
+impl fmt::Display for Scheduled {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { rule, schedule, holds } = self;
+        let now = match holds {
+            Some(true) => "holds now",
+            Some(false) => "does not hold now",
+            None => "is not known to hold",
+        };
+        write!(f, "scheduled: {rule}: {schedule} {now}; ask again for other times")
+    }
+}
+
+/// The rules with a schedule of all policies in force.
+fn scheduled(cluster: &Cluster) -> BTreeSet<Scheduled> {
+    let taken = |(place, rule): (RuleRef, &Rule)| {
+        let schedule = rule.schedule.clone()?;
+        Some(Scheduled { rule: place, schedule, holds: cluster.catalog.holds_at(cluster.time, rule) })
+    };
+    rules_in_force(cluster).filter_map(taken).collect()
 }
 
 fn compiled(cluster: &Cluster) -> Result<Update, AnalysisError> {

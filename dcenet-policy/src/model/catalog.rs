@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use serde::{Serialize, Serializer};
 
-use super::{IpBlock, Labels, Protocol, Schedule, Tier, Time};
+use super::{Action, IpBlock, Labels, Protocol, Rule, Schedule, Tier, Time};
 
 /// Everything that policies may refer to by a name of its own.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -59,6 +59,21 @@ impl Catalog {
     /// When the first of the schedules next begins or ceases to hold; `None` where none ever does.
     pub fn next_change(&self, time: Time) -> Option<Time> {
         self.schedules.values().filter_map(|schedule| schedule.next_change(time)).min()
+    }
+
+    /// Whether a rule's schedule holds at a time; `None` where that is not known.
+    pub fn holds_at(&self, time: Option<Time>, rule: &Rule) -> Option<bool> {
+        let Some(name) = &rule.schedule else { return Some(true) };
+        self.schedules.get(name).zip(time).map(|(schedule, time)| schedule.holds_at(time))
+    }
+
+    /// What a rule does at a time; none where it does not hold then. Where that is not known it may only close.
+    pub(crate) fn action_at(&self, time: Option<Time>, rule: &Rule) -> Option<Action> {
+        match (self.holds_at(time, rule), rule.action) {
+            (Some(true), action) => Some(action),
+            (Some(false), _) | (None, Action::Allow) => None,
+            (None, Action::Deny | Action::Pass) => Some(Action::Deny),
+        }
     }
 
     /// What is known of a tier; `None` where policies name one that there is not.

@@ -10,7 +10,8 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::model::{Cluster, Direction, Mode, Rule};
+use crate::flatten::Place;
+use crate::model::{Cluster, Direction, Mode, Rule, RuleRef};
 
 /// Something that is not enforced as it is written, and what happens instead.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -38,8 +39,7 @@ fn in_audit(cluster: &Cluster) -> impl Iterator<Item = Omission> {
 fn scheduled(cluster: &Cluster) -> impl Iterator<Item = Omission> {
     rules_in_force(cluster).filter_map(|(place, rule)| {
         let name = rule.schedule.as_ref()?;
-        let known = cluster.catalog.schedules.get(name).zip(cluster.time);
-        let now = match known.map(|(schedule, time)| schedule.holds_at(time)) {
+        let now = match cluster.catalog.holds_at(cluster.time, rule) {
             Some(true) => "it holds now, and stays",
             Some(false) => "it does not hold now, and is left out",
             None => "whether it holds is not known: it allows nobody, or denies whom it would pass",
@@ -54,12 +54,13 @@ fn logged(cluster: &Cluster) -> impl Iterator<Item = Omission> {
     rules.map(|(place, _)| Omission::new(place, "it is to be logged: nothing there tells of its flows"))
 }
 
-fn rules_in_force(cluster: &Cluster) -> impl Iterator<Item = (String, &Rule)> {
+/// The rules of policies in force, whether they hold or not.
+pub(crate) fn rules_in_force(cluster: &Cluster) -> impl Iterator<Item = (RuleRef, &Rule)> {
     let policies = cluster.policies.values().filter(|policy| policy.mode == Mode::Enforce);
     policies.flat_map(|policy| {
         Direction::ALL.into_iter().flat_map(move |direction| {
             let rules = policy.rules(direction).unwrap_or_default().iter().enumerate();
-            rules.map(move |(index, rule)| (format!("{} {direction}[{index}]", policy.id), rule))
+            rules.map(move |(rule, of)| (Place { policy: &policy.id, direction, rule }.whole(), of))
         })
     })
 }

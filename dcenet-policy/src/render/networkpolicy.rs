@@ -115,7 +115,8 @@ impl Renderer<'_> {
 
     /// A policy of a tier that is none of Kubernetes'.
     fn named(&mut self, policy: &Policy, tier: &str) {
-        let mut rules = Direction::ALL.into_iter().flat_map(|direction| policy.rules(direction).unwrap_or_default());
+        let rules = Direction::ALL.into_iter().flat_map(|direction| policy.rules(direction).unwrap_or_default());
+        let mut rules = rules.filter(|rule| !matches_nobody(rule));
         let passes = self.cluster.catalog.tier(&policy.id.tier).is_some_and(|spec| spec.end == TierEnd::Pass);
         let left = if passes && rules.all(|rule| rule.action == Action::Allow) { CLOSED } else { OPEN };
         self.omit(&policy.id, format!("left out: Kubernetes has no tier {tier}; {left}"));
@@ -134,7 +135,7 @@ impl Renderer<'_> {
                 let Some(rules) = policy.rules(direction) else { continue };
                 let key = (namespace.clone(), direction);
                 let mut list = Vec::new();
-                for (index, rule) in rules.iter().enumerate() {
+                for (index, rule) in rules.iter().enumerate().filter(|(_, rule)| !matches_nobody(rule)) {
                     let place = format!("{} {direction}[{index}]", policy.id);
                     match (rule.action, stopped.get(&key)) {
                         (Action::Deny | Action::Pass, None) => drop(stopped.insert(key.clone(), place)),
@@ -501,6 +502,11 @@ impl Renderer<'_> {
             NamespaceMatch::Selected(selector) => selector_holds(selector, &self.cluster.namespace_labels(name)),
         }
     }
+}
+
+/// As a rule that does not hold, in a cluster as it is now.
+fn matches_nobody(rule: &Rule) -> bool {
+    matches!(&rule.peers, Peers::OneOf(peers) if peers.is_empty())
 }
 
 /// Whether Kubernetes has words for it: service accounts are no labels there.

@@ -167,11 +167,7 @@ fn omissions(cluster: &Cluster, update: &Update) -> Vec<Omission> {
                 format!("address {address}"),
                 "several pods claim it, and which one sends is not known: closed both ways where policy governs one",
             ),
-            Fault::Refused { policies, .. } => {
-                let names: Vec<String> = policies.iter().map(ToString::to_string).collect();
-                Omission::new(format!("policy {}", names.join(", ")), fault.to_string())
-            }
-            Fault::NotAudited { policies, .. } => {
+            Fault::Refused { policies, .. } | Fault::NotAudited { policies, .. } => {
                 let names: Vec<String> = policies.iter().map(ToString::to_string).collect();
                 Omission::new(format!("policy {}", names.join(", ")), fault.to_string())
             }

@@ -43,7 +43,7 @@
 //! | `ports`, `notPorts` | numbers, ranges as `8000-8100`; `ports` also names that pods give to theirs |
 //! | `type`, `code` | of ICMP (RFC 792) and ICMPv6 (RFC 4443); without `code` all of the type |
 //! | `log` | `true`: flows that the rule decides are marked ([`Flow::log`](crate::enforcer::flows::Flow::log)), and [`Logged`](crate::enforcer::flows::Logged) hands on these alone. Nothing else changes; the limits of events hold for them, too, and what is beyond is counted |
-//! | `schedule` | the name of a Schedule: the rule is there while that holds, and is no rule at other times. Of a Schedule that is not given, a rule that allows matches nobody, and one that denies or passes denies whom it matches. Established flows are judged anew when it begins and when it ceases to hold, as after any change |
+//! | `schedule` | the name of a Schedule: the rule is there while that holds, and is no rule at other times. Of a Schedule that is not given, a rule that allows matches nobody, and one that denies or passes denies whom it matches. Established flows are judged anew when it begins and when it ceases to hold, as after any change. Both are done by the owner of the node's policy state: while none runs, or where the change fails, what was in force before goes on, so that a rule that allows stays beyond its hours |
 //! | `action` | `allow`, `deny`, or `pass`: the rest of the tier is not asked. There is no `reject`: the programs drop what they deny, and to answer with a RST (RFC 9293, section 3.10.7) or an ICMP error (RFC 1812, section 5.2.7.1) they would have to turn the packet round and send it past the pod's own programs |
 //!
 //! # What policies refer to
@@ -59,7 +59,7 @@
 //! | Cluster | `metadata.labels`, `spec.clusterSet` | its labels; `cluster.clusterset.k8s.io` is its name and `clusterset.k8s.io` its set, as the properties of a cluster are called (`about.k8s.io`, KEP-2149) |
 //! | | `spec.cidrs`, `spec.except` | its addresses: of pods, of services, of its gateways, as rules shall mean them. The own cluster may be one, too |
 //! | Schedule | `spec.utcOffset` | how far local time is from UTC, such as `"+01:00"`; UTC where missing. There are no zones that change for daylight saving |
-//! | | `spec.windows` | a list; it holds in each. `days` on which the window begins (`mon` to `sun`, missing: all), `from` and `until`, times of day such as `"08:00"`, in quotes; the second is not part of it, and is one of the next day where it is not after the first. Missing both: the whole day |
+//! | | `spec.windows` | a list of at most 100; it holds in each. `days` on which the window begins (`mon` to `sun`, missing: all), `from` and `until`, times of day such as `"08:00"`, in quotes; the second is not part of it, and is one of the next day where it is not after the first. Missing both: the whole day |
 //!
 //! A policy of a tier that is not given closes the pods that it governs, in its directions.
 //!

@@ -6,7 +6,7 @@ use super::SourceError;
 use super::fields::{At, Fields};
 use super::kubernetes::labels;
 use super::native;
-use super::networkpolicy::{KindNeeded, METADATA, dns_name, one_of};
+use super::networkpolicy::{KindNeeded, METADATA, dns_name, one_of, within};
 use crate::model::{
     CLUSTER_NAME_LABEL, CLUSTER_SET_LABEL, Catalog, ClusterSpec, DAYS, MINUTES, Schedule, Tier, TierEnd, TierSpec,
     Window,
@@ -25,6 +25,8 @@ const TIER: &str = "Tier";
 const PREFIX_GROUP: &str = "PrefixGroup";
 const SCHEDULE: &str = "Schedule";
 const CLUSTER: &str = "Cluster";
+/// Of a Schedule: the search for its next change goes with their square.
+const MAX_WINDOWS: usize = 100;
 
 /// Reads an object of one of [`KINDS`].
 pub(super) fn read(at: &At<'_>, kind: &str, kind_needed: KindNeeded) -> Result<Named, SourceError> {
@@ -76,6 +78,7 @@ fn schedule(name: &At<'_>, object: &Fields<'_>) -> Result<Named, SourceError> {
     if elements.is_empty() {
         return Err(windows.invalid("must have at least one element"));
     }
+    within(&windows.path, windows.document, "windows", elements.len(), MAX_WINDOWS)?;
     let windows = elements.iter().map(window).collect::<Result<Vec<_>, _>>()?;
     let name = name.text()?.to_owned();
     let schedules = [(name.clone(), Schedule { offset, windows })].into();
