@@ -196,7 +196,7 @@ pub struct Update {
     pub rules: Arc<RuleTable>,
     /// Classes in use, the unknown one included.
     pub classes: usize,
-    /// What is closed instead of enforced as written.
+    /// What is closed instead of enforced as written, or in audit and not told of.
     pub faults: Vec<Fault>,
 }
 
@@ -369,8 +369,8 @@ impl Compiler {
     /// Compiles a cluster's present state.
     ///
     /// Numbers of classes, rules and sets that were in use stay theirs; unchanged sets and programs are those of the
-    /// update before (`Arc::ptr_eq`). What is beyond a limit is closed and told by [`Update::faults`]; each update tries
-    /// it again.
+    /// update before (`Arc::ptr_eq`). What is beyond a limit is closed, or in audit and not told of, as
+    /// [`Update::faults`] says; each update tries it again.
     ///
     /// # Errors
     ///

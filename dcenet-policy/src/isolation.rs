@@ -35,7 +35,7 @@ use crate::eval::Refused;
 use crate::flatten::{self, NamedPorts, SetKey};
 use crate::model::{Cluster, Direction, Peers, PodId, PodNetwork, PolicyId, PortSpec, Ports, Rule};
 
-/// Something that is closed instead of enforced as written.
+/// Something that is closed instead of enforced as written, or in audit and not told of.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Fault {
@@ -88,6 +88,14 @@ impl Fault {
     /// Whether the pod's own verdicts are not what its policies say.
     pub fn closes(&self, pod: &PodId) -> bool {
         matches!(self, Self::Refused { pods, .. } | Self::UnknownAccount { pods, .. } if pods.contains(pod))
+    }
+
+    /// What comes of it, in words for a log.
+    pub fn effect(&self) -> &'static str {
+        match self {
+            Self::NotAudited { .. } => "not told of; verdicts are as if it were not there",
+            _ => "closed instead of enforced as written",
+        }
     }
 
     /// Whether the pod is named: it is closed, or claims the address, or policies in audit are not told of.

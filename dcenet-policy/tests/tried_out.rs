@@ -139,6 +139,7 @@ fn what_is_tried_out_and_too_large_takes_nothing_else_with_it() {
     );
     assert_eq!(pods.iter().collect::<Vec<_>>(), [&db]);
     assert!(update.faults[0].concerns(&db) && !update.faults[0].closes(&db));
+    assert!(update.faults[0].effect().starts_with("not told of"));
     assert_eq!(told(&update, "db", 2, 23), (Verdict::Allow, format!("{RULE}[0]"), None));
     // The other pod is told of still.
     assert_eq!(told(&update, "web", 3, 23).2, Some((Verdict::Deny, TELNET.to_owned())));

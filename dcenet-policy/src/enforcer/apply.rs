@@ -36,7 +36,7 @@ pub(crate) type Outcomes = Vec<(AttachmentKey, Outcome)>;
 /// What came of a change.
 pub(crate) struct Applied {
     pub(crate) outcomes: Outcomes,
-    /// What is closed instead of enforced as written.
+    /// What is closed instead of enforced as written, or in audit and not told of.
     pub(crate) faults: Vec<Fault>,
     /// Whether another attempt may find more room.
     pub(crate) retry: bool,
@@ -193,8 +193,8 @@ impl Applier {
         }
         let outcomes = self.carry_out(shared, &update, endpoints)?;
         // Numbers of what is no longer in force take room until they are released.
-        let refused = update.faults.iter().any(|fault| matches!(fault, Fault::Refused { .. }));
-        let retry = refused && self.compiler.is_unreleased();
+        let wants_room = |fault: &Fault| matches!(fault, Fault::Refused { .. } | Fault::NotAudited { .. });
+        let retry = update.faults.iter().any(wants_room) && self.compiler.is_unreleased();
         Ok(Applied { outcomes, faults: update.faults, retry })
     }
 

@@ -201,7 +201,8 @@ pub struct EndpointStatus {
     pub enforcement: Enforcement,
     /// Why the latest change is not in force for it.
     pub failure: Option<String>,
-    /// What of its policies is closed instead of enforced as written, and which of its addresses others claim, too.
+    /// What of its policies is closed instead of enforced as written, or in audit and not told of, and which of its
+    /// addresses others claim, too.
     pub faults: Vec<Fault>,
 }
 
@@ -212,12 +213,13 @@ pub struct Report {
     pub enforced: usize,
     /// Endpoints for which it is not in force, and why. The owner goes on trying.
     pub failures: Vec<(AttachmentKey, String)>,
-    /// What is closed instead of enforced as written, on the whole node. Another change can help it.
+    /// What is closed instead of enforced as written, or in audit and not told of, on the whole node. Another change can
+    /// help it.
     pub faults: Vec<Fault>,
 }
 
 impl Report {
-    /// Whether the change is in force everywhere, as written.
+    /// Whether the change is in force everywhere, as written, and all that is in audit is told of.
     pub fn is_complete(&self) -> bool {
         self.failures.is_empty() && self.faults.is_empty()
     }
@@ -428,7 +430,7 @@ impl Enforcer {
         explain_without(&cluster, &refused(&faults), subject, tuple)
     }
 
-    /// What the latest change has closed; also in each [`Report`].
+    /// What the latest change has closed, or does not tell of; also in each [`Report`].
     pub fn faults(&self) -> Vec<Fault> {
         self.shared.state.lock().faults.clone()
     }

@@ -83,7 +83,7 @@ pub(crate) struct State {
     adopted: BTreeMap<AttachmentId, u16>,
     /// Who was found under a guard then, and is not known yet: it was wanted.
     guarded: BTreeSet<AttachmentId>,
-    /// What the latest change has closed.
+    /// What the latest change has closed, or does not tell of.
     pub(crate) faults: Vec<Fault>,
     node: String,
 }
@@ -257,13 +257,13 @@ impl State {
         self.faults.iter().filter(|fault| pod.as_ref().is_some_and(|pod| fault.concerns(pod))).cloned().collect()
     }
 
-    /// Replaces what is closed, and tells operators what is new and what is over.
+    /// Replaces what is closed or not told of, and tells operators what is new and what is over.
     fn set_faults(&mut self, faults: Vec<Fault>) {
         for fault in faults.iter().filter(|fault| !self.faults.contains(fault)) {
-            tracing::warn!(%fault, "closed, as it cannot be enforced; everything else is");
+            tracing::warn!(%fault, "{}; everything else is enforced", fault.effect());
         }
         for fault in self.faults.iter().filter(|fault| !faults.contains(fault)) {
-            tracing::info!(%fault, "no longer closed in this way");
+            tracing::info!(%fault, "no longer {}", fault.effect());
         }
         self.faults = faults;
     }

@@ -32,7 +32,11 @@ fn huge() -> Policy {
 
 /// 300 classes of peers, where a node of these tests has room for 256.
 fn wide() -> Policy {
-    let rules = (0..300).map(|n: u16| Rule {
+    for_db("wide", of_classes(0..300))
+}
+
+fn of_classes(numbers: std::ops::Range<u16>) -> Vec<Rule> {
+    let rules = numbers.map(|n| Rule {
         action: Action::Allow,
         peers: Peers::OneOf(vec![Peer::Block(IpBlock {
             cidr: format!("10.{}.{}.0/24", 100 + (n >> 8), n & 0xff).parse().unwrap(),
@@ -42,7 +46,7 @@ fn wide() -> Policy {
         schedule: None,
         log: false,
     });
-    for_db("wide", rules.collect())
+    rules.collect()
 }
 
 /// Networks that lie as far apart as 100 blocks of the table, where there is room for 64.
@@ -212,6 +216,26 @@ fn peers_beyond_the_room_are_enforced_without_another_change_once_numbers_are_fr
     }
     assert_eq!(owner.faults(), []);
     world.udp("web", "db", 5353, last % 2 == 1);
+    owner.uninstall().unwrap();
+}
+
+#[test]
+fn policies_in_audit_beyond_the_room_are_told_of_without_another_change_once_numbers_are_free() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let (_world, owner) = four_pods();
+    assert!(owner.set_policies([for_db("first", of_classes(0..100))]).unwrap().is_complete());
+    // Numbers of the first are free after this only: there is room for it, and none for the third.
+    let audit = Policy { mode: Mode::Audit, ..for_db("third", of_classes(200..300)) };
+    let report = owner.set_policies([for_db("second", of_classes(100..200)), audit]).unwrap();
+    let [Fault::NotAudited { policies, .. }] = &report.faults[..] else { panic!("{report:?}") };
+    assert_eq!(policies, &[PolicyId::new("shop", "third")].into());
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while let Some(fault) = owner.faults().first() {
+        assert!(Instant::now() < deadline, "{fault}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
     owner.uninstall().unwrap();
 }
 
