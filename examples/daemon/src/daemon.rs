@@ -28,6 +28,7 @@ use dcenet_ipam::select::Node;
 use dcenet_ipam::store::measured::MeasuredStore;
 use dcenet_policy::enforcer::flows::prometheus::FlowMetrics;
 use dcenet_policy::enforcer::{Enforcer, EnforcerConfig, EnforcerError, PinnedDefault, PolicyConfig, Report, Tools};
+use dcenet_policy::model::Mode;
 use dcenet_policy::sources::kubernetes::Documents;
 use dcenet_policy::target::Tc;
 use dcenet_sriov::source::VfSource;
@@ -351,10 +352,10 @@ impl Owner {
         self.pending = Some((later, later));
     }
 
-    /// Refuses a set without policies after one with some, unless the configuration lets it.
+    /// Refuses a set without policies in force after one with some, unless the configuration lets it.
     fn admit(&self, documents: Documents) -> Result<Documents, PoliciesError> {
         match &self.directory {
-            Some(directory) if documents.policies.is_empty() && self.standing.is_set() && !self.may_be_empty => {
+            Some(directory) if in_force(&documents) == 0 && self.standing.is_set() && !self.may_be_empty => {
                 Err(PoliciesError::NoneLeft(directory.clone()))
             }
             _ => Ok(documents),
@@ -368,9 +369,9 @@ impl Owner {
         for note in documents.notes() {
             tracing::warn!(%note, "policies");
         }
-        let policies = documents.policies.len();
+        let (policies, in_force) = (documents.policies.len(), in_force(&documents));
         // Before they are: a daemon that dies in between must not be followed by one that takes none for all.
-        if policies > 0 {
+        if in_force > 0 {
             self.note_standing(true);
         }
         let before = self.told.take();
@@ -381,10 +382,10 @@ impl Owner {
         if before.is_none() {
             is_in_force &= report("policies are in force", self.enforcer.start());
         }
-        if policies == 0 && is_in_force {
+        if in_force == 0 && is_in_force {
             self.note_standing(false);
         }
-        tracing::info!(policies, "policies");
+        tracing::info!(policies, in_force, "policies");
         is_in_force
     }
 
@@ -445,6 +446,11 @@ impl Owner {
     }
 }
 
+/// How many of the policies change verdicts.
+fn in_force(documents: &Documents) -> usize {
+    documents.policies.values().filter(|policy| policy.mode == Mode::Enforce).count()
+}
+
 /// Tells what came of a change, and returns whether it is in force but for endpoints that are named. Those are tried again by
 /// the owner itself.
 fn report(what: &str, outcome: Result<Report, EnforcerError>) -> bool {
@@ -455,7 +461,7 @@ fn report(what: &str, outcome: Result<Report, EnforcerError>) -> bool {
                 tracing::warn!(%attachment, reason, "not in force yet");
             }
             for fault in &report.faults {
-                tracing::warn!(%fault, "closed instead of enforced as written");
+                tracing::warn!(%fault, "{}", fault.effect());
             }
             tracing::debug!(enforced = report.enforced, "{what}");
         }

@@ -39,7 +39,7 @@ pub enum PoliciesError {
     TooLong(PathBuf),
     /// The directory changes all the time.
     Restless(PathBuf),
-    /// It says nothing, and policies are in force.
+    /// None of its policies is in force, and others are.
     NoneLeft(PathBuf),
 }
 
@@ -65,8 +65,8 @@ impl fmt::Display for PoliciesError {
             }
             Self::NoneLeft(directory) => write!(
                 f,
-                "{}: no policy is left in it, as where nothing is mounted; put policies into it, or set \
-                 policies.allowEmpty to true where none are wanted",
+                "{}: no policy is left in it, or none but in audit, as where nothing is mounted; put policies into it, or set \
+                 policies.allowEmpty to true where none are wanted in force",
                 directory.display()
             ),
         }

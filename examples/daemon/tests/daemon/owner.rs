@@ -167,6 +167,13 @@ impl Drop for Mounted {
     }
 }
 
+const TRIED_OUT: &str = "
+apiVersion: dcenet.io/v1alpha1
+kind: Policy
+metadata: { name: tried, namespace: shop }
+spec: { mode: audit, ingress: [] }
+";
+
 /// An unmounted directory, or one that is not mounted yet, looks like one that wants no policy.
 #[test]
 fn an_empty_directory_takes_no_policy_away_unless_it_is_told_to() {
@@ -199,6 +206,13 @@ fn an_empty_directory_takes_no_policy_away_unless_it_is_told_to() {
     fs::rename(&aside, node.policies()).unwrap();
     eventually("the directory is back", || current(&node) == 1.0);
     assert!(!talks(&scan, &db, false));
+
+    // What is tried out is in force for nobody; the file stays to the end.
+    node.put_policy("tried.yaml", TRIED_OUT);
+    fs::remove_file(node.policies().join("db.yaml")).unwrap();
+    refused(&node, &daemon, "or none but in audit");
+    node.put_policy("db.yaml", DB);
+    eventually("the policy is back", || current(&node) == 1.0);
 
     // It is hidden by what is mounted over it, of which nobody is told.
     let refusals = |daemon: &Daemon| daemon.log().matches("no policy is left in it").count();
