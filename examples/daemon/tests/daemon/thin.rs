@@ -96,8 +96,8 @@ fn every_verb_is_served_and_without_a_daemon_the_call_waits_or_stands_alone() {
     assert!(error["code"] == 7 && error["msg"].as_str().unwrap().contains("ipam.pools[0].gateway"), "{error}");
     let log = daemon.log();
     let told = log.lines().find(|line| line.contains("ipam.pools[0].gateway")).unwrap_or_else(|| panic!("{log}"));
-    let call: Value = serde_json::from_str(told).unwrap();
-    assert_eq!((&call["span"]["traceparent"], &call["span"]["container"]), (&json!(TRACE), &json!("wrong")), "{told}");
+    let line: Value = serde_json::from_str(told).unwrap();
+    assert_eq!((&line["span"]["traceparent"], &line["span"]["container"]), (&json!(TRACE), &json!("wrong")), "{told}");
     call("DEL", &node.network).unwrap();
     assert_eq!((before.diff(&node.host.state()).as_str(), node.leased().len()), ("", 0));
 
