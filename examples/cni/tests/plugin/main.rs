@@ -201,7 +201,7 @@ fn bad_input_is_refused_by_field_and_changes_nothing() {
         ("/link/bridge", json!("a-name-that-is-too-long"), 7, "link.bridge"),
         ("/link/mtu", json!(12), 7, "link.mtu"),
         ("/link/brigde", json!("dc0"), 7, "did you mean `bridge`"),
-        ("/ipam/type", json!("host-local"), 7, "ipam.type"),
+        ("/ipam/type", json!("../host-local"), 7, "ipam.type"),
         ("/ipam/store", json!({ "kind": "memory" }), 7, "ipam.store.kind"),
         ("/ipam/pools/0/subnet", json!("10.20.0.0/33"), 7, "ipam.pools[0].subnet"),
         ("/ipam/pools/0/gateway", json!("10.21.0.1"), 7, "ipam.pools[0].gateway"),
