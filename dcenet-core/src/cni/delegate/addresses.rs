@@ -305,22 +305,22 @@ fn stored(error: JournalError) -> LeaseError {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::os::unix::fs::PermissionsExt;
     use std::path::Path;
 
     use serde_json::json;
 
+    use super::super::tests::Directory;
     use super::*;
 
     /// A plugin that writes down what it is called for; `add` is what it does for ADD.
-    struct World(tempfile::TempDir);
+    struct World(Directory);
 
     const GIVES: &str = r#"echo '{"cniVersion":"1.0.0","ips":[{"address":"10.9.0.2/24","gateway":"10.9.0.1"}],
         "routes":[{"dst":"0.0.0.0/0"}],"dns":{"nameservers":["10.9.0.53"]}}'"#;
 
     impl World {
         fn new(add: &str) -> Self {
-            let world = Self(tempfile::tempdir().unwrap());
+            let world = Self(Directory::new());
             world.install(add);
             world
         }
@@ -330,14 +330,8 @@ mod tests {
         }
 
         fn install(&self, add: &str) {
-            let calls = self.path().join("calls");
-            let script = format!(
-                "#!/bin/sh\ncat >/dev/null\necho $CNI_COMMAND $CNI_CONTAINERID $CNI_IFNAME $CNI_ARGS >>{}\n\
-                 [ $CNI_COMMAND = ADD ] || exit 0\n{add}\n",
-                calls.display()
-            );
-            fs::write(self.path().join("theirs"), script).unwrap();
-            fs::set_permissions(self.path().join("theirs"), fs::Permissions::from_mode(0o755)).unwrap();
+            let note = "cat >/dev/null; echo $CNI_COMMAND $CNI_CONTAINERID $CNI_IFNAME $CNI_ARGS >>calls";
+            self.0.install("theirs", &format!("{note}\n[ $CNI_COMMAND = ADD ] || exit 0\n{add}"));
         }
 
         fn source(&self) -> PluginAddresses {

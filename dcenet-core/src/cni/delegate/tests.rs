@@ -10,20 +10,20 @@ use crate::cni::SpecVersion;
 use crate::model::NetworkName;
 
 /// A directory of plugins.
-struct Directory(tempfile::TempDir);
+pub(super) struct Directory(tempfile::TempDir);
 
 impl Directory {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self(tempfile::tempdir().unwrap())
     }
 
-    fn path(&self) -> &Path {
+    pub(super) fn path(&self) -> &Path {
         self.0.path()
     }
 
     /// Has a child write the program: one that this process has open for writing cannot be executed (ETXTBSY), nor can it as
     /// long as a child that another test's thread forks meanwhile has the descriptor too.
-    fn install(&self, name: &str, script: &str) {
+    pub(super) fn install(&self, name: &str, script: &str) {
         let mut writer = Command::new("/bin/sh");
         writer.args(["-c", "cat >\"$1\" && chmod 755 \"$1\"", "sh"]).arg(self.path().join(name));
         let mut writer = writer.stdin(Stdio::piped()).spawn().unwrap();
