@@ -17,7 +17,7 @@ use crate::sys::packet_socket;
 use crate::world::*;
 
 /// Nothing may leave `app: web`.
-const SHUT_IN: &str = r#"
+pub const SHUT_IN: &str = r#"
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
 metadata: { name: web, namespace: shop }
@@ -87,6 +87,11 @@ impl Arrivals {
     }
 }
 
+/// What shows that something is of a kind, for [`Arrivals`].
+pub fn marked(kind: u8) -> Vec<u8> {
+    [MARK, &[kind]].concat()
+}
+
 /// Of an IPv4 header whose own sum is 0 (RFC 1071).
 pub fn checksum(header: &[u8]) -> u16 {
     let sum: u32 = header.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
@@ -95,7 +100,7 @@ pub fn checksum(header: &[u8]) -> u16 {
 
 /// A UDP datagram, or a frame of no known protocol where there are no addresses (IEEE 802, local experimental EtherType).
 pub fn frame(source: [u8; 6], destination: [u8; 6], addresses: Option<(IpAddr, IpAddr)>, kind: u8) -> Vec<u8> {
-    let data = [MARK, &[kind]].concat();
+    let data = marked(kind);
     let length = (8 + data.len()) as u16;
     let udp = [&40_000_u16.to_be_bytes(), &PORT.to_be_bytes(), &length.to_be_bytes(), &[0, 0][..], &data].concat();
     let (ether_type, packet) = match addresses {

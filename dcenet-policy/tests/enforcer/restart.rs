@@ -40,6 +40,16 @@ impl OwnerProcess {
         owner
     }
 
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
+
+    /// Whether it has ended by a signal.
+    pub fn is_killed(&mut self) -> bool {
+        use std::os::unix::process::ExitStatusExt;
+        self.0.try_wait().unwrap().is_some_and(|status| status.signal().is_some())
+    }
+
     pub fn kill(mut self) {
         self.0.kill().unwrap();
         self.0.wait().unwrap();
