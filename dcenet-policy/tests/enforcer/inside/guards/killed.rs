@@ -86,7 +86,7 @@ fn an_owner_killed_while_it_covers_or_forgets_a_pod_leaves_no_gap_and_no_trace()
     world.senders().remove(&trace).unwrap();
     assert_eq!(world.guards(), without_web);
 
-    let next = |call: usize| effort(call * 3, call * 3, call + 1);
+    let next = |call: usize| effort(call * 3, call * 3, call + 7);
     let mut met = Vec::new();
     for forgets in [false, true] {
         for call in std::iter::successors(Some(2), |call| Some(next(*call))) {
