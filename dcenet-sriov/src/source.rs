@@ -50,6 +50,44 @@ pub struct SourceConfig {
     pub restore: Restore,
 }
 
+impl SourceConfig {
+    /// Reads the section.
+    ///
+    /// # Errors
+    /// [`DeviceError::Invalid`], with the path of the field from `sriov` on.
+    ///
+    /// Bed: pure.
+    pub fn read(section: &Value) -> Result<Self, DeviceError> {
+        section::read(SECTION, section).map_err(invalid_section)
+    }
+
+    /// The pools, of the section or of the file that it names, as that is now.
+    ///
+    /// # Errors
+    /// [`DeviceError::Invalid`] where there are none, or they are wrong.
+    ///
+    /// Bed: pure.
+    pub fn pools(&self) -> Result<Pools, DeviceError> {
+        let Self { pools, pools_file, .. } = self;
+        let invalid =
+            |field: &str, reason: String| DeviceError::Invalid { field: format!("{SECTION}.{field}"), reason };
+        match pools_file {
+            Some(_) if !pools.is_null() => {
+                Err(invalid("poolsFile", "pools are given too; keep one of both".to_owned()))
+            }
+            Some(path) => {
+                let text = std::fs::read(path)
+                    .map_err(|error| invalid("poolsFile", format!("{}: {error}", path.display())))?;
+                let value = serde_json::from_slice(&text)
+                    .map_err(|error| invalid("poolsFile", format!("{} is not JSON: {error}", path.display())))?;
+                Pools::read(&path.display().to_string(), &value).map_err(invalid_section)
+            }
+            None if pools.is_null() => Err(invalid("pools", "missing; give a list of pools, or poolsFile".to_owned())),
+            None => Pools::read(&format!("{SECTION}.pools"), pools).map_err(invalid_section),
+        }
+    }
+}
+
 /// Hands out the virtual functions of a machine.
 pub struct VfSource {
     open: Box<dyn Fn() -> Result<Machine, DeviceError> + Send + Sync>,
@@ -70,6 +108,33 @@ pub struct Machine {
     pub host: Box<dyn Fn() -> Result<HostUse, DeviceError> + Send + Sync>,
 }
 
+impl Machine {
+    /// This machine, as it is seen in the network namespace of the calling thread, with the leases of a state directory.
+    /// `scrub` takes foreign programs off devices.
+    ///
+    /// # Errors
+    /// [`DeviceError::Failed`] where the namespace or the boot's id cannot be read.
+    ///
+    /// Bed: igb, by the CNI plugin.
+    pub fn of_this_thread(state: &Path, scrub: Option<Arc<dyn DeviceScrub>>) -> Result<Self, DeviceError> {
+        let netns = NetNs::of_this_thread().map_err(failed)?;
+        let kernel = Arc::new(LinuxKernel::of_this_thread().map_err(failed)?);
+        let leases = Leases::open(kernel, state).map_err(failed)?;
+        let leases = leases.with_claims(Path::new(CLAIMS)).map_err(failed)?;
+        Ok(Self {
+            leases: match scrub {
+                Some(scrub) => leases.with_scrub(scrub),
+                None => leases,
+            },
+            sysfs: Arc::new(SysfsDir::system()),
+            host: Box::new(move || {
+                let mut socket = netns.socket(Family::Route).map_err(failed)?;
+                HostUse::read(&mut socket).map_err(failed)
+            }),
+        })
+    }
+}
+
 impl VfSource {
     /// The functions of this machine, which are seen in the network namespace of the thread that first asks. `section`
     /// is the section `sriov` of a configuration, `scrub` takes foreign programs off devices.
@@ -77,23 +142,7 @@ impl VfSource {
     /// Nothing is opened before it is needed.
     pub fn of_this_machine(state: &Path, section: Option<Value>, scrub: Option<Arc<dyn DeviceScrub>>) -> Self {
         let directory = state.to_owned();
-        let open = move || {
-            let kernel = Arc::new(LinuxKernel::of_this_thread().map_err(failed)?);
-            let leases = Leases::open(kernel, &directory).map_err(failed)?;
-            let leases = leases.with_claims(Path::new(CLAIMS)).map_err(failed)?;
-            Ok(Machine {
-                leases: match &scrub {
-                    Some(scrub) => leases.with_scrub(Arc::clone(scrub)),
-                    None => leases,
-                },
-                sysfs: Arc::new(SysfsDir::system()),
-                host: Box::new(|| {
-                    let mut socket =
-                        NetNs::of_this_thread().and_then(|host| host.socket(Family::Route)).map_err(failed)?;
-                    HostUse::read(&mut socket).map_err(failed)
-                }),
-            })
-        };
+        let open = move || Machine::of_this_thread(&directory, scrub.clone());
         Self::new(state, section, Box::new(open))
     }
 
@@ -126,8 +175,7 @@ impl VfSource {
     }
 
     fn config(&self) -> Result<SourceConfig, DeviceError> {
-        let Some(value) = &self.section else { return Ok(SourceConfig::default()) };
-        section::read(SECTION, value).map_err(invalid_section)
+        self.section.as_ref().map_or_else(|| Ok(SourceConfig::default()), SourceConfig::read)
     }
 
     /// The functions that may serve a wish.
@@ -140,7 +188,7 @@ impl VfSource {
         let host = (machine.host)()?;
         let device = wish.device.as_deref().map(|text| named(text, all, &host)).transpose()?;
         let Some(pool) = &wish.pool else { return Ok(device.into_iter().collect()) };
-        let pools = self.pools()?;
+        let pools = self.config()?.pools()?;
         let members = pools
             .resolve(all, &host)
             .map_err(|error| DeviceError::Invalid { field: format!("{SECTION}.pools"), reason: error.to_string() })?;
@@ -181,26 +229,6 @@ impl VfSource {
                     _ => Ok(links),
                 }
             }
-        }
-    }
-
-    fn pools(&self) -> Result<Pools, DeviceError> {
-        let SourceConfig { pools, pools_file, .. } = self.config()?;
-        let invalid =
-            |field: &str, reason: String| DeviceError::Invalid { field: format!("{SECTION}.{field}"), reason };
-        match pools_file {
-            Some(_) if !pools.is_null() => {
-                Err(invalid("poolsFile", "pools are given too; keep one of both".to_owned()))
-            }
-            Some(path) => {
-                let text = std::fs::read(&path)
-                    .map_err(|error| invalid("poolsFile", format!("{}: {error}", path.display())))?;
-                let value = serde_json::from_slice(&text)
-                    .map_err(|error| invalid("poolsFile", format!("{} is not JSON: {error}", path.display())))?;
-                Pools::read(&path.display().to_string(), &value).map_err(invalid_section)
-            }
-            None if pools.is_null() => Err(invalid("pools", "missing; give a list of pools, or poolsFile".to_owned())),
-            None => Pools::read(&format!("{SECTION}.pools"), &pools).map_err(invalid_section),
         }
     }
 }
@@ -281,9 +309,9 @@ impl DeviceSource for VfSource {
     }
 
     fn ready(&self, wish: Option<&DeviceWish>) -> Result<(), DeviceError> {
-        let SourceConfig { pools, pools_file, .. } = self.config()?;
-        if !pools.is_null() || pools_file.is_some() {
-            self.pools()?;
+        let config = self.config()?;
+        if !config.pools.is_null() || config.pools_file.is_some() {
+            config.pools()?;
         }
         let machine = self.machine()?;
         if let Some(wish) = wish {

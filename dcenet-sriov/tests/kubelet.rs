@@ -3,8 +3,6 @@
 #![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
 use std::collections::HashMap;
-use std::convert::Infallible;
-use std::future::Ready;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -12,238 +10,17 @@ use std::time::Duration;
 
 use dcenet_sriov::inventory::Inventory;
 use dcenet_sriov::kubelet::{DevicePlugin, KubeletError, Look, Resource};
+use dcenet_sriov::test_support::kubelet::{
+    Client, Container, Device, File, Kubelet, Node, Nodes, Nothing, Options, next,
+};
 use dcenet_sriov::test_support::{Port, Tree, VfOf};
 use dcenet_sriov::{PciAddress, allocate::Shape};
-use hyper::server::conn::http2;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo};
-use prost::Message;
-use tokio::net::UnixListener;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
-use tonic::codegen::http;
-use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Request, Response, Status, Streaming};
-use tonic_prost::ProstCodec;
+use tonic::{Code, Status};
 
 const SOON: Duration = Duration::from_secs(20);
-
-#[derive(Clone, PartialEq, Message)]
-struct Nothing {}
-
-#[derive(Clone, PartialEq, Message)]
-struct Register {
-    #[prost(string, tag = "1")]
-    version: String,
-    #[prost(string, tag = "2")]
-    endpoint: String,
-    #[prost(string, tag = "3")]
-    resource_name: String,
-    #[prost(message, optional, tag = "4")]
-    options: Option<Options>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Options {
-    #[prost(bool, tag = "1")]
-    pre_start_required: bool,
-    #[prost(bool, tag = "2")]
-    preferred: bool,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct List {
-    #[prost(message, repeated, tag = "1")]
-    devices: Vec<Device>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Device {
-    #[prost(string, tag = "1")]
-    id: String,
-    #[prost(string, tag = "2")]
-    health: String,
-    #[prost(message, optional, tag = "3")]
-    topology: Option<Nodes>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Nodes {
-    #[prost(message, repeated, tag = "1")]
-    nodes: Vec<Node>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Node {
-    #[prost(int64, tag = "1")]
-    id: i64,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Prefer {
-    #[prost(message, repeated, tag = "1")]
-    containers: Vec<PreferOne>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct PreferOne {
-    #[prost(string, repeated, tag = "1")]
-    available: Vec<String>,
-    #[prost(string, repeated, tag = "2")]
-    must: Vec<String>,
-    #[prost(int32, tag = "3")]
-    size: i32,
-}
-
-/// Lists of addresses, one for each container: what is preferred, and what is asked for.
-#[derive(Clone, PartialEq, Message)]
-struct Lists {
-    #[prost(message, repeated, tag = "1")]
-    containers: Vec<Ids>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Ids {
-    #[prost(string, repeated, tag = "1")]
-    ids: Vec<String>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Allocated {
-    #[prost(message, repeated, tag = "1")]
-    containers: Vec<Container>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Container {
-    #[prost(map = "string, string", tag = "1")]
-    envs: HashMap<String, String>,
-    #[prost(message, repeated, tag = "2")]
-    mounts: Vec<Nothing>,
-    #[prost(message, repeated, tag = "3")]
-    devices: Vec<File>,
-    #[prost(map = "string, string", tag = "4")]
-    annotations: HashMap<String, String>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct File {
-    #[prost(string, tag = "1")]
-    inside: String,
-    #[prost(string, tag = "2")]
-    outside: String,
-    #[prost(string, tag = "3")]
-    permissions: String,
-}
-
-/// A kubelet that has started. It ends with its socket, as a process that is killed leaves it.
-struct Kubelet {
-    registered: mpsc::UnboundedReceiver<Register>,
-    task: JoinHandle<()>,
-}
-
-impl Kubelet {
-    /// Removes all sockets, and answers `answer` to those who register.
-    fn start(directory: &Path, answer: Result<(), Status>) -> Self {
-        for entry in std::fs::read_dir(directory).unwrap() {
-            std::fs::remove_file(entry.unwrap().path()).unwrap();
-        }
-        let listener = UnixListener::bind(directory.join("kubelet.sock")).unwrap();
-        let (sender, registered) = mpsc::unbounded_channel();
-        let task = tokio::spawn(async move {
-            loop {
-                let (stream, _) = listener.accept().await.unwrap();
-                let (sender, answer) = (sender.clone(), answer.clone());
-                let service = service_fn(move |request: http::Request<hyper::body::Incoming>| {
-                    assert_eq!(request.uri().path(), "/v1beta1.Registration/Register");
-                    let method = Registration(sender.clone(), answer.clone());
-                    async move {
-                        let mut grpc = tonic::server::Grpc::new(ProstCodec::<Nothing, Register>::default());
-                        Ok::<_, Infallible>(grpc.unary(method, request).await)
-                    }
-                });
-                tokio::spawn(async move {
-                    let builder = http2::Builder::new(TokioExecutor::new());
-                    builder.serve_connection(TokioIo::new(stream), service).await.ok();
-                });
-            }
-        });
-        Self { registered, task }
-    }
-
-    async fn next(&mut self) -> Register {
-        timeout(SOON, self.registered.recv()).await.unwrap().unwrap()
-    }
-}
-
-impl Drop for Kubelet {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
-struct Registration(mpsc::UnboundedSender<Register>, Result<(), Status>);
-
-impl tonic::server::UnaryService<Register> for Registration {
-    type Response = Nothing;
-    type Future = Ready<Result<Response<Nothing>, Status>>;
-
-    fn call(&mut self, request: Request<Register>) -> Self::Future {
-        let Self(sender, answer) = self;
-        sender.send(request.into_inner()).unwrap();
-        std::future::ready(answer.clone().map(|()| Response::new(Nothing {})))
-    }
-}
-
-/// The kubelet's client of a plugin.
-struct Client(tonic::client::Grpc<Channel>);
-
-impl Client {
-    async fn of(socket: &Path) -> Self {
-        let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display())).unwrap();
-        let mut grpc = tonic::client::Grpc::new(endpoint.connect().await.unwrap());
-        grpc.ready().await.unwrap();
-        Self(grpc)
-    }
-
-    async fn ask<Q, A>(&mut self, method: &'static str, request: Q) -> Result<A, Status>
-    where
-        Q: Message + 'static,
-        A: Message + Default + 'static,
-    {
-        self.0.ready().await.unwrap();
-        let path = http::uri::PathAndQuery::from_static(method);
-        let answer = self.0.unary(Request::new(request), path, ProstCodec::<Q, A>::default());
-        timeout(SOON, answer).await.unwrap().map(Response::into_inner)
-    }
-
-    async fn watch(&mut self) -> Streaming<List> {
-        let path = http::uri::PathAndQuery::from_static("/v1beta1.DevicePlugin/ListAndWatch");
-        let codec = ProstCodec::<Nothing, List>::default();
-        self.0.ready().await.unwrap();
-        self.0.server_streaming(Request::new(Nothing {}), path, codec).await.unwrap().into_inner()
-    }
-
-    async fn prefer(&mut self, available: &[&str], must: &[&str], size: i32) -> Result<Vec<String>, Status> {
-        let list = |ids: &[&str]| ids.iter().map(|id| (*id).to_owned()).collect();
-        let one = PreferOne { available: list(available), must: list(must), size };
-        let path = "/v1beta1.DevicePlugin/GetPreferredAllocation";
-        let lists: Lists = self.ask(path, Prefer { containers: vec![one] }).await?;
-        assert_eq!(lists.containers.len(), 1);
-        Ok(lists.containers[0].ids.clone())
-    }
-
-    async fn allocate(&mut self, containers: &[&[&str]]) -> Result<Vec<Container>, Status> {
-        let ids = |ids: &&[&str]| Ids { ids: ids.iter().map(|id| (*id).to_owned()).collect() };
-        let request = Lists { containers: containers.iter().map(ids).collect() };
-        self.ask::<_, Allocated>("/v1beta1.DevicePlugin/Allocate", request).await.map(|a| a.containers)
-    }
-}
-
-async fn next(list: &mut Streaming<List>) -> Vec<Device> {
-    timeout(SOON, list.message()).await.unwrap().unwrap().unwrap().devices
-}
 
 /// A plugin that runs.
 struct Running {
@@ -414,7 +191,7 @@ fn a_kubelet_that_starts_anew_is_told_again() {
             let socket = sockets.join("example.com_vf-fast.sock");
             std::fs::set_permissions(&socket, std::os::unix::fs::PermissionsExt::from_mode(0o640)).unwrap();
             tokio::time::sleep(Duration::from_millis(2500)).await;
-            assert!(kubelet.registered.try_recv().is_err());
+            assert!(kubelet.hears_nobody());
         }
         // Another plugin of the same resource is not let near.
         let mut kubelet = Kubelet::start(&sockets, Ok(()));

@@ -109,11 +109,28 @@ impl DevicePlugin {
     /// Tells of what `look` finds, as the resource `name`, such as `example.com/vf`.
     ///
     /// # Errors
-    /// [`KubeletError::Name`], by the kubelet's rules for extended resources
-    /// (`IsExtendedResourceName` of `pkg/apis/core/v1/helper/helpers.go`).
+    /// As of [`check_name`](Self::check_name).
     ///
     /// Bed: fixture.
     pub fn new(name: &str, look: Arc<Look>) -> Result<Self, KubeletError> {
+        Self::check_name(name)?;
+        Ok(Self {
+            name: name.to_owned(),
+            look,
+            shape: Shape::Lowest,
+            near: Vec::new(),
+            interval: Duration::from_secs(5),
+        })
+    }
+
+    /// Whether the kubelet would take the name for a resource.
+    ///
+    /// # Errors
+    /// [`KubeletError::Name`], by the kubelet's rules for extended resources
+    /// (`IsExtendedResourceName` of `pkg/apis/core/v1/helper/helpers.go`).
+    ///
+    /// Bed: pure.
+    pub fn check_name(name: &str) -> Result<(), KubeletError> {
         let wrong = |reason| Err(KubeletError::Name { name: name.to_owned(), reason });
         let Some((domain, resource)) = name.split_once('/') else { return wrong("without a domain") };
         let inner = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
@@ -133,13 +150,7 @@ impl DevicePlugin {
         if domain.ends_with("kubernetes.io") || domain.starts_with("requests.") {
             return wrong("its domain is Kubernetes' own");
         }
-        Ok(Self {
-            name: name.to_owned(),
-            look,
-            shape: Shape::Lowest,
-            near: Vec::new(),
-            interval: Duration::from_secs(5),
-        })
+        Ok(())
     }
 
     /// How functions of one container spread over ports; [`Shape::Lowest`] unless told.

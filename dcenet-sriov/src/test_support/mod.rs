@@ -4,6 +4,8 @@ pub mod conformance;
 mod fixture;
 mod flaky;
 pub mod guest;
+#[cfg(feature = "kubelet")]
+pub mod kubelet;
 mod model;
 
 pub use fixture::{Port, Tree, VfOf};

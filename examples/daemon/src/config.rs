@@ -15,6 +15,9 @@ use dcenet_core::section;
 use dcenet_ipam::Layout;
 use dcenet_ipam::config::IpamConfig;
 use dcenet_policy::enforcer::PolicyConfig;
+use dcenet_sriov::allocate::Shape;
+use dcenet_sriov::kubelet::DevicePlugin;
+use dcenet_sriov::source::SourceConfig;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
@@ -43,6 +46,10 @@ pub struct Config {
     pub server: Option<ServerConfig>,
     /// How the pods of other nodes are reached.
     pub fabric: Option<FabricConfig>,
+    /// The pools of virtual functions, as in the CNI configuration.
+    pub sriov: Option<Value>,
+    /// Which of them are told to the kubelet.
+    pub kubelet: Option<KubeletConfig>,
     /// What is told to people.
     #[serde(default)]
     pub log: LogConfig,
@@ -131,6 +138,30 @@ pub struct ServerConfig {
     /// wait once: the links of as many DELs are deleted together.
     #[serde(default = "workers")]
     pub workers: NonZeroUsize,
+}
+
+/// What the kubelet is told of.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KubeletConfig {
+    /// Where it has the sockets of its device plugins.
+    #[serde(default = "plugins")]
+    pub directory: PathBuf,
+    /// The resources, a pool each.
+    pub resources: Vec<ResourceConfig>,
+}
+
+/// A resource of the node.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResourceConfig {
+    /// Its name, such as `example.com/vf`.
+    pub name: String,
+    /// The pool that it is.
+    pub pool: String,
+    /// How the functions of one container spread over ports.
+    #[serde(default)]
+    pub shape: Shape,
 }
 
 /// A collector.
@@ -240,6 +271,7 @@ impl Config {
             ("policy.pins", self.policy.as_ref().map(|p| &p.pins)),
             ("server.socket", self.server.as_ref().and_then(|s| s.socket.as_ref())),
             ("flows.file", self.flows.as_ref().and_then(|f| f.file.as_ref())),
+            ("kubelet.directory", self.kubelet.as_ref().map(|k| &k.directory)),
         ]);
         for (field, path) in paths.filter_map(|(field, path)| Some((field, path?))) {
             if !path.is_absolute() {
@@ -262,6 +294,9 @@ impl Config {
                 );
             }
         }
+        if let Some(kubelet) = &self.kubelet {
+            kubelet.check(self.sriov.as_ref())?;
+        }
         if self.policy.is_none() {
             let needy = [("policies", self.policies.is_some()), ("flows", self.flows.is_some())];
             if let Some((field, _)) = needy.into_iter().find(|(_, given)| *given) {
@@ -282,6 +317,50 @@ impl Config {
         // Checked when it was read.
         self.ipam.as_ref().and_then(|ipam| ipam.layout().ok())
     }
+}
+
+impl KubeletConfig {
+    fn check(&self, sriov: Option<&Value>) -> Result<(), ConfigError> {
+        let wrong = |text: String| Err(ConfigError::Wrong(text));
+        let Some(section) = sriov else {
+            return wrong(
+                "kubelet: there are no pools without a section sriov; add \"sriov\": { \"pools\": [..] }".to_owned(),
+            );
+        };
+        let section = SourceConfig::read(section).map_err(|e| ConfigError::Wrong(e.to_string()))?;
+        // The file may come later.
+        let pools = match section.pools_file {
+            Some(_) if section.pools.is_null() => None,
+            _ => Some(section.pools().map_err(|e| ConfigError::Wrong(e.to_string()))?),
+        };
+        if self.resources.is_empty() {
+            return wrong("kubelet.resources: none, so that nothing is told; name one, or drop the section".to_owned());
+        }
+        for (i, resource) in self.resources.iter().enumerate() {
+            let field = format!("kubelet.resources[{i}]");
+            DevicePlugin::check_name(&resource.name).map_err(|e| ConfigError::Wrong(format!("{field}.name: {e}")))?;
+            let before = &self.resources[..i];
+            if before.iter().any(|other| other.name == resource.name) {
+                return wrong(format!("{field}.name: {:?} is the name of two; rename one", resource.name));
+            }
+            if before.iter().any(|other| other.pool == resource.pool) {
+                return wrong(format!(
+                    "{field}.pool: {:?} is two resources, which would allot the same; drop one",
+                    resource.pool
+                ));
+            }
+            let Some(pools) = &pools else { continue };
+            let known: Vec<&str> = pools.configs().iter().map(|pool| pool.name.as_str()).collect();
+            if !known.contains(&resource.pool.as_str()) {
+                return wrong(format!("{field}.pool: {:?} is none of sriov.pools, which are {known:?}", resource.pool));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn plugins() -> PathBuf {
+    dcenet_sriov::kubelet::DIRECTORY.into()
 }
 
 fn state_dir() -> PathBuf {
@@ -370,6 +449,11 @@ mod tests {
         assert_eq!(config.reclaim.every.0, Duration::from_secs(30));
     }
 
+    fn of_functions(resources: &str) -> String {
+        let pools = r#"[{ "name": "fast", "select": [{ "pfs": ["ens1"] }] }]"#;
+        format!(r#"{{ "sriov": {{ "pools": {pools} }}, "kubelet": {{ "resources": {resources} }} }}"#)
+    }
+
     #[test]
     fn what_is_wrong_is_told_with_its_field_and_a_remedy() {
         let pools = r#""pools": [{ "name": "db", "subnet": "10.0.0.0/24" }]"#;
@@ -399,6 +483,19 @@ mod tests {
             (r#"{ "fabric": { "vni": 0 } }"#, "fabric.vni: 0"),
             (&format!(r#"{{ "fabric": {{}}, "ipam": {{ {pools} }} }}"#), "fabric: no pool of ipam has blocks"),
             (r#"{ "log": { "format": "xml" } }"#, "log.format: unknown variant"),
+            (r#"{ "kubelet": { "resources": [] } }"#, "kubelet: there are no pools"),
+            (&of_functions("[]"), "kubelet.resources: none"),
+            (&of_functions(r#"[{ "name": "vf", "pool": "fast" }]"#), "kubelet.resources[0].name: resource: \"vf\""),
+            (
+                &of_functions(r#"[{ "name": "a.b/vf", "pool": "slow" }]"#),
+                "kubelet.resources[0].pool: \"slow\" is none of",
+            ),
+            (
+                &of_functions(r#"[{ "name": "a.b/vf", "pool": "fast" }, { "name": "a.b/c", "pool": "fast" }]"#),
+                "kubelet.resources[1].pool: \"fast\" is two resources",
+            ),
+            (&of_functions(r#"[{ "name": "a.b/vf", "pool": "fast", "shape": "flat" }]"#), "shape: unknown variant"),
+            (r#"{ "sriov": { "pool": [] }, "kubelet": { "resources": [] } }"#, "sriov.pool: unknown field"),
         ] {
             let error = Config::parse(text).unwrap_err().to_string();
             assert!(error.contains(told), "{text}: {error}");

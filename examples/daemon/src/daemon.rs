@@ -40,6 +40,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use crate::config::Config;
 use crate::fabric::{FabricMetrics, Following, check_mtu};
 use crate::flows::Flows;
+use crate::kubelet::Telling;
 use crate::lock::RunLock;
 use crate::metrics::{DaemonMetrics, Endpoint, Sources};
 use crate::policies::{self, PoliciesError, Signature, Watcher};
@@ -94,6 +95,8 @@ pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
     let sources = Sources { registry, daemon, addresses, policy: counted };
     let metrics = config.metrics.as_ref().map(|m| Endpoint::start(&m.listen, sources, &signals.threads)).transpose()?;
     let server = config.server.as_ref().map(|section| server::start(section, &config.run_dir, stores)).transpose()?;
+    let telling =
+        config.kubelet.as_ref().map(|section| Telling::start(config, section, &signals.threads)).transpose()?;
     let tell = |state: &str| {
         if let Err(error) = systemd::notify(manager.as_deref(), state) {
             tracing::warn!(%error, state, "the service manager cannot be told");
@@ -119,6 +122,7 @@ pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
     }
     tell("STOPPING=1");
     // In this order: nothing asks the owner any more when it goes.
+    drop(telling);
     drop(following);
     drop(looking);
     drop(server);

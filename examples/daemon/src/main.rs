@@ -6,6 +6,7 @@ mod daemon;
 mod fabric;
 mod flows;
 mod http;
+mod kubelet;
 mod lock;
 mod metrics;
 mod policies;
@@ -24,7 +25,7 @@ use config::{Config, ConfigError, LogConfig, LogFormat, LogLevel};
 use tracing::level_filters::LevelFilter;
 
 /// Owns the network policy of this node, enters routes to other nodes, takes back addresses of pods that are gone, serves
-/// calls of the plugin, and serves metrics and flow logs.
+/// calls of the plugin, tells the kubelet of virtual functions, and serves metrics and flow logs.
 ///
 /// Exit codes: 0 after SIGTERM or SIGINT, or where --check finds nothing wrong; 1 where it cannot begin or go on, as where
 /// the configuration cannot be read; 2 where arguments or configuration are wrong. Verdicts and routes stay in force when it

@@ -2,6 +2,7 @@
 
 mod common;
 mod fabric;
+mod kubelet;
 mod operating;
 mod owner;
 mod reclaim;
