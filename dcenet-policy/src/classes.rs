@@ -1,7 +1,8 @@
 //! Who an address is, as far as policies can tell.
 //!
 //! Everything that some policy in use asks about a peer is an *atom*: a pod selector, a CIDR block, a group of prefixes,
-//! clusters, a node, a backend of a service, a port that the peer names. The *class* of an address is the set of atoms that it satisfies, under a small number. One
+//! clusters, a name of
+//! the Domain Name System, a node, a backend of a service, a port that the peer names. The *class* of an address is the set of atoms that it satisfies, under a small number. One
 //! [`AddressTable`] for the node turns an address into its class: an exact entry where a pod or node holds the
 //! address, else the longest prefix, else [`ClassId::UNKNOWN`].
 //!
@@ -25,8 +26,8 @@ use crate::ids::Ids;
 use crate::ir::Service;
 use crate::isolation::Ambiguous;
 use crate::model::{
-    Action, Catalog, Cluster, Direction, IpBlock, LabelSelector, Labels, NamedPort, NamespaceMatch, Operator, Peer,
-    PodMatch, PodNetwork, Protocol, SERVICE_ACCOUNT_LABEL, ServiceId,
+    Action, Catalog, Cluster, Direction, DomainName, IpBlock, LabelSelector, Labels, NamePattern, NamedPort,
+    NamespaceMatch, Operator, Peer, PodMatch, PodNetwork, Protocol, SERVICE_ACCOUNT_LABEL, ServiceId,
 };
 
 /// A class of addresses.
@@ -46,6 +47,8 @@ pub(crate) enum Atom {
     Block(IpBlock),
     Group(String, Claim),
     Clusters(LabelSelector, Claim),
+    /// The addresses learnt of names.
+    Name(NamePattern),
     /// The node of this name.
     Node(String),
     Nodes(LabelSelector, Claim),
@@ -70,7 +73,9 @@ impl Atom {
             Peer::Clusters(selector) => Self::Clusters(selector.clone(), claim),
             Peer::Nodes(_) if catalog.node_labels.is_empty() && claim == Claim::Any => return Self::everybody(),
             Peer::Nodes(selector) => Self::Nodes(selector.clone(), claim),
-            Peer::Service(_) if direction == Direction::Ingress => return Vec::new(),
+            Peer::Service(_) | Peer::Name(_) if direction == Direction::Ingress => return Vec::new(),
+            Peer::Name(_) if claim == Claim::Any => return Self::everybody(),
+            Peer::Name(pattern) => Self::Name(pattern.clone()),
             Peer::Service(id) => {
                 let known = [&catalog.services, &catalog.service_addresses].map(|listed| listed.get(id));
                 if known.contains(&None) && claim == Claim::Any {
@@ -275,7 +280,35 @@ pub(crate) fn classify(
         key.dedup();
         table.exact.insert(address, class_of(&key));
     }
+    for key in classes_ahead(atoms, &sets) {
+        class_of(&key);
+    }
     Classified { table, used }
+}
+
+/// The classes that addresses learnt of one name have, as a rule: they are there before the first answer is, so that no
+/// program need be made for it.
+pub(crate) fn classes_ahead(atoms: &HashMap<Atom, AtomId>, prefixes: &BTreeMap<IpNet, ClassKey>) -> BTreeSet<ClassKey> {
+    let mut keys = BTreeSet::new();
+    for id in atoms.iter().filter_map(|(atom, id)| matches!(atom, Atom::Name(_)).then_some(*id)) {
+        keys.insert(vec![id]);
+        for everybody in everything() {
+            let mut key = prefixes.get(&everybody.cidr).cloned().unwrap_or_default();
+            key.push(id);
+            key.sort_unstable();
+            keys.insert(key);
+        }
+    }
+    keys
+}
+
+/// What is asked about the names that have been learnt of an address; one thing maybe more than once.
+pub(crate) fn of_names<'a>(
+    names: impl IntoIterator<Item = &'a DomainName>,
+    atoms: &HashMap<Atom, AtomId>,
+) -> Vec<AtomId> {
+    let patterns = names.into_iter().flat_map(NamePattern::all_of);
+    patterns.filter_map(|pattern| atoms.get(&Atom::Name(pattern)).copied()).collect()
 }
 
 /// The blocks that hold the addresses of each prefix that no longer prefix here holds.
@@ -349,6 +382,9 @@ fn exact_sets(cluster: &Cluster, ambiguous: &Ambiguous, atoms: &HashMap<Atom, At
             sets.entry(*address).or_default().extend(ids);
         }
     };
+    for (address, names) in cluster.names.by_address() {
+        add(address, &of_names(names, atoms));
+    }
     let by_namespace = selectors_by_namespace(cluster, atoms);
     for (id, pod) in &cluster.pods {
         if pod.network == PodNetwork::Host {
@@ -376,7 +412,7 @@ fn exact_sets(cluster: &Cluster, ambiguous: &Ambiguous, atoms: &HashMap<Atom, At
     sets
 }
 
-/// The atoms of addresses that are asked for otherwise than by pods and prefixes: of nodes, and of backends.
+/// The atoms of addresses that are asked for otherwise than by pods, prefixes and names: of nodes, and of backends.
 pub(crate) fn sets_beside_pods(cluster: &Cluster, atoms: &HashMap<Atom, AtomId>) -> BTreeMap<IpAddr, ClassKey> {
     let mut sets: BTreeMap<IpAddr, ClassKey> = BTreeMap::new();
     let mut add = |address: &IpAddr, ids: &[AtomId]| sets.entry(*address).or_default().extend(ids);

@@ -357,7 +357,16 @@ fn matches_peer(cluster: &Cluster, peer: &Peer, tuple: &Tuple, pods: &[(&PodId, 
                 addresses.contains(&address) && selected()
             })
         }
-        Peer::Service(_) if tuple.direction == Direction::Ingress => false,
+        Peer::Service(_) | Peer::Name(_) if tuple.direction == Direction::Ingress => false,
+        Peer::Name(_) if !sure => true,
+        Peer::Name(pattern) => {
+            let pattern = pattern.to_string();
+            let is_meant = |name: &str| match pattern.strip_prefix('*') {
+                Some(end) => name.len() > end.len() && name.ends_with(end),
+                None => name == pattern,
+            };
+            cluster.names.iter().any(|(name, learnt)| is_meant(name.as_str()) && learnt.contains_key(&address))
+        }
         Peer::Service(id) => {
             let answers = |backend: &Backend| {
                 let port = backend.port.is_none_or(|port| port == tuple.port);

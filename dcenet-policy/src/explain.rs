@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use serde::Serialize;
 
 use crate::eval::{self, Decision, EvalError, Refused};
-use crate::model::{Cluster, Direction, PodId, PodNetwork, PolicyId, Protocol, Tuple, Verdict};
+use crate::model::{Cluster, Direction, DomainName, PodId, PodNetwork, PolicyId, Protocol, Time, Tuple, Verdict};
 
 /// An answer with all that led to it. Serialises to JSON for other programs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -19,6 +19,9 @@ pub struct Explanation {
     pub peer_pods: Vec<PodId>,
     /// The node that holds the peer's address, where one does.
     pub peer_node: Option<String>,
+    /// The names that have been learnt of the peer's address, on egress.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub peer_names: Vec<LearntName>,
     /// The answer.
     pub decision: Decision,
     /// All policies that govern the subject in this direction, in the order in which they are tried.
@@ -27,6 +30,18 @@ pub struct Explanation {
     /// direction.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub audit: Option<Decision>,
+}
+
+/// A name of the peer's address, as it has been learnt.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct LearntName {
+    /// The name.
+    pub name: DomainName,
+    /// Until when this is to be known, in seconds since 1970.
+    pub until: Time,
+    /// In how many seconds that is, where the time is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub remaining: Option<Time>,
 }
 
 /// Both halves of a connection between two pods.
@@ -79,8 +94,16 @@ pub fn explain_without(
         Some(PodNetwork::Host) => Vec::new(),
         _ => eval::governing(cluster, subject, tuple.direction)?,
     };
+    let names = cluster.names.of_address(tuple.peer).filter(|_| tuple.direction == Direction::Egress);
+    let learnt = |(name, until): (&DomainName, Time)| LearntName {
+        name: name.clone(),
+        until,
+        remaining: cluster.time.map(|now| until.saturating_sub(now)),
+    };
+    let peer_names = names.map(learnt).collect();
     let audit = eval::audit(cluster, refused, subject, tuple)?;
-    Ok(Explanation { subject: subject.clone(), tuple: *tuple, peer_pods, peer_node, decision, governing, audit })
+    let (subject, tuple) = (subject.clone(), *tuple);
+    Ok(Explanation { subject, tuple, peer_pods, peer_node, peer_names, decision, governing, audit })
 }
 
 /// Explains a connection from one pod to another: egress of the source, ingress of the destination.
@@ -129,6 +152,13 @@ impl fmt::Display for Explanation {
         write!(f, "\n  {}", self.decision)?;
         for policy in &self.governing {
             write!(f, "\n  governed by {policy}")?;
+        }
+        for LearntName { name, until, remaining } in &self.peer_names {
+            write!(f, "\n  {} is an address of {name}", self.tuple.peer)?;
+            match remaining {
+                Some(seconds) => write!(f, " for {seconds} s more")?,
+                None => write!(f, " until {until} s after 1970")?,
+            }
         }
         if let Some(audit) = &self.audit {
             write!(f, "\n  with the policies in audit: {audit}")?;

@@ -41,6 +41,7 @@
 //! | which clusters there are, where none is known | everybody |
 //! | the schedule of a rule, or the time | whom it denies, or would pass |
 //! | who answers for a service, or its own addresses; what is known of it is still allowed | everybody, on egress |
+//! | all addresses of a name: those learnt so far may not be all | everybody, on egress |
 //! | a pod's service account, where the rule's selector asks for it and holds otherwise | that pod |
 //!
 //! A policy whose subject asks for the service account of a pod that has none that is known governs the pod, and allows
@@ -50,12 +51,16 @@
 //! translates the one to the other may stand before or behind the program that judges. What enters by a port of a node
 //! (`NodePort`) is addressed to the node.
 //!
+//! A rule that allows by a [name](NamePattern) matches the addresses that have been learnt of it, whoever has asked for the
+//! name, and whatever else they are addresses of: several names may share one.
+//!
 //! A policy in [audit](Mode::Audit) takes no part in any of this. What the verdict would be with all of them in force is told
 //! beside it.
 //!
 //! Replies are not the model's concern: whoever enforces it judges the first packet of a flow.
 
 mod catalog;
+mod names;
 mod policy;
 mod schedule;
 
@@ -68,6 +73,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 pub use catalog::{Backend, Catalog, ClusterSpec, ServiceId, TierEnd, TierSpec};
+pub use names::{DomainName, NamePattern, Names, NoName};
 pub use policy::{Action, Mode, Policy, PolicyId, Rule, RuleRef, Tier};
 pub(crate) use schedule::{DAYS, MINUTES};
 pub use schedule::{Schedule, Time, Window};
@@ -285,6 +291,9 @@ pub enum Peer {
     Group(String),
     /// Addresses of [clusters](Catalog::clusters), by the clusters' labels.
     Clusters(LabelSelector),
+    /// On egress the addresses that have been [learnt](Cluster::names) of names, and of a rule that denies or passes everybody;
+    /// on ingress nobody.
+    Name(NamePattern),
     /// The backends of one of [`Catalog::services`] and its [own addresses](Catalog::service_addresses), at their ports, on
     /// egress; on ingress nobody.
     Service(ServiceId),
@@ -420,6 +429,8 @@ pub struct Cluster {
     pub policies: BTreeMap<PolicyId, Policy>,
     /// What policies name beside pods.
     pub catalog: Catalog,
+    /// What has been learnt of names of the Domain Name System. Sources leave it empty: by a name nobody is allowed until then.
+    pub names: Names,
     /// The time as of which rules with schedules are asked. `None`, as sources leave it: it is not known whether they hold, so
     /// that those that allow match nobody, and those that deny or pass deny whom they match.
     pub time: Option<Time>,

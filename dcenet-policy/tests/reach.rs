@@ -444,8 +444,8 @@ fn rules_that_are_closed_are_told_with_their_place() {
     assert_eq!(status, 0);
     assert_eq!(
         err.replace(file.to_str().unwrap(), "FILE"),
-        "reach: closed: FILE:10: document 0: spec.egress[0].to[0]: domainNames cannot be resolved here: a rule that allows \
-         matches nothing then\n\
+        "reach: closed: FILE:10: document 0: spec.egress[0].to[0]: spec.egress[0].to[0].services is not known: a rule \
+         that allows matches nothing then\n\
          reach: closed: FILE:22: document 1: spec.egress[1].to[0]: spec.egress[1].to[0].services is not known: a rule that \
          denies or passes denies everything then\n\
          reach: closed: FILE:32: document 2: spec.ingress[0].from[0]: spec.ingress[0].from[0].services is not known: a \

@@ -46,11 +46,21 @@ fn what_is_rendered_without_omission_means_the_same() {
 #[test]
 fn random_policies_are_the_same_or_closed_or_listed() {
     let (mut same, mut listed) = (0, 0);
-    for seed in 0..dcenet_core::test_support::effort(10_u64, 60, 2_000) {
+    for seed in 0..dcenet_core::test_support::effort(12_u64, 80, 2_400) {
         let mut cluster = test_support::cluster(&mut Rng::new(seed));
+        // Of many policies hardly ever all can be said.
+        while seed % 2 == 1 && cluster.policies.len() > 1 + seed as usize / 2 % 2 {
+            cluster.policies.pop_last();
+        }
         let lists = cluster.policies.values_mut().flat_map(|policy| [&mut policy.ingress, &mut policy.egress]);
         // Nobody elsewhere logs, which is told of each such rule.
-        lists.flatten().flatten().for_each(|rule| rule.log = false);
+        lists.flatten().flatten().for_each(|rule| {
+            rule.log = false;
+            // Nor does anybody learn of names, which in half of the clusters nobody asks for.
+            if let (Peers::OneOf(peers), true) = (&mut rule.peers, seed % 2 == 1) {
+                peers.retain(|peer| !matches!(peer, Peer::Name(_)));
+            }
+        });
         let (read, omitted) = back(&cluster);
         let told = diff(&cluster, &read).unwrap();
         if omitted.is_empty() {

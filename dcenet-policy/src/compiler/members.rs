@@ -1,11 +1,11 @@
-//! Updates after which policies are what they were, and some pods are not.
+//! Updates after which policies are what they were, and some pods, or names of some addresses, are not.
 //!
-//! Such an update asks, for the addresses of these pods alone, what policies ask about them, and finds their classes. A class
+//! Such an update asks, for these addresses alone, what policies ask about them, and finds their classes. A class
 //! that there was changes the table and nothing else. A new one gets its local id in each policy set; a set that has none for
 //! what the class satisfies is the only one whose list, diagram and program are made anew.
 //!
 //! What this does not cover is left to the full compilation: a pod that comes under policies that no other pod has together, or
-//! was the last to have them; endpoints that come and go; named ports that change; addresses that several pods claim; and
+//! was the last to have them; an address that has got a name and that several pods hold; endpoints that come and go; named ports that change; addresses that several pods claim; and
 //! whatever is closed or too large.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -17,8 +17,8 @@ use ipnet::IpNet;
 use super::keys::{governs, keys_of};
 use super::{CompileError, Compiler, EndpointPlan, Endpoints, Held, PolicySet, Program, Scope, SetId, Update, compile};
 use crate::classes::{
-    self, Atom, AtomId, Claim, ClassId, ClassKey, TableChanges, longest, prefix_sets, selectors_by_namespace,
-    sets_beside_pods,
+    self, Atom, AtomId, Claim, ClassId, ClassKey, TableChanges, classes_ahead, longest, of_names, prefix_sets,
+    selectors_by_namespace, sets_beside_pods,
 };
 use crate::flatten::{self, SetKey, Signatures};
 use crate::ids::Ids;
@@ -81,9 +81,10 @@ impl Placed {
 pub(super) struct Asked {
     of_namespace: HashMap<String, Vec<(AtomId, Claim)>>,
     selectors: HashMap<AtomId, LabelSelector>,
+    /// Of nodes and backends, by address.
     beside_pods: BTreeMap<IpAddr, ClassKey>,
     prefixes: BTreeMap<IpNet, ClassKey>,
-    /// How many entries of the table name each class.
+    /// How many entries of the table name each class; one more of those that are there before any entry is.
     class_users: HashMap<ClassId, u32>,
     /// By the namespace that they name.
     policies: HashMap<String, Vec<PolicyId>>,
@@ -92,7 +93,12 @@ pub(super) struct Asked {
 }
 
 impl Asked {
-    fn new(cluster: &Cluster, atoms: &HashMap<Atom, AtomId>, table: &classes::AddressTable) -> Self {
+    fn new(
+        cluster: &Cluster,
+        atoms: &HashMap<Atom, AtomId>,
+        table: &classes::AddressTable,
+        numbers: &Ids<ClassKey>,
+    ) -> Self {
         let (mut of_namespace, mut selectors) = (HashMap::new(), HashMap::new());
         for (namespace, asked) in selectors_by_namespace(cluster, atoms) {
             for (atom, selector, _) in &asked {
@@ -101,9 +107,11 @@ impl Asked {
             let asked = asked.into_iter().map(|(atom, _, claim)| (atom, claim)).collect();
             of_namespace.insert(namespace.to_owned(), asked);
         }
+        let prefixes = prefix_sets(&cluster.catalog, atoms);
+        let ahead = classes_ahead(atoms, &prefixes).into_iter().filter_map(|key| numbers.get(&key)).map(ClassId);
         let mut class_users = HashMap::new();
-        for class in table.exact().values().chain(table.prefixes().values()) {
-            *class_users.entry(*class).or_default() += 1;
+        for class in table.exact().values().chain(table.prefixes().values()).copied().chain(ahead) {
+            *class_users.entry(class).or_default() += 1;
         }
         let (mut policies, mut selecting): (HashMap<String, Vec<PolicyId>>, _) = (HashMap::new(), Vec::new());
         for policy in cluster.policies.values() {
@@ -116,7 +124,7 @@ impl Asked {
             of_namespace,
             selectors,
             beside_pods: sets_beside_pods(cluster, atoms),
-            prefixes: prefix_sets(&cluster.catalog, atoms),
+            prefixes,
             class_users,
             policies,
             selecting,
@@ -124,8 +132,15 @@ impl Asked {
     }
 
     /// What an address satisfies that this pod has, or nobody; empty where the table needs no entry for it.
-    fn satisfied(&self, address: IpAddr, pod: Option<(&PodId, &Pod)>, atoms: &HashMap<Atom, AtomId>) -> ClassKey {
+    fn satisfied(
+        &self,
+        cluster: &Cluster,
+        address: IpAddr,
+        pod: Option<(&PodId, &Pod)>,
+        atoms: &HashMap<Atom, AtomId>,
+    ) -> ClassKey {
         let mut key = self.beside_pods.get(&address).cloned().unwrap_or_default();
+        key.extend(of_names(cluster.names.of_address(address).map(|(name, _)| name), atoms));
         if let Some((id, pod)) = pod {
             let asked = self.of_namespace.get(&id.namespace).into_iter().flatten();
             let meant = asked.filter(|(atom, claim)| {
@@ -212,11 +227,27 @@ impl Compiler {
         &mut self,
         cluster: &Cluster,
         pods: impl IntoIterator<Item = &'a PodId>,
+        room: impl FnMut(&Update) -> Result<(), CompileError>,
+    ) -> Result<Update, CompileError> {
+        self.update_parts_within(cluster, pods, &BTreeSet::new(), room)
+    }
+
+    /// As [`Compiler::update_pods_within`], where the names that have been learnt of these addresses
+    /// ([`Cluster::names`]) may differ, too.
+    ///
+    /// # Errors
+    ///
+    /// As [`Compiler::update_within`].
+    pub fn update_parts_within<'a>(
+        &mut self,
+        cluster: &Cluster,
+        pods: impl IntoIterator<Item = &'a PodId>,
+        renamed: &BTreeSet<IpAddr>,
         mut room: impl FnMut(&Update) -> Result<(), CompileError>,
     ) -> Result<Update, CompileError> {
         let pods: BTreeSet<&PodId> = pods.into_iter().collect();
         let mut numbers = Numbers::default();
-        match self.find(cluster, &pods, &mut numbers) {
+        match self.find(cluster, &pods, renamed, &mut numbers) {
             Some(found) if room(&found.update).is_ok() => Ok(self.take(found)),
             _ => {
                 numbers.give_back(&mut self.state.classes);
@@ -227,14 +258,25 @@ impl Compiler {
         }
     }
 
-    /// Whether [`Compiler::update_pods`] would compile everything anew.
+    /// Whether [`Compiler::update_parts_within`] would compile everything anew.
     #[cfg(feature = "test-support")]
-    pub fn would_compile_all<'a>(&self, cluster: &Cluster, pods: impl IntoIterator<Item = &'a PodId>) -> bool {
-        self.clone().find(cluster, &pods.into_iter().collect(), &mut Numbers::default()).is_none()
+    pub fn would_compile_all<'a>(
+        &self,
+        cluster: &Cluster,
+        pods: impl IntoIterator<Item = &'a PodId>,
+        renamed: &BTreeSet<IpAddr>,
+    ) -> bool {
+        self.clone().find(cluster, &pods.into_iter().collect(), renamed, &mut Numbers::default()).is_none()
     }
 
     /// The update, unless it is for the full compilation. Tells of the numbers of classes that it has given.
-    fn find(&mut self, cluster: &Cluster, pods: &BTreeSet<&PodId>, numbers: &mut Numbers) -> Option<Found> {
+    fn find(
+        &mut self,
+        cluster: &Cluster,
+        pods: &BTreeSet<&PodId>,
+        renamed: &BTreeSet<IpAddr>,
+        numbers: &mut Numbers,
+    ) -> Option<Found> {
         let before = self.placed.as_ref()?;
         // What costs nothing is asked first: a pod of this node that comes or goes is for the full compilation.
         let stays = |id: &&PodId| {
@@ -249,7 +291,7 @@ impl Compiler {
             return None;
         }
         let state = &mut self.state;
-        let asked = self.asked.get_or_insert_with(|| Asked::new(cluster, &state.atoms, &state.table));
+        let asked = self.asked.get_or_insert_with(|| Asked::new(cluster, &state.atoms, &state.table, &state.classes));
         let mut placed_pods: Vec<(&PodId, Option<Place>)> = Vec::new();
         let mut plans: Vec<(&PodId, [SetKey; 2])> = Vec::new();
         let mut keys: BTreeMap<IpAddr, ClassKey> = BTreeMap::new();
@@ -279,9 +321,25 @@ impl Compiler {
                     return None;
                 }
                 let holder = new.filter(|_| has.contains(address)).map(|pod| (id, pod));
-                keys.insert(*address, asked.satisfied(*address, holder, &state.atoms));
+                keys.insert(*address, asked.satisfied(cluster, *address, holder, &state.atoms));
             }
             placed_pods.push((id, place));
+        }
+        for address in renamed {
+            if keys.contains_key(address) {
+                continue;
+            }
+            let holds = |pod: &Pod| pod.network == PodNetwork::Own && pod.addresses.contains(address);
+            let mut holders = Vec::new();
+            if before.holders.contains_key(address) {
+                holders.extend(cluster.pods.iter().filter(|(_, pod)| holds(pod)));
+            }
+            let holder = match holders[..] {
+                [] => None,
+                [holder] => Some(holder),
+                _ => return None,
+            };
+            keys.insert(*address, asked.satisfied(cluster, *address, holder, &state.atoms));
         }
 
         // Classes.

@@ -184,7 +184,7 @@ impl Applier {
         let Self { compiler, tables, sizes, .. } = self;
         let room = |update: &Update| has_room(update, sizes, tables);
         let update = match touched {
-            Some(pods) => compiler.update_pods_within(cluster, pods, room)?,
+            Some(pods) => compiler.update_parts_within(cluster, pods, &BTreeSet::new(), room)?,
             None => compiler.update_within(cluster, room)?,
         };
         if !self.learnt.as_ref().is_some_and(|learnt| Arc::ptr_eq(learnt, &update.rules)) {
@@ -499,7 +499,11 @@ impl Shared {
 /// Whether a node's maps hold what an update needs.
 fn has_room(update: &Update, sizes: &Sizes, tables: &mut ClassTables) -> Result<(), CompileError> {
     let classes = update.table.exact().values().chain(update.table.prefixes().values());
-    let (found, limit) = (classes.max().map_or(0, |class| class.0 as usize + 1), sizes.classes as usize);
+    let in_table = classes.max().map_or(0, |class| class.0 as usize + 1);
+    // Classes that no entry names yet have local ids already.
+    let last = |set: &&Arc<PolicySet>| set.locals.iter().rposition(|local| *local != 0).map_or(0, |last| last + 1);
+    let in_arrays = update.sets().values().map(last).max().unwrap_or(0);
+    let (found, limit) = (in_table.max(in_arrays), sizes.classes as usize);
     if found > limit {
         return Err(CompileError::ImplLimitExceeded { what: "classes of peers of the node", found, limit });
     }

@@ -11,7 +11,7 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::flatten::Place;
-use crate::model::{Cluster, Direction, Mode, Rule, RuleRef};
+use crate::model::{Cluster, Direction, Mode, Peer, Peers, Rule, RuleRef};
 
 /// Something that is not enforced as it is written, and what happens instead.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -45,6 +45,16 @@ fn scheduled(cluster: &Cluster) -> impl Iterator<Item = Omission> {
             None => "whether it holds is not known: it allows nobody, or denies whom it would pass",
         };
         Some(Omission::new(place, format!("the schedule {name}: {now}; render again when that changes")))
+    })
+}
+
+/// The rules with names, which are rendered with the addresses learnt so far.
+fn named(cluster: &Cluster) -> impl Iterator<Item = Omission> {
+    let rules = rules_in_force(cluster).filter(|(_, rule)| {
+        matches!(&rule.peers, Peers::OneOf(peers) if peers.iter().any(|peer| matches!(peer, Peer::Name(_))))
+    });
+    rules.map(|(place, _)| {
+        Omission::new(place, "its names are the addresses learnt so far; render again when other answers are learnt")
     })
 }
 

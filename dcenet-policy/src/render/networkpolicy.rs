@@ -197,7 +197,10 @@ impl Renderer<'_> {
                     let meant = known.filter(|known| selector_holds(wanted, &known.labels));
                     peers.extend(meant.flat_map(|known| &known.blocks).cloned().map(Peer::Block));
                 }
-                Peer::Service(_) if direction == Direction::Ingress => {}
+                Peer::Service(_) | Peer::Name(_) if direction == Direction::Ingress => {}
+                Peer::Name(pattern) => {
+                    self.omit(place, format!("the name {pattern}, whose addresses change as answers do; {left}"));
+                }
                 Peer::Service(id) => of_services.extend(self.service_rules(place, rule, id, left)),
             }
         }
@@ -269,7 +272,7 @@ impl Renderer<'_> {
                     Peer::Nodes(wanted) => {
                         peers.extend(self.nodes(wanted).map(|cidr| json!({ "ipBlock": { "cidr": cidr } })));
                     }
-                    Peer::Group(_) | Peer::Clusters(_) | Peer::Service(_) => {
+                    Peer::Group(_) | Peer::Clusters(_) | Peer::Service(_) | Peer::Name(_) => {
                         self.omit(place, format!("a peer of another kind; {CLOSED}"))
                     }
                 }
@@ -399,7 +402,12 @@ impl Renderer<'_> {
                         }
                         (Peer::Nodes(wanted), Direction::Egress) => networks.push(json!({ "nodes": selector(wanted) })),
                         (
-                            Peer::Block(_) | Peer::Nodes(_) | Peer::Group(_) | Peer::Clusters(_) | Peer::Service(_),
+                            Peer::Block(_)
+                            | Peer::Nodes(_)
+                            | Peer::Group(_)
+                            | Peer::Clusters(_)
+                            | Peer::Service(_)
+                            | Peer::Name(_),
                             _,
                         ) => {
                             self.omit(place, format!("a peer that is no pod; {left}"));

@@ -69,6 +69,7 @@ pub fn render(cluster: &Cluster, scope: &Scope) -> Result<Rendered, CompileError
     let update = Compiler::new(scope.clone(), Limits::default()).update(&in_force)?;
     let mut omitted = omissions(cluster, &update);
     omitted.extend(super::in_audit(cluster).chain(super::scheduled(cluster)).chain(super::logged(cluster)));
+    omitted.extend(super::named(cluster));
     let mut writer = Writer { update: &update, body: String::new(), written: BTreeSet::new(), chains: BTreeMap::new() };
     let mut dispatch: BTreeMap<(Direction, bool), BTreeMap<IpAddr, BTreeSet<SetId>>> = BTreeMap::new();
     for (id, plan) in &update.endpoints {

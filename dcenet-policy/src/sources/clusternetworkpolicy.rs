@@ -32,14 +32,17 @@
 //!
 //! A rule with a peer that has none of the fields which are known here fails closed, as the comment of
 //! `ClusterNetworkPolicyIngressPeer` has it: one that accepts matches nothing, and one that denies or passes denies
-//! everything. So do `domainNames`, which this implementation cannot resolve. [`Policies::closed`] names each.
+//! everything. So do `domainNames` in a rule that does not accept: they are "only supported for Accept rules", and which
+//! addresses a name has is not known before somebody asks for it. [`Policies::closed`] names each.
+//!
+//! `domainNames` mean the addresses that have been learnt of them, as [`fqdns`](super::native#objects) do.
 //!
 //! Of `nodes` the labels must be known ([`Catalog::node_labels`](crate::model::Catalog::node_labels)): a node whose labels
 //! are not is matched by rules that deny, and denied by those that pass; where none are known at all, everybody is.
 //!
 //! # What numbers of peers and ports mean
 //!
-//! In a [`RuleRef`](crate::model::RuleRef) each of a peer's `networks` counts as a peer of its own, a name of a port as
+//! In a [`RuleRef`](crate::model::RuleRef) each of a peer's `networks` and `domainNames` counts as a peer of its own, a name of a port as
 //! three ports (TCP, UDP, SCTP), and a peer that is closed not at all; a rule that denies or passes and is closed has
 //! neither peers nor ports. The number of a rule is its index in the object's list.
 //!
@@ -58,14 +61,16 @@
 //!   subject: { namespaces: {} }
 //!   egress:
 //!   - { action: Deny, to: [ { networks: [ 169.254.169.254/32 ] } ] }
-//!   - { action: Accept, to: [ { domainNames: [ example.org ] } ] }
+//!   - { action: Accept, to: [ { domainNames: [ "*.example.org" ] } ] }
+//!   - { action: Deny, to: [ { domainNames: [ example.org ] } ] }
 //! "#,
 //! )
 //! .unwrap();
 //! assert_eq!(read.policies[0].id.to_string(), "admin:no-metadata");
 //! assert_eq!(
 //!     read.closed[0].to_string(),
-//!     "document 0: spec.egress[1].to[0]: domainNames cannot be resolved here: a rule that allows matches nothing then"
+//!     "document 0: spec.egress[2].to[0]: domainNames are for rules that accept: a rule that denies or passes denies \
+//!      everything then"
 //! );
 //! # }
 //! ```
@@ -75,6 +80,7 @@ use std::collections::BTreeSet;
 use serde_json::Value;
 
 use super::fields::{At, Fields, join};
+use super::native::pattern;
 use super::networkpolicy::{
     KindNeeded, MAX_COMBINATIONS, METADATA, dns_name, one_of, port_number, prefix, selector, within,
 };
@@ -361,7 +367,7 @@ fn rules(
         }
         let (mut peers, mut unknown) = (Vec::new(), Vec::new());
         for item in &items {
-            match peer(item, peers_field, kind)? {
+            match peer(item, peers_field, kind, action)? {
                 Known::Yes(found) => peers.extend(found),
                 Known::No(reason) => unknown.push((item, reason)),
             }
@@ -411,7 +417,7 @@ enum Known {
     No(String),
 }
 
-fn peer(at: &At<'_>, peers_field: &str, kind: Kind) -> Result<Known, SourceError> {
+fn peer(at: &At<'_>, peers_field: &str, kind: Kind, action: Action) -> Result<Known, SourceError> {
     let fields = at.some_fields()?;
     let set: Vec<&str> = fields.set().collect();
     let name = match set[..] {
@@ -432,7 +438,16 @@ fn peer(at: &At<'_>, peers_field: &str, kind: Kind) -> Result<Known, SourceError
             items.iter().map(block).collect::<Result<_, SourceError>>()?
         }
         ("nodes", "to") => vec![Peer::Nodes(selector(&value)?)],
-        ("domainNames", "to") => return Ok(Known::No(format!("{name} cannot be resolved here"))),
+        ("domainNames", "to") if action != Action::Allow => {
+            return Ok(Known::No(format!("{name} are for rules that accept")));
+        }
+        ("domainNames", "to") => {
+            let items = elements(&value, MAX_NETWORKS)?;
+            if items.is_empty() {
+                return Err(value.invalid("must have at least one name"));
+            }
+            items.iter().map(|item| pattern(item).map(Peer::Name)).collect::<Result<_, SourceError>>()?
+        }
         _ => return Ok(Known::No(format!("{} is not known", join(&at.path, name)))),
     }))
 }

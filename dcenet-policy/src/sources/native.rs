@@ -9,6 +9,7 @@
 //! | prefixes on ingress, above the policies of namespaces | `cidrs` in `from`, in the tier `admin` |
 //! | an address list of its own, that many rules name | PrefixGroup, `prefixGroups` |
 //! | nodes, services, service accounts | `nodes`, `service`, `serviceAccounts` |
+//! | names of the Domain Name System | `fqdns` |
 //! | clusters, and sets of them | Cluster, `clusters` |
 //! | more tiers | Tier, `spec.tier` |
 //! | to see what a policy would do before it does | `spec.mode: audit` |
@@ -29,13 +30,14 @@
 //! |---|---|
 //! | `spec.subject` | `podSelector`, `serviceAccounts`, and for the cluster's `namespaceSelector`; what is missing selects all |
 //! | `spec.mode` | `enforce`, so where missing, or `audit`: the policy changes no verdict. Of each flow that it would have changed, or decided by another rule, it is told what the verdict would be if all policies in audit were in force ([`Flow::audit`](crate::enforcer::flows::Flow::audit)), and [`explain`](crate::explain) says so of every packet |
-//! | `spec.ingress[].from`, `spec.egress[].to` | missing: anybody. A list of `pods`, `cidrs`, `notCidrs`, `nodes`, `prefixGroups`, `clusters`, and in `to` `service` |
+//! | `spec.ingress[].from`, `spec.egress[].to` | missing: anybody. A list of `pods`, `cidrs`, `notCidrs`, `nodes`, `prefixGroups`, `clusters`, and in `to` `service` and `fqdns` |
 //! | `pods` | `namespaceSelector`, `podSelector` and `serviceAccounts`; without the first the policy's namespace, and for the cluster's all |
 //! | `serviceAccounts` | names of the pods' `spec.serviceAccountName`; one that says nothing has `default`. Of a pod of which only its endpoint is known, and no v1 Pod object, the account is not known: a rule that allows by accounts does not match it, one that denies or passes denies it, and as the subject it is allowed nothing |
 //! | `nodes` | a selector for labels of nodes: their addresses, and so pods in their hosts' networks. `{}` selects all nodes. Nodes are those that v1 Node objects or pods tell of; of a node without such an object the labels are not known, so that a rule that allows does not match it and one that denies or passes denies it. Where there is no Node object at all, it denies everybody |
 //! | `prefixGroups` | names of groups. Of a group that is not given, a rule that allows matches nobody, and one that denies or passes denies everybody |
 //! | `clusters` | a selector for labels of Clusters: the addresses of those that it selects. `{}` selects all; `matchLabels: { clusterset.k8s.io: prod }` those of a set, `cluster.clusterset.k8s.io` one by its name. Where no Cluster is given, a rule that allows matches nobody, and one that denies or passes denies everybody |
 //! | `service` | `name` and `namespace` (for a policy of a namespace its own where missing): the service's own addresses and ports (v1 Service: cluster addresses, external ones, those of its balancer), and the addresses of its EndpointSlices (`discovery.k8s.io/v1`) with the ports there: where and whether the one is translated to the other makes no difference. All endpoints, ready or not. What enters by a `nodePort` is addressed to a node: name `nodes`. Where the Service or every slice of it is missing, a rule that allows matches what is known, and one that denies or passes denies everybody. The rule has no `services` |
+//! | `fqdns` | names such as `db.example.com`, or `"*.example.com"` for all that have one label or more before `.example.com`, and not that itself; at least two labels, in any case. Meant are the addresses that have been learnt of them ([`Cluster::names`](crate::model::Cluster::names)), whichever pod has asked; before that, and where nobody tells of answers, the rule matches nobody. A name is the one that was asked for, not those that a CNAME leads on to. Whoever answers for a name says which addresses the rule means, those of other pods included, and an address is open under all of its names. Only rules that allow may have them: a list of names can never be known to be all that leads to an address |
 //! | `cidrs`, `except` | addresses of pods or not, but those of the exceptions |
 //! | `notCidrs` | addresses but these. The list names prefixes of both families, or the whole of the one that is not meant (`"::/0"`): what a list of one family should mean for the other cannot be guessed |
 //! | `services` | missing: everything. A list of `protocol` with `ports`, `notPorts`, or `type` and `code` |
@@ -63,7 +65,7 @@
 //!
 //! A policy of a tier that is not given closes the pods that it governs, in its directions.
 //!
-//! In a [`RuleRef`](crate::model::RuleRef) each prefix of `cidrs` and each of `prefixGroups` counts as a peer of its own, `notCidrs` as two (IPv4,
+//! In a [`RuleRef`](crate::model::RuleRef) each prefix of `cidrs` and each of `prefixGroups` and `fqdns` counts as a peer of its own, `notCidrs` as two (IPv4,
 //! IPv6), and each port or gap between ports as a port of its own. A [`PolicyId`] begins with `policy/`, as objects of
 //! other kinds may have the same name: `shop/policy/db`, `admin:policy/no-telnet`.
 //!
@@ -105,6 +107,7 @@
 //! ```
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde_json::Value;
@@ -115,8 +118,8 @@ use super::networkpolicy::{
 };
 use super::{SourceError, text};
 use crate::model::{
-    Action, IpBlock, Mode, NamespaceMatch, Operator, Peer, Peers, PodMatch, Policy, PolicyId, PortMatch, PortSpec,
-    Ports, Protocol, Requirement, Rule, SERVICE_ACCOUNT_LABEL, ServiceId, Tier, Tuple,
+    Action, IpBlock, Mode, NamePattern, NamespaceMatch, Operator, Peer, Peers, PodMatch, Policy, PolicyId, PortMatch,
+    PortSpec, Ports, Protocol, Requirement, Rule, SERVICE_ACCOUNT_LABEL, ServiceId, Tier, Tuple,
 };
 
 /// Reads all policies of a YAML text. It may hold several documents, and `List` or `PolicyList` objects.
@@ -279,6 +282,11 @@ fn rules(at: &At<'_>, peers_field: &'static str, owner: Owner<'_>) -> Result<Vec
         };
         let list = fields.field(peers_field);
         let peers = some(&list, "for anybody", |item, peers| peer(item, owner, peers_field, peers))?;
+        if action != Action::Allow && peers.iter().flatten().any(|peer| matches!(peer, Peer::Name(_))) {
+            return Err(list.invalid(
+                "has fqdns, which are for rules that allow: there may be more addresses than have been learnt; name cidrs",
+            ));
+        }
         let ports = some(&fields.field("services"), "for everything", service)?;
         if ports.is_some() && peers.iter().flatten().any(|peer| matches!(peer, Peer::Service(_))) {
             return Err(list.invalid("has a service, which has ports of its own; make two rules, one without services"));
@@ -330,16 +338,18 @@ fn pods_of(fields: &Fields<'_>, owner: Owner<'_>) -> Result<PodMatch, SourceErro
 }
 
 fn peer(at: &At<'_>, owner: Owner<'_>, peers_field: &'static str, peers: &mut Vec<Peer>) -> Result<(), SourceError> {
-    let fields = at.fields(&["pods", "cidrs", "except", "notCidrs", "nodes", "prefixGroups", "clusters", "service"])?;
+    let known: &[&str] =
+        &["pods", "cidrs", "except", "notCidrs", "nodes", "prefixGroups", "clusters", "service", "fqdns"];
+    let fields = at.fields(known)?;
     let (pods, cidrs, except, not) =
         (fields.field("pods"), fields.field("cidrs"), fields.field("except"), fields.field("notCidrs"));
     let (nodes, groups, service) = (fields.field("nodes"), fields.field("prefixGroups"), fields.field("service"));
-    let clusters = fields.field("clusters");
-    let kinds = [&pods, &cidrs, &not, &nodes, &groups, &clusters, &service];
+    let (clusters, names) = (fields.field("clusters"), fields.field("fqdns"));
+    let kinds = [&pods, &cidrs, &not, &nodes, &groups, &clusters, &service, &names];
     if kinds.iter().filter(|field| field.value.is_some()).count() != 1 {
         return Err(at.invalid(
-            "must have exactly one of pods, cidrs, notCidrs, nodes, prefixGroups, clusters, service; make several elements \
-             of it",
+            "must have exactly one of pods, cidrs, notCidrs, nodes, prefixGroups, clusters, service, fqdns; make several \
+             elements of it",
         ));
     }
     if except.value.is_some() && cidrs.value.is_none() {
@@ -358,6 +368,15 @@ fn peer(at: &At<'_>, owner: Owner<'_>, peers_field: &'static str, peers: &mut Ve
             Ok(())
         })?;
         peers.extend(names.into_iter().flatten());
+    } else if names.value.is_some() {
+        if peers_field == "from" {
+            return Err(names.invalid("is for egress: nobody tells which names a sender has; name cidrs"));
+        }
+        let patterns = some(&names, "for anybody", |item, patterns: &mut Vec<Peer>| {
+            patterns.push(Peer::Name(pattern(item)?));
+            Ok(())
+        })?;
+        peers.extend(patterns.into_iter().flatten());
     } else if service.value.is_some() {
         if peers_field == "from" {
             return Err(service.invalid("is for egress; name the pods that may come in"));
@@ -391,6 +410,20 @@ fn peer(at: &At<'_>, owner: Owner<'_>, peers_field: &'static str, peers: &mut Ve
         peers.extend(blocks(&cidrs, &except)?.into_iter().map(Peer::Block));
     }
     Ok(())
+}
+
+/// A name of the Domain Name System, or all below one.
+pub(super) fn pattern(at: &At<'_>) -> Result<NamePattern, SourceError> {
+    let text = at.text()?;
+    if text.trim_start_matches("*.").parse::<IpAddr>().is_ok() {
+        return Err(at.invalid("is an address; name it as a prefix"));
+    }
+    text.parse().map_err(|_| {
+        at.invalid(
+            "must be a full domain name, such as db.example.com, or *.example.com for all below: at least two labels of at \
+             most 63 of a-z, 0-9, - and _, which begin and end with a letter or digit",
+        )
+    })
 }
 
 /// Prefixes but for their exceptions.

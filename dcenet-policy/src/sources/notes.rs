@@ -76,7 +76,9 @@ impl UnknownPeer {
                 let service = (!catalog.service_addresses.contains_key(id)).then(|| Self::Service(id.clone()));
                 backends.into_iter().chain(service).collect()
             }
-            Peer::Nodes(_) | Peer::Group(_) | Peer::Clusters(_) | Peer::Pods(_) | Peer::Block(_) => Vec::new(),
+            Peer::Nodes(_) | Peer::Group(_) | Peer::Clusters(_) | Peer::Pods(_) | Peer::Block(_) | Peer::Name(_) => {
+                Vec::new()
+            }
         }
     }
 }

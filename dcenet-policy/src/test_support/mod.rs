@@ -16,7 +16,7 @@ use crate::isolation::Fault;
 use crate::model::{Cluster, Direction, PodId, Protocol, Tuple, Verdict};
 
 pub use dcenet_core::test_support::Rng;
-pub use random::{addresses, ask_for_accounts, claim_twice, cluster, tuples};
+pub use random::{addresses, ask_for_accounts, change_a_name, claim_twice, cluster, tuples};
 
 /// A wrong compiler, to prove that comparisons notice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

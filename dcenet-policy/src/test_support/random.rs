@@ -9,10 +9,10 @@ use super::Rng;
 use crate::classes::{selector_holds, selector_may_hold};
 use crate::flatten;
 use crate::model::{
-    Action, Backend, CLUSTER_SET_LABEL, Catalog, Cluster, ClusterSpec, Direction, IpBlock, LabelSelector, Labels, Mode,
-    NamedPort, NamespaceMatch, Operator, Peer, Peers, Pod, PodId, PodMatch, PodNetwork, Policy, PolicyId, PortMatch,
-    PortSpec, Ports, Protocol, Requirement, Rule, SERVICE_ACCOUNT_LABEL, Schedule, ServiceId, Tier, TierEnd, TierSpec,
-    Time, Tuple, Window,
+    Action, Backend, CLUSTER_SET_LABEL, Catalog, Cluster, ClusterSpec, Direction, DomainName, IpBlock, LabelSelector,
+    Labels, Mode, NamePattern, NamedPort, Names, NamespaceMatch, Operator, Peer, Peers, Pod, PodId, PodMatch,
+    PodNetwork, Policy, PolicyId, PortMatch, PortSpec, Ports, Protocol, Requirement, Rule, SERVICE_ACCOUNT_LABEL,
+    Schedule, ServiceId, Tier, TierEnd, TierSpec, Time, Tuple, Window,
 };
 
 const NAMESPACES: [&str; 3] = ["x", "y", "z"];
@@ -23,6 +23,7 @@ const TIERS: [(&str, u16); 4] = [("first", 500), ("second", 1500), ("third", 250
 const GROUPS: [&str; 2] = ["partners", "lists"];
 const SCHEDULES: [&str; 2] = ["odd", "even"];
 const SERVICES: [&str; 2] = ["db", "dns"];
+const NAMES: [&str; 5] = ["a.example.com", "b.example.com", "c.b.example.com", "example.com", "d.example.org"];
 const NODES: [&str; 2] = ["n1", "n2"];
 const PORT_NAMES: [&str; 2] = ["web", "dns"];
 const PORTED: [Protocol; 3] = [Protocol::TCP, Protocol::UDP, Protocol::SCTP];
@@ -84,7 +85,7 @@ pub fn cluster(rng: &mut Rng) -> Cluster {
     cluster
 }
 
-/// Groups, clusters, schedules, labels of nodes, and services; now and then one is missing.
+/// Groups, clusters, schedules, labels of nodes, names, and services; now and then one is missing.
 fn catalog(rng: &mut Rng, cluster: &mut Cluster) {
     for name in GROUPS {
         if rng.chance(85) {
@@ -115,6 +116,9 @@ fn catalog(rng: &mut Rng, cluster: &mut Cluster) {
             let windows = vec![Window { days, from: 360, until: 360 }];
             cluster.catalog.schedules.insert(name.to_owned(), Schedule { offset: 60, windows });
         }
+    }
+    for _ in 0..rng.below(10) {
+        change_a_name(rng, &mut cluster.names);
     }
     cluster.time = rng.chance(90).then(|| rng.below(1_000_000) as Time * 60);
     for name in SERVICES {
@@ -188,6 +192,7 @@ pub fn claim_twice(rng: &mut Rng, cluster: &mut Cluster) {
 pub fn addresses(cluster: &Cluster) -> Vec<IpAddr> {
     let mut found: BTreeSet<IpAddr> = cluster.pods.values().flat_map(|pod| pod.addresses.iter().copied()).collect();
     found.extend(cluster.nodes.values().chain(cluster.catalog.external_addresses.values()).flatten());
+    found.extend(cluster.names.iter().flat_map(|(_, learnt)| learnt.keys()));
     found.extend(["192.0.2.1", "2001:db8::1"].into_iter().filter_map(|text| text.parse::<IpAddr>().ok()));
     for policy in cluster.policies.values() {
         for rule in Direction::ALL.into_iter().filter_map(|direction| policy.rules(direction)).flatten() {
@@ -206,7 +211,7 @@ pub fn addresses(cluster: &Cluster) -> Vec<IpAddr> {
                         found.extend(listening(cluster, id));
                         &[]
                     }
-                    Peer::Pods(_) | Peer::Nodes(_) => &[],
+                    Peer::Pods(_) | Peer::Nodes(_) | Peer::Name(_) => &[],
                 };
                 for IpBlock { cidr, except } in blocks {
                     [cidr].into_iter().chain(except).for_each(|prefix| found.extend(prefix_edges(prefix)));
@@ -295,6 +300,10 @@ fn aim(rng: &mut Rng, cluster: &Cluster, peers: &[Peer], own: &[(&PodId, &Pod)])
         Peer::Nodes(_) => {
             let all = cluster.nodes.values().chain(cluster.catalog.external_addresses.values());
             let addresses: Vec<IpAddr> = all.flatten().copied().collect();
+            if addresses.is_empty() { None } else { Some(*rng.pick(&addresses)) }
+        }
+        Peer::Name(_) => {
+            let addresses: Vec<IpAddr> = cluster.names.iter().flat_map(|(_, learnt)| learnt.keys().copied()).collect();
             if addresses.is_empty() { None } else { Some(*rng.pick(&addresses)) }
         }
         Peer::Service(id) => {
@@ -411,6 +420,7 @@ fn peer(rng: &mut Rng, namespace: &str) -> Peer {
         7..=8 => return Peer::Group((*rng.pick(&GROUPS)).to_owned()),
         9 => return Peer::Nodes(selector(rng)),
         11 => return Peer::Clusters(selector(rng)),
+        12 => return Peer::Name(pattern(rng)),
         10 => return Peer::Service(ServiceId::new("x", *rng.pick(&SERVICES))),
         _ => {}
     }
@@ -419,6 +429,40 @@ fn peer(rng: &mut Rng, namespace: &str) -> Peer {
         false => NamespaceMatch::Named(namespace.to_owned()),
     };
     Peer::Pods(PodMatch { namespaces, pods: selector(rng) })
+}
+
+fn pattern(rng: &mut Rng) -> NamePattern {
+    let text = rng.pick(&[
+        "a.example.com",
+        "b.example.com",
+        "c.b.example.com",
+        "*.example.com",
+        "*.b.example.com",
+        "no.example.org",
+    ]);
+    text.parse().unwrap_or_else(|_| NamePattern::Below(name(NAMES[0])))
+}
+
+fn name(text: &str) -> DomainName {
+    match text.parse() {
+        Ok(name) => name,
+        Err(error) => unreachable!("{error}"),
+    }
+}
+
+/// Learns or forgets an address of a name; returns the address.
+pub fn change_a_name(rng: &mut Rng, names: &mut Names) -> IpAddr {
+    let address = if rng.chance(70) { v4_any(rng) } else { v6(rng.below(16) as u16) };
+    let text = rng.pick::<&str>(&NAMES);
+    let name = name(text);
+    let learnt: Vec<IpAddr> = names.addresses(&name).into_iter().flat_map(|learnt| learnt.keys().copied()).collect();
+    if !learnt.is_empty() && rng.chance(40) {
+        let address = *rng.pick(&learnt);
+        names.forget(&name, address);
+        return address;
+    }
+    names.learn(name, address, 1000);
+    address
 }
 
 fn block(rng: &mut Rng) -> IpBlock {

@@ -93,7 +93,7 @@ fn what_cannot_be_meant_is_refused_by_field() {
         (
             rule("to: [{pods: {}, cidrs: [10.0.0.0/8]}]"),
             "spec.egress[0].to[0]: {\"cidrs\":[\"10.0.0.0/8\"],\"pods\":{}}: must have exactly one of pods, cidrs, notCidrs, nodes, prefixGroups, \
-             clusters, service; \
+             clusters, service, fqdns; \
              make several elements of it",
         ),
         (
@@ -197,6 +197,22 @@ fn peers_that_are_named_are_read_and_what_cannot_be_meant_is_refused() {
         (
             refusal("egress", "to: [{prefixGroups: []}]"),
             "spec.egress[0].to[0].prefixGroups: []: must have at least one element; leave it out for anybody",
+        ),
+        (
+            refusal("egress", "to: [{fqdns: [db.example.com]}]"),
+            "spec.egress[0].to: [{\"fqdns\":[\"db.example.com\"]}]: has fqdns, which are for rules that allow",
+        ),
+        (
+            refusal("ingress", "from: [{fqdns: [db.example.com]}]"),
+            "spec.ingress[0].from[0].fqdns: [\"db.example.com\"]: is for egress",
+        ),
+        (
+            refusal("egress", "to: [{fqdns: [db.example.com, '*.com']}]"),
+            "spec.egress[0].to[0].fqdns[1]: \"*.com\": must be a full domain name, such as db.example.com, or *.example.com",
+        ),
+        (
+            refusal("egress", "to: [{fqdns: ['10.0.0.1']}]"),
+            "spec.egress[0].to[0].fqdns[0]: \"10.0.0.1\": is an address; name it as a prefix",
         ),
     ];
     for (told, wanted) in cases {
