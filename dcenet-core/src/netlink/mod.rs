@@ -10,6 +10,7 @@
 mod address;
 mod carrier;
 pub(crate) mod conntrack;
+mod counters;
 mod detail;
 mod device;
 mod fault;
@@ -32,6 +33,7 @@ mod vxlan;
 use std::net::IpAddr;
 
 pub use address::AddressView;
+pub use counters::{LinkCounters, Traffic};
 pub use detail::{LinkDetail, LinkSettings};
 pub use device::{
     CreateLinkError, IpvlanFlag, IpvlanMode, LinkKind, MacvlanMode, NetkitMode, NetkitPolicy, NewLink, VlanProtocol,

@@ -284,11 +284,16 @@ pub(super) fn set_vf(link: IfIndex, vf: u32, change: &VfChange) -> Message {
 }
 
 /// Reads the list of a `RTM_NEWLINK` payload; or how many functions there are, and how many could be read.
+pub(super) fn parse_list(payload: &[u8]) -> Result<Vec<(u32, VfView)>, (u32, usize)> {
+    walk(payload, parse_one)
+}
+
+/// As [`parse_list`], with what `one` reads of each function.
 ///
 /// An attribute's length has 16 bits, and the list of 335 functions is longer: the kernel overwrites it with what is left
 /// (`nla_nest_end` in include/net/netlink.h). So entries are walked by their own lengths, past the end that the list states,
 /// as long as their numbers rise, and what was walked must be what is stated, but for a multiple of 65,536.
-pub(super) fn parse_list(payload: &[u8]) -> Result<Vec<(u32, VfView)>, (u32, usize)> {
+pub(super) fn walk<T>(payload: &[u8], one: impl Fn(&[u8]) -> Option<(u32, T)>) -> Result<Vec<(u32, T)>, (u32, usize)> {
     let bytes = payload.get(HEADER..).unwrap_or_default();
     let attribute = |at: usize| -> Option<(usize, u16, &[u8])> {
         let len = usize::from(u16::from_ne_bytes(field(bytes, at)?));
@@ -314,9 +319,9 @@ pub(super) fn parse_list(payload: &[u8]) -> Result<Vec<(u32, VfView)>, (u32, usi
     };
     let start = at;
     at += 4;
-    let mut all: Vec<(u32, VfView)> = Vec::new();
+    let mut all: Vec<(u32, T)> = Vec::new();
     while let Some((len, IFLA_VF_INFO, content)) = attribute(at) {
-        let Some((vf, view)) = parse_one(content) else { break };
+        let Some((vf, view)) = one(content) else { break };
         if vf >= wanted || all.last().is_some_and(|(last, _)| *last >= vf) {
             break;
         }
@@ -363,10 +368,15 @@ fn parse_one(info: &[u8]) -> Option<(u32, VfView)> {
         rss_query: flag(IFLA_VF_RSS_QUERY_EN),
         guids: guids.map(|(node, port)| VfGuids { node, port }),
     };
-    Some((word(IFLA_VF_MAC, 0)?, view))
+    Some((number_of(&attributes)?, view))
 }
 
-const RTEXT_FILTER_VF: u32 = 1;
+/// Which function it is. Every entry begins with it.
+pub(super) fn number_of(info: &Attributes<'_>) -> Option<u32> {
+    number(info.find(IFLA_VF_MAC)?)
+}
+
+pub(super) const RTEXT_FILTER_VF: u32 = 1;
 const IFLA_NUM_VF: u16 = 21;
 const IFLA_VFINFO_LIST: u16 = 22;
 const IFLA_VF_INFO: u16 = 1;
