@@ -12,7 +12,6 @@
 //!
 //! Bed: igb, by the CNI plugin; modelled.
 
-use std::collections::BTreeSet;
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -32,7 +31,7 @@ use crate::allocate::Request;
 use crate::config::{VfConfig, VfSettings};
 use crate::inventory::{Inventory, VfDriverKind};
 use crate::kernel::{LinuxKernel, VfLinkState, VfRate, VfState, VfVlan};
-use crate::lease::{ChooseError, Chosen, Held, LeaseError, Leases, Restore, Wanted};
+use crate::lease::{ChooseError, Chosen, LeaseError, Leases, Restore, Wanted};
 use crate::pool::{HostUse, Pools};
 use crate::sysfs::{Sysfs, SysfsDir};
 
@@ -271,7 +270,7 @@ impl DeviceSource for VfSource {
 
     fn is_lent(&self, attachment: &AttachmentKey) -> Result<bool, DeviceError> {
         let Some(machine) = self.machine_with_ledger()? else { return Ok(false) };
-        Ok(owners(&machine.leases)?.contains(attachment))
+        Ok(!machine.leases.had_by(attachment).map_err(of_lease)?.is_empty())
     }
 
     fn missing(&self, attachment: &AttachmentKey, device: &LentDevice) -> Result<Vec<String>, DeviceError> {
@@ -289,23 +288,28 @@ impl DeviceSource for VfSource {
     fn release(&self, attachment: &AttachmentKey) -> Result<(), DeviceError> {
         let Some(machine) = self.machine_with_ledger()? else { return Ok(()) };
         let leases = &machine.leases;
-        for held in leases.held().map_err(of_lease)?.iter().filter(|held| held.owner == *attachment) {
+        let had = leases.had_by(attachment).map_err(of_lease)?;
+        if had.is_empty() {
+            return Ok(());
+        }
+        for held in &had.held {
             // Whoever gets nothing of a function that is not as it was has been told by the log.
             let released = patiently(|| leases.release(attachment, held.vf, held.incarnation)).map_err(of_lease)?;
             tracing::debug!(%attachment, vf = %held.vf, ?released, "a function was taken back");
         }
-        for (vf, _) in leases.lost().map_err(of_lease)?.iter().filter(|(_, owner)| owner == attachment) {
-            leases.recover_quarantined(&[*vf]).map_err(of_lease)?;
-        }
-        match leases.lost().map_err(of_lease)?.into_iter().find(|(_, owner)| owner == attachment) {
-            Some((vf, _)) => Err(DeviceError::Busy(Box::new(LeaseError::Hidden { vf }))),
+        // One that was just found nowhere was waited for, and may be there by now all the same.
+        let lost = leases.had_by(attachment).map_err(of_lease)?.lost;
+        leases.recover_quarantined(&lost).map_err(of_lease)?;
+        match leases.had_by(attachment).map_err(of_lease)?.lost.first() {
+            Some(vf) => Err(DeviceError::Busy(Box::new(LeaseError::Hidden { vf: *vf }))),
             None => Ok(()),
         }
     }
 
     fn lent(&self, network: &NetworkName) -> Result<Vec<AttachmentKey>, DeviceError> {
         let Some(machine) = self.machine_with_ledger()? else { return Ok(Vec::new()) };
-        Ok(owners(&machine.leases)?.into_iter().filter(|owner| owner.network == *network).collect())
+        let owners = machine.leases.owners().map_err(of_lease)?;
+        Ok(owners.into_iter().filter(|owner| owner.network == *network).collect())
     }
 
     fn ready(&self, wish: Option<&DeviceWish>) -> Result<(), DeviceError> {
@@ -333,13 +337,6 @@ impl std::fmt::Debug for VfSource {
             .field("section", section)
             .finish_non_exhaustive()
     }
-}
-
-/// Who has functions, or may have.
-fn owners(leases: &Leases) -> Result<BTreeSet<AttachmentKey>, DeviceError> {
-    let held = leases.held().map_err(of_lease)?.into_iter().map(|Held { owner, .. }| owner);
-    let lost = leases.lost().map_err(of_lease)?.into_iter().map(|(_, owner)| owner);
-    Ok(held.chain(lost).collect())
 }
 
 /// What a function is to be for a pod.

@@ -10,8 +10,8 @@ use dcenet_core::netlink::{Failure, Family, LinkDetail, LinkSettings, NetlinkErr
 use dcenet_core::netns::{NetNs, NetNsError, NetNsId};
 
 use super::{
-    Attribute, DriverState, ErrorClass, Kernel, KernelError, Namespace, NetdevChange, NetdevState, VfChange, VfCount,
-    VfState, Watch, asked,
+    Attribute, DriverState, ErrorClass, Kernel, KernelError, LinkCounters, Namespace, NetdevChange, NetdevState,
+    VfChange, VfCount, VfState, Watch, asked,
 };
 use crate::address::{PciAddress, VfIndex};
 use crate::sysfs::{Sysfs, SysfsDir, function};
@@ -106,17 +106,23 @@ impl<S: Sysfs> LinuxKernel<S> {
 impl<S: Sysfs> Kernel for LinuxKernel<S> {
     fn vfs(&self, port: IfIndex) -> Result<Vec<(VfIndex, VfState)>, KernelError> {
         let operation = format!("list VFs of link {port}");
-        let all = self.ask(&Namespace::Host, &operation, |socket| {
-            socket.vfs(port).map_err(|error| match error {
-                VfListError::Netlink(error) if error.errno() == Some(libc::EMSGSIZE) => {
-                    KernelError { class: ErrorClass::Incomplete, ..of_netlink(&operation, error) }
-                }
-                VfListError::Netlink(error) => of_netlink(&operation, error),
-                error => KernelError::of_class(&operation, ErrorClass::Incomplete).saying(error.to_string()),
-            })
-        })?;
-        // A port has at most 65,535 (PCI Express Base Specification, 9.3.3.5: TotalVFs).
-        Ok(all.into_iter().filter_map(|(n, state)| Some((VfIndex(u16::try_from(n).ok()?), state))).collect())
+        let list = |socket: &mut Socket| socket.vfs(port).map_err(|error| of_list(&operation, error));
+        Ok(indexed(self.ask(&Namespace::Host, &operation, list)?))
+    }
+
+    fn vf_counters(&self, port: IfIndex) -> Result<Vec<(VfIndex, LinkCounters)>, KernelError> {
+        let operation = format!("read counters of VFs of link {port}");
+        let list = |socket: &mut Socket| socket.vf_counters(port).map_err(|error| of_list(&operation, error));
+        Ok(indexed(self.ask(&Namespace::Host, &operation, list)?))
+    }
+
+    fn netdev_counters(&self, at: &Namespace, function: PciAddress) -> Result<Option<LinkCounters>, KernelError> {
+        let operation = format!("read counters of {function} in {at}");
+        let wanted = function.to_string();
+        let own = |(detail, _): &(LinkDetail, LinkCounters)| is_of(detail, &wanted);
+        let list = |socket: &mut Socket| socket.link_counters().map_err(|error| of_netlink(&operation, error));
+        let all = self.ask(at, &operation, list)?.into_iter().filter(own);
+        Ok(all.min_by_key(|(detail, _)| detail.link.index).map(|(_, counters)| counters))
     }
 
     fn configure_vf(&self, port: IfIndex, vf: VfIndex, change: &VfChange) -> Result<(), KernelError> {
@@ -143,8 +149,6 @@ impl<S: Sysfs> Kernel for LinuxKernel<S> {
     fn netdevs(&self, at: &Namespace, function: PciAddress) -> Result<Vec<NetdevState>, KernelError> {
         let operation = format!("look for devices of {function} in {at}");
         let wanted = function.to_string();
-        let own =
-            |detail: &LinkDetail| detail.parent.as_ref().is_some_and(|(bus, name)| bus == "pci" && *name == wanted);
         let failed = |error| of_netlink(&operation, error);
         let found = match at {
             // A host has many links, and sysfs tells which of them to ask for.
@@ -157,7 +161,7 @@ impl<S: Sysfs> Kernel for LinuxKernel<S> {
             }
             Namespace::Path(_) => {
                 let all = self.ask(at, &operation, |socket| socket.link_details().map_err(failed))?;
-                all.into_iter().filter(own).collect()
+                all.into_iter().filter(|detail| is_of(detail, &wanted)).collect()
             }
         };
         found.iter().map(|detail| state(detail, &operation)).collect()
@@ -181,6 +185,17 @@ impl<S: Sysfs> Kernel for LinuxKernel<S> {
             }
         }
         Ok(found)
+    }
+
+    fn has_netdev(&self, function: PciAddress) -> Result<bool, KernelError> {
+        // The directory is there as long as any device is (`cleanup_glue_dir` in drivers/base/core.c); only what is in it is
+        // seen by namespace.
+        let directory = crate::sysfs::function(function).join("net");
+        match self.sysfs.list(&directory) {
+            Ok(_) => Ok(true),
+            Err(error) if is_absent(&error) => Ok(false),
+            Err(error) => Err(of_file(&format!("look for any device of {function}"), &directory, &error)),
+        }
     }
 
     fn netdev(&self, at: &Namespace, index: IfIndex) -> Result<Option<NetdevState>, KernelError> {
@@ -362,6 +377,16 @@ impl Watch for LinuxWatch {
     }
 }
 
+/// Whether a link is of the PCI function with this address.
+fn is_of(detail: &LinkDetail, function: &str) -> bool {
+    detail.parent.as_ref().is_some_and(|(bus, name)| bus == "pci" && name == function)
+}
+
+/// A port has at most 65,535 (PCI Express Base Specification, 9.3.3.5: TotalVFs).
+fn indexed<T>(all: Vec<(u32, T)>) -> Vec<(VfIndex, T)> {
+    all.into_iter().filter_map(|(n, of)| Some((VfIndex(u16::try_from(n).ok()?), of))).collect()
+}
+
 fn settings(change: &NetdevChange) -> LinkSettings<'_> {
     let NetdevChange { name, alias, mac, mtu, promisc, all_multicast, up } = change;
     LinkSettings {
@@ -422,6 +447,16 @@ fn of_netlink(operation: &str, error: NetlinkError) -> KernelError {
         }
         // The request may have been read before the socket failed.
         other => KernelError::of_class(operation, ErrorClass::Lost).saying(other.to_string()),
+    }
+}
+
+fn of_list(operation: &str, error: VfListError) -> KernelError {
+    match error {
+        VfListError::Netlink(error) if error.errno() == Some(libc::EMSGSIZE) => {
+            KernelError { class: ErrorClass::Incomplete, ..of_netlink(operation, error) }
+        }
+        VfListError::Netlink(error) => of_netlink(operation, error),
+        error => KernelError::of_class(operation, ErrorClass::Incomplete).saying(error.to_string()),
     }
 }
 

@@ -15,7 +15,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use dcenet_core::model::{IfIndex, IfName, MacAddr, Mtu};
-pub use dcenet_core::netlink::{Guid, VfChange, VfGuids, VfLinkState, VfRate, VfView as VfState, VfVlan, VlanProtocol};
+pub use dcenet_core::netlink::{
+    Guid, LinkCounters, Traffic, VfChange, VfGuids, VfLinkState, VfRate, VfView as VfState, VfVlan, VlanProtocol,
+};
 use dcenet_core::netns::NetNsId;
 use serde::{Deserialize, Serialize};
 
@@ -52,6 +54,22 @@ pub trait Kernel: fmt::Debug + Send + Sync {
             .ok_or_else(|| KernelError::of_class(operation(), ErrorClass::NotReported))
     }
 
+    /// What the port's driver counted of each of its functions, as [`vfs`](Self::vfs) lists them and as expensive. A driver
+    /// that counts nothing says zeros: igb and netdevsim do.
+    ///
+    /// # Errors
+    /// As of [`vfs`](Self::vfs).
+    fn vf_counters(&self, port: IfIndex) -> Result<Vec<(VfIndex, LinkCounters)>, KernelError>;
+
+    /// What a function's network device counted in a namespace; `None` where it has none there.
+    ///
+    /// # Errors
+    /// [`ErrorClass::NamespaceGone`].
+    ///
+    /// # Minimum kernel version
+    /// 5.14 (`IFLA_PARENT_DEV_NAME`).
+    fn netdev_counters(&self, at: &Namespace, function: PciAddress) -> Result<Option<LinkCounters>, KernelError>;
+
     /// Has the port change the settings of a function, by one message. Where nothing is to be changed none is sent.
     ///
     /// # Errors
@@ -73,6 +91,9 @@ pub trait Kernel: fmt::Debug + Send + Sync {
     fn indices(&self, function: PciAddress) -> Result<Vec<IfIndex>, KernelError> {
         Ok(self.netdevs(&Namespace::Host, function)?.into_iter().map(|device| device.index).collect())
     }
+
+    /// Whether the function has a network device in any namespace, also in one that nobody can look into.
+    fn has_netdev(&self, function: PciAddress) -> Result<bool, KernelError>;
 
     /// A network device by its index in a namespace; `None` where there is none.
     fn netdev(&self, at: &Namespace, index: IfIndex) -> Result<Option<NetdevState>, KernelError>;

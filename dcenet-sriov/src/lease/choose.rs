@@ -118,6 +118,7 @@ fn is_of_one(error: &LeaseError) -> bool {
             | LeaseError::Elsewhere { .. }
             | LeaseError::Gone { .. }
             | LeaseError::Hidden { .. }
+            | LeaseError::NoDevice { .. }
             | LeaseError::Another { .. }
             | LeaseError::Ledger(LedgerError::Busy { .. })
     )

@@ -4,6 +4,8 @@
 //! there is a place that follows no state directory, where it is written down in which of them a function was prepared
 //! last.
 
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use dcenet_core::journal::{Ledger, LedgerError, Page};
@@ -43,7 +45,7 @@ impl Leases {
         let Some(claims) = &self.claims else { return Ok(None) };
         let mut page = claims.enter(&vf.to_string())?;
         let before = page.account()?.standing.as_ref().map(|claim| &claim.state);
-        if before == Some(&self.state) {
+        if before.is_some_and(|state| is_same_directory(state, &self.state)) {
             return Ok(Some(page));
         }
         if let Some(state) = before
@@ -53,6 +55,18 @@ impl Leases {
         }
         page.stand(&Claim { state: self.state.clone() })?;
         Ok(Some(page))
+    }
+
+    /// As [`claim`](Self::claim), of several, for who changes them all.
+    pub(super) fn claim_all(
+        &self,
+        functions: impl IntoIterator<Item = PciAddress>,
+    ) -> Result<Vec<Claimed>, (PciAddress, LeaseError)> {
+        let mut claimed = Vec::new();
+        for vf in functions {
+            claimed.extend(self.claim(vf).map_err(|error| (vf, error))?);
+        }
+        Ok(claimed)
     }
 
     /// Whether a ledger has the function lent or in quarantine.
@@ -67,4 +81,10 @@ impl Leases {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+/// Also where one path leads to it by a symbolic link, or by another mount.
+fn is_same_directory(a: &Path, b: &Path) -> bool {
+    let identity = |path: &Path| fs::metadata(path).map(|found| (found.dev(), found.ino()));
+    a == b || matches!((identity(a), identity(b)), (Ok(a), Ok(b)) if a == b)
 }

@@ -96,7 +96,9 @@ impl Converge<'_> {
             rounds += 1;
             let mut errors = Vec::new();
             self.round(goal, none, &mut errors);
-            if errors.iter().any(|error| matches!(error, LeaseError::Gone { .. } | LeaseError::Hidden { .. })) {
+            if errors.iter().any(|error| {
+                matches!(error, LeaseError::Gone { .. } | LeaseError::Hidden { .. } | LeaseError::NoDevice { .. })
+            }) {
                 // Looking again would only wait again.
                 return errors;
             }
@@ -186,7 +188,7 @@ impl Converge<'_> {
 
     /// The index of the port's network device. A PCI function may have several: the port's is the one that tells of
     /// this virtual function.
-    fn port(&self) -> Result<IfIndex, LeaseError> {
+    pub(super) fn port(&self) -> Result<IfIndex, LeaseError> {
         let candidates = self.kernel.indices(self.vf.port)?;
         if let [only] = candidates[..] {
             return Ok(only);
@@ -257,10 +259,19 @@ impl Converge<'_> {
             if left.is_zero() {
                 // A function that went meanwhile is not hidden.
                 self.driver()?;
-                return Err(LeaseError::Hidden { vf: self.vf.address });
+                return Err(self.unseen());
             }
             // In a container events may not come.
             watch.wait(left.min(LONGEST_WAIT))?;
+        }
+    }
+
+    /// Why its network device is not found. Where it cannot be told whether there is one, somebody may have it.
+    pub(super) fn unseen(&self) -> LeaseError {
+        let vf = self.vf.address;
+        match self.kernel.has_netdev(vf) {
+            Ok(false) => LeaseError::NoDevice { vf },
+            _ => LeaseError::Hidden { vf },
         }
     }
 

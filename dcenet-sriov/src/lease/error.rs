@@ -65,6 +65,14 @@ pub enum LeaseError {
         /// The function.
         vf: PciAddress,
     },
+    /// It has a driver, and no network device in any namespace.
+    #[error(
+        "{vf}: its driver has made no network device; see the kernel's log, and whether its port is up, then unbind and bind it"
+    )]
+    NoDevice {
+        /// The function.
+        vf: PciAddress,
+    },
     /// The function at this address is not the one that was named.
     #[error("{vf}: it is not VF {index} of port {port}; take the inventory anew")]
     Another {

@@ -48,8 +48,10 @@
 mod choose;
 mod claim;
 mod converge;
+mod counters;
 mod error;
 mod lent;
+mod owners;
 mod port;
 mod record;
 mod recover;
@@ -67,8 +69,10 @@ use dcenet_core::provider::DeviceScrub;
 use serde::{Deserialize, Serialize};
 
 pub use choose::{ChooseError, Chosen};
+pub use counters::Counted;
 pub use error::LeaseError;
 pub use lent::VfLease;
+pub use owners::Had;
 pub use record::{Quarantine, Until};
 pub use recover::{Outcome, Recovered};
 pub use snapshot::{Difference, NetdevSnapshot, VfSnapshot};
@@ -186,7 +190,8 @@ impl Leases {
     pub fn open(kernel: Arc<dyn Kernel>, state: &Path) -> Result<Self, LedgerError> {
         let ledger = Arc::new(VfLedger::open(state, LEDGER)?);
         // Others read it from elsewhere.
-        let state = std::path::absolute(state).unwrap_or_else(|_| state.to_owned());
+        let resolved = std::fs::canonicalize(state).or_else(|_| std::path::absolute(state));
+        let state = resolved.unwrap_or_else(|_| state.to_owned());
         let (restore, patience) = (Restore::default(), PATIENCE);
         Ok(Self { kernel, scrub: None, ledger, state, claims: None, restore, patience })
     }
@@ -283,32 +288,6 @@ impl Leases {
         self.take_back(&mut page, id, &open)
     }
 
-    /// The leases that stand, in the order of the functions' addresses, also unfinished ones. Nothing is locked, and
-    /// what is told may be over.
-    ///
-    /// # Errors
-    /// Where the ledger cannot be read. Unreadable files are left out, for [`recover`](Self::recover) to set aside.
-    pub fn held(&self) -> Result<Vec<Held>, LeaseError> {
-        let open = |(vf, account): (PciAddress, VfAccount)| Some((vf, account.open?));
-        let now = |(_, open): &(PciAddress, VfOpen)| open.boot == self.ledger.boot();
-        let all = self.accounts()?.into_iter().filter_map(open).filter(now);
-        Ok(all.map(|(vf, open)| holding(vf, open)).collect())
-    }
-
-    /// The functions in quarantine whose network devices were found nowhere when they were taken back, with those who
-    /// had them and may have them still, in the order of their addresses. A [recovery](Self::recover_quarantined) that
-    /// finds one brings it back.
-    ///
-    /// # Errors
-    /// As of [`held`](Self::held).
-    pub fn lost(&self) -> Result<Vec<(PciAddress, AttachmentKey)>, LeaseError> {
-        let owner = |(vf, account): (PciAddress, VfAccount)| {
-            let standing = account.standing.filter(|standing| standing.boot == self.ledger.boot())?;
-            Some((vf, standing.owner?))
-        };
-        Ok(self.accounts()?.into_iter().filter_map(owner).collect())
-    }
-
     /// The functions that nobody gets, whoever asks: those in quarantine, and those of which cannot be read who has them.
     ///
     /// # Errors
@@ -354,20 +333,6 @@ impl Leases {
             _ => true,
         });
         Ok(Some(differences))
-    }
-
-    /// What is written down of all functions, in the order of their addresses, but what cannot be read.
-    fn accounts(&self) -> Result<Vec<(PciAddress, VfAccount)>, LeaseError> {
-        let mut all = Vec::new();
-        for key in self.ledger.keys()? {
-            let Ok(vf) = key.parse() else { continue };
-            match self.ledger.read(&key) {
-                Ok(account) => all.extend(account.map(|account| (vf, account))),
-                Err(LedgerError::Malformed { .. }) => tracing::warn!(key, "record left out"),
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(all)
     }
 
     /// Whether the machine means the same by it as the caller, whose inventory may be old: else somebody else's
@@ -418,7 +383,7 @@ impl Leases {
         if now.netdev.is_none()
             && now.driver.driver.as_deref().is_some_and(|driver| !crate::inventory::is_for_user_space(driver))
         {
-            return Err(LeaseError::Hidden { vf: vf.address });
+            return Err(self.work(vf, None).unseen());
         }
         let (home, restore) = (Some(now.clone()), self.restore);
         page.stand(&Standing { home, restore, ..Standing::of(Some(vf), self.ledger.boot()) })?;
@@ -464,10 +429,9 @@ impl Leases {
         }
         self.learn(page, none)?;
         if !errors.is_empty() {
-            // One without a driver has no device that an owner could have still.
-            let bound = || !self.work(vf, away).driver().is_ok_and(|state| state.driver.is_none());
+            // Where there is no device, an owner can have none still.
             let hidden = errors.iter().any(|error| matches!(error, LeaseError::Hidden { .. }));
-            let owner = owner.filter(|_| hidden && bound());
+            let owner = owner.filter(|_| hidden);
             self.quarantine(page, vf, away, owner, error::all(&errors))?;
             return Ok(Released::Quarantined(errors));
         }

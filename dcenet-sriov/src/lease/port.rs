@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use dcenet_core::journal::LedgerError;
 
-use super::Leases;
 use super::record::{VfPage, is_committed};
+use super::{LeaseError, Leases};
 use crate::address::{PciAddress, VfIndex};
 use crate::count::{CountError, CountRequest, change_vf_count};
 
@@ -23,6 +23,15 @@ impl Leases {
         request: &CountRequest<'_>,
     ) -> Result<Vec<(VfIndex, PciAddress)>, CountError> {
         let mut pages = self.pages_of(port)?;
+        let _claimed = self.claim_all(pages.keys().copied()).map_err(|(function, error)| match error {
+            LeaseError::Elsewhere { state, .. } => {
+                let user = format!("who has it by the ledger of state directory {}", state.display());
+                CountError::InUse { port, function, user }
+            }
+            LeaseError::Ledger(LedgerError::Busy { .. }) => busy(port, function),
+            LeaseError::Ledger(error) => error.into(),
+            error => CountError::InUse { port, function, user: format!("somebody who cannot be told ({error})") },
+        })?;
         let holders: BTreeMap<_, _> =
             pages.iter().filter_map(|(function, page)| Some((*function, self.holder(page)?))).collect();
         let user = |function| holders.get(&function).cloned().or_else(|| (request.user)(function));
@@ -74,9 +83,7 @@ impl Leases {
         }
         for function in functions {
             let page = self.ledger.enter(&function.to_string()).map_err(|error| match error {
-                LedgerError::Busy { .. } => {
-                    CountError::InUse { port, function, user: "a call that works on it now".to_owned() }
-                }
+                LedgerError::Busy { .. } => busy(port, function),
                 error => error.into(),
             })?;
             pages.insert(function, page);
@@ -111,4 +118,8 @@ impl Leases {
         }
         Ok(())
     }
+}
+
+fn busy(port: PciAddress, function: PciAddress) -> CountError {
+    CountError::InUse { port, function, user: "a call that works on it now".to_owned() }
 }

@@ -187,6 +187,7 @@ impl Leases {
             let (owner, incarnation) = (Box::new(open.intent.owner), open.incarnation);
             return Err(LeaseError::Taken { vf: vf.address, owner, incarnation });
         }
+        let _claimed = self.claim(vf.address)?;
         self.confirm(vf)?;
         let now = self.work(vf, None).snapshot()?;
         self.first_see(&mut page, vf, &now).map(drop)

@@ -61,6 +61,7 @@ pub fn conforms(bed: &Bed<'_>) {
     what_is_refused_is_named_and_changes_nothing(bed);
     what_came_before_a_refusal_stays(bed);
     what_is_not_there_is_told(bed);
+    counters_are_of_the_same_functions(bed);
     if let (Some(function), Some(pod)) = (bed.function, &bed.pod) {
         devices_move_and_come_back(bed, function, pod);
         drivers_are_exchanged(bed, function);
@@ -183,6 +184,19 @@ fn what_is_not_there_is_told(bed: &Bed<'_>) {
     assert_eq!(bed.kernel.vf_count(never).expect_err("gone").class, ErrorClass::Gone);
 }
 
+fn counters_are_of_the_same_functions(bed: &Bed<'_>) {
+    let functions: Vec<VfIndex> = bed.kernel.vfs(bed.port).expect("to list").into_iter().map(|(vf, _)| vf).collect();
+    let counted = bed.kernel.vf_counters(bed.port).expect("to count");
+    assert_eq!(counted.into_iter().map(|(vf, _)| vf).collect::<Vec<_>>(), functions);
+    let nowhere = Namespace::Path("/run/netns/dcenet-nobody-made-this".into());
+    let never: PciAddress = "fffe:00:1f.7".parse().expect("an address");
+    assert_eq!(bed.kernel.netdev_counters(&nowhere, never).expect_err("gone").class, ErrorClass::NamespaceGone);
+    assert_eq!(bed.kernel.netdev_counters(&Namespace::Host, never).expect("to look"), None);
+    if let Some(function) = bed.function {
+        assert!(bed.kernel.netdev_counters(&Namespace::Host, function).expect("to look").is_some());
+    }
+}
+
 fn devices_move_and_come_back(bed: &Bed<'_>, function: PciAddress, pod: &Namespace) {
     let host = Namespace::Host;
     let kernel = bed.kernel;
@@ -205,6 +219,7 @@ fn devices_move_and_come_back(bed: &Bed<'_>, function: PciAddress, pod: &Namespa
     // One message moves, renames and configures.
     kernel.move_netdev(&host, before.index, pod, &name, &change).expect("to move it");
     assert_eq!(kernel.netdevs(&host, function).expect("no error"), []);
+    assert!(kernel.has_netdev(function).expect("to look"), "it is in the pod");
     let inside = bed.device(pod, function);
     let wanted = NetdevState {
         index: inside.index,
@@ -251,6 +266,7 @@ fn drivers_are_exchanged(bed: &Bed<'_>, function: PciAddress) {
     kernel.unbind(function).expect("to unbind it");
     assert_eq!(kernel.driver(function).expect("no error").driver, None);
     assert_eq!(kernel.netdevs(&Namespace::Host, function).expect("no error"), []);
+    assert!(!kernel.has_netdev(function).expect("to look"), "nobody makes one");
     assert_eq!(kernel.unbind(function).expect_err("it has none").class, ErrorClass::Gone);
     kernel.set_driver_override(function, Some("vfio-pci")).expect("to set the override");
     assert_eq!(kernel.driver(function).expect("no error").driver_override.as_deref(), Some("vfio-pci"));

@@ -8,8 +8,8 @@ use dcenet_core::netns::NetNsId;
 
 use crate::address::{PciAddress, VfIndex};
 use crate::kernel::{
-    DriverState, ErrorClass, Kernel, KernelError, Namespace, NetdevChange, NetdevState, VfChange, VfCount, VfState,
-    Watch,
+    DriverState, ErrorClass, Kernel, KernelError, LinkCounters, Namespace, NetdevChange, NetdevState, VfChange,
+    VfCount, VfState, Watch,
 };
 
 /// What happens at the chosen call.
@@ -90,12 +90,24 @@ impl Kernel for FlakyKernel {
         self.pass("look up VF", || self.inner.vf(port, vf))
     }
 
+    fn vf_counters(&self, port: IfIndex) -> Result<Vec<(VfIndex, LinkCounters)>, KernelError> {
+        self.pass("read counters of VFs", || self.inner.vf_counters(port))
+    }
+
+    fn netdev_counters(&self, at: &Namespace, function: PciAddress) -> Result<Option<LinkCounters>, KernelError> {
+        self.pass("read counters of devices", || self.inner.netdev_counters(at, function))
+    }
+
     fn configure_vf(&self, port: IfIndex, vf: VfIndex, change: &VfChange) -> Result<(), KernelError> {
         self.pass("configure VF", || self.inner.configure_vf(port, vf, change))
     }
 
     fn netdevs(&self, at: &Namespace, function: PciAddress) -> Result<Vec<NetdevState>, KernelError> {
         self.pass("look for devices", || self.inner.netdevs(at, function))
+    }
+
+    fn has_netdev(&self, function: PciAddress) -> Result<bool, KernelError> {
+        self.pass("look for any device", || self.inner.has_netdev(function))
     }
 
     fn netdev(&self, at: &Namespace, index: IfIndex) -> Result<Option<NetdevState>, KernelError> {

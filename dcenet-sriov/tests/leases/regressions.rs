@@ -252,6 +252,27 @@ fn a_function_whose_driver_was_bound_anew_under_the_pod_is_restored() {
     assert!(world.is_home(), "{:?}", world.now());
 }
 
+/// The twin is the device that somebody hides, of which DEL says that the pod may have it still.
+#[test]
+fn a_driver_that_makes_no_device_leaves_it_to_nobody() {
+    let world = igb();
+    let incarnation = add(&world);
+    let anew = |delay| {
+        world.model.unbind(world.vf.address).unwrap();
+        world.model.set_delay(delay);
+        world.model.bind(world.vf.address, Profile::IGB.vf_driver).unwrap();
+    };
+    anew(u64::MAX);
+    let released = release(&world, incarnation);
+    let none = |errors: &[LeaseError]| errors.iter().any(|error| matches!(error, LeaseError::NoDevice { .. }));
+    assert!(matches!(&released, Released::Quarantined(errors) if none(errors)), "{released:?}");
+    assert_eq!(world.leases().lost().unwrap(), []);
+    assert!(matches!(outcome(&world), Outcome::Quarantined(q) if q.until == Until::Restored));
+    anew(0);
+    assert!(matches!(outcome(&world), Outcome::Restored));
+    assert!(world.is_home());
+}
+
 #[test]
 fn an_unreadable_record_puts_it_into_quarantine_until_a_person_has_looked() {
     let world = igb();

@@ -5,9 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dcenet_core::provider::{DeviceError, DeviceRequest, DeviceSource, DeviceWish, LentDevice};
-use dcenet_sriov::kernel::{Kernel, Namespace, NetdevChange, VfChange, VfRate, VfVlan};
+use dcenet_sriov::PciAddress;
+use dcenet_sriov::count::CountRequest;
+use dcenet_sriov::kernel::{Kernel, LinkCounters, Namespace, NetdevChange, Traffic, VfChange, VfRate, VfVlan};
 use dcenet_sriov::kubelet::Resource;
-use dcenet_sriov::lease::{LeaseError, Leases, Outcome, Recovered};
+use dcenet_sriov::lease::{Counted, LeaseError, Leases, Outcome, Recovered};
 use dcenet_sriov::pool::{HostUse, Pools};
 use dcenet_sriov::source::{Machine, VfSource};
 use dcenet_sriov::test_support::{Fault, FlakyKernel, Port, Profile, Tree};
@@ -357,9 +359,26 @@ fn a_function_that_is_in_another_ledger_is_passed_over() {
         assert_eq!(port.vlan.id.map(|vlan| vlan.get()), Some(100), "nothing was written");
         ours.release(&owner("a"), world.vf.address, incarnation).unwrap();
         theirs.prepare(&owner("b"), world.vf, &world.wanted()).unwrap().commit().unwrap();
+        // By another path it is the same ledger.
+        let link = world.state.path().join("link");
+        std::os::unix::fs::symlink(other.path(), &link).unwrap();
+        let again = open(&link).prepare(&owner("c"), world.vf, &world.wanted()).map(drop);
+        assert!(matches!(again, Err(LeaseError::Taken { .. })), "{again:?}");
+        let (port, count) = (world.vf.port, world.model.vf_count(world.vf.port).unwrap());
+        let request = CountRequest {
+            count: 1,
+            autoprobe: None,
+            user: &|_| None,
+            even_elsewhere: false,
+            limit: Duration::from_secs(60),
+        };
+        let error = ours.set_vf_count(port, &request).unwrap_err();
+        assert!(error.to_string().contains("by the ledger of state directory"), "{error}");
+        assert_eq!(world.model.vf_count(port).unwrap(), count);
+        assert!(matches!(ours.readmit(world.vf), Err(LeaseError::Elsewhere { .. })));
         assert!(matches!(ours.prepare(&owner("a"), world.vf, &world.wanted()), Err(LeaseError::Elsewhere { .. })));
         let recovered = ours.recover(|_| true).unwrap();
-        assert!(matches!(&recovered[..], [Recovered { outcome: Outcome::Elsewhere(_), .. }]), "{recovered:?}");
+        assert!(matches!(&recovered[..], [Recovered { outcome: Outcome::Elsewhere(_), .. }, ..]), "{recovered:?}");
         theirs.recover(|_| false).unwrap();
         assert!(world.is_home());
     }
@@ -424,6 +443,29 @@ fn a_function_that_is_not_found_keeps_its_attachment_until_it_is() {
     source.release(&owner("a")).unwrap();
     assert!(!source.is_lent(&owner("a")).unwrap());
     assert!(world.leases().lost().unwrap().is_empty() && world.leases().held().unwrap().len() == 1);
+}
+
+/// The twin is a port whose driver counts nothing.
+#[test]
+fn what_was_counted_is_told_of_those_who_have_functions() {
+    let traffic = |n| Traffic { packets: n, bytes: 100 * n, dropped: n / 2 };
+    let counters = |n| LinkCounters { received: traffic(n), sent: traffic(n + 1) };
+    for counts in [true, false] {
+        let world = host();
+        let source = modelled(&world);
+        assert_eq!(world.leases().counters().unwrap(), []);
+        let device = source.lend(&request("a")).unwrap();
+        let vf: PciAddress = device.id.parse().unwrap();
+        let by_port = if counts { counters(8) } else { LinkCounters::default() };
+        world.model.count(vf, counters(4), by_port);
+        let told = |by_device| Counted { vf, owner: owner("a"), by_device, by_port: counts.then_some(by_port) };
+        // Not moved yet, as of a call that was killed there.
+        assert_eq!(world.leases().counters().unwrap(), [told(None)]);
+        move_in(&world, &*world.model, &device);
+        assert_eq!(world.leases().counters().unwrap(), [told(Some(counters(4)))]);
+        source.release(&owner("a")).unwrap();
+        assert_eq!(world.leases().counters().unwrap(), []);
+    }
 }
 
 /// A DEL and a GC need no section, and who looks on the way says nothing of what a function is to be.

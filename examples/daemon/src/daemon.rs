@@ -40,6 +40,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use crate::config::Config;
 use crate::fabric::{FabricMetrics, Following, check_mtu};
 use crate::flows::Flows;
+use crate::functions::Functions;
 use crate::kubelet::Telling;
 use crate::lock::RunLock;
 use crate::metrics::{DaemonMetrics, Endpoint, Sources};
@@ -92,7 +93,8 @@ pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
         }
         _ => None,
     };
-    let sources = Sources { registry, daemon, addresses, policy: counted };
+    let functions = Functions::register(&mut registry, &config.state_dir, &config.run_dir);
+    let sources = Sources { registry, daemon, addresses, functions, policy: counted };
     let metrics = config.metrics.as_ref().map(|m| Endpoint::start(&m.listen, sources, &signals.threads)).transpose()?;
     let server = config.server.as_ref().map(|section| server::start(section, &config.run_dir, stores)).transpose()?;
     let telling =

@@ -5,6 +5,7 @@ mod config;
 mod daemon;
 mod fabric;
 mod flows;
+mod functions;
 mod http;
 mod kubelet;
 mod lock;

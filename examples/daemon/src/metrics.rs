@@ -1,6 +1,6 @@
 //! What Prometheus sees, over HTTP: `GET /metrics`, in the text format of OpenMetrics 1.0.
 //!
-//! Beside what [`dcenet_ipam::metrics`] and [`dcenet_policy::enforcer::flows::prometheus`] list:
+//! Beside what [`dcenet_ipam::metrics`], [`dcenet_policy::enforcer::flows::prometheus`] and [`crate::functions`] list:
 //!
 //! | Name | Labels | Of |
 //! |---|---|---|
@@ -31,6 +31,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use crate::config::Listen;
+use crate::functions::Functions;
 use crate::http::{self, Answer, Limits};
 use crate::threads::Threads;
 
@@ -81,20 +82,23 @@ pub struct Sources {
     pub daemon: DaemonMetrics,
     /// The store's pools, and what counts them.
     pub addresses: Option<(Arc<Ipam>, dcenet_ipam::metrics::Metrics)>,
+    /// The functions that pods have.
+    pub functions: Functions,
     /// The owner of policy, and what counts its flows.
     pub policy: Option<(Arc<Enforcer>, FlowMetrics)>,
 }
 
 impl Sources {
-    /// All of it as of now, addresses as of [`COUNT`] ago at most. What cannot be counted stays as it was, and is told.
+    /// All of it as of now, addresses and functions as of [`COUNT`] ago at most. What cannot be counted stays as it was, and is told.
     fn text(&self, counted: &mut Option<Instant>) -> Result<String, std::fmt::Error> {
-        if let Some((ipam, metrics)) = &self.addresses
-            && counted.is_none_or(|at| at.elapsed() >= COUNT)
-        {
-            match pollster::block_on(ipam.capacity()) {
-                Ok(capacity) => metrics.publish(&capacity),
-                Err(error) => tracing::warn!(%error, "addresses cannot be counted"),
+        if counted.is_none_or(|at| at.elapsed() >= COUNT) {
+            if let Some((ipam, metrics)) = &self.addresses {
+                match pollster::block_on(ipam.capacity()) {
+                    Ok(capacity) => metrics.publish(&capacity),
+                    Err(error) => tracing::warn!(%error, "addresses cannot be counted"),
+                }
             }
+            self.functions.publish();
             *counted = Some(Instant::now());
         }
         if let Some((enforcer, metrics)) = &self.policy {
@@ -110,7 +114,8 @@ impl Sources {
     }
 }
 
-/// How often addresses are counted at the most: it reads the whole store, which a cluster may share.
+/// How often addresses and functions are counted at the most: it reads the whole store, which a cluster may share, and asks
+/// drivers under the lock of all links.
 const COUNT: Duration = Duration::from_secs(1);
 
 /// How often it is tried to listen where that is refused.

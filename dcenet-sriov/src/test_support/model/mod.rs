@@ -20,8 +20,8 @@ use world::{Device, HOST, Space, World};
 
 use crate::address::{PciAddress, VfIndex};
 use crate::kernel::{
-    Attribute, DriverState, ErrorClass, Kernel, KernelError, Namespace, NetdevChange, NetdevState, VfChange, VfCount,
-    VfState, VlanProtocol, Watch,
+    Attribute, DriverState, ErrorClass, Kernel, KernelError, LinkCounters, Namespace, NetdevChange, NetdevState,
+    VfChange, VfCount, VfState, VlanProtocol, Watch,
 };
 
 /// The modelled kernel. Cheap to make, and shared by reference.
@@ -122,6 +122,22 @@ impl Kernel for Model {
         Ok(all.filter(|(_, vf)| !vf.withheld).map(|(index, vf)| (index, vf.state.clone())).collect())
     }
 
+    fn vf_counters(&self, port: IfIndex) -> Result<Vec<(VfIndex, LinkCounters)>, KernelError> {
+        let operation = format!("read counters of VFs of link {port}");
+        let mut world = self.call(&operation);
+        let port = world.port(port, &operation)?;
+        let all = (0..).map(VfIndex).zip(&port.vfs);
+        Ok(all.filter(|(_, vf)| !vf.withheld).map(|(index, vf)| (index, vf.counted)).collect())
+    }
+
+    fn netdev_counters(&self, at: &Namespace, function: PciAddress) -> Result<Option<LinkCounters>, KernelError> {
+        let operation = format!("read counters of {function} in {at}");
+        let world = self.call(&operation);
+        let space = space(&world, at, &operation)?;
+        let own = |device: &&Device| device.space == space && device.function == Some(function);
+        Ok(world.devices.iter().find(own).map(|device| device.counted))
+    }
+
     fn configure_vf(&self, port: IfIndex, index: VfIndex, change: &VfChange) -> Result<(), KernelError> {
         if change.is_empty() {
             return Ok(());
@@ -152,6 +168,11 @@ impl Kernel for Model {
         let space = space(&world, at, &operation)?;
         let own = |device: &&Device| device.space == space && device.function == Some(function);
         Ok(world.devices.iter().filter(own).map(|device| device.state.clone()).collect())
+    }
+
+    fn has_netdev(&self, function: PciAddress) -> Result<bool, KernelError> {
+        let world = self.call(&format!("look for any device of {function}"));
+        Ok(world.devices.iter().any(|device| device.function == Some(function)))
     }
 
     fn netdev(&self, at: &Namespace, index: IfIndex) -> Result<Option<NetdevState>, KernelError> {

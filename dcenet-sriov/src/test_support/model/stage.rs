@@ -10,7 +10,7 @@ use dcenet_core::provider::{DeviceScrub, ScrubError};
 use super::world::{Device, HOST, Port, Vf, World};
 use super::{Model, Profile};
 use crate::address::PciAddress;
-use crate::kernel::{DriverState, Namespace, NetdevState, VfLinkState, VfRate, VfState, VfVlan};
+use crate::kernel::{DriverState, LinkCounters, Namespace, NetdevState, VfLinkState, VfRate, VfState, VfVlan};
 
 /// All that can be seen of a function.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -157,6 +157,15 @@ impl Model {
         self.world().function(function).expect("the function").1.withheld = withheld;
     }
 
+    /// Has a function's network device, and its port, count so much.
+    pub fn count(&self, function: PciAddress, device: LinkCounters, port: LinkCounters) {
+        let mut world = self.world();
+        world.function(function).expect("the function").1.counted = port;
+        for found in world.devices.iter_mut().filter(|found| found.function == Some(function)) {
+            found.counted = device;
+        }
+    }
+
     /// Makes a namespace.
     pub fn create_namespace(&self, path: impl Into<PathBuf>) -> Namespace {
         let path = path.into();
@@ -275,6 +284,7 @@ impl World {
                 driver: None,
                 driver_override: None,
                 withheld: false,
+                counted: LinkCounters::default(),
             })
             .collect();
         if profile.has_mac_at_birth {

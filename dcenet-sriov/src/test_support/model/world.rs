@@ -7,7 +7,7 @@ use dcenet_core::model::{IfIndex, IfName, MacAddr};
 
 use super::Profile;
 use crate::address::{PciAddress, VfIndex};
-use crate::kernel::{KernelError, NetdevState, VfState};
+use crate::kernel::{KernelError, LinkCounters, NetdevState, VfState};
 
 /// The number of a namespace. Numbers are never used again.
 pub(super) type Space = u64;
@@ -61,6 +61,8 @@ pub(super) struct Vf {
     pub(super) driver: Option<String>,
     pub(super) driver_override: Option<String>,
     pub(super) withheld: bool,
+    /// What the port's driver counted of it.
+    pub(super) counted: LinkCounters,
 }
 
 #[derive(Debug)]
@@ -69,6 +71,7 @@ pub(super) struct Device {
     pub(super) function: Option<PciAddress>,
     pub(super) state: NetdevState,
     pub(super) programs: Vec<String>,
+    pub(super) counted: LinkCounters,
 }
 
 impl World {
@@ -127,7 +130,13 @@ impl World {
             promisc: false,
             all_multicast: false,
         };
-        self.devices.push(Device { space: HOST, function, state, programs: Vec::new() });
+        self.devices.push(Device {
+            space: HOST,
+            function,
+            state,
+            programs: Vec::new(),
+            counted: LinkCounters::default(),
+        });
         index
     }
 

@@ -172,6 +172,31 @@ fn pods_get_functions_talk_over_them_and_leave_them_as_they_were() {
     assert!(error["msg"].as_str().unwrap().contains("never lent it"), "{error}");
     guest.call("DEL", "x", a.path(), &stranger).unwrap();
     assert!(reaches(&a, address(&second)) && reaches(&b, address(&first)));
+    let state = guest.config["stateDir"].as_str().unwrap();
+    let leases = Leases::open(guest.port.kernel.clone(), Path::new(state)).unwrap();
+    let before = leases.counters().unwrap();
+    let names: Vec<String> = before.iter().map(|counted| counted.owner.container.to_string()).collect();
+    assert_eq!(names, ["a", "b"]);
+    let datagrams = 20;
+    b.run(|| {
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+        for _ in 0..datagrams {
+            socket.send_to(&[0; 500], (address(&first), 9)).unwrap();
+        }
+    });
+    let arrived = || {
+        let now = leases.counters().unwrap();
+        let grown = |n: usize| {
+            let (then, now) = (before[n].by_device.unwrap(), now[n].by_device.unwrap());
+            (now.received.packets - then.received.packets, now.sent.bytes - then.sent.bytes)
+        };
+        assert!(now.iter().all(|counted| counted.by_port.is_none()), "igb counts for ports now: {now:?}");
+        grown(0).0 >= datagrams && grown(1).1 >= datagrams * 500
+    };
+    assert!((0..300).any(|_| arrived() || {
+        std::thread::sleep(Duration::from_millis(100));
+        false
+    }));
     // There are two.
     let c = guest.host.new_pod();
     let error = guest.add("c", &c).unwrap_err();
