@@ -245,15 +245,31 @@ impl Compiler {
         renamed: &BTreeSet<IpAddr>,
         mut room: impl FnMut(&Update) -> Result<(), CompileError>,
     ) -> Result<Update, CompileError> {
-        let pods: BTreeSet<&PodId> = pods.into_iter().collect();
-        let mut numbers = Numbers::default();
-        match self.find(cluster, &pods, renamed, &mut numbers) {
-            Some(found) if room(&found.update).is_ok() => Ok(self.take(found)),
-            _ => {
-                numbers.give_back(&mut self.state.classes);
+        match self.update_quickly_within(cluster, pods, renamed, &mut room) {
+            Some(update) => Ok(update),
+            None => {
                 // Where it fails, these pods are not what they were at the last update that there was.
                 self.placed = None;
                 self.update_within(cluster, room)
+            }
+        }
+    }
+
+    /// As [`Compiler::update_parts_within`], unless it would compile everything anew, or there is no room: nothing is done then.
+    pub(crate) fn update_quickly_within<'a>(
+        &mut self,
+        cluster: &Cluster,
+        pods: impl IntoIterator<Item = &'a PodId>,
+        renamed: &BTreeSet<IpAddr>,
+        room: impl FnOnce(&Update) -> Result<(), CompileError>,
+    ) -> Option<Update> {
+        let pods: BTreeSet<&PodId> = pods.into_iter().collect();
+        let mut numbers = Numbers::default();
+        match self.find(cluster, &pods, renamed, &mut numbers) {
+            Some(found) if room(&found.update).is_ok() => Some(self.take(found)),
+            _ => {
+                numbers.give_back(&mut self.state.classes);
+                None
             }
         }
     }

@@ -1,5 +1,6 @@
 //! Carrying out a change, step by step, and taking it back.
 
+mod arrays;
 mod load;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -10,12 +11,13 @@ use std::time::{Duration, Instant};
 
 use dcenet_core::model::{AttachmentKey, IfIndex};
 use dcenet_core::provider::{Endpoint, Place};
-use dcenet_ebpf::abi::{self, Sizes, local_ids_element};
+use dcenet_ebpf::abi::{self, Sizes};
 use dcenet_ebpf::attach::{AttachError, Direction as HookDirection, Hook, Tag};
-use dcenet_ebpf::maps::{Array, Map};
+use dcenet_ebpf::maps::Map;
 use dcenet_ebpf::program::{Program as Loaded, wait_for_running};
 use parking_lot::Mutex;
 
+use self::arrays::{LOCAL_IDS, array, elements, has_room, judges_otherwise, rewrite};
 use super::cells::Cells;
 use super::flows::{self, Names};
 use super::guard::Judge;
@@ -24,7 +26,7 @@ use super::node::{NodeMaps, create};
 use super::state::{Known, Outcome, Shared};
 use super::tables::ClassTables;
 use super::{EnforcerError, LoweredObject, Phase};
-use crate::classes::{AddressTable, TableChanges};
+use crate::classes::AddressTable;
 use crate::compiler::{CompileError, Compiler, EndpointPlan, Limits, PolicySet, RuleTable, Scope, SetId, Update};
 use crate::isolation::Fault;
 use crate::model::{Cluster, Direction, PodId};
@@ -40,6 +42,16 @@ pub(crate) struct Applied {
     pub(crate) faults: Vec<Fault>,
     /// Whether another attempt may find more room.
     pub(crate) retry: bool,
+}
+
+/// What is not as it was the last time.
+pub(crate) enum Changes<'a> {
+    /// Anything.
+    All,
+    /// These pods, and the names of these addresses.
+    Parts { pods: &'a BTreeSet<PodId>, renamed: &'a BTreeSet<IpAddr> },
+    /// The names of these addresses. Where some are new, and the faults that there are are told, there may be no other.
+    Names { renamed: &'a BTreeSet<IpAddr>, faults: Option<&'a [Fault]> },
 }
 
 /// What is in force, and the means to change it.
@@ -166,13 +178,12 @@ impl Applier {
         self.compiler.plant_bug(bug);
     }
 
-    /// Puts the cluster's policies in force for the endpoints. All that is not as it was the last time are the pods in
-    /// `touched`, where these are known.
+    /// Puts the cluster's policies in force for the endpoints.
     pub(crate) fn run(
         &mut self,
         shared: &Shared,
         cluster: &Cluster,
-        touched: Option<&BTreeSet<PodId>>,
+        changes: &Changes<'_>,
         endpoints: &BTreeMap<AttachmentKey, Known>,
     ) -> Result<Applied, EnforcerError> {
         self.drop_gone(shared, endpoints)?;
@@ -182,16 +193,23 @@ impl Applier {
             self.compiler.release(generation);
         }
         let Self { compiler, tables, sizes, .. } = self;
-        let room = |update: &Update| has_room(update, sizes, tables);
-        let update = match touched {
-            Some(pods) => compiler.update_parts_within(cluster, pods, &BTreeSet::new(), room)?,
-            None => compiler.update_within(cluster, room)?,
+        let mut room = |update: &Update| has_room(update, sizes, tables);
+        let update = match *changes {
+            Changes::All => compiler.update_within(cluster, room)?,
+            Changes::Parts { pods, renamed } => compiler.update_parts_within(cluster, pods, renamed, room)?,
+            Changes::Names { renamed, faults } => {
+                match compiler.update_quickly_within(cluster, [], renamed, &mut room) {
+                    Some(update) => update,
+                    None => update_for_names(compiler, cluster, faults, room)?,
+                }
+            }
         };
         if !self.learnt.as_ref().is_some_and(|learnt| Arc::ptr_eq(learnt, &update.rules)) {
             shared.names.write().learn(&update.rules, &flows::counters(shared)?, &shared.config.run_dir)?;
             self.learnt = Some(Arc::clone(&update.rules));
         }
-        let outcomes = self.carry_out(shared, &update, endpoints)?;
+        let by_names = matches!(changes, Changes::Names { .. });
+        let outcomes = self.carry_out(shared, &update, endpoints, by_names)?;
         // Numbers of what is no longer in force take room until they are released.
         let wants_room = |fault: &Fault| matches!(fault, Fault::Refused { .. } | Fault::NotAudited { .. });
         let retry = update.faults.iter().any(wants_room) && self.compiler.is_unreleased();
@@ -203,6 +221,7 @@ impl Applier {
         shared: &Shared,
         update: &Update,
         endpoints: &BTreeMap<AttachmentKey, Known>,
+        by_names: bool,
     ) -> Result<Outcomes, EnforcerError> {
         let mut outcomes = Outcomes::new();
         // Arrays first: what changes in them is of classes that no table names yet.
@@ -228,7 +247,7 @@ impl Applier {
         if replaced.iter().any(|r| had_others(&r.key)) {
             wait_for_programs();
         }
-        self.commit(update, switches, &replaced);
+        self.commit(update, switches, &replaced, by_names);
         self.bump(&shared.cells, &mut outcomes);
         let current = |key: &AttachmentKey, endpoint: &InForce| {
             let plan = endpoints.get(key).and_then(Known::pod).and_then(|pod| update.endpoints.get(&pod));
@@ -350,16 +369,18 @@ impl Applier {
         Err(error)
     }
 
-    /// Notes what is in force now.
-    fn commit(&mut self, update: &Update, switches: Vec<Switch<'_>>, replaced: &[Replaced]) {
+    /// Notes what is in force now. Where names alone have changed, flows are not judged anew: rules only allow by names, so that
+    /// what is learnt ends no flow, and what is over shall not.
+    fn commit(&mut self, update: &Update, switches: Vec<Switch<'_>>, replaced: &[Replaced], by_names: bool) {
         let changes = update.changes_from(&self.table);
         let mut touched: BTreeSet<SetId> = BTreeSet::new();
         let strayed = std::mem::take(&mut self.strayed);
         let retiring = update.retiring.iter().map(|set| (set.id, set));
         for (id, set) in update.sets().into_iter().chain(retiring) {
             if let Some(known) = self.sets.get_mut(&id) {
-                if strayed || !Arc::ptr_eq(&known.set, set) || judges_otherwise(&known.set, set, &changes, &self.table)
-                {
+                let differs =
+                    || !Arc::ptr_eq(&known.set, set) || judges_otherwise(&known.set, set, &changes, &self.table);
+                if strayed || (!by_names && differs()) {
                     touched.insert(id);
                 }
                 known.set = Arc::clone(set);
@@ -370,6 +391,7 @@ impl Applier {
         for switch in switches {
             let Some(done) = replaced.iter().find(|r| r.key == *switch.key) else { continue };
             let Endpoint { ifindex, place, .. } = &switch.known.endpoint;
+            let before = self.endpoints.get(switch.key).filter(|before| by_names && before.slot == done.slot);
             let in_force = InForce {
                 device: *ifindex,
                 place: place.clone(),
@@ -379,7 +401,7 @@ impl Applier {
                 addresses: switch.known.endpoint.addresses.clone(),
                 // Of a new endpoint, too: it may have had an earlier owner's programs until now, and what those let pass
                 // since its cell was written is of this cell's generations.
-                unbumped: Direction::ALL.into(),
+                unbumped: before.map_or_else(|| Direction::ALL.into(), |before| before.unbumped.clone()),
             };
             self.endpoints.insert(switch.key.clone(), in_force);
         }
@@ -496,18 +518,26 @@ impl Shared {
     }
 }
 
-/// Whether a node's maps hold what an update needs.
-fn has_room(update: &Update, sizes: &Sizes, tables: &mut ClassTables) -> Result<(), CompileError> {
-    let classes = update.table.exact().values().chain(update.table.prefixes().values());
-    let in_table = classes.max().map_or(0, |class| class.0 as usize + 1);
-    // Classes that no entry names yet have local ids already.
-    let last = |set: &&Arc<PolicySet>| set.locals.iter().rposition(|local| *local != 0).map_or(0, |last| last + 1);
-    let in_arrays = update.sets().values().map(last).max().unwrap_or(0);
-    let (found, limit) = (in_table.max(in_arrays), sizes.classes as usize);
-    if found > limit {
-        return Err(CompileError::ImplLimitExceeded { what: "classes of peers of the node", found, limit });
+/// Compiles everything anew, unless something were closed for names that is not among the faults.
+fn update_for_names(
+    compiler: &mut Compiler,
+    cluster: &Cluster,
+    faults: Option<&[Fault]>,
+    room: impl FnMut(&Update) -> Result<(), CompileError>,
+) -> Result<Update, EnforcerError> {
+    let Some(faults) = faults else { return Ok(compiler.update_within(cluster, room)?) };
+    let before = compiler.clone();
+    // What is in force takes its room until it is released, so that closing need not help.
+    let found = compiler.update_within(cluster, room);
+    let update = found.map_err(|error| EnforcerError::NoRoomForNames { reason: error.to_string() })?;
+    match update.faults.iter().find(|fault| !faults.contains(fault)) {
+        None => Ok(update),
+        Some(fault) => {
+            let reason = fault.to_string();
+            *compiler = before;
+            Err(EnforcerError::NoRoomForNames { reason })
+        }
     }
-    tables.check(update)
 }
 
 /// Filters that were replaced, and what was there.
@@ -536,45 +566,6 @@ fn local_ids_name(direction: Direction) -> &'static str {
     }
 }
 
-fn array(map: &Map) -> Result<Array<u64>, EnforcerError> {
-    let copy = map.try_clone().map_err(|e| EnforcerError::map(LOCAL_IDS, e))?;
-    Array::new(copy).map_err(|e| EnforcerError::map(LOCAL_IDS, e))
-}
-
-/// Local ids as the map has them, four in an element.
-fn elements(locals: &[u16]) -> Vec<u64> {
-    let mut elements = vec![0u64; locals.len().div_ceil(4)];
-    for (class, local) in (0..).zip(locals) {
-        let (element, shift) = local_ids_element(class);
-        elements[element as usize] |= u64::from(*local) << shift;
-    }
-    elements
-}
-
-/// Writes what differs.
-fn rewrite(map: &Map, old: &[u16], new: &[u16]) -> Result<(), EnforcerError> {
-    let (old, new) = (elements(old), elements(new));
-    let array = array(map)?;
-    for index in 0..old.len().max(new.len()) {
-        let at = |elements: &[u64]| elements.get(index).copied().unwrap_or(0);
-        if at(&old) != at(&new) {
-            array.store(index as u32, &at(&new)).map_err(|e| EnforcerError::map(LOCAL_IDS, e))?;
-        }
-    }
-    Ok(())
-}
-
-/// Whether a set judges some address otherwise once the table has changed.
-fn judges_otherwise(old: &PolicySet, new: &PolicySet, changes: &TableChanges, before: &AddressTable) -> bool {
-    let local = |set: &PolicySet, class: Option<crate::classes::ClassId>| class.map_or(0, |class| set.local(class));
-    let exact = changes.exact.iter().any(|(address, class)| {
-        // An exact entry that goes leaves the address to a prefix, whose class is not looked up here.
-        class.is_none() || local(old, Some(before.lookup(*address))) != local(new, *class)
-    });
-    // The addresses of a prefix are too many to ask for each.
-    exact || !changes.prefixes.is_empty()
-}
-
 /// Whether the endpoint's device is still the one in the calling thread's namespace.
 pub(crate) fn is_here(endpoint: &Endpoint) -> bool {
     let Ok((socket, _)) = UnixStream::pair() else { return true };
@@ -594,9 +585,6 @@ pub(crate) fn wait_for_programs() {
 
 /// After this time no packet is still on its way through a program that was replaced.
 const GRACE: Duration = Duration::from_millis(100);
-
-/// In errors; the map's own name depends on the direction.
-const LOCAL_IDS: &str = "local_ids";
 
 const NO_WORKLOAD: &str =
     "no policy can be found for it, because its workload is not known; name it in args.cni of the configuration";

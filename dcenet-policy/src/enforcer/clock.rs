@@ -36,9 +36,11 @@ impl State {
         }
     }
 
-    /// How long nothing changes, if something ever does.
+    /// How long no schedule and no name changes, if something ever does.
     pub(super) fn until_next_change(&self, now: Time) -> Option<Duration> {
-        let next = self.cluster_ref().catalog.next_change(now)?;
+        let cluster = self.cluster_ref();
+        let names = self.started.then(|| cluster.names.next_end()).flatten();
+        let next = [cluster.catalog.next_change(now), names].into_iter().flatten().min()?;
         u64::try_from(next.saturating_sub(now)).ok().map(Duration::from_secs)
     }
 }

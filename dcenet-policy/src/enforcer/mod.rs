@@ -101,6 +101,7 @@ mod config;
 pub mod flows;
 mod guard;
 mod inside;
+pub mod learnt;
 mod lowering;
 mod node;
 pub mod protocol;
@@ -131,6 +132,7 @@ use dcenet_ebpf::probe::{Features, Missing, ProbeError};
 pub use self::client::{ClientError, PinnedDefault};
 pub use self::clock::Clock;
 pub use self::config::{Ahead, AheadError, DefaultVerdict, Limit, LimitError, PolicyConfig, Require};
+pub use self::learnt::{LearnError, Learner};
 pub use self::lowering::{LoweredObject, Lowering, LoweringError};
 use self::server::{OwnerLock, Server};
 use self::state::Shared;
@@ -379,7 +381,7 @@ impl Enforcer {
     }
 
     /// Goes by another clock than the host's, for tests and rehearsals. It is asked which schedules hold
-    /// ([`Catalog::schedules`]), and for nothing else.
+    /// ([`Catalog::schedules`]) and until when what is [learnt](learnt) counts, and for nothing else.
     ///
     /// # Errors
     /// As [`Enforcer::set_policies`]; the clock counts all the same.
@@ -423,11 +425,16 @@ impl Enforcer {
     /// # Errors
     /// [`EvalError::UnknownPod`] if the owner knows no such pod.
     pub fn explain(&self, subject: &PodId, tuple: &Tuple) -> Result<Explanation, EvalError> {
+        let now = self.shared.time();
         let (cluster, faults) = {
             let state = self.shared.state.lock();
             (state.cluster(), state.faults.clone())
         };
-        explain_without(&cluster, &refused(&faults), subject, tuple)
+        let mut explanation = explain_without(&cluster, &refused(&faults), subject, tuple)?;
+        for learnt in &mut explanation.peer_names {
+            learnt.remaining = Some(learnt.until.saturating_sub(now));
+        }
+        Ok(explanation)
     }
 
     /// What the latest change has closed, or does not tell of; also in each [`Report`].
@@ -560,6 +567,12 @@ pub enum EnforcerError {
     /// The class tables do not take the policies' peers.
     #[error(transparent)]
     Tables(#[from] ClassError),
+    /// There is no room for addresses that were learnt of names; they are forgotten, and everything else stands.
+    #[error("no room for addresses of names: {reason}")]
+    NoRoomForNames {
+        /// What would have been closed.
+        reason: String,
+    },
     /// A device could not be reached.
     #[error(transparent)]
     Attach(#[from] AttachError),

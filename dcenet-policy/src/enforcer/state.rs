@@ -1,6 +1,7 @@
 //! What the owner knows, and who may change it.
 
 mod admit;
+mod names;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -15,12 +16,13 @@ use dcenet_ebpf::attach::{AttachError, Attacher, Direction, Hook, Owner};
 use dcenet_ebpf::pin::Pins;
 use parking_lot::{Condvar, Mutex, RwLock};
 
-use super::apply::{Applied, Applier};
+use super::apply::{Applied, Applier, Changes};
 use super::cells::Cells;
 use super::clock::{self, Clock};
-use super::flows::Names;
+use super::flows::Names as RuleNames;
 use super::guard::{Guards, Refusal};
 use super::inside::{Inside, InsideLink};
+use super::learnt::{self, Pending};
 use super::node::{NodeMaps, pin_defaults};
 use super::protocol::{Reply, Request, Stranger};
 use super::server::Answer;
@@ -47,7 +49,7 @@ pub(crate) struct Shared {
     applier: Mutex<Applier>,
     /// Held for one endpoint's time; taken after both.
     pub(crate) cells: Mutex<Cells>,
-    pub(crate) names: Arc<RwLock<Names>>,
+    pub(crate) names: Arc<RwLock<RuleNames>>,
     pub(crate) listener: Listener,
     pub(super) clock: Mutex<Clock>,
 }
@@ -85,6 +87,7 @@ pub(crate) struct State {
     guarded: BTreeSet<AttachmentId>,
     /// What the latest change has closed, or does not tell of.
     pub(crate) faults: Vec<Fault>,
+    pub(super) pending: Pending,
     node: String,
 }
 
@@ -139,6 +142,7 @@ impl State {
 
     pub(crate) fn cluster_mut(&mut self) -> &mut Cluster {
         self.touched = None;
+        self.pending.forget_patterns();
         Arc::make_mut(&mut self.cluster)
     }
 
@@ -297,7 +301,7 @@ impl Shared {
         let in_pods = inside.slots()?;
         used.extend(in_pods.iter().map(|(slot, holder)| (*slot, holder.id)));
         forget_vanished(&*tools.attacher, &inside);
-        let names = Names::resume(&config.run_dir);
+        let names = RuleNames::resume(&config.run_dir);
         // Who was admitted and nothing else is under no verdicts yet.
         let is_judged = |slot: &u16| in_pods.get(slot).is_none_or(|holder| holder.is_judged);
         let adopted = used.iter().filter(|(slot, _)| is_judged(slot)).map(|(slot, id)| (*id, *slot)).collect();
@@ -305,6 +309,7 @@ impl Shared {
         let cells = Cells::new(&maps, &sizes, used)?;
         let mut state = State { node: config.node.clone(), adopted, guarded: guards.ids(), ..State::default() };
         state.cluster_mut().nodes.insert(config.node.clone(), config.node_addresses.clone());
+        state.cluster_mut().names = learnt::resume(&config.run_dir);
         Ok(Self {
             host,
             config,
@@ -338,8 +343,10 @@ impl Shared {
     /// Carries out what has changed, if it has been started; also what failed before.
     pub(crate) fn apply(&self) -> Result<Report, EnforcerError> {
         let mut applier = self.applier.lock();
-        let (revision, cluster, touched, endpoints, bereft) = {
-            let now = self.time();
+        let now = self.time();
+        self.state.lock().expire_names(now);
+        self.write_names();
+        let (revision, cluster, touched, names, faults, endpoints, bereft) = {
             let mut state = self.state.lock();
             if state.is_late(now) {
                 state.cluster_mut().time = Some(now);
@@ -350,10 +357,23 @@ impl Shared {
             }
             let bereft = std::mem::take(&mut state.bereft);
             let touched = state.touched.replace(BTreeSet::new());
-            (state.revision, Arc::clone(&state.cluster), touched, state.endpoints.clone(), bereft)
+            let names = (std::mem::take(&mut state.pending.renamed), std::mem::take(&mut state.pending.fresh));
+            let (cluster, faults) = (Arc::clone(&state.cluster), state.faults.clone());
+            (state.revision, cluster, touched, names, faults, state.endpoints.clone(), bereft)
         };
         applier.forget(&bereft);
-        let result = applier.run(self, &cluster, touched.as_ref(), &endpoints);
+        let (renamed, fresh) = names;
+        // What waits for another attempt is more than names.
+        let is_settled = bereft.is_empty() && endpoints.values().all(|known| known.failure.is_none());
+        let unchanged = |pods: &BTreeSet<PodId>| pods.is_empty() && is_settled && !renamed.is_empty();
+        let changes = match &touched {
+            None => Changes::All,
+            Some(pods) if unchanged(pods) => {
+                Changes::Names { renamed: &renamed, faults: (!fresh.is_empty()).then_some(&faults) }
+            }
+            Some(pods) => Changes::Parts { pods, renamed: &renamed },
+        };
+        let result = applier.run(self, &cluster, &changes, &endpoints);
         // Another change in the meantime can then change the cluster in place.
         drop(cluster);
         let mut state = self.state.lock();
@@ -370,6 +390,11 @@ impl Shared {
                 state.applied = revision;
                 state.retry_at = retry.then(|| Instant::now() + RETRY);
                 None
+            }
+            Err(error @ EnforcerError::NoRoomForNames { .. }) => {
+                state.give_up_names(renamed, fresh);
+                state.retry_at = Some(Instant::now());
+                Some(error)
             }
             Err(error) => {
                 state.touched = None;
@@ -496,7 +521,8 @@ impl Shared {
         let mut state = self.state.lock();
         while !state.stopping {
             let (now, time) = (Instant::now(), self.time());
-            if state.retry_at.is_some_and(|at| at <= now) || state.is_late(time) {
+            let is_late = state.is_late(time) || state.are_names_late(time);
+            if state.retry_at.is_some_and(|at| at <= now) || is_late {
                 drop(state);
                 if let Err(error) = self.apply() {
                     tracing::warn!(%error, "the latest policy is not in force; the last verdicts stand");
@@ -567,8 +593,10 @@ impl Shared {
         if let Err(error) = self.pins.clone().unmount() {
             first.get_or_insert(error.into());
         }
-        if let Err(error) = super::server::remove(&Names::path(&self.config.run_dir)) {
-            first.get_or_insert(error);
+        for path in [RuleNames::path(&self.config.run_dir), learnt::path(&self.config.run_dir)] {
+            if let Err(error) = super::server::remove(&path) {
+                first.get_or_insert(error);
+            }
         }
         first.map_or(Ok(()), Err)
     }

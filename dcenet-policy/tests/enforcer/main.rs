@@ -11,6 +11,7 @@ mod faults;
 mod frames;
 mod inside;
 mod isolation;
+mod names;
 mod packets;
 mod restart;
 mod schedules;

@@ -1,0 +1,213 @@
+//! Rules by names: answers that the owner is told, how long they count, and what is left of them after a restart.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use dcenet_core::test_support::{Rung, require};
+use dcenet_policy::enforcer::learnt::LEAST_TTL;
+use dcenet_policy::enforcer::{Clock, Enforcer, EnforcerError, LearnError};
+use dcenet_policy::model::{DomainName, PodId, Protocol, Tuple};
+use dcenet_policy::sources::kubernetes::Documents;
+
+use crate::world::*;
+
+const NAMED: &str = r#"
+apiVersion: dcenet.io/v1alpha1
+kind: Policy
+metadata: { name: out, namespace: shop }
+spec:
+  subject: { podSelector: { matchLabels: { app: web } } }
+  egress:
+  - { action: allow, to: [ { fqdns: [ db.example.com ] } ], services: [ { protocol: tcp, ports: [ 5432 ] } ] }
+  - { action: allow, to: [ { fqdns: [ "*.example.org" ] } ], services: [ { protocol: tcp, ports: [ 443 ] } ] }
+"#;
+
+/// Some time.
+const BEGUN: u64 = 1_800_000_000;
+
+const TTL: Duration = Duration::from_secs(300);
+
+fn frozen(seconds: u64) -> Clock {
+    Arc::new(move || SystemTime::UNIX_EPOCH + Duration::from_secs(BEGUN + seconds))
+}
+
+fn name(text: &str) -> DomainName {
+    text.parse().unwrap()
+}
+
+fn told(owner: &Enforcer, text: &str) {
+    let documents = Documents::default().with_yaml("named.yaml", text).unwrap();
+    assert!(owner.replace_documents(&Documents::default(), &documents).unwrap().is_complete());
+}
+
+fn learn(world: &World, owner: &Enforcer, text: &str, of: &str) {
+    let addresses = [false, true].map(|ipv6| (world.address(of, ipv6), TTL));
+    owner.learner().learn(world.address("web", false), &name(text), addresses).unwrap();
+}
+
+/// A connection that is under way.
+struct Open {
+    client: TcpStream,
+    server: TcpStream,
+}
+
+impl Open {
+    fn new(world: &World, to: &str, port: u16) -> Self {
+        let at = SocketAddr::new(world.address(to, false), port);
+        let listener = world.pod(to).run(|| TcpListener::bind(at)).unwrap();
+        let client = world.pod("web").run(|| TcpStream::connect_timeout(&at, ALLOWED)).unwrap();
+        let (server, _) = listener.accept().unwrap();
+        Self { client, server }
+    }
+
+    /// Whether a byte gets through in time.
+    fn carries(&mut self, limit: Duration) -> bool {
+        self.server.set_read_timeout(Some(limit)).unwrap();
+        self.client.write_all(b"x").unwrap();
+        match self.server.read(&mut [0]) {
+            Ok(count) => count == 1,
+            Err(error) => {
+                assert!(matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut), "{error}");
+                false
+            }
+        }
+    }
+}
+
+#[test]
+fn an_answer_is_in_force_when_it_is_learnt_and_new_flows_are_denied_when_it_is_over() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let mut world = World::new();
+    let owner = world.open(tools());
+    owner.set_clock(frozen(0)).unwrap();
+    let web = || IpAddr::from([10, 20, 0, 2]);
+    let early = owner.learner().learn(web(), &name("db.example.com"), [(web(), TTL)]);
+    assert!(matches!(early, Err(LearnError::NotStarted)), "{early:?}");
+    owner.start().unwrap();
+    for (n, name) in [(2, "web"), (3, "db"), (4, "api")] {
+        world.add_enforced(name, n, &[("app", name)]);
+    }
+    told(&owner, NAMED);
+    world.tcp("web", "db", 5432, false);
+
+    learn(&world, &owner, "DB.example.com", "db");
+    world.tcp("web", "db", 5432, true);
+    world.tcp("web", "db", 443, false);
+    world.tcp("web", "api", 5432, false);
+    let subject = PodId::new("shop", "web");
+    let tuple = Tuple::egress(world.address("db", false), Protocol::TCP, 5432);
+    let why = owner.explain(&subject, &tuple).unwrap().to_string();
+    assert!(why.contains("10.20.0.3 is an address of db.example.com for 300 s more"), "{why}");
+
+    // Nobody asks for it, and nothing is kept.
+    assert!(!owner.learner().is_asked_for(&name("db.example.net")));
+    learn(&world, &owner, "db.example.net", "api");
+    assert!(
+        owner
+            .explain(&subject, &Tuple::egress(world.address("api", false), Protocol::TCP, 443))
+            .unwrap()
+            .peer_names
+            .is_empty()
+    );
+
+    let mut open = Open::new(&world, "db", 5432);
+    owner.set_clock(frozen(TTL.as_secs() - 1)).unwrap();
+    world.tcp("web", "db", 5432, true);
+    owner.set_clock(frozen(TTL.as_secs())).unwrap();
+    world.tcp("web", "db", 5432, false);
+    assert!(open.carries(ALLOWED), "a connection outlives the answer by which it was opened");
+    // Another answer does not end it, though it brings a combination that was not there and so another program.
+    learn(&world, &owner, "a.example.org", "api");
+    learn(&world, &owner, "a.b.example.org", "api");
+    learn(&world, &owner, "db.example.com", "api");
+    world.tcp("web", "api", 5432, true);
+    world.tcp("web", "api", 443, true);
+    world.tcp("web", "db", 5432, false);
+    assert!(open.carries(ALLOWED), "nor does another answer end it");
+    // The least time, however short the answer's own is.
+    owner.learner().learn(web(), &name("b.example.org"), [(world.address("db", false), Duration::ZERO)]).unwrap();
+    let tuple = Tuple::egress(world.address("db", false), Protocol::TCP, 443);
+    let remaining = owner.explain(&subject, &tuple).unwrap().peer_names[0].remaining;
+    assert_eq!(remaining, Some(LEAST_TTL.as_secs().cast_signed()));
+
+    // A change of policy has flows judged anew.
+    told(&owner, &NAMED.replace("443", "444"));
+    assert!(!open.carries(DENIED), "what is allowed no more is ended by a change");
+    // Asked for again, it goes on.
+    learn(&world, &owner, "db.example.com", "db");
+    assert!(open.carries(ALLOWED));
+    owner.uninstall().unwrap();
+    assert!(!world.host.run_dir().join("policy.names").exists());
+}
+
+#[test]
+fn the_next_owner_begins_with_what_was_learnt_and_without_its_file_with_nothing() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let mut world = World::new();
+    let owner = world.started();
+    owner.set_clock(frozen(0)).unwrap();
+    for (n, name) in [(2, "web"), (3, "db")] {
+        world.add_enforced(name, n, &[("app", name)]);
+    }
+    told(&owner, NAMED);
+    learn(&world, &owner, "db.example.com", "db");
+    world.tcp("web", "db", 5432, true);
+    drop(owner);
+    world.tcp("web", "db", 5432, true);
+
+    let file = world.host.run_dir().join("policy.names");
+    for (is_there, seconds) in [(true, TTL.as_secs() - 1), (true, TTL.as_secs()), (false, 0)] {
+        let owner = world.open(tools());
+        owner.set_clock(frozen(seconds)).unwrap();
+        let records = world.engine.attachments(&"shop".parse().unwrap()).unwrap();
+        owner.adopt(&records).unwrap();
+        told(&owner, NAMED);
+        assert!(owner.start().unwrap().is_complete());
+        world.tcp("web", "db", 5432, is_there && seconds < TTL.as_secs());
+        if is_there && seconds == TTL.as_secs() {
+            // What the third one is not to know.
+            learn(&world, &owner, "db.example.com", "db");
+            drop(owner);
+            std::fs::remove_file(&file).unwrap();
+        }
+    }
+}
+
+#[test]
+fn what_finds_no_room_is_given_up_and_closes_nobody() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let mut world = World::new();
+    let owner = world.started();
+    for (n, name) in [(2, "web"), (3, "db")] {
+        world.add_enforced(name, n, &[("app", name)]);
+    }
+    told(&owner, NAMED);
+    learn(&world, &owner, "db.example.com", "db");
+    // Each of another block of the table.
+    let (mut learnt, web) = (0_u8, world.address("web", false));
+    let error = loop {
+        assert!(learnt < 200, "the table has no end");
+        match owner.learner().learn(web, &name("many.example.org"), [([198, 51, learnt, 1].into(), TTL)]) {
+            Ok(()) => learnt += 1,
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, LearnError::Enforcer(EnforcerError::NoRoomForNames { .. })), "{error}");
+    assert!(learnt > 10, "{learnt}");
+    assert_eq!(owner.faults(), []);
+    assert!(owner.retry().unwrap().is_complete());
+    world.tcp("web", "db", 5432, true);
+    // There is room in the blocks that are there.
+    owner.learner().learn(web, &name("many.example.org"), [([198, 51, 0, 2].into(), TTL)]).unwrap();
+    let refused = owner.learner().learn(web, &name("more.example.org"), [([198, 51, learnt, 1].into(), TTL)]);
+    assert!(refused.is_err());
+    assert_eq!(owner.faults(), []);
+}
