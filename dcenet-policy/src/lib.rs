@@ -17,7 +17,7 @@
 //! - [`reach`] asks who reaches whom in a cluster, evaluator or whole programs; the example of that name reads the cluster
 //!   from a directory of Kubernetes objects: `cargo run -p dcenet-policy --example reach -- --help`.
 //!
-//! But for the owner of a node's policy state (`enforcer`), nothing here does I/O or reads a clock.
+//! But for the owner of a node's policy state (`enforcer`) and the DNS proxy that tells it of answers (`dns`), nothing here does I/O or reads a clock.
 //!
 //! # Examples
 //!
@@ -70,6 +70,8 @@ pub mod analysis;
 pub mod classes;
 pub mod compiler;
 pub mod diagram;
+#[cfg(feature = "dns")]
+pub mod dns;
 pub mod enforcer;
 pub mod eval;
 pub mod explain;

@@ -1,6 +1,6 @@
 //! What has been learnt of names, for rules that allow by them.
 //!
-//! Whoever sees answers of the Domain Name System before pods do tells the owner of those
+//! Whoever sees answers of the Domain Name System before pods do, such as the proxy of the feature `dns`, tells the owner of those
 //! for names that some policy asks for. [`Learner::learn`] returns when the addresses are in the class tables: an answer that is
 //! handed on after that can be used at once.
 //!

@@ -13,6 +13,7 @@ mod inside;
 mod isolation;
 mod names;
 mod packets;
+mod resolved;
 mod restart;
 mod schedules;
 mod shared;
