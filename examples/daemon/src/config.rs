@@ -14,6 +14,7 @@ use dcenet_core::fabric::FabricConfig;
 use dcenet_core::section;
 use dcenet_ipam::Layout;
 use dcenet_ipam::config::IpamConfig;
+use dcenet_policy::dns::ProxyConfig;
 use dcenet_policy::enforcer::PolicyConfig;
 use dcenet_sriov::allocate::Shape;
 use dcenet_sriov::kubelet::DevicePlugin;
@@ -35,6 +36,8 @@ pub struct Config {
     pub policy: Option<PolicyConfig>,
     /// Where policies are read from; none are in force without it.
     pub policies: Option<PoliciesConfig>,
+    /// Where pods of this node ask for names, so that policies may allow by these.
+    pub dns: Option<DnsConfig>,
     /// How leases are taken back.
     #[serde(default)]
     pub reclaim: ReclaimConfig,
@@ -80,6 +83,27 @@ pub struct PoliciesConfig {
     /// Whether it may take all policies away by having none. It may else be one that is not mounted, or not yet.
     #[serde(default)]
     pub allow_empty: bool,
+}
+
+/// A proxy for the Domain Name System.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DnsConfig {
+    /// Addresses of the host, `ADDRESS:PORT`.
+    pub listen: Vec<SocketAddr>,
+    /// The servers behind it, likewise.
+    pub upstreams: Vec<SocketAddr>,
+    /// How long each of them may take.
+    #[serde(default = "upstream_timeout")]
+    pub timeout: Period,
+}
+
+impl DnsConfig {
+    /// As the library has it.
+    pub fn proxy(&self) -> ProxyConfig {
+        let Self { listen, upstreams, timeout } = self.clone();
+        ProxyConfig { listen, upstreams, timeout: timeout.0, ..ProxyConfig::default() }
+    }
 }
 
 /// When leases are taken back.
@@ -298,10 +322,14 @@ impl Config {
             kubelet.check(self.sriov.as_ref())?;
         }
         if self.policy.is_none() {
-            let needy = [("policies", self.policies.is_some()), ("flows", self.flows.is_some())];
+            let needy =
+                [("policies", self.policies.is_some()), ("flows", self.flows.is_some()), ("dns", self.dns.is_some())];
             if let Some((field, _)) = needy.into_iter().find(|(_, given)| *given) {
                 return wrong(format!("{field}: nothing is enforced without a section policy; add \"policy\": {{}}"));
             }
+        }
+        if let Some(dns) = &self.dns {
+            dns.proxy().check().map_err(|e| ConfigError::Wrong(format!("dns.{e}")))?;
         }
         if let Some(flows) = &self.flows
             && flows.file.is_none()
@@ -369,6 +397,10 @@ fn state_dir() -> PathBuf {
 
 fn run_dir() -> PathBuf {
     "/run/dcenet".into()
+}
+
+const fn upstream_timeout() -> Period {
+    Period(Duration::from_secs(2))
 }
 
 const fn workers() -> NonZeroUsize {
@@ -472,6 +504,15 @@ mod tests {
             (r#"{ "reclaim": { "every": "0s" } }"#, "reclaim.every: duration \"0s\": not between"),
             (r#"{ "policies": { "directory": "/etc/dcenet/policies" } }"#, "add \"policy\": {}"),
             (r#"{ "policy": {}, "flows": {} }"#, "flows: nobody is told"),
+            (r#"{ "dns": { "listen": ["10.0.0.1:53"], "upstreams": ["10.0.0.2:53"] } }"#, "dns: nothing is enforced"),
+            (
+                r#"{ "policy": {}, "dns": { "listen": ["0.0.0.0:53"], "upstreams": ["10.0.0.2:53"] } }"#,
+                "dns.listen: 0.0.0.0:53: must be one address",
+            ),
+            (
+                r#"{ "policy": {}, "dns": { "listen": ["10.0.0.1:53"], "upstreams": [] } }"#,
+                "dns.upstreams: []: must have",
+            ),
             (
                 r#"{ "policy": {}, "policies": { "directory": "here" } }"#,
                 "policies.directory: \"here\" is not absolute",

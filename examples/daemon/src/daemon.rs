@@ -44,6 +44,7 @@ use crate::functions::Functions;
 use crate::kubelet::Telling;
 use crate::lock::RunLock;
 use crate::metrics::{DaemonMetrics, Endpoint, Sources};
+use crate::names::Names;
 use crate::policies::{self, PoliciesError, Signature, Watcher};
 use crate::reclaim::{Looking, Reclaim};
 use crate::standing::Standing;
@@ -99,6 +100,11 @@ pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
     let server = config.server.as_ref().map(|section| server::start(section, &config.run_dir, stores)).transpose()?;
     let telling =
         config.kubelet.as_ref().map(|section| Telling::start(config, section, &signals.threads)).transpose()?;
+    let learner = owner.as_ref().map(|owner| owner.enforcer.learner());
+    let mut names = config.dns.as_ref().zip(learner).map(|(dns, learner)| Names::new(dns.proxy(), learner));
+    if let Some(names) = &mut names {
+        names.look();
+    }
     let tell = |state: &str| {
         if let Err(error) = systemd::notify(manager.as_deref(), state) {
             tracing::warn!(%error, state, "the service manager cannot be told");
@@ -119,12 +125,16 @@ pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
         if let Some(owner) = &mut owner {
             owner.look();
         }
+        if let Some(names) = &mut names {
+            names.look();
+        }
         let until = owner.as_ref().map_or(Instant::now() + LOOK, |owner| owner.due);
         signals.wait(owner.as_ref().and_then(|owner| owner.watcher.as_ref()), until)?;
     }
     tell("STOPPING=1");
     // In this order: nothing asks the owner any more when it goes.
     drop(telling);
+    drop(names);
     drop(following);
     drop(looking);
     drop(server);

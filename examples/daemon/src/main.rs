@@ -10,6 +10,7 @@ mod http;
 mod kubelet;
 mod lock;
 mod metrics;
+mod names;
 mod policies;
 mod reclaim;
 mod server;

@@ -3,6 +3,7 @@
 mod common;
 mod fabric;
 mod kubelet;
+mod names;
 mod operating;
 mod owner;
 mod reclaim;

@@ -1,0 +1,42 @@
+//! The DNS proxy, from whose answers rules by names learn.
+
+use std::sync::Arc;
+
+use dcenet_policy::dns::{Proxy, ProxyConfig};
+use dcenet_policy::enforcer::Learner;
+
+/// A proxy, or what it takes to start one.
+pub struct Names {
+    config: ProxyConfig,
+    learner: Learner,
+    proxy: Option<Proxy>,
+    /// Why it could not be started last.
+    told: Option<String>,
+}
+
+impl Names {
+    /// Nothing is started yet.
+    pub fn new(config: ProxyConfig, learner: Learner) -> Self {
+        Self { config, learner, proxy: None, told: None }
+    }
+
+    /// Starts what does not run: the address of a bridge comes with its first pod.
+    pub fn look(&mut self) {
+        if self.proxy.is_some() {
+            return;
+        }
+        match Proxy::start(self.config.clone(), Arc::new(self.learner.clone())) {
+            Ok(proxy) => {
+                tracing::info!(addresses = ?proxy.addresses(), "the DNS proxy listens");
+                (self.proxy, self.told) = (Some(proxy), None);
+            }
+            Err(error) => {
+                let error = error.to_string();
+                if self.told.as_ref() != Some(&error) {
+                    tracing::warn!(error, "dns: tried again every 5 s");
+                    self.told = Some(error);
+                }
+            }
+        }
+    }
+}
