@@ -381,7 +381,7 @@ impl Enforcer {
     }
 
     /// Goes by another clock than the host's, for tests and rehearsals. It is asked which schedules hold
-    /// ([`Catalog::schedules`]) and until when what is [learnt](learnt) counts, and for nothing else.
+    /// ([`Catalog::schedules`]) and until when what is [learnt] counts, and for nothing else.
     ///
     /// # Errors
     /// As [`Enforcer::set_policies`]; the clock counts all the same.
