@@ -3,17 +3,19 @@
 //! Making a plan touches nothing, so that drivers are tested without privileges. Only the
 //! [`Engine`](crate::engine::Engine) carries plans out.
 
+mod undo;
+
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+pub use self::undo::{BridgeVlan, Lent, Undo};
 use crate::bandwidth::Rate;
-use crate::model::{AttachmentKey, IfName, MacAddr, Mtu, VlanId};
+use crate::model::{AttachmentKey, IfName, MacAddr, Mtu, VlanId, VlanRange};
 use crate::nat::Element;
 use crate::netlink::{IpvlanFlag, IpvlanMode, MacvlanMode, NetkitMode, RouteMetrics, VlanProtocol};
 use crate::probe::{GatewayProbe, Timing};
-use crate::provider::LentDevice;
 
 /// Steps in the order in which they are done.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,6 +28,8 @@ pub struct Plan {
     pub pod_end: End,
     /// The bridge through which it is connected, where there is one.
     pub bridge: Option<IfName>,
+    /// The link of the host by which its packets come to the host, where that is neither the host's end nor the bridge.
+    pub router: Option<IfName>,
 }
 
 /// One end of an attachment.
@@ -80,6 +84,36 @@ pub enum Operation {
         bridge: End,
         /// Its MTU.
         mtu: Option<Mtu>,
+        /// Whether it keeps VLANs apart (`EOPNOTSUPP` where the kernel cannot).
+        vlan_filtering: bool,
+    },
+    /// Has a bridge that exists keep VLANs apart (Linux 3.9).
+    FilterVlans {
+        /// The bridge.
+        bridge: IfName,
+    },
+    /// Makes a link a port of a bridge, whether it is up or down.
+    Join {
+        /// The link.
+        link: IfName,
+        /// The bridge.
+        bridge: IfName,
+    },
+    /// Puts a port of a bridge, or the bridge's own end, into VLANs.
+    AddVlans {
+        /// The port, or the bridge.
+        link: IfName,
+        /// The VLANs.
+        vlans: VlanRange,
+        /// What becomes of tags there.
+        tagging: Tagging,
+    },
+    /// Takes a port of a bridge out of a VLAN.
+    DeleteVlan {
+        /// The port.
+        port: IfName,
+        /// The VLAN.
+        vlan: VlanId,
     },
     /// Creates a virtual device, down. Its parent, where it has one, is in the target's namespace.
     CreateLink {
@@ -303,6 +337,17 @@ pub enum Operation {
     },
 }
 
+/// How frames of a VLAN pass the link that is in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tagging {
+    /// A port's, without a tag: what comes in without one is of this VLAN (its PVID).
+    Untagged,
+    /// A port's, with their tag.
+    Tagged,
+    /// The bridge's own end, with their tag.
+    Own,
+}
+
 /// A virtual device that is no veth and no bridge. A parent is a link of the namespace in which the request is made.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -441,148 +486,6 @@ impl RouteSpec {
     }
 }
 
-/// What takes a step back. Written to the journal before the step is done, so that it must be harmless where the step
-/// never was: it deletes only what it recognises as ours.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-#[non_exhaustive]
-pub enum Undo {
-    /// Deletes the link of this name, if it has this address or carries the attachment's mark.
-    DeleteLink {
-        /// In which namespace. One that is gone took the link with it.
-        target: Target,
-        /// The link.
-        end: End,
-    },
-    /// Deletes the attachment's device in the pod's namespace: the link of this name, if it carries the attachment's mark,
-    /// or of the name that it had before it was marked. A namespace that is gone took it with it.
-    DeletePodLink {
-        /// Its name.
-        link: IfName,
-        /// Its name before, which is of this attachment alone.
-        transit: IfName,
-    },
-    /// Brings a device back that was moved to the pod, from there or from where the kernel put it when the pod's namespace
-    /// ended, and makes it what it was.
-    ReturnLink(Box<Lent>),
-    /// Has the source of the attachment's device bring it back and make it what it was.
-    ReleaseDevice(Box<LentDevice>),
-    /// Deletes a route of ours over a link of the host that attachments share.
-    DeleteRoute {
-        /// The link.
-        link: IfName,
-        /// The route.
-        route: RouteSpec,
-    },
-    /// Deletes a neighbour of a link of the host that attachments share.
-    DeleteNeighbour {
-        /// The link.
-        link: IfName,
-        /// The neighbour's address.
-        address: IpAddr,
-    },
-    /// Takes the attachment's device from under policy.
-    DetachPolicy,
-    /// Deletes those of these entries of our sets that bear the attachment's mark.
-    DeleteTranslation {
-        /// The entries.
-        elements: Vec<Element>,
-    },
-    /// Gives a setting of a namespace the value that it had, unless another attachment needs it as it is.
-    RestoreSetting {
-        /// In which namespace. The pod's may be gone, with the setting.
-        target: Target,
-        /// Its path below `/proc/sys/net`.
-        name: String,
-        /// What it was before any attachment changed it.
-        before: String,
-        /// What the attachment asked for.
-        asked: String,
-    },
-    /// Deletes the link of this name, if it has this address and nobody uses it: no port is left, and no route of ours.
-    /// Not part of a normal detach.
-    DeleteIdleLink(End),
-    /// Deletes the bridge of this name, if it has this address and no port. Not part of a normal detach.
-    DeleteIdleBridge(End),
-    /// Deletes the address, if the link has no port. Not part of a normal detach.
-    DeleteIdleAddress {
-        /// The bridge.
-        link: IfName,
-        /// The address.
-        address: IpNet,
-    },
-}
-
-impl Undo {
-    /// Whether it concerns what attachments share: taken back when the attach that made it fails, and left when a
-    /// finished attachment goes.
-    pub fn is_shared(&self) -> bool {
-        match self {
-            Self::DeleteLink { .. }
-            | Self::DeletePodLink { .. }
-            | Self::ReturnLink(_)
-            | Self::ReleaseDevice(_)
-            | Self::DeleteRoute { .. }
-            | Self::DeleteNeighbour { .. }
-            | Self::DeleteTranslation { .. }
-            | Self::RestoreSetting { .. }
-            | Self::DetachPolicy => false,
-            Self::DeleteIdleLink(_) | Self::DeleteIdleBridge(_) | Self::DeleteIdleAddress { .. } => true,
-        }
-    }
-
-    /// Whether it is done in the pod's namespace, so that this is needed where it still exists.
-    pub fn is_in_pod(&self) -> bool {
-        match self {
-            Self::DeletePodLink { .. }
-            | Self::ReturnLink(_)
-            | Self::DeleteLink { target: Target::Pod, .. }
-            | Self::RestoreSetting { target: Target::Pod, .. }
-            // The source has written down where it went; here it is looked whether it has.
-            | Self::ReleaseDevice(_) => true,
-            Self::DeleteLink { target: Target::Host, .. }
-            | Self::RestoreSetting { target: Target::Host, .. }
-            | Self::DeleteRoute { .. }
-            | Self::DeleteNeighbour { .. }
-            | Self::DeleteTranslation { .. }
-            | Self::DetachPolicy
-            | Self::DeleteIdleLink(_)
-            | Self::DeleteIdleBridge(_)
-            | Self::DeleteIdleAddress { .. } => false,
-        }
-    }
-}
-
-/// What a device of the host was before a pod got it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Lent {
-    /// Its name on the host, and its Ethernet address.
-    pub end: End,
-    /// Its name in the pod.
-    pub pod_name: IfName,
-    /// The alias that it has while it is away.
-    pub mark: String,
-    /// Its alias.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub alias: Option<String>,
-    /// Its MTU.
-    pub mtu: u32,
-    /// Length of its transmit queue, in packets.
-    pub tx_queue_len: u32,
-    /// Whether it was up.
-    pub up: bool,
-    /// Whether it was promiscuous by somebody's wish.
-    pub promisc: bool,
-    /// Whether it took all multicast by somebody's wish.
-    pub allmulti: bool,
-    /// Its addresses.
-    pub addresses: Vec<IpNet>,
-    /// Whether it comes back when the pod's namespace ends; virtual devices end with it (`default_device_exit_net` in
-    /// `net/core/dev.c`).
-    pub physical: bool,
-}
-
 impl Step {
     /// A step of which nothing is left when something made earlier is gone.
     pub fn new(target: Target, operation: Operation) -> Self {
@@ -605,6 +508,12 @@ impl Step {
 }
 
 impl Plan {
+    /// The link of the host by which packets come to it; `None` where they do not pass it.
+    pub(crate) fn entry(&self) -> Option<&IfName> {
+        let end = self.host_end.as_ref()?;
+        Some(self.router.as_ref().or(self.bridge.as_ref()).unwrap_or(&end.name))
+    }
+
     /// Whether the plan makes or changes what other attachments will share.
     pub fn makes_shared(&self) -> bool {
         self.steps.iter().filter_map(|s| s.undo.as_ref()).any(Undo::is_shared)

@@ -131,7 +131,7 @@ const LOST_CAPABILITIES: [(&str, &str); 2] = [
 ];
 
 /// Keys of the reference plugins which would be lost without a word.
-const MOVED_KEYS: [(&str, &str); 9] = [
+const MOVED_KEYS: [(&str, &str); 10] = [
     ("bridge", "say link.bridge"),
     ("hairpinMode", "say link.hairpinMode"),
     ("isDefaultGateway", "say link.isGateway, and a default route in ipam.pools[].routes"),
@@ -140,7 +140,8 @@ const MOVED_KEYS: [(&str, &str); 9] = [
     ("master", "say link.parent"),
     ("mode", "say link.mode"),
     ("mtu", "say link.mtu"),
-    ("vlan", "say link.id of a link of kind vlan, or ipam.pools[].vlan"),
+    ("vlan", "say link.vlan, link.id of a link of kind vlan, or ipam.pools[].vlan"),
+    ("vlanTrunk", "say link.vlanTrunk"),
 ];
 
 impl NetConf {

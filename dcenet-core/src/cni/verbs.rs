@@ -696,7 +696,8 @@ pub(super) fn attach(error: AttachError) -> CniError {
             cause:
                 StepError::Create(CreateLinkError::UnknownKind { .. })
                 | StepError::Policy(PolicyError::Unsupported(_))
-                | StepError::NoTranslation { .. },
+                | StepError::NoTranslation { .. }
+                | StepError::NoVlanFiltering { .. },
             ..
         } => ErrorCode::KernelFeature,
         AttachError::Leftover { .. } => ErrorCode::RollbackIncomplete,

@@ -6,13 +6,13 @@ use std::time::Duration;
 use super::error::{StepError, TeardownError};
 use super::{AttachRequest, Engine, NamespaceEntry};
 use crate::link::link_local_of_another;
-use crate::model::{IfIndex, IfName, Mtu};
+use crate::model::{IfIndex, IfName, Mtu, VlanId};
 use crate::netlink::{
     self, Failure, LinkChange, LinkKind, LinkView, Message, NetkitPolicy, NetlinkError, NewLink, NewRoute, NewVeth,
     RouteView, Socket, gated,
 };
 use crate::netns::{NetNs, NetNsError, NetNsGuard};
-use crate::plan::{Device, Operation, Plan, RouteSpec, Step, Target, Undo};
+use crate::plan::{Device, End, Operation, Plan, RouteSpec, Step, Target, Undo};
 use crate::provider::{Endpoint, Place};
 
 /// Sockets and indices of one attach.
@@ -182,6 +182,13 @@ impl<'a> Session<'a> {
             Operation::CreateLink { link, device, mtu, .. } => {
                 netlink::refused(&link.name, &self.kind(step.target, device, *mtu), error).into()
             }
+            Operation::AddVlans { link, .. }
+            | Operation::FilterVlans { bridge: link }
+            | Operation::CreateBridge { bridge: End { name: link, .. }, vlan_filtering: true, .. }
+                if error.errno() == Some(libc::EOPNOTSUPP) && !netlink::lacks_kind(&error) =>
+            {
+                StepError::NoVlanFiltering { link: link.clone(), source: error }
+            }
             _ => error.into(),
         }
     }
@@ -336,9 +343,16 @@ impl<'a> Session<'a> {
                     peer_netns: std::os::fd::AsFd::as_fd(other),
                 })
             }
-            Operation::CreateBridge { bridge, mtu } => {
-                netlink::create_bridge(&bridge.name, bridge.mac, mtu.map(|m| m.get()))
+            Operation::CreateBridge { bridge, mtu, vlan_filtering } => {
+                netlink::create_bridge(&bridge.name, bridge.mac, mtu.map(|m| m.get()), *vlan_filtering)
             }
+            Operation::FilterVlans { bridge } => netlink::filter_vlans(bridge, index(bridge), true),
+            Operation::Join { link, bridge } => {
+                let master = Some(index(bridge));
+                netlink::set_link(link, index(link), &LinkChange { master, ..Default::default() })
+            }
+            Operation::AddVlans { link, vlans, tagging } => netlink::add_vlans(link, index(link), *vlans, *tagging),
+            Operation::DeleteVlan { port, vlan } => netlink::delete_vlan(port, index(port), *vlan, false),
             Operation::Mark { link, alias } => {
                 netlink::set_link(link, index(link), &LinkChange { alias: Some(alias), ..Default::default() })
             }
@@ -466,7 +480,7 @@ fn indexed(operation: &Operation) -> Vec<&IfName> {
         | Operation::Translate { .. }
         | Operation::AttachPolicy => Vec::new(),
         Operation::CreateLink { device, .. } => device.parent().into_iter().collect(),
-        Operation::Up { link, master: Some(master) } => vec![link, master],
+        Operation::Up { link, master: Some(master) } | Operation::Join { link, bridge: master } => vec![link, master],
         Operation::Divert { link, through } => vec![link, through],
         Operation::Mark { link, .. }
         | Operation::NoLinkLocal { link }
@@ -480,6 +494,9 @@ fn indexed(operation: &Operation) -> Vec<&IfName> {
         | Operation::SetMtu { link, .. }
         | Operation::SetMac { link, .. }
         | Operation::NoArpReplies { link }
+        | Operation::FilterVlans { bridge: link }
+        | Operation::AddVlans { link, .. }
+        | Operation::DeleteVlan { port: link, .. }
         | Operation::Shape { link, .. }
         | Operation::AddClsact { link }
         | Operation::AddAddress { link, .. }
@@ -513,6 +530,11 @@ pub(super) fn delete(socket: &mut Socket, link: &LinkView) -> Result<(), Teardow
 pub(super) fn has_ports(socket: &mut Socket, bridge: IfIndex) -> Result<bool, NetlinkError> {
     let ports = socket.dump(&netlink::link_dump(Some(bridge)))?;
     Ok(ports.iter().filter_map(|r| LinkView::parse(&r.payload)).any(|l| l.master == Some(bridge)))
+}
+
+/// Whether a bridge has ports in a VLAN.
+pub(super) fn has_ports_in(socket: &mut Socket, bridge: IfIndex, vlan: VlanId) -> Result<bool, NetlinkError> {
+    Ok(socket.port_vlans()?.iter().any(|port| port.is_port_of(bridge) && port.is_in(vlan)))
 }
 
 /// Whether anything goes over a link that attachments share: it has ports, or routes of ours lead over it.

@@ -10,9 +10,9 @@ use super::{AttachError, Engine};
 use crate::journal::Record;
 use crate::link::{LinkRequest, is_link_local};
 use crate::model::{AttachmentKey, IfName, Mtu};
-use crate::netlink::{self, AddressView, LinkView, NeighbourView, NetlinkError, RouteView, Socket};
+use crate::netlink::{self, AddressView, LinkView, NeighbourView, NetlinkError, PortVlans, RouteView, Socket};
 use crate::netns::NetNs;
-use crate::plan::{Device, End, MARK, Operation, Step, Target, Tuning, Undo};
+use crate::plan::{Device, End, MARK, Operation, Step, Tagging, Target, Tuning, Undo};
 use crate::sysctl::dotted;
 
 /// A difference between what was made and what is there.
@@ -138,6 +138,7 @@ struct Observed {
     addresses: Vec<AddressView>,
     routes: Vec<RouteView>,
     neighbours: Vec<NeighbourView>,
+    vlans: Vec<PortVlans>,
 }
 
 impl Engine {
@@ -197,8 +198,8 @@ impl Engine {
         drift.extend(self.changed(Target::Host, &self.host.0, &forwarding.collect())?);
         compare_limits(&mut socket, &plan.steps, &host, &mut drift).map_err(AttachError::Look)?;
         let mut lacking = self.missing_translation(&record).map_err(AttachError::Look)?;
-        if let Some(end) = &plan.host_end {
-            lacking.extend(self.contrary_settings(&record, plan.bridge.as_ref().unwrap_or(&end.name))?);
+        if let Some(entry) = plan.entry() {
+            lacking.extend(self.contrary_settings(&record, entry)?);
         }
         drift.extend(lacking.into_iter().map(|what| Drift::TranslationChanged { what }));
         if let Some(device) = &request.device {
@@ -231,8 +232,14 @@ impl Engine {
 }
 
 fn observe(socket: &mut Socket, steps: &[Step], target: Target) -> Result<Observed, NetlinkError> {
-    let mut seen = Observed { links: Vec::new(), addresses: Vec::new(), routes: Vec::new(), neighbours: Vec::new() };
-    let mut neighbours = false;
+    let mut seen = Observed {
+        links: Vec::new(),
+        addresses: Vec::new(),
+        routes: Vec::new(),
+        neighbours: Vec::new(),
+        vlans: Vec::new(),
+    };
+    let (mut neighbours, mut vlans) = (false, false);
     for step in steps {
         let links: Vec<&IfName> = match &step.operation {
             Operation::CreateVeth { near, .. } if step.target == target => vec![&near.name],
@@ -247,6 +254,10 @@ fn observe(socket: &mut Socket, steps: &[Step], target: Target) -> Result<Observ
             Operation::MoveLink { to, .. } if step.target != target => vec![&to.name],
             Operation::AddNeighbour { .. } if step.target == target => {
                 neighbours = true;
+                continue;
+            }
+            Operation::AddVlans { .. } if step.target == target => {
+                vlans = true;
                 continue;
             }
             _ => continue,
@@ -269,6 +280,9 @@ fn observe(socket: &mut Socket, steps: &[Step], target: Target) -> Result<Observ
     if neighbours {
         let all = socket.dump(&netlink::neighbour_dump())?;
         seen.neighbours.extend(all.iter().filter_map(|r| NeighbourView::parse(&r.payload)));
+    }
+    if vlans {
+        seen.vlans = socket.port_vlans()?;
     }
     Ok(seen)
 }
@@ -350,10 +364,24 @@ fn compare(step: &Step, here: &Observed, there: &Observed, record: &Record, drif
                 }
             }
         }
-        Operation::CreateBridge { bridge, .. } => {
+        Operation::CreateBridge { bridge, vlan_filtering, .. } => match find(here, &bridge.name) {
             // Whoever made it chose its address and MTU.
-            if find(here, &bridge.name).is_none() {
-                drift.push(Drift::LinkMissing { target, link: bridge.name.clone() });
+            None => drift.push(Drift::LinkMissing { target, link: bridge.name.clone() }),
+            Some(found) if *vlan_filtering && !found.vlans.is_some_and(|vlans| vlans.filtering) => {
+                drift.push(changed(target, &bridge.name, "it keeps VLANs apart no more"));
+            }
+            Some(_) => {}
+        },
+        Operation::AddVlans { link, vlans, tagging } => {
+            let Some(found) = find(here, link) else { return };
+            let port = here.vlans.iter().find(|port| port.index == found.index);
+            if !port.is_some_and(|port| port.has(*vlans, *tagging == Tagging::Untagged)) {
+                let what = match tagging {
+                    Tagging::Untagged => "its frames without a tag are no longer of its VLAN",
+                    Tagging::Tagged => "a VLAN of its trunk is gone",
+                    Tagging::Own => "its own end is no longer in the VLAN of which it is the gateway",
+                };
+                drift.push(changed(target, link, what));
             }
         }
         Operation::Rename { to, alias, .. } => {
@@ -424,6 +452,9 @@ fn compare(step: &Step, here: &Observed, there: &Observed, record: &Record, drif
         Operation::NoLinkLocal { .. }
         | Operation::WriteSetting { .. }
         | Operation::NoArpReplies { .. }
+        | Operation::FilterVlans { .. }
+        | Operation::Join { .. }
+        | Operation::DeleteVlan { .. }
         | Operation::Shape { .. }
         | Operation::AddClsact { .. }
         | Operation::Divert { .. }

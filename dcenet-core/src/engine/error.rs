@@ -226,6 +226,18 @@ pub enum StepError {
         #[source]
         source: NetlinkError,
     },
+    /// The host's kernel keeps no VLANs of a bridge apart.
+    #[error(
+        "link {link}: this kernel cannot keep VLANs of a bridge apart; it needs Linux 3.9 or later with \
+         CONFIG_BRIDGE_VLAN_FILTERING, or a link of the kind vlan"
+    )]
+    NoVlanFiltering {
+        /// What should be in a VLAN.
+        link: IfName,
+        /// What it answered.
+        #[source]
+        source: NetlinkError,
+    },
     /// Gateways did not answer, and the configuration wants them to.
     #[error(
         "{} does not answer on {link}: is this the right segment, and is it up? link.underlay.gatewayProbe \"warn\" goes \

@@ -29,7 +29,7 @@ pub(super) fn add_to(plan: &mut Plan, nat: &Nat, policy: Policy, addresses: &[Le
     if nat.is_none() {
         return Ok(());
     }
-    let Some(end) = &plan.host_end else {
+    let (Some(end), Some(entry)) = (&plan.host_end, plan.entry()) else {
         let (field, value) = match nat.ports.first() {
             Some(port) => ("runtimeConfig.portMappings", port.to_string()),
             None => ("nat.masquerade", "true".to_owned()),
@@ -41,7 +41,7 @@ pub(super) fn add_to(plan: &mut Plan, nat: &Nat, policy: Policy, addresses: &[Le
     let addresses: Vec<IpNet> = addresses.iter().map(|a| a.address).collect();
     // Policy lets the host in, and would let in whoever bears its address.
     let elements = nat::elements(nat, &addresses, plan.bridge.is_some() && policy == Policy::None)?;
-    let settings = settings(&elements, plan.bridge.as_ref().unwrap_or(&end.name));
+    let settings = settings(&elements, entry);
     let port = end.name.clone();
     // A bridge outlives the attachment.
     let outlives = |name: &String| plan.bridge.is_some() && name.ends_with(ROUTE_LOCALNET);

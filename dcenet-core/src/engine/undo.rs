@@ -3,12 +3,12 @@
 use std::io;
 
 use super::Engine;
-use super::apply::{delete, gone_is_fine, has_ports, is_in_use, look_up, new_route};
+use super::apply::{delete, gone_is_fine, has_ports, has_ports_in, is_in_use, look_up, new_route};
 use super::error::TeardownError;
 use crate::model::AttachmentKey;
-use crate::netlink::{self, Socket};
+use crate::netlink::{self, LinkView, PortVlans, Socket};
 use crate::netns::NetNs;
-use crate::plan::{Target, Undo, mark};
+use crate::plan::{Target, Undo, mark, shared_mark};
 
 impl Engine {
     /// Takes back what `undo` lists, in reverse; goes on after errors and returns them.
@@ -139,13 +139,48 @@ impl Engine {
                 }
                 delete(socket, &link)
             }
-            Undo::DeleteIdleAddress { link: name, address } => {
+            Undo::DeleteIdleAddress { link: name, address, vlan } => {
                 let Some(link) = look_up(socket, name)? else { return Ok(()) };
-                if has_ports(socket, link.index)? {
+                let in_use = match vlan {
+                    None => has_ports(socket, link.index)?,
+                    Some(vlan) => match look_up(socket, &vlan.bridge)? {
+                        Some(bridge) => has_ports_in(socket, bridge.index, vlan.id)?,
+                        None => false,
+                    },
+                };
+                if in_use {
                     return Ok(());
                 }
                 let message = netlink::delete_address(name.as_str(), link.index, *address);
                 gone_is_fine(socket.request(&message).map(drop), &[libc::EADDRNOTAVAIL, libc::ENODEV])
+            }
+            Undo::DeleteIdleRouter { link: name, vlan } => {
+                let Some(bridge) = look_up(socket, &vlan.bridge)? else { return Ok(()) };
+                if has_ports_in(socket, bridge.index, vlan.id)? {
+                    return Ok(());
+                }
+                // Nobody sets it up before it is marked.
+                let is_ours = |link: &LinkView| match &link.alias {
+                    Some(alias) => *alias == shared_mark(name),
+                    None => !link.is_up(),
+                };
+                if let Some(link) = look_up(socket, name)?.filter(is_ours) {
+                    delete(socket, &link)?;
+                }
+                let message = netlink::delete_vlan(&vlan.bridge, bridge.index, vlan.id, true);
+                gone_is_fine(socket.request(&message).map(drop), netlink::NO_VLAN)
+            }
+            Undo::StopFilteringVlans { bridge: name } => {
+                let Some((bridge, vlans)) = look_up(socket, name)?.and_then(|l| Some((l.index, l.vlans?))) else {
+                    return Ok(());
+                };
+                let is_apart =
+                    |port: &PortVlans| port.is_port_of(bridge) && port.beside(vlans.default).next().is_some();
+                if socket.port_vlans()?.iter().any(is_apart) {
+                    return Ok(());
+                }
+                let message = netlink::filter_vlans(name, bridge, false);
+                gone_is_fine(socket.request(&message).map(drop), &[libc::ENODEV])
             }
         }
     }

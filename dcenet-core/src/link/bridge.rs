@@ -3,17 +3,34 @@
 //! ```text
 //!  pod: eth0 ---- dc<id>: port of BRIDGE [ gateway addresses, if isGateway ] :host
 //! ```
+//!
+//! # VLANs
+//! ```
+//! # use dcenet_core::link::LinkConfig;
+//! # let value = serde_json::json!(
+//! { "kind": "bridge", "bridge": "dc0", "vlan": 10, "vlanTrunk": [ { "id": 20 }, { "minID": 100, "maxID": 199 } ] }
+//! # );
+//! # LinkConfig::read(&value)?;
+//! # Ok::<(), dcenet_core::section::SectionError>(())
+//! ```
+//!
+//! With `vlan` the pod's port carries the frames of that VLAN without a tag and leaves the bridge's default VLAN, where pods
+//! without the key are; with `vlanTrunk` those of others with their tags. The bridge keeps VLANs apart from then on, if it is
+//! ours; one of somebody else's must do so already. The gateway of pods with `vlan` is a VLAN device of the host on the bridge,
+//! `BRIDGE.VLAN`, or `dcb` and a digest where that is longer than a name may be.
+
+mod vlan;
 
 use serde::{Deserialize, Serialize};
 
 use super::pod_end::{self, is_false, no_link_local, tune};
 use super::{
     HostView, LinkDriver, LinkRequest, Need, PlanError, Policy, check_routes, device_mtu, host_mac, is_link_local,
-    link_local, refuse_vlan, shaper,
+    link_local, shaper, vlan_of,
 };
 use crate::bandwidth::Bandwidth;
-use crate::model::{AttachmentKey, IfName, MacAddr, Mtu};
-use crate::plan::{End, Operation, Plan, Step, Target, Tuning, Undo, mark, shared_mark};
+use crate::model::{AttachmentKey, IfName, MacAddr, Mtu, VlanId, VlanRange};
+use crate::plan::{BridgeVlan, End, Operation, Plan, Step, Target, Tuning, Undo, mark, shared_mark};
 use crate::probe::Underlay;
 use crate::provider::LeasedAddress;
 use crate::sysctl::Sysctls;
@@ -40,6 +57,13 @@ pub struct BridgeConfig {
     /// ports that are not isolated (Linux 4.18).
     #[serde(default, skip_serializing_if = "is_false")]
     pub isolated: bool,
+    /// The VLAN of the pod's frames; that of the pool from which its addresses come where absent, or else the bridge's
+    /// default one. Linux 3.9 with `CONFIG_BRIDGE_VLAN_FILTERING`; with `isGateway`, the kernel's `8021q` too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vlan: Option<VlanId>,
+    /// VLANs whose frames the pod sends and receives with their tags. Policy knows no tags, so that it refuses them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub vlan_trunk: Vec<VlanRange>,
     /// What else the pod's device is to be.
     #[serde(default, skip_serializing_if = "Tuning::is_default")]
     pub tuning: Tuning,
@@ -77,49 +101,64 @@ impl BridgeConfig {
     fn plan_bridge(
         &self,
         request: &LinkRequest,
+        vlan: Option<VlanId>,
         mtu: Option<Mtu>,
         host: &HostView,
         steps: &mut Vec<Step>,
     ) -> Result<(), PlanError> {
+        let on_bridge = |operation| Step::new(Target::Host, operation);
+        let up = || on_bridge(Operation::Up { link: self.bridge.clone(), master: None });
+        let mac = match host.link(&self.bridge) {
+            None => {
+                let end = self.end(&request.key);
+                let vlan_filtering = self.keeps_apart(vlan);
+                let create = Operation::CreateBridge { bridge: end.clone(), mtu, vlan_filtering };
+                steps.push(on_bridge(create).undone_by(Undo::DeleteIdleBridge(end.clone())));
+                let alias = shared_mark(&self.bridge);
+                steps.push(on_bridge(Operation::Mark { link: self.bridge.clone(), alias }));
+                steps.push(no_link_local(Target::Host, &self.bridge));
+                if self.is_gateway && vlan.is_none() {
+                    steps.push(on_bridge(Operation::ForwardIpv4 { link: self.bridge.clone() }));
+                }
+                steps.push(up());
+                end.mac
+            }
+            Some(bridge) if bridge.kind.as_deref() == Some("bridge") => {
+                self.plan_filtering(vlan, bridge, steps)?;
+                if !bridge.is_up() {
+                    steps.push(up());
+                }
+                bridge.mac.unwrap_or_else(|| request.key.mac())
+            }
+            Some(bridge) => {
+                return Err(PlanError::Conflict {
+                    link: self.bridge.clone(),
+                    reason: format!(
+                        "is a {} device and not a bridge; rename it, or name another in link.bridge",
+                        bridge.kind.as_deref().unwrap_or("physical")
+                    ),
+                });
+            }
+        };
+        let router = match vlan {
+            Some(vlan) if self.is_gateway => self.plan_router(vlan, mac, host, steps)?,
+            _ => self.bridge.clone(),
+        };
+        let of = vlan.map(|id| BridgeVlan { bridge: self.bridge.clone(), id });
         let add_gateway = |address: IpNet| {
-            Step::new(Target::Host, Operation::AddAddress { link: self.bridge.clone(), address })
-                .undone_by(Undo::DeleteIdleAddress { link: self.bridge.clone(), address })
+            Step::new(Target::Host, Operation::AddAddress { link: router.clone(), address })
+                .undone_by(Undo::DeleteIdleAddress { link: router.clone(), address, vlan: of.clone() })
                 .content_with(&[libc::EEXIST])
         };
-        let on_bridge = |operation| Step::new(Target::Host, operation);
-        let Some(bridge) = host.link(&self.bridge) else {
-            let end = self.end(&request.key);
-            let gateways = self.gateways(&request.addresses, end.mac);
-            steps.push(
-                on_bridge(Operation::CreateBridge { bridge: end.clone(), mtu }).undone_by(Undo::DeleteIdleBridge(end)),
-            );
-            let alias = shared_mark(&self.bridge);
-            steps.push(on_bridge(Operation::Mark { link: self.bridge.clone(), alias }));
-            steps.push(no_link_local(Target::Host, &self.bridge));
-            if self.is_gateway {
-                steps.push(on_bridge(Operation::ForwardIpv4 { link: self.bridge.clone() }));
-            }
-            steps.push(on_bridge(Operation::Up { link: self.bridge.clone(), master: None }));
-            steps.extend(gateways.into_iter().map(add_gateway));
+        let gateways = self.gateways(&request.addresses, mac).into_iter();
+        let Some(link) = host.link(&router) else {
+            steps.extend(gateways.map(add_gateway));
             return Ok(());
         };
-        if bridge.kind.as_deref() != Some("bridge") {
-            return Err(PlanError::Conflict {
-                link: self.bridge.clone(),
-                reason: format!(
-                    "is a {} device and not a bridge; rename it, or name another in link.bridge",
-                    bridge.kind.as_deref().unwrap_or("physical")
-                ),
-            });
-        }
-        if !bridge.is_up() {
-            steps.push(on_bridge(Operation::Up { link: self.bridge.clone(), master: None }));
-        }
-        let gateways = self.gateways(&request.addresses, bridge.mac.unwrap_or_else(|| request.key.mac()));
-        let has_link_local = host.has_link_local(bridge);
-        let there = |a: &IpNet| host.has_address(bridge, *a) || is_link_local(a) && has_link_local;
-        steps.extend(gateways.into_iter().filter(|a| !there(a)).map(add_gateway));
-        pod_end::forget(&self.bridge, &request.addresses, steps);
+        let has_link_local = host.has_link_local(link);
+        let there = |a: &IpNet| host.has_address(link, *a) || is_link_local(a) && has_link_local;
+        steps.extend(gateways.filter(|a| !there(a)).map(add_gateway));
+        pod_end::forget(&router, &request.addresses, steps);
         Ok(())
     }
 }
@@ -129,13 +168,19 @@ impl LinkDriver for BridgeConfig {
         "bridge"
     }
 
-    fn needs(&self, _: &LinkRequest) -> Vec<Need> {
-        vec![Need { link: self.bridge.clone(), addresses: self.is_gateway }]
+    fn needs(&self, request: &LinkRequest) -> Vec<Need> {
+        let mut needs = vec![Need { link: self.bridge.clone(), addresses: self.is_gateway }];
+        if let Ok(Some(vlan)) = self.vlan_of(request)
+            && self.is_gateway
+        {
+            needs.push(Need { link: self.router(vlan), addresses: true });
+        }
+        needs
     }
 
     fn plan(&self, request: &LinkRequest, host: &HostView) -> Result<Plan, PlanError> {
         check_routes(request)?;
-        refuse_vlan(self.kind(), &request.addresses)?;
+        let vlan = self.vlan_of(request)?;
         let mtu = device_mtu(self.mtu, &request.addresses)?;
         self.bandwidth.check(mtu)?;
         let key = &request.key;
@@ -150,7 +195,8 @@ impl LinkDriver for BridgeConfig {
             steps.append(&mut enter);
         }
         host_end(&end, key, request.policy, self.bandwidth, &mut steps);
-        self.plan_bridge(request, mtu, host, &mut steps)?;
+        self.plan_bridge(request, vlan, mtu, host, &mut steps)?;
+        self.plan_port(&end.name, vlan, host, &mut steps);
         let master = Some(self.bridge.clone());
         steps.push(Step::new(Target::Host, Operation::Up { link: end.name.clone(), master }));
         if self.hairpin_mode {
@@ -160,6 +206,10 @@ impl LinkDriver for BridgeConfig {
             steps.push(Step::new(Target::Host, Operation::Isolate { port: end.name.clone() }));
         }
         settle_carrier(&pod, &end, &mut steps);
+        let router = vlan.filter(|_| self.is_gateway).map(|vlan| self.router(vlan));
+        if let Some(link) = router.clone().filter(|router| host.link(router).is_none()) {
+            steps.push(Step::new(Target::Host, Operation::SettleCarrier { link }));
+        }
         if let Some(underlay) = &self.underlay {
             // Asked by way of the bridge, under the policy that stands.
             let probe = pod_end::probe_conflicts(underlay, Target::Pod, &pod.name, pod.mac, &request.addresses);
@@ -170,7 +220,7 @@ impl LinkDriver for BridgeConfig {
         if let Some(underlay) = &self.underlay {
             pod_end::introduce(underlay, &pod, &request.addresses, &mut steps);
         }
-        Ok(Plan { steps, host_end: Some(end), pod_end: pod, bridge: Some(self.bridge.clone()) })
+        Ok(Plan { steps, host_end: Some(end), pod_end: pod, bridge: Some(self.bridge.clone()), router })
     }
 
     fn shared(&self) -> Vec<IfName> {

@@ -32,7 +32,13 @@ impl ChainedConfig {
         } else if request.policy == Policy::Wanted {
             steps.push(Step::new(Target::Host, Operation::AttachPolicy).undone_by(Undo::DetachPolicy));
         }
-        Ok(Plan { steps, host_end: self.host.clone(), pod_end: self.pod.clone(), bridge: self.bridge.clone() })
+        Ok(Plan {
+            steps,
+            host_end: self.host.clone(),
+            pod_end: self.pod.clone(),
+            bridge: self.bridge.clone(),
+            router: None,
+        })
     }
 }
 

@@ -62,7 +62,7 @@ impl HostDeviceConfig {
         let underlay = Some(self.underlay.unwrap_or_default());
         let device = PodDevice { request, end, mtu, tuning: self.tuning, neighbours, underlay, parent: None };
         device.set_up(&mut steps);
-        Plan { steps, host_end: None, pod_end: device.end, bridge: None }
+        Plan { steps, host_end: None, pod_end: device.end, bridge: None, router: None }
     }
 
     /// What the device is now, and shall be again.

@@ -40,7 +40,7 @@ pub use self::veth::VethConfig;
 pub use self::vlan::VlanConfig;
 pub use self::vrf::VrfConfig;
 use crate::bandwidth::Bandwidth;
-use crate::model::{AttachmentKey, IfName, MacAddr, Mtu};
+use crate::model::{AttachmentKey, IfName, MacAddr, Mtu, VlanId};
 use crate::netlink::{AddressView, IpvlanMode, LinkView};
 use crate::plan::Plan;
 use crate::probe::Underlay;
@@ -390,6 +390,33 @@ fn refuse_vlan(kind: &str, addresses: &[LeasedAddress]) -> Result<(), PlanError>
                  the bridge or its uplink is in the VLAN, or use a link kind that tags"
             ),
         }),
+    }
+}
+
+/// The VLAN of an attachment: the configuration's, which is `field`, or that of the pools of its addresses.
+fn vlan_of(
+    field: &'static str,
+    configured: Option<VlanId>,
+    addresses: &[LeasedAddress],
+) -> Result<Option<VlanId>, PlanError> {
+    let mut pools = addresses.iter().filter_map(|a| Some((a.vlan?, &a.pool)));
+    let Some((vlan, pool)) = pools.next() else { return Ok(configured) };
+    match configured {
+        Some(id) if id != vlan => {
+            let reason = format!("the pool {pool} is of VLAN {vlan}; drop {field}, or take another pool");
+            return Err(PlanError::Invalid { field, value: id.to_string(), reason });
+        }
+        _ => {}
+    }
+    match pools.find(|(other, _)| *other != vlan) {
+        Some((other, second)) => Err(PlanError::Invalid {
+            field: "ipam.pools[].vlan",
+            value: other.to_string(),
+            reason: format!(
+                "pool {second} is in it, and {pool} in VLAN {vlan}; take pools of one VLAN, or two attachments"
+            ),
+        }),
+        None => Ok(Some(vlan)),
     }
 }
 

@@ -51,7 +51,7 @@ impl PodDevice<'_> {
         };
         let mut steps = vec![Step::new(target, create).undone_by(self.undo())];
         self.finish(&mut steps);
-        Plan { steps, host_end: None, pod_end: self.end, bridge: None }
+        Plan { steps, host_end: None, pod_end: self.end, bridge: None, router: None }
     }
 
     /// The name until it is marked.

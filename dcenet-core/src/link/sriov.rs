@@ -126,6 +126,6 @@ impl LinkDriver for SriovConfig {
             end,
         };
         device.set_up(&mut steps);
-        Ok(Plan { steps, host_end: None, pod_end: device.end, bridge: None })
+        Ok(Plan { steps, host_end: None, pod_end: device.end, bridge: None, router: None })
     }
 }

@@ -90,6 +90,6 @@ impl LinkDriver for TapConfig {
         if ethernet {
             steps.insert(up, Step::new(Target::Pod, Operation::SetMac { link: name, mac: request.mac }));
         }
-        Ok(Plan { steps, host_end: None, pod_end: device.end, bridge: None })
+        Ok(Plan { steps, host_end: None, pod_end: device.end, bridge: None, router: None })
     }
 }

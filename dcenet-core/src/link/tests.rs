@@ -1,11 +1,12 @@
 //! Plans, without a kernel.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::*;
 use crate::bandwidth::Rate;
-use crate::model::{IfIndex, Mtu};
-use crate::plan::{Operation, Target, Undo};
+use crate::model::{IfIndex, Mtu, VlanId};
+use crate::netlink::BridgeVlans;
+use crate::plan::{Operation, Tagging, Target, Undo};
 use crate::provider::LeasedAddress;
 
 fn address(text: &str, gateway: Option<&str>) -> LeasedAddress {
@@ -57,7 +58,12 @@ fn bridge_link(kind: Option<&str>) -> LinkView {
         peer_netns: None,
         tx_queue_len: 0,
         port: None,
+        vlans: None,
     }
+}
+
+fn vlan(id: u16) -> VlanId {
+    id.try_into().unwrap()
 }
 
 fn place(plan: &Plan, wanted: impl Fn(&Operation) -> bool) -> usize {
@@ -114,7 +120,7 @@ fn a_bridge_is_made_only_where_it_is_missing() {
     // The gateway address is missing there, and taken back only while nobody uses it.
     assert!(second.makes_shared());
     let gateway: ipnet::IpNet = "10.0.0.1/24".parse().unwrap();
-    let idle = Undo::DeleteIdleAddress { link: "dc0".parse().unwrap(), address: gateway };
+    let idle = Undo::DeleteIdleAddress { link: "dc0".parse().unwrap(), address: gateway, vlan: None };
     assert!(second.steps.iter().any(|s| s.undo.as_ref() == Some(&idle)));
 
     host.addresses.push(AddressView { index: IfIndex::new(7).unwrap(), address: gateway, flags: 0, scope: 0 });
@@ -233,7 +239,7 @@ fn a_device_gets_the_lowest_mtu_that_anybody_names() {
         let tagged = LeasedAddress { vlan: Some(7.try_into().unwrap()), ..address("10.0.0.2/24", None) };
         match mtu_of("", vec![six.clone(), tagged]) {
             Err(PlanError::Invalid { field: "ipam.pools[].vlan", value, .. }) => assert_eq!(value, "7"),
-            other => panic!("{other:?}"),
+            made => assert!(kind.contains("bridge") && made == Ok(Some(1400)), "{made:?}"),
         }
     }
 }
@@ -369,4 +375,99 @@ fn a_runtimes_limit_of_one_direction_leaves_the_other() {
     assert_eq!(limited(of(None, None)), of(rate(8000), rate(16_000)));
     assert_eq!(limited(of(rate(32_000), None)), of(rate(32_000), rate(16_000)));
     assert_eq!(limited(of(None, rate(32_000))), of(rate(8000), rate(32_000)));
+}
+
+#[test]
+fn a_port_is_in_its_vlans_before_it_is_up() {
+    let json = r#"{"kind":"bridge","bridge":"dc0","vlan":10,"vlanTrunk":[{"minID":100,"maxID":199}]}"#;
+    let open = LinkRequest { policy: Policy::None, ..request(vec![address("10.0.0.2/24", None)], &[]) };
+    let plan = plan(json, &open, &HostView::default()).unwrap();
+    let joins = place(&plan, |o| matches!(o, Operation::Join { .. }));
+    let tagged = place(&plan, |o| matches!(o, Operation::AddVlans { tagging: Tagging::Tagged, .. }));
+    let untagged = place(&plan, |o| matches!(o, Operation::AddVlans { tagging: Tagging::Untagged, .. }));
+    let leaves = place(&plan, |o| matches!(o, Operation::DeleteVlan { vlan, .. } if vlan.get() == 1));
+    let up = place(&plan, |o| matches!(o, Operation::Up { master: Some(_), .. }));
+    assert!([joins, tagged, untagged, leaves, up].is_sorted());
+    assert!(plan.steps.iter().any(|s| matches!(s.operation, Operation::CreateBridge { vlan_filtering: true, .. })));
+    assert_eq!(serde_json::to_string(&config(json)).unwrap(), json);
+    // Policy knows no tags.
+    let refused = self::plan(json, &LinkRequest { policy: Policy::Wanted, ..open.clone() }, &HostView::default());
+    assert!(matches!(refused, Err(PlanError::Invalid { field: "link.vlanTrunk", .. })), "{refused:?}");
+    let both = self::plan(&json.replace("100", "9"), &open, &HostView::default());
+    assert!(
+        matches!(&both, Err(PlanError::Invalid { field: "link.vlanTrunk", value, .. }) if value == "9-199"),
+        "{both:?}"
+    );
+    for (bad, said) in [
+        (r#"{"minID":9,"maxID":8}"#, "exchange minID and maxID"),
+        (r#"{"id":9,"maxID":8}"#, "give one of these"),
+        (r#"{"minID":9}"#, "give one of these"),
+        (r#"{"id":4095}"#, "not between 1 and 4094"),
+    ] {
+        let link: Value =
+            serde_json::from_str(&format!(r#"{{"kind":"bridge","bridge":"dc0","vlanTrunk":[{bad}]}}"#)).unwrap();
+        let error = LinkConfig::read(&link).unwrap_err();
+        assert!(error.field.starts_with("link.vlanTrunk") && error.reason.contains(said), "{bad}: {error}");
+    }
+}
+
+#[test]
+fn a_bridge_that_is_there_keeps_vlans_apart_if_it_is_ours() {
+    let json = r#"{"kind":"bridge","bridge":"dc0","vlan":10}"#;
+    let request = request(vec![address("10.0.0.2/24", None)], &[]);
+    let of = |alias: Option<&str>, vlans| {
+        let bridge = LinkView { alias: alias.map(Into::into), vlans, ..bridge_link(Some("bridge")) };
+        plan(json, &request, &HostView { links: vec![bridge], ..Default::default() })
+    };
+    let apart = |filtering, default| Some(BridgeVlans { filtering, default });
+    let filters = |plan: &Plan| plan.steps.iter().any(|s| matches!(s.operation, Operation::FilterVlans { .. }));
+    let left = |plan: &Plan| {
+        plan.steps.iter().find_map(|s| match s.operation {
+            Operation::DeleteVlan { vlan, .. } => Some(vlan.get()),
+            _ => None,
+        })
+    };
+    let ours = of(Some("dcenet:shared/dc0"), apart(false, Some(vlan(1)))).unwrap();
+    assert!(filters(&ours) && ours.makes_shared());
+    let theirs = of(None, apart(true, Some(vlan(5)))).unwrap();
+    assert_eq!((filters(&theirs), theirs.makes_shared(), left(&theirs)), (false, false, Some(5)));
+    for default in [None, Some(vlan(10))] {
+        assert_eq!(left(&of(None, apart(true, default)).unwrap()), None);
+    }
+    for (alias, vlans, said) in [
+        (None, apart(false, Some(vlan(1))), "type bridge vlan_filtering 1"),
+        (Some("dcenet:shared/dc0"), None, "CONFIG_BRIDGE_VLAN_FILTERING"),
+    ] {
+        let error = of(alias, vlans).unwrap_err().to_string();
+        assert!(error.contains(said), "{error}");
+    }
+}
+
+#[test]
+fn the_gateway_of_a_vlan_is_on_a_device_of_the_host() {
+    let json = |bridge: &str| format!(r#"{{"kind":"bridge","bridge":"{bridge}","isGateway":true}}"#);
+    let tagged = |id| LeasedAddress { vlan: Some(vlan(id)), ..address("10.0.0.2/24", Some("10.0.0.1")) };
+    let request = |addresses| LinkRequest { policy: Policy::None, ..request(addresses, &[]) };
+    for (bridge, name) in [("dc0", "dc0.4094"), ("a-longer-name", "dcb")] {
+        let plan = plan(&json(bridge), &request(vec![tagged(4094)]), &HostView::default()).unwrap();
+        let router = plan.router.clone().unwrap();
+        assert!(router.as_str().starts_with(name), "{router}");
+        assert_eq!(plan.entry(), Some(&router));
+        let made = place(&plan, |o| matches!(o, Operation::CreateLink { link, .. } if link.name == router));
+        let gateway = place(&plan, |o| matches!(o, Operation::AddAddress { link, .. } if *link == router));
+        let own = place(&plan, |o| matches!(o, Operation::AddVlans { tagging: Tagging::Own, .. }));
+        assert!(own < made && made < gateway);
+        assert!(matches!(&plan.steps[gateway].undo, Some(Undo::DeleteIdleAddress { vlan: Some(_), .. })));
+        // The bridge itself is nobody's router.
+        let on_bridge = |o: &Operation| matches!(o, Operation::ForwardIpv4 { link } if link.as_str() == bridge);
+        assert!(!plan.steps.iter().any(|s| on_bridge(&s.operation)));
+    }
+    let two = plan(&json("dc0"), &request(vec![tagged(7), tagged(8)]), &HostView::default());
+    assert!(
+        matches!(&two, Err(PlanError::Invalid { field: "ipam.pools[].vlan", value, .. }) if value == "8"),
+        "{two:?}"
+    );
+    let other = r#"{"kind":"bridge","bridge":"dc0","vlan":9}"#;
+    let other = plan(other, &request(vec![tagged(7)]), &HostView::default());
+    assert!(matches!(&other, Err(PlanError::Invalid { field: "link.vlan", .. })), "{other:?}");
 }

@@ -158,7 +158,7 @@ impl<'a> RoutedPair<'a> {
             steps.push(on_host(Operation::AddRoute { link: end.name.clone(), route }));
         }
         settle(&pod, &end, &addresses, &mut steps);
-        Plan { steps, host_end: Some(end), pod_end: pod, bridge: None }
+        Plan { steps, host_end: Some(end), pod_end: pod, bridge: None, router: None }
     }
 }
 

@@ -15,7 +15,9 @@
 use serde::{Deserialize, Serialize};
 
 use super::pod_end::{Neighbours, PodDevice};
-use super::{HostView, LinkDriver, LinkRequest, Need, PlanError, check_routes, device_mtu, parent_of, refuse_policy};
+use super::{
+    HostView, LinkDriver, LinkRequest, Need, PlanError, check_routes, device_mtu, parent_of, refuse_policy, vlan_of,
+};
 use crate::model::{IfName, Mtu, VlanId};
 use crate::netlink::VlanProtocol;
 use crate::plan::{Device, End, Plan, Tuning};
@@ -50,18 +52,11 @@ pub struct VlanConfig {
 
 impl VlanConfig {
     fn vlan(&self, request: &LinkRequest) -> Result<VlanId, PlanError> {
-        let invalid = |value: String, reason: String| PlanError::Invalid { field: "link.id", value, reason };
-        let pool = request.addresses.iter().find_map(|a| Some((a.vlan?, &a.pool)));
-        match (self.id, pool) {
-            (Some(id), Some((other, pool))) if id != other => {
-                let reason = format!("the pool {pool} is of VLAN {other}; drop link.id, or take another pool");
-                Err(invalid(id.to_string(), reason))
-            }
-            (Some(id), _) | (None, Some((id, _))) => Ok(id),
-            (None, None) => {
-                Err(invalid(String::new(), "missing, and no pool says it; give a number from 1 to 4094".to_owned()))
-            }
-        }
+        vlan_of("link.id", self.id, &request.addresses)?.ok_or_else(|| PlanError::Invalid {
+            field: "link.id",
+            value: String::new(),
+            reason: "missing, and no pool says it; give a number from 1 to 4094".to_owned(),
+        })
     }
 }
 

@@ -10,7 +10,7 @@ mod number;
 pub use attachment::{AttachmentId, AttachmentKey};
 pub use mac::MacAddr;
 pub use name::{ClusterId, ContainerId, IfName, LabelSet, NetworkName, Workload};
-pub use number::{IfIndex, Mtu, VlanId};
+pub use number::{IfIndex, Mtu, VlanId, VlanRange};
 
 /// A text or number that is no value of the wanted type.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

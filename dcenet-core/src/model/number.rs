@@ -107,3 +107,93 @@ impl fmt::Display for VlanId {
         self.0.fmt(f)
     }
 }
+
+/// VLANs without a gap: `{ "id": 7 }`, or `{ "minID": 100, "maxID": 199 }`, as the reference plugin `bridge` has them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "WrittenRange", into = "WrittenRange")]
+pub struct VlanRange {
+    first: VlanId,
+    last: VlanId,
+}
+
+impl VlanRange {
+    /// From `first` to `last`.
+    ///
+    /// # Errors
+    /// Where `first` is the greater one.
+    pub fn new(first: VlanId, last: VlanId) -> Result<Self, ParseError> {
+        if first <= last {
+            Ok(Self { first, last })
+        } else {
+            Err(ParseError::new(
+                "VLANs",
+                format!("{first} to {last}"),
+                "begin after they end; exchange minID and maxID",
+            ))
+        }
+    }
+
+    /// The first.
+    pub const fn first(self) -> VlanId {
+        self.first
+    }
+
+    /// The last, which may be the first.
+    pub const fn last(self) -> VlanId {
+        self.last
+    }
+
+    /// All of them.
+    pub fn ids(self) -> std::ops::RangeInclusive<u16> {
+        self.first.get()..=self.last.get()
+    }
+}
+
+impl From<VlanId> for VlanRange {
+    fn from(vlan: VlanId) -> Self {
+        Self { first: vlan, last: vlan }
+    }
+}
+
+impl fmt::Display for VlanRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.first, self.last) {
+            (first, last) if first == last => first.fmt(f),
+            (first, last) => write!(f, "{first}-{last}"),
+        }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WrittenRange {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    id: Option<VlanId>,
+    #[serde(default, rename = "minID", skip_serializing_if = "Option::is_none")]
+    first: Option<VlanId>,
+    #[serde(default, rename = "maxID", skip_serializing_if = "Option::is_none")]
+    last: Option<VlanId>,
+}
+
+impl TryFrom<WrittenRange> for VlanRange {
+    type Error = ParseError;
+
+    fn try_from(written: WrittenRange) -> Result<Self, ParseError> {
+        match (written.id, written.first, written.last) {
+            (Some(id), None, None) => Ok(id.into()),
+            (None, Some(first), Some(last)) => Self::new(first, last),
+            _ => Err(ParseError::new(
+                "VLANs",
+                String::new(),
+                "neither `id` alone nor `minID` with `maxID`; give one of these",
+            )),
+        }
+    }
+}
+
+impl From<VlanRange> for WrittenRange {
+    fn from(range: VlanRange) -> Self {
+        let (first, last) = (Some(range.first), Some(range.last));
+        if first == last { Self { id: first, first: None, last: None } } else { Self { id: None, first, last } }
+    }
+}

@@ -373,14 +373,17 @@ impl Socket {
 pub(crate) fn refused(name: &IfName, kind: &LinkKind<'_>, source: NetlinkError) -> CreateLinkError {
     // Drivers use the errno for purposes of their own, with other words.
     match &source.failure {
-        Failure::Refused { errno: libc::EOPNOTSUPP, message, .. }
-            if message.as_deref().is_none_or(|text| text == "Unknown device type") =>
-        {
-            let About { name: kind, since, option } = kind.about();
-            CreateLinkError::UnknownKind { name: name.clone(), kind, since, option, source: source.into() }
-        }
-        _ => source.into(),
+        Failure::Refused { errno: libc::EOPNOTSUPP, message: None, .. } => {}
+        _ if lacks_kind(&source) => {}
+        _ => return source.into(),
     }
+    let About { name: kind, since, option } = kind.about();
+    CreateLinkError::UnknownKind { name: name.clone(), kind, since, option, source: source.into() }
+}
+
+/// Whether the kernel says that it does not know the kind of a link.
+pub(crate) fn lacks_kind(error: &NetlinkError) -> bool {
+    matches!(&error.failure, Failure::Refused { errno: libc::EOPNOTSUPP, message: Some(text), .. } if text == "Unknown device type")
 }
 
 /// As [`Socket::create_link`], as a message for a batch.

@@ -4,6 +4,7 @@ use std::fmt;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use super::message::{Attributes, Message, field, number, text};
+use super::vlans::{self, BridgeVlans};
 use crate::model::{IfIndex, IfName, MacAddr};
 
 /// A link as the kernel describes it.
@@ -34,6 +35,8 @@ pub struct LinkView {
     pub tx_queue_len: u32,
     /// What its bridge does with it, where it is a port of one.
     pub port: Option<BridgePort>,
+    /// What it does with VLANs, where it is a bridge and the kernel can keep them apart.
+    pub vlans: Option<BridgeVlans>,
 }
 
 /// Settings of a port of a bridge (`IFLA_BRPORT_*`, `br_port_fill_attrs` of `net/bridge/br_netlink.c`).
@@ -76,6 +79,7 @@ impl LinkView {
             peer_netns: attributes.find(libc::IFLA_LINK_NETNSID).and_then(number).map(|n| n as i32),
             tx_queue_len: attributes.find(libc::IFLA_TXQLEN).and_then(number).unwrap_or_default(),
             port: attributes.find(libc::IFLA_LINKINFO).and_then(BridgePort::parse),
+            vlans: attributes.find(libc::IFLA_LINKINFO).and_then(BridgeVlans::parse),
         })
     }
 
@@ -125,7 +129,7 @@ pub(crate) fn create_veth(veth: &NewVeth<'_>) -> Message {
 
 /// Creates a bridge, down. A bridge whose address was given keeps it when ports come and go
 /// (`br_stp_recalculate_bridge_id` in `net/bridge/br_stp_if.c`).
-pub(crate) fn create_bridge(name: &IfName, mac: MacAddr, mtu: Option<u32>) -> Message {
+pub(crate) fn create_bridge(name: &IfName, mac: MacAddr, mtu: Option<u32>, vlan_filtering: bool) -> Message {
     let mut message = new_link(CREATE, format!("create bridge {name}"), &header(0, 0, 0));
     message.text(libc::IFLA_IFNAME, name.as_str());
     message.bytes(libc::IFLA_ADDRESS, &mac.bytes());
@@ -134,6 +138,9 @@ pub(crate) fn create_bridge(name: &IfName, mac: MacAddr, mtu: Option<u32>) -> Me
     }
     message.nest(libc::IFLA_LINKINFO, |info| {
         info.text(libc::IFLA_INFO_KIND, "bridge");
+        if vlan_filtering {
+            vlans::write_filtering(info, true);
+        }
     });
     message
 }
@@ -314,7 +321,7 @@ pub(super) fn header(index: u32, flags: u32, change: u32) -> [u8; HEADER] {
 pub(super) const HEADER: usize = 16;
 /// The echo tells the indices of both ends (since Linux 6.2; before, there is none).
 pub(super) const CREATE: u16 = (libc::NLM_F_CREATE | libc::NLM_F_EXCL | libc::NLM_F_ECHO) as u16;
-const NESTED: u16 = libc::NLA_F_NESTED as u16;
+pub(super) const NESTED: u16 = libc::NLA_F_NESTED as u16;
 const VETH_INFO_PEER: u16 = 1;
 const IFLA_INET_CONF: u16 = 1;
 /// `IPV4_DEVCONF_FORWARDING` of `include/uapi/linux/ip.h`, which counts from 1 as the attribute does.

@@ -28,6 +28,7 @@ mod shaping;
 mod socket;
 mod uevent;
 mod vf;
+mod vlans;
 mod vxlan;
 
 use std::net::IpAddr;
@@ -46,6 +47,7 @@ pub use rule::RuleSpec;
 pub use socket::{Failure, Family, NetlinkError, Reply, Socket};
 pub use uevent::Uevents;
 pub use vf::{Guid, VfChange, VfGuids, VfLinkState, VfListError, VfRate, VfView, VfVlan};
+pub use vlans::{BridgeVlans, PortVlans};
 pub use vxlan::{ForwardingView, VxlanSpec};
 
 #[cfg(feature = "fault-injection")]
@@ -54,7 +56,7 @@ pub use fault::{Fault, Injection, through_gate, with_fault};
 pub(crate) use address::{add_address, address_dump, delete_address};
 pub(crate) use carrier::{NO_ROUTE, is_local_route, is_operational};
 pub(crate) use conntrack::Flow;
-pub(crate) use device::{create_link, move_link, refused};
+pub(crate) use device::{create_link, lacks_kind, move_link, refused};
 pub(crate) use fault::{Gate, gate, gated};
 pub(crate) use link::{
     LinkChange, NewVeth, create_bridge, create_veth, delete_group, delete_link, hairpin, isolate, link_by_name,
@@ -67,6 +69,7 @@ pub(crate) use route::{
 };
 pub(crate) use rule::{add_rule, delete_rule};
 pub(crate) use shaping::{add_clsact, divert, divert_dump, diverts_to, shape, shape_dump, shaped_rate};
+pub(crate) use vlans::{NO_VLAN, add_vlans, delete_vlan, filter_vlans};
 pub(crate) use vxlan::{delete_forwarding, mark_vxlan, no_addresses_of_its_own, set_forwarding};
 
 /// Marks routes and rules of ours, in the field that tells who made them (`rtm_protocol`; 220 is free in iproute2's
@@ -91,6 +94,7 @@ pub fn read_hostile(datagram: &[u8]) {
             NeighbourView::parse(payload),
             ForwardingView::parse(payload),
             VxlanSpec::parse(payload),
+            PortVlans::parse(payload),
             nft::Found::parse(payload),
             Flow::parse(payload),
             crate::model::IfIndex::new(1).map(|i| (shaped_rate(payload, i), diverts_to(payload, i))),

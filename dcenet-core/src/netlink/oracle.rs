@@ -118,7 +118,7 @@ fn recorded() -> Vec<(&'static str, Message, &'static str)> {
     vec![
         (
             "ip link add br0 address 02:00:00:00:00:09 mtu 1400 type bridge",
-            create_bridge(&name("br0"), mac(9), Some(1400)),
+            create_bridge(&name("br0"), mac(9), Some(1400), false),
             "4c000000100005069e52026b00000000000000000000000000000000000000000a000100020000000009000008000400780500000800030062723000100012000a0001006272696467650000",
         ),
         (

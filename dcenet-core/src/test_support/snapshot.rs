@@ -41,11 +41,12 @@ impl HostState {
                 peer_netns: _,
                 tx_queue_len,
                 port,
+                vlans,
             } = link;
             let configured = flags & (libc::IFF_UP | libc::IFF_NOARP | libc::IFF_PROMISC | libc::IFF_ALLMULTI) as u32;
             lines.insert(format!(
                 "link {own} #{index} kind {kind:?} mac {mac:?} mtu {mtu} flags {configured:#x} alias {alias:?} \
-                 queue {tx_queue_len} master {:?} port {port:?}",
+                 queue {tx_queue_len} master {:?} port {port:?} vlans {vlans:?}",
                 master.map(|m| name(m.get()))
             ));
         }

@@ -1,6 +1,7 @@
 //! Devices that the kernel makes for us, and real ones that it hands over: created, moved and deleted by our netlink,
 //! and looked at with iproute2.
 
+mod bridge_vlan;
 mod chained;
 mod drivers;
 mod functions;

@@ -546,6 +546,7 @@ mod tests {
             peer_netns: None,
             tx_queue_len: 0,
             port: None,
+            vlans: None,
         };
         let address =
             |n, address: &str| AddressView { index: index(n), address: address.parse().unwrap(), flags: 0, scope: 0 };

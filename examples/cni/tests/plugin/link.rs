@@ -54,9 +54,9 @@ fn a_vlan_that_the_link_cannot_have_is_refused_and_nothing_is_left() {
     if !require(Rung::Netns) {
         return;
     }
-    for link in [json!({ "kind": "bridge", "bridge": "dc0", "isGateway": true }), json!({ "kind": "veth" })] {
+    for link in [json!({ "kind": "vrf", "vrf": "red", "table": 77 }), json!({ "kind": "veth" })] {
         let mut node = Node::new();
-        node.config["link"] = link;
+        node.config["link"] = link.clone();
         node.config["ipam"]["pools"][1]["vlan"] = json!(300);
         let (pod, before) = (node.pod("web"), node.host.state());
         let inside = pod.state();
@@ -75,8 +75,29 @@ fn a_vlan_that_the_link_cannot_have_is_refused_and_nothing_is_left() {
         node.config["ipam"]["pools"][1]["select"] = json!({ "workloads": ["shop/tagged-*"] });
         node.config["ipam"]["pools"][1]["group"] = json!("tagged");
         node.config["ipam"]["routes"] = json!([{ "dst": "0.0.0.0/0" }]);
-        assert_eq!(addresses(&node.add(&pod).unwrap()).len(), 1);
+        if link["kind"] == "veth" {
+            assert_eq!(addresses(&node.add(&pod).unwrap()).len(), 1);
+        }
     }
+}
+
+#[test]
+fn a_pools_vlan_is_that_of_the_bridges_port() {
+    if !require(Rung::Vm) {
+        return;
+    }
+    let mut node = Node::new();
+    node.config["link"] = json!({ "kind": "bridge", "bridge": "dc0", "isGateway": true });
+    node.config["ipam"]["pools"][1]["vlan"] = json!(300);
+    let pod = node.pod("web");
+    let result = node.add(&pod).unwrap();
+    let port = result["interfaces"][1]["name"].as_str().unwrap();
+    assert!(node.host.root().sh(&format!("bridge vlan show dev {port}")).contains("300 PVID Egress Untagged"));
+    pod.ping(result["ips"][0]["gateway"].as_str().unwrap());
+    assert!(node.host.root().link("dc0.300").is_some());
+    node.check(&pod, &result).unwrap();
+    node.del(&pod).unwrap();
+    assert_eq!(node.host.records(), Vec::<String>::new());
 }
 
 /// As podman has it with `--network a,b`: the second network's default route is the first's already.
