@@ -8,11 +8,12 @@ use std::path::PathBuf;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-use dcenet_core::test_support::{Rung, TestHost, require};
+use dcenet_core::test_support::{Rung, TestHost, effort, require};
 use serde_json::{Value, json};
 
-use crate::common::{Node, has_nft};
+use crate::common::{Node, has_nft, run_anywhere};
 use crate::cri::{Client, LinuxPodSandboxConfig, PodSandboxConfig, PodSandboxMetadata, PortMapping};
+use crate::killed::{Process, descendants, ours};
 use crate::machine::{IMAGE, Machine};
 use crate::podman::Podman;
 use crate::{has, podman};
@@ -60,10 +61,7 @@ impl Containerd {
             directory.join("opt")
         );
         std::fs::write(directory.join("containerd.toml"), config).unwrap();
-        let log = File::create(directory.join("containerd.log")).unwrap();
-        let mut command = machine.server("containerd");
-        command.arg("-c").arg(directory.join("containerd.toml"));
-        let process = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().expect("nsenter starts");
+        let process = launch(&machine);
         let containerd = Self { process, machine, root, capabilities: capabilities.clone() };
         containerd.await_ready();
         assert!(containerd.machine.directory().join("opt").is_dir(), "{}", containerd.log());
@@ -78,6 +76,13 @@ impl Containerd {
         node.config["runDir"] = json!(node.host.run_dir());
         let after = Self::start_with(Machine::new(node), self.root.clone(), &self.capabilities);
         (self, after)
+    }
+
+    /// Starts it anew on the same machine, where it was killed.
+    fn restart(&mut self) {
+        self.process.wait().expect("it can be waited for");
+        self.process = launch(&self.machine);
+        self.await_ready();
     }
 
     fn log(&self) -> String {
@@ -128,6 +133,14 @@ impl Containerd {
         let removed = client.stop(pod).and_then(|()| client.remove(pod));
         removed.unwrap_or_else(|error| panic!("{error}: {}", self.log()));
     }
+}
+
+fn launch(machine: &Machine) -> Child {
+    let directory = machine.directory();
+    let log = File::create(directory.join("containerd.log")).unwrap();
+    let mut command = machine.server("containerd");
+    command.arg("-c").arg(directory.join("containerd.toml"));
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().expect("nsenter starts")
 }
 
 impl Drop for Containerd {
@@ -309,6 +322,62 @@ fn pods_are_under_policy_from_their_first_packet_on() {
     }
     assert_eq!(endpoints(), [""; 0]);
     assert_eq!(node.host.records(), [""; 0]);
+}
+
+/// containerd is killed while its plugin attaches a pod, which goes on, or right afterwards, and started anew. The pods that it
+/// knows then are removed, and GC called: nothing of ours is left.
+#[test]
+fn what_killed_containerds_leave_goes_by_del_or_gc() {
+    if !is_here() {
+        return;
+    }
+    let mut containerd = warm();
+    let before = ours(&containerd.machine);
+    // The bridge stays for those who are left.
+    let node = &containerd.machine.node;
+    let mut collect = node.config_for_gc(&[&node.pod("kept")]);
+    collect["cniVersion"] = json!("1.1.0");
+    let (mut unclean, mut by_gc) = (0u32, 0u32);
+    let kills: u32 = effort(1, 3, 30);
+    for n in 0..kills {
+        let (config, mut client) = (containerd.pod(&format!("killed{n}")), containerd.client());
+        let asking = std::thread::spawn(move || client.run_pod(&config));
+        // When the plugin is seen at work, when it has begun to write down what it does, or some time after that.
+        let is_due = || match n % 3 {
+            0 => descendants(containerd.process.id()).iter().any(|process| process.is_called("dcenet")),
+            _ => !containerd.machine.node.host.records().is_empty(),
+        };
+        while !is_due() && !asking.is_finished() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if n % 3 == 2 {
+            std::thread::sleep(Duration::from_millis(5) * n);
+        }
+        let below = descendants(containerd.process.id());
+        let servers: Vec<&Process> = below.iter().filter(|process| process.is_called("containerd")).collect();
+        assert_eq!(servers.len(), 1, "{}", containerd.log());
+        servers[0].kill();
+        // The answer that nobody gave, or one that came before.
+        drop(asking.join().expect("it does not panic"));
+        let deadline = Instant::now() + LONG;
+        while below.iter().any(|process| process.is_called("dcenet")) {
+            assert!(Instant::now() < deadline, "the plugin does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        unclean += u32::from(ours(&containerd.machine) != before);
+        containerd.restart();
+        let mut client = containerd.client();
+        for pod in client.pods().unwrap() {
+            containerd.remove(&mut client, &pod);
+        }
+        by_gc += u32::from(ours(&containerd.machine) != before);
+        let root = containerd.machine.node.host.root();
+        root.run(|| run_anywhere(&[("CNI_COMMAND", "GC")], &collect.to_string())).unwrap();
+        assert_eq!(ours(&containerd.machine), before, "killed{n}");
+    }
+    println!("{kills} killed, {unclean} of them unclean before DEL, {by_gc} after it");
+    // The twin: there was something to remove.
+    assert!(unclean > 0, "{unclean} of {kills} were unclean");
 }
 
 /// The meta role, asked by the annotation that containerd hands on.

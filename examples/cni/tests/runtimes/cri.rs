@@ -53,6 +53,18 @@ pub struct PodSandboxConfig {
 }
 
 #[derive(Clone, PartialEq, Message)]
+struct PodSandbox {
+    #[prost(string, tag = "1")]
+    id: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct ListPodSandboxResponse {
+    #[prost(message, repeated, tag = "1")]
+    items: Vec<PodSandbox>,
+}
+
+#[derive(Clone, PartialEq, Message)]
 struct RunPodSandboxRequest {
     #[prost(message, optional, tag = "1")]
     config: Option<PodSandboxConfig>,
@@ -234,6 +246,12 @@ impl Client {
         let request = RunPodSandboxRequest { config: Some(config.clone()) };
         let answer: Identifier = self.call("RuntimeService", "RunPodSandbox", request)?;
         Ok(answer.id)
+    }
+
+    /// The identifiers of the pods that it knows.
+    pub fn pods(&mut self) -> Result<Vec<String>, Status> {
+        let answer: ListPodSandboxResponse = self.call("RuntimeService", "ListPodSandbox", Empty {})?;
+        Ok(answer.items.into_iter().map(|pod| pod.id).collect())
     }
 
     /// The pod's addresses, as the runtime has them from the plugin.

@@ -8,6 +8,7 @@ mod common;
 
 mod containerd;
 mod cri;
+mod killed;
 mod libcni;
 mod lists;
 mod machine;
