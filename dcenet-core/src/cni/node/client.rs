@@ -16,8 +16,9 @@ use rustix::net::{
     connect, sendmsg, socket_with,
 };
 
-use super::{ACCEPTED, DECLINED, GO, MAGIC, VARIABLES, VERSION, check_peer, identity, length, number, shared};
+use super::{ACCEPTED, ALLOWED, DECLINED, GO, MAGIC, VARIABLES, VERSION, check_peer, identity, length, number, shared};
 use crate::cni::{CniError, ErrorCode, NetConf};
+use crate::sysctl::ALLOW_LIST;
 
 /// How long a daemon may take to accept a call. It has done nothing by then.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -80,6 +81,7 @@ fn offer(
     for (name, path, _) in shared(conf) {
         tell(name, identity(path)?.as_bytes());
     }
+    tell(ALLOWED, identity(Path::new(ALLOW_LIST))?.as_bytes());
     let header = [MAGIC, VERSION.to_be_bytes(), length(&variables)?, length(stdin)?].concat();
     // A path that cannot be opened is the daemon's to judge: DEL does without it.
     let netns = environment("CNI_NETNS").filter(|path| !path.is_empty()).and_then(|path| File::open(path).ok());

@@ -21,12 +21,14 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recv, re
 
 use super::queue::{Place, Queue};
 use super::{
-    ACCEPTED, DECLINED, GO, HEADER, MAGIC, SHARED, VARIABLES, VERSION, check_peer, identity, length, number, shared,
+    ACCEPTED, ALLOWED, DECLINED, GO, HEADER, MAGIC, SHARED, VARIABLES, VERSION, check_peer, identity, length, number,
+    shared,
 };
 use crate::cni::serve::{PolicyChoice, STDIN_LIMIT, failure, respond};
 use crate::cni::{Backends, CniError, ErrorCode, NetConf};
 use crate::engine::Removals;
 use crate::provider::{AddressSource, DeviceSource, PolicySink};
+use crate::sysctl::ALLOW_LIST;
 
 /// How long a plugin may be silent before its call has begun: it has nothing to wait for.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -267,7 +269,7 @@ fn read(stream: &mut UnixStream) -> io::Result<Result<Request, String>> {
     for variable in variables.split(|byte| *byte == 0) {
         let Some(at) = variable.iter().position(|byte| *byte == b'=') else { continue };
         let (name, value) = (&variable[..at], &variable[at + 1..]);
-        if VARIABLES.iter().chain(&SHARED).any(|known| known.as_bytes() == name) {
+        if VARIABLES.iter().chain(&SHARED).chain([&ALLOWED]).any(|known| known.as_bytes() == name) {
             named.push((name.to_vec(), value.to_vec()));
         }
     }
@@ -297,6 +299,14 @@ fn misled(request: &Request) -> io::Result<Option<String>> {
             let path = path.display();
             return Ok(Some(format!("{name}: {path} is another for the daemon than for the plugin; {remedy}")));
         }
+    }
+    // A call that takes away must not fail for it.
+    let adds = request.get("CNI_COMMAND").is_some_and(|verb| verb == "ADD");
+    if adds && *request.get(ALLOWED).unwrap_or_default() != *identity(Path::new(ALLOW_LIST))? {
+        return Ok(Some(format!(
+            "{ALLOWED}: {ALLOW_LIST} is another for the daemon than for the plugin; mount it where the daemon runs, and start \
+             the daemon anew when it was replaced"
+        )));
     }
     Ok(None)
 }

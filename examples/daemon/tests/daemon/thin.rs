@@ -237,6 +237,20 @@ fn a_call_that_is_half_sent_declined_or_not_begun_changes_nothing() {
         let reason = answer(&send(&node, &request_of(&node, &pod, 2, told), Some(&pod))).unwrap_err();
         assert!(reason.contains(name) && reason.contains("is another for the daemon"), "{reason}");
     }
+    // A node's list of settings that the daemon does not see would allow everything. What takes away does without.
+    let listing = |verb: &str| {
+        let mut bytes = request(&node, &pod, 2);
+        let variable = b"DCENET_ALLOW_LIST=1:2\0";
+        let length = u32::from_be_bytes(bytes[8..12].try_into().unwrap());
+        bytes[8..12].copy_from_slice(&(length + variable.len() as u32).to_be_bytes());
+        bytes.splice(16..16, variable.iter().copied());
+        let place = bytes.windows(3).position(|word| word == b"ADD").unwrap();
+        bytes[place..place + 3].copy_from_slice(verb.as_bytes());
+        answer(&send(&node, &bytes, Some(&pod)))
+    };
+    let reason = listing("ADD").unwrap_err();
+    assert!(reason.contains("allowlist.conf is another for the daemon"), "{reason}");
+    listing("DEL").expect("accepted, and then nobody says go");
     // Nothing of it is under way any more when the daemon has ended.
     assert!(daemon.stop().success());
     assert_eq!((before.diff(&node.host.state()).as_str(), node.leased().len()), ("", 0));
