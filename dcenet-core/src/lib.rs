@@ -18,6 +18,7 @@ pub mod netlink;
 pub mod netns;
 pub mod plan;
 pub mod probe;
+mod proc_sys;
 pub mod provider;
 pub mod section;
 mod sys;

@@ -519,10 +519,9 @@ impl Plan {
         self.steps.iter().filter_map(|s| s.undo.as_ref()).any(Undo::is_shared)
     }
 
-    /// Whether it makes settings of the host that are given back.
-    pub(crate) fn restores_of_host(&self) -> bool {
-        let is_of_host = |undo: &Undo| matches!(undo, Undo::RestoreSetting { target: Target::Host, .. });
-        self.steps.iter().filter_map(|s| s.undo.as_ref()).any(is_of_host)
+    /// Whether it makes settings that are given back.
+    pub(crate) fn restores(&self) -> bool {
+        self.steps.iter().any(|step| matches!(step.undo, Some(Undo::RestoreSetting { .. })))
     }
 }
 

@@ -165,7 +165,7 @@ impl Engine {
             (host, plan) = look()?;
         }
         self.check_port(request)?;
-        let settings = if plan.restores_of_host() { Some(self.journal.lock_settings()?) } else { None };
+        let settings = if plan.restores() { Some(self.journal.lock_settings()?) } else { None };
         self.look_at_settings(&mut plan, request)?;
         for link in &host.links {
             session.know(Target::Host, link);

@@ -1,18 +1,16 @@
 //! Settings of namespaces below `/proc/sys/net` that attachments ask for, each of which gets back the value that it had.
 //!
 //! Several attachments may need one setting. Whoever is the first writes down what it was, the others take that over from
-//! his record, and whoever is the last gives it back. Of settings of the host, who reads what one is until he has recorded it,
-//! who makes it and who gives it back holds a lock. Of those of a pod nobody does: its networks are attached and detached one
-//! after the other (CNI 1.1.0, section 2, "Lifecycle & Ordering"). Where a runtime attaches them side by side all the same,
-//! what was before may be taken for what another of them has just written.
+//! his record, and whoever is the last gives it back. Who reads what one is until he has recorded it, and who gives it back, holds
+//! a lock, and so does who makes one of the host: runtimes attach the networks of a pod side by side. It is that of the records and
+//! not one of the pod's namespace, which the pod's own processes could hold for good.
 
 use std::collections::BTreeMap;
-use std::fs::OpenOptions;
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use super::apply::Session;
+use super::apply::{Session, look_up};
 use super::check::Drift;
 use super::error::{AttachError, StepError, TeardownError};
 use super::{AttachRequest, Engine};
@@ -21,11 +19,9 @@ use crate::link::PlanError;
 use crate::model::{AttachmentKey, IfName};
 use crate::netlink::gated;
 use crate::netns::{NetNs, NetNsError};
-use crate::plan::{Operation, Plan, Step, Target, Undo};
+use crate::plan::{Operation, Plan, Step, Target, Undo, is_mark_of};
+use crate::proc_sys::{self, read};
 use crate::sysctl::{Setting, Sysctls, dotted, invalid, same_value};
-
-/// Where settings of the calling thread's namespace are.
-const ROOT: &str = "/proc/sys/net";
 
 /// Adds to a plan what a configuration sets: for the whole pod first of all, of its device before that is up.
 ///
@@ -59,8 +55,8 @@ pub(super) fn restored(target: Target, name: String, value: String) -> Step {
 }
 
 impl Engine {
-    /// Fills in what settings are now, and refuses those that cannot be set or be given back, before anything is changed. For one
-    /// of the host the caller holds the lock of settings until the plan is recorded.
+    /// Fills in what settings are now, and refuses those that cannot be set or be given back, before anything is changed. Where
+    /// any is given back the caller holds the lock of settings until the plan is recorded.
     pub(super) fn look_at_settings(&self, plan: &mut Plan, request: &AttachRequest<'_>) -> Result<(), AttachError> {
         let settings = request.link.sysctl().settings(&request.key.ifname)?;
         let undos = plan.steps.iter_mut().filter_map(|step| step.undo.as_mut());
@@ -70,24 +66,47 @@ impl Engine {
         }
         let pod = request.pod.netns;
         self.run_in(pod, || settings.iter().try_for_each(is_settable))??;
+        self.refuse_contrary(&settings, request)?;
         for undo in undos {
-            let Undo::RestoreSetting { target, name, before, asked } = undo else { continue };
+            let Undo::RestoreSetting { target, name, before, .. } = undo else { continue };
             let netns = if *target == Target::Host { &self.host.0 } else { pod };
             let holder = self.holder(&request.key, (*target, name), netns, |_| Ok::<_, JournalError>(true))?;
-            if let Some((record, held)) = holder.as_ref().and_then(|r| Some((r, held(r, *target, name)?))) {
-                if !same_value(held.asked, asked) {
-                    let reason = format!(
-                        "attachment {} of the same pod has set it to {:?}; ask for the same value, or for none",
-                        record.key, held.asked
-                    );
-                    return Err(invalid(format!("{} = {asked}", dotted(name)), reason).into());
-                }
-                held.before.clone_into(before);
+            if let Some(was) = holder.as_ref().and_then(|record| held(record, *target, name)) {
+                was.clone_into(before);
                 continue;
             }
             *before = self.run_in(netns, || read_or_default(name))?.map_err(|e| unreadable(name, &e))?;
         }
         Ok(())
+    }
+
+    /// Refuses settings of which another attachment of the pod asks for another value, under whatever name.
+    fn refuse_contrary(&self, settings: &[Setting], request: &AttachRequest<'_>) -> Result<(), AttachError> {
+        if settings.is_empty() {
+            return Ok(());
+        }
+        let contrary = |record: &Record| {
+            let theirs = record.link.sysctl().settings(&record.key.ifname).unwrap_or_default();
+            settings.iter().find_map(|ours| {
+                let same = theirs.iter().find(|theirs| canonical(&theirs.name) == canonical(&ours.name))?;
+                (!same_value(&same.value, &ours.value)).then(|| (ours.clone(), same.value.clone()))
+            })
+        };
+        // The key under which a record has them.
+        let found = self.journal.first_with("sysctl", |record| {
+            let is_other = record.key != request.key && record.boot == self.journal.boot();
+            Ok::<_, JournalError>(is_other && is_in(record, request.pod.netns) && contrary(record).is_some())
+        })?;
+        let Some((record, (ours, value))) =
+            found.and_then(|record| contrary(&record).map(|contrary| (record, contrary)))
+        else {
+            return Ok(());
+        };
+        let reason = format!(
+            "attachment {} of the same pod has set it to {value:?}; ask for the same value, or for none",
+            record.key
+        );
+        Err(invalid(format!("{} = {}", dotted(&ours.name), ours.value), reason).into())
     }
 
     /// What settings of the pod are, as the kernel says it.
@@ -139,12 +158,11 @@ impl Engine {
         netns: &NetNs,
         (target, name, before): (Target, &str, &str),
     ) -> Result<(), TeardownError> {
-        let _lock = match target {
-            Target::Host => Some(self.journal.lock_settings()?),
-            Target::Pod => None,
-        };
+        let _lock = self.journal.lock_settings()?;
         let needs = |record: &Record| match target {
-            Target::Pod => Ok(true),
+            // Who only begins makes it before his device. Devices go before settings are given back, so that of two who go at the
+            // same time the last one finds nobody.
+            Target::Pod => Ok(record.done.is_none() || self.bears_device_of(record, netns)?),
             // Its record may outlive what it needs the setting for, when both go at the same time; and who only begins makes it
             // when he translates already, and under the lock.
             Target::Host => self.is_translating(record),
@@ -158,6 +176,12 @@ impl Engine {
             Err(source) => Err(TeardownError::Setting { name: name.to_owned(), value: before.to_owned(), source }),
             Ok(()) => Ok(()),
         }
+    }
+
+    /// Whether the attachment's device is in the pod.
+    fn bears_device_of(&self, record: &Record, pod: &NetNs) -> Result<bool, TeardownError> {
+        let link = look_up(&mut self.pod_socket(pod)?, &record.key.ifname)?;
+        Ok(link.and_then(|link| link.alias).is_some_and(|alias| is_mark_of(&record.key, &alias)))
     }
 
     /// Settings of the pod that are not what they were made.
@@ -248,16 +272,19 @@ fn is_in(record: &Record, netns: &NetNs) -> bool {
     record.netns == netns.id() && NetNs::open(&record.netns_path).is_ok_and(|found| found.id() == netns.id())
 }
 
-struct Held<'a> {
-    before: &'a str,
-    asked: &'a str,
+/// The one name of a setting that has two (`devinet_sysctl_forward` in `net/ipv4/devinet.c`).
+fn canonical(name: &str) -> &str {
+    match name {
+        "ipv4/ip_forward" => "ipv4/conf/all/forwarding",
+        name => name,
+    }
 }
 
-/// What an attachment asked of a setting.
-fn held<'r>(record: &'r Record, target: Target, name: &str) -> Option<Held<'r>> {
+/// What a setting was before any attachment changed it, by the record of one that did.
+fn held<'r>(record: &'r Record, target: Target, name: &str) -> Option<&'r str> {
     record.undo.iter().find_map(|undo| match undo {
-        Undo::RestoreSetting { target: its, name: of, before, asked } if *its == target && of == name => {
-            Some(Held { before, asked })
+        Undo::RestoreSetting { target: its, name: of, before, .. } if *its == target && of == name => {
+            Some(before.as_str())
         }
         _ => None,
     })
@@ -269,12 +296,12 @@ fn is_settable(setting: &Setting) -> Result<(), PlanError> {
     let refuse = |reason: String| Err(invalid(dotted(&setting.name), reason));
     if setting.pattern.is_some() {
         // Some families have no pattern of devices to come: the device itself will tell.
-        let directory = Path::new(ROOT).join(name);
+        let directory = proc_sys::path(name);
         if directory.parent().is_some_and(|d| !d.exists() && d.parent().is_some_and(Path::exists)) {
             return Ok(());
         }
     }
-    match std::fs::metadata(Path::new(ROOT).join(name)) {
+    match std::fs::metadata(proc_sys::path(name)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => refuse(
             "the pod's namespace has no such setting: it is of the whole host, or this kernel lacks it; drop it, or see \
              `sysctl -a` in a pod"
@@ -291,10 +318,6 @@ fn is_settable(setting: &Setting) -> Result<(), PlanError> {
 
 fn unreadable(name: &str, error: &io::Error) -> PlanError {
     invalid(dotted(name), format!("cannot be read, and so not be given back when the pod goes: {error}; drop it"))
-}
-
-fn read(name: &str) -> io::Result<String> {
-    Ok(std::fs::read_to_string(Path::new(ROOT).join(name))?.trim().to_owned())
 }
 
 /// As a device to come has it, where the device is not there.
@@ -315,9 +338,6 @@ fn read_or_default(name: &str) -> io::Result<String> {
 fn write_if_other(name: &str, value: &str) -> io::Result<()> {
     match read(name) {
         Ok(is) if same_value(&is, value) => Ok(()),
-        // An empty list is written as a line.
-        _ => {
-            OpenOptions::new().write(true).open(Path::new(ROOT).join(name))?.write_all(format!("{value}\n").as_bytes())
-        }
+        _ => proc_sys::write(name, value),
     }
 }

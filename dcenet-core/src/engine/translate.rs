@@ -4,7 +4,6 @@
 //! lock is needed among attachments, and no port is given twice.
 
 use std::net::IpAddr;
-use std::path::Path;
 
 use ipnet::IpNet;
 
@@ -19,7 +18,9 @@ use crate::netlink::nft::{change, lacks_subsystem, list};
 use crate::netlink::{Failure, Family, Flow, Message, NetlinkError, Socket, conntrack, nft};
 use crate::netns::NetNsError;
 use crate::plan::{MARK, Operation, Plan, Step, Target, Undo, mark};
+use crate::proc_sys;
 use crate::provider::LeasedAddress;
+use crate::sysctl::dotted;
 
 /// Adds to a plan what translates for the attachment.
 ///
@@ -262,13 +263,10 @@ impl Engine {
     /// The settings of the host that keep an attachment's translation from working, in words. Its packets come in by `link`.
     pub(super) fn contrary_settings(&self, record: &Record, link: &IfName) -> Result<Vec<String>, NetNsError> {
         let settings = settings(record.translation(), link);
-        let is_off = |name: &String| {
-            // One that cannot be read is of a link that is gone, which is told.
-            let value = std::fs::read_to_string(Path::new("/proc/sys/net").join(name));
-            value.is_ok_and(|value| value.trim_end() != "1")
-        };
+        // One that cannot be read is of a link that is gone, which is told.
+        let is_off = |name: &String| proc_sys::read(name).is_ok_and(|value| value != "1");
         let off = self.run_in(&self.host.0, || settings.into_iter().filter(is_off).collect::<Vec<_>>())?;
-        Ok(off.into_iter().map(|name| format!("net.{} is not 1", name.replace('/', "."))).collect())
+        Ok(off.into_iter().map(|name| format!("{} is not 1", dotted(&name))).collect())
     }
 
     /// Whether anything is translated for an attachment.

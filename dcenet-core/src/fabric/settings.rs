@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::netlink::gated;
 use crate::netns::{Host, NetNsError};
+use crate::proc_sys;
 
 /// What settings were before the fabric changed them, by their path below `/proc/sys/net`.
 #[derive(Debug)]
@@ -170,8 +171,7 @@ impl Settings {
 /// What a setting is.
 pub(super) fn read(host: &Host, name: &str) -> Result<String, SettingsError> {
     let failed = |source| SettingsError::Setting { name: name.to_owned(), source };
-    let text = host.0.run_here_or_there(|| fs::read_to_string(path(name)))?.map_err(failed)?;
-    Ok(text.trim().to_owned())
+    host.0.run_here_or_there(|| proc_sys::read(name))?.map_err(failed)
 }
 
 /// Whether a setting can be read and is that.
@@ -181,7 +181,7 @@ fn is(host: &Host, name: &str, value: &str) -> bool {
 
 /// Nothing where its link is gone.
 fn write(host: &Host, name: &str, value: &str) -> Result<(), SettingsError> {
-    match gated("write setting", || host.0.run_here_or_there(|| fs::write(path(name), value)))? {
+    match gated("write setting", || host.0.run_here_or_there(|| proc_sys::write(name, value)))? {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         outcome => outcome.map_err(|source| SettingsError::Setting { name: name.to_owned(), source }),
     }
@@ -191,7 +191,7 @@ fn write(host: &Host, name: &str, value: &str) -> Result<(), SettingsError> {
 fn ipv6_links(host: &Host) -> Result<BTreeMap<String, String>, SettingsError> {
     let failed = |source| SettingsError::Setting { name: IPV6.to_owned(), source };
     let list = || -> io::Result<Vec<String>> {
-        fs::read_dir(path(IPV6))?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+        fs::read_dir(proc_sys::path(IPV6))?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
     };
     let names = host.0.run_here_or_there(list)?.map_err(failed)?;
     let mut links = BTreeMap::new();
@@ -208,10 +208,6 @@ fn ipv6_links(host: &Host) -> Result<BTreeMap<String, String>, SettingsError> {
 
 fn ipv6_of(link: &str) -> String {
     format!("{IPV6}/{link}/forwarding")
-}
-
-fn path(name: &str) -> PathBuf {
-    Path::new("/proc/sys/net").join(name)
 }
 
 /// Why a setting cannot be had or changed.

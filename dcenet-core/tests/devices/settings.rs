@@ -6,7 +6,7 @@ use dcenet_core::model::AttachmentKey;
 use dcenet_core::netns::Pod;
 use dcenet_core::plan::Target;
 use dcenet_core::provider::{Lease, LeasedAddress};
-use dcenet_core::test_support::{HostState, Rung, TestHost, TestNetNs, require};
+use dcenet_core::test_support::{HostState, Rung, TestHost, TestNetNs, effort, require};
 use serde_json::{Value, json};
 
 const SOMAXCONN: &str = "net.core.somaxconn";
@@ -121,6 +121,58 @@ fn networks_of_a_pod_share_a_setting_until_the_last_has_gone() {
         assert_eq!(value(&other, SOMAXCONN), before);
     }
     assert_eq!(host.records(), [""; 0]);
+}
+
+/// As a runtime attaches them that does not wait for the one before the next.
+#[test]
+fn networks_that_come_and_go_side_by_side_leave_what_was_before() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let host = TestHost::new();
+    let engine = host.engine(None);
+    let pod = host.new_pod();
+    let before = value(&pod, SOMAXCONN);
+    for round in 0..effort(5, 20, 200) {
+        for wanted in ["77", before.as_str()] {
+            std::thread::scope(|scope| {
+                for ifname in ["eth0", "storage", "x"] {
+                    let (engine, pod) = (&engine, &pod);
+                    scope.spawn(move || match wanted {
+                        "77" => drop(attach(engine, ifname, pod, json!({ SOMAXCONN: "77" })).unwrap()),
+                        _ => engine.detach(&key(ifname), None).unwrap(),
+                    });
+                }
+            });
+            assert_eq!(value(&pod, SOMAXCONN), wanted, "round {round}");
+        }
+    }
+    assert_eq!(host.records(), [""; 0]);
+}
+
+#[test]
+fn one_network_does_not_make_of_a_setting_what_another_does_not_want() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let host = TestHost::new();
+    let engine = host.engine(None);
+    let pod = host.new_pod();
+    let sysctl = json!({ "net.ipv4.conf.IFNAME.rp_filter": "2", "net.ipv4.ip_forward": "1" });
+    attach(&engine, "eth0", &pod, sysctl).unwrap();
+    // The first one's own device, and another name of the same.
+    for (name, value, same) in [("net.ipv4.conf.eth0.rp_filter", "0", "2"), ("net.ipv4.conf.all.forwarding", "0", "1")]
+    {
+        let error = attach(&engine, "storage", &pod, json!({ name: value })).unwrap_err().to_string();
+        assert!(error.contains(name) && error.contains("shop/c1/eth0 of the same pod"), "{error}");
+        assert!(pod.link("storage").is_none());
+        attach(&engine, "storage", &pod, json!({ name: same })).unwrap();
+        engine.detach(&key("storage"), None).unwrap();
+        assert_eq!(engine.check(&key("eth0"), pod.netns()).unwrap(), []);
+    }
+    // Its own device is its own.
+    attach(&engine, "storage", &pod, json!({ "net.ipv4.conf.IFNAME.rp_filter": "0" })).unwrap();
+    assert_eq!(engine.check(&key("eth0"), pod.netns()).unwrap(), []);
 }
 
 const PORTS: &str = "net.ipv4.ip_local_port_range";
