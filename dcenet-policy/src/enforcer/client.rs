@@ -455,14 +455,20 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
 
     fn lift(&self, endpoint: &Endpoint) -> Result<(), PolicyError> {
         if !endpoint.place.is_host() {
-            return self.detach(&endpoint.attachment);
+            let what = format!("lift the policy of {}, a device in its pod: remove the pod instead", endpoint.ifname);
+            return Err(PolicyError::Unsupported(what));
         }
+        // One that does not hear leaves everything as it is.
+        self.answers(&endpoint.attachment, false)?;
         let doing = || format!("lift the policy of {}", endpoint.attachment);
-        // First, for an owner that knows the endpoint puts its programs back.
+        let hooks = BOTH.map(|direction| Hook { device: endpoint.ifindex, direction });
+        let take_off = || remove(&self.attacher, &hooks, &endpoint.attachment).map_err(failed(doing()));
+        // Before the owner forgets the endpoint: the slot that its programs have is another's then. And after, for an owner that
+        // knows it may have put them back meanwhile.
+        take_off()?;
         let gone = Request::Gone { attachment: endpoint.attachment.clone() };
         self.tell(&gone, false).map_err(|e| refused(doing(), e))?;
-        let hooks = BOTH.map(|direction| Hook { device: endpoint.ifindex, direction });
-        remove(&self.attacher, &hooks, &endpoint.attachment).map_err(failed(doing()))
+        take_off()
     }
 }
 

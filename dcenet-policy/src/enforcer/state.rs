@@ -2,6 +2,7 @@
 
 mod admit;
 mod names;
+mod settle;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -661,31 +662,6 @@ impl Answer for Shared {
         if let Err(error) = self.apply() {
             tracing::warn!(%error, "the latest policy is not in force; the last verdicts stand");
         }
-    }
-}
-
-impl State {
-    /// Records what a change did, unless the endpoint has become another in the meantime. Returns whether it is gone.
-    fn settle(&mut self, attachment: &AttachmentKey, then: &Known, outcome: Outcome) -> bool {
-        let Some(known) = self.endpoints.get_mut(attachment) else { return false };
-        if !known.is_on(then.endpoint.ifindex, &then.endpoint.place) {
-            return false;
-        }
-        let gone = matches!(outcome, Outcome::Gone);
-        match outcome {
-            Outcome::Enforced { slot, generation } => {
-                (known.phase, known.slot, known.generation) = (Phase::Enforced, Some(slot), generation);
-                known.failure = None;
-            }
-            Outcome::Failed { reason, phase } => (known.failure, known.phase) = (Some(reason), phase),
-            Outcome::Hopeless { reason } => known.failure = Some(reason),
-            Outcome::Gone => {
-                tracing::info!(%attachment, "the endpoint's device has vanished");
-                self.forget(attachment);
-                self.revision += 1;
-            }
-        }
-        gone
     }
 }
 

@@ -210,6 +210,52 @@ fn ports_lead_to_pods_of_other_plugins() {
     }
 }
 
+/// Whoever asks for what cannot be had keeps what he has: policy, and ports.
+#[test]
+fn a_repeated_add_that_fails_changes_nothing() {
+    if !require(Rung::Kernel) || !has_nft() || !has_debians("bridge") {
+        return;
+    }
+    let mut list = List::new(Node::under_policy(), bridge());
+    let (db, web, rival) = (list.node.pod("db"), list.node.pod("web"), list.node.pod("rival"));
+    let with_port = |config: &Value, port: u16| {
+        let mut config = config.clone();
+        config["runtimeConfig"] = json!({ "portMappings": [{ "hostPort": port, "containerPort": 80 }] });
+        config
+    };
+    let policy = list.node.config.clone();
+    let mut open = policy.clone();
+    open.as_object_mut().unwrap().remove("policy");
+    list.node.config = with_port(&open, 8081);
+    list.add(&rival);
+    list.node.config = with_port(&policy, 8080);
+    let result = list.add(&db);
+    list.theirs("ADD", &web, None).unwrap();
+    let endpoints = |list: &List| list.node.policy().iter().filter(|l| l.starts_with("endpoint ")).count();
+
+    for (had, wanted) in [(&policy, &open), (&open, &open)] {
+        list.node.config = with_port(had, 8080);
+        assert_eq!(list.ours("ADD", &db, Some(&result)).unwrap(), result);
+        let (translated, under_policy) = (elements(&list.node), endpoints(&list));
+        assert_eq!(under_policy, usize::from(had == &policy));
+        list.node.config = with_port(wanted, 8081);
+        assert_eq!(list.ours("ADD", &db, Some(&result)).unwrap_err()["code"], 112);
+        assert_eq!((elements(&list.node), endpoints(&list)), (translated, under_policy));
+        list.node.config = with_port(had, 8080);
+        list.ours("CHECK", &db, Some(&result)).unwrap();
+        assert_eq!(!connects(&web, &db, &result, if under_policy > 0 { SHORT } else { LONG }), under_policy > 0);
+    }
+    // The twin: what can be had comes in the place of what was there.
+    list.node.config = with_port(&open, 8082);
+    list.ours("ADD", &db, Some(&result)).unwrap();
+    let translated = elements(&list.node).join("\n");
+    assert!(translated.contains("8082") && !translated.contains("8080"), "{translated}");
+    list.ours("CHECK", &db, Some(&result)).unwrap();
+    list.del(&db, Some(&result));
+    list.del(&rival, None);
+    assert_eq!((elements(&list.node), list.node.host.records()), (Vec::new(), Vec::new()));
+}
+
 #[test]
 fn gc_and_status_need_no_link_of_ours() {
     if !has_nft() || !has_debians("ptp") {

@@ -547,3 +547,35 @@ fn a_bridge_is_as_it_was_when_the_last_mapped_port_has_gone() {
         assert_eq!(is(&node), before);
     }
 }
+
+/// As above, of pods that come at once and go at once, beside some without ports.
+#[test]
+fn a_bridge_is_as_it_was_after_pods_with_ports_came_and_went_at_once() {
+    if !has_nft() {
+        return;
+    }
+    let (mut node, _outside) = node();
+    node.warm();
+    let is = |node: &Node| node.host.root().sh("sysctl -n net.ipv4.conf.dc0.route_localnet");
+    let pods: Vec<_> = (0..8_u16).map(|n| (node.pod("web"), (n % 4 < 3).then_some(8080 + n))).collect();
+    let configs: Vec<String> = pods
+        .iter()
+        .map(|(_, port)| {
+            map(&mut node, port.map_or_else(|| json!([]), |port| both(port, 80)));
+            node.config.to_string()
+        })
+        .collect();
+    for before in ["0\n", "1\n"] {
+        node.host.root().sh(&format!("sysctl -qw net.ipv4.conf.dc0.route_localnet={before}"));
+        for verb in ["ADD", "DEL"] {
+            std::thread::scope(|scope| {
+                for ((pod, _), config) in pods.iter().zip(&configs) {
+                    let node = &node;
+                    scope.spawn(move || node.call(verb, pod, config).unwrap());
+                }
+            });
+            assert_eq!(is(&node), if verb == "ADD" { "1\n" } else { before });
+        }
+    }
+    assert_eq!((elements(&node), node.host.records()), (Vec::new(), Vec::new()));
+}
