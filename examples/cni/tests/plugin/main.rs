@@ -15,6 +15,7 @@ mod networks;
 mod owner;
 mod pools;
 mod races;
+mod roles;
 mod shared;
 mod sysctl;
 mod theirs;
