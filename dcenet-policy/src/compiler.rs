@@ -9,7 +9,9 @@
 //!
 //! and when all of it is in force calls [`Compiler::release`]. After each step every endpoint still judges every peer
 //! by its old policy or by its new one, as long as the peer itself is the same. A peer whose own labels, namespace
-//! or ports changed may count as unknown to a policy set that is replaced in the same update, until step 3.
+//! or ports changed may count as unknown to a policy set that is replaced in the same update, until step 3. Where names alone
+//! have other addresses, which somebody else chooses, step 3 goes before step 2: programs of that update know the classes of
+//! before, too.
 //!
 //! What cannot be enforced as it stands closes the pods that it concerns and nobody else: [`Update::faults`] names it,
 //! and [`isolation`] the verdicts.

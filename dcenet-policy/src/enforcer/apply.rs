@@ -26,7 +26,7 @@ use super::node::{NodeMaps, create};
 use super::state::{Known, Outcome, Shared};
 use super::tables::ClassTables;
 use super::{EnforcerError, LoweredObject, Phase};
-use crate::classes::AddressTable;
+use crate::classes::{AddressTable, ClassId};
 use crate::compiler::{CompileError, Compiler, EndpointPlan, Limits, PolicySet, RuleTable, Scope, SetId, Update};
 use crate::isolation::Fault;
 use crate::model::{Cluster, Direction, PodId};
@@ -209,7 +209,12 @@ impl Applier {
             self.learnt = Some(Arc::clone(&update.rules));
         }
         let by_names = matches!(changes, Changes::Names { .. });
-        let outcomes = self.carry_out(shared, &update, endpoints, by_names)?;
+        let names_alone = match changes {
+            Changes::All => false,
+            Changes::Parts { pods, renamed } => pods.is_empty() && !renamed.is_empty(),
+            Changes::Names { .. } => true,
+        };
+        let outcomes = self.carry_out(shared, &update, endpoints, by_names, names_alone)?;
         // Numbers of what is no longer in force take room until they are released.
         let wants_room = |fault: &Fault| matches!(fault, Fault::Refused { .. } | Fault::NotAudited { .. });
         let retry = update.faults.iter().any(wants_room) && self.compiler.is_unreleased();
@@ -222,6 +227,7 @@ impl Applier {
         update: &Update,
         endpoints: &BTreeMap<AttachmentKey, Known>,
         by_names: bool,
+        names_alone: bool,
     ) -> Result<Outcomes, EnforcerError> {
         let mut outcomes = Outcomes::new();
         // Arrays first: what changes in them is of classes that no table names yet.
@@ -230,7 +236,8 @@ impl Applier {
             return Ok(outcomes);
         }
         let switches = self.load(shared, update, endpoints, &mut outcomes);
-        if let Err(error) = self.write_table(update) {
+        // New policy asks what no class says that is in the table.
+        if !names_alone && let Err(error) = self.write_table(update) {
             self.wait_all(endpoints, &error.to_string(), &mut outcomes);
             return Ok(outcomes);
         }
@@ -241,6 +248,13 @@ impl Applier {
             outcomes.extend(switches.iter().map(|switch| (switch.key.clone(), failed(switch.known))));
             Vec::new()
         });
+        // Whoever answers for a name chooses the address, which rules may deny by a prefix: to programs that do not know both
+        // together it would be nobody's. Those that do know the classes of before, too.
+        if names_alone {
+            let refused = |reason| EnforcerError::NamesNotInForce { reason };
+            self.all_know(update, &outcomes).map_err(refused)?;
+            self.write_table(update).map_err(|error| refused(error.to_string()))?;
+        }
         // A replaced program that still runs would give a flow that it admits the new generation, and so it would never be
         // judged again. A default program admits none.
         let had_others = |key: &AttachmentKey| self.endpoints.contains_key(key) || endpoints[key].is_adopted();
@@ -257,6 +271,28 @@ impl Applier {
             self.settled = Some((update.generation, Instant::now()));
         }
         Ok(outcomes)
+    }
+
+    /// Whether the programs that endpoints have kept know what the table is to say of single addresses; else why they were kept.
+    fn all_know(&self, update: &Update, outcomes: &Outcomes) -> Result<(), String> {
+        let changes = update.changes_from(&self.table);
+        let knows = |set: &PolicySet| {
+            let written = self.sets.get(&set.id).map(|known| &*known.written).unwrap_or_default();
+            let local = |class: ClassId| written.get(class.0 as usize).copied().unwrap_or(0);
+            changes.exact.iter().all(|(address, class)| {
+                let now = class.map_or(0, local);
+                let before = local(self.table.lookup(*address));
+                now == before || (now != 0 && u32::from(now) < set.program.list.locals)
+            })
+        };
+        for (key, outcome) in outcomes {
+            if let (Outcome::Failed { reason, .. }, Some(endpoint)) = (outcome, self.endpoints.get(key))
+                && !Direction::ALL.iter().all(|direction| knows(endpoint.programs.plan.set(*direction)))
+            {
+                return Err(format!("{key}: {reason}"));
+            }
+        }
+        Ok(())
     }
 
     /// Everybody whose verdicts are in force keeps those before, and the endpoints that have no outcome yet their

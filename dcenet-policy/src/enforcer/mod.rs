@@ -573,6 +573,13 @@ pub enum EnforcerError {
         /// What would have been closed.
         reason: String,
     },
+    /// A program that would judge addresses that were learnt is not in force, so that they are given up: to the program before they
+    /// might be nobody's, whom rules by prefixes do not deny.
+    #[error("what is learnt of names waits for a program: {reason}")]
+    NamesNotInForce {
+        /// Whose, and why.
+        reason: String,
+    },
     /// A device could not be reached.
     #[error(transparent)]
     Attach(#[from] AttachError),

@@ -397,6 +397,11 @@ impl Shared {
                 state.retry_at = Some(Instant::now());
                 Some(error)
             }
+            Err(error @ EnforcerError::NamesNotInForce { .. }) => {
+                state.give_up_names(renamed, fresh);
+                state.retry_at = Some(Instant::now() + RETRY);
+                Some(error)
+            }
             Err(error) => {
                 state.touched = None;
                 for known in state.endpoints.values_mut() {

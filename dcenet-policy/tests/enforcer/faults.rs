@@ -321,7 +321,7 @@ fn an_endpoint_whose_load_fails_keeps_the_default_and_the_owner_tries_again() {
 }
 
 /// Refuses every load while it is told to.
-struct Refusing(Arc<AtomicBool>);
+pub struct Refusing(pub Arc<AtomicBool>);
 
 impl Loader for Refusing {
     fn load(&self, elf: &[u8], request: &LoadRequest<'_>) -> Result<Loaded, LoadError> {

@@ -3,14 +3,16 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use dcenet_core::test_support::{Rung, require};
 use dcenet_policy::enforcer::learnt::LEAST_TTL;
-use dcenet_policy::enforcer::{Clock, Enforcer, EnforcerError, LearnError};
+use dcenet_policy::enforcer::{Clock, Enforcer, EnforcerError, LearnError, Tools};
 use dcenet_policy::model::{DomainName, PodId, Protocol, Tuple};
 use dcenet_policy::sources::kubernetes::Documents;
 
+use crate::faults::Refusing;
 use crate::world::*;
 
 const NAMED: &str = r#"
@@ -40,6 +42,11 @@ fn name(text: &str) -> DomainName {
 fn told(owner: &Enforcer, text: &str) {
     let documents = Documents::default().with_yaml("named.yaml", text).unwrap();
     assert!(owner.replace_documents(&Documents::default(), &documents).unwrap().is_complete());
+}
+
+fn told_instead(owner: &Enforcer, before: &str, now: &str) {
+    let [before, now] = [before, now].map(|text| Documents::default().with_yaml("named.yaml", text).unwrap());
+    assert!(owner.replace_documents(&before, &now).unwrap().is_complete());
 }
 
 fn learn(world: &World, owner: &Enforcer, text: &str, of: &str) {
@@ -210,4 +217,58 @@ fn what_finds_no_room_is_given_up_and_closes_nobody() {
     let refused = owner.learner().learn(web, &name("more.example.org"), [([198, 51, learnt, 1].into(), TTL)]);
     assert!(refused.is_err());
     assert_eq!(owner.faults(), []);
+}
+
+/// A prefix that is denied before names are asked for.
+const DENIED_BEFORE: &str = r#"
+apiVersion: policy.networking.k8s.io/v1alpha2
+kind: ClusterNetworkPolicy
+metadata: { name: guard }
+spec:
+  tier: Admin
+  priority: 1
+  subject: { namespaces: {} }
+  egress:
+  - { action: Deny, to: [ { networks: [ 10.20.0.0/24, "fd20::/64" ] } ] }
+  - { action: Accept, to: [ { domainNames: [ "*.example.org" ] } ] }
+"#;
+
+/// Whoever answers for a name that is allowed chooses its address, and gets nobody past a rule that denies that, also while the
+/// program that would know both together does not load.
+#[test]
+fn an_answer_opens_no_prefix_that_is_denied() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let refuse = Arc::new(AtomicBool::new(false));
+    let mut world = World::new();
+    let owner = world.open(Tools { loader: Arc::new(Refusing(Arc::clone(&refuse))), ..tools() });
+    owner.start().unwrap();
+    for (n, name) in [(2, "web"), (3, "api")] {
+        world.add_enforced(name, n, &[("app", name)]);
+    }
+    world.tcp("web", "api", 443, true);
+    told(&owner, DENIED_BEFORE);
+    world.tcp("web", "api", 443, false);
+    refuse.store(true, Ordering::SeqCst);
+    let (web, answered) = (world.address("web", false), [false, true].map(|ipv6| (world.address("api", ipv6), TTL)));
+    let learn = || owner.learner().learn(web, &name("a.example.org"), answered);
+    // Each attempt but the first is another way to the tables.
+    for _ in 0..3 {
+        let error = learn().unwrap_err();
+        assert!(error.to_string().contains("injected"), "{error}");
+        world.tcp("web", "api", 443, false);
+    }
+    refuse.store(false, Ordering::SeqCst);
+    learn().unwrap();
+    assert!(owner.retry().unwrap().is_complete());
+    world.tcp("web", "api", 443, false);
+    // The twin: in the other order the name comes first.
+    let mut lines: Vec<&str> = DENIED_BEFORE.lines().collect();
+    let last = lines.len() - 1;
+    lines.swap(last - 1, last);
+    told_instead(&owner, DENIED_BEFORE, &lines.join("\n"));
+    world.tcp("web", "api", 443, true);
+    world.tcp("api", "web", 443, false);
+    owner.uninstall().unwrap();
 }
