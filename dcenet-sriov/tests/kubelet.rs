@@ -234,6 +234,28 @@ fn what_a_kubelet_refuses_is_told_and_what_it_cannot_yet_is_asked_again() {
 }
 
 #[test]
+fn who_looks_for_ever_the_first_time_can_be_ended() {
+    // It ends when the look has, also where the test fails: the sender goes before it.
+    let runtime = runtime();
+    let (begun, begins) = std::sync::mpsc::channel();
+    let (answer, asked) = std::sync::mpsc::channel::<()>();
+    let asked = Mutex::new(asked);
+    runtime.block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let look: Arc<Look> = Arc::new(move || {
+            begun.send(()).unwrap();
+            // Until the test is over.
+            let _ = asked.lock().unwrap().recv();
+            Ok(Resource::default())
+        });
+        let running = Running::start(&DevicePlugin::new("example.com/vf", look).unwrap(), directory.path());
+        tokio::task::spawn_blocking(move || begins.recv_timeout(SOON).unwrap()).await.unwrap();
+        running.end().await;
+    });
+    drop(answer);
+}
+
+#[test]
 fn a_name_that_no_kubelet_takes_is_refused() {
     for (name, told) in [
         ("vf", "without a domain"),

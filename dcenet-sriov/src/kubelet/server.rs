@@ -65,7 +65,10 @@ pub(super) async fn serve(
     let mut stop = pin!(stop);
     let own = directory.join(plugin.socket());
     let kubelet = directory.join(KUBELET);
-    let resource = look(plugin).await.map_err(KubeletError::Look)?;
+    let resource = tokio::select! {
+        () = &mut stop => return Ok(()),
+        found = look(plugin) => found.map_err(KubeletError::Look)?,
+    };
     let (sender, receiver) = watch::channel(Arc::new(resource));
     let followers = Arc::new(AtomicUsize::new(0));
     let answers = Answers { plugin: Arc::new(plugin.clone()), resource: receiver, followers: Arc::clone(&followers) };
@@ -126,7 +129,12 @@ pub(super) async fn serve(
                     registered = register(plugin, &kubelet) => registered,
                 };
                 match registered {
-                    Ok(()) => known_to = Some((there, Instant::now())),
+                    Ok(()) => {
+                        if known_to.is_none_or(|(known, _)| known != there) {
+                            tracing::info!(resource = plugin.name, "the kubelet has taken it");
+                        }
+                        known_to = Some((there, Instant::now()));
+                    }
                     Err(status) if is_final(&status) => {
                         let reason = status.message().to_owned();
                         return Err(KubeletError::Refused { name: plugin.name.clone(), reason });
