@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use dcenet_sriov::inventory::Inventory;
-use dcenet_sriov::kubelet::{DevicePlugin, KubeletError, Look, Resource};
+use dcenet_sriov::kubelet::{DIRECTORY, DevicePlugin, KubeletError, Look, Resource};
 use dcenet_sriov::test_support::kubelet::{
     Client, Container, Device, File, Kubelet, Node, Nodes, Nothing, Options, next,
 };
@@ -253,6 +253,21 @@ fn who_looks_for_ever_the_first_time_can_be_ended() {
         running.end().await;
     });
     drop(answer);
+}
+
+#[test]
+fn long_names_fit_into_the_path_of_a_socket() {
+    let socket = |name: &str| {
+        let look: Arc<Look> = Arc::new(|| Ok(Resource::default()));
+        DevicePlugin::new(name, look).unwrap().socket()
+    };
+    assert_eq!(socket("example.com/vf"), "example.com_vf.sock");
+    let domain = format!("{}.example.com", "networks".repeat(7));
+    let long = [format!("{domain}/fast"), format!("{domain}/slow")].map(|name| socket(&name));
+    assert_ne!(long[0], long[1]);
+    for socket in long {
+        assert!(Path::new(DIRECTORY).join(&socket).as_os_str().len() <= 107, "{socket}");
+    }
 }
 
 #[test]

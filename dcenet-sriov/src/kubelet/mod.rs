@@ -29,6 +29,7 @@ mod api;
 mod server;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{DefaultHasher, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -171,9 +172,18 @@ impl DevicePlugin {
         self
     }
 
-    /// The name of the own socket in the kubelet's directory.
+    /// The name of the own socket in the kubelet's directory; at most 62 characters, for a path of a socket has 107 at most
+    /// (`sun_path` of unix(7)).
     pub fn socket(&self) -> String {
-        format!("{}.sock", self.name.replace('/', "_"))
+        let mut name = self.name.replace('/', "_");
+        if name.len() > 57 {
+            let mut hasher = DefaultHasher::new();
+            hasher.write(name.as_bytes());
+            // It is ASCII.
+            name.truncate(40);
+            name = format!("{name}-{:016x}", hasher.finish());
+        }
+        format!("{name}.sock")
     }
 
     /// Serves until `stop` ends, then removes its socket: to the kubelet the functions are unhealthy then, and after five
@@ -187,9 +197,12 @@ impl DevicePlugin {
         server::serve(self, directory, stop).await
     }
 
-    /// The variable that tells a container of its functions, as other device plugins for SR-IOV name it.
-    fn variable(&self) -> String {
-        let name = self.name.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_uppercase() } else { '_' });
+    /// The variable that tells a container of its functions of the resource `name`, as other device plugins for SR-IOV name
+    /// it. Several names may have one variable: a container would find the functions of one of them.
+    ///
+    /// Bed: pure.
+    pub fn variable(name: &str) -> String {
+        let name = name.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_uppercase() } else { '_' });
         format!("PCIDEVICE_{}", name.collect::<String>())
     }
 }
@@ -322,7 +335,7 @@ impl Resource {
             permissions: "rw".to_owned(),
         };
         Ok(api::ContainerAllocateResponse {
-            envs: [(plugin.variable(), list.join(","))].into(),
+            envs: [(DevicePlugin::variable(&plugin.name), list.join(","))].into(),
             devices: files.into_iter().map(device).collect(),
         })
     }
