@@ -39,7 +39,7 @@ pub struct LearntName {
     pub name: DomainName,
     /// Until when this is to be known, in seconds since 1970.
     pub until: Time,
-    /// In how many seconds that is, where the time is known.
+    /// In how many seconds that is, where the time is known; none where it is past, and the name not yet taken out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub remaining: Option<Time>,
 }
@@ -98,7 +98,7 @@ pub fn explain_without(
     let learnt = |(name, until): (&DomainName, Time)| LearntName {
         name: name.clone(),
         until,
-        remaining: cluster.time.map(|now| until.saturating_sub(now)),
+        remaining: cluster.time.map(|now| until.saturating_sub(now).max(0)),
     };
     let peer_names = names.map(learnt).collect();
     let audit = eval::audit(cluster, refused, subject, tuple)?;

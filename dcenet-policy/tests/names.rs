@@ -135,6 +135,10 @@ fn an_address_is_open_under_each_of_its_names_until_the_last_is_over() {
     let json = serde_json::to_value(&told).unwrap();
     assert_eq!(json["peer_names"][1]["name"], "db.example.com");
     assert_eq!(json["peer_names"][1]["until"], 100);
+    // Past, and not yet taken out.
+    cluster.time = Some(110);
+    let told = explain(&cluster, &web(), &Tuple::egress(address("192.0.2.1"), Protocol::TCP, 5432)).unwrap();
+    assert_eq!(told.peer_names.iter().map(|learnt| learnt.remaining).collect::<Vec<_>>(), [Some(90), Some(0)]);
 
     let mut step = |cluster: &mut Cluster, now| {
         let renamed = cluster.names.expire(now);

@@ -432,7 +432,7 @@ impl Enforcer {
         };
         let mut explanation = explain_without(&cluster, &refused(&faults), subject, tuple)?;
         for learnt in &mut explanation.peer_names {
-            learnt.remaining = Some(learnt.until.saturating_sub(now));
+            learnt.remaining = Some(learnt.until.saturating_sub(now).max(0));
         }
         Ok(explanation)
     }
