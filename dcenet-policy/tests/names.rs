@@ -209,14 +209,25 @@ fn names_of_cluster_network_policies_are_for_rules_that_accept() {
         assert_eq!((rule.action, &rule.peers), (Action::Deny, &Peers::Any));
     }
     for (names, wanted) in [
-        ("[ com ]", "domainNames[0]: \"com\": must be a full domain name"),
-        ("[ a.b, 'a.*.com' ]", "domainNames[1]: \"a.*.com\": must be a full domain name"),
-        ("[ 192.0.2.1 ]", "domainNames[0]: \"192.0.2.1\": is an address"),
-        ("[]", "domainNames: []: must have at least one name"),
+        ("[ com ]", "domainNames[0]: \"com\" is no full domain name"),
+        ("[ a.b, 'a.*.com' ]", "domainNames[1]: \"a.*.com\" is no full domain name"),
+        ("[ 192.0.2.1 ]", "domainNames[0]: \"192.0.2.1\" is no full domain name"),
+        ("[ 192.0.2.1. ]", "domainNames[0]: \"192.0.2.1.\" is no full domain name"),
+        ("[ _sip.example.com ]", "domainNames[0]: \"_sip.example.com\" is no full domain name"),
     ] {
-        let told = clusternetworkpolicy::from_yaml(&text("Accept", names)).unwrap_err().to_string();
-        assert!(told.starts_with(&format!("document 0: spec.egress[0].to[0].{wanted}")), "{told}");
+        let read = clusternetworkpolicy::from_yaml(&text("Accept", names)).unwrap();
+        assert_eq!(
+            read.closed[0].to_string(),
+            format!("document 0: spec.egress[0].to[0]: {wanted}: a rule that allows matches nothing then")
+        );
+        let rule = &read.policies[0].rules(Direction::Egress).unwrap()[0];
+        assert_eq!((rule.action, &rule.peers), (Action::Allow, &Peers::OneOf(Vec::new())));
     }
+    let told = clusternetworkpolicy::from_yaml(&text("Accept", "[]")).unwrap_err().to_string();
+    assert!(
+        told.starts_with("document 0: spec.egress[0].to[0].domainNames: []: must have at least one name"),
+        "{told}"
+    );
 }
 
 #[test]

@@ -33,7 +33,9 @@
 //! A rule with a peer that has none of the fields which are known here fails closed, as the comment of
 //! `ClusterNetworkPolicyIngressPeer` has it: one that accepts matches nothing, and one that denies or passes denies
 //! everything. So do `domainNames` in a rule that does not accept: they are "only supported for Accept rules", and which
-//! addresses a name has is not known before somebody asks for it. [`Policies::closed`] names each.
+//! addresses a name has is not known before somebody asks for it. So does one of `domainNames` that is no
+//! [`DomainName`](crate::model::DomainName): the pattern of the API's `DomainName` admits addresses and labels that begin with
+//! `_`, too. [`Policies::closed`] names each.
 //!
 //! `domainNames` mean the addresses that have been learnt of them, as [`fqdns`](super::native#objects) do.
 //!
@@ -446,7 +448,16 @@ fn peer(at: &At<'_>, peers_field: &str, kind: Kind, action: Action) -> Result<Kn
             if items.is_empty() {
                 return Err(value.invalid("must have at least one name"));
             }
-            items.iter().map(|item| pattern(item).map(Peer::Name)).collect::<Result<_, SourceError>>()?
+            let mut names = Vec::new();
+            for (index, item) in items.iter().enumerate() {
+                let text = item.text()?;
+                // The API server admits more than names.
+                let Ok(name) = pattern(item) else {
+                    return Ok(Known::No(format!("{name}[{index}]: {text:?} is no full domain name")));
+                };
+                names.push(Peer::Name(name));
+            }
+            names
         }
         _ => return Ok(Known::No(format!("{} is not known", join(&at.path, name)))),
     }))

@@ -415,7 +415,8 @@ fn peer(at: &At<'_>, owner: Owner<'_>, peers_field: &'static str, peers: &mut Ve
 /// A name of the Domain Name System, or all below one.
 pub(super) fn pattern(at: &At<'_>) -> Result<NamePattern, SourceError> {
     let text = at.text()?;
-    if text.trim_start_matches("*.").parse::<IpAddr>().is_ok() {
+    let name = text.trim_start_matches("*.");
+    if name.strip_suffix('.').unwrap_or(name).parse::<IpAddr>().is_ok() {
         return Err(at.invalid("is an address; name it as a prefix"));
     }
     text.parse().map_err(|_| {
