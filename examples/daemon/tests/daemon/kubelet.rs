@@ -45,16 +45,20 @@ fn a_kubelet_hears_of_pools_also_from_a_daemon_that_follows_a_killed_one() {
         for is_last in [false, true] {
             let daemon = node.start_by(with_sysfs(&sys));
             let mut clients = BTreeMap::new();
-            for _ in 0..2 {
+            // Whom nobody follows yet may register again.
+            while clients.len() < 2 {
                 let register = kubelet.next().await;
                 clients.insert(register.resource_name, Client::of(&plugins.join(register.endpoint)).await);
             }
             let names: Vec<&str> = clients.keys().map(String::as_str).collect();
             assert_eq!(names, ["example.com/dpdk", "example.com/fast"]);
 
-            let mut told = Vec::new();
+            let (mut told, mut followed) = (Vec::new(), Vec::new());
             for client in clients.values_mut() {
-                for device in next(&mut client.watch().await).await {
+                let mut list = client.watch().await;
+                let devices = next(&mut list).await;
+                followed.push(list);
+                for device in devices {
                     let nodes = device.topology.into_iter().flat_map(|at| at.nodes).map(|node| node.id);
                     told.push((device.id, device.health, nodes.collect::<Vec<i64>>()));
                 }
@@ -78,6 +82,7 @@ fn a_kubelet_hears_of_pools_also_from_a_daemon_that_follows_a_killed_one() {
                 assert_eq!(left, ["kubelet.sock"]);
             } else {
                 daemon.kill();
+                while !kubelet.hears_nobody() {}
             }
         }
     });
