@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dcenet_ebpf::attach::Scrubber;
 use dcenet_sriov::kubelet::{DevicePlugin, KubeletError, Look, Resource};
@@ -18,6 +18,8 @@ use crate::threads::Threads;
 
 /// How long after a failure it is begun anew.
 const AGAIN: Duration = Duration::from_secs(5);
+/// What fails after so long has been well before: longer than any look or kubelet takes to fail at once.
+const WELL: Duration = Duration::from_secs(60);
 
 /// A thread that tells the kubelet until it is dropped, and then takes the sockets away.
 #[derive(Debug)]
@@ -92,9 +94,10 @@ async fn serve(name: String, plugin: DevicePlugin, directory: PathBuf, stopped: 
             // An error is the end of who would tell.
             let _ = stop.wait_for(|stop| *stop).await;
         };
+        let begun = Instant::now();
         let Err(error) = plugin.serve(&directory, stop).await else { return };
         let error = error.to_string();
-        if error != told {
+        if error != told || begun.elapsed() >= WELL {
             tracing::error!(resource = name, error, "the kubelet is not told; it is tried again");
             told = error;
         }
