@@ -11,6 +11,7 @@ use dcenet_policy::eval::evaluate;
 use dcenet_policy::explain::explain;
 use dcenet_policy::model::{Action, Cluster, Direction, Peer, Peers, Pod, PodId, Protocol, Tuple, Verdict};
 use dcenet_policy::render::{networkpolicy, nftables};
+use dcenet_policy::sources::kubernetes::{Documents, NoteKind};
 use dcenet_policy::sources::{clusternetworkpolicy, native};
 use dcenet_policy::{Compiler, Update};
 
@@ -228,6 +229,28 @@ fn names_of_cluster_network_policies_are_for_rules_that_accept() {
         told.starts_with("document 0: spec.egress[0].to[0].domainNames: []: must have at least one name"),
         "{told}"
     );
+}
+
+#[test]
+fn whose_addresses_nobody_learns_is_told() {
+    let policy = |peer: &str| {
+        format!(
+            "apiVersion: dcenet.io/v1alpha1\nkind: Policy\nmetadata: {{ name: out, namespace: shop }}\nspec:\n  egress: [ {{ action: \
+             allow, to: [ {{ {peer} }} ] }} ]\n"
+        )
+    };
+    let told = |peer: &str| {
+        let documents = Documents::default().with_yaml("a.yaml", &policy(peer)).unwrap();
+        let notes = documents.notes().into_iter().filter(|note| note.kind == NoteKind::UnlearntNames);
+        notes.map(|note| note.text).collect::<Vec<_>>()
+    };
+    assert_eq!(
+        told("fqdns: [ db.example.com, '*.example.org' ]"),
+        [
+            "shop/policy/out: addresses of names are not known here until somebody learns them: by them nobody is allowed"
+        ]
+    );
+    assert!(told("cidrs: [ 10.0.0.0/8 ]").is_empty());
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::kubernetes::Documents;
-use crate::model::{Catalog, Direction, Peer, Peers, PolicyId, ServiceId};
+use crate::model::{Catalog, Direction, Peer, Peers, Policy, PolicyId, ServiceId};
 
 /// Something that a verdict does not show and that may surprise.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -38,6 +38,9 @@ pub enum NoteKind {
     UnknownTier,
     /// A policy names nodes, a group or a service that is not given ([`Documents::unknown_peers`]).
     UnknownPeer,
+    /// A policy allows by names, whose addresses nobody has learnt here: no document has them. To be left out by who has a
+    /// learner.
+    UnlearntNames,
     /// Policies share a priority ([`Documents::ties`]).
     Tie,
     /// Objects of a kind do not count ([`Documents::unused`]).
@@ -96,6 +99,15 @@ impl fmt::Display for UnknownPeer {
     }
 }
 
+fn names_names(policy: &Policy) -> bool {
+    let rules = Direction::ALL.into_iter().filter_map(|direction| policy.rules(direction)).flatten();
+    let mut peers = rules.filter_map(|rule| match &rule.peers {
+        Peers::OneOf(peers) => Some(peers),
+        Peers::Any => None,
+    });
+    peers.any(|peers| peers.iter().any(|peer| matches!(peer, Peer::Name(_))))
+}
+
 impl Documents {
     /// What policies name that is not given: by it nothing is allowed, and rules that deny or pass deny everybody.
     pub fn unknown_peers(&self) -> BTreeSet<(&PolicyId, UnknownPeer)> {
@@ -134,6 +146,13 @@ impl Documents {
             );
             (NoteKind::UnknownPeer, text)
         });
+        let named = self.policies.values().filter(|policy| names_names(policy)).map(|policy| {
+            let text = format!(
+                "{}: addresses of names are not known here until somebody learns them: by them nobody is allowed",
+                policy.id
+            );
+            (NoteKind::UnlearntNames, text)
+        });
         let ties = self.ties().into_iter().map(|tied| {
             let names: Vec<String> = tied.iter().map(ToString::to_string).collect();
             let names = names.join(", ");
@@ -141,7 +160,8 @@ impl Documents {
         });
         let unused = self.unused.iter();
         let unused = unused.map(|(kind, count)| (NoteKind::Unused, format!("not used: {kind} ({count})")));
-        let all = left_out.chain(assumed).chain(closed).chain(unknown).chain(peers).chain(ties).chain(unused);
+        let all =
+            left_out.chain(assumed).chain(closed).chain(unknown).chain(peers).chain(named).chain(ties).chain(unused);
         all.map(|(kind, text)| Note { kind, text }).collect()
     }
 }

@@ -272,6 +272,8 @@ struct Owner {
     standing: Standing,
     /// Whether a directory without policies takes them all away.
     may_be_empty: bool,
+    /// Whether addresses of names become known.
+    learns: bool,
     /// What the directory looked like when it was read last.
     seen: Option<Signature>,
     /// Why it was refused last, if it was.
@@ -308,6 +310,7 @@ impl Owner {
             told: None,
             standing: Standing::read(&config.state_dir),
             may_be_empty: config.policies.as_ref().is_none_or(|p| p.allow_empty),
+            learns: config.dns.is_some(),
             seen: None,
             refused: None,
             addresses: config.node.addresses.is_none().then(BTreeSet::new),
@@ -382,7 +385,7 @@ impl Owner {
     fn tell(&mut self, mut documents: Documents) -> bool {
         // What its devices say of it counts.
         documents.nodes.remove(&self.node);
-        for note in documents.notes() {
+        for note in policies::notes(&documents, self.learns) {
             tracing::warn!(%note, "policies");
         }
         let (policies, in_force) = (documents.policies.len(), in_force(&documents));

@@ -85,7 +85,7 @@ fn check(options: &Options, config: &Config) -> ExitCode {
     let read = config.policies.as_ref().map(|p| policies::read(&p.directory).0).transpose();
     match read {
         Ok(documents) => {
-            for note in documents.iter().flat_map(|documents| documents.notes()) {
+            for note in documents.iter().flat_map(|documents| policies::notes(documents, config.dns.is_some())) {
                 println!("{note}");
             }
             println!("{}: nothing is wrong", options.config.display());

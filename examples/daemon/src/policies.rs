@@ -14,7 +14,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use dcenet_policy::sources::kubernetes::{DocumentError, Documents};
+use dcenet_policy::sources::kubernetes::{DocumentError, Documents, Note, NoteKind};
 use rustix::fs::OFlags;
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use rustix::io::Errno;
@@ -103,6 +103,11 @@ impl Signature {
         }
         Ok(Self { directory: (found.dev(), found.ino()), files })
     }
+}
+
+/// What of documents may surprise. Addresses of names are learnt where there is a proxy.
+pub fn notes(documents: &Documents, learns: bool) -> impl Iterator<Item = Note> {
+    documents.notes().into_iter().filter(move |note| !learns || note.kind != NoteKind::UnlearntNames)
 }
 
 /// Reads all files of a directory, in the order of their names, and once more where something changes meanwhile. Returns

@@ -55,9 +55,15 @@ fn a_pod_reaches_what_a_policy_names_once_it_has_asked_the_daemon_for_it() {
         return;
     }
     let mut node = Node::under_policy();
+    node.put_policy("out.yaml", POLICY);
+    let is_told = |node: &Node| {
+        let told = String::from_utf8(node.run("--check").stdout).unwrap();
+        told.contains("shop/policy/out: addresses of names are not known here")
+    };
+    assert!(is_told(&node));
     // The first is the address of the bridge, which comes with the first pod.
     node.config["dns"] = json!({ "listen": ["10.20.0.1:53"], "upstreams": ["127.0.0.1:5300"], "timeout": "10s" });
-    node.put_policy("out.yaml", POLICY);
+    assert!(!is_told(&node));
     let daemon = node.start();
     assert!(daemon.log().contains("dns: tried again"), "{}", daemon.log());
     let [web, db, other] = ["web", "db", "other"].map(|name| node.add("shop", name));
