@@ -318,8 +318,10 @@ impl Config {
                 );
             }
         }
+        let functions = self.sriov.as_ref().map(SourceConfig::read).transpose();
+        let functions = functions.map_err(|e| ConfigError::Wrong(e.to_string()))?;
         if let Some(kubelet) = &self.kubelet {
-            kubelet.check(self.sriov.as_ref())?;
+            kubelet.check(functions.as_ref())?;
         }
         if self.policy.is_none() {
             let needy =
@@ -348,14 +350,13 @@ impl Config {
 }
 
 impl KubeletConfig {
-    fn check(&self, sriov: Option<&Value>) -> Result<(), ConfigError> {
+    fn check(&self, section: Option<&SourceConfig>) -> Result<(), ConfigError> {
         let wrong = |text: String| Err(ConfigError::Wrong(text));
-        let Some(section) = sriov else {
+        let Some(section) = section else {
             return wrong(
                 "kubelet: there are no pools without a section sriov; add \"sriov\": { \"pools\": [..] }".to_owned(),
             );
         };
-        let section = SourceConfig::read(section).map_err(|e| ConfigError::Wrong(e.to_string()))?;
         // The file may come later.
         let pools = match section.pools_file {
             Some(_) if section.pools.is_null() => None,
@@ -370,6 +371,13 @@ impl KubeletConfig {
             let before = &self.resources[..i];
             if before.iter().any(|other| other.name == resource.name) {
                 return wrong(format!("{field}.name: {:?} is the name of two; rename one", resource.name));
+            }
+            let variable = DevicePlugin::variable(&resource.name);
+            if let Some(other) = before.iter().find(|other| DevicePlugin::variable(&other.name) == variable) {
+                return wrong(format!(
+                    "{field}.name: {:?} and {:?} are both {variable} to a container; rename one",
+                    other.name, resource.name
+                ));
             }
             if before.iter().any(|other| other.pool == resource.pool) {
                 return wrong(format!(
@@ -536,7 +544,12 @@ mod tests {
                 "kubelet.resources[1].pool: \"fast\" is two resources",
             ),
             (&of_functions(r#"[{ "name": "a.b/vf", "pool": "fast", "shape": "flat" }]"#), "shape: unknown variant"),
+            (
+                &of_functions(r#"[{ "name": "a.b/vf-1", "pool": "fast" }, { "name": "a.b/VF_1", "pool": "slow" }]"#),
+                "kubelet.resources[1].name: \"a.b/vf-1\" and \"a.b/VF_1\" are both PCIDEVICE_A_B_VF_1",
+            ),
             (r#"{ "sriov": { "pool": [] }, "kubelet": { "resources": [] } }"#, "sriov.pool: unknown field"),
+            (r#"{ "sriov": { "pool": [] } }"#, "sriov.pool: unknown field"),
         ] {
             let error = Config::parse(text).unwrap_err().to_string();
             assert!(error.contains(told), "{text}: {error}");
