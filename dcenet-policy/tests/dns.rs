@@ -113,6 +113,10 @@ impl Told {
 }
 
 impl Learn for Told {
+    fn is_client(&self, client: IpAddr) -> bool {
+        client == Ipv4Addr::LOCALHOST
+    }
+
     fn is_asked_for(&self, name: &DomainName) -> bool {
         match &self.pattern {
             Some(NamePattern::Exactly(wanted)) => name == wanted,
@@ -275,6 +279,25 @@ fn one_client_takes_no_more_than_its_places() {
     // A place is free a moment after its answer has come.
     let free = (0..1000).any(|_| ask(&proxy, "www.example.com.").metadata.response_code == ResponseCode::NoError);
     assert!(free);
+}
+
+/// Whoever reaches the address and is no endpoint hears nothing, unless the configuration says so.
+#[test]
+fn strangers_are_not_answered() {
+    let upstream = server(Arc::new(|query| vec![record(&query.name().to_ascii(), 30, "192.0.2.1")]));
+    let told = Arc::new(Told::of("db.example.com"));
+    for (clients, answered) in [(vec![], false), (vec!["127.0.0.2/32".parse().unwrap()], true)] {
+        let config = ProxyConfig { upstreams: vec![upstream], clients, ..ProxyConfig::default() };
+        let proxy = proxy_with(&told, config);
+        let stranger = UdpSocket::bind("127.0.0.2:0").unwrap();
+        stranger.set_read_timeout(Some(Duration::from_millis(if answered { 20_000 } else { 200 }))).unwrap();
+        stranger.connect(proxy.addresses()[0]).unwrap();
+        stranger.send(&query("db.example.com.")).unwrap();
+        assert_eq!(stranger.recv(&mut [0; 512]).is_ok(), answered);
+        // The twin of the silence: an endpoint hears it.
+        assert_eq!(ask(&proxy, "db.example.com.").answers.len(), 1);
+        assert_eq!(proxy.counts().strangers, u64::from(!answered));
+    }
 }
 
 #[test]

@@ -94,12 +94,30 @@ impl Head {
     }
 }
 
+/// Has a query over UDP say that its sender takes no longer answers than come in one packet: of what comes in fragments, the second
+/// has neither the port nor the number that make it hard to forge (RFC 6891, section 6.2.5; RFC 5452).
+pub(super) fn keep_whole(query: &mut [u8]) {
+    let mut decoder = BinDecoder::new(query);
+    let Ok(Header { counts, .. }) = Header::read(&mut decoder) else { return };
+    let is_plain = counts.queries == 1 && counts.answers == 0 && counts.authorities == 0 && counts.additionals > 0;
+    if !is_plain || Query::read(&mut decoder).is_err() {
+        return;
+    }
+    // The root's name, the type OPT, and where other records have their class.
+    let at = decoder.index();
+    if let Some([0, 0, 41, high, low]) = query.get_mut(at..at + 5)
+        && u16::from_be_bytes([*high, *low]) > WHOLE
+    {
+        [*high, *low] = WHOLE.to_be_bytes();
+    }
+}
+
 /// The addresses of the question's name in an answer, with no time to live above the longest.
 pub(super) fn addresses(bytes: &[u8], question: &Question, longest: Duration) -> Result<Found, ProtoError> {
     let mut read = Message::from_vec(bytes)?;
     let mut names = BTreeSet::from([lower(question.query.name())]);
-    // Each record adds a name at most, and they may stand in any order.
-    for _ in 0..read.answers.len() {
+    // They may stand in any order. Resolvers follow no longer chains.
+    for _ in 0..MOST_ALIASES {
         let before = names.len();
         for record in &read.answers {
             if let RData::CNAME(target) = &record.data
@@ -156,10 +174,13 @@ pub(super) fn failure(query: &[u8], failure: Failure) -> Option<Vec<u8>> {
     answer.to_vec().ok()
 }
 
-/// Whether the address can be another host's.
+/// Whether a name may mean the address: it can be another host's, and is not of the link alone.
 fn is_somebodys(address: IpAddr) -> bool {
-    let is_mapped = matches!(address, IpAddr::V6(address) if address.to_ipv4_mapped().is_some());
-    !(address.is_loopback() || address.is_unspecified() || address.is_multicast() || is_mapped)
+    let is_odd = match address {
+        IpAddr::V4(address) => address.is_link_local() || address.is_broadcast(),
+        IpAddr::V6(address) => address.is_unicast_link_local() || address.to_ipv4_mapped().is_some(),
+    };
+    !(address.is_loopback() || address.is_unspecified() || address.is_multicast() || is_odd)
 }
 
 fn lower(name: &Name) -> String {
@@ -170,6 +191,12 @@ fn lower(name: &Name) -> String {
 fn is_response(bytes: &[u8]) -> bool {
     bytes.get(2).is_some_and(|flags| flags & 0x80 != 0)
 }
+
+/// Bytes of a message that no path known cuts into fragments, with headers of IPv6 and UDP.
+const WHOLE: u16 = 1232;
+
+/// Names that lead on from one to the next.
+const MOST_ALIASES: usize = 16;
 
 /// Bytes of a message's header.
 const HEADER: usize = 12;

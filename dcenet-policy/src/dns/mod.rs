@@ -17,7 +17,8 @@
 //! Of a name that is asked for, the addresses (A and AAAA) in the answer that belong to it, or to what CNAME records lead on to
 //! from it (RFC 1034, section 3.6.2). The name is the question's, not one on the way. Addresses in other parts and of other
 //! owners are not learnt, nor are loopback, unspecified, multicast and IPv4-mapped ones, nor hints of HTTPS and SVCB records
-//! (RFC 9460): these are for clients that ask for the addresses, too. A time to live above [`MOST_TTL`] is lowered to that.
+//! (RFC 9460): these are for clients that ask for the addresses, too. Nor are link-local and broadcast addresses, at which a cloud
+//! has its metadata. A time to live above [`MOST_TTL`] is lowered to that.
 //!
 //! # How queries get here
 //!
@@ -43,6 +44,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
 use self::admission::Admission;
@@ -54,6 +56,9 @@ use crate::model::DomainName;
 
 /// Who is told of answers before they are released.
 pub trait Learn: Send + Sync + 'static {
+    /// Whether somebody at the address is an endpoint, whom the proxy is for. It is asked for each query and connection.
+    fn is_client(&self, client: IpAddr) -> bool;
+
     /// Whether some policy asks for the name: answers for others are released at once.
     fn is_asked_for(&self, name: &DomainName) -> bool;
 
@@ -66,6 +71,10 @@ pub trait Learn: Send + Sync + 'static {
 }
 
 impl Learn for Learner {
+    fn is_client(&self, client: IpAddr) -> bool {
+        Self::is_endpoint(self, client)
+    }
+
     fn is_asked_for(&self, name: &DomainName) -> bool {
         Self::is_asked_for(self, name)
     }
@@ -84,17 +93,21 @@ pub struct ProxyConfig {
     pub upstreams: Vec<SocketAddr>,
     /// How long each of them may take.
     pub timeout: Duration,
-    /// Queries, and connections of clients, at a time. Whoever is one too many hears SERVFAIL, or has its connection closed.
+    /// Queries at a time, and connections of clients. Whoever is one too many hears SERVFAIL, or has its connection closed.
     pub most: usize,
-    /// As many of one client's.
+    /// As many queries of one client's, and an eighth as many connections.
     pub most_of_client: usize,
+    /// Who may ask beside [endpoints](Learn::is_client). Nobody else is answered, so that whoever else reaches the address has
+    /// neither a resolver nor somebody who sends large answers to whom it names (RFC 5358).
+    pub clients: Vec<IpNet>,
 }
 
 impl Default for ProxyConfig {
-    /// Two seconds, 512 queries, 64 of one client's; neither addresses nor upstreams.
+    /// Two seconds, 512 queries, 64 of one client's; endpoints alone; neither addresses nor upstreams.
     fn default() -> Self {
         let timeout = Duration::from_secs(2);
-        Self { listen: Vec::new(), upstreams: Vec::new(), timeout, most: 512, most_of_client: 64 }
+        let (listen, upstreams, clients) = (Vec::new(), Vec::new(), Vec::new());
+        Self { listen, upstreams, timeout, most: 512, most_of_client: 64, clients }
     }
 }
 
@@ -172,6 +185,8 @@ pub struct ProxyCounts {
     pub unanswered: u64,
     /// Queries and connections that were one too many.
     pub refused: u64,
+    /// Queries and connections of others than endpoints and [`ProxyConfig::clients`], which are not answered.
+    pub strangers: u64,
 }
 
 #[derive(Default)]
@@ -181,6 +196,7 @@ struct Counts {
     withheld: AtomicU64,
     unanswered: AtomicU64,
     refused: AtomicU64,
+    strangers: AtomicU64,
 }
 
 /// A proxy that runs until it is dropped.
@@ -200,6 +216,7 @@ struct Shared {
     config: ProxyConfig,
     learn: Arc<dyn Learn>,
     admission: Arc<Admission>,
+    connections: Arc<Admission>,
     counts: Counts,
     stopping: AtomicBool,
 }
@@ -223,6 +240,7 @@ impl Proxy {
         }
         let shared = Arc::new(Shared {
             admission: Admission::new(config.most, config.most_of_client),
+            connections: Admission::new(config.most, (config.most_of_client / 8).max(1)),
             config,
             learn,
             counts: Counts::default(),
@@ -247,10 +265,10 @@ impl Proxy {
 
     /// What it has done so far.
     pub fn counts(&self) -> ProxyCounts {
-        let Counts { queries, learnt, withheld, unanswered, refused } = &self.shared.counts;
-        let [queries, learnt, withheld, unanswered, refused] =
-            [queries, learnt, withheld, unanswered, refused].map(|count| count.load(Ordering::Relaxed));
-        ProxyCounts { queries, learnt, withheld, unanswered, refused }
+        let Counts { queries, learnt, withheld, unanswered, refused, strangers } = &self.shared.counts;
+        let [queries, learnt, withheld, unanswered, refused, strangers] =
+            [queries, learnt, withheld, unanswered, refused, strangers].map(|count| count.load(Ordering::Relaxed));
+        ProxyCounts { queries, learnt, withheld, unanswered, refused, strangers }
     }
 }
 
@@ -281,6 +299,9 @@ fn serve_udp(shared: &Arc<Shared>, socket: &UdpSocket) {
                 continue;
             }
         };
+        if !shared.serves(client.ip()) {
+            continue;
+        }
         let query = buffer[..length].to_vec();
         let (own, to) = (Arc::clone(shared), socket.try_clone());
         let answered = to.and_then(|to| {
@@ -319,7 +340,11 @@ fn serve_tcp(shared: &Arc<Shared>, listener: &TcpListener) {
                 continue;
             }
         };
-        let Some(admitted) = shared.admission.admit(client.ip()) else {
+        if !shared.serves(client.ip()) {
+            continue;
+        }
+        // Of their own, so that connections on which nothing is asked keep nobody from asking.
+        let Some(admitted) = shared.connections.admit(client.ip()) else {
             shared.counts.refused.fetch_add(1, Ordering::Relaxed);
             continue;
         };
@@ -337,6 +362,16 @@ fn serve_tcp(shared: &Arc<Shared>, listener: &TcpListener) {
 }
 
 impl Shared {
+    /// Whether a client is answered at all.
+    fn serves(&self, client: IpAddr) -> bool {
+        let serves = self.config.clients.iter().any(|prefix| prefix.contains(&client)) || self.learn.is_client(client);
+        if !serves {
+            self.counts.strangers.fetch_add(1, Ordering::Relaxed);
+            tracing::debug!(%client, "a query of nobody whom the proxy is for");
+        }
+        serves
+    }
+
     /// Queries on a connection, each answered before the next is read (RFC 7766, section 6.2.1.1, lets a server do so).
     fn converse(&self, mut stream: TcpStream, client: IpAddr) -> io::Result<()> {
         stream.set_read_timeout(Some(IDLE))?;
@@ -349,7 +384,14 @@ impl Shared {
             }
             let mut query = vec![0; u16::from_be_bytes(length).into()];
             stream.read_exact(&mut query)?;
-            let Some(answer) = self.answer(&query, client, Way::Tcp) else { return Ok(()) };
+            let answer = match self.admission.admit(client) {
+                Some(_admitted) => self.answer(&query, client, Way::Tcp),
+                None => {
+                    self.counts.refused.fetch_add(1, Ordering::Relaxed);
+                    message::failure(&query, Failure::Server)
+                }
+            };
+            let Some(answer) = answer else { return Ok(()) };
             stream.write_all(&upstream::framed(&answer)?)?;
         }
         Ok(())

@@ -6,7 +6,7 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Instant;
 
-use super::message::Question;
+use super::message::{self, Question};
 use super::{MOST_BYTES, ProxyConfig};
 
 /// By which transport a query came, and goes on.
@@ -39,7 +39,8 @@ fn ask_udp(config: &ProxyConfig, upstream: SocketAddr, query: &[u8], question: &
     let any: IpAddr = if upstream.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let socket = UdpSocket::bind((any, 0))?;
     socket.connect(upstream)?;
-    let (numbered, number) = numbered(query);
+    let (mut numbered, number) = numbered(query);
+    message::keep_whole(&mut numbered);
     let until = Instant::now() + config.timeout;
     socket.send(&numbered)?;
     let mut buffer = vec![0; MOST_BYTES];

@@ -279,8 +279,9 @@ impl Applier {
         let knows = |set: &PolicySet| {
             let written = self.sets.get(&set.id).map(|known| &*known.written).unwrap_or_default();
             let local = |class: ClassId| written.get(class.0 as usize).copied().unwrap_or(0);
-            changes.exact.iter().all(|(address, class)| {
-                let now = class.map_or(0, local);
+            // An address that goes is nobody's, or a prefix's, which is in the table.
+            changes.exact.iter().filter_map(|(address, class)| Some((address, (*class)?))).all(|(address, class)| {
+                let now = local(class);
                 let before = local(self.table.lookup(*address));
                 now == before || (now != 0 && u32::from(now) < set.program.list.locals)
             })

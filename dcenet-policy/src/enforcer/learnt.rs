@@ -100,6 +100,11 @@ impl Learner {
         self.shared.state.lock().is_asked_for(name)
     }
 
+    /// Whether the address is an endpoint's of this owner.
+    pub fn is_endpoint(&self, address: IpAddr) -> bool {
+        self.shared.state.lock().is_endpoints(address)
+    }
+
     /// Tells that a name has these addresses, each for so long, as somebody at the address `client` is about to hear. When it
     /// returns, they are in force for that endpoint, if it is one. Of a name that no policy asks for nothing is kept.
     ///
@@ -124,7 +129,13 @@ impl Learner {
             if learnt.is_empty() || !state.is_asked_for(name) {
                 return Ok(());
             }
-            state.learn(name, &learnt)?
+            let known = state.revision();
+            let revision = state.learn(name, &learnt)?;
+            // What is in force is not carried out again, with all that others have changed in the meantime.
+            if revision == known && state.is_applied(revision) && state.failure_of(client).is_none() {
+                return Ok(());
+            }
+            revision
         };
         self.shared.apply()?;
         let state = self.shared.state.lock();

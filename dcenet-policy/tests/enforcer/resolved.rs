@@ -148,6 +148,10 @@ fn world() -> (World, Enforcer) {
 struct Early(Learner);
 
 impl Learn for Early {
+    fn is_client(&self, client: IpAddr) -> bool {
+        self.0.is_endpoint(client)
+    }
+
     fn is_asked_for(&self, name: &DomainName) -> bool {
         self.0.is_asked_for(name)
     }

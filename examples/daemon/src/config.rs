@@ -19,6 +19,7 @@ use dcenet_policy::enforcer::PolicyConfig;
 use dcenet_sriov::allocate::Shape;
 use dcenet_sriov::kubelet::DevicePlugin;
 use dcenet_sriov::source::SourceConfig;
+use ipnet::IpNet;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
@@ -96,13 +97,16 @@ pub struct DnsConfig {
     /// How long each of them may take.
     #[serde(default = "upstream_timeout")]
     pub timeout: Period,
+    /// Who may ask beside the pods that are under policy.
+    #[serde(default)]
+    pub clients: Vec<IpNet>,
 }
 
 impl DnsConfig {
     /// As the library has it.
     pub fn proxy(&self) -> ProxyConfig {
-        let Self { listen, upstreams, timeout } = self.clone();
-        ProxyConfig { listen, upstreams, timeout: timeout.0, ..ProxyConfig::default() }
+        let Self { listen, upstreams, timeout, clients } = self.clone();
+        ProxyConfig { listen, upstreams, timeout: timeout.0, clients, ..ProxyConfig::default() }
     }
 }
 

@@ -23,6 +23,16 @@ impl State {
         self.stopping
     }
 
+    /// The latest revision.
+    pub(in crate::enforcer) fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    /// Whether the address is an endpoint's.
+    pub(in crate::enforcer) fn is_endpoints(&self, address: IpAddr) -> bool {
+        self.endpoints.values().any(|known| known.endpoint.addresses.contains(&address))
+    }
+
     /// Whether changes up to this revision are carried out.
     pub(in crate::enforcer) fn is_applied(&self, revision: u64) -> bool {
         self.applied >= revision
