@@ -17,7 +17,8 @@
 //! With `vlan` the pod's port carries the frames of that VLAN without a tag and leaves the bridge's default VLAN, where pods
 //! without the key are; with `vlanTrunk` those of others with their tags. The bridge keeps VLANs apart from then on, if it is
 //! ours; one of somebody else's must do so already. The gateway of pods with `vlan` is a VLAN device of the host on the bridge,
-//! `BRIDGE.VLAN`, or `dcb` and a digest where that is longer than a name may be.
+//! `BRIDGE.VLAN`, or `dcb` and a digest where that is longer than a name may be; that of the default VLAN is the bridge, so that
+//! `vlan` cannot name it with `isGateway`.
 
 mod vlan;
 
@@ -179,6 +180,22 @@ impl LinkDriver for BridgeConfig {
     }
 
     fn plan(&self, request: &LinkRequest, host: &HostView) -> Result<Plan, PlanError> {
+        self.check_default(self.vlan_of(request)?, request, host)?;
+        self.lay_out(request, host)
+    }
+
+    fn expect(&self, request: &LinkRequest, _: &HostView) -> Result<Plan, PlanError> {
+        // Whatever the default VLAN is by now, this one was let through.
+        self.lay_out(request, &HostView::default())
+    }
+
+    fn shared(&self) -> Vec<IfName> {
+        vec![self.bridge.clone()]
+    }
+}
+
+impl BridgeConfig {
+    fn lay_out(&self, request: &LinkRequest, host: &HostView) -> Result<Plan, PlanError> {
         check_routes(request)?;
         let vlan = self.vlan_of(request)?;
         let mtu = device_mtu(self.mtu, &request.addresses)?;
@@ -221,10 +238,6 @@ impl LinkDriver for BridgeConfig {
             pod_end::introduce(underlay, &pod, &request.addresses, &mut steps);
         }
         Ok(Plan { steps, host_end: Some(end), pod_end: pod, bridge: Some(self.bridge.clone()), router })
-    }
-
-    fn shared(&self) -> Vec<IfName> {
-        vec![self.bridge.clone()]
     }
 }
 

@@ -444,6 +444,39 @@ fn a_bridge_that_is_there_keeps_vlans_apart_if_it_is_ours() {
 }
 
 #[test]
+fn the_default_vlan_has_the_bridge_as_its_gateway() {
+    let open = |vlan| LinkRequest {
+        policy: Policy::None,
+        ..request(vec![LeasedAddress { vlan, ..address("10.0.0.2/24", Some("10.0.0.1")) }], &[])
+    };
+    let json = |id: u16| format!(r#"{{"kind":"bridge","bridge":"dc0","isGateway":true,"vlan":{id}}}"#);
+    let of_pool = r#"{"kind":"bridge","bridge":"dc0","isGateway":true}"#;
+    let there = |default| {
+        let vlans = Some(BridgeVlans { filtering: true, default });
+        HostView { links: vec![LinkView { vlans, ..bridge_link(Some("bridge")) }], ..Default::default() }
+    };
+    for (host, default) in [(HostView::default(), 1), (there(Some(vlan(1))), 1), (there(Some(vlan(7))), 7)] {
+        for (json, pool, its) in [
+            (json(default), None, "link.vlan"),
+            (json(default), Some(vlan(default)), "ipam.pools[].vlan"),
+            (of_pool.to_owned(), Some(vlan(default)), "ipam.pools[].vlan"),
+        ] {
+            match plan(&json, &open(pool), &host).unwrap_err() {
+                PlanError::Invalid { field, value, reason } => {
+                    assert_eq!((field, value), (its, default.to_string()));
+                    assert!(reason.contains("itself the gateway") && reason.contains("drop"), "{reason}");
+                }
+                other => panic!("{other}"),
+            }
+        }
+        // Any other is fine, and so is this one where nobody is its gateway.
+        plan(&json(default + 1), &open(None), &host).unwrap();
+        plan(&json(default).replace("true", "false"), &open(None), &host).unwrap();
+    }
+    plan(&json(1), &open(None), &there(None)).unwrap();
+}
+
+#[test]
 fn the_gateway_of_a_vlan_is_on_a_device_of_the_host() {
     let json = |bridge: &str| format!(r#"{{"kind":"bridge","bridge":"{bridge}","isGateway":true}}"#);
     let tagged = |id| LeasedAddress { vlan: Some(vlan(id)), ..address("10.0.0.2/24", Some("10.0.0.1")) };

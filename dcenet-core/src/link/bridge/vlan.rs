@@ -32,6 +32,38 @@ impl BridgeConfig {
         }
     }
 
+    /// The VLAN of ports of which nobody says another, where the bridge has one.
+    fn default_vlan(&self, host: &HostView) -> Option<VlanId> {
+        // As a new bridge has it (`br_vlan_init` of `net/bridge/br_vlan.c`).
+        let made = VlanId::try_from(1).ok();
+        host.link(&self.bridge).map_or(made, |bridge| bridge.vlans.and_then(|vlans| vlans.default))
+    }
+
+    /// Refuses a gateway of the bridge's default VLAN beside the bridge, whose own end would lose the frames without a tag
+    /// (`__vlan_add_flags` of `net/bridge/br_vlan.c`): it is the gateway of that VLAN itself.
+    pub(super) fn check_default(
+        &self,
+        vlan: Option<VlanId>,
+        request: &LinkRequest,
+        host: &HostView,
+    ) -> Result<(), PlanError> {
+        let Some(default) = self.default_vlan(host) else { return Ok(()) };
+        let bridge = &self.bridge;
+        if self.is_gateway && vlan == Some(default) {
+            let pool = request.addresses.iter().find(|address| address.vlan.is_some()).map(|address| &address.pool);
+            let (field, remedy) = match pool {
+                None => ("link.vlan", "drop it".to_owned()),
+                Some(pool) => ("ipam.pools[].vlan", format!("drop that of the pool {pool}, and link.vlan")),
+            };
+            let reason = format!(
+                "is the default VLAN of {bridge}, which is itself the gateway there; {remedy}, take another VLAN, or drop \
+                 link.isGateway"
+            );
+            return Err(PlanError::Invalid { field, value: default.to_string(), reason });
+        }
+        Ok(())
+    }
+
     /// Whether the bridge must keep VLANs apart.
     pub(super) fn keeps_apart(&self, vlan: Option<VlanId>) -> bool {
         vlan.is_some() || !self.vlan_trunk.is_empty()
@@ -86,9 +118,7 @@ impl BridgeConfig {
             on_host(Operation::AddVlans { link: port.clone(), vlans: *range, tagging: Tagging::Tagged });
         }
         let Some(vlan) = vlan else { return };
-        // As a new bridge has it (`br_vlan_init` of `net/bridge/br_vlan.c`).
-        let made = VlanId::try_from(1).ok();
-        let default = host.link(&self.bridge).map_or(made, |bridge| bridge.vlans.and_then(|vlans| vlans.default));
+        let default = self.default_vlan(host);
         on_host(Operation::AddVlans { link: port.clone(), vlans: vlan.into(), tagging: Tagging::Untagged });
         let is_wanted = |default: &VlanId| self.vlan_trunk.iter().any(|range| range.ids().contains(&default.get()));
         if let Some(default) = default.filter(|default| *default != vlan && !is_wanted(default)) {
