@@ -62,7 +62,8 @@ pub struct BridgeConfig {
     /// default one. Linux 3.9 with `CONFIG_BRIDGE_VLAN_FILTERING`; with `isGateway`, the kernel's `8021q` too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vlan: Option<VlanId>,
-    /// VLANs whose frames the pod sends and receives with their tags. Policy knows no tags, so that it refuses them.
+    /// VLANs whose frames the pod sends and receives with their tags: not that of its frames without a tag, which is the
+    /// bridge's default one where nothing says another. Policy knows no tags, so that it refuses them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub vlan_trunk: Vec<VlanRange>,
     /// What else the pod's device is to be.

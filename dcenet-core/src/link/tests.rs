@@ -477,6 +477,26 @@ fn the_default_vlan_has_the_bridge_as_its_gateway() {
 }
 
 #[test]
+fn a_trunk_leaves_the_vlan_of_frames_without_a_tag_out() {
+    let open = LinkRequest { policy: Policy::None, ..request(vec![address("10.0.0.2/24", None)], &[]) };
+    let json =
+        |more: &str| format!(r#"{{"kind":"bridge","bridge":"dc0","vlanTrunk":[{{"minID":2,"maxID":4094}}{more}}}"#);
+    let vlans = Some(BridgeVlans { filtering: true, default: Some(vlan(7)) });
+    let seven = HostView { links: vec![LinkView { vlans, ..bridge_link(Some("bridge")) }], ..Default::default() };
+    plan(&json("]"), &open, &HostView::default()).unwrap();
+    // With one of its own the pod may have the default VLAN's frames with their tags.
+    plan(&json(r#"],"vlan":100"#).replace("4094", "99"), &open, &seven).unwrap();
+    for (json, host, value) in [(json(r#",{"id":1}]"#), HostView::default(), "1"), (json("]"), seven, "2-4094")] {
+        match plan(&json, &open, &host).unwrap_err() {
+            PlanError::Invalid { field: "link.vlanTrunk", value: told, reason } => {
+                assert!(told == value && reason.contains("the default one of dc0"), "{told}: {reason}");
+            }
+            other => panic!("{other}"),
+        }
+    }
+}
+
+#[test]
 fn the_gateway_of_a_vlan_is_on_a_device_of_the_host() {
     let json = |bridge: &str| format!(r#"{{"kind":"bridge","bridge":"{bridge}","isGateway":true}}"#);
     let tagged = |id| LeasedAddress { vlan: Some(vlan(id)), ..address("10.0.0.2/24", Some("10.0.0.1")) };

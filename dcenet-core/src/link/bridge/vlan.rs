@@ -40,7 +40,8 @@ impl BridgeConfig {
     }
 
     /// Refuses a gateway of the bridge's default VLAN beside the bridge, whose own end would lose the frames without a tag
-    /// (`__vlan_add_flags` of `net/bridge/br_vlan.c`): it is the gateway of that VLAN itself.
+    /// (`__vlan_add_flags` of `net/bridge/br_vlan.c`): it is the gateway of that VLAN itself. Likewise a trunk by which the pod's
+    /// own port would lose them.
     pub(super) fn check_default(
         &self,
         vlan: Option<VlanId>,
@@ -61,7 +62,18 @@ impl BridgeConfig {
             );
             return Err(PlanError::Invalid { field, value: default.to_string(), reason });
         }
-        Ok(())
+        let holds = |range: &&VlanRange| vlan.is_none() && range.ids().contains(&default.get());
+        match self.vlan_trunk.iter().find(holds) {
+            Some(range) => Err(PlanError::Invalid {
+                field: "link.vlanTrunk",
+                value: range.to_string(),
+                reason: format!(
+                    "holds VLAN {default}, the default one of {bridge}, in which the pod's frames without a tag are; leave it \
+                     out, or give those another by link.vlan"
+                ),
+            }),
+            None => Ok(()),
+        }
     }
 
     /// Whether the bridge must keep VLANs apart.
