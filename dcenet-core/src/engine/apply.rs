@@ -99,8 +99,14 @@ impl<'a> Session<'a> {
         if !is_message(&first.operation) || matches!(first.operation, Operation::Rename { .. }) {
             return start + 1;
         }
+        // Nor a port that could not be put into its VLANs, nor one of a bridge that does not keep them apart: the kernel does not
+        // stop at what it refuses.
+        let mut apart = keeps_apart(&first.operation);
         let joins = |step: &&Step| {
-            step.target == first.target
+            let is_in_time = !(apart && matches!(step.operation, Operation::Up { .. }));
+            apart |= keeps_apart(&step.operation);
+            is_in_time
+                && step.target == first.target
                 && is_message(&step.operation)
                 && !matches!(step.operation, Operation::Rename { .. })
                 && indexed(&step.operation).iter().all(|link| self.known(step.target, link).is_some())
@@ -465,6 +471,11 @@ fn is_message(operation: &Operation) -> bool {
     )
 }
 
+/// Whether the step has a bridge keep its ports apart.
+fn keeps_apart(operation: &Operation) -> bool {
+    matches!(operation, Operation::FilterVlans { .. } | Operation::AddVlans { .. } | Operation::DeleteVlan { .. })
+}
+
 /// The kernel's workers come after a second at most, but have to find a processor.
 const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 
@@ -553,3 +564,6 @@ pub(super) fn gone_is_fine(result: Result<(), NetlinkError>, errnos: &[i32]) -> 
         other => Ok(other?),
     }
 }
+
+#[cfg(test)]
+mod tests;
