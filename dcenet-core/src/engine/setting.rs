@@ -208,7 +208,7 @@ impl Engine {
         })
     }
 
-    /// The first attachment but that of `key` that asked for a setting of this namespace, and `needs` it.
+    /// The first attachment but that of `key` that asked for a setting of this namespace, under whatever name, and `needs` it.
     fn holder<E: From<JournalError>>(
         &self,
         key: &AttachmentKey,
@@ -216,7 +216,7 @@ impl Engine {
         netns: &NetNs,
         needs: impl Fn(&Record) -> Result<bool, E>,
     ) -> Result<Option<Record>, E> {
-        self.journal.first_with(name, |record| {
+        let wanted = |record: &Record| -> Result<bool, E> {
             let is_other = record.key != *key && record.boot == self.journal.boot();
             if !is_other || held(record, target, name).is_none() {
                 return Ok(false);
@@ -226,7 +226,17 @@ impl Engine {
                 Target::Pod => is_in(record, netns),
             };
             Ok(is_here && needs(record)?)
-        })
+        };
+        let other = ALIASES.iter().find_map(|names| match names {
+            [one, other] | [other, one] if *one == name => Some(*other),
+            _ => None,
+        });
+        for name in [name].into_iter().chain(other) {
+            if let Some(record) = self.journal.first_with(name, wanted)? {
+                return Ok(Some(record));
+            }
+        }
+        Ok(None)
     }
 }
 
@@ -272,18 +282,20 @@ fn is_in(record: &Record, netns: &NetNs) -> bool {
     record.netns == netns.id() && NetNs::open(&record.netns_path).is_ok_and(|found| found.id() == netns.id())
 }
 
-/// The one name of a setting that has two (`devinet_sysctl_forward` in `net/ipv4/devinet.c`).
+/// Settings that have two names (`devinet_sysctl_forward` in `net/ipv4/devinet.c`).
+const ALIASES: [[&str; 2]; 1] = [["ipv4/conf/all/forwarding", "ipv4/ip_forward"]];
+
+/// The one name of a setting.
 fn canonical(name: &str) -> &str {
-    match name {
-        "ipv4/ip_forward" => "ipv4/conf/all/forwarding",
-        name => name,
-    }
+    ALIASES.iter().find(|names| names.contains(&name)).map_or(name, |[first, _]| first)
 }
 
 /// What a setting was before any attachment changed it, by the record of one that did.
 fn held<'r>(record: &'r Record, target: Target, name: &str) -> Option<&'r str> {
     record.undo.iter().find_map(|undo| match undo {
-        Undo::RestoreSetting { target: its, name: of, before, .. } if *its == target && of == name => {
+        Undo::RestoreSetting { target: its, name: of, before, .. }
+            if *its == target && canonical(of) == canonical(name) =>
+        {
             Some(before.as_str())
         }
         _ => None,

@@ -150,6 +150,28 @@ fn networks_that_come_and_go_side_by_side_leave_what_was_before() {
     assert_eq!(host.records(), [""; 0]);
 }
 
+/// Whatever the order in which they come and go, and under which of its names they ask.
+#[test]
+fn a_setting_with_two_names_is_given_back_as_one() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let host = TestHost::new();
+    let engine = host.engine(None);
+    let pod = host.new_pod();
+    let names = ["net.ipv4.ip_forward", "net.ipv4.conf.all.forwarding"];
+    let before = value(&pod, names[0]);
+    let wanted = if before == "0" { "1" } else { "0" };
+    for [first, second] in [names, [names[1], names[0]]] {
+        attach(&engine, "eth0", &pod, json!({ first: wanted })).unwrap();
+        attach(&engine, "storage", &pod, json!({ second: wanted })).unwrap();
+        engine.detach(&key("eth0"), None).unwrap();
+        assert_eq!(value(&pod, second), wanted, "{first}");
+        engine.detach(&key("storage"), None).unwrap();
+        assert_eq!(value(&pod, second), before, "{first}");
+    }
+}
+
 #[test]
 fn one_network_does_not_make_of_a_setting_what_another_does_not_want() {
     if !require(Rung::Netns) {
