@@ -350,8 +350,8 @@ impl Journal {
         Ok(None)
     }
 
-    /// Waits until nobody, in any process, changes settings of the host that attachments share. Held shortly, and while nothing
-    /// else is waited for.
+    /// Waits until nobody, in any process, changes settings that attachments share, of the host or of a pod. Held shortly, and
+    /// while nothing else is waited for.
     pub(crate) fn lock_settings(&self) -> Result<SettingsLock, JournalError> {
         self.make_directory()?;
         // The records themselves are locked one by one.
@@ -361,7 +361,7 @@ impl Journal {
     }
 }
 
-/// The lock on settings of the host, until it is dropped.
+/// The lock on settings, until it is dropped.
 #[derive(Debug)]
 pub(crate) struct SettingsLock(File);
 
