@@ -81,7 +81,11 @@ fn offer(
     for (name, path, _) in shared(conf) {
         tell(name, identity(path)?.as_bytes());
     }
-    tell(ALLOWED, identity(Path::new(ALLOW_LIST))?.as_bytes());
+    if environment("CNI_COMMAND").is_some_and(|verb| verb == "ADD") {
+        // What it is that cannot be looked at is not what the daemon sees; most calls do not ask.
+        let list = identity(Path::new(ALLOW_LIST)).unwrap_or_else(|error| error.to_string());
+        tell(ALLOWED, list.as_bytes());
+    }
     let header = [MAGIC, VERSION.to_be_bytes(), length(&variables)?, length(stdin)?].concat();
     // A path that cannot be opened is the daemon's to judge: DEL does without it.
     let netns = environment("CNI_NETNS").filter(|path| !path.is_empty()).and_then(|path| File::open(path).ok());

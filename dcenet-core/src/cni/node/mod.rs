@@ -13,7 +13,7 @@
 //!                    (SCM_RIGHTS), where it can be opened; then NAME=VALUE with a zero byte behind each, and stdin.
 //!                    Names are those of CNI, TRACEPARENT, and DCENET_HOST, DCENET_STATE_DIR and DCENET_RUN_DIR: the host's network
 //!                    namespace and the two directories, as DEVICE:INODE, or empty where there is no such directory; and likewise
-//!                    DCENET_ALLOW_LIST: the list of settings that the node allows
+//!                    DCENET_ALLOW_LIST, of an ADD: the list of settings that the node allows
 //! daemon -> plugin   "A" accepted, or "D" declined with a length u32 and a reason
 //! plugin -> daemon   "G" go
 //! daemon -> plugin   0 done or 1 failed, a length u32, what the plugin is to print
@@ -28,8 +28,8 @@
 //!
 //! The pod's namespace comes as a descriptor to prove that its path means the same on both sides. A daemon that does not
 //! find that very namespace there, for it has other mounts, declines; so does one that is in another network namespace
-//! than the plugin, or for which the two directories are others, and of an ADD one for which the list of settings is
-//! another: without it everything would be allowed.
+//! than the plugin, or for which the two directories are others, and of an ADD with settings, or for several networks, one
+//! for which the list of settings is another: without it everything would be allowed.
 
 mod client;
 mod queue;

@@ -25,7 +25,7 @@ use super::{
     shared,
 };
 use crate::cni::serve::{PolicyChoice, STDIN_LIMIT, failure, respond};
-use crate::cni::{Backends, CniError, ErrorCode, NetConf};
+use crate::cni::{Backends, CniError, ErrorCode, NetConf, Role};
 use crate::engine::Removals;
 use crate::provider::{AddressSource, DeviceSource, PolicySink};
 use crate::sysctl::ALLOW_LIST;
@@ -300,15 +300,31 @@ fn misled(request: &Request) -> io::Result<Option<String>> {
             return Ok(Some(format!("{name}: {path} is another for the daemon than for the plugin; {remedy}")));
         }
     }
-    // A call that takes away must not fail for it.
+    Ok(mislisted(request, &conf))
+}
+
+/// Why a call that may make settings would be held to another list of those that the node allows, if it would.
+fn mislisted(request: &Request, conf: &NetConf) -> Option<String> {
+    // A call that takes away asks no list. One for several networks may find settings in definitions that it does not hold.
     let adds = request.get("CNI_COMMAND").is_some_and(|verb| verb == "ADD");
-    if adds && *request.get(ALLOWED).unwrap_or_default() != *identity(Path::new(ALLOW_LIST))? {
-        return Ok(Some(format!(
+    let link = || conf.section::<serde_json::Value>("link").ok().flatten();
+    let sets = || conf.role == Role::Meta || link().is_some_and(|link| link.get("sysctl").is_some());
+    if !adds || !sets() {
+        return None;
+    }
+    let Some(there) = request.get(ALLOWED) else {
+        return Some(format!(
+            "{ALLOWED}: the plugin does not tell it, for it is of an earlier release; install both of one"
+        ));
+    };
+    match identity(Path::new(ALLOW_LIST)) {
+        Ok(here) if *there == *here => None,
+        Ok(_) => Some(format!(
             "{ALLOWED}: {ALLOW_LIST} is another for the daemon than for the plugin; mount it where the daemon runs, and start \
              the daemon anew when it was replaced"
-        )));
+        )),
+        Err(error) => Some(format!("{ALLOWED}: the daemon cannot look at {ALLOW_LIST}: {error}; let it")),
     }
-    Ok(None)
 }
 
 /// The first bytes, and the descriptor that comes with them.

@@ -154,13 +154,25 @@ fn request(node: &Node, pod: &TestNetNs, version: u32) -> Vec<u8> {
 }
 
 /// As a plugin for which the host's namespace, the state directory and the run directory are these.
-fn request_of(node: &Node, pod: &TestNetNs, version: u32, [host, state, run]: [String; 3]) -> Vec<u8> {
+fn request_of(node: &Node, pod: &TestNetNs, version: u32, told: [String; 3]) -> Vec<u8> {
+    request_for(&node.network, pod, version, told, "ADD", "")
+}
+
+/// Likewise, with variables more.
+fn request_for(
+    network: &Value,
+    pod: &TestNetNs,
+    version: u32,
+    [host, state, run]: [String; 3],
+    verb: &str,
+    more: &str,
+) -> Vec<u8> {
     let netns = pod.path().to_str().unwrap();
     let environment = format!(
-        "CNI_COMMAND=ADD\0CNI_CONTAINERID=web\0CNI_NETNS={netns}\0CNI_IFNAME=eth0\0CNI_PATH=/usr/lib/cni\0\
-         DCENET_HOST={host}\0DCENET_STATE_DIR={state}\0DCENET_RUN_DIR={run}\0"
+        "CNI_COMMAND={verb}\0CNI_CONTAINERID=web\0CNI_NETNS={netns}\0CNI_IFNAME=eth0\0CNI_PATH=/usr/lib/cni\0\
+         DCENET_HOST={host}\0DCENET_STATE_DIR={state}\0DCENET_RUN_DIR={run}\0{more}"
     );
-    let stdin = node.network.to_string();
+    let stdin = network.to_string();
     let numbers = [version, environment.len() as u32, stdin.len() as u32].map(u32::to_be_bytes).concat();
     [b"dcen".as_slice(), &numbers, environment.as_bytes(), stdin.as_bytes()].concat()
 }
@@ -238,19 +250,24 @@ fn a_call_that_is_half_sent_declined_or_not_begun_changes_nothing() {
         assert!(reason.contains(name) && reason.contains("is another for the daemon"), "{reason}");
     }
     // A node's list of settings that the daemon does not see would allow everything. What takes away does without.
-    let listing = |verb: &str| {
-        let mut bytes = request(&node, &pod, 2);
-        let variable = b"DCENET_ALLOW_LIST=1:2\0";
-        let length = u32::from_be_bytes(bytes[8..12].try_into().unwrap());
-        bytes[8..12].copy_from_slice(&(length + variable.len() as u32).to_be_bytes());
-        bytes.splice(16..16, variable.iter().copied());
-        let place = bytes.windows(3).position(|word| word == b"ADD").unwrap();
-        bytes[place..place + 3].copy_from_slice(verb.as_bytes());
-        answer(&send(&node, &bytes, Some(&pod)))
+    let mut sets = node.network.clone();
+    sets["link"]["sysctl"] = json!({ "net.core.somaxconn": "77" });
+    let own_list = format!("DCENET_ALLOW_LIST={}\0", identity("/etc/cni/tuning/allowlist.conf".as_ref()));
+    let listing = |network: &Value, verb: &str, list: &str| {
+        answer(&send(&node, &request_for(network, &pod, 2, own.clone(), verb, list), Some(&pod)))
     };
-    let reason = listing("ADD").unwrap_err();
-    assert!(reason.contains("allowlist.conf is another for the daemon"), "{reason}");
-    listing("DEL").expect("accepted, and then nobody says go");
+    for (list, said) in [
+        ("DCENET_ALLOW_LIST=1:2\0", "allowlist.conf is another for the daemon"),
+        ("", "does not tell it, for it is of an earlier release"),
+    ] {
+        let reason = listing(&sets, "ADD", list).unwrap_err();
+        assert!(reason.contains(said), "{reason}");
+        // And so does what sets nothing.
+        for (network, verb) in [(&sets, "DEL"), (&node.network, "ADD")] {
+            listing(network, verb, list).expect("accepted, and then nobody says go");
+        }
+    }
+    listing(&sets, "ADD", &own_list).expect("accepted, and then nobody says go");
     // Nothing of it is under way any more when the daemon has ended.
     assert!(daemon.stop().success());
     assert_eq!((before.diff(&node.host.state()).as_str(), node.leased().len()), ("", 0));
