@@ -12,6 +12,10 @@
 //! valid. Another change of the pod's policies, or of the peers that these ask for, has the pod's flows judged anew as it does
 //! all others, and a flow to an address that nobody has asked for again ends then.
 //!
+//! That holds where nothing but names has changed since the last pass, and no endpoint waits for another attempt. In a pass with
+//! other changes answers are carried out as these are: flows are judged anew, and until the programs of the pass are attached an
+//! address may be nobody's to those before, so that a rule that denies its prefix does not meet it.
+//!
 //! # Over a restart
 //!
 //! What is known is written down (`policy.names` in the run directory) before an answer is released. The next owner begins
