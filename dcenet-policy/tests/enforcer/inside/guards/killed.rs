@@ -33,8 +33,9 @@ impl Killer {
 
 impl Drop for Killer {
     fn drop(&mut self) {
-        // On SIGTERM it lets go of whom it traces (strace(1)).
-        let _ = Command::new("kill").args(["-TERM", &self.0.id().to_string()]).status();
+        // Not SIGTERM, on which it waits for the first thread of whom it traces, which cannot be told while others end: for ever
+        // where the process is being killed. Without it the kernel lets them go (ptrace(2)).
+        let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
@@ -51,6 +52,16 @@ impl World {
     fn delete_if_there(&mut self, name: &str) {
         self.engine.detach(&key(name), None).unwrap();
         self.pods.remove(name);
+    }
+
+    /// Whether an owner, who may be about to end, has been killed: it ends, or answers.
+    fn is_killed(&self, owner: &mut OwnerProcess) -> bool {
+        let mut killed = false;
+        eventually("the owner ends, or answers", || {
+            killed = owner.is_killed();
+            killed || self.await_enforced("db", DENIED).is_ok()
+        });
+        killed
     }
 
     fn guards(&self) -> Guards {
@@ -112,7 +123,7 @@ fn an_owner_killed_while_it_covers_or_forgets_a_pod_leaves_no_gap_and_no_trace()
             if added {
                 assert_eq!(world.missing("web"), None, "{}", told("the pod has been let begin"));
             }
-            let killed = running.is_killed();
+            let killed = world.is_killed(&mut running);
             met.push((forgets, call, killed, added));
             owner = Some(if killed { OwnerProcess::start(&world) } else { running });
             if added {
