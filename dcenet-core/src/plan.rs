@@ -321,6 +321,8 @@ pub enum Operation {
         addresses: Vec<IpAddr>,
         /// How often.
         times: u8,
+        /// Who does it.
+        by: Announcer,
     },
     /// Asks whether gateways answer.
     ProbeGateways {
@@ -335,6 +337,18 @@ pub enum Operation {
         /// What it means if one does not.
         otherwise: GatewayProbe,
     },
+}
+
+/// Who tells a segment of the addresses of a link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Announcer {
+    /// A packet socket, on any link. To close it takes the kernel a grace period of RCU, some ten milliseconds (`packet_release` of
+    /// `net/packet/af_packet.c`).
+    Socket,
+    /// The kernel itself, at once: the link's Ethernet address is set to what it is, on which the kernel announces all addresses of
+    /// the link while its settings `arp_notify` and `ndisc_notify` say so (`inetdev_event` of `net/ipv4/devinet.c`,
+    /// `ndisc_netdev_event` of `net/ipv6/ndisc.c`). For links without hardware, whose drivers have nothing to do for it.
+    Kernel,
 }
 
 /// How frames of a VLAN pass the link that is in it.

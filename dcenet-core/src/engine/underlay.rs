@@ -6,9 +6,10 @@ use std::net::IpAddr;
 use super::apply::{Session, look_up};
 use super::error::StepError;
 use crate::model::{IfName, MacAddr};
-use crate::netlink::{LinkView, gated};
-use crate::plan::{Operation, Step};
+use crate::netlink::{self, LinkChange, LinkView, Message, gated};
+use crate::plan::{Announcer, Operation, Step};
 use crate::probe::{GatewayProbe, Segment};
+use crate::proc_sys;
 
 impl Session<'_> {
     /// Does a step that is a conversation with others on the link.
@@ -28,9 +29,14 @@ impl Session<'_> {
                 })?;
                 if found.is_empty() { Ok(()) } else { Err(StepError::InUse(found)) }
             }
-            Operation::Announce { link, mac, addresses, times } => {
-                let announce = |segment: &Segment| segment.announce(addresses, *times);
-                let (_, told) = self.on_segment(step, "announce addresses", link, *mac, addresses, announce)?;
+            Operation::Announce { link, mac, addresses, times, by } => {
+                let told = match by {
+                    Announcer::Kernel => self.have_announced(step, link, *mac, *times)?,
+                    Announcer::Socket => {
+                        let announce = |segment: &Segment| segment.announce(addresses, *times);
+                        self.on_segment(step, "announce addresses", link, *mac, addresses, announce)?.1
+                    }
+                };
                 if let Err(error) = told {
                     // They work without; whoever remembers another holder finds out later.
                     tracing::warn!(%error, %link, ?addresses, "not announced");
@@ -59,6 +65,49 @@ impl Session<'_> {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Has the kernel announce the addresses of a link, whose settings are afterwards what they were. The outer error is that of
+    /// getting at it.
+    fn have_announced(
+        &mut self,
+        step: &Step,
+        link: &IfName,
+        mac: MacAddr,
+        times: u8,
+    ) -> Result<io::Result<()>, StepError> {
+        let device = self.find_index(step.target, link)?;
+        let change = LinkChange { mac: Some(mac), ..Default::default() };
+        let messages: Vec<Message> = (0..times).map(|_| netlink::set_link(link, device, &change)).collect();
+        let netns = self.netns(step.target);
+        let mut before = Vec::new();
+        let wish = || {
+            NOTIFIES.iter().try_for_each(|setting| {
+                let name = setting.replace("LINK", link.as_str());
+                match proc_sys::read(&name) {
+                    Ok(value) if value == "1" => Ok(()),
+                    Ok(value) => {
+                        proc_sys::write(&name, "1")?;
+                        before.push((name, value));
+                        Ok(())
+                    }
+                    // A kernel without the family has nothing to announce of it.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+                    Err(error) => Err(error),
+                }
+            })
+        };
+        let wished: io::Result<()> = self.engine.run_in(netns, wish)?;
+        let told = match wished {
+            Ok(()) => {
+                let mut outcomes = self.socket(step.target)?.batch(&messages).into_iter();
+                outcomes.try_for_each(|outcome| outcome.map(drop)).map_err(io::Error::other)
+            }
+            failed => failed,
+        };
+        let restore = || before.iter().try_for_each(|(name, value)| proc_sys::write(name, value));
+        let restored: io::Result<()> = self.engine.run_in(netns, restore)?;
+        Ok(told.and(restored))
     }
 
     /// Waits for the carrier of a link that has none yet, as a network card's that was just set up and agrees with its peer
@@ -100,3 +149,6 @@ impl Session<'_> {
         }
     }
 }
+
+/// Whether the kernel announces a link's addresses when its Ethernet address changes.
+const NOTIFIES: [&str; 2] = ["ipv4/conf/LINK/arp_notify", "ipv6/conf/LINK/ndisc_notify"];

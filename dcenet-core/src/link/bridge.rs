@@ -31,7 +31,7 @@ use super::{
 };
 use crate::bandwidth::Bandwidth;
 use crate::model::{AttachmentKey, IfName, MacAddr, Mtu, VlanId, VlanRange};
-use crate::plan::{BridgeVlan, End, Operation, Plan, Step, Target, Tuning, Undo, mark, shared_mark};
+use crate::plan::{Announcer, BridgeVlan, End, Operation, Plan, Step, Target, Tuning, Undo, mark, shared_mark};
 use crate::probe::Underlay;
 use crate::provider::LeasedAddress;
 use crate::sysctl::Sysctls;
@@ -236,7 +236,7 @@ impl BridgeConfig {
         }
         pod_end::settle(&pod.name, &request.addresses, &mut steps);
         if let Some(underlay) = &self.underlay {
-            pod_end::introduce(underlay, &pod, &request.addresses, &mut steps);
+            pod_end::introduce(underlay, &pod, &request.addresses, Announcer::Kernel, &mut steps);
         }
         Ok(Plan { steps, host_end: Some(end), pod_end: pod, bridge: Some(self.bridge.clone()), router })
     }

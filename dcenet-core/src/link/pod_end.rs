@@ -2,7 +2,7 @@
 
 use super::{HostView, LinkRequest, Policy, gateway_of, link_local};
 use crate::model::{IfName, MacAddr, Mtu};
-use crate::plan::{Device, End, Operation, Plan, RouteSpec, Step, Target, Tuning, Undo, mark};
+use crate::plan::{Announcer, Device, End, Operation, Plan, RouteSpec, Step, Target, Tuning, Undo, mark};
 use crate::probe::Underlay;
 use crate::provider::LeasedAddress;
 
@@ -106,7 +106,11 @@ impl PodDevice<'_> {
             if let Some(parent) = &self.parent {
                 forget(&parent.link, &self.request.addresses, steps);
             }
-            introduce(underlay, &self.end, &self.request.addresses, steps);
+            let by = match &self.parent {
+                Some(Parent { shared_mac: None, .. }) => Announcer::Kernel,
+                _ => Announcer::Socket,
+            };
+            introduce(underlay, &self.end, &self.request.addresses, by, steps);
         }
     }
 }
@@ -133,11 +137,17 @@ pub(super) fn forget(link: &IfName, addresses: &[LeasedAddress], steps: &mut Vec
 }
 
 /// Tells the segment of the addresses, and asks for the gateways.
-pub(super) fn introduce(underlay: &Underlay, end: &End, addresses: &[LeasedAddress], steps: &mut Vec<Step>) {
+pub(super) fn introduce(
+    underlay: &Underlay,
+    end: &End,
+    addresses: &[LeasedAddress],
+    by: Announcer,
+    steps: &mut Vec<Step>,
+) {
     let (link, mac, times) = (end.name.clone(), end.mac, underlay.announcements.get());
     if times > 0 && !addresses.is_empty() {
         let addresses = addresses.iter().map(|a| a.address.addr()).collect();
-        steps.push(Step::new(Target::Pod, Operation::Announce { link: link.clone(), mac, addresses, times }));
+        steps.push(Step::new(Target::Pod, Operation::Announce { link: link.clone(), mac, addresses, times, by }));
     }
     let gateways: Vec<_> = addresses.iter().filter_map(|a| Some((a.address.addr(), a.gateway?))).collect();
     if let Some(otherwise) = underlay.gateway_probe

@@ -25,6 +25,17 @@ pub struct Segment {
     _groups: Option<UdpSocket>,
 }
 
+impl Drop for Segment {
+    /// The kernel ends a packet socket in a grace period of RCU, some ten milliseconds (`packet_release` of
+    /// `net/packet/af_packet.c`), for which nobody waits here.
+    fn drop(&mut self) {
+        for socket in [self.arp.take(), self.ipv6.take()].into_iter().flatten() {
+            // Where there can be no thread, the socket is dropped with what it was to do.
+            let _ = std::thread::Builder::new().name("dcenet-close".to_owned()).spawn(move || drop(socket));
+        }
+    }
+}
+
 /// A frame for one of the sockets.
 #[derive(Debug)]
 enum Frame {

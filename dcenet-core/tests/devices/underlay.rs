@@ -565,7 +565,7 @@ fn a_device_without_carrier_is_waited_for_before_it_asks() {
     assert_eq!(error.conflicts().map(|c| c[0].address), Some(ip("10.20.0.2")), "{error}");
 }
 
-/// A parent whose queue has no room for any frame: nothing is known of the addresses, and nobody is told of them.
+/// A parent whose queue has no room for any frame: nothing is known of the addresses and the gateways.
 #[test]
 fn a_full_queue_fails_probes_of_which_none_went_and_nothing_else() {
     if !require(Rung::Netns) {
@@ -599,8 +599,65 @@ fn a_full_queue_fails_probes_of_which_none_went_and_nothing_else() {
     lines.0.lock().unwrap().clear();
     attach(json!({ "probes": 0, "gatewayProbe": "warn" })).unwrap();
     let lines = lines.0.lock().unwrap();
-    for said in ["not announced", "the gateways could not be asked"] {
-        assert_eq!(lines.iter().filter(|line| line.contains(said)).count(), 1, "{said}: {lines:?}");
+    let said = |line: &&String| line.contains("the gateways could not be asked");
+    assert_eq!(lines.iter().filter(said).count(), 1, "{lines:?}");
+}
+
+/// By the kernel itself, where the device has no hardware. Who has another's Ethernet address for the pod's addresses has the pod's
+/// at once, and the pod's settings are what they were.
+#[test]
+fn neighbours_are_told_of_a_pod_by_its_kernel() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let host = host_with_parent();
+    let neighbour = host.new_pod();
+    host.root().sh(&format!(
+        "ip link set far0 netns {0}; ip link add dc0 type bridge; ip link set dc0 addrgenmode none; ip link set dc0 up; \
+         ip link add up1 type veth peer name far1 netns {0}; ip link set up1 addrgenmode none; ip link set up1 master dc0 up",
+        neighbour.path().display()
+    ));
+    for far in ["far0", "far1"] {
+        neighbour.sh(&format!("ip link set {far} addrgenmode none; ip link set {far} up"));
+    }
+    for (kind, far) in [
+        (json!({ "kind": "macvlan", "parent": "up0" }), "far0"),
+        (json!({ "kind": "bridge", "bridge": "dc0" }), "far1"),
+    ] {
+        for announcements in [0, 2] {
+            for wished in ["0", "1"] {
+                let (engine, pod) = (host.engine(None), host.new_pod());
+                pod.sh(&format!(
+                    "echo {wished} >/proc/sys/net/ipv4/conf/default/arp_notify; \
+                     echo {wished} >/proc/sys/net/ipv6/conf/default/ndisc_notify"
+                ));
+                for address in ["10.20.0.2", "fd20::2"] {
+                    neighbour.sh(&format!("ip neigh replace {address} lladdr 02:00:00:00:00:99 dev {far} nud stale"));
+                }
+                let mut config = kind.clone();
+                config["underlay"] = json!({ "probes": 0, "announcements": announcements });
+                engine.attach(&AttachRequest::new(key(), pod.pod(), link(config), lease())).unwrap();
+                let mac = pod.link("eth0").unwrap().mac.unwrap().to_string();
+                let known = || {
+                    ["10.20.0.2", "fd20::2"]
+                        .map(|a| neighbour.sh(&format!("ip neigh show {a} dev {far}")).contains(&mac))
+                };
+                let what = format!("{kind}, announced {announcements} times, wished {wished}");
+                if announcements == 0 && wished == "0" {
+                    // The guard removed.
+                    assert_eq!(known(), [false; 2], "{what}");
+                } else if announcements > 0 {
+                    let deadline = Instant::now() + Duration::from_secs(20);
+                    while known() != [true; 2] {
+                        assert!(Instant::now() < deadline, "{what}: {:?}", known());
+                        std::thread::sleep(Duration::from_millis(10));
+                    }
+                }
+                let settings = "cat /proc/sys/net/ipv4/conf/eth0/arp_notify /proc/sys/net/ipv6/conf/eth0/ndisc_notify";
+                assert_eq!(pod.sh(settings).split_whitespace().collect::<Vec<_>>(), [wished; 2], "{what}");
+                engine.detach(&key(), Some(pod.netns())).unwrap();
+            }
+        }
     }
 }
 
