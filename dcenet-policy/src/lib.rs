@@ -67,6 +67,8 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod analysis;
+#[cfg(feature = "bundle")]
+pub mod bundle;
 pub mod classes;
 pub mod compiler;
 pub mod diagram;

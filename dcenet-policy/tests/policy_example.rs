@@ -1,6 +1,6 @@
 //! The example `policy`, verb by verb.
 
-#![cfg(feature = "yaml")]
+#![cfg(feature = "bundle")]
 
 #[path = "../examples/policy/cli.rs"]
 mod cli;
@@ -108,4 +108,51 @@ fn bad_input_and_usage_have_a_status_of_their_own() {
     assert!(refusal(&["analyse", "--resources", "@7"]).starts_with("policy: 7.yaml: "));
     assert!(refusal(&["render", "--resources", "@1", "--for", "kubernetes", "--node", "n"]).contains("remove it"));
     assert!(refusal(&["explode"]).contains("explode"));
+}
+
+/// RFC 8032, section 7.1, test 1.
+const KEY: &str = "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIJ1hsZ3v/VpguoRK9JLsLMREScVpezJpGXA7rAMcrn9g\n\
+    -----END PRIVATE KEY-----\n";
+const PUBLIC: &str = "-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEA11qYAYKxCrfVS/7TyWQHOg7hcvPapiMlrwIaaPcHURo=\n\
+    -----END PUBLIC KEY-----\n";
+
+#[test]
+fn a_bundle_is_signed_and_verified() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        let path = directory.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    let (key, public) = (file("key.pem", KEY), file("public.pem", PUBLIC));
+    file("set/shop/db.yaml", &policy(""));
+    file("set/pods.yaml", PODS);
+    let set = directory.path().join("set").display().to_string();
+    let sign = ["sign", "--resources", &set, "--name", "production", "--generation", "7", "--key", &key];
+    let (status, envelope, err) = run(&sign, &[]);
+    assert_eq!((status, err.as_str()), (0, ""));
+    let bundle = file("production.bundle", &envelope);
+
+    let (status, out, err) = run(&["verify", &bundle, "--trust", &public, "-o", "json"], &[]);
+    assert_eq!((status, err.as_str()), (0, ""));
+    let told: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((&told["name"], &told["generation"]), (&"production".into(), &7.into()));
+    assert_eq!(told["documents"], serde_json::json!(["pods.yaml", "shop/db.yaml"]));
+    assert_eq!(told["signers"].as_array().unwrap().len(), 1);
+    let (status, out, _) = run(&["verify", &bundle, "--trust", &public], &[]);
+    assert!(status == 0 && out.starts_with("production generation 7, sha256:"), "{out}");
+
+    let changed = file("changed.bundle", &envelope.replacen("\"sig\":\"", "\"sig\":\"A", 1).replacen("==\"", "=\"", 1));
+    let (status, _, err) = run(&["verify", &changed, "--trust", &public], &[]);
+    assert!(status == 2 && err.contains("changed.bundle: "), "{err}");
+    let (status, _, err) = run(&["verify", &bundle, "--trust", &public, "--threshold", "2"], &[]);
+    assert!(status == 2 && err.contains("threshold: 2 of 1 keys"), "{err}");
+    file(
+        "set/wrong.yaml",
+        "kind: NetworkPolicy\napiVersion: networking.k8s.io/v1\nmetadata: { name: a }\nspec: { x: 1 }\n",
+    );
+    let (status, out, err) = run(&sign, &[]);
+    assert_eq!((status, out.as_str()), (2, ""), "{err}");
+    assert!(err.contains("wrong.yaml"), "{err}");
 }

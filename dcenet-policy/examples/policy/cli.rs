@@ -1,5 +1,7 @@
 //! From arguments to answers.
 
+#[path = "bundles.rs"]
+mod bundles;
 #[path = "../shared/files.rs"]
 mod files;
 
@@ -79,6 +81,34 @@ enum Verb {
         /// For nftables, the pods of this node only.
         #[arg(long, value_name = "NODE")]
         node: Option<String>,
+    },
+    /// All objects as one bundle, numbered and signed, on stdout.
+    Sign {
+        /// A directory or file with all objects.
+        #[arg(long, value_name = "DIR")]
+        resources: PathBuf,
+        /// The name of the set: what has the same name takes its place.
+        #[arg(long)]
+        name: String,
+        /// Which of its issues it is; larger than that of the last one.
+        #[arg(long, value_name = "NUMBER")]
+        generation: u64,
+        /// A private key of Ed25519 to sign with, as PEM of PKCS #8. May be repeated.
+        #[arg(long = "key", value_name = "FILE", required = true)]
+        keys: Vec<PathBuf>,
+    },
+    /// What a bundle is, and which of the trusted keys have signed it.
+    Verify {
+        /// The bundle.
+        bundle: PathBuf,
+        /// A public key that is trusted, as PEM. May be repeated.
+        #[arg(long = "trust", value_name = "FILE", required = true)]
+        keys: Vec<PathBuf>,
+        /// How many of them must have signed it.
+        #[arg(long, value_name = "COUNT", default_value_t = 1)]
+        threshold: usize,
+        #[command(flatten)]
+        output: Output,
     },
     /// Who reaches whom, as a matrix.
     Matrix {
@@ -175,6 +205,15 @@ fn carry_out(verb: Verb, out: &mut dyn Write, err: &mut dyn Write) -> Result<u8,
             let name = pod.split_once('/').ok_or_else(|| format!("--pod {pod}: write NAMESPACE/NAME"))?;
             let way = if from { Way::From } else { Way::To };
             print(&access(&cluster, &PodId::new(name.0, name.1), way)?, &input.output, out)?;
+            Ok(0)
+        }
+        Verb::Sign { resources, name, generation, keys } => {
+            let text = bundles::sign(&resources, name, generation, &keys, err)?;
+            writeln!(out, "{text}")?;
+            Ok(0)
+        }
+        Verb::Verify { bundle, keys, threshold, output } => {
+            print(&bundles::verify(&bundle, &keys, threshold)?, &output, out)?;
             Ok(0)
         }
         Verb::Render { input, enforcer, node } => {

@@ -10,6 +10,21 @@ use dcenet_policy::sources::kubernetes::{Documents, Note, NoteKind};
 
 /// All objects of a directory, with those below it, or of a single file.
 pub(crate) fn read(resources: &Path) -> Result<(Documents, Vec<Note>), Box<dyn Error>> {
+    let (texts, notes) = texts(resources)?;
+    let mut documents = Documents::default();
+    for (path, text) in texts {
+        let name = path.display().to_string();
+        documents = if is_of(&path, &["json"]) {
+            documents.with_json(&name, &text)?
+        } else {
+            documents.with_yaml(&name, &text)?
+        };
+    }
+    Ok((documents, notes))
+}
+
+/// The texts of all files of a directory, with those below it, or of a single file, in the order of their paths.
+pub(crate) fn texts(resources: &Path) -> Result<(Vec<(PathBuf, String)>, Vec<Note>), Box<dyn Error>> {
     let (mut files, mut notes) = (Vec::new(), Vec::new());
     if resources.is_dir() {
         find(resources, &mut files, &mut notes)?;
@@ -21,18 +36,13 @@ pub(crate) fn read(resources: &Path) -> Result<(Documents, Vec<Note>), Box<dyn E
     } else {
         files.push(resources.to_owned());
     }
-    let mut documents = Documents::default();
+    let mut texts = Vec::new();
     for path in files {
-        let name = path.display().to_string();
-        let text = std::fs::read_to_string(&path).map_err(|error| format!("{name}: {error}"))?;
-        let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
-        documents = if is_of(&path, &["json"]) {
-            documents.with_json(&name, text)?
-        } else {
-            documents.with_yaml(&name, text)?
-        };
+        let text = std::fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        let text = text.strip_prefix('\u{feff}').map_or_else(|| text.clone(), str::to_owned);
+        texts.push((path, text));
     }
-    Ok((documents, notes))
+    Ok((texts, notes))
 }
 
 /// What the host's clock says.
