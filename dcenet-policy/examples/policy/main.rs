@@ -1,4 +1,4 @@
-//! What policies amount to, from plain Kubernetes objects: `cargo run -p dcenet-policy --example policy -- --help`.
+//! What policies amount to, from plain Kubernetes objects: `cargo run -p dcenet-policy --features bundle --example policy -- --help`.
 
 mod cli;
 

@@ -14,6 +14,7 @@ use dcenet_core::fabric::FabricConfig;
 use dcenet_core::section;
 use dcenet_ipam::Layout;
 use dcenet_ipam::config::IpamConfig;
+use dcenet_policy::bundle::{Trust, VerifyingKey};
 use dcenet_policy::dns::ProxyConfig;
 use dcenet_policy::enforcer::PolicyConfig;
 use dcenet_sriov::allocate::Shape;
@@ -79,11 +80,44 @@ pub struct NodeConfig {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct PoliciesConfig {
-    /// A directory of `.yaml`, `.yml` and `.json` files.
+    /// A directory of `.yaml`, `.yml` and `.json` files, and of `.bundle` files where issuers are trusted.
     pub directory: PathBuf,
+    /// Whose bundles are taken. Policies, tiers, groups, clusters and schedules are then read from bundles alone.
+    pub trust: Option<TrustConfig>,
     /// Whether it may take all policies away by having none. It may else be one that is not mounted, or not yet.
     #[serde(default)]
     pub allow_empty: bool,
+}
+
+/// Who may issue policies.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrustConfig {
+    /// Files of public keys: Ed25519, in PEM.
+    pub keys: Vec<PathBuf>,
+    /// How many of the keys must have signed a bundle.
+    #[serde(default = "one")]
+    pub threshold: usize,
+}
+
+impl TrustConfig {
+    /// Reads the keys.
+    ///
+    /// # Errors
+    /// Where one cannot be read, or the threshold cannot be met.
+    pub fn read(&self) -> Result<Trust, String> {
+        let key = |path: &PathBuf| {
+            let failed = |error: String| format!("policies.trust.keys: {}: {error}", path.display());
+            let text = std::fs::read_to_string(path).map_err(|error| failed(error.to_string()))?;
+            VerifyingKey::from_pem(&text).map_err(|error| failed(error.to_string()))
+        };
+        let keys = self.keys.iter().map(key).collect::<Result<_, _>>()?;
+        Trust::new(keys, self.threshold).map_err(|error| format!("policies.trust.{error}"))
+    }
+}
+
+fn one() -> usize {
+    1
 }
 
 /// A proxy for the Domain Name System.
@@ -301,6 +335,8 @@ impl Config {
             ("flows.file", self.flows.as_ref().and_then(|f| f.file.as_ref())),
             ("kubelet.directory", self.kubelet.as_ref().map(|k| &k.directory)),
         ]);
+        let keys = self.policies.iter().filter_map(|p| p.trust.as_ref()).flat_map(|trust| &trust.keys);
+        let paths = paths.chain(keys.map(|path| ("policies.trust.keys", Some(path))));
         for (field, path) in paths.filter_map(|(field, path)| Some((field, path?))) {
             if !path.is_absolute() {
                 return wrong(format!("{field}: {path:?} is not absolute; begin it with a slash"));

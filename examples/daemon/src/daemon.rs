@@ -26,6 +26,7 @@ use dcenet_ipam::fabric::FabricFeed;
 use dcenet_ipam::metrics::Cause;
 use dcenet_ipam::select::Node;
 use dcenet_ipam::store::measured::MeasuredStore;
+use dcenet_policy::bundle::{Accepted, Trust};
 use dcenet_policy::enforcer::flows::prometheus::FlowMetrics;
 use dcenet_policy::enforcer::{Enforcer, EnforcerConfig, EnforcerError, PinnedDefault, PolicyConfig, Report, Tools};
 use dcenet_policy::model::Mode;
@@ -37,15 +38,16 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
-use crate::config::Config;
+use crate::config::{Config, TrustConfig};
 use crate::fabric::{FabricMetrics, Following, check_mtu};
 use crate::flows::Flows;
 use crate::functions::Functions;
+use crate::issued::Issued;
 use crate::kubelet::Telling;
 use crate::lock::RunLock;
 use crate::metrics::{DaemonMetrics, Endpoint, Sources};
 use crate::names::Names;
-use crate::policies::{self, PoliciesError, Signature, Watcher};
+use crate::policies::{self, PoliciesError, Set, Signature, Watcher};
 use crate::reclaim::{Looking, Reclaim};
 use crate::standing::Standing;
 use crate::store::LateStore;
@@ -69,6 +71,7 @@ pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
     let most_rules = config.metrics.as_ref().map_or(0, |m| m.most_rules);
     let counted =
         owner.as_ref().map(|owner| (owner.enforcer.clone(), FlowMetrics::register(&mut registry, most_rules)));
+    let issued = owner.as_ref().map(|owner| owner.issued.clone());
     let fabric = open_fabric(config, addresses.as_ref().map(|(ipam, _)| &**ipam))?;
     let fabric = fabric.map(|fabric| (fabric, FabricMetrics::register(&mut registry)));
     let engine = open_engine(config)?;
@@ -95,7 +98,7 @@ pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
         _ => None,
     };
     let functions = Functions::register(&mut registry, &config.state_dir, &config.run_dir);
-    let sources = Sources { registry, daemon, addresses, functions, policy: counted };
+    let sources = Sources { registry, daemon, addresses, functions, policy: counted, issued };
     let metrics = config.metrics.as_ref().map(|m| Endpoint::start(&m.listen, sources, &signals.threads)).transpose()?;
     let server = config.server.as_ref().map(|section| server::start(section, &config.run_dir, stores)).transpose()?;
     let telling =
@@ -266,6 +269,11 @@ struct Owner {
     directory: Option<PathBuf>,
     watcher: Option<Watcher>,
     metrics: DaemonMetrics,
+    /// Whose bundles are taken.
+    trust: Option<Trust>,
+    /// Which bundles were.
+    accepted: Accepted,
+    issued: Issued,
     /// What the directory said when it was read without error; nothing before.
     told: Option<Documents>,
     /// Whether policies were in force, also before this process.
@@ -300,6 +308,11 @@ const LOOK: Duration = Duration::from_secs(5);
 impl Owner {
     fn open(config: &Config, policy: &PolicyConfig, metrics: DaemonMetrics) -> Outcome<Self> {
         let directory = config.policies.as_ref().map(|p| p.directory.clone());
+        let trust = config.policies.as_ref().and_then(|p| p.trust.as_ref()).map(TrustConfig::read).transpose()?;
+        let accepted = Accepted::read(&config.state_dir.join("policy-sets")).map_err(|error| {
+            format!("{error}; it says which bundles were taken, without which older ones would be: bring it back, or remove it")
+        })?;
+        let node = node_name(config)?;
         // Watched before it is read: what changes in between is seen.
         let watcher = directory.as_deref().map(Watcher::new).transpose().map_err(|e| format!("policies: {e}"))?;
         Ok(Self {
@@ -307,6 +320,9 @@ impl Owner {
             directory,
             watcher,
             metrics,
+            trust,
+            accepted,
+            issued: Issued::of(&node),
             told: None,
             standing: Standing::read(&config.state_dir),
             may_be_empty: config.policies.as_ref().is_none_or(|p| p.allow_empty),
@@ -314,7 +330,7 @@ impl Owner {
             seen: None,
             refused: None,
             addresses: config.node.addresses.is_none().then(BTreeSet::new),
-            node: node_name(config)?,
+            node,
             pending: None,
             look_at: Instant::now(),
             due: Instant::now(),
@@ -335,14 +351,14 @@ impl Owner {
     /// reading that is not, nothing is put in the place of the verdicts of whoever was here before.
     fn read(&mut self) {
         let (read, seen) = match &self.directory {
-            Some(directory) => policies::read(directory),
-            None => (Ok(Documents::default()), None),
+            Some(directory) => policies::read(directory, self.trust.as_ref()),
+            None => (Ok(Set::default()), None),
         };
         self.seen = seen;
-        let is_in_force = match read.and_then(|documents| self.admit(documents)) {
-            Ok(documents) => {
+        let is_in_force = match read.and_then(|set| self.admit(set)) {
+            Ok(set) => {
                 self.refused = None;
-                let is_in_force = self.tell(documents);
+                let is_in_force = self.tell(set);
                 if !is_in_force {
                     self.read_later();
                 }
@@ -355,6 +371,7 @@ impl Owner {
                     let is_first = self.told.is_none();
                     let stands = if is_first { "the last verdicts stand" } else { "the last good set stands" };
                     tracing::error!(%error, "policies are refused; {stands}");
+                    self.issued.refuse(&reason);
                     self.refused = Some(reason);
                 }
                 if error.may_pass() {
@@ -371,23 +388,41 @@ impl Owner {
         self.pending = Some((later, later));
     }
 
-    /// Refuses a set without policies in force after one with some, unless the configuration lets it.
-    fn admit(&self, documents: Documents) -> Result<Documents, PoliciesError> {
-        match &self.directory {
-            Some(directory) if in_force(&documents) == 0 && self.standing.is_set() && !self.may_be_empty => {
-                Err(PoliciesError::NoneLeft(directory.clone()))
-            }
-            _ => Ok(documents),
+    /// Refuses a set without policies in force after one with some, unless the configuration lets it, and bundles that are older
+    /// than what was taken, or missing. It is noted that the others were taken.
+    fn admit(&mut self, set: Set) -> Result<Set, PoliciesError> {
+        // That a bundle is missing says more than that nothing is left.
+        if self.trust.is_some() {
+            self.accepted.check(&set.bundles).map_err(PoliciesError::Set)?;
         }
+        match &self.directory {
+            // Whoever issued an empty bundle wants it so.
+            Some(directory)
+                if in_force(&set.documents) == 0
+                    && self.standing.is_set()
+                    && !self.may_be_empty
+                    && set.bundles.is_empty() =>
+            {
+                return Err(PoliciesError::NoneLeft(directory.clone()));
+            }
+            _ => {}
+        }
+        if self.trust.is_some() {
+            self.accepted.take(&set.bundles).map_err(PoliciesError::Set)?;
+        }
+        Ok(set)
     }
 
-    /// Puts documents in force, and returns whether they are.
-    fn tell(&mut self, mut documents: Documents) -> bool {
+    /// Puts a set in force, and returns whether it is.
+    fn tell(&mut self, set: Set) -> bool {
+        let Set { mut documents, bundles } = set;
         // What its devices say of it counts.
         documents.nodes.remove(&self.node);
-        for note in policies::notes(&documents, self.learns) {
+        let notes: Vec<String> = policies::notes(&documents, self.learns).map(|note| note.to_string()).collect();
+        for note in &notes {
             tracing::warn!(%note, "policies");
         }
+        self.issued.tell(&bundles, notes);
         let (policies, in_force) = (documents.policies.len(), in_force(&documents));
         // Before they are: a daemon that dies in between must not be followed by one that takes none for all.
         if in_force > 0 {

@@ -7,6 +7,7 @@ mod fabric;
 mod flows;
 mod functions;
 mod http;
+mod issued;
 mod kubelet;
 mod lock;
 mod metrics;
@@ -23,7 +24,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use config::{Config, ConfigError, LogConfig, LogFormat, LogLevel};
+use config::{Config, ConfigError, LogConfig, LogFormat, LogLevel, TrustConfig};
 use tracing::level_filters::LevelFilter;
 
 /// Owns the network policy of this node, enters routes to other nodes, takes back addresses of pods that are gone, serves
@@ -82,10 +83,18 @@ fn main() -> ExitCode {
 const WRONG: u8 = 2;
 
 fn check(options: &Options, config: &Config) -> ExitCode {
-    let read = config.policies.as_ref().map(|p| policies::read(&p.directory).0).transpose();
+    let trust = config.policies.as_ref().and_then(|p| p.trust.as_ref()).map(TrustConfig::read).transpose();
+    let trust = match trust {
+        Ok(trust) => trust,
+        Err(error) => {
+            eprintln!("dcenetd: {error}");
+            return ExitCode::from(WRONG);
+        }
+    };
+    let read = config.policies.as_ref().map(|p| policies::read(&p.directory, trust.as_ref()).0).transpose();
     match read {
-        Ok(documents) => {
-            for note in documents.iter().flat_map(|documents| policies::notes(documents, config.dns.is_some())) {
+        Ok(set) => {
+            for note in set.iter().flat_map(|set| policies::notes(&set.documents, config.dns.is_some())) {
                 println!("{note}");
             }
             println!("{}: nothing is wrong", options.config.display());

@@ -1,4 +1,5 @@
-//! What Prometheus sees, over HTTP: `GET /metrics`, in the text format of OpenMetrics 1.0.
+//! What Prometheus sees, over HTTP: `GET /metrics`, in the text format of OpenMetrics 1.0. Beside it `GET /policy`, of
+//! [`crate::issued`].
 //!
 //! Beside what [`dcenet_ipam::metrics`], [`dcenet_policy::enforcer::flows::prometheus`] and [`crate::functions`] list:
 //!
@@ -6,6 +7,7 @@
 //! |---|---|---|
 //! | `dcenet_daemon_policy_reads_total` | outcome | readings of the directory of policies: `ok` or `failed` |
 //! | `dcenet_daemon_policies_current` | | 1 where the directory's present content is what was put in force last, 0 where it is refused and an earlier one stands |
+//! | `dcenet_daemon_policy_set_generation` | set | generation of each bundle that the owner of policy was told last |
 //! | `dcenet_daemon_endpoints` | phase | endpoints of the node: `default`, `compiled`, `enforced` |
 //! | `dcenet_daemon_endpoint_failures` | | endpoints for which the latest change is not in force |
 
@@ -33,6 +35,7 @@ use rustix::io::Errno;
 use crate::config::Listen;
 use crate::functions::Functions;
 use crate::http::{self, Answer, Limits};
+use crate::issued::Issued;
 use crate::threads::Threads;
 
 /// The daemon's own.
@@ -40,6 +43,7 @@ use crate::threads::Threads;
 pub struct DaemonMetrics {
     reads: Family<[(&'static str, &'static str); 1], Counter>,
     current: Gauge,
+    sets: Family<[(&'static str, String); 1], Gauge>,
     endpoints: Family<[(&'static str, &'static str); 1], Gauge>,
     failures: Gauge,
 }
@@ -51,6 +55,7 @@ impl DaemonMetrics {
         let r = registry.sub_registry_with_prefix("dcenet_daemon");
         r.register("policy_reads", "Readings of the directory of policies", metrics.reads.clone());
         r.register("policies_current", "Whether the directory's content is in force", metrics.current.clone());
+        r.register("policy_set_generation", "Generation of each bundle of policies", metrics.sets.clone());
         r.register("endpoints", "Endpoints of the node, by phase", metrics.endpoints.clone());
         r.register("endpoint_failures", "Endpoints without the latest change", metrics.failures.clone());
         metrics
@@ -60,6 +65,14 @@ impl DaemonMetrics {
     pub fn count_read(&self, ok: bool) {
         self.reads.get_or_create(&[("outcome", if ok { "ok" } else { "failed" })]).inc();
         self.current.set(ok.into());
+    }
+
+    fn publish_sets(&self, issued: &Issued) {
+        // One that is gone is not told any more.
+        self.sets.clear();
+        for (name, generation) in issued.generations() {
+            self.sets.get_or_create(&[("set", name)]).set(i64::try_from(generation).unwrap_or(i64::MAX));
+        }
     }
 
     fn publish(&self, enforcer: &Enforcer) {
@@ -86,6 +99,8 @@ pub struct Sources {
     pub functions: Functions,
     /// The owner of policy, and what counts its flows.
     pub policy: Option<(Arc<Enforcer>, FlowMetrics)>,
+    /// What the owner was told.
+    pub issued: Option<Issued>,
 }
 
 impl Sources {
@@ -100,6 +115,9 @@ impl Sources {
             }
             self.functions.publish();
             *counted = Some(Instant::now());
+        }
+        if let Some(issued) = &self.issued {
+            self.daemon.publish_sets(issued);
         }
         if let Some((enforcer, metrics)) = &self.policy {
             self.daemon.publish(enforcer);
@@ -189,9 +207,20 @@ fn ends_within(stop: &UnixStream, time: Duration) -> bool {
 }
 
 fn page(path: &str, sources: &Sources, counted: &mut Option<Instant>) -> Answer {
-    if path != "/metrics" {
-        return Answer::plain("404 Not Found", "see /metrics");
+    match (path, &sources.policy, &sources.issued) {
+        ("/metrics", ..) => metrics(sources, counted),
+        ("/policy", Some((enforcer, _)), Some(issued)) => match issued.page(enforcer) {
+            Ok(body) => Answer { status: "200 OK", kind: "application/json", body },
+            Err(error) => {
+                tracing::error!(%error, "what is in force cannot be written");
+                Answer::plain("500 Internal Server Error", "what is in force cannot be written")
+            }
+        },
+        _ => Answer::plain("404 Not Found", "see /metrics and, under policy, /policy"),
     }
+}
+
+fn metrics(sources: &Sources, counted: &mut Option<Instant>) -> Answer {
     match sources.text(counted) {
         Ok(body) => {
             let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";

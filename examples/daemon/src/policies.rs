@@ -1,5 +1,8 @@
 //! Policies in a directory, and its changes.
 //!
+//! Where issuers are trusted, what policies say is read from the bundles of the directory alone; its other files tell of the
+//! cluster: namespaces, pods, nodes, services.
+//!
 //! A change counts when it is whole: a file that was closed after writing, renamed into the directory, or removed. Files
 //! that are replaced by a rename are never seen half-written; the others may be, while yet another one changes. What
 //! changes while it is read is read again, so that a set is never half of before and half of after.
@@ -14,6 +17,8 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use dcenet_policy::bundle::{AcceptedError, BundleError, Trust, Verified};
+use dcenet_policy::model::Catalog;
 use dcenet_policy::sources::kubernetes::{DocumentError, Documents, Note, NoteKind};
 use rustix::fs::OFlags;
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
@@ -41,12 +46,25 @@ pub enum PoliciesError {
     Restless(PathBuf),
     /// None of its policies is in force, and others are.
     NoneLeft(PathBuf),
+    /// A bundle is none, or of nobody who is trusted.
+    Bundle {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: BundleError,
+    },
+    /// A bundle may not take the place of what was taken.
+    Set(AcceptedError),
+    /// A bundle, where nobody is trusted.
+    NoTrust(PathBuf),
+    /// A file says what bundles say.
+    Unsigned(PathBuf),
 }
 
 impl PoliciesError {
     /// Whether it may be over without a change of the directory.
     pub fn may_pass(&self) -> bool {
-        matches!(self, Self::Io { .. } | Self::Restless(_))
+        matches!(self, Self::Io { .. } | Self::Restless(_) | Self::Set(AcceptedError::File { .. }))
     }
 }
 
@@ -68,6 +86,19 @@ impl fmt::Display for PoliciesError {
                 "{}: no policy is left in it, or none but in audit, as where nothing is mounted; put policies into it, or set \
                  policies.allowEmpty to true where none are wanted in force",
                 directory.display()
+            ),
+            Self::Bundle { path, source } => write!(f, "{}: {source}", path.display()),
+            Self::Set(error) => error.fmt(f),
+            Self::NoTrust(path) => write!(
+                f,
+                "{}: a bundle, and nobody is trusted; name the public keys of those who issue it in policies.trust.keys",
+                path.display()
+            ),
+            Self::Unsigned(path) => write!(
+                f,
+                "{}: policies, tiers, groups, clusters and schedules are read from bundles alone where policies.trust is set; issue \
+                 them in one, or remove the file",
+                path.display()
             ),
         }
     }
@@ -110,18 +141,27 @@ pub fn notes(documents: &Documents, learns: bool) -> impl Iterator<Item = Note> 
     documents.notes().into_iter().filter(move |note| !learns || note.kind != NoteKind::UnlearntNames)
 }
 
+/// What a directory says.
+#[derive(Debug, Default)]
+pub struct Set {
+    /// All of it, that of bundles, too.
+    pub documents: Documents,
+    /// The bundles.
+    pub bundles: Vec<Verified>,
+}
+
 /// Reads all files of a directory, in the order of their names, and once more where something changes meanwhile. Returns
 /// also what the directory looked like; nothing where that could not be seen.
 ///
 /// # Errors
 /// The first, which names file, document and field.
-pub fn read(directory: &Path) -> (Result<Documents, PoliciesError>, Option<Signature>) {
+pub fn read(directory: &Path, trust: Option<&Trust>) -> (Result<Set, PoliciesError>, Option<Signature>) {
     let mut before = match Signature::of(directory) {
         Ok(signature) => signature,
         Err(error) => return (Err(error), None),
     };
     for _ in 0..ATTEMPTS {
-        let outcome = read_once(directory);
+        let outcome = read_once(directory, trust);
         let after = match Signature::of(directory) {
             Ok(signature) => signature,
             Err(error) => return (Err(error), None),
@@ -158,16 +198,37 @@ fn paths(directory: &Path) -> Result<Vec<PathBuf>, PoliciesError> {
     Ok(paths)
 }
 
-fn read_once(directory: &Path) -> Result<Documents, PoliciesError> {
-    let mut documents = Documents::default();
+fn read_once(directory: &Path, trust: Option<&Trust>) -> Result<Set, PoliciesError> {
+    let Set { mut documents, mut bundles } = Set::default();
     for path in paths(directory)? {
         let text = text_of(&path)?;
-        let name = path.display().to_string();
-        let json = path.extension().is_some_and(|e| e == "json");
-        let added = if json { documents.with_json(&name, &text) } else { documents.with_yaml(&name, &text) };
+        let is = |extension: &str| path.extension().is_some_and(|e| e == extension);
+        if is(BUNDLE) {
+            let trust = trust.ok_or_else(|| PoliciesError::NoTrust(path.clone()))?;
+            let opened = trust.open(text.as_bytes());
+            let verified = opened.map_err(|source| PoliciesError::Bundle { path: path.clone(), source })?;
+            documents = verified.bundle.add_to(documents).map_err(PoliciesError::Document)?;
+            bundles.push(verified);
+            continue;
+        }
+        let (name, before) = (path.display().to_string(), issued(&documents));
+        let added = if is("json") { documents.with_json(&name, &text) } else { documents.with_yaml(&name, &text) };
         documents = added.map_err(PoliciesError::Document)?;
+        if trust.is_some() && issued(&documents) != before {
+            return Err(PoliciesError::Unsigned(path));
+        }
     }
-    Ok(documents)
+    Ok(Set { documents, bundles })
+}
+
+/// The extension of bundles.
+const BUNDLE: &str = "bundle";
+
+/// How much is there of what bundles say: the rest is of the cluster itself. Whoever may change what the rules mean that others
+/// have signed may change the rules.
+fn issued(documents: &Documents) -> usize {
+    let Catalog { tiers, groups, clusters, schedules, .. } = &documents.catalog;
+    documents.policies.len() + tiers.len() + groups.len() + clusters.len() + schedules.len()
 }
 
 fn text_of(path: &Path) -> Result<String, PoliciesError> {
@@ -192,7 +253,7 @@ fn text_of(path: &Path) -> Result<String, PoliciesError> {
 /// Editors and Kubernetes' volumes begin names with a dot that are not meant to be read.
 fn is_read(path: &Path) -> bool {
     let hidden = path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
-    !hidden && path.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json")
+    !hidden && path.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json" || e == BUNDLE)
 }
 
 /// Notices changes of a directory by inotify(7).
@@ -303,7 +364,7 @@ mod tests {
     fn what_is_no_file_of_policies_is_refused_and_nobody_waits_for_it() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("db.yaml");
-        let refused = || read(directory.path()).0.unwrap_err().to_string();
+        let refused = || read(directory.path(), None).0.unwrap_err().to_string();
         rustix::fs::mknodat(
             rustix::fs::CWD,
             &path,
@@ -319,7 +380,7 @@ mod tests {
         fs::File::create(&path).unwrap().set_len(MOST_BYTES + 1).unwrap();
         assert!(refused().contains("db.yaml: longer than"), "{}", refused());
         fs::write(&path, policy("db")).unwrap();
-        assert_eq!(read(directory.path()).0.unwrap().policies.len(), 1);
+        assert_eq!(read(directory.path(), None).0.unwrap().documents.policies.len(), 1);
     }
 
     #[test]
@@ -373,8 +434,8 @@ mod tests {
         for file in &files {
             symlink(format!("..data/{file}"), at(file)).unwrap();
         }
-        let is_mixed = |documents: &Documents| {
-            let rounds = documents.policies.keys().filter_map(|id| id.name.rsplit('-').next());
+        let is_mixed = |set: &Set| {
+            let rounds = set.documents.policies.keys().filter_map(|id| id.name.rsplit('-').next());
             rounds.collect::<std::collections::BTreeSet<_>>().len() != 1
         };
         let (done, limit) = (AtomicBool::new(false), Instant::now() + Duration::from_secs(60));
@@ -391,16 +452,16 @@ mod tests {
                 }
             });
             while (mixed_once == 0 || whole < 20) && Instant::now() < limit {
-                if let Ok(documents) = read(top.path()).0 {
+                if let Ok(set) = read(top.path(), None).0 {
                     whole += 1;
-                    mixed += usize::from(is_mixed(&documents));
+                    mixed += usize::from(is_mixed(&set));
                 }
-                mixed_once += usize::from(read_once(top.path()).is_ok_and(|documents| is_mixed(&documents)));
+                mixed_once += usize::from(read_once(top.path(), None).is_ok_and(|set| is_mixed(&set)));
             }
             done.store(true, Ordering::Release);
         });
         assert!(whole > 0 && mixed == 0, "{mixed} of {whole}");
         assert!(mixed_once > 0, "the same reading without the second look is not seen to mix");
-        assert!(!is_mixed(&read(top.path()).0.unwrap()));
+        assert!(!is_mixed(&read(top.path(), None).0.unwrap()));
     }
 }

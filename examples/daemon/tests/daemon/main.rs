@@ -1,5 +1,6 @@
 //! The daemon as a service manager runs it: a process in a host of its own, with pods attached as the plugin does it.
 
+mod bundles;
 mod common;
 mod fabric;
 mod kubelet;
