@@ -63,7 +63,9 @@ impl Call<'_> {
         kept.extend(networks::alive(&self.conf.state_dir, &self.conf.name).map_err(journal)?);
         let records = self.engine.attachments(&self.conf.name).map_err(journal)?;
         kept.extend(records.into_iter().map(|record| (record.key.container, record.key.ifname)));
-        self.retain(addresses, &self.conf.name, &kept).await
+        let retained = self.retain(addresses, &self.conf.name, &kept).await;
+        // Of calls that were killed before they had gone on.
+        self.engine.remove_empty_records().map_err(journal).and(retained)
     }
 
     /// STATUS.

@@ -1,5 +1,5 @@
-//! The chained role by itself, with calls failing once, and the process killed at calls: what the next DEL or GC leaves is nothing.
-//! As the main role has it in `tests/faults.rs` and `tests/kills.rs`.
+//! The chained and the IPAM-only role by themselves, with every call failing once, and the process killed at every call: what the
+//! next DEL or GC leaves is nothing. As the main role has it in `tests/faults.rs` and `tests/kills.rs`.
 
 use std::collections::BTreeSet;
 
@@ -8,10 +8,11 @@ use serde_json::{Value, json};
 
 use super::common::{Faulted, Node, Pod, elements, has_nft};
 
-/// A pod that another plugin connects, and ours gives policy, masquerading and a port.
+/// A pod that another plugin connects, and ours gives policy, masquerading and a port; or whose addresses only are ours.
 struct Role {
     node: Node,
     pod: Pod,
+    chained: bool,
 }
 
 impl Role {
@@ -24,7 +25,7 @@ impl Role {
         let ports = json!([{ "hostPort": 8080, "containerPort": 80, "protocol": "tcp" }]);
         ours.insert("runtimeConfig".to_owned(), json!({ "portMappings": ports }));
         let pod = node.pod("db");
-        let role = Self { node, pod };
+        let role = Self { node, pod, chained: true };
         // Our table of translations stays.
         role.theirs(true);
         role.node.call("ADD", &role.pod, &role.config("ADD").to_string()).unwrap();
@@ -33,8 +34,26 @@ impl Role {
         role
     }
 
+    fn of_addresses() -> Self {
+        let mut node = Node::new();
+        let ours = node.config.as_object_mut().unwrap();
+        ours.remove("link");
+        ours.insert("type".to_owned(), json!("bridge"));
+        ours.insert("isGateway".to_owned(), json!(true));
+        ours["ipam"]["cooldown"] = json!("0s");
+        // The claims of the configuration are in the store from the first call on.
+        let first = node.pod("first");
+        node.add(&first).unwrap();
+        node.del(&first).unwrap();
+        let pod = node.pod("web");
+        Self { node, pod, chained: false }
+    }
+
     /// What the other plugin does: makes the pod's device, and at last deletes it, with what is on it.
     fn theirs(&self, add: bool) {
+        if !self.chained {
+            return;
+        }
         let path = self.pod.netns.path().display();
         let root = self.node.host.root();
         if add {
@@ -47,7 +66,7 @@ impl Role {
 
     fn config(&self, verb: &str) -> Value {
         let mut config = if verb == "GC" { self.node.config_for_gc(&[]) } else { self.node.config.clone() };
-        if verb != "GC" {
+        if self.chained && verb != "GC" {
             config["prevResult"] = json!({
                 "cniVersion": "1.1.0",
                 "interfaces": [{ "name": "h0" }, { "name": "eth0", "sandbox": self.pod.netns.path() }],
@@ -72,8 +91,12 @@ impl Role {
     fn traces(&self) -> BTreeSet<String> {
         let Node { host, .. } = &self.node;
         let mut traces: BTreeSet<String> = host.records().into_iter().map(|line| format!("record {line}")).collect();
-        traces.extend(self.node.policy().into_iter().map(|line| format!("policy {line}")));
-        traces.extend(elements(&self.node).into_iter().map(|line| format!("translation {line}")));
+        if self.chained {
+            traces.extend(self.node.policy().into_iter().map(|line| format!("policy {line}")));
+            traces.extend(elements(&self.node).into_iter().map(|line| format!("translation {line}")));
+        } else {
+            traces.extend(self.node.store().into_iter().map(|line| format!("store {line}")));
+        }
         traces.extend(host.state().lines().map(str::to_owned));
         traces.extend(self.pod.state().lines().map(|line| format!("pod {line}")));
         traces
@@ -125,5 +148,19 @@ fn faults_and_kills_of_the_chained_role_leave_nothing() {
     for verb in ["DEL", "GC"] {
         let seen = role.each_call(verb);
         assert!(seen.contains("record"), "{verb}: {seen:?}");
+    }
+}
+
+#[test]
+fn faults_and_kills_of_the_role_of_addresses_leave_nothing() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let role = Role::of_addresses();
+    for verb in ["ADD", "DEL", "GC"] {
+        let seen = role.each_call(verb);
+        assert!(seen.contains("store"), "{verb}: {seen:?}");
+        // It makes no device. What it holds an attachment by says nothing, and is a trace for GC all the same.
+        assert!(seen.iter().all(|kind| kind == "store" || kind == "record"), "{verb}: {seen:?}");
     }
 }
