@@ -105,6 +105,8 @@ pub(crate) struct Known {
     /// The revision as of which the endpoint is what it is; 0 for one that was adopted, as its verdicts are the last of
     /// an earlier owner in any case.
     noted: u64,
+    /// The revision as of which it has been known on its device without a break.
+    since: u64,
 }
 
 impl Known {
@@ -164,8 +166,9 @@ impl State {
             Some(known) => Known { endpoint: endpoint.clone(), guarded, noted, ..known.clone() },
             None => {
                 let slot = self.adopted.remove(&endpoint.attachment.id());
+                let since = noted;
                 let (phase, noted) = if slot.is_some() { (Phase::Enforced, 0) } else { (Phase::Default, noted) };
-                Known { endpoint: endpoint.clone(), phase, slot, generation: 0, failure: None, guarded, noted }
+                Known { endpoint: endpoint.clone(), phase, slot, generation: 0, failure: None, guarded, noted, since }
             }
         };
         let (old, new) = (before.and_then(Known::pod), known.pod());
