@@ -197,6 +197,8 @@ struct Found {
     programs: Vec<(Arc<RuleList>, Arc<Program>)>,
     /// Of those classes whose number of entries changes.
     class_users: HashMap<ClassId, i64>,
+    /// Whether some endpoint's program has to tell more peers apart.
+    extends: bool,
 }
 
 impl Compiler {
@@ -245,7 +247,7 @@ impl Compiler {
         renamed: &BTreeSet<IpAddr>,
         mut room: impl FnMut(&Update) -> Result<(), CompileError>,
     ) -> Result<Update, CompileError> {
-        match self.update_quickly_within(cluster, pods, renamed, &mut room) {
+        match self.update_quickly_within(cluster, pods, renamed, &mut room, None) {
             Some(update) => Ok(update),
             None => {
                 // Where it fails, these pods are not what they were at the last update that there was.
@@ -255,18 +257,39 @@ impl Compiler {
         }
     }
 
-    /// As [`Compiler::update_parts_within`], unless it would compile everything anew, or there is no room: nothing is done then.
-    pub(crate) fn update_quickly_within<'a>(
+    /// As [`Compiler::update_parts_within`] where names alone differ, unless it would compile everything anew, or there is no
+    /// room: nothing is done then. Where programs are others, the compiler of before is returned, too.
+    pub(crate) fn update_names_within(
+        &mut self,
+        cluster: &Cluster,
+        renamed: &BTreeSet<IpAddr>,
+        room: impl FnOnce(&Update) -> Result<(), CompileError>,
+    ) -> Option<(Update, Option<Self>)> {
+        let mut before = None;
+        let mut keep = |kept: Self| before = Some(kept);
+        let update = self.update_quickly_within(cluster, [], renamed, room, Some(&mut keep))?;
+        Some((update, before))
+    }
+
+    fn update_quickly_within<'a>(
         &mut self,
         cluster: &Cluster,
         pods: impl IntoIterator<Item = &'a PodId>,
         renamed: &BTreeSet<IpAddr>,
         room: impl FnOnce(&Update) -> Result<(), CompileError>,
+        keep: Option<&mut dyn FnMut(Self)>,
     ) -> Option<Update> {
         let pods: BTreeSet<&PodId> = pods.into_iter().collect();
         let mut numbers = Numbers::default();
         match self.find(cluster, &pods, renamed, &mut numbers) {
-            Some(found) if room(&found.update).is_ok() => Some(self.take(found)),
+            Some(found) if room(&found.update).is_ok() => {
+                if let Some(keep) = keep.filter(|_| found.extends) {
+                    let mut before = self.clone();
+                    numbers.give_back(&mut before.state.classes);
+                    keep(before);
+                }
+                Some(self.take(found))
+            }
             _ => {
                 numbers.give_back(&mut self.state.classes);
                 None
@@ -428,6 +451,7 @@ impl Compiler {
         }
 
         // Policy sets.
+        let extends = changed.values().any(|changed| changed.extended.is_some());
         let mut sets: HashMap<SetId, Held> = HashMap::new();
         let mut programs: Vec<(Arc<RuleList>, Arc<Program>)> = Vec::new();
         for (id, Changed { before: held, locals, extended }) in changed {
@@ -510,12 +534,12 @@ impl Compiler {
         };
         let placed_pods = placed_pods.into_iter().map(|(id, place)| (id.clone(), place)).collect();
         let moved = Moved { endpoints, pods: placed_pods, set_users };
-        Some(Found { update, moved, sets, retired_sets, programs, class_users: users })
+        Some(Found { update, moved, sets, retired_sets, programs, class_users: users, extends })
     }
 
     /// Makes an update the compiler's.
     fn take(&mut self, found: Found) -> Update {
-        let Found { update, moved, mut sets, retired_sets, programs, class_users } = found;
+        let Found { update, moved, mut sets, retired_sets, programs, class_users, extends: _ } = found;
         let state = &mut self.state;
         state.generation = update.generation;
         state.table = Arc::clone(&update.table);

@@ -1,7 +1,9 @@
 //! Carrying out a change, step by step, and taking it back.
 
 mod arrays;
+mod commit;
 mod load;
+mod names;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -15,9 +17,9 @@ use dcenet_ebpf::abi::{self, Sizes};
 use dcenet_ebpf::attach::{AttachError, Direction as HookDirection, Hook, Tag};
 use dcenet_ebpf::maps::Map;
 use dcenet_ebpf::program::{Program as Loaded, wait_for_running};
-use parking_lot::Mutex;
 
-use self::arrays::{LOCAL_IDS, array, elements, has_room, judges_otherwise, rewrite};
+use self::arrays::{LOCAL_IDS, array, elements, has_room, rewrite};
+use self::names::update_for_names;
 use super::cells::Cells;
 use super::flows::{self, Names};
 use super::guard::Judge;
@@ -26,8 +28,8 @@ use super::node::{NodeMaps, create};
 use super::state::{Known, Outcome, Shared};
 use super::tables::ClassTables;
 use super::{EnforcerError, LoweredObject, Phase};
-use crate::classes::{AddressTable, ClassId};
-use crate::compiler::{CompileError, Compiler, EndpointPlan, Limits, PolicySet, RuleTable, Scope, SetId, Update};
+use crate::classes::AddressTable;
+use crate::compiler::{Compiler, EndpointPlan, Limits, PolicySet, RuleTable, Scope, SetId, Update};
 use crate::isolation::Fault;
 use crate::model::{Cluster, Direction, PodId};
 use crate::target::MAX_TABLE_NODES;
@@ -42,16 +44,25 @@ pub(crate) struct Applied {
     pub(crate) faults: Vec<Fault>,
     /// Whether another attempt may find more room.
     pub(crate) retry: bool,
+    /// Why the change is not in force anywhere, where it is not.
+    pub(crate) held: Option<String>,
 }
 
 /// What is not as it was the last time.
 pub(crate) enum Changes<'a> {
-    /// Anything.
+    /// Anything but names.
     All,
-    /// These pods, and the names of these addresses.
-    Parts { pods: &'a BTreeSet<PodId>, renamed: &'a BTreeSet<IpAddr> },
+    /// These pods.
+    Pods(&'a BTreeSet<PodId>),
     /// The names of these addresses. Where some are new, and the faults that there are are told, there may be no other.
     Names { renamed: &'a BTreeSet<IpAddr>, faults: Option<&'a [Fault]> },
+}
+
+impl Changes<'_> {
+    /// Rules only allow by names, so that flows are not judged anew: what is learnt ends no flow, and what is over shall not.
+    fn are_names(&self) -> bool {
+        matches!(self, Self::Names { .. })
+    }
 }
 
 /// What is in force, and the means to change it.
@@ -70,6 +81,10 @@ pub(crate) struct Applier {
     table: Arc<AddressTable>,
     /// Whether programs may have met other tables since, of an update that failed.
     strayed: bool,
+    /// Whether the last change but for names was compiled and is not in force.
+    unfinished: bool,
+    /// Addresses of which the compiler was told names that are not in force.
+    astray: BTreeSet<IpAddr>,
     /// The last update that is in force everywhere, and since when.
     settled: Option<(u64, Instant)>,
     /// The rules whose names are noted.
@@ -140,6 +155,10 @@ struct InForce {
     generation: u32,
     programs: Arc<Programs>,
     addresses: Vec<IpAddr>,
+    /// What it was to have when a change was last in force.
+    wanted: EndpointPlan,
+    /// Whether it waits for more than names.
+    is_behind: bool,
     /// A change of its verdicts was written, and its generations were not bumped yet.
     unbumped: BTreeSet<Direction>,
 }
@@ -168,6 +187,8 @@ impl Applier {
             endpoints: BTreeMap::new(),
             table: Arc::default(),
             strayed: false,
+            unfinished: false,
+            astray: BTreeSet::new(),
             settled: None,
             learnt: None,
         })
@@ -186,114 +207,115 @@ impl Applier {
         changes: &Changes<'_>,
         endpoints: &BTreeMap<AttachmentKey, Known>,
     ) -> Result<Applied, EnforcerError> {
-        self.drop_gone(shared, endpoints)?;
+        if !changes.are_names() {
+            self.drop_gone(shared, endpoints)?;
+        }
         if let Some((generation, since)) = self.settled
             && since.elapsed() > GRACE
         {
             self.compiler.release(generation);
         }
-        let Self { compiler, tables, sizes, .. } = self;
+        let Self { compiler, tables, sizes, astray, .. } = self;
         let mut room = |update: &Update| has_room(update, sizes, tables);
+        let mut before: Option<Compiler> = None;
         let update = match *changes {
             Changes::All => compiler.update_within(cluster, room)?,
-            Changes::Parts { pods, renamed } => compiler.update_parts_within(cluster, pods, renamed, room)?,
+            Changes::Pods(pods) => compiler.update_parts_within(cluster, pods, astray, room)?,
             Changes::Names { renamed, faults } => {
-                match compiler.update_quickly_within(cluster, [], renamed, &mut room) {
-                    Some(update) => update,
-                    None => update_for_names(compiler, cluster, faults, room)?,
+                astray.extend(renamed);
+                match compiler.update_names_within(cluster, astray, &mut room) {
+                    Some((update, kept)) => {
+                        before = kept;
+                        update
+                    }
+                    None => {
+                        let kept = before.insert(compiler.clone());
+                        update_for_names(compiler, cluster, faults, room).inspect_err(|_| compiler.clone_from(kept))?
+                    }
                 }
             }
         };
+        if !changes.are_names() {
+            self.astray.clear();
+            self.unfinished = true;
+        }
         if !self.learnt.as_ref().is_some_and(|learnt| Arc::ptr_eq(learnt, &update.rules)) {
             shared.names.write().learn(&update.rules, &flows::counters(shared)?, &shared.config.run_dir)?;
             self.learnt = Some(Arc::clone(&update.rules));
         }
-        let by_names = matches!(changes, Changes::Names { .. });
-        let names_alone = match changes {
-            Changes::All => false,
-            Changes::Parts { pods, renamed } => pods.is_empty() && !renamed.is_empty(),
-            Changes::Names { .. } => true,
-        };
-        let outcomes = self.carry_out(shared, &update, endpoints, by_names, names_alone)?;
+        let mut outcomes = Outcomes::new();
+        let carried_out = self.carry_out(shared, &update, endpoints, changes.are_names(), &mut outcomes);
         // Numbers of what is no longer in force take room until they are released.
         let wants_room = |fault: &Fault| matches!(fault, Fault::Refused { .. } | Fault::NotAudited { .. });
         let retry = update.faults.iter().any(wants_room) && self.compiler.is_unreleased();
-        Ok(Applied { outcomes, faults: update.faults, retry })
+        let held = carried_out.map_err(|Held { reason, is_undone }| {
+            if is_undone && let Some(before) = before {
+                self.compiler = before;
+            }
+            reason
+        });
+        Ok(Applied { outcomes, faults: update.faults, retry, held: held.err() })
     }
 
+    /// Whether the last change but for names has to be carried out once more before one of names is.
+    pub(crate) fn is_unfinished(&self) -> bool {
+        self.unfinished
+    }
+
+    /// Puts an update in force. Where that fails for all, the verdicts before stand.
     fn carry_out(
         &mut self,
         shared: &Shared,
         update: &Update,
         endpoints: &BTreeMap<AttachmentKey, Known>,
         by_names: bool,
-        names_alone: bool,
-    ) -> Result<Outcomes, EnforcerError> {
-        let mut outcomes = Outcomes::new();
+        outcomes: &mut Outcomes,
+    ) -> Result<(), Held> {
+        let keeps = |reason: String| Held { reason, is_undone: false };
         // Arrays first: what changes in them is of classes that no table names yet.
         if let Err(error) = self.write_sets(update) {
-            self.wait_all(endpoints, &error.to_string(), &mut outcomes);
-            return Ok(outcomes);
+            self.wait_all(endpoints, &error.to_string(), outcomes);
+            return Err(keeps(error.to_string()));
         }
-        let switches = self.load(shared, update, endpoints, &mut outcomes);
+        let switches = self.load(shared, update, endpoints, by_names, outcomes);
         // New policy asks what no class says that is in the table.
-        if !names_alone && let Err(error) = self.write_table(update) {
-            self.wait_all(endpoints, &error.to_string(), &mut outcomes);
-            return Ok(outcomes);
+        if !by_names && let Err(error) = self.write_table(update) {
+            self.wait_all(endpoints, &error.to_string(), outcomes);
+            return Err(keeps(error.to_string()));
         }
         // From here on the tables are those of the update, so whatever fails, they must be noted and flows judged by them.
-        let attached = shared.host.0.run_here_or_there(|| self.attach(shared, &switches, &mut outcomes));
-        let replaced = attached.unwrap_or_else(|error| {
+        let attached = shared.host.0.run_here_or_there(|| self.attach(shared, &switches, outcomes));
+        let mut replaced = attached.unwrap_or_else(|error| {
             let failed = |known: &Known| Outcome::Failed { reason: error.to_string(), phase: known.phase };
             outcomes.extend(switches.iter().map(|switch| (switch.key.clone(), failed(switch.known))));
             Vec::new()
         });
         // Whoever answers for a name chooses the address, which rules may deny by a prefix: to programs that do not know both
         // together it would be nobody's. Those that do know the classes of before, too.
-        if names_alone {
-            let refused = |reason| EnforcerError::NamesNotInForce { reason };
-            self.all_know(update, &outcomes).map_err(refused)?;
-            self.write_table(update).map_err(|error| refused(error.to_string()))?;
-        }
+        let held = if by_names {
+            let known = self.all_know(update, endpoints, &replaced, outcomes);
+            known.and_then(|()| self.write_table(update).map_err(|error| error.to_string()))
+        } else {
+            Ok(())
+        };
         // A replaced program that still runs would give a flow that it admits the new generation, and so it would never be
         // judged again. A default program admits none.
         let had_others = |key: &AttachmentKey| self.endpoints.contains_key(key) || endpoints[key].is_adopted();
         if replaced.iter().any(|r| had_others(&r.key)) {
             wait_for_programs();
         }
-        self.commit(update, switches, &replaced, by_names);
-        self.bump(&shared.cells, &mut outcomes);
-        let current = |key: &AttachmentKey, endpoint: &InForce| {
-            let plan = endpoints.get(key).and_then(Known::pod).and_then(|pod| update.endpoints.get(&pod));
-            plan.is_some_and(|plan| policy_key(plan) == endpoint.programs.key.policy)
-        };
-        if self.endpoints.iter().all(|(key, endpoint)| current(key, endpoint)) {
+        match &held {
+            Ok(()) => self.commit(update, endpoints, by_names),
+            Err(_) => self.undo(shared, &switches, &mut replaced),
+        }
+        self.note_replaced(switches, &replaced);
+        self.bump(&shared.cells, outcomes);
+        self.forget_unused(update);
+        if held.is_ok() && self.endpoints.iter().all(|(key, endpoint)| is_current(update, endpoints.get(key), endpoint))
+        {
             self.settled = Some((update.generation, Instant::now()));
         }
-        Ok(outcomes)
-    }
-
-    /// Whether the programs that endpoints have kept know what the table is to say of single addresses; else why they were kept.
-    fn all_know(&self, update: &Update, outcomes: &Outcomes) -> Result<(), String> {
-        let changes = update.changes_from(&self.table);
-        let knows = |set: &PolicySet| {
-            let written = self.sets.get(&set.id).map(|known| &*known.written).unwrap_or_default();
-            let local = |class: ClassId| written.get(class.0 as usize).copied().unwrap_or(0);
-            // An address that goes is nobody's, or a prefix's, which is in the table.
-            changes.exact.iter().filter_map(|(address, class)| Some((address, (*class)?))).all(|(address, class)| {
-                let now = local(class);
-                let before = local(self.table.lookup(*address));
-                now == before || (now != 0 && u32::from(now) < set.program.list.locals)
-            })
-        };
-        for (key, outcome) in outcomes {
-            if let (Outcome::Failed { reason, .. }, Some(endpoint)) = (outcome, self.endpoints.get(key))
-                && !Direction::ALL.iter().all(|direction| knows(endpoint.programs.plan.set(*direction)))
-            {
-                return Err(format!("{key}: {reason}"));
-            }
-        }
-        Ok(())
+        held.map_err(|reason| Held { reason, is_undone: replaced.is_empty() })
     }
 
     /// Everybody whose verdicts are in force keeps those before, and the endpoints that have no outcome yet their
@@ -405,96 +427,6 @@ impl Applier {
         self.strayed = true;
         Err(error)
     }
-
-    /// Notes what is in force now. Where names alone have changed, flows are not judged anew: rules only allow by names, so that
-    /// what is learnt ends no flow, and what is over shall not.
-    fn commit(&mut self, update: &Update, switches: Vec<Switch<'_>>, replaced: &[Replaced], by_names: bool) {
-        let changes = update.changes_from(&self.table);
-        let mut touched: BTreeSet<SetId> = BTreeSet::new();
-        let strayed = std::mem::take(&mut self.strayed);
-        let retiring = update.retiring.iter().map(|set| (set.id, set));
-        for (id, set) in update.sets().into_iter().chain(retiring) {
-            if let Some(known) = self.sets.get_mut(&id) {
-                let differs =
-                    || !Arc::ptr_eq(&known.set, set) || judges_otherwise(&known.set, set, &changes, &self.table);
-                if strayed || (!by_names && differs()) {
-                    touched.insert(id);
-                }
-                known.set = Arc::clone(set);
-            }
-        }
-        self.table = Arc::clone(&update.table);
-
-        for switch in switches {
-            let Some(done) = replaced.iter().find(|r| r.key == *switch.key) else { continue };
-            let Endpoint { ifindex, place, .. } = &switch.known.endpoint;
-            let before = self.endpoints.get(switch.key).filter(|before| by_names && before.slot == done.slot);
-            let in_force = InForce {
-                device: *ifindex,
-                place: place.clone(),
-                slot: done.slot,
-                generation: done.generation,
-                programs: switch.programs,
-                addresses: switch.known.endpoint.addresses.clone(),
-                // Of a new endpoint, too: it may have had an earlier owner's programs until now, and what those let pass
-                // since its cell was written is of this cell's generations.
-                unbumped: before.map_or_else(|| Direction::ALL.into(), |before| before.unbumped.clone()),
-            };
-            self.endpoints.insert(switch.key.clone(), in_force);
-        }
-        // Also of those that keep the programs they had: these look into the new tables.
-        for endpoint in self.endpoints.values_mut() {
-            for direction in Direction::ALL {
-                if touched.contains(&endpoint.programs.plan.set(direction).id) {
-                    endpoint.unbumped.insert(direction);
-                }
-            }
-        }
-        let in_use = self.endpoints.values().flat_map(|e| Direction::ALL.map(|d| e.programs.plan.set(d).id));
-        let retiring = update.retiring.iter().map(|set| set.id);
-        let used: BTreeSet<SetId> = in_use.chain(retiring).chain(update.sets().into_keys()).collect();
-        self.sets.retain(|id, _| used.contains(id));
-        self.programs.retain(|_, programs| programs.strong_count() > 0);
-        self.guarded.retain(|_, program| program.strong_count() > 0);
-        self.walked.retain(|_, walked| walked.strong_count() > 0);
-    }
-
-    /// Lets the endpoints' established flows be judged anew. What came of an endpoint already is not told again.
-    fn bump(&mut self, cells: &Mutex<Cells>, outcomes: &mut Outcomes) {
-        let settled: BTreeSet<AttachmentKey> = outcomes.iter().map(|(key, _)| key.clone()).collect();
-        let keys: Vec<AttachmentKey> = self.endpoints.keys().cloned().collect();
-        for key in keys {
-            let bumped = self.bump_one(cells, &key);
-            if settled.contains(&key) {
-                if let Err(error) = bumped {
-                    tracing::warn!(%key, %error, "established flows are not judged anew yet");
-                }
-                continue;
-            }
-            let outcome = match bumped {
-                Ok((slot, generation)) => Outcome::Enforced { slot, generation },
-                Err(error) => Outcome::Failed {
-                    reason: format!("established flows are not judged anew yet: {error}"),
-                    phase: Phase::Enforced,
-                },
-            };
-            outcomes.push((key, outcome));
-        }
-    }
-
-    fn bump_one(&mut self, cells: &Mutex<Cells>, key: &AttachmentKey) -> Result<(u16, u32), EnforcerError> {
-        let endpoint = &self.endpoints[key];
-        let slot = endpoint.slot;
-        if endpoint.unbumped.is_empty() {
-            return Ok((slot, endpoint.generation));
-        }
-        let generation = cells.lock().bump(slot, &endpoint.unbumped)?;
-        if let Some(endpoint) = self.endpoints.get_mut(key) {
-            endpoint.unbumped.clear();
-            endpoint.generation = generation;
-        }
-        Ok((slot, generation))
-    }
 }
 
 /// Puts the programs before on both hooks.
@@ -555,26 +487,11 @@ impl Shared {
     }
 }
 
-/// Compiles everything anew, unless something were closed for names that is not among the faults.
-fn update_for_names(
-    compiler: &mut Compiler,
-    cluster: &Cluster,
-    faults: Option<&[Fault]>,
-    room: impl FnMut(&Update) -> Result<(), CompileError>,
-) -> Result<Update, EnforcerError> {
-    let Some(faults) = faults else { return Ok(compiler.update_within(cluster, room)?) };
-    let before = compiler.clone();
-    // What is in force takes its room until it is released, so that closing need not help.
-    let found = compiler.update_within(cluster, room);
-    let update = found.map_err(|error| EnforcerError::NoRoomForNames { reason: error.to_string() })?;
-    match update.faults.iter().find(|fault| !faults.contains(fault)) {
-        None => Ok(update),
-        Some(fault) => {
-            let reason = fault.to_string();
-            *compiler = before;
-            Err(EnforcerError::NoRoomForNames { reason })
-        }
-    }
+/// Why an update is in force nowhere.
+struct Held {
+    reason: String,
+    /// Whether every endpoint has the programs before, and the compiler may forget the update.
+    is_undone: bool,
 }
 
 /// Filters that were replaced, and what was there.
@@ -582,6 +499,12 @@ struct Replaced {
     key: AttachmentKey,
     slot: u16,
     generation: u32,
+}
+
+/// Whether an endpoint has the programs that an update has for it.
+fn is_current(update: &Update, known: Option<&Known>, endpoint: &InForce) -> bool {
+    let plan = known.and_then(Known::pod).and_then(|pod| update.endpoints.get(&pod));
+    plan.is_some_and(|plan| policy_key(plan) == endpoint.programs.key.policy)
 }
 
 fn policy_key(plan: &EndpointPlan) -> PolicyKey {

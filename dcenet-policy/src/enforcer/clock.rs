@@ -39,7 +39,7 @@ impl State {
     /// How long no schedule and no name changes, if something ever does.
     pub(super) fn until_next_change(&self, now: Time) -> Option<Duration> {
         let cluster = self.cluster_ref();
-        let names = self.started.then(|| cluster.names.next_end()).flatten();
+        let names = self.started.then(|| self.learnt.next_end()).flatten();
         let next = [cluster.catalog.next_change(now), names].into_iter().flatten().min()?;
         u64::try_from(next.saturating_sub(now)).ok().map(Duration::from_secs)
     }

@@ -12,27 +12,28 @@
 //! valid. Another change of the pod's policies, or of the peers that these ask for, has the pod's flows judged anew as it does
 //! all others, and a flow to an address that nobody has asked for again ends then.
 //!
-//! That holds where nothing but names has changed since the last pass, and no endpoint waits for another attempt. In a pass with
-//! other changes answers are carried out as these are: flows are judged anew, and until the programs of the pass are attached an
-//! address may be nobody's to those before, so that a rule that denies its prefix does not meet it.
+//! Answers are carried out by themselves, after what else has changed. An address for which there is no room closes nobody, and one
+//! that an endpoint's programs do not know together with the prefixes that rules ask for is given up: to them it would be nobody's,
+//! and a rule that denies its prefix would not meet it.
 //!
 //! # Over a restart
 //!
 //! What is known is written down (`policy.names` in the run directory) before an answer is released. The next owner begins
 //! with it, and no verdict changes.
 
-use std::collections::{BTreeSet, HashSet};
+mod file;
+mod known;
+
 use std::fmt;
-use std::fs;
-use std::io;
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::state::{Shared, State};
+pub(super) use self::file::{path, resume};
+pub(super) use self::known::{Learnt, Waiting};
+use super::state::{Again, Shared};
 use super::{Enforcer, EnforcerError};
-use crate::model::{Cluster, DomainName, NamePattern, Names, Peer, Peers, Time};
+use crate::model::{DomainName, Time};
 
 /// An answer counts for this long, however short its time to live is.
 pub const LEAST_TTL: Duration = Duration::from_secs(60);
@@ -133,240 +134,26 @@ impl Learner {
             if learnt.is_empty() || !state.is_asked_for(name) {
                 return Ok(());
             }
-            let known = state.revision();
-            let revision = state.learn(name, &learnt)?;
+            let revision = state.learnt.learn(name, &learnt)?;
             // What is in force is not carried out again, with all that others have changed in the meantime.
-            if revision == known && state.is_applied(revision) && state.failure_of(client).is_none() {
+            if state.learnt.is_applied(revision) && state.failure_of(client).is_none() {
                 return Ok(());
             }
             revision
         };
-        self.shared.apply()?;
+        let (others, names) = self.shared.apply_both(Again::WhenDue);
+        names?;
+        others?;
         let state = self.shared.state.lock();
         let refused = |reason: String| LearnError::NotInForce { name: name.clone(), reason };
-        let known = state.cluster_ref().names.addresses(name);
+        let known = state.learnt.names().addresses(name);
         if !learnt.iter().all(|(address, _)| known.is_some_and(|known| known.contains_key(address))) {
             return Err(refused("it was given up, as the node's maps have no room for it".to_owned()));
         }
         match state.failure_of(client) {
             Some(reason) => Err(refused(reason)),
-            None if state.is_applied(revision) => Ok(()),
+            None if state.learnt.is_applied(revision) => Ok(()),
             None => Err(refused("the change is not carried out yet".to_owned())),
         }
-    }
-}
-
-/// What of names waits to be carried out, or to be written down.
-#[derive(Debug, Default)]
-pub(super) struct Pending {
-    /// The addresses whose names are not what they were when a change was last carried out.
-    pub(super) renamed: BTreeSet<IpAddr>,
-    /// What is new since then.
-    pub(super) fresh: Vec<(DomainName, IpAddr)>,
-    /// Whether the file is late.
-    unwritten: bool,
-    /// What policies ask for, found when it is wanted.
-    patterns: Option<HashSet<NamePattern>>,
-}
-
-impl Pending {
-    /// Policies may be others.
-    pub(super) fn forget_patterns(&mut self) {
-        self.patterns = None;
-    }
-}
-
-impl State {
-    fn is_asked_for(&mut self, name: &DomainName) -> bool {
-        let cluster = self.cluster();
-        let patterns = self.pending.patterns.get_or_insert_with(|| patterns(&cluster));
-        NamePattern::all_of(name).any(|pattern| patterns.contains(&pattern))
-    }
-
-    /// Notes addresses of a name; returns the revision in which they are in force.
-    fn learn(&mut self, name: &DomainName, learnt: &[(IpAddr, Time)]) -> Result<u64, LearnError> {
-        let names = &self.cluster_ref().names;
-        let known = names.addresses(name);
-        let told: BTreeSet<IpAddr> = learnt.iter().map(|(address, _)| *address).collect();
-        let found = told.iter().filter(|address| known.is_none_or(|known| !known.contains_key(*address))).count();
-        let too_many = |limit: usize, room: usize| LearnError::TooMany { name: name.clone(), found, room, limit };
-        if told.len() > MOST_ADDRESSES {
-            return Err(too_many(MOST_ADDRESSES, MOST_ADDRESSES));
-        }
-        let mut others: Vec<(Time, IpAddr)> = known
-            .into_iter()
-            .flatten()
-            .filter(|(address, _)| !told.contains(*address))
-            .map(|(address, until)| (*until, *address))
-            .collect();
-        others.sort_unstable();
-        others.truncate((others.len() + told.len()).saturating_sub(MOST_ADDRESSES));
-        let room = (MOST_LEARNT + others.len()).saturating_sub(names.len());
-        if found > room {
-            return Err(too_many(MOST_LEARNT, room));
-        }
-        for (_, address) in others {
-            self.names_mut().forget(name, address);
-            self.pending.renamed.insert(address);
-            self.pending.unwritten = true;
-        }
-        for (address, until) in learnt {
-            let before = self.cluster_ref().names.addresses(name).and_then(|known| known.get(address)).copied();
-            if before.is_some_and(|before| before >= *until) {
-                continue;
-            }
-            self.pending.unwritten = true;
-            if self.names_mut().learn(name.clone(), *address, *until) {
-                self.pending.renamed.insert(*address);
-                self.pending.fresh.push((name.clone(), *address));
-            }
-        }
-        Ok(self.count_names())
-    }
-
-    /// Takes out what is over.
-    pub(super) fn expire_names(&mut self, now: Time) {
-        if !self.are_names_late(now) {
-            return;
-        }
-        let over = self.names_mut().expire(now);
-        self.pending.renamed.extend(over);
-        self.pending.unwritten = true;
-        self.count_names();
-    }
-
-    /// Whether something that was learnt is over.
-    pub(super) fn are_names_late(&self, now: Time) -> bool {
-        self.started && self.cluster_ref().names.next_end().is_some_and(|end| end <= now)
-    }
-
-    /// Gives up what no room was found for, and tries again to carry out the rest.
-    pub(super) fn give_up_names(&mut self, renamed: BTreeSet<IpAddr>, fresh: Vec<(DomainName, IpAddr)>) {
-        self.pending.renamed.extend(renamed);
-        for (name, address) in fresh {
-            self.names_mut().forget(&name, address);
-        }
-        self.pending.unwritten = true;
-        self.count_names();
-    }
-}
-
-impl Shared {
-    /// Writes down what is known, where that is not what the file says. Where it fails, the next change tries again: only an owner
-    /// that starts before that does not know all.
-    pub(super) fn write_names(&self) {
-        let names = {
-            let mut state = self.state.lock();
-            if !std::mem::take(&mut state.pending.unwritten) {
-                return;
-            }
-            state.cluster_ref().names.clone()
-        };
-        let told: Vec<(&DomainName, &IpAddr, &Time)> =
-            names.iter().flat_map(|(name, known)| known.iter().map(move |(at, until)| (name, at, until))).collect();
-        let (path, fresh) = (path(&self.config.run_dir), self.config.run_dir.join("policy.names,new"));
-        let written = serde_json::to_vec(&told).map_err(io::Error::from);
-        if let Err(error) = written.and_then(|text| fs::write(&fresh, text)).and_then(|()| fs::rename(&fresh, &path)) {
-            tracing::warn!(path = %path.display(), %error, "names that were learnt are not written down yet");
-            self.state.lock().pending.unwritten = true;
-        }
-    }
-}
-
-/// Where names are kept for the next owner.
-pub(super) fn path(run_dir: &Path) -> PathBuf {
-    run_dir.join("policy.names")
-}
-
-/// What an earlier owner has left. A file that cannot be read is as good as none: nobody is allowed by names until they are asked
-/// for again.
-pub(super) fn resume(run_dir: &Path) -> Names {
-    let path = path(run_dir);
-    let text = match fs::read(&path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Names::default(),
-        Err(error) => {
-            tracing::warn!(path = %path.display(), %error, "the names that were learnt are lost");
-            return Names::default();
-        }
-    };
-    match serde_json::from_slice::<Vec<(DomainName, IpAddr, Time)>>(&text) {
-        Ok(told) => {
-            let mut names = Names::default();
-            for (name, address, until) in told {
-                names.learn(name, address, until);
-            }
-            names
-        }
-        Err(error) => {
-            tracing::warn!(path = %path.display(), %error, "the names that were learnt are lost");
-            Names::default()
-        }
-    }
-}
-
-/// The names that policies ask for.
-fn patterns(cluster: &Cluster) -> HashSet<NamePattern> {
-    let rules = cluster.policies.values().flat_map(|policy| policy.all_rules());
-    let peers = rules.filter_map(|rule| match &rule.peers {
-        Peers::Any => None,
-        Peers::OneOf(peers) => Some(peers),
-    });
-    let patterns = peers.flatten().filter_map(|peer| match peer {
-        Peer::Name(pattern) => Some(pattern.clone()),
-        _ => None,
-    });
-    patterns.collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_are_found_again_and_a_file_that_is_broken_is_as_good_as_none() {
-        let directory = tempfile::tempdir().unwrap();
-        assert_eq!(resume(directory.path()), Names::default());
-        let text = r#"[["db.example.com","192.0.2.1",100],["db.example.com","2001:db8::1",90]]"#;
-        fs::write(path(directory.path()), text).unwrap();
-        let names = resume(directory.path());
-        assert_eq!((names.len(), names.next_end()), (2, Some(90)));
-        fs::write(path(directory.path()), "[[\"com\",\"192.0.2.1\",100]]").unwrap();
-        assert_eq!(resume(directory.path()), Names::default());
-    }
-
-    #[test]
-    fn a_name_keeps_to_its_bounds() {
-        let mut state = State::default();
-        let name: DomainName = "db.example.com".parse().unwrap();
-        let at = |n: u32| IpAddr::from(n.to_be_bytes());
-        for n in 0..MOST_ADDRESSES as u32 {
-            state.learn(&name, &[(at(n), 1000 + Time::from(n))]).unwrap();
-        }
-        // What ends first gives way.
-        state.learn(&name, &[(at(5000), 5000)]).unwrap();
-        let names = &state.cluster_ref().names;
-        assert_eq!(names.len(), MOST_ADDRESSES);
-        assert!(!names.addresses(&name).unwrap().contains_key(&at(0)));
-        let many: Vec<_> = (0..=MOST_ADDRESSES as u32).map(|n| (at(n), 9)).collect();
-        assert!(matches!(state.learn(&name, &many), Err(LearnError::TooMany { limit: MOST_ADDRESSES, .. })));
-        let mut taken = MOST_ADDRESSES;
-        for n in 0.. {
-            let other: DomainName = format!("n{n}.example.com").parse().unwrap();
-            let full: Vec<_> = many.iter().take(MOST_ADDRESSES).copied().collect();
-            match state.learn(&other, &full) {
-                Ok(_) => taken += MOST_ADDRESSES,
-                Err(error) => {
-                    assert_eq!(
-                        error.to_string(),
-                        format!(
-                            "{other} has 256 addresses more, and 0 of {MOST_LEARNT} are left; use fewer names in policies"
-                        )
-                    );
-                    break;
-                }
-            }
-        }
-        assert_eq!((taken, state.cluster_ref().names.len()), (MOST_LEARNT, MOST_LEARNT));
     }
 }

@@ -431,7 +431,11 @@ impl Enforcer {
             (state.cluster(), state.faults.clone())
         };
         let mut explanation = explain_without(&cluster, &refused(&faults), subject, tuple)?;
+        let state = self.shared.state.lock();
         for learnt in &mut explanation.peer_names {
+            // An answer that says the same again is no change.
+            let known = state.learnt.names().addresses(&learnt.name).and_then(|known| known.get(&tuple.peer));
+            learnt.until = known.copied().unwrap_or(learnt.until);
             learnt.remaining = Some(learnt.until.saturating_sub(now).max(0));
         }
         Ok(explanation)

@@ -1,6 +1,7 @@
 //! What the owner knows, and who may change it.
 
 mod admit;
+mod carry;
 mod names;
 mod settle;
 
@@ -17,19 +18,19 @@ use dcenet_ebpf::attach::{AttachError, Attacher, Direction, Hook, Owner};
 use dcenet_ebpf::pin::Pins;
 use parking_lot::{Condvar, Mutex, RwLock};
 
-use super::apply::{Applied, Applier, Changes};
+pub(in crate::enforcer) use self::carry::Again;
+use super::apply::Applier;
 use super::cells::Cells;
 use super::clock::{self, Clock};
 use super::flows::Names as RuleNames;
 use super::guard::{Guards, Refusal};
 use super::inside::{Inside, InsideLink};
-use super::learnt::{self, Pending};
+use super::learnt::{self, Learnt};
 use super::node::{NodeMaps, pin_defaults};
 use super::protocol::{Reply, Request, Stranger};
 use super::server::Answer;
 use super::sweep::{self, Listener};
 use super::{EndpointStatus, EnforcerConfig, EnforcerError, Phase, Report, Tools, open_pins};
-use crate::compiler::CompileError;
 use crate::isolation::Fault;
 use crate::model::{Cluster, Pod, PodId};
 
@@ -72,7 +73,7 @@ pub(crate) struct State {
     /// The revision that is in force, but for the endpoints that have a failure.
     applied: u64,
     retry_at: Option<Instant>,
-    /// What policies are compiled for: `told` and the endpoints, joined.
+    /// What policies are compiled for: `told` and the endpoints, joined. Its names are those that are in force.
     cluster: Arc<Cluster>,
     /// The pods of it that are not what they were when a change was last carried out, where nothing else of it may be.
     touched: Option<BTreeSet<PodId>>,
@@ -88,7 +89,7 @@ pub(crate) struct State {
     guarded: BTreeSet<AttachmentId>,
     /// What the latest change has closed, or does not tell of.
     pub(crate) faults: Vec<Fault>,
-    pub(super) pending: Pending,
+    pub(super) learnt: Learnt,
     node: String,
 }
 
@@ -145,7 +146,7 @@ impl State {
 
     pub(crate) fn cluster_mut(&mut self) -> &mut Cluster {
         self.touched = None;
-        self.pending.forget_patterns();
+        self.learnt.forget_patterns();
         Arc::make_mut(&mut self.cluster)
     }
 
@@ -313,7 +314,7 @@ impl Shared {
         let cells = Cells::new(&maps, &sizes, used)?;
         let mut state = State { node: config.node.clone(), adopted, guarded: guards.ids(), ..State::default() };
         state.cluster_mut().nodes.insert(config.node.clone(), config.node_addresses.clone());
-        state.cluster_mut().names = learnt::resume(&config.run_dir);
+        state.learnt = Learnt::new(learnt::resume(&config.run_dir));
         Ok(Self {
             host,
             config,
@@ -342,87 +343,6 @@ impl Shared {
         let mut state = self.state.lock();
         change(&mut state);
         state.revision += 1;
-    }
-
-    /// Carries out what has changed, if it has been started; also what failed before.
-    pub(crate) fn apply(&self) -> Result<Report, EnforcerError> {
-        let mut applier = self.applier.lock();
-        let now = self.time();
-        self.state.lock().expire_names(now);
-        self.write_names();
-        let (revision, cluster, touched, names, faults, endpoints, bereft) = {
-            let mut state = self.state.lock();
-            if state.is_late(now) {
-                state.cluster_mut().time = Some(now);
-                state.revision += 1;
-            }
-            if !state.started || state.stopping || (state.applied == state.revision && state.retry_at.is_none()) {
-                return Ok(state.report());
-            }
-            let bereft = std::mem::take(&mut state.bereft);
-            let touched = state.touched.replace(BTreeSet::new());
-            let names = (std::mem::take(&mut state.pending.renamed), std::mem::take(&mut state.pending.fresh));
-            let (cluster, faults) = (Arc::clone(&state.cluster), state.faults.clone());
-            (state.revision, cluster, touched, names, faults, state.endpoints.clone(), bereft)
-        };
-        applier.forget(&bereft);
-        let (renamed, fresh) = names;
-        // What waits for another attempt is more than names.
-        let is_settled = bereft.is_empty() && endpoints.values().all(|known| known.failure.is_none());
-        let unchanged = |pods: &BTreeSet<PodId>| pods.is_empty() && is_settled && !renamed.is_empty();
-        let changes = match &touched {
-            None => Changes::All,
-            Some(pods) if unchanged(pods) => {
-                Changes::Names { renamed: &renamed, faults: (!fresh.is_empty()).then_some(&faults) }
-            }
-            Some(pods) => Changes::Parts { pods, renamed: &renamed },
-        };
-        let result = applier.run(self, &cluster, &changes, &endpoints);
-        // Another change in the meantime can then change the cluster in place.
-        drop(cluster);
-        let mut state = self.state.lock();
-        let failed = match result {
-            Ok(Applied { outcomes, faults, mut retry }) => {
-                state.set_faults(faults);
-                for (attachment, outcome) in outcomes {
-                    retry |= matches!(outcome, Outcome::Failed { .. });
-                    if state.settle(&attachment, &endpoints[&attachment], outcome) {
-                        self.cells.lock().forget(&attachment);
-                        self.unguard(attachment.id());
-                    }
-                }
-                state.applied = revision;
-                state.retry_at = retry.then(|| Instant::now() + RETRY);
-                None
-            }
-            Err(error @ EnforcerError::NoRoomForNames { .. }) => {
-                state.give_up_names(renamed, fresh);
-                state.retry_at = Some(Instant::now());
-                Some(error)
-            }
-            Err(error @ EnforcerError::NamesNotInForce { .. }) => {
-                state.give_up_names(renamed, fresh);
-                state.retry_at = Some(Instant::now() + RETRY);
-                Some(error)
-            }
-            Err(error) => {
-                state.touched = None;
-                for known in state.endpoints.values_mut() {
-                    known.failure = Some(error.to_string());
-                }
-                // Of everything else there may be room once numbers of what is no longer in force are free.
-                let hopeless = matches!(error, EnforcerError::Compile(CompileError::MisfiledPolicy { .. }));
-                state.retry_at = (!hopeless).then(|| Instant::now() + RETRY);
-                Some(error)
-            }
-        };
-        let report = state.report();
-        drop(state);
-        self.changed.notify_all();
-        match failed {
-            None => Ok(report),
-            Some(error) => Err(error),
-        }
     }
 
     /// Gives back the slots of endpoints that are neither listed nor were admitted since the list was made.
@@ -702,8 +622,5 @@ fn forget_vanished(attacher: &dyn Attacher, inside: &Inside) {
         Err(error) => tracing::warn!(%error, "links of vanished devices stay pinned until the next attempt"),
     }
 }
-
-/// Between attempts.
-const RETRY: Duration = Duration::from_secs(1);
 
 const NO_GUARD: &str = "no guard is on the parent of the endpoint's device yet";

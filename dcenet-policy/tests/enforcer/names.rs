@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 use dcenet_core::test_support::{Rung, require};
 use dcenet_policy::enforcer::learnt::LEAST_TTL;
 use dcenet_policy::enforcer::{Clock, Enforcer, EnforcerError, LearnError, Tools};
-use dcenet_policy::model::{DomainName, PodId, Protocol, Tuple};
+use dcenet_policy::model::{DomainName, Pod, PodId, PolicyId, Protocol, Tuple};
 use dcenet_policy::sources::kubernetes::Documents;
 
 use crate::faults::Refusing;
@@ -270,5 +270,74 @@ fn an_answer_opens_no_prefix_that_is_denied() {
     told_instead(&owner, DENIED_BEFORE, &lines.join("\n"));
     world.tcp("web", "api", 443, true);
     world.tcp("api", "web", 443, false);
+    owner.uninstall().unwrap();
+}
+
+/// As above, where a pod that comes and an answer are carried out together.
+#[test]
+fn an_answer_that_comes_with_a_pod_opens_no_prefix_that_is_denied() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let refuse = Arc::new(AtomicBool::new(false));
+    let mut world = World::new();
+    let owner = world.open(Tools { loader: Arc::new(Refusing(Arc::clone(&refuse))), ..tools() });
+    owner.start().unwrap();
+    for (n, name) in [(2, "web"), (3, "api")] {
+        world.add_enforced(name, n, &[("app", name)]);
+    }
+    told(&owner, DENIED_BEFORE);
+    // Nothing is carried out while policies are refused, so that the answer waits.
+    let documents = Documents::default().with_yaml("named.yaml", DENIED_BEFORE).unwrap();
+    let mut misfiled = documents.clone();
+    let (id, policy) = misfiled.policies.pop_first().unwrap();
+    misfiled.policies.insert(PolicyId { name: "other".to_owned(), ..id }, policy);
+    owner.replace_documents(&documents, &misfiled).unwrap_err();
+    let answered = [false, true].map(|ipv6| (world.address("api", ipv6), TTL));
+    let learn = || owner.learner().learn(world.address("web", false), &name("a.example.org"), answered);
+    assert!(matches!(learn(), Err(LearnError::Enforcer(EnforcerError::Compile(_)))));
+    refuse.store(true, Ordering::SeqCst);
+    let mut come = documents.clone();
+    come.pods
+        .insert(PodId::new("shop", "far"), Pod { addresses: ["10.20.9.9".parse().unwrap()].into(), ..Pod::default() });
+    assert!(owner.replace_documents(&misfiled, &come).unwrap().is_complete(), "a pod elsewhere needs no program");
+    world.tcp("web", "api", 443, false);
+    let error = learn().unwrap_err();
+    assert!(error.to_string().contains("injected"), "{error}");
+    world.tcp("web", "api", 443, false);
+    refuse.store(false, Ordering::SeqCst);
+    assert!(owner.retry().unwrap().is_complete());
+    learn().unwrap();
+    world.tcp("web", "api", 443, false);
+    owner.uninstall().unwrap();
+}
+
+/// An endpoint that never gets programs of its own keeps nobody's connections from outliving answers, nor does a pod that comes.
+#[test]
+fn an_answer_that_is_over_ends_no_connection_beside_an_endpoint_without_workload() {
+    if !require(Rung::Kernel) {
+        return;
+    }
+    let mut world = World::new();
+    let owner = world.started();
+    owner.set_clock(frozen(0)).unwrap();
+    for (n, name) in [(2, "web"), (3, "db")] {
+        world.add_enforced(name, n, &[("app", name)]);
+    }
+    told(&owner, NAMED);
+    world.anonymous = true;
+    world.add("nobody", 4, &[]);
+    learn(&world, &owner, "db.example.com", "db");
+    let mut open = Open::new(&world, "db", 5432);
+    assert!(owner.endpoints().iter().any(|endpoint| endpoint.failure.is_some()));
+    owner.set_clock(frozen(TTL.as_secs())).unwrap();
+    world.tcp("web", "db", 5432, false);
+    assert!(open.carries(ALLOWED), "it outlives the answer");
+    let far = Pod { addresses: ["10.20.9.9".parse().unwrap()].into(), ..Pod::default() };
+    learn(&world, &owner, "db.example.com", "db");
+    owner.upsert_pod(PodId::new("shop", "far"), far).unwrap();
+    owner.set_clock(frozen(3 * TTL.as_secs())).unwrap();
+    world.tcp("web", "db", 5432, false);
+    assert!(open.carries(ALLOWED), "a pod that comes changes nothing of that");
     owner.uninstall().unwrap();
 }

@@ -45,6 +45,8 @@ pub struct World {
     pub parent: Option<&'static str>,
     /// How these reach each other.
     pub mode: &'static str,
+    /// Pods are attached without the name of their workload.
+    pub anonymous: bool,
     /// How often the segment of macvlans is asked for an address before a pod gets it.
     pub probes: u8,
     pub engine: Engine,
@@ -85,7 +87,7 @@ impl World {
         let policy = PolicyConfig { pins: host.directory().join("bpf"), ..policy };
         let sink = Arc::new(PinnedDefault::new(&policy, &host.run_dir()));
         let engine = host.engine(Some(Arc::clone(&sink) as _));
-        Self { host, engine, sink, parent: None, mode: "bridge", probes: 0, pods: BTreeMap::new() }
+        Self { host, engine, sink, parent: None, mode: "bridge", anonymous: false, probes: 0, pods: BTreeMap::new() }
     }
 
     pub fn open(&self, tools: Tools) -> Enforcer {
@@ -128,7 +130,7 @@ impl World {
             lease: Lease { addresses: addresses.collect(), routes: routes.into(), dns: Dns::default(), mac: None },
             // Not the one that the engine would derive: runtimes choose.
             mac: Some(MacAddr::local([0, 0xdc, 0, 0, (n >> 8) as u8, n as u8])),
-            workload: Some(format!("shop/{name}").parse().unwrap()),
+            workload: (!self.anonymous).then(|| format!("shop/{name}").parse().unwrap()),
             labels: labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
             policy: LinkPolicy::Wanted,
             nat: Default::default(),

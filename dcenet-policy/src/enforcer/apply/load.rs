@@ -24,12 +24,14 @@ use crate::model::Direction;
 
 impl Applier {
     /// Loads what is missing. An endpoint whose programs cannot be loaded goes on with those it has: their policy sets
-    /// are kept up to date until the compiler is told that nobody uses them.
+    /// are kept up to date until the compiler is told that nobody uses them. For names alone nothing that has failed is
+    /// tried again: pods choose when names are asked for.
     pub(super) fn load<'a>(
         &mut self,
         shared: &Shared,
         update: &'a Update,
         endpoints: &'a BTreeMap<AttachmentKey, Known>,
+        by_names: bool,
         outcomes: &mut Outcomes,
     ) -> Vec<Switch<'a>> {
         let mut switches = Vec::new();
@@ -40,6 +42,10 @@ impl Applier {
                 outcomes.push((key.clone(), Outcome::Hopeless { reason: NO_WORKLOAD.to_owned() }));
                 continue;
             };
+            if by_names && let Some(reason) = known.failure.clone() {
+                outcomes.push((key.clone(), Outcome::Failed { reason, phase: known.phase }));
+                continue;
+            }
             let slot = if known.endpoint.place.is_host() {
                 None
             } else {

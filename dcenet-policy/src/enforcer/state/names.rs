@@ -1,41 +1,47 @@
-//! What whoever learns names has to know of the state.
+//! What whoever learns names has to know of the state, and how the names in it become those that are in force.
 
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::State;
-use crate::model::Names;
+use crate::model::{Cluster, DomainName, Names, Time};
 
 impl State {
-    pub(in crate::enforcer) fn names_mut(&mut self) -> &mut Names {
-        &mut Arc::make_mut(&mut self.cluster).names
+    /// Names a cluster that was carried out, and the present one, by what is known. Returns the former, and the names before.
+    pub(super) fn name(&mut self, mut carried_out: Arc<Cluster>) -> (Arc<Cluster>, Names) {
+        let names = self.learnt.names().clone();
+        if Arc::ptr_eq(&carried_out, &self.cluster) {
+            // The only one is changed in place.
+            drop(carried_out);
+            let before = self.name_as_before(names);
+            return (Arc::clone(&self.cluster), before);
+        }
+        Arc::make_mut(&mut carried_out).names.clone_from(&names);
+        (carried_out, self.name_as_before(names))
     }
 
-    /// Counts a change of names, if one waits; returns the revision in which it is in force.
-    pub(in crate::enforcer) fn count_names(&mut self) -> u64 {
-        if !self.pending.renamed.is_empty() {
-            self.revision += 1;
-        }
-        self.revision
+    /// Returns the names that give way.
+    pub(super) fn name_as_before(&mut self, names: Names) -> Names {
+        std::mem::replace(&mut Arc::make_mut(&mut self.cluster).names, names)
+    }
+
+    /// Whether some policy asks for the name.
+    pub(in crate::enforcer) fn is_asked_for(&mut self, name: &DomainName) -> bool {
+        self.learnt.is_asked_for(&self.cluster, name)
+    }
+
+    /// Whether something that was learnt is over.
+    pub(super) fn are_names_late(&self, now: Time) -> bool {
+        self.started && self.learnt.next_end().is_some_and(|end| end <= now)
     }
 
     pub(in crate::enforcer) fn is_stopping(&self) -> bool {
         self.stopping
     }
 
-    /// The latest revision.
-    pub(in crate::enforcer) fn revision(&self) -> u64 {
-        self.revision
-    }
-
     /// Whether the address is an endpoint's.
     pub(in crate::enforcer) fn is_endpoints(&self, address: IpAddr) -> bool {
         self.endpoints.values().any(|known| known.endpoint.addresses.contains(&address))
-    }
-
-    /// Whether changes up to this revision are carried out.
-    pub(in crate::enforcer) fn is_applied(&self, revision: u64) -> bool {
-        self.applied >= revision
     }
 
     /// Why the latest change is not in force for the endpoint with the address, if it is one.

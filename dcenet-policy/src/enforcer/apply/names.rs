@@ -1,0 +1,90 @@
+//! What a change of names alone has to mind: it closes nobody, and is in force where every program knows it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use dcenet_core::model::AttachmentKey;
+
+use super::{Applier, Outcomes, Replaced, Switch, is_current, put_back};
+use crate::classes::ClassId;
+use crate::compiler::{CompileError, Compiler, PolicySet, Update};
+use crate::enforcer::EnforcerError;
+use crate::enforcer::state::{Known, Outcome, Shared};
+use crate::isolation::Fault;
+use crate::model::{Cluster, Direction};
+
+impl Applier {
+    /// Puts programs back that were replaced. Those are left that are there still.
+    pub(super) fn undo(&self, shared: &Shared, switches: &[Switch<'_>], replaced: &mut Vec<Replaced>) {
+        let undone = shared.host.0.run_here_or_there(|| {
+            let cells = shared.cells.lock();
+            replaced.retain(|done| {
+                let switch = switches.iter().find(|switch| *switch.key == done.key);
+                let Some((switch, before)) = switch.zip(self.endpoints.get(&done.key)) else { return true };
+                let undone = put_back(shared, &cells, switch, &before.programs);
+                if let Err(error) = &undone {
+                    tracing::warn!(key = %done.key, %error, "a program that allows by names that are given up stays");
+                }
+                undone.is_err()
+            });
+        });
+        if let Err(error) = undone {
+            tracing::warn!(%error, "programs that allow by names that are given up stay");
+        }
+    }
+
+    /// Whether the programs that endpoints have kept know what the table is to say of single addresses; else why they were kept.
+    pub(super) fn all_know(
+        &self,
+        update: &Update,
+        endpoints: &BTreeMap<AttachmentKey, Known>,
+        replaced: &[Replaced],
+        outcomes: &Outcomes,
+    ) -> Result<(), String> {
+        let changes = update.changes_from(&self.table);
+        let knows = |set: &PolicySet| {
+            let written = self.sets.get(&set.id).map(|known| &*known.written).unwrap_or_default();
+            let local = |class: ClassId| written.get(class.0 as usize).copied().unwrap_or(0);
+            // An address that goes is nobody's, or a prefix's, which is in the table.
+            changes.exact.iter().filter_map(|(address, class)| Some((address, (*class)?))).all(|(address, class)| {
+                let now = local(class);
+                let before = local(self.table.lookup(*address));
+                now == before || (now != 0 && u32::from(now) < set.program.list.locals)
+            })
+        };
+        let replaced: BTreeSet<&AttachmentKey> = replaced.iter().map(|replaced| &replaced.key).collect();
+        let outcomes: BTreeMap<&AttachmentKey, &Outcome> =
+            outcomes.iter().map(|(key, outcome)| (key, outcome)).collect();
+        let kept = self
+            .endpoints
+            .iter()
+            .filter(|(key, endpoint)| !replaced.contains(*key) && !is_current(update, endpoints.get(*key), endpoint));
+        for (key, endpoint) in kept {
+            let reason = match outcomes.get(key) {
+                Some(Outcome::Gone) => continue,
+                Some(Outcome::Failed { reason, .. } | Outcome::Hopeless { reason }) => reason,
+                Some(Outcome::Enforced { .. }) | None => "it has other programs",
+            };
+            if !Direction::ALL.iter().all(|direction| knows(endpoint.programs.plan.set(*direction))) {
+                return Err(format!("{key}: {reason}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Compiles everything anew; an error where something were closed for names that is not among the faults.
+pub(super) fn update_for_names(
+    compiler: &mut Compiler,
+    cluster: &Cluster,
+    faults: Option<&[Fault]>,
+    room: impl FnMut(&Update) -> Result<(), CompileError>,
+) -> Result<Update, EnforcerError> {
+    let Some(faults) = faults else { return Ok(compiler.update_within(cluster, room)?) };
+    // What is in force takes its room until it is released, so that closing need not help.
+    let found = compiler.update_within(cluster, room);
+    let update = found.map_err(|error| EnforcerError::NoRoomForNames { reason: error.to_string() })?;
+    match update.faults.iter().find(|fault| !faults.contains(fault)) {
+        None => Ok(update),
+        Some(fault) => Err(EnforcerError::NoRoomForNames { reason: fault.to_string() }),
+    }
+}
