@@ -32,6 +32,7 @@
 //! at the earliest.
 
 mod admission;
+mod lately;
 mod message;
 mod upstream;
 
@@ -42,12 +43,13 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
 use self::admission::Admission;
+use self::lately::Lately;
 use self::message::{Failure, Question};
 use self::upstream::Way;
 use crate::enforcer::learnt::MOST_TTL;
@@ -218,6 +220,8 @@ struct Shared {
     admission: Arc<Admission>,
     connections: Arc<Admission>,
     counts: Counts,
+    /// Names of answers that were withheld.
+    told: Lately,
     stopping: AtomicBool,
 }
 
@@ -244,6 +248,7 @@ impl Proxy {
             config,
             learn,
             counts: Counts::default(),
+            told: Lately::default(),
             stopping: AtomicBool::new(false),
         });
         let mut proxy = Self { shared, addresses: Vec::new(), threads: Vec::new() };
@@ -424,7 +429,9 @@ impl Shared {
             Ok(answer) => Some(answer),
             Err(error) => {
                 self.counts.withheld.fetch_add(1, Ordering::Relaxed);
-                tracing::warn!(%client, %name, error, "an answer is not released");
+                if self.told.is_news(&name, Instant::now()) {
+                    tracing::warn!(%client, %name, error, "an answer is not released; of this name that is told once a minute");
+                }
                 message::failure(query, Failure::Server)
             }
         }

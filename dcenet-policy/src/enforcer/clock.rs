@@ -21,8 +21,19 @@ pub(super) fn of_host() -> Clock {
 impl Shared {
     /// What time it is.
     pub(super) fn time(&self) -> Time {
+        seconds(self.exact_time())
+    }
+
+    /// The next whole second.
+    pub(super) fn time_up(&self) -> Time {
+        let time = self.exact_time();
+        let is_whole = time.duration_since(SystemTime::UNIX_EPOCH).map_or(true, |since| since.subsec_nanos() == 0);
+        seconds(time).saturating_add(Time::from(!is_whole))
+    }
+
+    fn exact_time(&self) -> SystemTime {
         let clock = Arc::clone(&self.clock.lock());
-        seconds(clock())
+        clock()
     }
 }
 

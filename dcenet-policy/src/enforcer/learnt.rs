@@ -7,7 +7,8 @@
 //! # How long an answer counts
 //!
 //! For its time to live, and at least for [`LEAST_TTL`], as resolvers of pods have a cache of their own and a connection is made
-//! some time after its name was asked for. Then the owner takes the address out of the tables, and new flows are denied. Flows
+//! some time after its name was asked for; and for [`GRACE`] beyond that. Time is the host's, and a clock that is set ends answers
+//! early or late, by [`MOST_TTL`] from then at the latest. Then the owner takes the address out of the tables, and new flows are denied. Flows
 //! that are established go on: what is learnt and what is over bumps no generation, so that their conntrack entries stay
 //! valid. Another change of the pod's policies, or of the peers that these ask for, has the pod's flows judged anew as it does
 //! all others, and a flow to an address that nobody has asked for again ends then.
@@ -16,21 +17,29 @@
 //! that an endpoint's programs do not know together with the prefixes that rules ask for is given up: to them it would be nobody's,
 //! and a rule that denies its prefix would not meet it.
 //!
+//! # How much is known
+//!
+//! [`MOST_LEARNT`] addresses. Once half of the places are taken, an endpoint that has more than [`SHARE`] of them has to give up one
+//! of its own for each that it gets; where all are taken, who has most makes room. What ends first goes first, and nothing before
+//! its least time is over. Names that no policy asks for any more are forgotten.
+//!
 //! # Over a restart
 //!
-//! What is known is written down (`policy.names` in the run directory) before an answer is released. The next owner begins
-//! with it, and no verdict changes.
+//! What is known is written down (`policy.names` in the run directory) before an answer is released; where that fails, the log
+//! says so. The next owner begins with it, and no verdict changes. Until it has been told policies and is started, it goes by the
+//! names that those of before asked for: answers for these are not released.
 
 mod file;
 mod known;
+mod places;
 
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub(super) use self::file::{path, resume};
-pub(super) use self::known::{Learnt, Waiting};
+pub(super) use self::file::{path, path_of_fresh, resume};
+pub(super) use self::known::{Client, Learnt, Waiting};
 use super::state::{Again, Shared};
 use super::{Enforcer, EnforcerError};
 use crate::model::{DomainName, Time};
@@ -45,8 +54,19 @@ pub const MOST_TTL: Duration = Duration::from_secs(24 * 3600);
 /// Addresses of one name at a time; where there are more, those that end first give way.
 pub const MOST_ADDRESSES: usize = 256;
 
+/// Beyond its time an answer counts for this long: whoever hears it has it for that time from then on, and asks again after that.
+pub const GRACE: Duration = Duration::from_secs(30);
+
 /// Addresses of all names.
 pub const MOST_LEARNT: usize = 4096;
+
+/// How many of them an endpoint may take where others want some, too.
+pub const SHARE: usize = MOST_LEARNT / 8;
+
+/// Until when an answer counts that is heard now.
+fn until(now: Time, ttl: Duration) -> Time {
+    now.saturating_add((ttl.clamp(LEAST_TTL, MOST_TTL) + GRACE).as_secs().cast_signed())
+}
 
 /// Tells the owner of answers; may be kept and copied.
 #[derive(Clone)]
@@ -100,7 +120,8 @@ impl Enforcer {
 }
 
 impl Learner {
-    /// Whether some policy, in force or in audit, has a rule by a name that means this one.
+    /// Whether some policy, in force or in audit, has a rule by a name that means this one. Before the owner is started, those of
+    /// the owner before count.
     pub fn is_asked_for(&self, name: &DomainName) -> bool {
         self.shared.state.lock().is_asked_for(name)
     }
@@ -123,10 +144,9 @@ impl Learner {
         name: &DomainName,
         addresses: impl IntoIterator<Item = (IpAddr, Duration)>,
     ) -> Result<(), LearnError> {
-        let now = self.shared.time();
-        let until = |ttl: Duration| now.saturating_add(ttl.clamp(LEAST_TTL, MOST_TTL).as_secs().cast_signed());
-        let learnt: Vec<(IpAddr, Time)> = addresses.into_iter().map(|(address, ttl)| (address, until(ttl))).collect();
-        let revision = {
+        let learnt: Vec<(IpAddr, Duration)> = addresses.into_iter().collect();
+        let (revision, of) = {
+            let now = self.shared.time_up();
             let mut state = self.shared.state.lock();
             if !state.started || state.is_stopping() {
                 return Err(LearnError::NotStarted);
@@ -134,17 +154,19 @@ impl Learner {
             if learnt.is_empty() || !state.is_asked_for(name) {
                 return Ok(());
             }
-            let revision = state.learnt.learn(name, &learnt)?;
+            let of = state.client(client);
+            let revision = state.learnt.learn(of, name, &learnt, now)?;
             // What is in force is not carried out again, with all that others have changed in the meantime.
             if state.learnt.is_applied(revision) && state.failure_of(client).is_none() {
                 return Ok(());
             }
-            revision
+            (revision, of)
         };
         let (others, names) = self.shared.apply_both(Again::WhenDue);
         names?;
         others?;
-        let state = self.shared.state.lock();
+        let now = self.shared.time_up();
+        let mut state = self.shared.state.lock();
         let refused = |reason: String| LearnError::NotInForce { name: name.clone(), reason };
         let known = state.learnt.names().addresses(name);
         if !learnt.iter().all(|(address, _)| known.is_some_and(|known| known.contains_key(address))) {
@@ -152,7 +174,11 @@ impl Learner {
         }
         match state.failure_of(client) {
             Some(reason) => Err(refused(reason)),
-            None if state.learnt.is_applied(revision) => Ok(()),
+            None if state.learnt.is_applied(revision) => {
+                // The pod counts from when it hears of it.
+                state.learnt.keep(of, name, &learnt, now);
+                Ok(())
+            }
             None => Err(refused("the change is not carried out yet".to_owned())),
         }
     }

@@ -146,7 +146,7 @@ impl State {
 
     pub(crate) fn cluster_mut(&mut self) -> &mut Cluster {
         self.touched = None;
-        self.learnt.forget_patterns();
+        self.learnt.forget_asked();
         Arc::make_mut(&mut self.cluster)
     }
 
@@ -314,7 +314,7 @@ impl Shared {
         let cells = Cells::new(&maps, &sizes, used)?;
         let mut state = State { node: config.node.clone(), adopted, guarded: guards.ids(), ..State::default() };
         state.cluster_mut().nodes.insert(config.node.clone(), config.node_addresses.clone());
-        state.learnt = Learnt::new(learnt::resume(&config.run_dir));
+        state.learnt = learnt::resume(&config.run_dir);
         Ok(Self {
             host,
             config,
@@ -522,7 +522,8 @@ impl Shared {
         if let Err(error) = self.pins.clone().unmount() {
             first.get_or_insert(error.into());
         }
-        for path in [RuleNames::path(&self.config.run_dir), learnt::path(&self.config.run_dir)] {
+        let run_dir = &self.config.run_dir;
+        for path in [RuleNames::path(run_dir), learnt::path(run_dir), learnt::path_of_fresh(run_dir)] {
             if let Err(error) = super::server::remove(&path) {
                 first.get_or_insert(error);
             }

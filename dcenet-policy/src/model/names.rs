@@ -160,7 +160,7 @@ impl Names {
 
     /// Removes what is to be known no longer than until this time; returns whose names are others now.
     pub fn expire(&mut self, now: Time) -> BTreeSet<IpAddr> {
-        let over: Vec<_> = self.ends.iter().take_while(|(until, ..)| *until <= now).cloned().collect();
+        let over: Vec<_> = self.by_end().take_while(|(until, ..)| *until <= now).cloned().collect();
         for (_, name, address) in &over {
             self.forget(name, *address);
         }
@@ -170,6 +170,11 @@ impl Names {
     /// When the first address is to be forgotten.
     pub fn next_end(&self) -> Option<Time> {
         self.ends.first().map(|(until, ..)| *until)
+    }
+
+    /// All pairs, by the time until which they are to be known.
+    pub(crate) fn by_end(&self) -> impl DoubleEndedIterator<Item = &(Time, DomainName, IpAddr)> {
+        self.ends.iter()
     }
 
     /// The addresses of a name, each with the time until which it is to be known.

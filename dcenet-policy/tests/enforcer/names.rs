@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use dcenet_core::test_support::{Rung, require};
-use dcenet_policy::enforcer::learnt::LEAST_TTL;
+use dcenet_policy::enforcer::learnt::{GRACE, LEAST_TTL};
 use dcenet_policy::enforcer::{Clock, Enforcer, EnforcerError, LearnError, Tools};
 use dcenet_policy::model::{DomainName, Pod, PodId, PolicyId, Protocol, Tuple};
 use dcenet_policy::sources::kubernetes::Documents;
@@ -30,6 +30,9 @@ spec:
 const BEGUN: u64 = 1_800_000_000;
 
 const TTL: Duration = Duration::from_secs(300);
+
+/// When an answer of the beginning is over.
+const OVER: u64 = TTL.as_secs() + GRACE.as_secs();
 
 fn frozen(seconds: u64) -> Clock {
     Arc::new(move || SystemTime::UNIX_EPOCH + Duration::from_secs(BEGUN + seconds))
@@ -108,7 +111,7 @@ fn an_answer_is_in_force_when_it_is_learnt_and_new_flows_are_denied_when_it_is_o
     let subject = PodId::new("shop", "web");
     let tuple = Tuple::egress(world.address("db", false), Protocol::TCP, 5432);
     let why = owner.explain(&subject, &tuple).unwrap().to_string();
-    assert!(why.contains("10.20.0.3 is an address of db.example.com for 300 s more"), "{why}");
+    assert!(why.contains("10.20.0.3 is an address of db.example.com for 330 s more"), "{why}");
 
     // Nobody asks for it, and nothing is kept.
     assert!(!owner.learner().is_asked_for(&name("db.example.net")));
@@ -122,9 +125,9 @@ fn an_answer_is_in_force_when_it_is_learnt_and_new_flows_are_denied_when_it_is_o
     );
 
     let mut open = Open::new(&world, "db", 5432);
-    owner.set_clock(frozen(TTL.as_secs() - 1)).unwrap();
+    owner.set_clock(frozen(OVER - 1)).unwrap();
     world.tcp("web", "db", 5432, true);
-    owner.set_clock(frozen(TTL.as_secs())).unwrap();
+    owner.set_clock(frozen(OVER)).unwrap();
     world.tcp("web", "db", 5432, false);
     assert!(open.carries(ALLOWED), "a connection outlives the answer by which it was opened");
     // Another answer does not end it, though it brings a combination that was not there and so another program.
@@ -139,7 +142,7 @@ fn an_answer_is_in_force_when_it_is_learnt_and_new_flows_are_denied_when_it_is_o
     owner.learner().learn(web(), &name("b.example.org"), [(world.address("db", false), Duration::ZERO)]).unwrap();
     let tuple = Tuple::egress(world.address("db", false), Protocol::TCP, 443);
     let remaining = owner.explain(&subject, &tuple).unwrap().peer_names[0].remaining;
-    assert_eq!(remaining, Some(LEAST_TTL.as_secs().cast_signed()));
+    assert_eq!(remaining, Some((LEAST_TTL + GRACE).as_secs().cast_signed()));
 
     // A change of policy has flows judged anew.
     told(&owner, &NAMED.replace("443", "444"));
@@ -147,6 +150,11 @@ fn an_answer_is_in_force_when_it_is_learnt_and_new_flows_are_denied_when_it_is_o
     // Asked for again, it goes on.
     learn(&world, &owner, "db.example.com", "db");
     assert!(open.carries(ALLOWED));
+    // What no policy asks for meanwhile is forgotten.
+    world.tcp("web", "db", 5432, true);
+    told(&owner, &NAMED.replace("db.example.com", "other.example.com"));
+    told(&owner, NAMED);
+    world.tcp("web", "db", 5432, false);
     owner.uninstall().unwrap();
     assert!(!world.host.run_dir().join("policy.names").exists());
 }
@@ -169,15 +177,18 @@ fn the_next_owner_begins_with_what_was_learnt_and_without_its_file_with_nothing(
     world.tcp("web", "db", 5432, true);
 
     let file = world.host.run_dir().join("policy.names");
-    for (is_there, seconds) in [(true, TTL.as_secs() - 1), (true, TTL.as_secs()), (false, 0)] {
+    for (is_there, seconds) in [(true, OVER - 1), (true, OVER), (false, 0)] {
         let owner = world.open(tools());
+        // Before it has been told policies, those of the owner before count, and no answer for their names is released.
+        let asked = ["db.example.com", "db.example.net"].map(|text| owner.learner().is_asked_for(&name(text)));
+        assert_eq!(asked, [is_there, false]);
         owner.set_clock(frozen(seconds)).unwrap();
         let records = world.engine.attachments(&"shop".parse().unwrap()).unwrap();
         owner.adopt(&records).unwrap();
         told(&owner, NAMED);
         assert!(owner.start().unwrap().is_complete());
-        world.tcp("web", "db", 5432, is_there && seconds < TTL.as_secs());
-        if is_there && seconds == TTL.as_secs() {
+        world.tcp("web", "db", 5432, is_there && seconds < OVER);
+        if is_there && seconds == OVER {
             // What the third one is not to know.
             learn(&world, &owner, "db.example.com", "db");
             drop(owner);
@@ -330,7 +341,7 @@ fn an_answer_that_is_over_ends_no_connection_beside_an_endpoint_without_workload
     learn(&world, &owner, "db.example.com", "db");
     let mut open = Open::new(&world, "db", 5432);
     assert!(owner.endpoints().iter().any(|endpoint| endpoint.failure.is_some()));
-    owner.set_clock(frozen(TTL.as_secs())).unwrap();
+    owner.set_clock(frozen(OVER)).unwrap();
     world.tcp("web", "db", 5432, false);
     assert!(open.carries(ALLOWED), "it outlives the answer");
     let far = Pod { addresses: ["10.20.9.9".parse().unwrap()].into(), ..Pod::default() };

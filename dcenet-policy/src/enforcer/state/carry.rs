@@ -50,6 +50,7 @@ impl Shared {
             if !state.started || state.stopping {
                 return (Ok(state.report()), Ok(()));
             }
+            state.go_by_policies();
             state.learnt.expire(now);
             if state.is_late(now) {
                 state.cluster_mut().time = Some(now);

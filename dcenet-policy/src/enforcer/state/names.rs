@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::State;
+use crate::enforcer::learnt::Client;
 use crate::model::{Cluster, DomainName, Names, Time};
 
 impl State {
@@ -27,7 +28,21 @@ impl State {
 
     /// Whether some policy asks for the name.
     pub(in crate::enforcer) fn is_asked_for(&mut self, name: &DomainName) -> bool {
-        self.learnt.is_asked_for(&self.cluster, name)
+        self.go_by_policies();
+        self.learnt.is_asked_for(name)
+    }
+
+    /// Has what is learnt go by the policies, once they have been told.
+    pub(super) fn go_by_policies(&mut self) {
+        if self.started {
+            self.learnt.go_by(&self.cluster);
+        }
+    }
+
+    /// Whose places addresses take that somebody hears of.
+    pub(in crate::enforcer) fn client(&self, address: IpAddr) -> Client {
+        let known = self.endpoints.iter().find(|(_, known)| known.endpoint.addresses.contains(&address));
+        known.map_or_else(|| Client::other(address), |(key, _)| Client::Endpoint(key.id()))
     }
 
     /// Whether something that was learnt is over.
