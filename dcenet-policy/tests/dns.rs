@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
+use dcenet_core::test_support::{Rung, TestHost, require};
 use dcenet_policy::dns::{Learn, Proxy, ProxyConfig};
 use dcenet_policy::enforcer::LearnError;
 use dcenet_policy::model::{DomainName, NamePattern};
@@ -21,6 +22,10 @@ type Answer = Arc<dyn Fn(&Query) -> Vec<Record> + Send + Sync>;
 
 /// A server that answers what a function says, on both transports, until the test's process ends.
 fn server(answer: Answer) -> SocketAddr {
+    server_with(ResponseCode::NoError, answer)
+}
+
+fn server_with(code: ResponseCode, answer: Answer) -> SocketAddr {
     let udp = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let address = udp.local_addr().unwrap();
     let tcp = TcpListener::bind(address).unwrap();
@@ -28,7 +33,7 @@ fn server(answer: Answer) -> SocketAddr {
     std::thread::spawn(move || {
         let mut buffer = [0; 2048];
         while let Ok((length, client)) = udp.recv_from(&mut buffer) {
-            let reply = reply(&buffer[..length], &own);
+            let reply = reply(&buffer[..length], code, &own);
             // Such as somebody who guesses would send, with another number.
             let mut forged = reply.clone();
             forged[0] ^= 0xff;
@@ -40,15 +45,16 @@ fn server(answer: Answer) -> SocketAddr {
         for stream in tcp.incoming() {
             let mut stream = stream.unwrap();
             let query = read_framed(&mut stream);
-            write_framed(&mut stream, &reply(&query, &answer));
+            write_framed(&mut stream, &reply(&query, code, &answer));
         }
     });
     address
 }
 
-fn reply(query: &[u8], answer: &Answer) -> Vec<u8> {
+fn reply(query: &[u8], code: ResponseCode, answer: &Answer) -> Vec<u8> {
     let query = Message::from_vec(query).unwrap();
     let mut reply = Message::response(query.metadata.id, OpCode::Query);
+    reply.metadata.response_code = code;
     reply.add_queries(query.queries.clone());
     reply.add_answers(answer(&query.queries[0]));
     reply.to_vec().unwrap()
@@ -254,6 +260,13 @@ fn the_next_server_is_asked_where_one_is_silent_and_without_any_the_client_hears
         Proxy::start(config, Arc::clone(&told) as _).unwrap()
     };
     let silent = silent.local_addr().unwrap();
+    // A server that fails does answer, and the next one is asked; where none does better, its answer counts.
+    let failing = server_with(ResponseCode::ServFail, Arc::new(|_| Vec::new()));
+    let refusing = server_with(ResponseCode::Refused, Arc::new(|_| Vec::new()));
+    let answered_by =
+        |upstreams: &[SocketAddr]| ask(&proxy(&told, upstreams), "www.example.com.").metadata.response_code;
+    assert_eq!(answered_by(&[failing, refusing, upstream]), ResponseCode::NoError);
+    assert_eq!(answered_by(&[refusing, failing]), ResponseCode::Refused);
     let answered = (0..50).any(|_| !ask(&start(vec![silent, upstream]), "www.example.com.").answers.is_empty());
     assert!(answered, "the second server has answered in time once");
     let alone = start(vec![silent]);
@@ -298,6 +311,34 @@ fn strangers_are_not_answered() {
         assert_eq!(ask(&proxy, "db.example.com.").answers.len(), 1);
         assert_eq!(proxy.counts().strangers, u64::from(!answered));
     }
+}
+
+#[test]
+fn an_address_may_come_after_the_proxy_and_keeps_no_other_closed() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let host = TestHost::new();
+    let netns = host.root();
+    let addresses = ["192.0.2.77:53", "[2001:db8::77]:53"].map(|address| address.parse::<SocketAddr>().unwrap());
+    let config = ProxyConfig {
+        listen: addresses.to_vec(),
+        // Nobody is there, which the proxy tells at once.
+        upstreams: vec!["127.0.0.1:9".parse().unwrap()],
+        clients: vec!["192.0.2.77/32".parse().unwrap(), "2001:db8::77/128".parse().unwrap()],
+        ..ProxyConfig::default()
+    };
+    let proxy = netns.run(|| Proxy::start(config, Arc::new(Told::default()))).unwrap();
+    assert_eq!(proxy.addresses(), addresses);
+    netns.sh("ip address add 192.0.2.77/32 dev lo; ip address add 2001:db8::77/128 dev lo nodad");
+    for address in addresses {
+        let client = netns.run(|| UdpSocket::bind((address.ip(), 0))).unwrap();
+        client.set_read_timeout(Some(COMES)).unwrap();
+        client.connect(address).unwrap();
+        client.send(&query("db.example.com.")).unwrap();
+        assert_eq!(receive(&client).metadata.response_code, ResponseCode::ServFail);
+    }
+    assert!(!proxy.has_ended());
 }
 
 #[test]

@@ -4,10 +4,9 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use hickory_proto::ProtoError;
 use hickory_proto::op::{Header, Message, MessageType, Metadata, OpCode, Query, ResponseCode};
-use hickory_proto::rr::{DNSClass, Name, RData};
-use hickory_proto::serialize::binary::{BinDecodable, BinDecoder};
+use hickory_proto::rr::{DNSClass, Name, RecordType};
+use hickory_proto::serialize::binary::{BinDecodable, BinDecoder, DecodeError};
 
 use crate::model::DomainName;
 
@@ -47,7 +46,12 @@ impl Question {
         if head.metadata.op_code != OpCode::Query {
             return Err(Some(Failure::Unknown));
         }
-        head.query.map(|query| Self { query }).ok_or(Some(Failure::Format))
+        let query = head.query.ok_or(Some(Failure::Format))?;
+        if matches!(query.query_type(), RecordType::AXFR | RecordType::IXFR) {
+            // Of several messages, which a resolver is not asked for (RFC 5936).
+            return Err(Some(Failure::Unknown));
+        }
+        Ok(Self { query })
     }
 
     /// The name that is asked for, where a policy can mean it.
@@ -97,60 +101,134 @@ impl Head {
 /// Has a query over UDP say that its sender takes no longer answers than come in one packet: of what comes in fragments, the second
 /// has neither the port nor the number that make it hard to forge (RFC 6891, section 6.2.5; RFC 5452).
 pub(super) fn keep_whole(query: &mut [u8]) {
-    let mut decoder = BinDecoder::new(query);
-    let Ok(Header { counts, .. }) = Header::read(&mut decoder) else { return };
-    let is_plain = counts.queries == 1 && counts.answers == 0 && counts.authorities == 0 && counts.additionals > 0;
-    if !is_plain || Query::read(&mut decoder).is_err() {
-        return;
-    }
-    // The root's name, the type OPT, and where other records have their class.
-    let at = decoder.index();
-    if let Some([0, 0, 41, high, low]) = query.get_mut(at..at + 5)
+    // After the root's name and the type, where other records have their class.
+    if let Some(at) = place_of_opt(query)
+        && let Some([high, low]) = query.get_mut(at + 3..at + 5)
         && u16::from_be_bytes([*high, *low]) > WHOLE
     {
         [*high, *low] = WHOLE.to_be_bytes();
     }
 }
 
-/// The addresses of the question's name in an answer, with no time to live above the longest.
-pub(super) fn addresses(bytes: &[u8], question: &Question, longest: Duration) -> Result<Found, ProtoError> {
-    let mut read = Message::from_vec(bytes)?;
+/// Where the record OPT of a query begins, if it is its first one.
+fn place_of_opt(query: &[u8]) -> Option<usize> {
+    let mut decoder = BinDecoder::new(query);
+    let Header { counts, .. } = Header::read(&mut decoder).ok()?;
+    let is_plain = counts.queries == 1 && counts.answers == 0 && counts.authorities == 0 && counts.additionals > 0;
+    if !is_plain || Query::read(&mut decoder).is_err() {
+        return None;
+    }
+    let at = decoder.index();
+    (query.get(at..at + 3) == Some(&[0, 0, 41])).then_some(at)
+}
+
+/// Why nothing can be learnt of an answer.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Unread {
+    #[error("its {0} answer records are more than {MOST_RECORDS}")]
+    TooMany(u16),
+    #[error("an answer record cannot be read: {0}")]
+    Decode(#[from] DecodeError),
+    #[error("an answer record of type {kind} has {length} bytes")]
+    Length { kind: u16, length: usize },
+}
+
+/// What a record of an answer says, as far as names have to do with it.
+enum Data {
+    Address(IpAddr),
+    Alias(String),
+    Other,
+}
+
+/// A record of the class IN.
+struct Record {
+    owner: String,
+    ttl: u32,
+    data: Data,
+}
+
+/// The addresses of the question's name in an answer, with no time to live above the longest. Other sections are not read.
+pub(super) fn addresses(bytes: &[u8], question: &Question, longest: Duration) -> Result<Found, Unread> {
+    let most = u32::try_from(longest.as_secs()).unwrap_or(u32::MAX);
+    let mut decoder = BinDecoder::new(bytes);
+    let Header { counts, .. } = Header::read(&mut decoder)?;
+    for _ in 0..counts.queries {
+        Query::read(&mut decoder)?;
+    }
+    if counts.answers > MOST_RECORDS {
+        return Err(Unread::TooMany(counts.answers));
+    }
+    let mut shortened: Option<Vec<u8>> = None;
+    let mut records = Vec::new();
+    for _ in 0..counts.answers {
+        let owner = lower(&Name::read(&mut decoder)?);
+        let kind = decoder.read_u16()?.unverified();
+        let class = decoder.read_u16()?.unverified();
+        let at = decoder.index();
+        let ttl = decoder.read_u32()?.unverified();
+        if ttl > most {
+            // In its place, so that names stay compressed as they are.
+            shortened.get_or_insert_with(|| bytes.to_vec())[at..at + 4].copy_from_slice(&most.to_be_bytes());
+        }
+        let length = usize::from(decoder.read_u16()?.unverified());
+        let mut within = decoder.clone(decoder.index() as u16);
+        let data = decoder.read_slice(length)?.unverified();
+        let data = match kind {
+            _ if class != IN => continue,
+            A => Data::Address(<[u8; 4]>::try_from(data).map_err(|_| Unread::Length { kind, length })?.into()),
+            AAAA => Data::Address(<[u8; 16]>::try_from(data).map_err(|_| Unread::Length { kind, length })?.into()),
+            CNAME => Data::Alias(lower(&Name::read(&mut within)?)),
+            _ => Data::Other,
+        };
+        records.push(Record { owner, ttl: ttl.min(most), data });
+    }
     let mut names = BTreeSet::from([lower(question.query.name())]);
     // They may stand in any order. Resolvers follow no longer chains.
     for _ in 0..MOST_ALIASES {
         let before = names.len();
-        for record in &read.answers {
-            if let RData::CNAME(target) = &record.data
-                && record.dns_class == DNSClass::IN
-                && names.contains(&lower(&record.name))
+        for Record { owner, data, .. } in &records {
+            if let Data::Alias(target) = data
+                && names.contains(owner)
             {
-                names.insert(lower(&target.0));
+                names.insert(target.clone());
             }
         }
         if names.len() == before {
             break;
         }
     }
-    let most = u32::try_from(longest.as_secs()).unwrap_or(u32::MAX);
-    let mut found = Vec::new();
-    for record in read.answers.iter().filter(|record| record.dns_class == DNSClass::IN) {
-        let address: IpAddr = match &record.data {
-            RData::A(address) => address.0.into(),
-            RData::AAAA(address) => address.0.into(),
-            _ => continue,
-        };
-        if names.contains(&lower(&record.name)) && is_somebodys(address) {
-            found.push((address, Duration::from_secs(record.ttl.min(most).into())));
-        }
+    let found =
+        records.into_iter().filter(|record| names.contains(&record.owner)).filter_map(|record| match record.data {
+            Data::Address(address) if is_somebodys(address) => Some((address, Duration::from_secs(record.ttl.into()))),
+            _ => None,
+        });
+    Ok(Found { addresses: found.collect(), shortened })
+}
+
+/// The head of an answer over UDP that says that there is more (TC), as which it can be released: the client asks again over TCP.
+/// None where it does not say so.
+pub(super) fn truncated(answer: &[u8], query: &[u8]) -> Option<Vec<u8>> {
+    let mut decoder = BinDecoder::new(answer);
+    let Header { metadata, counts } = Header::read(&mut decoder).ok()?;
+    if !metadata.truncation {
+        return None;
     }
-    let is_long = read.answers.iter().any(|record| record.ttl > most);
-    let shortened = if is_long {
-        read.answers.iter_mut().for_each(|record| record.ttl = record.ttl.min(most));
-        Some(read.to_vec()?)
-    } else {
-        None
-    };
-    Ok(Found { addresses: found, shortened })
+    for _ in 0..counts.queries {
+        Query::read(&mut decoder).ok()?;
+    }
+    let mut head = answer.get(..decoder.index())?.to_vec();
+    head[6..HEADER].fill(0);
+    add_opt(&mut head, query);
+    Some(head)
+}
+
+/// Adds the record OPT that an answer to a query with one must have (RFC 6891, section 6.1.1).
+fn add_opt(answer: &mut Vec<u8>, query: &[u8]) {
+    if place_of_opt(query).is_some() {
+        let [high, low] = WHOLE.to_be_bytes();
+        answer.extend([0, 0, 41, high, low, 0, 0, 0, 0, 0, 0]);
+        answer[10..HEADER].copy_from_slice(&1_u16.to_be_bytes());
+    }
 }
 
 /// The answer to a query that fails; none where it is not even the head of one.
@@ -171,7 +249,14 @@ pub(super) fn failure(query: &[u8], failure: Failure) -> Option<Vec<u8>> {
     }
     answer.metadata.recursion_available = true;
     answer.metadata.response_code = code;
-    answer.to_vec().ok()
+    let mut answer = answer.to_vec().ok()?;
+    add_opt(&mut answer, query);
+    Some(answer)
+}
+
+/// Whether another server may know better: SERVFAIL or REFUSED (RFC 1035, section 4.1.1).
+pub(super) fn is_failure(answer: &[u8]) -> bool {
+    answer.get(3).is_some_and(|flags| matches!(flags & 0xf, 2 | 5))
 }
 
 /// Whether a name may mean the address: it can be another host's, and is not of the link alone.
@@ -194,6 +279,15 @@ fn is_response(bytes: &[u8]) -> bool {
 
 /// Bytes of a message that no path known cuts into fragments, with headers of IPv6 and UDP.
 const WHOLE: u16 = 1232;
+
+/// Types and the class of records (RFC 1035, section 3.2; RFC 3596).
+const A: u16 = 1;
+const CNAME: u16 = 5;
+const AAAA: u16 = 28;
+const IN: u16 = 1;
+
+/// Records of an answer that is learnt from.
+const MOST_RECORDS: u16 = 1024;
 
 /// Names that lead on from one to the next.
 const MOST_ALIASES: usize = 16;
@@ -229,5 +323,53 @@ mod tests {
         assert_eq!(found.addresses, [(IpAddr::from([192, 0, 2, 1]), Duration::from_secs(60))]);
         assert!(found.shortened.is_some());
         assert!(addresses(&bad, &question, Duration::from_secs(60)).is_err());
+    }
+
+    #[test]
+    fn what_is_not_learnt_from_is_in_nobodys_way() {
+        let question = Question::read(QUERY).unwrap();
+        // A torn record behind the answer's own, and a time to live that is too long.
+        let mut odd = answer(&[192, 0, 2, 1]);
+        odd[11] = 1;
+        odd.extend([0, 0, 16]);
+        odd[38..42].copy_from_slice(&[0, 9, 0, 0]);
+        let found = addresses(&odd, &question, Duration::from_secs(60)).unwrap();
+        assert_eq!(found.addresses.len(), 1);
+        let mut expected = odd.clone();
+        expected[38..42].copy_from_slice(&[0, 0, 0, 60]);
+        assert!(found.shortened == Some(expected), "nothing but the time is another");
+        odd[6..8].copy_from_slice(&1025_u16.to_be_bytes());
+        assert!(matches!(addresses(&odd, &question, Duration::from_secs(60)), Err(Unread::TooMany(1025))));
+    }
+
+    #[test]
+    fn an_answer_that_was_cut_off_is_released_without_its_records() {
+        let mut cut = answer(&[192, 0, 2, 1]);
+        assert_eq!(truncated(&cut, QUERY), None);
+        cut[2] |= 0x02;
+        cut.truncate(cut.len() - 2);
+        let mut head = QUERY.to_vec();
+        head[2..4].copy_from_slice(&[0x83, 0x80]);
+        assert_eq!(truncated(&cut, QUERY).unwrap(), head);
+        // With OPT, where the query has one.
+        let mut query = QUERY.to_vec();
+        query[11] = 1;
+        query.extend([0, 0, 41, 0x10, 0, 0, 0, 0, 0, 0, 0]);
+        head[11] = 1;
+        head.extend([0, 0, 41, 0x04, 0xd0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(truncated(&cut, &query).unwrap(), head);
+        let failed = failure(&query, Failure::Server).unwrap();
+        assert!(failed.ends_with(&head[head.len() - 11..]) && failed[11] == 1 && is_failure(&failed));
+        assert_eq!(failure(QUERY, Failure::Server).unwrap()[11], 0);
+        keep_whole(&mut query);
+        assert_eq!(query[query.len() - 8..][..2], 1232_u16.to_be_bytes());
+    }
+
+    #[test]
+    fn transfers_of_zones_are_not_implemented() {
+        let mut query = QUERY.to_vec();
+        let at = query.len() - 3;
+        query[at] = 252;
+        assert_eq!(Question::read(&query).unwrap_err(), Some(Failure::Unknown));
     }
 }

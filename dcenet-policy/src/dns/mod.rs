@@ -33,11 +33,12 @@
 
 mod admission;
 mod lately;
+mod listen;
 mod message;
 mod upstream;
 
 use std::fmt;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -89,7 +90,8 @@ impl Learn for Learner {
 /// Where a proxy listens, whom it asks, and for how many.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProxyConfig {
-    /// Addresses of the host, each for UDP and TCP. An unspecified one would answer from another address than it was asked at.
+    /// Addresses of the host, each for UDP and TCP, also such as come later (IP_FREEBIND). An unspecified one would answer from
+    /// another address than it was asked at.
     pub listen: Vec<SocketAddr>,
     /// Asked in this order: the next one where one does not answer in time.
     pub upstreams: Vec<SocketAddr>,
@@ -235,9 +237,7 @@ impl Proxy {
         let mut sockets = Vec::new();
         for address in &config.listen {
             let failed = |source| ProxyError::Listen { address: *address, source };
-            let udp = UdpSocket::bind(address).map_err(failed)?;
-            // With port 0 both are to have the same.
-            let tcp = TcpListener::bind(udp.local_addr().map_err(failed)?).map_err(failed)?;
+            let (udp, tcp) = listen::at(*address).map_err(failed)?;
             udp.set_read_timeout(Some(WAKE)).map_err(failed)?;
             set_socket_timeout(tcp.as_fd(), Timeout::Recv, Some(WAKE)).map_err(|e| failed(e.into()))?;
             sockets.push((udp.local_addr().map_err(failed)?, udp, tcp));
@@ -266,6 +266,11 @@ impl Proxy {
     /// Where it listens.
     pub fn addresses(&self) -> &[SocketAddr] {
         &self.addresses
+    }
+
+    /// Whether one of its threads has ended, as by a panic: nobody is answered at some address then.
+    pub fn has_ended(&self) -> bool {
+        self.threads.iter().any(JoinHandle::is_finished)
     }
 
     /// What it has done so far.
@@ -379,16 +384,15 @@ impl Shared {
 
     /// Queries on a connection, each answered before the next is read (RFC 7766, section 6.2.1.1, lets a server do so).
     fn converse(&self, mut stream: TcpStream, client: IpAddr) -> io::Result<()> {
-        stream.set_read_timeout(Some(IDLE))?;
         stream.set_write_timeout(Some(IDLE))?;
         while !self.stopping.load(Ordering::Relaxed) {
-            let mut length = [0; 2];
-            match stream.read_exact(&mut length) {
+            let (mut length, until) = ([0; 2], Instant::now() + IDLE);
+            match upstream::read_by(&mut stream, &mut length, until) {
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
                 read => read?,
             }
             let mut query = vec![0; u16::from_be_bytes(length).into()];
-            stream.read_exact(&mut query)?;
+            upstream::read_by(&mut stream, &mut query, until)?;
             let answer = match self.admission.admit(client) {
                 Some(_admitted) => self.answer(&query, client, Way::Tcp),
                 None => {
@@ -417,6 +421,9 @@ impl Shared {
         let Some(name) = question.domain_name().filter(|name| self.learn.is_asked_for(name)) else {
             return Some(answer);
         };
+        if let Some(head) = message::truncated(&answer, query) {
+            return Some(head);
+        }
         let released = message::addresses(&answer, &question, MOST_TTL).map_err(|error| error.to_string());
         let released = released.and_then(|found| {
             if !found.addresses.is_empty() {
@@ -445,7 +452,7 @@ fn is_timeout(error: &io::Error) -> bool {
 /// How often a thread that waits looks whether it is to end.
 const WAKE: Duration = Duration::from_millis(250);
 
-/// How long a connection may do nothing (RFC 7766, section 6.2.3: a few seconds).
+/// How long a connection may bring no query (RFC 7766, section 6.2.3: a few seconds).
 const IDLE: Duration = Duration::from_secs(10);
 
 const STACK: usize = 512 << 10;

@@ -16,8 +16,10 @@ pub(super) enum Way {
     Tcp,
 }
 
-/// The answer of the first upstream that gives one, with the query's own number; none where none does in time.
+/// The answer of the first upstream that gives one, with the query's own number; none where none does in time. One that fails is
+/// what counts where no other answers: a server that is starting, or is not for the name, says so.
 pub(super) fn ask(config: &ProxyConfig, query: &[u8], question: &Question, way: Way) -> Option<Vec<u8>> {
+    let mut failed = None;
     for upstream in &config.upstreams {
         let answered = match way {
             Way::Udp => ask_udp(config, *upstream, query, question),
@@ -26,12 +28,15 @@ pub(super) fn ask(config: &ProxyConfig, query: &[u8], question: &Question, way: 
         match answered {
             Ok(mut answer) => {
                 renumber(&mut answer, [query[0], query[1]]);
-                return Some(answer);
+                if !message::is_failure(&answer) {
+                    return Some(answer);
+                }
+                failed.get_or_insert(answer);
             }
             Err(error) => tracing::debug!(%upstream, %error, "no answer from the server behind"),
         }
     }
-    None
+    failed
 }
 
 /// Each query has a socket of its own, and so a port that nobody else can guess, and a number likewise (RFC 5452, section 4).
@@ -60,20 +65,39 @@ fn ask_udp(config: &ProxyConfig, upstream: SocketAddr, query: &[u8], question: &
 }
 
 fn ask_tcp(config: &ProxyConfig, upstream: SocketAddr, query: &[u8], question: &Question) -> io::Result<Vec<u8>> {
+    let until = Instant::now() + config.timeout;
     let mut stream = TcpStream::connect_timeout(&upstream, config.timeout)?;
-    stream.set_read_timeout(Some(config.timeout))?;
     stream.set_write_timeout(Some(config.timeout))?;
     let (numbered, number) = numbered(query);
     stream.write_all(&framed(&numbered)?)?;
     let mut length = [0; 2];
-    stream.read_exact(&mut length)?;
+    read_by(&mut stream, &mut length, until)?;
     let mut answer = vec![0; u16::from_be_bytes(length).into()];
-    stream.read_exact(&mut answer)?;
+    read_by(&mut stream, &mut answer, until)?;
     if question.is_answered_by(&answer, number) {
         Ok(answer)
     } else {
         Err(io::Error::new(io::ErrorKind::InvalidData, "it answers another question"))
     }
+}
+
+/// Fills the buffer by then, however little comes at a time.
+pub(super) fn read_by(stream: &mut TcpStream, buffer: &mut [u8], until: Instant) -> io::Result<()> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        stream.set_read_timeout(Some(left))?;
+        match stream.read(&mut buffer[filled..]) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => filled += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// A message as it goes over TCP (RFC 1035, section 4.2.2).

@@ -106,7 +106,7 @@ pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
     let learner = owner.as_ref().map(|owner| owner.enforcer.learner());
     let mut names = config.dns.as_ref().zip(learner).map(|(dns, learner)| Names::new(dns.proxy(), learner));
     if let Some(names) = &mut names {
-        names.look();
+        names.look()?;
     }
     let tell = |state: &str| {
         if let Err(error) = systemd::notify(manager.as_deref(), state) {
@@ -129,7 +129,7 @@ pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
             owner.look();
         }
         if let Some(names) = &mut names {
-            names.look();
+            names.look()?;
         }
         let until = owner.as_ref().map_or(Instant::now() + LOOK, |owner| owner.due);
         signals.wait(owner.as_ref().and_then(|owner| owner.watcher.as_ref()), until)?;

@@ -20,10 +20,13 @@ impl Names {
         Self { config, learner, proxy: None, told: None }
     }
 
-    /// Starts what does not run: the address of a bridge comes with its first pod.
-    pub fn look(&mut self) {
-        if self.proxy.is_some() {
-            return;
+    /// Starts what does not run.
+    ///
+    /// # Errors
+    /// Where a proxy has run and does not any more.
+    pub fn look(&mut self) -> Result<(), &'static str> {
+        if let Some(proxy) = &self.proxy {
+            return if proxy.has_ended() { Err("a thread of the DNS proxy has ended") } else { Ok(()) };
         }
         match Proxy::start(self.config.clone(), Arc::new(self.learner.clone())) {
             Ok(proxy) => {
@@ -38,5 +41,6 @@ impl Names {
                 }
             }
         }
+        Ok(())
     }
 }

@@ -61,11 +61,11 @@ fn a_pod_reaches_what_a_policy_names_once_it_has_asked_the_daemon_for_it() {
         told.contains("shop/policy/out: addresses of names are not known here")
     };
     assert!(is_told(&node));
-    // The first is the address of the bridge, which comes with the first pod.
+    // The address of the bridge, which comes with the first pod.
     node.config["dns"] = json!({ "listen": ["10.20.0.1:53"], "upstreams": ["127.0.0.1:5300"], "timeout": "10s" });
     assert!(!is_told(&node));
     let daemon = node.start();
-    assert!(daemon.log().contains("dns: tried again"), "{}", daemon.log());
+    assert!(daemon.log().contains("the DNS proxy listens"), "{}", daemon.log());
     let [web, db, other] = ["web", "db", "other"].map(|name| node.add("shop", name));
     let IpAddr::V4(address) = db.address else { panic!("{}", db.address) };
     node.host.root().sh("ip link set lo up");
