@@ -80,6 +80,9 @@
 //! 6. Bump the generations of the endpoints whose verdicts may have changed: from now on established flows are judged
 //!    anew, once each.
 //!
+//! What has been [learnt] of names is carried out by itself after that: in the same steps, but 4 comes after 5, and 6 is left out.
+//! Where it finds no room, or some endpoint's programs do not know it, it is given up, and the programs before are put back.
+//!
 //! What cannot be compiled in 1, or finds no room in the node's maps, closes the pods that it concerns and nobody else
 //! ([`isolation`](crate::isolation)); [`Report::faults`] and [`EndpointStatus::faults`] name it until it is over.
 //!
