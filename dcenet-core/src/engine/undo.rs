@@ -6,7 +6,7 @@ use super::Engine;
 use super::apply::{delete, gone_is_fine, has_ports, has_ports_in, is_in_use, look_up, new_route};
 use super::error::TeardownError;
 use crate::model::AttachmentKey;
-use crate::netlink::{self, LinkView, PortVlans, Socket};
+use crate::netlink::{self, LinkView, Socket};
 use crate::netns::NetNs;
 use crate::plan::{Target, Undo, mark, shared_mark};
 
@@ -171,12 +171,9 @@ impl Engine {
                 gone_is_fine(socket.request(&message).map(drop), netlink::NO_VLAN)
             }
             Undo::StopFilteringVlans { bridge: name } => {
-                let Some((bridge, vlans)) = look_up(socket, name)?.and_then(|l| Some((l.index, l.vlans?))) else {
-                    return Ok(());
-                };
-                let is_apart =
-                    |port: &PortVlans| port.is_port_of(bridge) && port.beside(vlans.default).next().is_some();
-                if socket.port_vlans()?.iter().any(is_apart) {
+                let Some(bridge) = look_up(socket, name)?.map(|bridge| bridge.index) else { return Ok(()) };
+                // Pods of the default VLAN may have relied on it since, too: no port tells.
+                if has_ports(socket, bridge)? {
                     return Ok(());
                 }
                 let message = netlink::filter_vlans(name, bridge, false);

@@ -93,12 +93,6 @@ impl PortVlans {
             self.vlans.iter().any(fits)
         })
     }
-
-    /// The VLANs in which it is beside this one.
-    pub fn beside(&self, default: Option<VlanId>) -> impl Iterator<Item = u16> + '_ {
-        let ids = self.vlans.iter().flat_map(|member| member.ids.clone());
-        ids.filter(move |id| default.is_none_or(|default| default.get() != *id))
-    }
 }
 
 impl Socket {
@@ -268,7 +262,6 @@ mod tests {
             port.has(range(100, 199), false) && !port.has(range(100, 200), false) && !port.has(range(150, 150), true)
         );
         assert!(port.is_in(vlan(199)) && !port.is_in(vlan(11)));
-        assert_eq!((port.beside(None).count(), port.beside(Some(vlan(10))).count()), (101, 100));
         assert_eq!(PortVlans::parse(&reply[..20]), None);
     }
 }

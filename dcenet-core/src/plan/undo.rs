@@ -91,8 +91,7 @@ pub enum Undo {
         /// The VLAN.
         vlan: BridgeVlan,
     },
-    /// Has a bridge keep VLANs apart no more, if no port of it is in another than the default one. Not part of a normal
-    /// detach.
+    /// Has a bridge keep VLANs apart no more, if it has no port. Not part of a normal detach.
     StopFilteringVlans {
         /// The bridge.
         bridge: IfName,

@@ -206,3 +206,27 @@ fn a_bridge_of_others_must_keep_vlans_apart_already() {
     assert_eq!([vlans(&host, 2), vlans(&host, 3)], ["10 PVID Egress Untagged", "7 PVID Egress Untagged"]);
     reaches(&a, 3, false);
 }
+
+#[test]
+fn an_attach_that_fails_leaves_a_bridge_with_ports_to_keep_vlans_apart() {
+    if !require(Rung::Vm) {
+        return;
+    }
+    let host = TestHost::new();
+    let engine = host.engine(None);
+    let (plain, a) = (host.new_pod(), host.new_pod());
+    attach(&engine, &plain, 5, &json!({})).unwrap();
+    engine.detach(&key(5), None).unwrap();
+    // It stands in the way of the gateway, which comes after the bridge began to keep VLANs apart.
+    host.root().sh("ip link add link dc0 name other type vlan id 10");
+    let apart = || host.root().link("dc0").unwrap().vlans.unwrap().filtering;
+    for has_ports in [false, true] {
+        if has_ports {
+            attach(&engine, &plain, 5, &json!({})).unwrap();
+        }
+        assert!(!apart());
+        let error = attach(&engine, &a, 2, &json!({ "isGateway": true, "vlan": 10 })).unwrap_err().to_string();
+        assert!(error.contains("its VLAN 10 has a device already"), "{error}");
+        assert_eq!(apart(), has_ports);
+    }
+}
