@@ -62,10 +62,26 @@ impl Engine {
                 entered.map_err(|cause| AttachError::Step { cause, rollback: Vec::new() })?;
             }
             self.renew_settings(record, request.pod.netns)
+                .and_then(|()| self.renew_policy(record, request))
                 .map_err(|cause| AttachError::Step { cause, rollback: Vec::new() })?;
             return Ok(Some(attached));
         };
         Err(AttachError::AlreadyAttached { key: key.clone(), difference })
+    }
+
+    /// Has another plugin's device under policy anew, where an attempt to lift it was broken off: the device is not made anew, as
+    /// one of ours would be.
+    fn renew_policy(&self, record: &Record, request: &AttachRequest<'_>) -> Result<(), StepError> {
+        let (Policy::Wanted, LinkConfig::Chained(_), Some(sink)) = (record.policy, &record.link, &self.policy) else {
+            return Ok(());
+        };
+        let Some(endpoint) = record.endpoint() else { return Ok(()) };
+        let netns = if endpoint.place.is_host() { &self.host.0 } else { request.pod.netns };
+        let renew = || match sink.missing(&endpoint)? {
+            Some(_) => sink.attach(&endpoint),
+            None => Ok(()),
+        };
+        Ok(self.run_in(netns, renew)??)
     }
 
     /// Whether a device that lives in the pod alone is still there.

@@ -18,6 +18,7 @@ use dcenet_core::test_support::{Rung, TestHost, TestNetNs, require_with};
 struct Sink {
     calls: Mutex<Vec<&'static str>>,
     lifts_nothing: AtomicBool,
+    is_bare: AtomicBool,
 }
 
 impl Sink {
@@ -33,6 +34,7 @@ impl Sink {
 
 impl PolicySink for Sink {
     fn attach(&self, _: &Endpoint) -> Result<(), PolicyError> {
+        self.is_bare.store(false, Ordering::Relaxed);
         self.note("attach")
     }
 
@@ -41,7 +43,7 @@ impl PolicySink for Sink {
     }
 
     fn missing(&self, _: &Endpoint) -> Result<Option<String>, PolicyError> {
-        Ok(None)
+        Ok(self.is_bare.load(Ordering::Relaxed).then(|| "no policy is on it".to_owned()))
     }
 
     fn ready(&self) -> Result<(), PolicyError> {
@@ -144,10 +146,16 @@ fn who_asks_for_what_cannot_be_had_keeps_what_he_has() {
         assert!(attach(&under_policy, &db, (8080, 80), Policy::Wanted).unwrap());
     }
     assert_eq!(sink.calls(), ["attach"]);
+    // It was begun, and the process killed.
+    sink.is_bare.store(true, Ordering::Relaxed);
+    for _ in 0..2 {
+        assert!(attach(&under_policy, &db, (8080, 80), Policy::Wanted).unwrap());
+        assert_eq!(sink.calls(), ["attach", "attach"]);
+    }
 
     sink.lifts_nothing.store(false, Ordering::Relaxed);
     assert!(!attach(&plain, &db, (8082, 80), Policy::None).unwrap());
-    assert_eq!(sink.calls(), ["attach", "lift"]);
+    assert_eq!(sink.calls(), ["attach", "attach", "lift"]);
     assert!(has(8082) && !has(8080), "{}", listed());
     assert_eq!(plain.check(&db.key, db.netns.netns()).unwrap(), []);
     // Without policy before, either.
