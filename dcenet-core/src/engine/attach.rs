@@ -181,7 +181,7 @@ impl Engine {
             (host, plan) = look()?;
         }
         self.check_port(request)?;
-        let settings = if plan.restores() { Some(self.journal.lock_settings()?) } else { None };
+        let settings = self.lock_settings_of(&plan, request)?;
         self.look_at_settings(&mut plan, request)?;
         for link in &host.links {
             session.know(Target::Host, link);
@@ -216,6 +216,10 @@ impl Engine {
             }
             Some((step, cause)) => {
                 let named = self.explain(&mut session, &plan, step, &cause, request, &mut undo);
+                // Who went meanwhile has left it to this attach to give settings back, also those that it did not come to make.
+                let is_left = |own: &&Undo| matches!(own, Undo::RestoreSetting { .. }) && !undo.contains(own);
+                let left: Vec<Undo> = record.undo.iter().filter(is_left).cloned().collect();
+                undo.extend(left);
                 let rollback = self.take_back(&undo, &request.key, Some(request.pod.netns));
                 if !rollback.is_empty() {
                     *recorded = Some(record);

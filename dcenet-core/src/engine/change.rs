@@ -53,7 +53,7 @@ impl Engine {
         for link in &host.links {
             session.know(Target::Host, link);
         }
-        let settings = if plan.restores() { Some(self.journal.lock_settings()?) } else { None };
+        let settings = self.lock_settings_of(&plan, request)?;
         self.look_at_settings(&mut plan, request)?;
         for undo in plan.steps.iter_mut().filter_map(|step| step.undo.as_mut()) {
             if let Some(own) = record.undo.iter().find(|own| is_same_setting(own, undo)) {

@@ -10,14 +10,14 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use super::apply::{Session, look_up};
+use super::apply::Session;
 use super::check::Drift;
 use super::error::{AttachError, StepError, TeardownError};
 use super::{AttachRequest, Engine};
-use crate::journal::{JournalError, Record};
+use crate::journal::{JournalError, Record, SettingsLock};
 use crate::link::PlanError;
 use crate::model::{AttachmentKey, IfName};
-use crate::netlink::gated;
+use crate::netlink::{self, LinkView, gated};
 use crate::netns::{NetNs, NetNsError};
 use crate::plan::{Operation, Plan, Step, Target, Undo, is_mark_of};
 use crate::proc_sys::{self, read};
@@ -55,8 +55,19 @@ pub(super) fn restored(target: Target, name: String, value: String) -> Step {
 }
 
 impl Engine {
+    /// The lock of settings, where a plan makes any: also of one's own device, which nobody gives back, but another attachment may
+    /// want to be something else.
+    pub(super) fn lock_settings_of(
+        &self,
+        plan: &Plan,
+        request: &AttachRequest<'_>,
+    ) -> Result<Option<SettingsLock>, JournalError> {
+        let makes = plan.restores() || !request.link.sysctl().is_empty();
+        makes.then(|| self.journal.lock_settings()).transpose()
+    }
+
     /// Fills in what settings are now, and refuses those that cannot be set or be given back, before anything is changed. Where
-    /// any is given back the caller holds the lock of settings until the plan is recorded.
+    /// any is made the caller holds the lock of settings until the plan is recorded.
     pub(super) fn look_at_settings(&self, plan: &mut Plan, request: &AttachRequest<'_>) -> Result<(), AttachError> {
         let settings = request.link.sysctl().settings(&request.key.ifname)?;
         let undos = plan.steps.iter_mut().filter_map(|step| step.undo.as_mut());
@@ -178,10 +189,15 @@ impl Engine {
         }
     }
 
-    /// Whether the attachment's device is in the pod.
+    /// Whether the attachment's device is in the pod, also where the pod's own processes have renamed it or changed its alias.
     fn bears_device_of(&self, record: &Record, pod: &NetNs) -> Result<bool, TeardownError> {
-        let link = look_up(&mut self.pod_socket(pod)?, &record.key.ifname)?;
-        Ok(link.and_then(|link| link.alias).is_some_and(|alias| is_mark_of(&record.key, &alias)))
+        let own = record.done.iter().flat_map(|done| &done.interfaces).find(|i| i.sandbox.is_some()).map(|i| i.mac);
+        let is_its = |link: &LinkView| {
+            let is_marked = link.alias.as_deref().is_some_and(|alias| is_mark_of(&record.key, alias));
+            is_marked || own.is_some() && link.mac == own && link.name == record.key.ifname.as_str()
+        };
+        let links = self.pod_socket(pod)?.dump(&netlink::link_dump(None))?;
+        Ok(links.iter().filter_map(|reply| LinkView::parse(&reply.payload)).any(|link| is_its(&link)))
     }
 
     /// Settings of the pod that are not what they were made.

@@ -123,6 +123,28 @@ fn networks_of_a_pod_share_a_setting_until_the_last_has_gone() {
     assert_eq!(host.records(), [""; 0]);
 }
 
+#[test]
+fn a_pod_that_renames_its_device_keeps_the_setting_that_comes_with_it() {
+    if !require(Rung::Netns) {
+        return;
+    }
+    let host = TestHost::new();
+    let engine = host.engine(None);
+    for change in ["ip link set eth0 down; ip link set eth0 name mine", "ip link set eth0 alias mine"] {
+        let pod = host.new_pod();
+        let before = value(&pod, SOMAXCONN);
+        for ifname in ["eth0", "storage"] {
+            attach(&engine, ifname, &pod, json!({ SOMAXCONN: "77" })).unwrap();
+        }
+        pod.sh(change);
+        engine.detach(&key("storage"), None).unwrap();
+        assert_eq!(value(&pod, SOMAXCONN), "77", "{change}");
+        engine.detach(&key("eth0"), None).unwrap();
+        assert_eq!(value(&pod, SOMAXCONN), before, "{change}");
+    }
+    assert_eq!(host.records(), [""; 0]);
+}
+
 /// As a runtime attaches them that does not wait for the one before the next.
 #[test]
 fn networks_that_come_and_go_side_by_side_leave_what_was_before() {
