@@ -580,6 +580,10 @@ fn is_absent(error: &io::Error) -> bool {
 /// Whether a driver hands a function to a program: `vfio-pci` and its variants (`mlx5_vfio_pci`, drivers/vfio/pci), and
 /// those of uio.
 pub(crate) fn is_for_user_space(driver: &str) -> bool {
-    let driver = driver.replace('_', "-");
-    driver.ends_with("vfio-pci") || matches!(driver.as_str(), "uio-pci-generic" | "igb-uio")
+    is_vfio(driver) || matches!(driver.replace('_', "-").as_str(), "uio-pci-generic" | "igb-uio")
+}
+
+/// Whether it is one of those of VFIO, which hand over functions that the IOMMU holds in.
+pub(crate) fn is_vfio(driver: &str) -> bool {
+    driver.replace('_', "-").ends_with("vfio-pci")
 }

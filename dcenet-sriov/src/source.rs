@@ -363,7 +363,7 @@ fn wanted(wish: &DeviceWish, mac: MacAddr) -> Result<Wanted, DeviceError> {
         .map_err(|error| invalid("vf", error.to_string()))?;
     let port = config.change(&nothing()).map_err(|error| invalid("vf", error.to_string()))?;
     let VfSettings { all_multicast, promisc, .. } = *config.settings();
-    Ok(Wanted { port, mac: None, mtu: wish.mtu, promisc, all_multicast })
+    Ok(Wanted { port, mac: None, mtu: wish.mtu, promisc, all_multicast, driver: None })
 }
 
 fn read(settings: &Map<String, Value>) -> Result<VfSettings, DeviceError> {

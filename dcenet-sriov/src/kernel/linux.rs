@@ -10,8 +10,8 @@ use dcenet_core::netlink::{Failure, Family, LinkDetail, LinkSettings, NetlinkErr
 use dcenet_core::netns::{NetNs, NetNsError, NetNsId};
 
 use super::{
-    Attribute, DriverState, ErrorClass, Kernel, KernelError, LinkCounters, Namespace, NetdevChange, NetdevState,
-    VfChange, VfCount, VfState, Watch, asked,
+    Attribute, DriverState, ErrorClass, IommuGroup, Kernel, KernelError, LinkCounters, Namespace, NetdevChange,
+    NetdevState, VfChange, VfCount, VfState, Watch, asked,
 };
 use crate::address::{PciAddress, VfIndex};
 use crate::sysfs::{Sysfs, SysfsDir, function};
@@ -94,6 +94,22 @@ impl<S: Sysfs> LinuxKernel<S> {
         let address = target.file_name().and_then(|name| name.to_str()?.parse().ok());
         let said = || format!("{} leads to {}, which is no PCI function", link.display(), target.display());
         address.ok_or_else(|| KernelError::of_class(operation, ErrorClass::Other).saying(said())).map(Some)
+    }
+
+    /// Refuses where a program has the group of a function open that a driver of VFIO has.
+    fn refuse_where_open(&self, function: PciAddress, operation: &str) -> Result<(), KernelError> {
+        let of_vfio = self.driver(function)?.driver.is_some_and(|driver| crate::inventory::is_vfio(&driver));
+        let Some(group) = (if of_vfio { self.iommu_group(function)? } else { None }) else { return Ok(()) };
+        let [_, file] = group.files();
+        match std::fs::OpenOptions::new().read(true).write(true).open(&file) {
+            // One process at a time has it (`vfio_group_fops_open` in drivers/vfio/group.c).
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                let said = format!("a program has {} open", file.display());
+                Err(KernelError::refused(operation, libc::EBUSY).saying(said))
+            }
+            // Where it cannot be looked at, as in a container without it, the kernel decides.
+            _ => Ok(()),
+        }
     }
 
     fn count(&self, port: PciAddress, name: &str, operation: &str) -> Result<u16, KernelError> {
@@ -286,6 +302,7 @@ impl<S: Sysfs> Kernel for LinuxKernel<S> {
 
     fn unbind(&self, function: PciAddress) -> Result<(), KernelError> {
         let operation = format!("unbind {function}");
+        self.refuse_where_open(function, &operation)?;
         let path = crate::sysfs::function(function).join("driver/unbind");
         self.write(&path, &function.to_string(), &operation)
     }
@@ -295,6 +312,31 @@ impl<S: Sysfs> Kernel for LinuxKernel<S> {
         // A line without a name takes it away (Documentation/ABI/testing/sysfs-bus-pci).
         let path = crate::sysfs::function(function).join("driver_override");
         self.write(&path, driver.unwrap_or("\n"), &operation)
+    }
+
+    fn iommu_group(&self, function: PciAddress) -> Result<Option<IommuGroup>, KernelError> {
+        let operation = format!("look up the IOMMU group of {function}");
+        let path = crate::sysfs::function(function).join("iommu_group");
+        let number = match self.sysfs.link(&path) {
+            Ok(target) => target.file_name().and_then(|name| name.to_str()?.parse().ok()),
+            Err(error) if is_absent(&error) => return Ok(None),
+            Err(error) => return Err(of_file(&operation, &path, &error)),
+        };
+        let Some(number) = number else {
+            return Err(KernelError::of_class(operation, ErrorClass::Other).saying("its group has no number"));
+        };
+        // Few groups have a name.
+        match self.sysfs.read(&path.join("name")) {
+            Ok(name) if name == "vfio-noiommu" => return Ok(None),
+            Ok(_) => {}
+            Err(error) if is_absent(&error) => {}
+            Err(error) => return Err(of_file(&operation, &path, &error)),
+        }
+        let devices = path.join("devices");
+        let names = self.sysfs.list(&devices).map_err(|error| of_file(&operation, &devices, &error))?;
+        let mut functions: Vec<PciAddress> = names.iter().filter_map(|name| name.parse().ok()).collect();
+        functions.sort_unstable();
+        Ok(Some(IommuGroup { number, functions }))
     }
 
     fn vf_count(&self, port: PciAddress) -> Result<VfCount, KernelError> {

@@ -142,12 +142,17 @@ pub trait Kernel: fmt::Debug + Send + Sync {
     /// Takes a function away from its driver. Its network device vanishes, wherever it is.
     ///
     /// # Errors
-    /// [`ErrorClass::Gone`] where it has no driver.
+    /// [`ErrorClass::Gone`] where it has no driver; [`ErrorClass::Busy`] where a program has its VFIO group open, for the
+    /// kernel would wait until that lets it go (`vfio_unregister_group_dev` in drivers/vfio/vfio_main.c).
     fn unbind(&self, function: PciAddress) -> Result<(), KernelError>;
 
     /// Has the function be taken by this driver only (`driver_override`), or, with `None`, by any that knows it. It changes
     /// nothing until the next binding.
     fn set_driver_override(&self, function: PciAddress, driver: Option<&str>) -> Result<(), KernelError>;
+
+    /// The IOMMU group of a function; `None` where it has none, as without an IOMMU or where VFIO made up the group for
+    /// want of one (`vfio_noiommu_group_alloc` in drivers/vfio/group.c).
+    fn iommu_group(&self, function: PciAddress) -> Result<Option<IommuGroup>, KernelError>;
 
     /// How many functions a port has.
     fn vf_count(&self, port: PciAddress) -> Result<VfCount, KernelError>;
@@ -262,6 +267,27 @@ pub struct DriverState {
     /// The only driver that may take it (`driver_override`); `None` where any may.
     pub driver_override: Option<String>,
 }
+
+/// Functions that the IOMMU cannot tell apart: who drives one of them can reach what the others reach.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IommuGroup {
+    /// Its number, which another boot may change.
+    pub number: u32,
+    /// Its functions, sorted.
+    pub functions: Vec<PciAddress>,
+}
+
+impl IommuGroup {
+    /// What a program opens to drive a function of it (Documentation/driver-api/vfio.rst).
+    ///
+    /// Bed: igb, behind QEMU's IOMMU.
+    pub fn files(&self) -> [PathBuf; 2] {
+        [PathBuf::from(VFIO).join("vfio"), PathBuf::from(VFIO).join(self.number.to_string())]
+    }
+}
+
+/// Where VFIO's files are.
+pub(crate) const VFIO: &str = "/dev/vfio";
 
 /// How many functions a port has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

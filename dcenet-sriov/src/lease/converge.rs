@@ -127,9 +127,16 @@ impl Converge<'_> {
 
     fn round(&self, goal: &VfSnapshot, none: &mut NoAddress, errors: &mut Vec<LeaseError>) {
         if let Err(error) = self.bind(goal) {
-            let gone = matches!(error, LeaseError::Gone { .. });
+            let (gone, open) = (matches!(error, LeaseError::Gone { .. }), is_busy(&error));
             errors.push(error);
             if gone {
+                return;
+            }
+            if open && goal.netdev.is_some() {
+                // A program has it still: there is no device to wait for, and what its port keeps it from goes on.
+                if let Err(error) = self.close(errors) {
+                    errors.push(error);
+                }
                 return;
             }
         }

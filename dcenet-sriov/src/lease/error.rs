@@ -91,6 +91,35 @@ pub enum LeaseError {
         /// What cannot be set.
         source: Unsupported,
     },
+    /// The driver is none of VFIO. Nothing was changed.
+    #[error("{vf}: driver {driver} hands no function to a program safely; name vfio-pci, or a variant of it")]
+    NotVfio {
+        /// The function.
+        vf: PciAddress,
+        /// The driver that was wanted.
+        driver: String,
+    },
+    /// A program that drives it could reach all of the memory. Nothing was changed.
+    #[error(
+        "{vf}: it has no IOMMU group, so that a program which drives it could reach all memory; turn the IOMMU on (in the firmware, and by the kernel's intel_iommu=on or amd_iommu=on)"
+    )]
+    NoIommuGroup {
+        /// The function.
+        vf: PciAddress,
+    },
+    /// A program that drives it could reach the others. Nothing was changed.
+    #[error(
+        "{vf}: it shares IOMMU group {group} with {}; use a slot or an adapter that keeps functions apart (PCIe ACS)",
+        addresses(others)
+    )]
+    SharedGroup {
+        /// The function.
+        vf: PciAddress,
+        /// The number of the group.
+        group: u32,
+        /// What else is in it.
+        others: Vec<PciAddress>,
+    },
     /// It is not what it should be, though nothing was refused.
     #[error("{vf}: {}; somebody else may configure it, or its driver cannot", list(differences))]
     Unverified {
@@ -116,6 +145,10 @@ pub enum LeaseError {
     /// The ledger refused.
     #[error(transparent)]
     Ledger(#[from] LedgerError),
+}
+
+fn addresses(all: &[PciAddress]) -> String {
+    all.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
 fn list(differences: &[Difference]) -> String {

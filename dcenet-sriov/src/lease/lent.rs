@@ -7,7 +7,7 @@ use dcenet_core::model::{IfIndex, IfName};
 use super::record::{Away, Step, VfPage};
 use super::straight::Seen;
 use super::{Difference, LeaseError, Leases, Released, VfId, Wanted};
-use crate::kernel::{ErrorClass, KernelError, Namespace, NetdevChange, NetdevState};
+use crate::kernel::{ErrorClass, IommuGroup, KernelError, Namespace, NetdevChange, NetdevState};
 
 /// A function that is being given to somebody. Dropped without [`commit`](Self::commit), it is taken back: the drop
 /// asks the kernel, flushes a file, and blocks its thread as long as the patience of the [`Leases`] at most for each
@@ -21,15 +21,17 @@ pub struct VfLease<'l> {
     incarnation: u64,
     wanted: Wanted,
     link: Option<(IfName, IfIndex)>,
+    group: Option<IommuGroup>,
 }
 
 impl<'l> VfLease<'l> {
     pub(super) fn new(leases: &'l Leases, page: VfPage, vf: VfId, incarnation: u64, wanted: Wanted) -> Self {
-        Self { leases, page: Some(page), vf, incarnation, wanted, link: None }
+        Self { leases, page: Some(page), vf, incarnation, wanted, link: None, group: None }
     }
 
     /// It was seen as it is wanted.
-    pub(super) fn prepared(&mut self, seen: &Seen) {
+    pub(super) fn prepared(&mut self, seen: &Seen, group: Option<IommuGroup>) {
+        self.group = group;
         let Seen { now, port: _, device } = seen;
         self.link = now.netdev.as_ref().map(|netdev| netdev.name.clone()).zip(*device);
     }
@@ -38,6 +40,11 @@ impl<'l> VfLease<'l> {
     /// none.
     pub fn link(&self) -> Option<&(IfName, IfIndex)> {
         self.link.as_ref()
+    }
+
+    /// The group whose [files](IommuGroup::files) a program of the owner opens; `None` where the lease is for none.
+    pub fn iommu_group(&self) -> Option<&IommuGroup> {
+        self.group.as_ref()
     }
 
     /// The function.

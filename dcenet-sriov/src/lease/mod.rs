@@ -43,13 +43,15 @@
 //! hears nothing until it was set up and down once, or a lease gives it an address.
 //! Its driver speaks to nobody until then, and takes any address of a tenant, which the port does not know.
 //!
-//! Bed of everything here: igb, on Linux 6.1; modelled, with the quirks of five drivers and a fault at each call.
+//! Bed of everything here: igb, on Linux 6.1; modelled, with the quirks of five drivers and a fault at each call. Of
+//! functions for programs: igb behind QEMU's IOMMU, on Linux 6.1 and 6.12; modelled, with a fault at each call.
 
 mod choose;
 mod claim;
 mod converge;
 mod counters;
 mod error;
+mod hand_over;
 mod lent;
 mod owners;
 mod port;
@@ -110,6 +112,11 @@ pub struct Wanted {
     pub promisc: Option<bool>,
     /// Whether it receives all multicast frames. Most drivers want trust for it.
     pub all_multicast: Option<bool>,
+    /// The driver of VFIO by which a program of the owner is to drive it, such as `vfio-pci`. It has no network device
+    /// then, and what is wanted of that is not set; nor can any policy be put on it: what its port is told is all that
+    /// holds it. Where the function has another driver, that is bound again when the lease ends.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub driver: Option<String>,
 }
 
 impl Wanted {
@@ -253,6 +260,7 @@ impl Leases {
             }
             seen = work.see()?;
         }
+        let group = wanted.driver.as_deref().map(|driver| self.group_for(vf, driver)).transpose()?;
         let driver = self.kernel.driver(vf.port)?.driver;
         let able = Capabilities::of(driver.as_deref(), &home.port).check_change(&wanted.port);
         able.map_err(|source| LeaseError::Unsupported { vf: vf.address, source })?;
@@ -261,7 +269,7 @@ impl Leases {
         let mut lease = VfLease::new(self, page, vf, incarnation, wanted.clone());
         match (Converge { pinned: wanted.port.mac, ..work }).reach_from(&home.with(wanted), &seen) {
             Ok(seen) => {
-                lease.prepared(&seen);
+                lease.prepared(&seen, group);
                 Ok(lease)
             }
             Err(errors) => Err(lease.refuse(errors)),

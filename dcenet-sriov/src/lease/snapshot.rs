@@ -115,6 +115,11 @@ impl VfSnapshot {
             // It is raised where it is used, under policy.
             netdev.up = false;
         }
+        if let Some(driver) = &wanted.driver {
+            let only = Some(driver.clone());
+            self.driver = DriverState { driver: only.clone(), driver_override: only };
+            self.netdev = None;
+        }
         self
     }
 

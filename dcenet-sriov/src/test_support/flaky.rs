@@ -8,8 +8,8 @@ use dcenet_core::netns::NetNsId;
 
 use crate::address::{PciAddress, VfIndex};
 use crate::kernel::{
-    DriverState, ErrorClass, Kernel, KernelError, LinkCounters, Namespace, NetdevChange, NetdevState, VfChange,
-    VfCount, VfState, Watch,
+    DriverState, ErrorClass, IommuGroup, Kernel, KernelError, LinkCounters, Namespace, NetdevChange, NetdevState,
+    VfChange, VfCount, VfState, Watch,
 };
 
 /// What happens at the chosen call.
@@ -155,6 +155,10 @@ impl Kernel for FlakyKernel {
 
     fn set_driver_override(&self, function: PciAddress, driver: Option<&str>) -> Result<(), KernelError> {
         self.pass("set driver override", || self.inner.set_driver_override(function, driver))
+    }
+
+    fn iommu_group(&self, function: PciAddress) -> Result<Option<IommuGroup>, KernelError> {
+        self.pass("look up IOMMU group", || self.inner.iommu_group(function))
     }
 
     fn vf_count(&self, port: PciAddress) -> Result<VfCount, KernelError> {

@@ -4,7 +4,7 @@ use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::sync::{Arc, Once};
 
-use dcenet_sriov::lease::{Outcome, Released};
+use dcenet_sriov::lease::{LeaseError, Leases, Outcome, Released};
 use dcenet_sriov::test_support::{Fault, FlakyKernel, Profile};
 
 use crate::world::{Dress, World, owner};
@@ -16,6 +16,16 @@ fn hosts() -> impl Iterator<Item = (Profile, Dress)> {
 
 /// Lives with a fault at a call. `None` where the call was never reached.
 fn live_with(world: &World, call: u64, fault: Fault) -> Option<bool> {
+    faulty(world, call, fault, World::live)
+}
+
+/// As [`live_with`], of a life of this kind.
+pub(crate) fn faulty(
+    world: &World,
+    call: u64,
+    fault: Fault,
+    live: impl Fn(&World, &Leases) -> Result<Released, LeaseError>,
+) -> Option<bool> {
     // Deaths that are wanted would fill the output.
     static QUIET: Once = Once::new();
     QUIET.call_once(|| {
@@ -28,7 +38,7 @@ fn live_with(world: &World, call: u64, fault: Fault) -> Option<bool> {
     });
     let flaky = Arc::new(FlakyKernel::new(world.model.clone(), call, fault));
     let leases = world.leases_on(flaky.clone());
-    let outcome = catch_unwind(AssertUnwindSafe(|| world.live(&leases)));
+    let outcome = catch_unwind(AssertUnwindSafe(|| live(world, &leases)));
     if flaky.calls() < call {
         assert!(matches!(outcome, Ok(Ok(Released::Clean))), "{outcome:?}");
         return None;
@@ -37,7 +47,7 @@ fn live_with(world: &World, call: u64, fault: Fault) -> Option<bool> {
     Some(matches!(outcome, Ok(Ok(Released::Clean))))
 }
 
-fn recover(world: &World) -> Outcome {
+pub(crate) fn recover(world: &World) -> Outcome {
     let mut all = world.leases().recover(|_| false).unwrap();
     assert!(all.len() <= 1, "{all:?}");
     all.pop().map_or(Outcome::Free, |recovered| recovered.outcome)

@@ -91,7 +91,7 @@ fn leases(kernel: Arc<dyn Kernel>, state: &Path) -> Leases {
 }
 
 /// As much as the driver can do.
-fn wanted() -> Wanted {
+pub(crate) fn wanted() -> Wanted {
     Wanted {
         port: VfChange {
             mac: Some(mac(0xaa)),

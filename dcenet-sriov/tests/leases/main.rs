@@ -5,6 +5,8 @@ mod busy;
 mod choice;
 mod crashes;
 mod igb;
+mod programs;
 mod regressions;
 mod source;
+mod vfio;
 mod world;

@@ -123,6 +123,17 @@ impl World {
         self.model.attach_program(self.vf.address, "spy");
     }
 
+    /// As [`wanted`](Self::wanted), for a program of the pod.
+    pub(crate) fn wanted_by_program(&self) -> Wanted {
+        Wanted { port: self.wanted().port, driver: Some("vfio-pci".to_owned()), ..Wanted::default() }
+    }
+
+    /// The life of a pod whose program drives the function.
+    pub(crate) fn live_by_program(&self, leases: &Leases) -> Result<Released, LeaseError> {
+        let incarnation = leases.prepare(&owner("a"), self.vf, &self.wanted_by_program())?.commit()?;
+        leases.release(&owner("a"), self.vf.address, incarnation)
+    }
+
     /// The life of a pod: ADD, root at work, DEL.
     pub(crate) fn live(&self, leases: &Leases) -> Result<Released, LeaseError> {
         let mut lease = leases.prepare(&owner("a"), self.vf, &self.wanted())?;

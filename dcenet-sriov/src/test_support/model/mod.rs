@@ -20,8 +20,8 @@ use world::{Device, HOST, Space, World};
 
 use crate::address::{PciAddress, VfIndex};
 use crate::kernel::{
-    Attribute, DriverState, ErrorClass, Kernel, KernelError, LinkCounters, Namespace, NetdevChange, NetdevState,
-    VfChange, VfCount, VfState, VlanProtocol, Watch,
+    Attribute, DriverState, ErrorClass, IommuGroup, Kernel, KernelError, LinkCounters, Namespace, NetdevChange,
+    NetdevState, VfChange, VfCount, VfState, VlanProtocol, Watch,
 };
 
 /// The modelled kernel. Cheap to make, and shared by reference.
@@ -287,6 +287,9 @@ impl Kernel for Model {
     fn unbind(&self, function: PciAddress) -> Result<(), KernelError> {
         let operation = format!("unbind {function}");
         let mut world = self.call(&operation);
+        if world.open.contains(&function) {
+            return Err(KernelError::refused(operation, libc::EBUSY));
+        }
         let found = world.function(function).and_then(|(_, vf)| vf.driver.take());
         if found.is_none() {
             return Err(KernelError::refused(operation, libc::ENOENT));
@@ -301,6 +304,21 @@ impl Kernel for Model {
         let (_, vf) = world.function(function).ok_or_else(|| KernelError::refused(operation, libc::ENOENT))?;
         vf.driver_override = driver.map(str::to_owned);
         Ok(())
+    }
+
+    fn iommu_group(&self, function: PciAddress) -> Result<Option<IommuGroup>, KernelError> {
+        let operation = format!("look up the IOMMU group of {function}");
+        let world = self.call(&operation);
+        let all = world.ports.iter().flat_map(|port| &port.vfs).map(|vf| vf.address);
+        // Those of their own are numbered behind those that a test chooses.
+        let numbered = all.zip(1_000..).map(|(vf, own)| (vf, world.groups.get(&vf).copied().unwrap_or(Some(own))));
+        let numbered: Vec<(PciAddress, Option<u32>)> = numbered.collect();
+        let Some((_, number)) = numbered.iter().find(|(vf, _)| *vf == function) else {
+            return Err(KernelError::refused(operation, libc::ENOENT));
+        };
+        let Some(number) = *number else { return Ok(None) };
+        let functions = numbered.iter().filter(|(_, group)| *group == Some(number)).map(|(vf, _)| *vf).collect();
+        Ok(Some(IommuGroup { number, functions }))
     }
 
     fn vf_count(&self, port: PciAddress) -> Result<VfCount, KernelError> {

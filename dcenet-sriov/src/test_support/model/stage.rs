@@ -43,6 +43,8 @@ impl Model {
                 spaces: BTreeMap::from([(HOST, 1)]),
                 paths: BTreeMap::new(),
                 drivers: BTreeSet::from(["vfio-pci".to_owned()]),
+                groups: BTreeMap::new(),
+                open: BTreeSet::new(),
                 calls: Vec::new(),
                 coming: Vec::new(),
                 clock: 0,
@@ -98,6 +100,21 @@ impl Model {
     /// How many calls pass between the binding of a function and its device; with `u64::MAX` it never appears.
     pub fn set_delay(&self, calls: u64) {
         self.world().delay = calls;
+    }
+
+    /// Puts a function into an IOMMU group with others, or into none.
+    pub fn set_group(&self, function: PciAddress, group: Option<u32>) {
+        self.world().groups.insert(function, group);
+    }
+
+    /// Whether a program has the function's VFIO group open.
+    pub fn set_open(&self, function: PciAddress, open: bool) {
+        let mut world = self.world();
+        if open {
+            world.open.insert(function)
+        } else {
+            world.open.remove(&function)
+        };
     }
 
     /// Whether a port has carrier.

@@ -22,6 +22,10 @@ pub(super) struct World {
     pub(super) spaces: BTreeMap<Space, u32>,
     pub(super) paths: BTreeMap<PathBuf, Space>,
     pub(super) drivers: BTreeSet<String>,
+    /// The IOMMU groups of functions: those that are not here have one of their own.
+    pub(super) groups: BTreeMap<PciAddress, Option<u32>>,
+    /// Functions whose VFIO group a program has open.
+    pub(super) open: BTreeSet<PciAddress>,
     pub(super) calls: Vec<String>,
     /// Devices that appear when the clock gets there.
     pub(super) coming: Vec<(u64, PciAddress)>,
