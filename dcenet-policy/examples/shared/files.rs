@@ -23,8 +23,11 @@ pub(crate) fn read(resources: &Path) -> Result<(Documents, Vec<Note>), Box<dyn E
     Ok((documents, notes))
 }
 
+/// Files and what is in them.
+type Texts = Vec<(PathBuf, String)>;
+
 /// The texts of all files of a directory, with those below it, or of a single file, in the order of their paths.
-pub(crate) fn texts(resources: &Path) -> Result<(Vec<(PathBuf, String)>, Vec<Note>), Box<dyn Error>> {
+pub(crate) fn texts(resources: &Path) -> Result<(Texts, Vec<Note>), Box<dyn Error>> {
     let (mut files, mut notes) = (Vec::new(), Vec::new());
     if resources.is_dir() {
         find(resources, &mut files, &mut notes)?;
