@@ -347,7 +347,8 @@ pub enum Announcer {
     Socket,
     /// The kernel itself, at once: the link's Ethernet address is set to what it is, on which the kernel announces all addresses of
     /// the link while its settings `arp_notify` and `ndisc_notify` say so (`inetdev_event` of `net/ipv4/devinet.c`,
-    /// `ndisc_netdev_event` of `net/ipv6/ndisc.c`). For links without hardware, whose drivers have nothing to do for it.
+    /// `ndisc_netdev_event` of `net/ipv6/ndisc.c`). For links without hardware, whose drivers have nothing to do for it. What finds no
+    /// room in a queue is not told.
     Kernel,
 }
 

@@ -15,11 +15,14 @@
 //! | Bundle | Why |
 //! |---|---|
 //! | signed by fewer of the trusted keys than the threshold, each counted once | anybody could have made it |
-//! | of a lower generation than was taken before | an old one that lets more pass was put in its place |
+//! | of a set that is not wanted here | the same key may have signed it for others |
+//! | of a lower generation than was taken before, or than the least that is wanted | an old one that lets more pass was put in its place |
+//! | none, of a set that is wanted | without its policies everything passes |
 //! | of the same generation, with another content | there is one set of a generation |
 //! | with members that this release does not know | what they say would be left out |
 //!
-//! A cluster that is given no new bundle keeps the last one and cannot know of it: compare what clusters report.
+//! A cluster that is given no new bundle cannot know of it: compare what clusters report. Bundles are not kept here: whoever is given
+//! one keeps it as long as it is to hold.
 //!
 //! ```
 //! use dcenet_policy::bundle::{Bundle, BundleDocument, SigningKey, Trust};

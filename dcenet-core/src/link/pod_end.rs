@@ -16,6 +16,8 @@ pub(super) struct PodDevice<'a> {
     pub(super) neighbours: Neighbours,
     /// What care is taken of its addresses, where others are on its segment.
     pub(super) underlay: Option<Underlay>,
+    /// Who tells that segment of them.
+    pub(super) announcer: Announcer,
     /// The device of the host on which it is made, which may remember who had its addresses before.
     pub(super) parent: Option<Parent>,
 }
@@ -106,11 +108,7 @@ impl PodDevice<'_> {
             if let Some(parent) = &self.parent {
                 forget(&parent.link, &self.request.addresses, steps);
             }
-            let by = match &self.parent {
-                Some(Parent { shared_mac: None, .. }) => Announcer::Kernel,
-                _ => Announcer::Socket,
-            };
-            introduce(underlay, &self.end, &self.request.addresses, by, steps);
+            introduce(underlay, &self.end, &self.request.addresses, self.announcer, steps);
         }
     }
 }

@@ -39,16 +39,16 @@ pub enum AcceptedError {
         /// Why.
         source: io::Error,
     },
-    /// A later one was taken.
+    /// A later one was taken, or is the least that is wanted.
     #[error(
-        "{name}: generation {generation} is older than {taken}, which was taken before; issue it anew with a generation above {taken}"
+        "{name}: generation {generation} is older than {taken}, which was taken before or is the least; issue it anew with a higher one"
     )]
     Older {
         /// The name of the set.
         name: String,
         /// The one that was given.
         generation: u64,
-        /// The one that was taken.
+        /// The one that was taken, or is the least.
         taken: u64,
     },
     /// The same generation had another content.
@@ -74,15 +74,19 @@ pub enum AcceptedError {
         /// Of both.
         generations: [u64; 2],
     },
-    /// A set that was taken is not there.
+    /// A set that is wanted is not there.
     #[error(
-        "{name}: no bundle of this set is there, of which generation {taken} was taken; bring it back, or issue an empty one"
+        "{name}: no bundle of this set is there; bring it, or issue one without documents where no policies are wanted"
     )]
     Missing {
         /// The name of the set.
         name: String,
-        /// The one that was taken.
-        taken: u64,
+    },
+    /// Nobody wants this set here.
+    #[error("{name}: no such set is wanted here; remove the bundle, or add its name to those of policies.trust.sets")]
+    Unwanted {
+        /// The name of the set.
+        name: String,
     },
 }
 
@@ -106,16 +110,24 @@ impl Accepted {
         &self.sets
     }
 
-    /// Whether all of these may be taken, in the place of all that was. Nothing is noted.
+    /// Whether all of these may be taken, in the place of all that was. Nothing is noted. `wanted` has the names of the sets that
+    /// are to be there, each with the least generation that is taken: a key may sign sets for others, too, and where nothing was taken
+    /// yet nothing else tells which ones are old.
     ///
     /// # Errors
     /// The first that may not.
-    pub fn check(&self, given: &[Verified]) -> Result<(), AcceptedError> {
+    pub fn check(&self, given: &[Verified], wanted: &BTreeMap<String, u64>) -> Result<(), AcceptedError> {
         let mut seen: BTreeMap<&str, u64> = BTreeMap::new();
         for Verified { bundle, digest, .. } in given {
             let (name, generation) = (bundle.name(), bundle.generation());
             if let Some(other) = seen.insert(name, generation) {
                 return Err(AcceptedError::Twice { name: name.to_owned(), generations: [other, generation] });
+            }
+            let Some(least) = wanted.get(name).copied() else {
+                return Err(AcceptedError::Unwanted { name: name.to_owned() });
+            };
+            if generation < least {
+                return Err(AcceptedError::Older { name: name.to_owned(), generation, taken: least });
             }
             match self.sets.get(name) {
                 Some(taken) if generation < taken.generation => {
@@ -128,8 +140,8 @@ impl Accepted {
                 _ => {}
             }
         }
-        match self.sets.iter().find(|(name, _)| !seen.contains_key(name.as_str())) {
-            Some((name, taken)) => Err(AcceptedError::Missing { name: name.clone(), taken: taken.generation }),
+        match wanted.keys().find(|name| !seen.contains_key(name.as_str())) {
+            Some(name) => Err(AcceptedError::Missing { name: name.clone() }),
             None => Ok(()),
         }
     }
@@ -139,12 +151,13 @@ impl Accepted {
     ///
     /// # Errors
     /// As [`Accepted::check`], and [`AcceptedError::File`].
-    pub fn take(&mut self, given: &[Verified]) -> Result<(), AcceptedError> {
-        self.check(given)?;
+    pub fn take(&mut self, given: &[Verified], wanted: &BTreeMap<String, u64>) -> Result<(), AcceptedError> {
+        self.check(given, wanted)?;
         let taken = |v: &Verified| {
             (v.bundle.name().to_owned(), Taken { generation: v.bundle.generation(), digest: v.digest.clone() })
         };
-        let sets: BTreeMap<_, _> = given.iter().map(taken).collect();
+        // A set that nobody wants any more may be wanted again.
+        let sets: BTreeMap<_, _> = self.sets.clone().into_iter().chain(given.iter().map(taken)).collect();
         if sets != self.sets {
             self.write(&sets).map_err(|source| AcceptedError::File { path: self.path.clone(), source })?;
             self.sets = sets;

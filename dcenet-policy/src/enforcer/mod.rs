@@ -202,6 +202,8 @@ pub struct EndpointStatus {
     pub phase: Phase,
     /// The larger of its two generations.
     pub generation: u32,
+    /// Whether its verdicts are its own, and take account of what its attachment says now.
+    pub is_current: bool,
     /// What its policy holds against the pod itself, once it is enforced.
     pub enforcement: Enforcement,
     /// Why the latest change is not in force for it.

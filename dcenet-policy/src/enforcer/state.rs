@@ -420,6 +420,7 @@ impl Shared {
             slot: known.slot,
             phase: known.phase,
             generation: known.generation,
+            is_current: known.phase == Phase::Enforced && known.failure.is_none() && known.noted <= state.applied,
             enforcement: self.enforcement(&known.endpoint),
             failure: known.failure.clone(),
             faults: state.faults_of(known),

@@ -1,7 +1,7 @@
 //! The daemon's configuration: one JSON object. Its sections `ipam` and `policy` and the keys `stateDir` and `runDir` are
 //! those of the CNI configuration.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -95,6 +95,8 @@ pub struct PoliciesConfig {
 pub struct TrustConfig {
     /// Files of public keys: Ed25519, in PEM.
     pub keys: Vec<PathBuf>,
+    /// The names of the sets that must be there, each with the least generation that is taken.
+    pub sets: BTreeMap<String, u64>,
     /// How many of the keys must have signed a bundle.
     #[serde(default = "one")]
     pub threshold: usize,
@@ -335,6 +337,11 @@ impl Config {
             ("flows.file", self.flows.as_ref().and_then(|f| f.file.as_ref())),
             ("kubelet.directory", self.kubelet.as_ref().map(|k| &k.directory)),
         ]);
+        if self.policies.iter().filter_map(|p| p.trust.as_ref()).any(|trust| trust.sets.is_empty()) {
+            return wrong(
+                "policies.trust.sets: none; name those that this node is to have, as in {\"production\": 1}".to_owned(),
+            );
+        }
         let keys = self.policies.iter().filter_map(|p| p.trust.as_ref()).flat_map(|trust| &trust.keys);
         let paths = paths.chain(keys.map(|path| ("policies.trust.keys", Some(path))));
         for (field, path) in paths.filter_map(|(field, path)| Some((field, path?))) {

@@ -1,6 +1,6 @@
 //! The daemon at work.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::ffi::OsString;
 use std::net::IpAddr;
@@ -38,7 +38,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
-use crate::config::{Config, TrustConfig};
+use crate::config::Config;
 use crate::fabric::{FabricMetrics, Following, check_mtu};
 use crate::flows::Flows;
 use crate::functions::Functions;
@@ -269,8 +269,8 @@ struct Owner {
     directory: Option<PathBuf>,
     watcher: Option<Watcher>,
     metrics: DaemonMetrics,
-    /// Whose bundles are taken.
-    trust: Option<Trust>,
+    /// Whose bundles are taken, of which sets and from which generation on.
+    trust: Option<(Trust, BTreeMap<String, u64>)>,
     /// Which bundles were.
     accepted: Accepted,
     issued: Issued,
@@ -308,10 +308,9 @@ const LOOK: Duration = Duration::from_secs(5);
 impl Owner {
     fn open(config: &Config, policy: &PolicyConfig, metrics: DaemonMetrics) -> Outcome<Self> {
         let directory = config.policies.as_ref().map(|p| p.directory.clone());
-        let trust = config.policies.as_ref().and_then(|p| p.trust.as_ref()).map(TrustConfig::read).transpose()?;
-        let accepted = Accepted::read(&config.state_dir.join("policy-sets")).map_err(|error| {
-            format!("{error}; it says which bundles were taken, without which older ones would be: bring it back, or remove it")
-        })?;
+        let trust = config.policies.as_ref().and_then(|p| p.trust.as_ref());
+        let trust = trust.map(|trust| Ok::<_, String>((trust.read()?, trust.sets.clone()))).transpose()?;
+        let accepted = policies::accepted(&config.state_dir)?;
         let node = node_name(config)?;
         // Watched before it is read: what changes in between is seen.
         let watcher = directory.as_deref().map(Watcher::new).transpose().map_err(|e| format!("policies: {e}"))?;
@@ -351,7 +350,7 @@ impl Owner {
     /// reading that is not, nothing is put in the place of the verdicts of whoever was here before.
     fn read(&mut self) {
         let (read, seen) = match &self.directory {
-            Some(directory) => policies::read(directory, self.trust.as_ref()),
+            Some(directory) => policies::read(directory, self.trust.as_ref().map(|(trust, _)| trust)),
             None => (Ok(Set::default()), None),
         };
         self.seen = seen;
@@ -388,27 +387,18 @@ impl Owner {
         self.pending = Some((later, later));
     }
 
-    /// Refuses a set without policies in force after one with some, unless the configuration lets it, and bundles that are older
-    /// than what was taken, or missing. It is noted that the others were taken.
+    /// Refuses bundles that are older than what was taken, not wanted, or missing, and notes that the others were taken; where nobody is
+    /// trusted, a set without policies in force after one with some, unless the configuration lets it.
     fn admit(&mut self, set: Set) -> Result<Set, PoliciesError> {
-        // That a bundle is missing says more than that nothing is left.
-        if self.trust.is_some() {
-            self.accepted.check(&set.bundles).map_err(PoliciesError::Set)?;
-        }
-        match &self.directory {
-            // Whoever issued an empty bundle wants it so.
-            Some(directory)
-                if in_force(&set.documents) == 0
-                    && self.standing.is_set()
-                    && !self.may_be_empty
-                    && set.bundles.is_empty() =>
+        match (&self.trust, &self.directory) {
+            // All sets are there: whoever issued them without policies wants it so.
+            (Some((_, wanted)), _) => self.accepted.take(&set.bundles, wanted).map_err(PoliciesError::Set)?,
+            (None, Some(directory))
+                if in_force(&set.documents) == 0 && self.standing.is_set() && !self.may_be_empty =>
             {
                 return Err(PoliciesError::NoneLeft(directory.clone()));
             }
             _ => {}
-        }
-        if self.trust.is_some() {
-            self.accepted.take(&set.bundles).map_err(PoliciesError::Set)?;
         }
         Ok(set)
     }
@@ -422,7 +412,7 @@ impl Owner {
         for note in &notes {
             tracing::warn!(%note, "policies");
         }
-        self.issued.tell(&bundles, notes);
+        self.issued.begin();
         let (policies, in_force) = (documents.policies.len(), in_force(&documents));
         // Before they are: a daemon that dies in between must not be followed by one that takes none for all.
         if in_force > 0 {
@@ -436,6 +426,7 @@ impl Owner {
         if before.is_none() {
             is_in_force &= report("policies are in force", self.enforcer.start());
         }
+        self.issued.tell(&bundles, notes);
         if in_force == 0 && is_in_force {
             self.note_standing(false);
         }

@@ -20,6 +20,7 @@ mod store;
 mod systemd;
 mod threads;
 
+use std::error::Error;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -83,16 +84,7 @@ fn main() -> ExitCode {
 const WRONG: u8 = 2;
 
 fn check(options: &Options, config: &Config) -> ExitCode {
-    let trust = config.policies.as_ref().and_then(|p| p.trust.as_ref()).map(TrustConfig::read).transpose();
-    let trust = match trust {
-        Ok(trust) => trust,
-        Err(error) => {
-            eprintln!("dcenetd: {error}");
-            return ExitCode::from(WRONG);
-        }
-    };
-    let read = config.policies.as_ref().map(|p| policies::read(&p.directory, trust.as_ref()).0).transpose();
-    match read {
+    match read(config) {
         Ok(set) => {
             for note in set.iter().flat_map(|set| policies::notes(&set.documents, config.dns.is_some())) {
                 println!("{note}");
@@ -105,6 +97,17 @@ fn check(options: &Options, config: &Config) -> ExitCode {
             ExitCode::from(WRONG)
         }
     }
+}
+
+/// The policies as the daemon would take them, of which nothing is noted.
+fn read(config: &Config) -> Result<Option<policies::Set>, Box<dyn Error>> {
+    let Some(policies) = &config.policies else { return Ok(None) };
+    let trust = policies.trust.as_ref().map(TrustConfig::read).transpose()?;
+    let set = policies::read(&policies.directory, trust.as_ref()).0?;
+    if let Some(trust) = &policies.trust {
+        policies::accepted(&config.state_dir)?.check(&set.bundles, &trust.sets)?;
+    }
+    Ok(Some(set))
 }
 
 fn log_to_stderr(config: LogConfig) {

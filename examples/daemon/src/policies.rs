@@ -17,7 +17,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use dcenet_policy::bundle::{AcceptedError, BundleError, Trust, Verified};
+use dcenet_policy::bundle::{Accepted, AcceptedError, BundleError, Trust, Verified};
 use dcenet_policy::model::Catalog;
 use dcenet_policy::sources::kubernetes::{DocumentError, Documents, Note, NoteKind};
 use rustix::fs::OFlags;
@@ -219,6 +219,18 @@ fn read_once(directory: &Path, trust: Option<&Trust>) -> Result<Set, PoliciesErr
         }
     }
     Ok(Set { documents, bundles })
+}
+
+/// What was taken before.
+///
+/// # Errors
+/// Where that is not known.
+pub fn accepted(state_dir: &Path) -> Result<Accepted, String> {
+    Accepted::read(&state_dir.join("policy-sets")).map_err(|error| {
+        format!(
+            "{error}; it says which bundles were taken, without which older ones would be: bring it back, or remove it"
+        )
+    })
 }
 
 /// The extension of bundles.

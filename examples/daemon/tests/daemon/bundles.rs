@@ -22,8 +22,12 @@ spec: { podSelector: {}, ingress: [ {} ] }
 ";
 
 fn envelope(key: &str, generation: u64, text: &str) -> String {
+    envelope_of("production", key, generation, text)
+}
+
+fn envelope_of(name: &str, key: &str, generation: u64, text: &str) -> String {
     let key = format!("-----BEGIN PRIVATE KEY-----\n{key}\n-----END PRIVATE KEY-----\n");
-    let bundle = Bundle::new("production", generation, vec![BundleDocument::new("db.yaml", text)]).unwrap();
+    let bundle = Bundle::new(name, generation, vec![BundleDocument::new("db.yaml", text)]).unwrap();
     bundle.sign(&[SigningKey::from_pem(&key).unwrap()]).unwrap()
 }
 
@@ -35,15 +39,18 @@ fn a_node_takes_what_is_signed_and_newer_and_tells_what_is_in_force_where() {
     let mut node = Node::under_policy();
     let key = node.host.directory().join("issuer.pem");
     fs::write(&key, PUBLIC).unwrap();
-    node.config["policies"]["trust"] = json!({ "keys": [key] });
-    node.put_policy("production.bundle", &envelope(KEY, 1, OPEN));
+    node.config["policies"]["trust"] = json!({ "keys": [key], "sets": { "production": 1 } });
+    // Nothing is there yet, and pods are as the default says: nobody takes that for a set without policies.
     let daemon = node.start();
+    let page = || -> Value { serde_json::from_str(&node.get("/policy")[2]).unwrap() };
+    assert!(page()["refused"].as_str().unwrap().contains("production: no bundle of this set"), "{}", page());
+    node.put_policy("production.bundle", &envelope(KEY, 1, OPEN));
+    eventually("generation 1 is in force", || page()["sets"][0]["generation"] == 1 && page()["refused"].is_null());
     let [web, db, scan] = ["web", "db", "scan"].map(|name| node.add("shop", name));
     assert!(talks(&web, &db, true) && talks(&scan, &db, true), "generation 1 is open");
     node.put_policy("production.bundle", &envelope(KEY, 2, DB));
     eventually("generation 2 is in force", || !talks(&scan, &db, false));
 
-    let page = || -> Value { serde_json::from_str(&node.get("/policy")[2]).unwrap() };
     let told = page();
     assert_eq!((&told["node"], &told["refused"], &told["version"]), (&"n1".into(), &Value::Null, &1.into()));
     assert_eq!((&told["sets"][0]["name"], &told["sets"][0]["generation"]), (&"production".into(), &2.into()));
@@ -52,6 +59,7 @@ fn a_node_takes_what_is_signed_and_newer_and_tells_what_is_in_force_where() {
     let endpoints = told["endpoints"].as_array().unwrap();
     assert_eq!(endpoints.len(), 3, "{told}");
     assert!(endpoints.iter().all(|e| e["isCurrent"] == true && e["isEnforced"] == true), "{told}");
+    assert_eq!(told["isPending"], false);
     assert!(endpoints.iter().any(|e| e["workload"] == "shop/db"), "{told}");
     assert_eq!(node.samples().get("dcenet_daemon_policy_set_generation{set=\"production\"}"), Some(&2.0));
 
@@ -70,6 +78,11 @@ fn a_node_takes_what_is_signed_and_newer_and_tells_what_is_in_force_where() {
     refused("production.bundle", &envelope(KEY, 1, OPEN), "generation 1 is older than 2");
     refused("production.bundle", &envelope(KEY, 2, OPEN), "generation 2 is another than the one that was taken");
     refused("production.bundle", &envelope(STRANGER, 3, OPEN), "signed by 0 of the trusted keys");
+    refused(
+        "staging.bundle",
+        &envelope_of("staging", KEY, 1, &OPEN.replace("name: db", "name: open")),
+        "no such set is wanted",
+    );
     refused("open.yaml", &OPEN.replace("name: db", "name: open"), "read from bundles alone");
     fs::remove_file(node.policies().join("production.bundle")).unwrap();
     eventually("a bundle is missed", || {
@@ -83,6 +96,9 @@ fn a_node_takes_what_is_signed_and_newer_and_tells_what_is_in_force_where() {
     let _daemon = node.start();
     assert!(page()["refused"].as_str().unwrap().contains("generation 1 is older than 2"), "{}", page());
     assert!(!talks(&scan, &db, false));
+    // Verdicts stand that were of a set that this daemon does not know.
+    let of_whom = page()["endpoints"].as_array().unwrap().clone();
+    assert!(of_whom.iter().all(|e| e["isCurrent"] == false && e["isEnforced"] == true), "{of_whom:?}");
     // What is signed and newer may open.
     node.put_policy("production.bundle", &envelope(KEY, 3, OPEN));
     eventually("generation 3 is in force", || talks(&scan, &db, false));
@@ -103,7 +119,7 @@ fn bundles_and_keys_that_cannot_be_used_are_told_before_the_daemon_begins() {
     };
     refused(&node, "nobody is trusted; name the public keys");
     let key = node.host.directory().join("issuer.pem");
-    node.config["policies"]["trust"] = json!({ "keys": [key] });
+    node.config["policies"]["trust"] = json!({ "keys": [key], "sets": { "production": 1 } });
     refused(&node, "policies.trust.keys: ");
     fs::write(&key, "no key").unwrap();
     refused(&node, "not a key: ");
@@ -111,9 +127,16 @@ fn bundles_and_keys_that_cannot_be_used_are_told_before_the_daemon_begins() {
     assert!(node.run("--check").status.success());
     node.config["policies"]["trust"]["threshold"] = 2.into();
     refused(&node, "policies.trust.threshold: 2 of 1 keys");
-    node.config["policies"]["trust"] = json!({ "keys": ["issuer.pem"] });
+    node.config["policies"]["trust"] = json!({ "keys": ["issuer.pem"], "sets": { "production": 1 } });
     refused(&node, "policies.trust.keys: \"issuer.pem\" is not absolute");
-    node.config["policies"]["trust"] = json!({ "keys": [key] });
+    node.config["policies"]["trust"] = json!({ "keys": [key], "sets": { "production": 1 } });
     node.put_policy("production.bundle", &envelope(STRANGER, 1, DB));
     refused(&node, "signed by 0 of the trusted keys");
+    node.put_policy("production.bundle", &envelope(KEY, 1, DB));
+    node.config["policies"]["trust"]["sets"] = json!({ "production": 2 });
+    refused(&node, "generation 1 is older than 2");
+    node.config["policies"]["trust"]["sets"] = json!({ "production": 1, "base": 1 });
+    refused(&node, "base: no bundle of this set is there");
+    node.config["policies"]["trust"]["sets"] = json!({});
+    refused(&node, "policies.trust.sets: none");
 }
