@@ -25,8 +25,8 @@
 //!
 //! # Over a restart
 //!
-//! What is known is written down (`policy.names` in the run directory) before an answer is released; where that fails, the log
-//! says so. The next owner begins with it, and no verdict changes. Until it has been told policies and is started, it goes by the
+//! What is known is written down (`policy.names` in the run directory) before an answer is released, and for how much longer a known
+//! address counts some seconds later; where that fails, the log says so. The next owner begins with it, and no verdict changes. Until it has been told policies and is started, it goes by the
 //! names that those of before asked for: answers for these are not released.
 
 mod file;

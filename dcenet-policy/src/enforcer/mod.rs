@@ -493,6 +493,7 @@ impl Enforcer {
         {
             tracing::error!("the policy owner's thread panicked");
         }
+        self.shared.note_names();
     }
 }
 

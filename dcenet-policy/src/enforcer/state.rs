@@ -460,6 +460,7 @@ impl Shared {
             } else if sweep_at <= now {
                 let known = state.endpoints.keys().map(AttachmentKey::id).collect();
                 drop(state);
+                self.note_names();
                 forget_vanished(&*self.tools.attacher, &self.inside);
                 if let Err(error) = self.guards.sweep(&self.host.0, &self.inside, &known) {
                     tracing::warn!(%error, "guards on parents of macvlans are not as they should be until the next attempt");

@@ -3,9 +3,17 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use super::State;
+use super::{Shared, State};
 use crate::enforcer::learnt::Client;
 use crate::model::{Cluster, DomainName, Names, Time};
+
+impl Shared {
+    /// Writes down for how much longer known addresses count, which nothing else does: no change is carried out for it.
+    pub(in crate::enforcer) fn note_names(&self) {
+        let _applier = self.applier.lock();
+        self.write_names();
+    }
+}
 
 impl State {
     /// Names a cluster that was carried out, and the present one, by what is known. Returns the former, and the names before.
