@@ -13,9 +13,13 @@
 //! valid. Another change of the pod's policies, or of the peers that these ask for, has the pod's flows judged anew as it does
 //! all others, and a flow to an address that nobody has asked for again ends then.
 //!
-//! Answers are carried out by themselves, after what else has changed. An address for which there is no room closes nobody, and one
+//! Answers are carried out by themselves, after what else has changed. Where there is no room for that, all that was learnt is given up,
+//! and its names are to be asked for again. An address for which there is no room closes nobody, and one
 //! that an endpoint's programs do not know together with the prefixes that rules ask for is given up: to them it would be nobody's,
 //! and a rule that denies its prefix would not meet it.
+//!
+//! That is so of the answer. A pod that comes later, at an address that has a name already, is nobody's to programs that do not know pod
+//! and name together, until those of its change are on: a rule that denies such pods does not meet it for that time.
 //!
 //! # How much is known
 //!

@@ -211,7 +211,12 @@ fn what_finds_no_room_is_given_up_and_closes_nobody() {
     for (n, name) in [(2, "web"), (3, "db")] {
         world.add_enforced(name, n, &[("app", name)]);
     }
-    told(&owner, NAMED);
+    told(
+        &owner,
+        &format!(
+            "{NAMED}  - {{ action: allow, to: [ {{ pods: {{ podSelector: {{ matchLabels: {{ app: far }} }} }} }} ] }}\n"
+        ),
+    );
     learn(&world, &owner, "db.example.com", "db");
     // Each of another block of the table.
     let (mut learnt, web) = (0_u8, world.address("web", false));
@@ -232,6 +237,15 @@ fn what_finds_no_room_is_given_up_and_closes_nobody() {
     let refused = owner.learner().learn(web, &name("more.example.org"), [([198, 51, learnt, 1].into(), TTL)]);
     assert!(refused.is_err());
     assert_eq!(owner.faults(), []);
+    world.tcp("web", "db", 5432, true);
+
+    // A pod that policies know comes in yet another block: what was learnt gives way to it.
+    let far = Pod::new([("app", "far")], ["203.0.113.9".parse().unwrap()]);
+    let report = owner.upsert_pod(PodId::new("shop", "far"), far).unwrap();
+    assert!(report.is_complete(), "{report:?}");
+    world.tcp("web", "db", 5432, false);
+    learn(&world, &owner, "db.example.com", "db");
+    world.tcp("web", "db", 5432, true);
 }
 
 /// A prefix that is denied before names are asked for.

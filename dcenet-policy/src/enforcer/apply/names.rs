@@ -1,6 +1,8 @@
 //! What a change of names alone has to mind: it closes nobody, and is in force where every program knows it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::net::IpAddr;
+use std::sync::Arc;
 
 use dcenet_core::model::AttachmentKey;
 
@@ -10,9 +12,18 @@ use crate::compiler::{CompileError, Compiler, PolicySet, Update};
 use crate::enforcer::EnforcerError;
 use crate::enforcer::state::{Known, Outcome, Shared};
 use crate::isolation::Fault;
-use crate::model::{Cluster, Direction};
+use crate::model::{Cluster, Direction, Names};
 
 impl Applier {
+    /// Takes addresses out of the class tables that had a class of their own by names alone: not the listed ones. They are again what
+    /// the prefixes say of them, which every program knows. The next change has all flows judged anew.
+    pub(crate) fn take_out(&mut self, names: &Names, listed: &HashSet<IpAddr>) -> Result<(), EnforcerError> {
+        let named = names.iter().flat_map(|(_, known)| known.keys()).filter(|address| !listed.contains(*address));
+        let out: BTreeMap<IpAddr, Option<ClassId>> = named.map(|address| (*address, None)).collect();
+        self.strayed = true;
+        self.tables.write(&Arc::new(self.table.with_exact(&out)))
+    }
+
     /// Puts programs back that were replaced. Those are left that are there still.
     pub(super) fn undo(&self, shared: &Shared, switches: &[Switch<'_>], replaced: &mut Vec<Replaced>) {
         let undone = shared.host.0.run_here_or_there(|| {

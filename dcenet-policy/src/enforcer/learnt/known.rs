@@ -217,6 +217,13 @@ impl Learnt {
         self.note_renamed(waiting.renamed);
     }
 
+    /// Gives up everything.
+    pub(in crate::enforcer) fn give_up_all(&mut self) {
+        let all = self.names.by_end().map(|(_, name, address)| (name.clone(), *address)).collect::<Vec<_>>();
+        self.forget(all);
+        self.fresh.clear();
+    }
+
     /// Whether changes up to this revision are in force.
     pub(super) fn is_applied(&self, revision: u64) -> bool {
         self.applied >= revision

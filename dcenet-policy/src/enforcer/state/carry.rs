@@ -1,7 +1,8 @@
 //! Carrying out what was told, in two passes: everything but names, with the names that are in force already, and then names
 //! alone. So whatever comes together with an answer is no matter of the answer's, which opens, closes and ends nothing else.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use crate::compiler::CompileError;
 use crate::enforcer::apply::{Applied, Applier, Changes, Outcomes};
 use crate::enforcer::learnt::Waiting;
 use crate::enforcer::{EnforcerError, Report};
-use crate::model::Cluster;
+use crate::model::{Catalog, Cluster, Names};
 
 /// When what failed is tried again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,7 +59,14 @@ impl Shared {
             }
         }
         self.write_names();
-        let (others, names) = match self.carry_out_others(&mut applier, again) {
+        let mut others = self.carry_out_others(&mut applier, again);
+        if let Err(error @ EnforcerError::Compile(CompileError::ImplLimitExceeded { .. })) = &others
+            && self.give_up_all_names(&mut applier)
+        {
+            tracing::warn!(%error, "all that was learnt of names is given up: it may be what leaves no room for everything else");
+            others = self.carry_out_others(&mut applier, Again::AtOnce);
+        }
+        let (others, names) = match others {
             Ok(None) => (Ok(()), Ok(())),
             Ok(Some(carried_out)) => (Ok(()), self.carry_out_names(&mut applier, carried_out)),
             Err(error) => (Err(error), Ok(())),
@@ -112,6 +120,24 @@ impl Shared {
         drop(state);
         self.changed.notify_all();
         done
+    }
+
+    /// Takes out all that was learnt, if there is something. Without it a pod could fill the tables by what it asks for, and nothing else
+    /// would be carried out any more, nor what is over.
+    fn give_up_all_names(&self, applier: &mut Applier) -> bool {
+        let (names, listed) = {
+            let mut state = self.state.lock();
+            if state.cluster.names.is_empty() {
+                return false;
+            }
+            state.learnt.give_up_all();
+            let names = state.name_as_before(Names::default());
+            (names, listed(&state.cluster))
+        };
+        if let Err(error) = applier.take_out(&names, &listed) {
+            tracing::warn!(%error, "addresses of names that are given up take room until the next attempt");
+        }
+        true
     }
 
     /// The second pass. What finds no room, or meets programs that would take it for something else, is given up.
@@ -201,6 +227,15 @@ impl State {
         let at = Instant::now() + wait;
         self.retry_at = Some(self.retry_at.map_or(at, |before| before.min(at)));
     }
+}
+
+/// Addresses that policies may know by something else than names and prefixes.
+fn listed(cluster: &Cluster) -> HashSet<IpAddr> {
+    let Catalog { external_addresses, services, service_addresses, .. } = &cluster.catalog;
+    let pods = cluster.pods.values().flat_map(|pod| &pod.addresses);
+    let nodes = cluster.nodes.values().chain(external_addresses.values()).flatten();
+    let backends = services.values().chain(service_addresses.values()).flatten().map(|backend| &backend.address);
+    pods.chain(nodes).chain(backends).copied().collect()
 }
 
 /// Between attempts.
