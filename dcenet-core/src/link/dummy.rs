@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::pod_end::{Neighbours, PodDevice};
 use super::{HostView, LinkDriver, LinkRequest, Need, PlanError, check_routes, device_mtu, refuse_policy, refuse_vlan};
 use crate::model::Mtu;
-use crate::plan::{Announcer, Device, End, Plan, Tuning};
+use crate::plan::{Device, End, Plan, Tuning};
 use crate::sysctl::Sysctls;
 
 /// `"link": { "kind": "dummy", ... }`.
@@ -48,16 +48,7 @@ impl LinkDriver for DummyConfig {
         let mtu = device_mtu(self.mtu, &request.addresses)?;
         let end = End { name: request.key.ifname.clone(), mac: request.mac };
         let neighbours = Neighbours::Resolved(request.mac);
-        Ok(PodDevice {
-            request,
-            end,
-            mtu,
-            tuning: self.tuning,
-            neighbours,
-            underlay: None,
-            announcer: Announcer::Socket,
-            parent: None,
-        }
-        .plan(Device::Dummy))
+        Ok(PodDevice { request, end, mtu, tuning: self.tuning, neighbours, underlay: None, parent: None }
+            .plan(Device::Dummy))
     }
 }

@@ -23,7 +23,7 @@ use super::{
 };
 use crate::model::{IfName, Mtu};
 use crate::netlink::LinkView;
-use crate::plan::{Announcer, End, Lent, MARK, Operation, Plan, Step, Target, Tuning, Undo, lent_mark};
+use crate::plan::{End, Lent, MARK, Operation, Plan, Step, Target, Tuning, Undo, lent_mark};
 use crate::probe::Underlay;
 use crate::sysctl::Sysctls;
 
@@ -60,16 +60,7 @@ impl HostDeviceConfig {
         // Of an address that is known without the device too.
         let neighbours = Neighbours::Resolved(request.key.mac());
         let underlay = Some(self.underlay.unwrap_or_default());
-        let device = PodDevice {
-            request,
-            end,
-            mtu,
-            tuning: self.tuning,
-            neighbours,
-            underlay,
-            announcer: Announcer::Socket,
-            parent: None,
-        };
+        let device = PodDevice { request, end, mtu, tuning: self.tuning, neighbours, underlay, parent: None };
         device.set_up(&mut steps);
         Plan { steps, host_end: None, pod_end: device.end, bridge: None, router: None }
     }

@@ -26,7 +26,7 @@ use super::{
 };
 use crate::model::{AttachmentKey, IfName, Mtu};
 use crate::netlink::{IpvlanFlag, IpvlanMode};
-use crate::plan::{Announcer, Device, End, Plan, Tuning};
+use crate::plan::{Device, End, Plan, Tuning};
 use crate::probe::Underlay;
 use crate::sysctl::Sysctls;
 
@@ -144,8 +144,7 @@ impl LinkDriver for IpvlanConfig {
             tuning: self.tuning,
             neighbours,
             underlay,
-            announcer: Announcer::Socket,
-            parent: Some(Parent { link: self.parent.clone(), shared_mac: Some(mac) }),
+            parent: Some(Parent { link: self.parent.clone(), shared_mac: Some(mac), has_own_mac: false }),
         };
         Ok(device.plan(Device::Ipvlan { parent: self.parent.clone(), mode: self.mode, flag: self.flag }))
     }

@@ -48,7 +48,7 @@ use super::{
 };
 use crate::model::{IfName, MacAddr, Mtu};
 use crate::netlink::{LinkView, MacvlanMode};
-use crate::plan::{Announcer, Device, End, Operation, Plan, Step, Target, Tuning, Undo, shared_mark};
+use crate::plan::{Device, End, Operation, Plan, Step, Target, Tuning, Undo, shared_mark};
 use crate::probe::Underlay;
 use crate::sysctl::Sysctls;
 use ipnet::IpNet;
@@ -211,9 +211,11 @@ impl LinkDriver for MacvlanConfig {
             // Not of the parent's own address, whose link-local address the parent may have.
             neighbours: Neighbours::Resolved(if mac == request.mac { mac } else { request.key.mac() }),
             underlay: Some(self.underlay.unwrap_or_default()),
-            // Whoever sets the address of a device that passes through sets its parent's.
-            announcer: if self.mode == MacvlanMode::Passthru { Announcer::Socket } else { Announcer::Kernel },
-            parent: Some(Parent { link: self.parent.clone(), shared_mac: None }),
+            parent: Some(Parent {
+                link: self.parent.clone(),
+                shared_mac: None,
+                has_own_mac: self.mode != MacvlanMode::Passthru,
+            }),
         };
         let mut plan = device.plan(Device::Macvlan {
             parent: self.parent.clone(),

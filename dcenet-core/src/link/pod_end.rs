@@ -16,8 +16,6 @@ pub(super) struct PodDevice<'a> {
     pub(super) neighbours: Neighbours,
     /// What care is taken of its addresses, where others are on its segment.
     pub(super) underlay: Option<Underlay>,
-    /// Who tells that segment of them.
-    pub(super) announcer: Announcer,
     /// The device of the host on which it is made, which may remember who had its addresses before.
     pub(super) parent: Option<Parent>,
 }
@@ -28,6 +26,8 @@ pub(super) struct Parent {
     /// Its Ethernet address, where the pod's device has that too: answers to who has no address yet come to it alone (the
     /// kernel's `ipvlan_handle_mode_l2` finds devices by address).
     pub(super) shared_mac: Option<MacAddr>,
+    /// Whether the pod's device has an Ethernet address of its own, which may be set without a change of the parent's.
+    pub(super) has_own_mac: bool,
 }
 
 /// Whether a device's packets have an Ethernet address to go to.
@@ -85,7 +85,7 @@ impl PodDevice<'_> {
         steps.push(Step::new(Target::Pod, Operation::Up { link: name.clone(), master: None }));
         if let Some(underlay) = &self.underlay {
             let (target, link) = match &self.parent {
-                Some(Parent { link, shared_mac: Some(_) }) => (Target::Host, link),
+                Some(Parent { link, shared_mac: Some(_), .. }) => (Target::Host, link),
                 _ => (Target::Pod, name),
             };
             steps.extend(probe_conflicts(underlay, target, link, self.end.mac, &self.request.addresses));
@@ -108,7 +108,11 @@ impl PodDevice<'_> {
             if let Some(parent) = &self.parent {
                 forget(&parent.link, &self.request.addresses, steps);
             }
-            introduce(underlay, &self.end, &self.request.addresses, self.announcer, steps);
+            let by = match &self.parent {
+                Some(Parent { has_own_mac: true, .. }) => Announcer::Kernel,
+                _ => Announcer::Socket,
+            };
+            introduce(underlay, &self.end, &self.request.addresses, by, steps);
         }
     }
 }

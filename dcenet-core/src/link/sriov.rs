@@ -26,7 +26,7 @@ use serde_json::{Map, Value};
 use super::pod_end::{self, Neighbours, PodDevice};
 use super::{HostView, LinkDriver, LinkRequest, Need, PlanError, check_routes, device_mtu};
 use crate::model::Mtu;
-use crate::plan::{Announcer, End, Operation, Plan, Step, Target, Tuning, Undo, lent_mark};
+use crate::plan::{End, Operation, Plan, Step, Target, Tuning, Undo, lent_mark};
 use crate::probe::Underlay;
 use crate::provider::{DeviceWish, LeasedAddress};
 use crate::sysctl::Sysctls;
@@ -122,7 +122,6 @@ impl LinkDriver for SriovConfig {
             tuning: Tuning::default(),
             neighbours: Neighbours::Resolved(end.mac),
             underlay: Some(self.underlay.unwrap_or_default()),
-            announcer: Announcer::Socket,
             parent: None,
             end,
         };

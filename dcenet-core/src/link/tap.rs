@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::pod_end::{Neighbours, PodDevice, is_false};
 use super::{HostView, LinkDriver, LinkRequest, Need, PlanError, check_routes, device_mtu, refuse_policy, refuse_vlan};
 use crate::model::Mtu;
-use crate::plan::{Announcer, End, Operation, Plan, Step, TapSpec, Target, Tuning};
+use crate::plan::{End, Operation, Plan, Step, TapSpec, Target, Tuning};
 use crate::sysctl::Sysctls;
 
 /// `"link": { "kind": "tap", ... }`.
@@ -75,16 +75,7 @@ impl LinkDriver for TapConfig {
         let ethernet = self.mode == TapMode::Tap;
         let end = End { name: request.key.ifname.clone(), mac: request.mac };
         let neighbours = if ethernet { Neighbours::Resolved(request.mac) } else { Neighbours::None };
-        let device = PodDevice {
-            request,
-            end,
-            mtu,
-            tuning: self.tuning,
-            neighbours,
-            underlay: None,
-            announcer: Announcer::Socket,
-            parent: None,
-        };
+        let device = PodDevice { request, end, mtu, tuning: self.tuning, neighbours, underlay: None, parent: None };
         let transit = device.transit();
         let tap = TapSpec { ethernet, owner: self.owner, group: self.group, multi_queue: self.multi_queue };
         let create = Operation::CreateTap { link: device.end.clone(), transit: transit.clone(), tap };

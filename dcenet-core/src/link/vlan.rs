@@ -20,7 +20,7 @@ use super::{
 };
 use crate::model::{IfName, Mtu, VlanId};
 use crate::netlink::VlanProtocol;
-use crate::plan::{Announcer, Device, End, Plan, Tuning};
+use crate::plan::{Device, End, Plan, Tuning};
 use crate::probe::Underlay;
 use crate::sysctl::Sysctls;
 
@@ -78,16 +78,7 @@ impl LinkDriver for VlanConfig {
         let end = End { name: request.key.ifname.clone(), mac: request.mac };
         let neighbours = Neighbours::Resolved(request.mac);
         let underlay = Some(self.underlay.unwrap_or_default());
-        let device = PodDevice {
-            request,
-            end,
-            mtu,
-            tuning: self.tuning,
-            neighbours,
-            underlay,
-            announcer: Announcer::Socket,
-            parent: None,
-        };
+        let device = PodDevice { request, end, mtu, tuning: self.tuning, neighbours, underlay, parent: None };
         Ok(device.plan(Device::Vlan { parent: self.parent.clone(), id, protocol: self.protocol }))
     }
 
