@@ -182,6 +182,12 @@ impl State {
         self.endpoints.get(&endpoint.attachment).is_some_and(|known| known.is_on(endpoint.ifindex, &endpoint.place))
     }
 
+    /// Whether the endpoint has been told ever since, on this device.
+    pub(in crate::enforcer) fn is_still(&self, then: &Known) -> bool {
+        let known = self.endpoints.get(&then.endpoint.attachment);
+        known.is_some_and(|known| known.since == then.since && known.is_on(then.endpoint.ifindex, &then.endpoint.place))
+    }
+
     /// Notes that the default stands in for an endpoint's own programs.
     fn lost(&mut self, attachment: &AttachmentKey) {
         if let Some(known) = self.endpoints.get_mut(attachment) {

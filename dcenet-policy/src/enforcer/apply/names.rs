@@ -27,10 +27,17 @@ impl Applier {
     /// Puts programs back that were replaced. Those are left that are there still.
     pub(super) fn undo(&self, shared: &Shared, switches: &[Switch<'_>], replaced: &mut Vec<Replaced>) {
         let undone = shared.host.0.run_here_or_there(|| {
-            let cells = shared.cells.lock();
             replaced.retain(|done| {
                 let switch = switches.iter().find(|switch| *switch.key == done.key);
                 let Some((switch, before)) = switch.zip(self.endpoints.get(&done.key)) else { return true };
+                let state = shared.state.lock();
+                let is_told = state.is_still(switch.known);
+                let cells = shared.cells.lock();
+                drop(state);
+                // Its links are shut since, or it has come anew: what it had before is nobody's.
+                if !is_told {
+                    return false;
+                }
                 let undone = put_back(shared, &cells, switch, &before.programs);
                 if let Err(error) = &undone {
                     tracing::warn!(key = %done.key, %error, "a program that allows by names that are given up stays");

@@ -8,12 +8,12 @@ use crate::enforcer::Phase;
 impl State {
     /// Records what a change did, unless the endpoint has become another in the meantime. Returns whether it is gone.
     pub(super) fn settle(&mut self, attachment: &AttachmentKey, then: &Known, outcome: Outcome) -> bool {
-        let Some(known) = self.endpoints.get_mut(attachment) else { return false };
         // One whose policy was lifted meanwhile, and that is under policy anew, has nothing of what was done before: its slot may
         // be another's.
-        if known.since != then.since || !known.is_on(then.endpoint.ifindex, &then.endpoint.place) {
+        if !self.is_still(then) {
             return false;
         }
+        let Some(known) = self.endpoints.get_mut(attachment) else { return false };
         let gone = matches!(outcome, Outcome::Gone);
         // One that was told of in between may be there again.
         if gone && known.noted != then.noted {
