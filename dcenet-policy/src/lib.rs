@@ -12,12 +12,14 @@
 //!   ([`classes`]), a class becomes a small local id, and a [`diagram`] over local id, protocol and port ends in a
 //!   verdict with the rule that decided.
 //! - [`target`] turns diagrams into eBPF programs.
+//! - `bundle` (feature) makes a set of policies one object that is numbered and signed.
 //! - [`analysis`] finds rules that do nothing or too much, and tells what changes between two sets of policies.
 //! - [`render`] writes policies down for enforcers of others, and what these cannot do.
 //! - [`reach`] asks who reaches whom in a cluster, evaluator or whole programs; the example of that name reads the cluster
 //!   from a directory of Kubernetes objects: `cargo run -p dcenet-policy --example reach -- --help`.
 //!
-//! But for the owner of a node's policy state (`enforcer`) and the DNS proxy that tells it of answers (`dns`), nothing here does I/O or reads a clock.
+//! But for the owner of a node's policy state (`enforcer`), the DNS proxy that tells it of answers (`dns`), and the note of bundles that
+//! were taken, nothing here does I/O or reads a clock.
 //!
 //! # Examples
 //!
