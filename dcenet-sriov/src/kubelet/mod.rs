@@ -175,7 +175,12 @@ impl DevicePlugin {
     /// The name of the own socket in the kubelet's directory; at most 62 characters, for a path of a socket has 107 at most
     /// (`sun_path` of unix(7)).
     pub fn socket(&self) -> String {
-        let mut name = self.name.replace('/', "_");
+        Self::socket_of(&self.name)
+    }
+
+    /// As [`DevicePlugin::socket`], of a resource of this name.
+    pub fn socket_of(resource: &str) -> String {
+        let mut name = resource.replace('/', "_");
         if name.len() > 57 {
             let mut hasher = DefaultHasher::new();
             hasher.write(name.as_bytes());

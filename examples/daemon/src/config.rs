@@ -404,9 +404,9 @@ impl KubeletConfig {
                 "kubelet: there are no pools without a section sriov; add \"sriov\": { \"pools\": [..] }".to_owned(),
             );
         };
-        // The file may come later.
-        let pools = match section.pools_file {
-            Some(_) if section.pools.is_null() => None,
+        // The file may come later; one that is there is read.
+        let pools = match &section.pools_file {
+            Some(path) if section.pools.is_null() && !path.exists() => None,
             _ => Some(section.pools().map_err(|e| ConfigError::Wrong(e.to_string()))?),
         };
         if self.resources.is_empty() {
@@ -415,6 +415,15 @@ impl KubeletConfig {
         for (i, resource) in self.resources.iter().enumerate() {
             let field = format!("kubelet.resources[{i}]");
             DevicePlugin::check_name(&resource.name).map_err(|e| ConfigError::Wrong(format!("{field}.name: {e}")))?;
+            let socket = self.directory.join(DevicePlugin::socket_of(&resource.name));
+            let length = socket.as_os_str().len();
+            if length > MOST_OF_SOCKET {
+                return wrong(format!(
+                    "kubelet.directory: {} has {length} bytes, and the path of a socket at most {MOST_OF_SOCKET} (unix(7)); mount the \
+                     directory at a shorter path",
+                    socket.display()
+                ));
+            }
             let before = &self.resources[..i];
             if before.iter().any(|other| other.name == resource.name) {
                 return wrong(format!("{field}.name: {:?} is the name of two; rename one", resource.name));
@@ -441,6 +450,9 @@ impl KubeletConfig {
         Ok(())
     }
 }
+
+/// `sun_path` without the byte that ends it.
+const MOST_OF_SOCKET: usize = 107;
 
 fn plugins() -> PathBuf {
     dcenet_sriov::kubelet::DIRECTORY.into()
@@ -544,6 +556,11 @@ mod tests {
     #[test]
     fn what_is_wrong_is_told_with_its_field_and_a_remedy() {
         let pools = r#""pools": [{ "name": "db", "subnet": "10.0.0.0/24" }]"#;
+        let function = r#"[{ "name": "a.b/vf", "pool": "fast" }]"#;
+        let far = of_functions(function)
+            .replace(r#""resources""#, &format!(r#""directory": "/run/{}", "resources""#, "x".repeat(100)));
+        let sick =
+            format!(r#"{{ "sriov": {{ "poolsFile": "/dev/null" }}, "kubelet": {{ "resources": {function} }} }}"#);
         for (text, told) in [
             ("[", "not JSON"),
             ("3", "invalid type"),
@@ -580,6 +597,8 @@ mod tests {
             (&format!(r#"{{ "fabric": {{}}, "ipam": {{ {pools} }} }}"#), "fabric: no pool of ipam has blocks"),
             (r#"{ "log": { "format": "xml" } }"#, "log.format: unknown variant"),
             (r#"{ "kubelet": { "resources": [] } }"#, "kubelet: there are no pools"),
+            (&far, "kubelet.directory: /run/"),
+            (&sick, "poolsFile: /dev/null is not JSON"),
             (&of_functions("[]"), "kubelet.resources: none"),
             (&of_functions(r#"[{ "name": "vf", "pool": "fast" }]"#), "kubelet.resources[0].name: resource: \"vf\""),
             (
