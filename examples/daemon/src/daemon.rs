@@ -6,7 +6,7 @@ use std::ffi::OsString;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -38,7 +38,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
-use crate::config::Config;
+use crate::config::{Config, TrustConfig};
 use crate::fabric::{FabricMetrics, Following, check_mtu};
 use crate::flows::Flows;
 use crate::functions::Functions;
@@ -269,10 +269,8 @@ struct Owner {
     directory: Option<PathBuf>,
     watcher: Option<Watcher>,
     metrics: DaemonMetrics,
-    /// Whose bundles are taken, of which sets and from which generation on.
-    trust: Option<(Trust, BTreeMap<String, u64>)>,
-    /// Which bundles were.
-    accepted: Accepted,
+    /// Whose bundles are taken, where they are.
+    issuers: Option<Issuers>,
     issued: Issued,
     /// What the directory said when it was read without error; nothing before.
     told: Option<Documents>,
@@ -297,6 +295,22 @@ struct Owner {
     due: Instant,
 }
 
+/// Those whose bundles are taken.
+struct Issuers {
+    trust: Trust,
+    /// The sets, each with the least generation.
+    wanted: BTreeMap<String, u64>,
+    /// What was taken.
+    accepted: Accepted,
+}
+
+impl Issuers {
+    fn open(section: &TrustConfig, state_dir: &Path) -> Result<Self, String> {
+        let (trust, wanted) = (section.read()?, section.sets.clone());
+        Ok(Self { trust, wanted, accepted: policies::accepted(state_dir)? })
+    }
+}
+
 /// A directory is read when nothing has changed in it for so long, and after so long in any case.
 const QUIET: Duration = Duration::from_millis(50);
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -309,8 +323,7 @@ impl Owner {
     fn open(config: &Config, policy: &PolicyConfig, metrics: DaemonMetrics) -> Outcome<Self> {
         let directory = config.policies.as_ref().map(|p| p.directory.clone());
         let trust = config.policies.as_ref().and_then(|p| p.trust.as_ref());
-        let trust = trust.map(|trust| Ok::<_, String>((trust.read()?, trust.sets.clone()))).transpose()?;
-        let accepted = policies::accepted(&config.state_dir)?;
+        let issuers = trust.map(|trust| Issuers::open(trust, &config.state_dir)).transpose()?;
         let node = node_name(config)?;
         // Watched before it is read: what changes in between is seen.
         let watcher = directory.as_deref().map(Watcher::new).transpose().map_err(|e| format!("policies: {e}"))?;
@@ -319,8 +332,7 @@ impl Owner {
             directory,
             watcher,
             metrics,
-            trust,
-            accepted,
+            issuers,
             issued: Issued::of(&node),
             told: None,
             standing: Standing::read(&config.state_dir),
@@ -350,7 +362,7 @@ impl Owner {
     /// reading that is not, nothing is put in the place of the verdicts of whoever was here before.
     fn read(&mut self) {
         let (read, seen) = match &self.directory {
-            Some(directory) => policies::read(directory, self.trust.as_ref().map(|(trust, _)| trust)),
+            Some(directory) => policies::read(directory, self.issuers.as_ref().map(|issuers| &issuers.trust)),
             None => (Ok(Set::default()), None),
         };
         self.seen = seen;
@@ -390,9 +402,11 @@ impl Owner {
     /// Refuses bundles that are older than what was taken, not wanted, or missing, and notes that the others were taken; where nobody is
     /// trusted, a set without policies in force after one with some, unless the configuration lets it.
     fn admit(&mut self, set: Set) -> Result<Set, PoliciesError> {
-        match (&self.trust, &self.directory) {
+        match (&mut self.issuers, &self.directory) {
             // All sets are there: whoever issued them without policies wants it so.
-            (Some((_, wanted)), _) => self.accepted.take(&set.bundles, wanted).map_err(PoliciesError::Set)?,
+            (Some(Issuers { wanted, accepted, .. }), _) => {
+                accepted.take(&set.bundles, wanted).map_err(PoliciesError::Set)?;
+            }
             (None, Some(directory))
                 if in_force(&set.documents) == 0 && self.standing.is_set() && !self.may_be_empty =>
             {
