@@ -20,6 +20,7 @@
 //! | none, of a set that is wanted | without its policies everything passes |
 //! | of the same generation, with another content | there is one set of a generation |
 //! | with members that this release does not know | what they say would be left out |
+//! | in an envelope of more than 64 MiB, or with more than 16 signatures | it is read before it is known who made it |
 //!
 //! A cluster that is given no new bundle cannot know of it: compare what clusters report. Bundles are not kept here: whoever is given
 //! one keeps it as long as it is to hold.
