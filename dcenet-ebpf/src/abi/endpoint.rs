@@ -13,7 +13,7 @@ record! {
     /// Generations of a slot only ever grow, also when another endpoint gets the slot: so an old entry of the conntrack
     /// map is never believed. Its tenure tells whose flow such an entry is.
     pub struct Endpoint, 64 bytes {
-        /// [`Endpoint::ACTIVE`] and [`Endpoint::TRUNK`].
+        /// [`Endpoint::ACTIVE`], [`Endpoint::TRUNK`] and [`Endpoint::IN_POD`].
         flags: u32 = 0 @ FLAGS,
         /// Generation of the egress policy. Flows that it admitted under another one are judged anew.
         generation_egress: u32 = 4 @ GENERATION_EGRESS,
@@ -40,6 +40,8 @@ impl Endpoint {
     /// VLAN-tagged frames are judged by what is in them, whatever their VLAN. Without it they are dropped, for an address
     /// means another host in another VLAN. The owner of dcenet-policy makes no endpoint one.
     pub const TRUNK: u32 = 2;
+    /// The programs are on a device in the pod, whose hooks are the other way round: what the pod sends is at egress.
+    pub const IN_POD: u32 = 4;
     /// Offset of 8 bytes that are zero.
     pub(crate) const ZERO: i16 = 56;
 
@@ -60,6 +62,12 @@ impl Endpoint {
         Self { flags: self.flags | Self::TRUNK, ..self }
     }
 
+    /// The same, as [`Endpoint::IN_POD`].
+    #[must_use]
+    pub fn as_in_pod(self) -> Self {
+        Self { flags: self.flags | Self::IN_POD, ..self }
+    }
+
     /// The same, bound to an Ethernet address.
     #[must_use]
     pub fn with_mac(self, mac: [u8; 6]) -> Self {
@@ -73,7 +81,7 @@ record! {
     ///
     /// Programs of several CPUs update the window without a lock, so limits are approximate; what is held back or lost is
     /// counted atomically.
-    pub struct EventLimit, 32 bytes {
+    pub struct EventLimit, 40 bytes {
         /// Number of the window, 2^30 ns each (1.07 s).
         window: u64 = 0 @ WINDOW,
         /// Events of this window about drops ([`Spec::denied_events`](crate::datapath::Spec::denied_events)).
@@ -84,5 +92,8 @@ record! {
         limited: u64 = 16 @ LIMITED,
         /// Events of every kind that found the ring buffer full.
         lost: u64 = 24 @ LOST,
+        /// Packets of this window that a rule rejected and that were answered
+        /// ([`Spec::answers`](crate::datapath::Spec::answers)).
+        answers: u32 = 32 @ ANSWERS,
     }
 }

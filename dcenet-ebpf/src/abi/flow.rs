@@ -96,6 +96,26 @@ record! {
 }
 
 record! {
+    /// A packet that a rule rejected and that was answered, under the key that the answer has: of a reset the flow's, of an ICMP
+    /// error that of a packet without ports. The answer comes to the pod's other program as any packet does, which lets one pass for
+    /// each entry.
+    pub struct Answered, 16 bytes {
+        /// When.
+        at: u64 = 0 @ AT,
+        /// [`Answered::FROM_POD`] or [`Answered::TO_POD`], and one more for each program that has let the answer pass: the one on
+        /// the pod's device, and for a frame of the pod the guard behind it.
+        passed: u64 = 8 @ PASSED,
+    }
+}
+
+impl Answered {
+    /// What the pod sent was answered.
+    pub const FROM_POD: u64 = 0;
+    /// What was sent to the pod was answered.
+    pub const TO_POD: u64 = 16;
+}
+
+record! {
     /// Names a fragmented packet of one endpoint. The pod's own address is not part of it: two of its addresses that
     /// use one identifier towards one peer would share the entry, and a receiver does not join their fragments.
     pub struct FragmentKey, 24 bytes {

@@ -20,6 +20,9 @@
 //! | [`REASONS`] | per-CPU array | [`reason_index`] | [`Traffic`] |
 //! | [`EVENT_LIMITS`] | array | slot | [`EventLimit`] |
 //! | [`EVENTS`] | ring buffer | | [`Event`] |
+//! | [`REJECTS`] | array | rule id / 64 | 64 bits: whether the rule rejects |
+//! | [`ANSWERED`] | LRU hash | [`FlowKey`] | [`Answered`] |
+//! | [`ANSWERERS`] | programs | whether at egress | the program that answers ([`answer`](crate::datapath::answer)) |
 //! | [`SENDERS`](crate::datapath::guard::SENDERS) | hash | [`Sender`] | [`Guarded`] |
 //! | [`NAMESPACES`](crate::datapath::guard::NAMESPACES) | hash | [`Namespace`] | 8 bytes that say nothing |
 //! | [`JUDGES`](crate::datapath::guard::JUDGES) | programs | slot | the program that judges the slot's endpoint |
@@ -41,7 +44,7 @@ pub use class::{
 pub(crate) use class::{HASH_HIGH, HASH_LOW};
 pub use endpoint::{Endpoint, EventLimit};
 pub use event::{Event, EventKind};
-pub use flow::{Flow, FlowKey, FlowState, Fragment, FragmentKey};
+pub use flow::{Answered, Flow, FlowKey, FlowState, Fragment, FragmentKey};
 pub use guard::{Guarded, Namespace, Sender};
 pub use layout::Be16;
 pub use verdict::{Direction, Reason, Traffic, reason_index};
@@ -77,6 +80,12 @@ pub const REASONS: &str = "reasons";
 pub const EVENT_LIMITS: &str = "event_limits";
 /// Events for user space.
 pub const EVENTS: &str = "events";
+/// Rules whose packets are answered, a bit each.
+pub const REJECTS: &str = "rejects";
+/// What was answered just now, so that the answer passes the pod's other program.
+pub const ANSWERED: &str = "answered";
+/// The programs that answer: first the one for a device's ingress hook, then the one for its egress hook.
+pub const ANSWERERS: &str = "answerers";
 
 /// What happens when there is no room for a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -112,7 +121,7 @@ pub struct Sizes {
     pub full_table: FullTable,
     /// Fragmented packets under way. 48 bytes and about 60 of the kernel's each: 860 KiB at 8,192.
     pub fragments: u32,
-    /// Rule ids. 16 bytes each on each possible CPU: 1 MiB per CPU at 65,536.
+    /// Rule ids. 16 bytes each on each possible CPU: 1 MiB per CPU at 65,536, and a bit each.
     pub rules: u32,
     /// Bytes of the ring buffer, a power of two: 1 MiB holds 10,082 events (96 + 8 bytes).
     pub event_bytes: u32,
@@ -179,6 +188,9 @@ impl Sizes {
             MapSpec::percpu_array(REASONS, Traffic::BYTES as u32, REASON_CELLS),
             MapSpec::array(EVENT_LIMITS, EventLimit::BYTES as u32, self.endpoints),
             MapSpec::ringbuf(EVENTS, self.event_bytes),
+            MapSpec::array(REJECTS, 8, self.rules.div_ceil(64)),
+            MapSpec::lru_hash(ANSWERED, FlowKey::BYTES as u32, Answered::BYTES as u32, ANSWERED_ENTRIES),
+            MapSpec::prog_array(ANSWERERS, 2),
         ]
     }
 
@@ -194,6 +206,9 @@ impl Sizes {
 
 /// Room for every [`Reason`] in both directions, and for some more to come without a new map.
 const REASON_CELLS: u32 = 64;
+
+/// An answer is on its way for microseconds; each CPU keeps some places for itself (kernel/bpf/bpf_lru_list.c).
+const ANSWERED_ENTRIES: u32 = 1024;
 
 #[cfg(test)]
 mod tests;

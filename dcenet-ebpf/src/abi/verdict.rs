@@ -64,7 +64,7 @@ reasons! {
     /// Passed: a rule, or the default, allows it. Packets of a flow that is already known are not counted here but in
     /// their [`Flow`](super::Flow).
     Allowed = 0 "allowed",
-    /// Passed: an ICMP error about a flow that is known (RFC 792, RFC 4443).
+    /// Passed: an ICMP error about a flow that is known (RFC 792, RFC 4443), or the answer to a packet that a rule rejected.
     Related = 1 "related",
     /// Passed: ARP, neighbour or listener discovery.
     Neighbour = 2 "neighbour",

@@ -81,39 +81,50 @@ impl Emitter<'_> {
     /// A drop is told of as long as the endpoint's limit allows it.
     fn denied(&mut self) {
         let Judgement::Classifiers { denied_events, .. } = self.judgement else { return };
-        let silent = self.asm.label();
+        let silent = self.told_place();
         self.asm.call(Helper::KtimeGetCoarseNs).store(Size::Dw, R10, frame::NOW, R0);
         self.within_limit(EventLimit::USED, denied_events, silent);
         self.packet_counters();
         self.send_event(EventKind::Denied);
-        self.asm.bind(silent).ret(TC_ACT_SHOT);
+        self.asm.bind(silent);
+        self.answer();
+        self.asm.ret(TC_ACT_SHOT);
     }
 
     /// Counts an event at [`frame::NOW`] among those of its window, at an offset of [`EventLimit`]; one beyond the limit
-    /// goes to `silent`. Uses `R8`.
+    /// is counted as held back and goes to `silent`. Uses `R8`.
     fn within_limit(&mut self, used: i16, limit: u32, silent: Label) {
-        let [same, within] = self.labels();
+        let within = self.asm.label();
+        self.count_in_window(used, limit, silent, within);
+        self.count_atomic(R0, EventLimit::LIMITED);
+        self.asm.jump(silent).bind(within).add(R1, 1).store(Size::W, R0, used, R1);
+    }
+
+    /// Goes to `within` as long as the limit of the window allows it, with the limits in `R0` and what was used in `R1`; else on,
+    /// with the limits in `R0`. Uses `R8`.
+    pub(super) fn count_in_window(&mut self, used: i16, limit: u32, nobody: Label, within: Label) {
+        let same = self.asm.label();
         self.asm.load(Size::Dw, R8, R10, frame::NOW).rsh(R8, WINDOW_BITS).load(Size::H, R1, R10, frame::SLOT);
         self.lookup_index(abi::EVENT_LIMITS, R1);
         self.asm
-            .jump_if(Cond::Eq, R0, 0, silent)
+            .jump_if(Cond::Eq, R0, 0, nobody)
             .load(Size::Dw, R2, R0, EventLimit::WINDOW)
             .jump_if(Cond::Eq, R2, R8, same)
             .store(Size::Dw, R0, EventLimit::WINDOW, R8)
             .store(Size::W, R0, EventLimit::USED, 0)
             .store(Size::W, R0, EventLimit::USED_BY_FLOWS, 0)
+            .store(Size::W, R0, EventLimit::ANSWERS, 0)
             .bind(same)
             .load(Size::W, R1, R0, used)
             .jump_if(Cond::Lt, R1, i32::try_from(limit).unwrap_or(i32::MAX), within);
-        self.count_atomic(R0, EventLimit::LIMITED);
-        self.asm.jump(silent).bind(within).add(R1, 1).store(Size::W, R0, used, R1);
     }
 
     /// Fills in the event and sends it; the verdict follows from its kind.
     fn event(&mut self) {
         let Judgement::Classifiers { flow_events, .. } = self.judgement else { return };
         let event = frame::EVENT;
-        let [v4, v6, named, sent, drop, within] = self.labels();
+        let told = self.told_place();
+        let [v4, v6, named, sent, within] = self.labels();
         // Those about drops have been asked already.
         self.asm.load(Size::W, R1, R10, frame::EVENT_KIND).jump_if(Cond::Eq, R1, EventKind::Denied as i32, within);
         self.within_limit(EventLimit::USED_BY_FLOWS, flow_events, sent);
@@ -175,10 +186,13 @@ impl Emitter<'_> {
         self.asm
             .bind(sent)
             .load(Size::W, R1, R10, frame::EVENT_KIND)
-            .jump_if(Cond::Eq, R1, EventKind::Denied as i32, drop)
-            .ret(TC_ACT_UNSPEC)
-            .bind(drop)
-            .ret(TC_ACT_SHOT);
+            .jump_if(Cond::Eq, R1, EventKind::Denied as i32, told)
+            .ret(TC_ACT_UNSPEC);
+    }
+
+    /// Where packets go that are dropped and were told of, or were too many for that.
+    fn told_place(&mut self) -> Label {
+        *self.told.get_or_insert_with(|| self.asm.label())
     }
 
     fn event_place(&mut self) -> Label {

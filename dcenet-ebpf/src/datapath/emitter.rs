@@ -17,6 +17,8 @@ pub(super) struct Emitter<'a> {
     pub(super) places: Places,
     /// The code that sends an event, if any part asked for it.
     pub(super) event: Option<Label>,
+    /// Where a drop ends, if any part asked for it.
+    pub(super) told: Option<Label>,
     drops: BTreeMap<Reason, Label>,
     passes: BTreeMap<Reason, Label>,
 }
@@ -46,7 +48,17 @@ impl<'a> Emitter<'a> {
             lookup: asm.label(),
             judge_packet: asm.label(),
         };
-        Self { asm, direction, slot, judgement, places, event: None, drops: BTreeMap::new(), passes: BTreeMap::new() }
+        Self {
+            asm,
+            direction,
+            slot,
+            judgement,
+            places,
+            event: None,
+            told: None,
+            drops: BTreeMap::new(),
+            passes: BTreeMap::new(),
+        }
     }
 
     pub(super) fn labels<const N: usize>(&mut self) -> [Label; N] {

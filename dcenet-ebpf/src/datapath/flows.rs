@@ -398,11 +398,14 @@ impl Emitter<'_> {
     fn deny(&mut self) {
         let (denied, revoked) = (self.drop(Reason::Denied), self.drop(Reason::Revoked));
         let [stale, foreign] = self.labels();
-        self.asm
-            .store(Size::W, R10, frame::RULE, R0)
-            .load(Size::W, R1, R10, frame::FLAGS)
-            .jump_if(Cond::Set, R1, frame::STALE, stale)
-            .load(Size::W, R1, R10, frame::RULE);
+        self.asm.store(Size::W, R10, frame::RULE, R0);
+        self.pass_answer();
+        self.asm.load(Size::W, R1, R10, frame::FLAGS).jump_if(Cond::Set, R1, frame::STALE, stale).load(
+            Size::W,
+            R1,
+            R10,
+            frame::RULE,
+        );
         self.count(abi::RULES, R1);
         // The entry stays, for without it the answers would open the flow anew, and as long as packets come.
         self.asm.jump(denied).bind(stale).jump_if(Cond::Set, R1, frame::RELATED, revoked);

@@ -18,6 +18,9 @@
 //!                                   allowed: new entry, event, pass; denied: event, drop
 //! ```
 //!
+//! What a rule rejects ([`abi::REJECTS`]) is dropped like all that is denied, and the packet itself is turned into the answer
+//! ([`answer`]), as long as [`Spec::answers`] allows it.
+//!
 //! A packet that may pass is left to the next program or filter (`TC_ACT_UNSPEC`), never accepted for good.
 //!
 //! | Case | Verdict |
@@ -48,6 +51,7 @@
 mod account;
 #[cfg(feature = "test-support")]
 pub mod alone;
+pub mod answer;
 pub mod classes;
 mod classifier;
 mod emitter;
@@ -144,6 +148,9 @@ pub struct Spec<'a> {
     /// The same for events about flows: new, closed and sampled, together. All endpoints share one ring, which an endpoint
     /// that opens flows as fast as it can would fill for all.
     pub flow_events: u32,
+    /// Packets that rules reject and that are answered, for each endpoint in 2^30 ns (RFC 1812, section 4.3.2.8, and RFC 4443,
+    /// section 2.4 (f), want a limit); the others are dropped alone.
+    pub answers: u32,
     /// Tells of one in so many packets of known flows, each packet picked by chance (RFC 5475, section 5.2.2.2: uniform
     /// probabilistic sampling) and independently of others: [`EventKind::Sampled`](abi::EventKind::Sampled). Packets that
     /// other events tell of are not picked. `None` adds no instruction; a random number costs each packet some
@@ -158,7 +165,7 @@ pub struct Spec<'a> {
 }
 
 impl<'a> Spec<'a> {
-    /// With default timeouts, 100 events about drops and 1,000 about flows in each window, no sampling, ISA v3, for attachments with a class id.
+    /// With default timeouts, 100 events about drops, 1,000 about flows and 100 answers in each window, no sampling, ISA v3, for attachments with a class id.
     pub fn new(sizes: &'a Sizes, egress: &'a dyn EmitClassifier, ingress: &'a dyn EmitClassifier) -> Self {
         Self {
             sizes,
@@ -166,6 +173,7 @@ impl<'a> Spec<'a> {
             timeouts: Timeouts::default(),
             denied_events: 100,
             flow_events: 1000,
+            answers: 100,
             sample: None,
             isa: IsaLevel::V3,
             egress,
@@ -266,6 +274,7 @@ pub(crate) enum Judgement<'a> {
         members_v6_bits: u32,
         denied_events: u32,
         flow_events: u32,
+        answers: u32,
     },
 }
 
@@ -277,7 +286,7 @@ pub(crate) enum Judgement<'a> {
 /// # Errors
 /// See [`DatapathError`].
 pub fn program(spec: &Spec<'_>) -> Result<Object, DatapathError> {
-    let Spec { sizes, slot, timeouts, denied_events, flow_events, sample, isa, egress, ingress } = spec;
+    let Spec { sizes, slot, timeouts, denied_events, flow_events, answers, sample, isa, egress, ingress } = spec;
     check(sizes)?;
     check_slot(*slot, sizes)?;
     if *slot == Slot::Nobody {
@@ -299,6 +308,7 @@ pub fn program(spec: &Spec<'_>) -> Result<Object, DatapathError> {
             members_v6_bits: sizes.members_v6.trailing_zeros(),
             denied_events: *denied_events,
             flow_events: *flow_events,
+            answers: *answers,
         };
         let mut emitter = Emitter::new(name, direction, *slot, judgement);
         emitter.asm.isa(*isa);

@@ -62,6 +62,8 @@ helpers! {
     SkbLoadBytes = 26 "bpf_skb_load_bytes";
     /// `(&from, from_size, &to, to_size, seed)`: difference of two one's complement sums.
     CsumDiff = 28 "bpf_csum_diff";
+    /// `(skb, len, flags)`: makes the packet this long, linear and writable; what is added is zero. Packet addresses are lost.
+    SkbChangeTail = 38 "bpf_skb_change_tail";
     /// `(skb, len)`: makes the first bytes of the packet linear and writable.
     SkbPullData = 39 "bpf_skb_pull_data";
     /// `(skb, csum)`: adds to the packet's checksum.
@@ -134,7 +136,7 @@ impl Helper {
             | Self::RingbufSubmit
             | Self::RingbufDiscard
             | Self::RedirectPeer => 2,
-            Self::TailCall | Self::CloneRedirect | Self::SkbVlanPush | Self::RingbufReserve => 3,
+            Self::TailCall | Self::CloneRedirect | Self::SkbVlanPush | Self::SkbChangeTail | Self::RingbufReserve => 3,
             Self::MapUpdateElem
             | Self::SkbLoadBytes
             | Self::FibLookup

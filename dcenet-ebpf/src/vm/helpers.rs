@@ -27,6 +27,7 @@ impl Machine<'_, '_> {
             Helper::SkbLoadBytes => self.skb_load_bytes()?,
             Helper::SkbStoreBytes => self.skb_store_bytes()?,
             Helper::SkbPullData => self.skb_pull_data()?,
+            Helper::SkbChangeTail => self.skb_change_tail()?,
             Helper::L3CsumReplace => self.l3_csum_replace()?,
             Helper::L4CsumReplace => self.l4_csum_replace()?,
             Helper::CsumDiff => self.csum_diff()?,
@@ -212,6 +213,21 @@ impl Machine<'_, '_> {
         Ok(0)
     }
 
+    /// `bpf_skb_change_tail(skb, len, flags)`, without the kernel's bounds that come of headers that it has parsed and of the
+    /// device's MTU.
+    fn skb_change_tail(&mut self) -> Result<u64, TrapKind> {
+        self.context_argument()?;
+        let (len, flags) = (self.number(Reg::R2)? as u32 as usize, self.number(Reg::R3)?);
+        self.epoch += 1;
+        if flags != 0 || len > MAX_SKB {
+            return Ok(errno(EINVAL));
+        }
+        let skb = self.skb(Helper::SkbChangeTail)?;
+        skb.packet.resize(len, 0);
+        skb.linear = usize::MAX;
+        Ok(0)
+    }
+
     /// `bpf_tail_call(ctx, array, index)`: the program to go on in; none where this one goes on instead.
     ///
     /// One that falls through leaves no packet address valid, as in the verifier since Linux 6.13 and some stable kernels
@@ -367,6 +383,9 @@ pub(super) fn errno(number: i32) -> u64 {
 /// What lookup, update and delete take.
 const WITH_KEYS: &[MapKind] =
     &[MapKind::Array, MapKind::PercpuArray, MapKind::Hash, MapKind::PercpuHash, MapKind::LruHash, MapKind::LpmTrie];
+/// Far beyond what a program answers with.
+const MAX_SKB: usize = 65_535;
+
 const ENOMEM: i32 = 12;
 const EACCES: i32 = 13;
 pub(super) const EFAULT: i32 = 14;

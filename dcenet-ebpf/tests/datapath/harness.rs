@@ -87,6 +87,10 @@ impl Kept {
             let limits = Array::<EventLimit>::new(self.map(abi::EVENT_LIMITS)).unwrap();
             (0..limits.entries()).for_each(|slot| limits.store(slot, &EventLimit::default()).unwrap());
         }
+        if self.has(abi::REJECTS) {
+            let rejects = Array::<u64>::new(self.map(abi::REJECTS)).unwrap();
+            (0..rejects.entries()).for_each(|place| rejects.store(place, &0).unwrap());
+        }
         if self.has(abi::EVENTS) {
             RingBuffer::new(self.map(abi::EVENTS)).unwrap().drain(usize::MAX, |_| ()).unwrap();
         }
