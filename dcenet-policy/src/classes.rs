@@ -130,7 +130,7 @@ impl Claim {
     pub(crate) fn needed(action: Action) -> &'static [Self] {
         match action {
             Action::Allow => &[Self::Sole],
-            Action::Deny => &[Self::Any],
+            Action::Deny | Action::Reject => &[Self::Any],
             Action::Pass => &[Self::Sole, Self::Any],
         }
     }

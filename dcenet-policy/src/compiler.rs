@@ -570,7 +570,7 @@ impl Compiler {
             next.table = Arc::new(classified.table);
         }
         let named = rules_used.iter().filter_map(|id| Some((RuleId(*id), next.rules.key(*id)?.clone())));
-        let rule_table = named.collect::<RuleTable>().logged_as_in(cluster);
+        let rule_table = named.collect::<RuleTable>().marked_as_in(cluster);
         if *next.rule_table != rule_table {
             next.rule_table = Arc::new(rule_table);
         }

@@ -271,7 +271,7 @@ impl Question<'_> {
             // Whether it holds is not known.
             Action::Allow if holds.is_none() => Outcome::NoMatch,
             Action::Allow => decided(Verdict::Allow, matched(sole, true)),
-            Action::Deny => decided(Verdict::Deny, matched(&self.claimants, false)),
+            Action::Deny | Action::Reject => decided(Verdict::Deny, matched(&self.claimants, false)),
             Action::Pass if holds.is_some() && matched(sole, true).is_some() => Outcome::Pass,
             Action::Pass => decided(Verdict::Deny, matched(&self.claimants, false)),
         }

@@ -5,8 +5,10 @@ use std::net::IpAddr;
 
 use serde::Serialize;
 
-use crate::eval::{self, Decision, EvalError, Refused};
-use crate::model::{Cluster, Direction, DomainName, PodId, PodNetwork, PolicyId, Protocol, Time, Tuple, Verdict};
+use crate::eval::{self, Decision, EvalError, Reason, Refused};
+use crate::model::{
+    Action, Cluster, Direction, DomainName, PodId, PodNetwork, PolicyId, Protocol, RuleRef, Time, Tuple, Verdict,
+};
 
 /// An answer with all that led to it. Serialises to JSON for other programs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -24,6 +26,9 @@ pub struct Explanation {
     pub peer_names: Vec<LearntName>,
     /// The answer.
     pub decision: Decision,
+    /// Whether whoever sent it is told that it is denied ([`Action::Reject`]).
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub rejected: bool,
     /// All policies that govern the subject in this direction, in the order in which they are tried.
     pub governing: Vec<PolicyId>,
     /// What would be the answer if the policies in audit were in force; none where no such policy governs the subject in this
@@ -102,8 +107,15 @@ pub fn explain_without(
     };
     let peer_names = names.map(learnt).collect();
     let audit = eval::audit(cluster, refused, subject, tuple)?;
+    let rejected = match &decision.reason {
+        Reason::Rule(RuleRef { policy, direction, rule, .. }) => {
+            let rules = cluster.policies.get(policy).and_then(|policy| policy.rules(*direction));
+            rules.and_then(|rules| rules.get(*rule)).is_some_and(|rule| rule.action == Action::Reject)
+        }
+        _ => false,
+    };
     let (subject, tuple) = (subject.clone(), *tuple);
-    Ok(Explanation { subject, tuple, peer_pods, peer_node, peer_names, decision, governing, audit })
+    Ok(Explanation { subject, tuple, peer_pods, peer_node, peer_names, decision, rejected, governing, audit })
 }
 
 /// Explains a connection from one pod to another: egress of the source, ingress of the destination.
@@ -150,6 +162,9 @@ impl fmt::Display for Explanation {
             _ => write!(f, ", protocol {protocol}")?,
         }
         write!(f, "\n  {}", self.decision)?;
+        if self.rejected {
+            f.write_str(", and the sender is told")?;
+        }
         for policy in &self.governing {
             write!(f, "\n  governed by {policy}")?;
         }

@@ -235,7 +235,9 @@ impl<'a> Flattener<'a> {
                     match action_now(self.cluster, rule) {
                         None => {}
                         Some(Action::Allow) => self.decide(&mut rules, &place, rule, named_ports, Verdict::Allow)?,
-                        Some(Action::Deny) => self.decide(&mut rules, &place, rule, named_ports, Verdict::Deny)?,
+                        Some(Action::Deny | Action::Reject) => {
+                            self.decide(&mut rules, &place, rule, named_ports, Verdict::Deny)?
+                        }
                         Some(Action::Pass) => {
                             #[cfg(feature = "test-support")]
                             if self.planted == Some(crate::test_support::PlantedBug::PassIgnored) {

@@ -22,7 +22,7 @@
 //! | [`EVENTS`] | ring buffer | | [`Event`] |
 //! | [`REJECTS`] | array | rule id / 64 | 64 bits: whether the rule rejects |
 //! | [`ANSWERED`] | LRU hash | [`FlowKey`] | [`Answered`] |
-//! | [`ANSWERERS`] | programs | whether at egress | the program that answers ([`answer`](crate::datapath::answer)) |
+//! | [`ANSWERERS`] | programs | by hook | the program that answers ([`answer`](crate::datapath::answer)) |
 //! | [`SENDERS`](crate::datapath::guard::SENDERS) | hash | [`Sender`] | [`Guarded`] |
 //! | [`NAMESPACES`](crate::datapath::guard::NAMESPACES) | hash | [`Namespace`] | 8 bytes that say nothing |
 //! | [`JUDGES`](crate::datapath::guard::JUDGES) | programs | slot | the program that judges the slot's endpoint |
@@ -84,7 +84,7 @@ pub const EVENTS: &str = "events";
 pub const REJECTS: &str = "rejects";
 /// What was answered just now, so that the answer passes the pod's other program.
 pub const ANSWERED: &str = "answered";
-/// The programs that answer: first the one for a device's ingress hook, then the one for its egress hook.
+/// The programs that answer, in the order of [`PROGRAMS`](crate::datapath::answer::PROGRAMS).
 pub const ANSWERERS: &str = "answerers";
 
 /// What happens when there is no room for a flow.
@@ -190,7 +190,7 @@ impl Sizes {
             MapSpec::ringbuf(EVENTS, self.event_bytes),
             MapSpec::array(REJECTS, 8, self.rules.div_ceil(64)),
             MapSpec::lru_hash(ANSWERED, FlowKey::BYTES as u32, Answered::BYTES as u32, ANSWERED_ENTRIES),
-            MapSpec::prog_array(ANSWERERS, 2),
+            MapSpec::prog_array(ANSWERERS, crate::datapath::answer::PROGRAMS.len() as u32),
         ]
     }
 

@@ -33,8 +33,9 @@ use crate::asm::{AsmError, Function, Label};
 use crate::insn::{Cond, Helper, Reg::*, Size, Src, SwapWidth};
 use crate::object::Object;
 
-/// Names of the programs, in the order of their places in [`abi::ANSWERERS`]: for a device's ingress hook, and for its egress hook.
-pub const PROGRAMS: [&str; 2] = ["answer_ingress", "answer_egress"];
+/// Names of the programs, in the order of their places in [`abi::ANSWERERS`]: for the ingress hook of a pod's end on the host, for
+/// the egress hook of any device, and for the ingress hook of a device in the pod.
+pub const PROGRAMS: [&str; 3] = ["answer_ingress", "answer_egress", "answer_in_pod"];
 
 /// How long after a packet its answer may pass, in nanoseconds: the kernel's queue between is far shorter, and this is some
 /// ticks of the coarse clock.
@@ -49,8 +50,8 @@ pub fn programs(sizes: &Sizes) -> Result<Object, DatapathError> {
     for map in sizes.shared_maps().into_iter().filter(|map| map.name == abi::ANSWERED) {
         object.add_map(map)?;
     }
-    for (name, flags) in PROGRAMS.into_iter().zip([0, BPF_F_INGRESS]) {
-        object.add(program(name, flags)?)?;
+    for (name, back) in PROGRAMS.into_iter().zip([Back::Out, Back::In, Back::OutWithoutSocket]) {
+        object.add(program(name, back)?)?;
     }
     Ok(object)
 }
@@ -101,7 +102,7 @@ impl Emitter<'_> {
         // On the host's end what the pod sends comes in.
         let (on_host_index, in_pod_index) = match self.direction {
             Direction::Egress => (0, 1),
-            Direction::Ingress => (1, 0),
+            Direction::Ingress => (1, 2),
         };
         self.asm
             .load(Size::W, R1, R9, Endpoint::FLAGS)
@@ -157,7 +158,17 @@ impl Emitter<'_> {
     }
 }
 
-fn program(name: &str, redirect: i32) -> Result<Function, AsmError> {
+/// Which way the answer goes by the packet's device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Back {
+    Out,
+    In,
+    /// As a copy, which belongs to no socket: the packet may be another pod's still (net/core/skbuff.c, `skb_scrub_packet`), and a
+    /// guard would take the answer for a frame that this one sends under another's address.
+    OutWithoutSocket,
+}
+
+fn program(name: &str, back: Back) -> Result<Function, AsmError> {
     let mut emitter = Emitter::new(name, Direction::Egress, Slot::Guarded, Judgement::Unknown);
     let [gone, v4, v6, send] = emitter.labels();
     emitter.asm.mark("the frame");
@@ -200,14 +211,16 @@ fn program(name: &str, redirect: i32) -> Result<Function, AsmError> {
     emitter.write(0, FRAME, ETHERNET.into(), gone);
     emitter.write(ETHERNET, ANSWER, R8.into(), gone);
     emitter.note_answer(gone);
-    emitter
-        .asm
-        .load(Size::W, R1, R6, SKB_IFINDEX)
-        .mov(R2, redirect)
-        .call(Helper::Redirect)
-        .exit()
-        .bind(gone)
-        .ret(TC_ACT_SHOT);
+    let flags = if back == Back::In { BPF_F_INGRESS } else { 0 };
+    match back {
+        Back::Out | Back::In => {
+            emitter.asm.load(Size::W, R1, R6, SKB_IFINDEX).mov(R2, flags).call(Helper::Redirect).exit();
+        }
+        Back::OutWithoutSocket => {
+            emitter.asm.mov(R1, R6).load(Size::W, R2, R6, SKB_IFINDEX).mov(R3, flags).call(Helper::CloneRedirect);
+        }
+    }
+    emitter.asm.bind(gone).ret(TC_ACT_SHOT);
     emitter.asm.finish()
 }
 

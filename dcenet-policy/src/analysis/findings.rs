@@ -325,7 +325,7 @@ fn walk(
             let effective = meet(&whole, &here);
             here = take(&here, &effective);
             let decided = match placed.action {
-                Action::Allow | Action::Deny => effective.clone(),
+                Action::Allow | Action::Deny | Action::Reject => effective.clone(),
                 Action::Pass => meet(&denied, &here),
             };
             open = take(&open, &decided);

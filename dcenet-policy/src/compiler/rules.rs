@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::ids::Ids;
 use crate::ir::{Leaf, RuleId};
-use crate::model::{Cluster, PolicyId, RuleRef, Verdict};
+use crate::model::{Action, Cluster, PolicyId, RuleRef, Verdict};
 
 /// What a number from [`RuleId::FIRST`] on stands for.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -101,6 +101,7 @@ pub struct Audit {
 pub struct RuleTable {
     rules: BTreeMap<RuleId, Named>,
     logged: BTreeSet<RuleId>,
+    rejecting: BTreeSet<RuleId>,
 }
 
 impl RuleTable {
@@ -130,15 +131,24 @@ impl RuleTable {
         self.logged.contains(&id)
     }
 
+    /// The ids of which the rule that decides answers what it denies ([`Action::Reject`]).
+    pub fn rejecting(&self) -> &BTreeSet<RuleId> {
+        &self.rejecting
+    }
+
     /// The same with marks as the policies want them.
-    pub(super) fn logged_as_in(self, cluster: &Cluster) -> Self {
-        let wants = |named: &Named| {
-            let rule = named.rule()?;
-            let listed = cluster.policies.get(&rule.policy)?.rules(rule.direction)?;
-            Some(listed.get(rule.rule)?.log)
-        };
-        let logged = self.rules.iter().filter(|(_, named)| wants(named) == Some(true)).map(|(id, _)| *id).collect();
-        Self { logged, ..self }
+    pub(super) fn marked_as_in(mut self, cluster: &Cluster) -> Self {
+        for (id, named) in &self.rules {
+            let listed = |rule: &RuleRef| cluster.policies.get(&rule.policy)?.rules(rule.direction)?.get(rule.rule);
+            let Some(rule) = named.rule().and_then(listed) else { continue };
+            if rule.log {
+                self.logged.insert(*id);
+            }
+            if rule.action == Action::Reject {
+                self.rejecting.insert(*id);
+            }
+        }
+        self
     }
 
     /// All that is in use.
@@ -154,7 +164,7 @@ impl RuleTable {
 
 impl FromIterator<(RuleId, Named)> for RuleTable {
     fn from_iter<I: IntoIterator<Item = (RuleId, Named)>>(rules: I) -> Self {
-        Self { rules: rules.into_iter().collect(), logged: BTreeSet::new() }
+        Self { rules: rules.into_iter().collect(), ..Self::default() }
     }
 }
 

@@ -4,6 +4,7 @@ mod arrays;
 mod commit;
 mod load;
 mod names;
+mod rejects;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -20,6 +21,7 @@ use dcenet_ebpf::program::{Program as Loaded, wait_for_running};
 
 use self::arrays::{LOCAL_IDS, array, elements, has_room, rewrite};
 use self::names::update_for_names;
+use self::rejects::Rejects;
 use super::cells::Cells;
 use super::flows::{self, Names};
 use super::guard::Judge;
@@ -89,6 +91,7 @@ pub(crate) struct Applier {
     settled: Option<(u64, Instant)>,
     /// The rules whose names are noted.
     learnt: Option<Arc<RuleTable>>,
+    rejects: Rejects,
 }
 
 struct SetInForce {
@@ -191,6 +194,7 @@ impl Applier {
             astray: BTreeSet::new(),
             settled: None,
             learnt: None,
+            rejects: Rejects::new(maps)?,
         })
     }
 
@@ -243,6 +247,7 @@ impl Applier {
             shared.names.write().learn(&update.rules, &flows::counters(shared)?, &shared.config.run_dir)?;
             self.learnt = Some(Arc::clone(&update.rules));
         }
+        self.rejects.write(update.rules.rejecting())?;
         let mut outcomes = Outcomes::new();
         let carried_out = self.carry_out(shared, &update, endpoints, changes.are_names(), &mut outcomes);
         // Numbers of what is no longer in force take room until they are released.

@@ -209,5 +209,6 @@ fn of_addresses(endpoint: &Endpoint) -> abi::Endpoint {
     let [a, b, c, d, e, f] = mac.bytes();
     let pair = |high, low| u16::from_be_bytes([high, low]);
     let of_mac = Ipv6Addr::new(0xfe80, 0, 0, 0, pair(a ^ 2, b), pair(c, 0xff), pair(0xfe, d), pair(e, f));
-    abi::Endpoint::new(ipv4, ipv6, Some(endpoint.link_local.unwrap_or(of_mac))).with_mac(mac.bytes())
+    let cell = abi::Endpoint::new(ipv4, ipv6, Some(endpoint.link_local.unwrap_or(of_mac))).with_mac(mac.bytes());
+    if endpoint.place.is_host() { cell } else { cell.as_in_pod() }
 }

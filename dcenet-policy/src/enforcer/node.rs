@@ -4,9 +4,9 @@ use std::os::fd::AsFd;
 
 use dcenet_ebpf::abi::{self, Sizes};
 use dcenet_ebpf::attach::Direction as HookDirection;
-use dcenet_ebpf::datapath::Slot;
+use dcenet_ebpf::datapath::{Slot, answer};
 use dcenet_ebpf::loader::{LoadRequest, Loader};
-use dcenet_ebpf::maps::Map;
+use dcenet_ebpf::maps::{Map, ProgramArray};
 use dcenet_ebpf::object::MapSpec;
 use dcenet_ebpf::pin::Pins;
 use dcenet_ebpf::program::Program;
@@ -31,7 +31,7 @@ pub(crate) const fn default_pin(verdict: DefaultVerdict, direction: HookDirectio
 
 /// Maps whose contents mean something only together with the numbers of one owner's compiler. They live as long as the
 /// owner and the programs that it has put in force; a new owner makes its own and leaves the old to the old programs.
-const OWNERS: [&str; 4] = [abi::CLASS_V4, abi::MEMBERS_V6, abi::CLASS_V6, abi::NODES_V6];
+const OWNERS: [&str; 5] = [abi::CLASS_V4, abi::MEMBERS_V6, abi::CLASS_V6, abi::NODES_V6, abi::REJECTS];
 
 /// The maps of a node, open: those that are pinned, and those of this owner.
 #[derive(Debug)]
@@ -116,6 +116,26 @@ pub(crate) fn pin_defaults(
                 }
             }
         }
+    }
+    Ok(())
+}
+
+/// Puts the programs that answer what rules reject in their places.
+pub(crate) fn place_answerers(
+    maps: &NodeMaps,
+    loader: &dyn Loader,
+    lowering: &dyn Lowering,
+) -> Result<(), EnforcerError> {
+    let lowered = |error| EnforcerError::Lowering(Box::new(error));
+    let elf = answer::programs(&lowering.sizes()).map_err(lowered)?.to_elf();
+    let elf = elf.map_err(|error| EnforcerError::Lowering(error.into()))?;
+    let answered = maps.get(abi::ANSWERED)?;
+    let mut loaded = loader.load(&elf, &LoadRequest { maps: &[(abi::ANSWERED, answered.as_fd())] })?;
+    let failed = |error| EnforcerError::map(abi::ANSWERERS, error);
+    let places = ProgramArray::new(maps.get(abi::ANSWERERS)?).map_err(failed)?;
+    for (place, name) in (0..).zip(answer::PROGRAMS) {
+        let missing = || EnforcerError::Lowering(format!("the object has no program {name:?}").into());
+        places.set(place, &loaded.take_program(name).ok_or_else(missing)?).map_err(failed)?;
     }
     Ok(())
 }

@@ -26,7 +26,7 @@ use super::flows::Names as RuleNames;
 use super::guard::{Guards, Refusal};
 use super::inside::{Inside, InsideLink};
 use super::learnt::{self, Learnt};
-use super::node::{NodeMaps, pin_defaults};
+use super::node::{NodeMaps, pin_defaults, place_answerers};
 use super::protocol::{Reply, Request, Stranger};
 use super::server::Answer;
 use super::sweep::{self, Listener};
@@ -306,6 +306,7 @@ impl Shared {
         let sizes = tools.lowering.sizes();
         let maps = NodeMaps::open(&pins, &sizes)?;
         pin_defaults(&pins, &maps, &*tools.loader, &*tools.lowering)?;
+        place_answerers(&maps, &*tools.loader, &*tools.lowering)?;
         let inside = Inside::new(pins.clone());
         let guards = Guards::resume(&host.0, &pins, &maps, &*tools.loader, &*tools.lowering);
         let mut used = host.0.run_here_or_there(|| attached_slots(&*tools.attacher))??;

@@ -67,12 +67,12 @@ impl Catalog {
         self.schedules.get(name).zip(time).map(|(schedule, time)| schedule.holds_at(time))
     }
 
-    /// What a rule does at a time; none where it does not hold then. Where that is not known it may only close.
+    /// What a rule does at a time, rejecting being to deny; none where it does not hold then. Where that is not known it may only close.
     pub(crate) fn action_at(&self, time: Option<Time>, rule: &Rule) -> Option<Action> {
         match (self.holds_at(time, rule), rule.action) {
-            (Some(true), action) => Some(action),
+            (Some(true), action) => Some(action.plain()),
             (Some(false), _) | (None, Action::Allow) => None,
-            (None, Action::Deny | Action::Pass) => Some(Action::Deny),
+            (None, Action::Deny | Action::Reject | Action::Pass) => Some(Action::Deny),
         }
     }
 

@@ -14,8 +14,18 @@ pub enum Action {
     Allow,
     /// The packet is dropped, and nothing else is asked.
     Deny,
+    /// As [`Action::Deny`], and whoever sent the packet is told: by a reset for TCP, else by an ICMP error. What is answered, and how
+    /// often, is told by [`answer`](dcenet_ebpf::datapath::answer).
+    Reject,
     /// The rest of the tier is skipped; the next tier goes on.
     Pass,
+}
+
+impl Action {
+    /// The same without what is told to the sender: what verdicts depend on.
+    pub(crate) fn plain(self) -> Self {
+        if self == Self::Reject { Self::Deny } else { self }
+    }
 }
 
 /// One rule: all of its parts must match.

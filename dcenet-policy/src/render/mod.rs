@@ -11,7 +11,7 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::flatten::Place;
-use crate::model::{Cluster, Direction, Mode, Peer, Peers, Rule, RuleRef};
+use crate::model::{Action, Cluster, Direction, Mode, Peer, Peers, Rule, RuleRef};
 
 /// Something that is not enforced as it is written, and what happens instead.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -26,6 +26,11 @@ impl Omission {
     fn new(what: impl fmt::Display, reason: impl Into<String>) -> Self {
         Self { what: what.to_string(), reason: reason.into() }
     }
+}
+
+/// What no rendering expresses.
+fn unexpressed(cluster: &Cluster) -> impl Iterator<Item = Omission> {
+    in_audit(cluster).chain(scheduled(cluster)).chain(logged(cluster)).chain(rejecting(cluster))
 }
 
 /// The policies in audit, which are left out.
@@ -62,6 +67,12 @@ fn named(cluster: &Cluster) -> impl Iterator<Item = Omission> {
 fn logged(cluster: &Cluster) -> impl Iterator<Item = Omission> {
     let rules = rules_in_force(cluster).filter(|(_, rule)| rule.log);
     rules.map(|(place, _)| Omission::new(place, "it is to be logged: nothing there tells of its flows"))
+}
+
+/// The rules that reject, which deny there.
+fn rejecting(cluster: &Cluster) -> impl Iterator<Item = Omission> {
+    let rules = rules_in_force(cluster).filter(|(_, rule)| rule.action == Action::Reject);
+    rules.map(|(place, _)| Omission::new(place, "it rejects: denied there, and nobody tells the sender"))
 }
 
 /// The rules of policies in force, whether they hold or not.

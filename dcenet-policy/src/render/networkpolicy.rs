@@ -15,6 +15,7 @@
 //! | nodes by labels | their addresses in the tier NetworkPolicy, else `nodes`; their addresses in rules that allow, too, where labels of some are not known | a rule that denies or passes where labels of some are not known: as for ICMP |
 //! | a service | its own and its backends' addresses, a rule for each port | names of ports with it, or one that is not known: as for ICMP |
 //! | pods by service account | nothing | as for ICMP; where it is the subject the policy is left out: open to what is behind |
+//! | a rule that rejects | one that denies | nobody tells the sender |
 //! | a rule that is to be logged | the rule | nothing tells of its flows |
 //! | a rule with a schedule | the rule, or nothing, as of the cluster's time | as it is then |
 //! | a policy in audit | nothing | left out: it changes no verdict, and nobody tells what it would do |
@@ -59,7 +60,7 @@ impl Rendered {
 /// Renders all policies of a cluster. Its pods, namespaces, nodes, ports' names and [`Catalog`](crate::model::Catalog)
 /// count where the objects' kinds have no words for what a policy means: render again when they change.
 pub fn render(cluster: &Cluster) -> Rendered {
-    let omitted = super::in_audit(cluster).chain(super::scheduled(cluster)).chain(super::logged(cluster)).collect();
+    let omitted = super::unexpressed(cluster).collect();
     let rendered = Rendered { objects: Vec::new(), omitted };
     let cluster = &*cluster.in_force();
     let mut policies: Vec<&Policy> = cluster.policies.values().collect();
@@ -138,8 +139,10 @@ impl Renderer<'_> {
                 for (index, rule) in rules.iter().enumerate().filter(|(_, rule)| !matches_nobody(rule)) {
                     let place = format!("{} {direction}[{index}]", policy.id);
                     match (rule.action, stopped.get(&key)) {
-                        (Action::Deny | Action::Pass, None) => drop(stopped.insert(key.clone(), place)),
-                        (Action::Deny | Action::Pass, Some(_)) => {}
+                        (Action::Deny | Action::Reject | Action::Pass, None) => {
+                            drop(stopped.insert(key.clone(), place))
+                        }
+                        (Action::Deny | Action::Reject | Action::Pass, Some(_)) => {}
                         (Action::Allow, Some(by)) => {
                             let reason = format!("left out: {by} may stop it, and cannot be expressed; {CLOSED}");
                             self.omit(place, reason);
@@ -366,7 +369,7 @@ impl Renderer<'_> {
     fn cluster_rule(&mut self, place: &str, rule: &Rule, direction: Direction) -> Vec<Value> {
         let (action, left) = match rule.action {
             Action::Allow => ("Accept", CLOSED),
-            Action::Deny => ("Deny", OPEN),
+            Action::Deny | Action::Reject => ("Deny", OPEN),
             Action::Pass => ("Pass", OPEN),
         };
         let expanded = self.expanded(place, rule, direction, left);

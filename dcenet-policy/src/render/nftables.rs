@@ -28,7 +28,7 @@
 //! - A change does not reach connections that are established already; end them by `conntrack -D`.
 //! - A destination is judged after it is translated, here before that. A rule by `service` means the same, as it names the
 //!   backends, too; a rule by prefix does not match what a pod sends to a service whose own address the prefix holds.
-//! - Which rule decided is not told, and no rule is logged. Policies in audit are left out.
+//! - Which rule decided is not told, no rule is logged, and one that rejects drops. Policies in audit are left out.
 //! - Rules with a schedule are there or not as of the cluster's time: render again when that changes.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -68,7 +68,7 @@ pub fn render(cluster: &Cluster, scope: &Scope) -> Result<Rendered, CompileError
     let in_force = cluster.in_force();
     let update = Compiler::new(scope.clone(), Limits::default()).update(&in_force)?;
     let mut omitted = omissions(cluster, &update);
-    omitted.extend(super::in_audit(cluster).chain(super::scheduled(cluster)).chain(super::logged(cluster)));
+    omitted.extend(super::unexpressed(cluster));
     omitted.extend(super::named(cluster));
     let mut writer = Writer { update: &update, body: String::new(), written: BTreeSet::new(), chains: BTreeMap::new() };
     let mut dispatch: BTreeMap<(Direction, bool), BTreeMap<IpAddr, BTreeSet<SetId>>> = BTreeMap::new();

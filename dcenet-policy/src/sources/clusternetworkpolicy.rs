@@ -395,7 +395,7 @@ fn rules(
         let ports = if ports.is_empty() { Ports::Any } else { Ports::OneOf(ports) };
         let does = match action {
             Action::Allow => "a rule that allows matches nothing then",
-            Action::Deny | Action::Pass => "a rule that denies or passes denies everything then",
+            Action::Deny | Action::Reject | Action::Pass => "a rule that denies or passes denies everything then",
         };
         for (item, reason) in &unknown {
             let (document, path) = (item.document, item.path.clone());

@@ -46,7 +46,7 @@
 //! | `type`, `code` | of ICMP (RFC 792) and ICMPv6 (RFC 4443); without `code` all of the type |
 //! | `log` | `true`: flows that the rule decides are marked ([`Flow::log`](crate::enforcer::flows::Flow::log)), and [`Logged`](crate::enforcer::flows::Logged) hands on these alone. Nothing else changes; the limits of events hold for them, too, and what is beyond is counted |
 //! | `schedule` | the name of a Schedule: the rule is there while that holds, and is no rule at other times. Of a Schedule that is not given, a rule that allows matches nobody, and one that denies or passes denies whom it matches. Established flows are judged anew when it begins and when it ceases to hold, as after any change. Both are done by the owner of the node's policy state: while none runs, or where the change fails, what was in force before goes on, so that a rule that allows stays beyond its hours |
-//! | `action` | `allow`, `deny`, or `pass`: the rest of the tier is not asked. There is no `reject`: the programs drop what they deny, and to answer with a RST (RFC 9293, section 3.10.7) or an ICMP error (RFC 1812, section 5.2.7.1) they would have to turn the packet round and send it past the pod's own programs |
+//! | `action` | `allow`, `deny`, `reject`, or `pass`: the rest of the tier is not asked. `reject` denies, and the sender is told: by a reset for TCP (RFC 9293, section 3.10.7.1), else by an ICMP error that says that the administrator forbids it (RFC 1812, section 5.2.7.1; RFC 4443, section 3.1), at most 100 times in about a second for each pod. What is not answered is dropped ([`answer`](dcenet_ebpf::datapath::answer)) |
 //!
 //! # What policies refer to
 //!
@@ -264,12 +264,10 @@ fn rules(at: &At<'_>, peers_field: &'static str, owner: Owner<'_>) -> Result<Vec
             fields.field("name").text()?;
         }
         let action = fields.field("action");
-        if action.value.and_then(Value::as_str) == Some("reject") {
-            return Err(action.invalid("is not enforced here: programs drop without an answer; use deny"));
-        }
-        let action = match one_of(&action, &["allow", "deny", "pass"])? {
+        let action = match one_of(&action, &["allow", "deny", "reject", "pass"])? {
             "allow" => Action::Allow,
             "deny" => Action::Deny,
+            "reject" => Action::Reject,
             _ => Action::Pass,
         };
         let schedule = fields.field("schedule");

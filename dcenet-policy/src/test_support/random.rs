@@ -383,7 +383,7 @@ fn cluster_policy(rng: &mut Rng, number: usize) -> Policy {
         subject.namespaces = NamespaceMatch::Selected(LabelSelector::default());
     }
     for rule in [&mut ingress, &mut egress].into_iter().flatten().flatten() {
-        rule.action = *rng.pick(&[Action::Allow, Action::Allow, Action::Deny, Action::Deny, Action::Pass]);
+        rule.action = *rng.pick(&[Action::Allow, Action::Allow, Action::Deny, Action::Reject, Action::Pass]);
     }
     let tier = match rng.below(10) {
         0..=5 => Tier::Admin,

@@ -84,8 +84,8 @@ fn what_cannot_be_meant_is_refused_by_field() {
             "spec: {\"priority\":1,\"tier\":\"admin\"}: must have ingress or egress; an empty list is one",
         ),
         (
-            refusal("", "tier: admin, priority: 1, egress: [{action: reject}]"),
-            "spec.egress[0].action: \"reject\": is not enforced here: programs drop without an answer; use deny",
+            refusal("", "tier: admin, priority: 1, egress: [{action: refuse}]"),
+            "spec.egress[0].action: \"refuse\": must be one of allow, deny, reject, pass",
         ),
         (rule("log: yes please"), "spec.egress[0].log: \"yes please\": must be true or false"),
         (rule("to: []"), "spec.egress[0].to: []: must have at least one element; leave it out for anybody"),
