@@ -304,10 +304,11 @@ fn fill(sizes: &Sizes, loaded: &Loaded, update: &Update) -> Result<(), Failure> 
         map(loaded, write.map())?.update(&write.index().to_ne_bytes(), &write.value(), Put::Any)?;
     }
     let locals = &update.endpoints[&subject()].set(Direction::Ingress).locals;
-    let mut elements = vec![0u64; locals.len().div_ceil(4)];
-    for (class, local) in (0..).zip(locals.iter()) {
+    let classes = locals.last().map_or(0, |last| last + 1);
+    let mut elements = vec![0u64; classes.div_ceil(4) as usize];
+    for class in 0..classes {
         let (element, shift) = local_ids_element(class);
-        elements[element as usize] |= u64::from(*local) << shift;
+        elements[element as usize] |= u64::from(locals.get(class)) << shift;
     }
     Array::new(map(loaded, abi::LOCAL_IDS_INGRESS)?)?.store_all(0, &elements)?;
     Ok(())

@@ -21,6 +21,7 @@
 
 mod endpoints;
 mod keys;
+mod locals;
 mod members;
 mod rules;
 
@@ -41,6 +42,8 @@ use crate::opt::{self, Shadowed};
 use crate::verify;
 
 pub use self::endpoints::Endpoints;
+pub(crate) use self::locals::CHUNK;
+pub use self::locals::Locals;
 pub use self::rules::{Audit, Decider, Named, RuleTable};
 
 use self::members::{Asked, Placed};
@@ -148,14 +151,14 @@ pub struct PolicySet {
     pub policies: Arc<[PolicyId]>,
     /// Its diagram.
     pub program: Arc<Program>,
-    /// The local id of each class, by class id; 0 beyond the end.
-    pub locals: Arc<[u16]>,
+    /// The local id of each class.
+    pub locals: Arc<Locals>,
 }
 
 impl PolicySet {
     /// The local id of a class.
     pub fn local(&self, class: ClassId) -> u16 {
-        self.locals.get(class.0 as usize).copied().unwrap_or(0)
+        self.locals.get(class.0)
     }
 }
 
@@ -505,7 +508,7 @@ impl Compiler {
         next.atoms.extend(next.retired_atoms.keys().map(|atom| (atom.clone(), self.state.atoms[atom])));
 
         let classified = classes::classify(cluster, ambiguous, &next.atoms, &mut next.classes);
-        let members = ClassMembers::new(next.classes.iter(), next.classes.end());
+        let members = ClassMembers::new(next.classes.iter());
 
         let old_programs = std::mem::take(&mut next.programs);
         let mut old_sets = std::mem::take(&mut next.sets);
@@ -543,12 +546,11 @@ impl Compiler {
                 }
                 before => before.map(|held| held.set),
             };
-            let same = before.filter(|old| {
-                old.id.0 == id && Arc::ptr_eq(&old.program, &program) && *old.locals == *locals.as_slice()
-            });
+            let same =
+                before.filter(|old| old.id.0 == id && Arc::ptr_eq(&old.program, &program) && *old.locals == locals);
             let policies = || key.policies.as_slice().into();
             let set = same.unwrap_or_else(|| {
-                Arc::new(PolicySet { id: SetId(id), policies: policies(), program, locals: locals.into() })
+                Arc::new(PolicySet { id: SetId(id), policies: policies(), program, locals: Arc::new(locals) })
             });
             next.sets.insert(key.clone(), Held { set, signatures: Arc::new(signatures), flat: Arc::new(flat) });
         }
@@ -560,8 +562,8 @@ impl Compiler {
         next.retired_sets.extend(gone);
         for (_, set, signatures) in &mut next.retired_sets {
             let locals = signatures.locals(&members);
-            if *set.locals != *locals {
-                *set = Arc::new(PolicySet { locals: locals.into(), ..(**set).clone() });
+            if *set.locals != locals {
+                *set = Arc::new(PolicySet { locals: Arc::new(locals), ..(**set).clone() });
             }
         }
 

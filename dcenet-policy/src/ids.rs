@@ -74,11 +74,6 @@ impl<K: Clone + Eq + Hash> Ids<K> {
         self.keys.get(id as usize).and_then(Option::as_ref)
     }
 
-    /// One more than the highest number ever given.
-    pub(crate) fn end(&self) -> u32 {
-        self.keys.len() as u32
-    }
-
     /// All numbers that stand for a key, in ascending order.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (u32, &K)> {
         (0..).zip(&self.keys).filter_map(|(id, key)| Some((id, key.as_ref()?)))

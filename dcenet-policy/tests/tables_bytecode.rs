@@ -91,7 +91,7 @@ fn locals(set: &PolicySet, direction: Direction) -> Vec<Cell> {
         Direction::Ingress => abi::LOCAL_IDS_INGRESS,
         Direction::Egress => abi::LOCAL_IDS_EGRESS,
     };
-    let local = |class: u32| set.locals.get(class as usize).copied().unwrap_or(0);
+    let local = |class: u32| set.locals.get(class);
     let four = |index: u32| (0..4).flat_map(|low| local(index * 4 + low).to_ne_bytes()).collect();
     (0..sizes().classes / 4).map(|index| (map, index, four(index))).collect()
 }

@@ -151,7 +151,10 @@ mod golden {
     fn counters() {
         assert_eq!(hex(&Traffic { packets: 1, bytes: 2 }.encode()), "0100000000000000 0200000000000000");
         let limit = EventLimit { window: 1, used: 2, used_by_flows: 5, limited: 3, lost: 4, answers: 6 };
-        assert_eq!(hex(&limit.encode()), "0100000000000000 0200000005000000 0300000000000000 0400000000000000 0600000000000000");
+        assert_eq!(
+            hex(&limit.encode()),
+            "0100000000000000 0200000005000000 0300000000000000 0400000000000000 0600000000000000"
+        );
     }
 }
 

@@ -8,14 +8,16 @@
 //! was the last to have them; an address that has got a name and that several pods hold; endpoints that come and go; named ports that change; addresses that several pods claim; and
 //! whatever is closed or too large.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
 
 use super::keys::{governs, keys_of};
-use super::{CompileError, Compiler, EndpointPlan, Endpoints, Held, PolicySet, Program, Scope, SetId, Update, compile};
+use super::{
+    CompileError, Compiler, EndpointPlan, Endpoints, Held, Locals, PolicySet, Program, Scope, SetId, Update, compile,
+};
 use crate::classes::{
     self, Atom, AtomId, Claim, ClassId, ClassKey, TableChanges, classes_ahead, longest, of_names, prefix_sets,
     selectors_by_namespace, sets_beside_pods,
@@ -90,6 +92,8 @@ pub(super) struct Asked {
     policies: HashMap<String, Vec<PolicyId>>,
     /// Those that select namespaces.
     selecting: Vec<PolicyId>,
+    /// The policy sets with a condition of which this is one part: the last.
+    sets: HashMap<AtomId, Vec<SetId>>,
 }
 
 impl Asked {
@@ -98,7 +102,14 @@ impl Asked {
         atoms: &HashMap<Atom, AtomId>,
         table: &classes::AddressTable,
         numbers: &Ids<ClassKey>,
+        held: &HashMap<SetKey, Held>,
     ) -> Self {
+        let mut sets: HashMap<AtomId, Vec<SetId>> = HashMap::new();
+        for Held { set, signatures, .. } in held.values() {
+            for atom in signatures.last_atoms() {
+                sets.entry(atom).or_default().push(set.id);
+            }
+        }
         let (mut of_namespace, mut selectors) = (HashMap::new(), HashMap::new());
         for (namespace, asked) in selectors_by_namespace(cluster, atoms) {
             for (atom, selector, _) in &asked {
@@ -128,6 +139,7 @@ impl Asked {
             class_users,
             policies,
             selecting,
+            sets,
         }
     }
 
@@ -166,7 +178,7 @@ impl Asked {
 /// A policy set that is not what it was.
 struct Changed<'a> {
     before: &'a Held,
-    locals: Vec<u16>,
+    locals: Locals,
     /// Where a combination has got a local id.
     extended: Option<Signatures>,
 }
@@ -330,7 +342,9 @@ impl Compiler {
             return None;
         }
         let state = &mut self.state;
-        let asked = self.asked.get_or_insert_with(|| Asked::new(cluster, &state.atoms, &state.table, &state.classes));
+        let asked = self
+            .asked
+            .get_or_insert_with(|| Asked::new(cluster, &state.atoms, &state.table, &state.classes, &state.sets));
         let mut placed_pods: Vec<(&PodId, Option<Place>)> = Vec::new();
         let mut plans: Vec<(&PodId, [SetKey; 2])> = Vec::new();
         let mut keys: BTreeMap<IpAddr, ClassKey> = BTreeMap::new();
@@ -408,13 +422,19 @@ impl Compiler {
         let mut changed: HashMap<SetId, Changed<'_>> = HashMap::new();
         let mut retired_sets: Vec<(usize, Arc<PolicySet>)> = Vec::new();
         for (class, atoms) in &new_classes {
+            let concerned: HashSet<SetId> =
+                atoms.iter().filter_map(|atom| asked.sets.get(atom)).flatten().copied().collect();
             for held in state.sets.values() {
+                // It satisfies none of the others' conditions, and its number may have been another's.
+                if !concerned.contains(&held.set.id) && held.set.local(ClassId(*class)) == 0 {
+                    continue;
+                }
                 let signature = held.signatures.of_class(atoms);
                 let own = changed.get(&held.set.id);
                 let extended = own.and_then(|own| own.extended.as_ref());
                 let local = extended.unwrap_or(&held.signatures).local(&signature);
                 let before = match own {
-                    Some(own) => own.locals.get(*class as usize).copied().unwrap_or(0),
+                    Some(own) => own.locals.get(*class),
                     None => held.set.local(ClassId(*class)),
                 };
                 if local == Some(before) {
@@ -422,7 +442,7 @@ impl Compiler {
                 }
                 let own = changed.entry(held.set.id).or_insert_with(|| Changed {
                     before: held,
-                    locals: held.set.locals.to_vec(),
+                    locals: (*held.set.locals).clone(),
                     extended: None,
                 });
                 let local = match local {
@@ -432,16 +452,16 @@ impl Compiler {
                         signatures.add(signature, &self.limits)?
                     }
                 };
-                put(&mut own.locals, *class, local);
+                own.locals.set(*class, local);
             }
             for (at, (_, set, signatures)) in state.retired_sets.iter().enumerate() {
                 let place = retired_sets.iter().position(|(known, _)| *known == at);
                 let set = place.map_or(set, |place| &retired_sets[place].1);
                 let local = signatures.local(&signatures.of_class(atoms)).unwrap_or(0);
                 if set.local(ClassId(*class)) != local {
-                    let mut locals = set.locals.to_vec();
-                    put(&mut locals, *class, local);
-                    let set = Arc::new(PolicySet { locals: locals.into(), ..(**set).clone() });
+                    let mut locals = (*set.locals).clone();
+                    locals.set(*class, local);
+                    let set = Arc::new(PolicySet { locals: Arc::new(locals), ..(**set).clone() });
                     match place {
                         Some(place) => retired_sets[place].1 = set,
                         None => retired_sets.push((at, set)),
@@ -473,7 +493,7 @@ impl Compiler {
                 };
             }
             let signatures = extended.map_or_else(|| Arc::clone(&held.signatures), Arc::new);
-            let set = Arc::new(PolicySet { program, locals: locals.into(), ..(*held.set).clone() });
+            let set = Arc::new(PolicySet { program, locals: Arc::new(locals), ..(*held.set).clone() });
             sets.insert(id, Held { set, signatures, flat: Arc::clone(&held.flat) });
         }
 
@@ -597,12 +617,4 @@ impl Placed {
             self.holders.extend(has.into_iter().map(|address| (address, 1)));
         }
     }
-}
-
-fn put(locals: &mut Vec<u16>, class: u32, local: u16) {
-    let place = class as usize;
-    if locals.len() <= place {
-        locals.resize(place + 1, 0);
-    }
-    locals[place] = local;
 }

@@ -19,7 +19,7 @@ use dcenet_ebpf::attach::{AttachError, Direction as HookDirection, Hook, Tag};
 use dcenet_ebpf::maps::Map;
 use dcenet_ebpf::program::{Program as Loaded, wait_for_running};
 
-use self::arrays::{LOCAL_IDS, array, elements, has_room, rewrite};
+use self::arrays::{has_room, rewrite};
 use self::names::update_for_names;
 use self::rejects::Rejects;
 use super::cells::Cells;
@@ -31,7 +31,7 @@ use super::state::{Known, Outcome, Shared};
 use super::tables::ClassTables;
 use super::{EnforcerError, LoweredObject, Phase};
 use crate::classes::AddressTable;
-use crate::compiler::{Compiler, EndpointPlan, Limits, PolicySet, RuleTable, Scope, SetId, Update};
+use crate::compiler::{Compiler, EndpointPlan, Limits, Locals, PolicySet, RuleTable, Scope, SetId, Update};
 use crate::isolation::Fault;
 use crate::model::{Cluster, Direction, PodId};
 use crate::target::MAX_TABLE_NODES;
@@ -97,7 +97,7 @@ pub(crate) struct Applier {
 struct SetInForce {
     set: Arc<PolicySet>,
     /// The local ids in the map.
-    written: Arc<[u16]>,
+    written: Arc<Locals>,
     map: Map,
 }
 
@@ -360,8 +360,7 @@ impl Applier {
                 }
                 None => {
                     let map = create(&self.sizes.local_ids(on_packet(set.program.list.direction)))?;
-                    let written = array(&map)?.store_all(0, &elements(&set.locals));
-                    written.map_err(|e| EnforcerError::map(LOCAL_IDS, e))?;
+                    rewrite(&map, &Locals::default(), &set.locals)?;
                     self.sets.insert(id, SetInForce { set: Arc::clone(set), written: Arc::clone(&set.locals), map });
                 }
             }

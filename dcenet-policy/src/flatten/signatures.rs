@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use super::{Condition, FlatSet};
 use crate::classes::AtomId;
-use crate::compiler::{CompileError, Limits};
+use crate::compiler::{CompileError, Limits, Locals};
 use crate::ir::{Entry, LocalSet, RuleList};
 
 /// The local ids of a policy set: each stands for one combination of the set's conditions.
@@ -26,6 +26,11 @@ impl Signatures {
         (0..).zip(&self.conditions).filter(|(_, condition)| holds(condition)).map(|(index, _)| index).collect()
     }
 
+    /// The last part of each condition, each once: a class without any of these satisfies none.
+    pub(crate) fn last_atoms(&self) -> BTreeSet<AtomId> {
+        self.conditions.iter().filter_map(|condition| condition.last().copied()).collect()
+    }
+
     /// The local id of a combination of conditions, if it has one.
     pub(crate) fn local(&self, signature: &[u32]) -> Option<u16> {
         self.known.iter().zip(0..).find(|(known, _)| known.as_slice() == signature).map(|(_, local)| local)
@@ -43,13 +48,10 @@ impl Signatures {
 
     /// The local id of every class, for a set whose rules are no longer compiled; a combination of conditions that it
     /// never had counts as none.
-    pub(crate) fn locals(&self, classes: &ClassMembers) -> Vec<u16> {
+    pub(crate) fn locals(&self, classes: &ClassMembers) -> Locals {
         let local_of: HashMap<&Vec<u32>, u16> = self.known.iter().zip(0..).collect();
-        let mut locals = vec![0; classes.end];
-        for (class, signature) in held(&self.conditions, classes) {
-            locals[class as usize] = local_of.get(&signature).copied().unwrap_or(0);
-        }
-        locals
+        let held = held(&self.conditions, classes).into_iter();
+        held.map(|(class, signature)| (class, local_of.get(&signature).copied().unwrap_or(0))).collect()
     }
 
     /// Assigns local ids to classes and resolves the rules to them.
@@ -62,7 +64,7 @@ impl Signatures {
         classes: &ClassMembers,
         generation: u64,
         limits: &Limits,
-    ) -> Result<(RuleList, Vec<u16>), CompileError> {
+    ) -> Result<(RuleList, Locals), CompileError> {
         let mut seen: HashSet<&Condition> = HashSet::new();
         let mut conditions: Vec<Condition> = Vec::new();
         let rules = set.rules.iter().chain(set.audit.iter().flat_map(|audit| &audit.rules));
@@ -91,10 +93,7 @@ impl Signatures {
         }
         self.conditions = conditions;
 
-        let mut locals = vec![0; classes.end];
-        for (class, signature) in &held {
-            locals[*class as usize] = local_of[signature];
-        }
+        let locals = held.iter().map(|(class, signature)| (*class, local_of[signature])).collect();
         Ok((self.list(set), locals))
     }
 
@@ -140,18 +139,17 @@ fn held(conditions: &[Condition], classes: &ClassMembers) -> BTreeMap<u32, Vec<u
 /// Which classes satisfy an atom.
 pub(crate) struct ClassMembers {
     by_atom: HashMap<AtomId, BTreeSet<u32>>,
-    end: usize,
 }
 
 impl ClassMembers {
-    pub(crate) fn new<'a>(classes: impl Iterator<Item = (u32, &'a Vec<AtomId>)>, end: u32) -> Self {
+    pub(crate) fn new<'a>(classes: impl Iterator<Item = (u32, &'a Vec<AtomId>)>) -> Self {
         let mut by_atom: HashMap<AtomId, BTreeSet<u32>> = HashMap::new();
         for (class, atoms) in classes {
             for atom in atoms {
                 by_atom.entry(*atom).or_default().insert(class);
             }
         }
-        Self { by_atom, end: end as usize }
+        Self { by_atom }
     }
 
     fn satisfying(&self, condition: &[AtomId]) -> Vec<u32> {

@@ -62,7 +62,7 @@ impl Simulator {
         }
         let last_rule = update.rules.iter().map(|(id, _)| id.0).max().unwrap_or(0).max(RuleId::FIRST.0);
         let classes = update.endpoints.values().flat_map(|plan| [&plan.ingress, &plan.egress]);
-        let classes = classes.map(|set| set.locals.len()).max().unwrap_or(0);
+        let classes = classes.map(|set| set.locals.last().map_or(0, |last| last as usize + 1)).max().unwrap_or(0);
         let sizes = Sizes {
             endpoints: 1,
             blocks_v4: 64,
@@ -259,8 +259,7 @@ fn start(artefact: &Artefact, plan: &EndpointPlan, classes: &[Write], room: u32)
 
 /// One value of the array from classes to local ids.
 fn four_locals(set: &Arc<PolicySet>, index: u32) -> Vec<u8> {
-    let local = |class: u32| set.locals.get(class as usize).copied().unwrap_or(0);
-    (0..4).flat_map(|low| local(index * 4 + low).to_ne_bytes()).collect()
+    (0..4).flat_map(|low| set.locals.get(index * 4 + low).to_ne_bytes()).collect()
 }
 
 fn store(maps: &mut Maps, map: &str, key: &[u8], value: &[u8]) -> Result<(), String> {

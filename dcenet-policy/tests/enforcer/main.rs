@@ -3,7 +3,6 @@
 #![cfg(feature = "yaml")]
 
 mod ahead;
-mod answers;
 mod audit;
 mod changes;
 mod costs;
@@ -14,6 +13,7 @@ mod inside;
 mod isolation;
 mod names;
 mod packets;
+mod rejected;
 mod resolved;
 mod restart;
 mod schedules;

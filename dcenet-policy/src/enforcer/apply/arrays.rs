@@ -6,7 +6,7 @@ use dcenet_ebpf::abi::{Sizes, local_ids_element};
 use dcenet_ebpf::maps::{Array, Map};
 
 use crate::classes::{AddressTable, TableChanges};
-use crate::compiler::{CompileError, PolicySet, Update};
+use crate::compiler::{CHUNK, CompileError, Locals, PolicySet, Update};
 use crate::enforcer::EnforcerError;
 use crate::enforcer::tables::ClassTables;
 
@@ -15,7 +15,7 @@ pub(super) fn has_room(update: &Update, sizes: &Sizes, tables: &mut ClassTables)
     let classes = update.table.exact().values().chain(update.table.prefixes().values());
     let in_table = classes.max().map_or(0, |class| class.0 as usize + 1);
     // Classes that no entry names yet have local ids already.
-    let last = |set: &&Arc<PolicySet>| set.locals.iter().rposition(|local| *local != 0).map_or(0, |last| last + 1);
+    let last = |set: &&Arc<PolicySet>| set.locals.last().map_or(0, |last| last as usize + 1);
     let in_arrays = update.sets().values().map(last).max().unwrap_or(0);
     let (found, limit) = (in_table.max(in_arrays), sizes.classes as usize);
     if found > limit {
@@ -29,24 +29,21 @@ pub(super) fn array(map: &Map) -> Result<Array<u64>, EnforcerError> {
     Array::new(copy).map_err(|e| EnforcerError::map(LOCAL_IDS, e))
 }
 
-/// Local ids as the map has them, four in an element.
-pub(super) fn elements(locals: &[u16]) -> Vec<u64> {
-    let mut elements = vec![0u64; locals.len().div_ceil(4)];
-    for (class, local) in (0..).zip(locals) {
-        let (element, shift) = local_ids_element(class);
-        elements[element as usize] |= u64::from(*local) << shift;
-    }
-    elements
-}
-
 /// Writes what differs.
-pub(super) fn rewrite(map: &Map, old: &[u16], new: &[u16]) -> Result<(), EnforcerError> {
-    let (old, new) = (elements(old), elements(new));
+pub(super) fn rewrite(map: &Map, old: &Locals, new: &Locals) -> Result<(), EnforcerError> {
     let array = array(map)?;
-    for index in 0..old.len().max(new.len()) {
-        let at = |elements: &[u64]| elements.get(index).copied().unwrap_or(0);
-        if at(&old) != at(&new) {
-            array.store(index as u32, &at(&new)).map_err(|e| EnforcerError::map(LOCAL_IDS, e))?;
+    for (place, chunk) in new.differing(old) {
+        let first = (place * CHUNK) as u32;
+        let (mut before, mut after) = ([0u64; ELEMENTS], [0u64; ELEMENTS]);
+        for (class, local) in (first..).zip(chunk) {
+            let (element, shift) = local_ids_element(class);
+            before[element as usize % ELEMENTS] |= u64::from(old.get(class)) << shift;
+            after[element as usize % ELEMENTS] |= u64::from(*local) << shift;
+        }
+        let differs = |place: &usize| before[*place] != after[*place];
+        if let (Some(from), Some(to)) = ((0..ELEMENTS).find(differs), (0..ELEMENTS).rfind(differs)) {
+            let at = local_ids_element(first).0 + from as u32;
+            array.store_all(at, &after[from..=to]).map_err(|e| EnforcerError::map(LOCAL_IDS, e))?;
         }
     }
     Ok(())
@@ -67,6 +64,9 @@ pub(super) fn judges_otherwise(
     // The addresses of a prefix are too many to ask for each.
     exact || !changes.prefixes.is_empty()
 }
+
+/// Elements of the array that hold a chunk.
+const ELEMENTS: usize = CHUNK / 4;
 
 /// In errors; the map's own name depends on the direction.
 pub(super) const LOCAL_IDS: &str = "local_ids";

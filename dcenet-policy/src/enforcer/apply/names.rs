@@ -60,8 +60,8 @@ impl Applier {
     ) -> Result<(), String> {
         let changes = update.changes_from(&self.table);
         let knows = |set: &PolicySet| {
-            let written = self.sets.get(&set.id).map(|known| &*known.written).unwrap_or_default();
-            let local = |class: ClassId| written.get(class.0 as usize).copied().unwrap_or(0);
+            let written = self.sets.get(&set.id).map(|known| &*known.written);
+            let local = |class: ClassId| written.map_or(0, |written| written.get(class.0));
             // An address that goes is nobody's, or a prefix's, which is in the table.
             changes.exact.iter().filter_map(|(address, class)| Some((address, (*class)?))).all(|(address, class)| {
                 let now = local(class);

@@ -85,7 +85,7 @@ fn what_cannot_be_meant_is_refused_by_field() {
         ),
         (
             refusal("", "tier: admin, priority: 1, egress: [{action: refuse}]"),
-            "spec.egress[0].action: \"refuse\": must be one of allow, deny, reject, pass",
+            "spec.egress[0].action: \"refuse\": must be allow or deny or reject or pass",
         ),
         (rule("log: yes please"), "spec.egress[0].log: \"yes please\": must be true or false"),
         (rule("to: []"), "spec.egress[0].to: []: must have at least one element; leave it out for anybody"),
