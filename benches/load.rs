@@ -1,9 +1,11 @@
 //! `load`: from the bytes of an object to programs that the verifier has taken, for a policy whose two programs together
-//! have 20,000 instructions or more, by each loader, by turns. The maps are made anew each time. With the feature `libbpf`
+//! have 20,000 instructions or more, by each loader, by turns. The maps that all endpoints of a node share are there already, as
+//! they are when a node's policy changes. With the feature `libbpf`
 //! aya is compared with libbpf; without it with 40 ms. What a process pays once, aya for parsing the kernel's type
 //! information and libbpf for trying what the kernel can do, is told apart: the first load, of a program of two
 //! instructions. Needs root.
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
 
 use dcenet_benches::{Row, Sample, Summary, rounds, say};
@@ -24,18 +26,22 @@ const INSTRUCTIONS: u32 = 20_000;
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 fn main() -> Result<(), Failure> {
-    let mut loaders: Vec<(&str, Box<dyn Loader>)> = vec![("aya", Box::new(AyaLoader))];
-    #[cfg(feature = "libbpf")]
-    loaders.push(("libbpf", Box::new(dcenet_ebpf::loader::LibbpfLoader)));
+    let loaders: Vec<(&str, Box<dyn Loader>)> = vec![
+        ("aya", Box::new(AyaLoader)),
+        #[cfg(feature = "libbpf")]
+        ("libbpf", Box::new(dcenet_ebpf::loader::LibbpfLoader)),
+    ];
     let smallest = smallest()?;
     for (name, loader) in &loaders {
-        let time = milliseconds(&**loader, &smallest)?;
+        let time = milliseconds(&**loader, &smallest, &[])?;
         say(format_args!("{ID}: the first load of the process by {name} took {time:.1} ms"));
     }
     let (elf, rules, instructions) = object()?;
     say(format_args!("{ID}: {rules} rules a direction, {instructions} instructions, {} bytes of ELF", elf.len()));
+    let shared = AyaLoader.load(&elf, &LoadRequest::default())?;
+    let maps: Vec<_> = shared.maps.iter().map(|(name, map)| (name.as_str(), map.as_fd())).collect();
     let verified: u32 = {
-        let loaded = AyaLoader.load(&elf, &LoadRequest::default())?;
+        let loaded = AyaLoader.load(&elf, &LoadRequest { maps: &maps })?;
         loaded.programs.iter().map(|(_, program)| program.info().verified_instructions).sum()
     };
     say(format_args!("{ID}: the verifier looks at {verified} instructions"));
@@ -44,7 +50,7 @@ fn main() -> Result<(), Failure> {
     // The first round warms.
     for round in 0..=runs {
         for ((_, loader), times) in loaders.iter().zip(&mut times) {
-            let time = milliseconds(&**loader, &elf)?;
+            let time = milliseconds(&**loader, &elf, &maps)?;
             if round > 0 {
                 times.push(time);
             }
@@ -64,9 +70,9 @@ fn main() -> Result<(), Failure> {
 }
 
 /// How long a load takes. The freeing of what was loaded does not count.
-fn milliseconds(loader: &dyn Loader, elf: &[u8]) -> Result<f64, Failure> {
+fn milliseconds(loader: &dyn Loader, elf: &[u8], maps: &[(&str, BorrowedFd<'_>)]) -> Result<f64, Failure> {
     let begin = Instant::now();
-    let loaded = loader.load(elf, &LoadRequest::default())?;
+    let loaded = loader.load(elf, &LoadRequest { maps })?;
     let time = begin.elapsed().as_secs_f64() * 1e3;
     drop(loaded);
     Ok(time)

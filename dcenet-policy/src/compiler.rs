@@ -548,7 +548,7 @@ impl Compiler {
             };
             let same =
                 before.filter(|old| old.id.0 == id && Arc::ptr_eq(&old.program, &program) && *old.locals == locals);
-            let policies = || key.policies.as_slice().into();
+            let policies = || Arc::clone(&key.policies);
             let set = same.unwrap_or_else(|| {
                 Arc::new(PolicySet { id: SetId(id), policies: policies(), program, locals: Arc::new(locals) })
             });
@@ -571,7 +571,7 @@ impl Compiler {
         if !table_changes.is_empty() {
             next.table = Arc::new(classified.table);
         }
-        let named = rules_used.iter().filter_map(|id| Some((RuleId(*id), next.rules.key(*id)?.clone())));
+        let named = rules_used.iter().filter_map(|id| Some((RuleId(*id), Arc::clone(next.rules.shared(*id)?))));
         let rule_table = named.collect::<RuleTable>().marked_as_in(cluster);
         if *next.rule_table != rule_table {
             next.rule_table = Arc::new(rule_table);

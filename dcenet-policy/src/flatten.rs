@@ -3,6 +3,7 @@
 mod signatures;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
 
 use crate::classes::{Atom, AtomId, Claim};
 use crate::compiler::{CompileError, Limits, Named};
@@ -20,7 +21,7 @@ pub(crate) use signatures::{ClassMembers, Signatures};
 pub(crate) struct SetKey {
     pub(crate) direction: Direction,
     /// The governing policies, in order.
-    pub(crate) policies: Vec<PolicyId>,
+    pub(crate) policies: Arc<[PolicyId]>,
     /// The endpoint's node, if anything governs it, the node is known, and its address is believed.
     pub(crate) node: Option<String>,
     /// On ingress, what the names that the rules use mean on the endpoint.

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::Hash;
+use std::sync::Arc;
 
 /// Gives each key a number.
 ///
@@ -10,8 +11,8 @@ use std::hash::Hash;
 /// numbers retired in it or before free for other keys.
 #[derive(Debug, Clone)]
 pub(crate) struct Ids<K> {
-    ids: HashMap<K, u32>,
-    keys: Vec<Option<K>>,
+    ids: HashMap<Arc<K>, u32>,
+    keys: Vec<Option<Arc<K>>>,
     free: BTreeSet<u32>,
     retired: BTreeMap<u32, u64>,
 }
@@ -32,8 +33,9 @@ impl<K: Clone + Eq + Hash> Ids<K> {
         if id as usize == self.keys.len() {
             self.keys.push(None);
         }
-        self.keys[id as usize] = Some(key.clone());
-        self.ids.insert(key.clone(), id);
+        let key = Arc::new(key.clone());
+        self.keys[id as usize] = Some(Arc::clone(&key));
+        self.ids.insert(key, id);
         id
     }
 
@@ -65,18 +67,24 @@ impl<K: Clone + Eq + Hash> Ids<K> {
             self.keys.push(None);
         }
         self.free.remove(&id);
-        self.keys[id as usize] = Some(key.clone());
+        let key = Arc::new(key);
+        self.keys[id as usize] = Some(Arc::clone(&key));
         self.ids.insert(key, id);
         true
     }
 
     pub(crate) fn key(&self, id: u32) -> Option<&K> {
+        self.shared(id).map(|key| &**key)
+    }
+
+    /// As [`Ids::key`], for whoever keeps it.
+    pub(crate) fn shared(&self, id: u32) -> Option<&Arc<K>> {
         self.keys.get(id as usize).and_then(Option::as_ref)
     }
 
     /// All numbers that stand for a key, in ascending order.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (u32, &K)> {
-        (0..).zip(&self.keys).filter_map(|(id, key)| Some((id, key.as_ref()?)))
+        (0..).zip(&self.keys).filter_map(|(id, key)| Some((id, &**key.as_ref()?)))
     }
 
     /// Retires every number that is not used.

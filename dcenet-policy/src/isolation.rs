@@ -239,7 +239,7 @@ impl Refusals {
         let mut found = Vec::new();
         if left.len() > 1 {
             for id in &left {
-                let single = SetKey { policies: vec![id.clone()], unsure: BTreeSet::new(), ..whole.clone() };
+                let single = SetKey { policies: [id.clone()].into(), unsure: BTreeSet::new(), ..whole.clone() };
                 if let Err(error) = alone(single) {
                     found.push(([id.clone()].into(), error));
                 }

@@ -219,7 +219,7 @@ pub fn findings(cluster: &Cluster, thresholds: &Thresholds) -> Result<Findings, 
         walk(cluster, key, pods, rules, *node, &satisfied, &mut seen, &mut conflicts);
     }
 
-    let subjects: BTreeSet<&PolicyId> = sets.keys().flat_map(|key| &key.policies).collect();
+    let subjects: BTreeSet<&PolicyId> = sets.keys().flat_map(|key| key.policies.iter()).collect();
     let governs = |id: &PolicyId| Direction::ALL.into_iter().any(|way| cluster.policies[id].rules(way).is_some());
     let idle = cluster.policies.keys().filter(|id| !subjects.contains(id) && governs(id));
     let mut findings: Vec<Finding> = idle.map(|policy| Finding::NoSubject { policy: policy.clone() }).collect();
@@ -244,7 +244,7 @@ pub fn findings(cluster: &Cluster, thresholds: &Thresholds) -> Result<Findings, 
 fn place(flattener: &mut Flattener<'_>, key: &SetKey) -> Result<Vec<Placed>, AnalysisError> {
     let (cluster, direction) = (flattener.cluster, key.direction);
     let mut placed = Vec::new();
-    for id in &key.policies {
+    for id in key.policies.iter() {
         let rules = cluster.policies.get(id).and_then(|policy| policy.rules(direction)).unwrap_or_default();
         for (index, rule) in rules.iter().enumerate() {
             let Some(action) = flatten::action_now(cluster, rule) else { continue };

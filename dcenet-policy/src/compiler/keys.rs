@@ -1,6 +1,7 @@
 //! Which policies are whose.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 
 use super::Compiler;
 use crate::classes::{selector_holds, selector_may_hold};
@@ -20,7 +21,7 @@ impl Compiler {
                 NamespaceMatch::Selected(_) => selected.push(policy),
             }
         }
-        let mut names: HashMap<Vec<PolicyId>, NamesUsed> = HashMap::new();
+        let mut known: HashMap<Arc<[PolicyId]>, NamesUsed> = HashMap::new();
         let mut endpoints = BTreeMap::new();
         for (id, pod) in &cluster.pods {
             if !self.scope.holds(pod) {
@@ -28,9 +29,15 @@ impl Compiler {
             }
             let candidates = named.get(id.namespace.as_str()).into_iter().flatten().chain(&selected);
             let governing = candidates.copied().filter(|policy| governs(cluster, policy, id, pod)).collect();
+            // Pods with the same policies share their list.
             let keys = keys_of(cluster, pod, governing, &mut |policies| {
-                let used = names.entry(policies.to_vec());
-                used.or_insert_with(|| flatten::names_used(cluster, policies, Direction::Ingress)).clone()
+                if let Some((shared, names)) = known.get_key_value(policies.as_slice()) {
+                    return (Arc::clone(shared), names.clone());
+                }
+                let names = flatten::names_used(cluster, &policies, Direction::Ingress);
+                let shared: Arc<[PolicyId]> = policies.into();
+                known.insert(Arc::clone(&shared), names.clone());
+                (shared, names)
             });
             endpoints.insert(id.clone(), keys);
         }
@@ -51,12 +58,13 @@ pub(super) fn governs(cluster: &Cluster, policy: &Policy, id: &PodId, pod: &Pod)
 /// The names of ports that rules use.
 type NamesUsed = BTreeSet<(String, Protocol)>;
 
-/// What identifies the policy sets of a pod that these policies govern, ingress first.
+/// What identifies the policy sets of a pod that these policies govern, ingress first. `names_used` is told policies, and gives them
+/// back with the names of ports that their rules for ingress use.
 pub(super) fn keys_of(
     cluster: &Cluster,
     pod: &Pod,
     mut governing: Vec<&Policy>,
-    names_used: &mut dyn FnMut(&[PolicyId]) -> NamesUsed,
+    names_used: &mut dyn FnMut(Vec<PolicyId>) -> (Arc<[PolicyId]>, NamesUsed),
 ) -> [SetKey; 2] {
     governing.sort_unstable_by(|left, right| cluster.order(left).cmp(&cluster.order(right)));
     Direction::ALL.map(|direction| {
@@ -78,9 +86,9 @@ fn key_of(
     pod: &Pod,
     direction: Direction,
     governing: &[&Policy],
-    names_used: &mut dyn FnMut(&[PolicyId]) -> NamesUsed,
+    names_used: &mut dyn FnMut(Vec<PolicyId>) -> (Arc<[PolicyId]>, NamesUsed),
 ) -> SetKey {
-    let policies: Vec<PolicyId> = governing.iter().map(|policy| policy.id.clone()).collect();
+    let (policies, names) = names_used(governing.iter().map(|policy| policy.id.clone()).collect());
     let is_unsure = |policy: &&&Policy| !selector_holds(&policy.subject.pods, &pod.labels);
     let unsure = governing.iter().filter(is_unsure).map(|policy| policy.id.clone()).collect();
     let is_believed = !(pod.on_segment && direction == Direction::Ingress);
@@ -88,7 +96,7 @@ fn key_of(
     let node = pod.node.clone().filter(applies);
     let mut named_ports = BTreeMap::new();
     if direction == Direction::Ingress {
-        for (name, protocol) in names_used(&policies) {
+        for (name, protocol) in names {
             let same = |port: &&NamedPort| port.name == name && port.protocol == protocol;
             let numbers = pod.ports.iter().filter(same).map(|port| port.port).collect();
             named_ports.insert((name, protocol), numbers);

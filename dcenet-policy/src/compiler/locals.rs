@@ -13,7 +13,7 @@ pub struct Locals {
 }
 
 /// Classes whose ids are kept together.
-pub(crate) const CHUNK: usize = 256;
+pub(crate) const CHUNK: usize = 128;
 
 impl Locals {
     /// The local id of a class.
@@ -77,12 +77,13 @@ mod tests {
 
     #[test]
     fn what_is_set_is_found_and_equal_however_it_came_about() {
-        let pairs = [(0, 1), (255, 2), (256, 3), (70_000, 4)];
+        let chunk = CHUNK as u32;
+        let pairs = [(0, 1), (chunk - 1, 2), (chunk, 3), (70_000, 4)];
         let locals: Locals = pairs.into_iter().collect();
         for (class, local) in pairs {
             assert_eq!(locals.get(class), local);
         }
-        assert_eq!([1, 257, 69_999, 70_001, u32::MAX].map(|class| locals.get(class)), [0; 5]);
+        assert_eq!([1, chunk + 1, 69_999, 70_001, u32::MAX].map(|class| locals.get(class)), [0; 5]);
         assert_eq!((locals.last(), Locals::default().last()), (Some(70_000), None));
 
         let mut longer = locals.clone();

@@ -8,7 +8,7 @@
 //! was the last to have them; an address that has got a name and that several pods hold; endpoints that come and go; named ports that change; addresses that several pods claim; and
 //! whatever is closed or too large.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -363,7 +363,10 @@ impl Compiler {
                 let named = asked.policies.get(&id.namespace).into_iter().flatten().chain(&asked.selecting);
                 let candidates = named.map(|policy| cluster.policies.get(policy)).collect::<Option<Vec<&Policy>>>()?;
                 let governing = candidates.into_iter().filter(|policy| governs(cluster, policy, id, pod)).collect();
-                let names = &mut |policies: &[PolicyId]| flatten::names_used(cluster, policies, Direction::Ingress);
+                let names = &mut |policies: Vec<PolicyId>| {
+                    let names = flatten::names_used(cluster, &policies, Direction::Ingress);
+                    (policies.into(), names)
+                };
                 plans.push((id, keys_of(cluster, pod, governing, names)));
             }
             let addresses = |place: Option<&Place>| place.map(|place| place.addresses.clone()).unwrap_or_default();
@@ -421,12 +424,17 @@ impl Compiler {
         // Their local ids.
         let mut changed: HashMap<SetId, Changed<'_>> = HashMap::new();
         let mut retired_sets: Vec<(usize, Arc<PolicySet>)> = Vec::new();
+        let last_set = state.sets.values().map(|held| held.set.id.0 as usize).max().unwrap_or(0);
         for (class, atoms) in &new_classes {
-            let concerned: HashSet<SetId> =
-                atoms.iter().filter_map(|atom| asked.sets.get(atom)).flatten().copied().collect();
+            let mut concerned = vec![false; last_set + 1];
+            for set in atoms.iter().filter_map(|atom| asked.sets.get(atom)).flatten() {
+                if let Some(concerned) = concerned.get_mut(set.0 as usize) {
+                    *concerned = true;
+                }
+            }
             for held in state.sets.values() {
                 // It satisfies none of the others' conditions, and its number may have been another's.
-                if !concerned.contains(&held.set.id) && held.set.local(ClassId(*class)) == 0 {
+                if !concerned[held.set.id.0 as usize] && held.set.local(ClassId(*class)) == 0 {
                     continue;
                 }
                 let signature = held.signatures.of_class(atoms);
@@ -534,8 +542,9 @@ impl Compiler {
             let before = || i64::from(asked.class_users.get(class).copied().unwrap_or(0));
             *users.entry(*class).or_insert_with(before) += by;
         }
-        let known = asked.class_users.keys().filter(|class| **class != ClassId::UNKNOWN);
-        let unchanged = known.filter(|class| !users.contains_key(class)).count();
+        let is_known = |class: &&ClassId| **class != ClassId::UNKNOWN && asked.class_users.contains_key(class);
+        let known = asked.class_users.len() - usize::from(asked.class_users.contains_key(&ClassId::UNKNOWN));
+        let unchanged = known - users.keys().filter(is_known).count();
         let classes = 1 + unchanged + users.values().filter(|users| **users > 0).count();
         let retiring = state.retired_sets.iter().enumerate().map(|(at, (_, set, _))| {
             let changed = retired_sets.iter().find(|(known, _)| *known == at);

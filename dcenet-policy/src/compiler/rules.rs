@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -99,7 +100,7 @@ pub struct Audit {
 /// What each rule id stands for.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RuleTable {
-    rules: BTreeMap<RuleId, Named>,
+    rules: BTreeMap<RuleId, Arc<Named>>,
     logged: BTreeSet<RuleId>,
     rejecting: BTreeSet<RuleId>,
 }
@@ -112,12 +113,12 @@ impl RuleTable {
 
     /// What an id stands for; `None` for those below [`RuleId::FIRST`] and those that are not in use.
     pub fn named(&self, id: RuleId) -> Option<&Named> {
-        self.rules.get(&id)
+        self.rules.get(&id).map(|named| &**named)
     }
 
     /// What decides where a program ends with this id.
     pub fn decider(&self, id: RuleId) -> Decider {
-        self.rules.get(&id).map_or(Decider::Fixed(id), Named::decider)
+        self.rules.get(&id).map_or(Decider::Fixed(id), |named| named.decider())
     }
 
     /// What would decide if the policies in audit were in force, where that is something else.
@@ -153,7 +154,7 @@ impl RuleTable {
 
     /// All that is in use.
     pub fn iter(&self) -> impl Iterator<Item = (RuleId, &Named)> {
-        self.rules.iter().map(|(id, named)| (*id, named))
+        self.rules.iter().map(|(id, named)| (*id, &**named))
     }
 
     /// A text for people: what decides.
@@ -162,8 +163,8 @@ impl RuleTable {
     }
 }
 
-impl FromIterator<(RuleId, Named)> for RuleTable {
-    fn from_iter<I: IntoIterator<Item = (RuleId, Named)>>(rules: I) -> Self {
+impl FromIterator<(RuleId, Arc<Named>)> for RuleTable {
+    fn from_iter<I: IntoIterator<Item = (RuleId, Arc<Named>)>>(rules: I) -> Self {
         Self { rules: rules.into_iter().collect(), ..Self::default() }
     }
 }

@@ -160,7 +160,7 @@ mod tests {
     }
 
     fn table<const N: usize>(rules: [(u32, Named); N]) -> RuleTable {
-        rules.into_iter().map(|(id, rule)| (RuleId(id), rule)).collect()
+        rules.into_iter().map(|(id, rule)| (RuleId(id), std::sync::Arc::new(rule))).collect()
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub struct FlowReader {
     shared: Arc<Shared>,
     ring: RingBuffer,
     swept: Arc<Swept>,
-    limits: Array<[u64; 4]>,
+    limits: Array<EventLimit>,
     unreadable: u64,
     undelivered: u64,
     /// What sweeps told and found no room.
@@ -132,10 +132,9 @@ impl FlowReader {
     fn losses(&self) -> Result<Losses, EnforcerError> {
         let Self { unreadable, undelivered, full, .. } = *self;
         let mut losses = Losses { unreadable, undelivered, full, ..Losses::default() };
-        for words in self.limits.load_all().map_err(|e| EnforcerError::map(abi::EVENT_LIMITS, e))? {
-            let word = |offset: i16| words[offset as usize / 8];
-            losses.full = losses.full.saturating_add(word(EventLimit::LOST));
-            losses.limited = losses.limited.saturating_add(word(EventLimit::LIMITED));
+        for limit in self.limits.load_all().map_err(|e| EnforcerError::map(abi::EVENT_LIMITS, e))? {
+            losses.full = losses.full.saturating_add(limit.lost);
+            losses.limited = losses.limited.saturating_add(limit.limited);
         }
         Ok(losses)
     }
