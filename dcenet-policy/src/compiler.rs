@@ -23,6 +23,7 @@ mod endpoints;
 mod keys;
 mod locals;
 mod members;
+mod names;
 mod rules;
 
 use std::borrow::Cow;
@@ -397,6 +398,16 @@ impl Compiler {
     pub fn update_within(
         &mut self,
         cluster: &Cluster,
+        room: impl FnMut(&Update) -> Result<(), CompileError>,
+    ) -> Result<Update, CompileError> {
+        self.update_closing(cluster, true, room)
+    }
+
+    /// As [`Compiler::update_within`]; where policies may not be left out, the first obstacle is the error.
+    pub(crate) fn update_closing(
+        &mut self,
+        cluster: &Cluster,
+        may_leave_out: bool,
         mut room: impl FnMut(&Update) -> Result<(), CompileError>,
     ) -> Result<Update, CompileError> {
         check(cluster)?;
@@ -420,6 +431,9 @@ impl Compiler {
             };
             #[cfg(feature = "test-support")]
             if self.planted == Some(crate::test_support::PlantedBug::NothingIsolated) {
+                return Err(obstacle.into_error());
+            }
+            if !may_leave_out {
                 return Err(obstacle.into_error());
             }
             match obstacle {

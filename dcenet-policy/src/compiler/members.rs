@@ -269,21 +269,7 @@ impl Compiler {
         }
     }
 
-    /// As [`Compiler::update_parts_within`] where names alone differ, unless it would compile everything anew, or there is no
-    /// room: nothing is done then. Where programs are others, the compiler of before is returned, too.
-    pub(crate) fn update_names_within(
-        &mut self,
-        cluster: &Cluster,
-        renamed: &BTreeSet<IpAddr>,
-        room: impl FnOnce(&Update) -> Result<(), CompileError>,
-    ) -> Option<(Update, Option<Self>)> {
-        let mut before = None;
-        let mut keep = |kept: Self| before = Some(kept);
-        let update = self.update_quickly_within(cluster, [], renamed, room, Some(&mut keep))?;
-        Some((update, before))
-    }
-
-    fn update_quickly_within<'a>(
+    pub(super) fn update_quickly_within<'a>(
         &mut self,
         cluster: &Cluster,
         pods: impl IntoIterator<Item = &'a PodId>,

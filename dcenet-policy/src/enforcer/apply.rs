@@ -2,6 +2,7 @@
 
 mod arrays;
 mod commit;
+mod compile;
 mod load;
 mod names;
 mod rejects;
@@ -19,8 +20,7 @@ use dcenet_ebpf::attach::{AttachError, Direction as HookDirection, Hook, Tag};
 use dcenet_ebpf::maps::Map;
 use dcenet_ebpf::program::{Program as Loaded, wait_for_running};
 
-use self::arrays::{has_room, rewrite};
-use self::names::update_for_names;
+use self::arrays::rewrite;
 use self::rejects::Rejects;
 use super::cells::Cells;
 use super::flows::{self, Names};
@@ -48,6 +48,8 @@ pub(crate) struct Applied {
     pub(crate) retry: bool,
     /// Why the change is not in force anywhere, where it is not.
     pub(crate) held: Option<String>,
+    /// Addresses whose names were left out: they are to be carried out by themselves.
+    pub(crate) unnamed: BTreeSet<IpAddr>,
 }
 
 /// What is not as it was the last time.
@@ -56,8 +58,8 @@ pub(crate) enum Changes<'a> {
     All,
     /// These pods.
     Pods(&'a BTreeSet<PodId>),
-    /// The names of these addresses. Where some are new, and the faults that there are are told, there may be no other.
-    Names { renamed: &'a BTreeSet<IpAddr>, faults: Option<&'a [Fault]> },
+    /// The names of these addresses. There may be no other faults than those that there are.
+    Names { renamed: &'a BTreeSet<IpAddr>, faults: &'a [Fault] },
 }
 
 impl Changes<'_> {
@@ -162,6 +164,8 @@ struct InForce {
     wanted: EndpointPlan,
     /// Whether it waits for more than names.
     is_behind: bool,
+    /// Whether one of its hooks may have another program than `programs`, as these could not be put back.
+    is_mixed: bool,
     /// A change of its verdicts was written, and its generations were not bumped yet.
     unbumped: BTreeSet<Direction>,
 }
@@ -219,47 +223,46 @@ impl Applier {
         {
             self.compiler.release(generation);
         }
-        let Self { compiler, tables, sizes, astray, .. } = self;
-        let mut room = |update: &Update| has_room(update, sizes, tables);
-        let mut before: Option<Compiler> = None;
-        let update = match *changes {
-            Changes::All => compiler.update_within(cluster, room)?,
-            Changes::Pods(pods) => compiler.update_parts_within(cluster, pods, astray, room)?,
+        let (update, unnamed, before) = match *changes {
             Changes::Names { renamed, faults } => {
-                astray.extend(renamed);
-                match compiler.update_names_within(cluster, astray, &mut room) {
-                    Some((update, kept)) => {
-                        before = kept;
-                        update
-                    }
-                    None => {
-                        let kept = before.insert(compiler.clone());
-                        update_for_names(compiler, cluster, faults, room).inspect_err(|_| compiler.clone_from(kept))?
-                    }
-                }
+                let (update, before) = self.compile_names(cluster, renamed, faults)?;
+                (update, BTreeSet::new(), before)
+            }
+            Changes::All => self.compile_named(cluster, None)?,
+            Changes::Pods(pods) => self.compile_named(cluster, Some(pods))?,
+        };
+        let noted = match &self.learnt {
+            Some(learnt) if Arc::ptr_eq(learnt, &update.rules) => Ok(()),
+            _ => {
+                let counters = flows::counters(shared);
+                counters.and_then(|c| shared.names.write().learn(&update.rules, &c, &shared.config.run_dir))
             }
         };
-        if !changes.are_names() {
-            self.astray.clear();
-            self.unfinished = true;
+        if let Err(error) = noted.and_then(|()| self.rejects.write(update.rules.rejecting())) {
+            if let Some(before) = before {
+                self.compiler = before;
+            }
+            return Err(error);
         }
-        if !self.learnt.as_ref().is_some_and(|learnt| Arc::ptr_eq(learnt, &update.rules)) {
-            shared.names.write().learn(&update.rules, &flows::counters(shared)?, &shared.config.run_dir)?;
-            self.learnt = Some(Arc::clone(&update.rules));
-        }
-        self.rejects.write(update.rules.rejecting())?;
+        self.learnt = Some(Arc::clone(&update.rules));
         let mut outcomes = Outcomes::new();
         let carried_out = self.carry_out(shared, &update, endpoints, changes.are_names(), &mut outcomes);
         // Numbers of what is no longer in force take room until they are released.
         let wants_room = |fault: &Fault| matches!(fault, Fault::Refused { .. } | Fault::NotAudited { .. });
         let retry = update.faults.iter().any(wants_room) && self.compiler.is_unreleased();
-        let held = carried_out.map_err(|Held { reason, is_undone }| {
+        let held = carried_out.map_err(|Held { reason, is_undone, stuck }| {
             if is_undone && let Some(before) = before {
                 self.compiler = before;
             }
+            if changes.are_names() {
+                // Whoever has no other programs needs none for what is given up.
+                outcomes.retain(|(key, outcome)| {
+                    matches!(outcome, Outcome::Enforced { .. } | Outcome::Gone) || stuck.contains(key)
+                });
+            }
             reason
         });
-        Ok(Applied { outcomes, faults: update.faults, retry, held: held.err() })
+        Ok(Applied { outcomes, faults: update.faults, retry, held: held.err(), unnamed })
     }
 
     /// Whether the last change but for names has to be carried out once more before one of names is.
@@ -276,7 +279,7 @@ impl Applier {
         by_names: bool,
         outcomes: &mut Outcomes,
     ) -> Result<(), Held> {
-        let keeps = |reason: String| Held { reason, is_undone: false };
+        let keeps = |reason: String| Held { reason, is_undone: false, stuck: BTreeSet::new() };
         // Arrays first: what changes in them is of classes that no table names yet.
         if let Err(error) = self.write_sets(update) {
             self.wait_all(endpoints, &error.to_string(), outcomes);
@@ -290,10 +293,10 @@ impl Applier {
         }
         // From here on the tables are those of the update, so whatever fails, they must be noted and flows judged by them.
         let attached = shared.host.0.run_here_or_there(|| self.attach(shared, &switches, outcomes));
-        let mut replaced = attached.unwrap_or_else(|error| {
+        let (mut replaced, stuck) = attached.unwrap_or_else(|error| {
             let failed = |known: &Known| Outcome::Failed { reason: error.to_string(), phase: known.phase };
             outcomes.extend(switches.iter().map(|switch| (switch.key.clone(), failed(switch.known))));
-            Vec::new()
+            Default::default()
         });
         // Whoever answers for a name chooses the address, which rules may deny by a prefix: to programs that do not know both
         // together it would be nobody's. Those that do know the classes of before, too.
@@ -320,7 +323,7 @@ impl Applier {
         {
             self.settled = Some((update.generation, Instant::now()));
         }
-        held.map_err(|reason| Held { reason, is_undone: replaced.is_empty() })
+        held.map_err(|reason| Held { reason, is_undone: replaced.is_empty() && stuck.is_empty(), stuck })
     }
 
     /// Everybody whose verdicts are in force keeps those before, and the endpoints that have no outcome yet their
@@ -368,9 +371,14 @@ impl Applier {
         Ok(())
     }
 
-    /// Puts programs on devices.
-    fn attach(&mut self, shared: &Shared, switches: &[Switch<'_>], outcomes: &mut Outcomes) -> Vec<Replaced> {
-        let mut replaced = Vec::new();
+    /// Puts programs on devices. Returns whose were replaced, and of whom one hook may have the new program alone.
+    fn attach(
+        &mut self,
+        shared: &Shared,
+        switches: &[Switch<'_>],
+        outcomes: &mut Outcomes,
+    ) -> (Vec<Replaced>, BTreeSet<AttachmentKey>) {
+        let (mut replaced, mut stuck) = (Vec::new(), BTreeSet::new());
         for switch in switches {
             let state = shared.state.lock();
             // A device may live on after it was told to be gone: its links in a pod are shut since, or its policy was lifted.
@@ -397,6 +405,10 @@ impl Applier {
                 let undone = before.as_deref().map_or(Ok(()), put_back);
                 if let Err(left) = undone {
                     reason = format!("{reason}; and its program before could not be put back: {left}");
+                    stuck.insert(switch.key.clone());
+                    if let Some(in_force) = self.endpoints.get_mut(switch.key) {
+                        in_force.is_mixed = true;
+                    }
                 }
                 let phase = if before.is_some() { Phase::Enforced } else { switch.known.phase.max(Phase::Compiled) };
                 Outcome::Failed { reason, phase }
@@ -405,7 +417,7 @@ impl Applier {
             };
             outcomes.push((switch.key.clone(), outcome));
         }
-        replaced
+        (replaced, stuck)
     }
 
     fn attach_one(&self, shared: &Shared, cells: &mut Cells, switch: &Switch<'_>) -> Result<(u16, u32), EnforcerError> {
@@ -496,6 +508,8 @@ struct Held {
     reason: String,
     /// Whether every endpoint has the programs before, and the compiler may forget the update.
     is_undone: bool,
+    /// Who has a program of the update on one hook, and needs another attempt.
+    stuck: BTreeSet<AttachmentKey>,
 }
 
 /// Filters that were replaced, and what was there.
@@ -508,7 +522,7 @@ struct Replaced {
 /// Whether an endpoint has the programs that an update has for it.
 fn is_current(update: &Update, known: Option<&Known>, endpoint: &InForce) -> bool {
     let plan = known.and_then(Known::pod).and_then(|pod| update.endpoints.get(&pod));
-    plan.is_some_and(|plan| policy_key(plan) == endpoint.programs.key.policy)
+    !endpoint.is_mixed && plan.is_some_and(|plan| policy_key(plan) == endpoint.programs.key.policy)
 }
 
 fn policy_key(plan: &EndpointPlan) -> PolicyKey {

@@ -15,17 +15,18 @@
 //!
 //! Answers are carried out by themselves, after what else has changed. Where there is no room for that, all that was learnt is given up,
 //! and its names are to be asked for again. An address for which there is no room closes nobody, and one
-//! that an endpoint's programs do not know together with the prefixes that rules ask for is given up: to them it would be nobody's,
-//! and a rule that denies its prefix would not meet it.
-//!
-//! That is so of the answer. A pod that comes later, at an address that has a name already, is nobody's to programs that do not know pod
-//! and name together, until those of its change are on: a rule that denies such pods does not meet it for that time.
+//! that an endpoint's programs do not know together with what else rules ask for is given up: to them it would be nobody's,
+//! and a rule that denies its prefix, or a pod that comes at it later, would not meet it. What is over is taken out before what is new
+//! comes in, and answers that were learnt together are given up one by one: none takes another with it. What was given up is remembered
+//! for some seconds, so that who asks again is told at once.
 //!
 //! # How much is known
 //!
 //! [`MOST_LEARNT`] addresses. Once half of the places are taken, an endpoint that has more than [`SHARE`] of them has to give up one
-//! of its own for each that it gets; where all are taken, who has most makes room. What ends first goes first, and nothing before
-//! its least time is over. Names that no policy asks for any more are forgotten.
+//! of its own for each that it gets; where all are taken, who has most makes room, so that a place may end before its answer does.
+//! What ends first goes first, and nothing before its least time since the endpoint first asked is over, but what is beyond a share
+//! where all are taken. An address for which several endpoints have asked counts for each, and stays until the last gives it up.
+//! Names that no policy asks for any more are forgotten.
 //!
 //! # Over a restart
 //!
@@ -36,6 +37,7 @@
 mod file;
 mod known;
 mod places;
+mod refused;
 
 use std::fmt;
 use std::net::IpAddr;
@@ -43,7 +45,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub(super) use self::file::{path, path_of_fresh, resume};
-pub(super) use self::known::{Client, Learnt, Waiting};
+use self::known::Fate;
+pub(super) use self::known::{Answer, Client, Learnt};
 use super::state::{Again, Shared};
 use super::{Enforcer, EnforcerError};
 use crate::model::{DomainName, Time};
@@ -149,7 +152,7 @@ impl Learner {
         addresses: impl IntoIterator<Item = (IpAddr, Duration)>,
     ) -> Result<(), LearnError> {
         let learnt: Vec<(IpAddr, Duration)> = addresses.into_iter().collect();
-        let (revision, of) = {
+        let of = {
             let now = self.shared.time_up();
             let mut state = self.shared.state.lock();
             if !state.started || state.is_stopping() {
@@ -159,31 +162,40 @@ impl Learner {
                 return Ok(());
             }
             let of = state.client(client);
-            let revision = state.learnt.learn(of, name, &learnt, now)?;
+            state.learnt.learn(of, name, &learnt, now)?;
             // What is in force is not carried out again, with all that others have changed in the meantime.
-            if state.learnt.is_applied(revision) && state.failure_of(client).is_none() {
+            let is_in_force = matches!(state.learnt.fate(of, name, &learnt, now), Fate::InForce);
+            if is_in_force && state.failure_of(client).is_none() {
                 return Ok(());
             }
-            (revision, of)
+            of
         };
-        let (others, names) = self.shared.apply_both(Again::WhenDue);
-        names?;
-        others?;
+        let others = self.shared.apply_when(Again::WhenDue);
         let now = self.shared.time_up();
         let mut state = self.shared.state.lock();
-        let refused = |reason: String| LearnError::NotInForce { name: name.clone(), reason };
-        let known = state.learnt.names().addresses(name);
-        if !learnt.iter().all(|(address, _)| known.is_some_and(|known| known.contains_key(address))) {
-            return Err(refused("it was given up, as the node's maps have no room for it".to_owned()));
-        }
-        match state.failure_of(client) {
-            Some(reason) => Err(refused(reason)),
-            None if state.learnt.is_applied(revision) => {
-                // The pod counts from when it hears of it.
-                state.learnt.keep(of, name, &learnt, now);
-                Ok(())
+        let reason = match state.learnt.fate(of, name, &learnt, now) {
+            Fate::Refused(error) => return Err(error),
+            Fate::Waiting => {
+                drop(state);
+                others?;
+                let reason = "the change is not carried out yet".to_owned();
+                return Err(LearnError::NotInForce { name: name.clone(), reason });
             }
-            None => Err(refused("the change is not carried out yet".to_owned())),
+            Fate::InForce => state.failure_of(client),
+        };
+        // Whoever has not got the programs of the latest change goes by those that it has.
+        if reason.is_some() {
+            drop(state);
+            let is_known = self.shared.knows(client, learnt.iter().map(|(address, _)| *address));
+            state = self.shared.state.lock();
+            if !is_known || !matches!(state.learnt.fate(of, name, &learnt, now), Fate::InForce) {
+                drop(state);
+                others?;
+                return Err(LearnError::NotInForce { name: name.clone(), reason: reason.unwrap_or_default() });
+            }
         }
+        // The pod counts from when it hears of it.
+        state.learnt.keep(of, name, &learnt, now);
+        Ok(())
     }
 }

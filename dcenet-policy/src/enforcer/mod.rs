@@ -223,12 +223,15 @@ pub struct Report {
     /// What is closed instead of enforced as written, or in audit and not told of, on the whole node. Another change can
     /// help it.
     pub faults: Vec<Fault>,
+    /// Why addresses of names are allowed by although their time is over, where some are. The owner goes on trying. An answer
+    /// that is given up is told to whoever tells of it ([`Learner::learn`]), and is no matter of this.
+    pub names: Option<String>,
 }
 
 impl Report {
-    /// Whether the change is in force everywhere, as written, and all that is in audit is told of.
+    /// Whether the change is in force everywhere, as written, all that is in audit is told of, and no name counts beyond its time.
     pub fn is_complete(&self) -> bool {
-        self.failures.is_empty() && self.faults.is_empty()
+        self.failures.is_empty() && self.faults.is_empty() && self.names.is_none()
     }
 }
 
@@ -444,6 +447,11 @@ impl Enforcer {
             learnt.remaining = Some(learnt.until.saturating_sub(now).max(0));
         }
         Ok(explanation)
+    }
+
+    /// Why addresses of names are allowed by although their time is over, where some are; also in each [`Report`].
+    pub fn overdue_names(&self) -> Option<String> {
+        self.shared.names_failure()
     }
 
     /// What the latest change has closed, or does not tell of; also in each [`Report`].

@@ -73,6 +73,9 @@ pub(crate) struct State {
     /// The revision that is in force, but for the endpoints that have a failure.
     applied: u64,
     retry_at: Option<Instant>,
+    /// When it is tried again to take out of the tables what is over of names, and why that failed.
+    names_at: Option<Instant>,
+    names_failure: Option<String>,
     /// What policies are compiled for: `told` and the endpoints, joined. Its names are those that are in force.
     cluster: Arc<Cluster>,
     /// The pods of it that are not what they were when a change was last carried out, where nothing else of it may be.
@@ -288,7 +291,7 @@ impl State {
     }
 
     fn report(&self) -> Report {
-        let mut report = Report { faults: self.faults.clone(), ..Report::default() };
+        let mut report = Report { faults: self.faults.clone(), names: self.names_failure.clone(), ..Report::default() };
         for (attachment, known) in &self.endpoints {
             match &known.failure {
                 Some(reason) => report.failures.push((attachment.clone(), reason.clone())),
@@ -419,6 +422,11 @@ impl Shared {
         }
     }
 
+    /// Why something that is over is in force of names, if it is.
+    pub(in crate::enforcer) fn names_failure(&self) -> Option<String> {
+        self.state.lock().names_failure.clone()
+    }
+
     pub(crate) fn statuses(&self) -> Vec<EndpointStatus> {
         let state = self.state.lock();
         let status = |known: &Known| EndpointStatus {
@@ -459,9 +467,10 @@ impl Shared {
         while !state.stopping {
             let (now, time) = (Instant::now(), self.time());
             let is_late = state.is_late(time) || state.are_names_late(time);
-            if state.retry_at.is_some_and(|at| at <= now) || is_late {
+            let retry_at = [state.retry_at, state.names_at].into_iter().flatten().min();
+            if retry_at.is_some_and(|at| at <= now) || is_late {
                 drop(state);
-                if let Err(error) = self.apply() {
+                if let Err(error) = self.apply_when(Again::WhenDue) {
                     tracing::warn!(%error, "the latest policy is not in force; the last verdicts stand");
                 }
             } else if sweep_at <= now {
@@ -477,7 +486,7 @@ impl Shared {
                 }
                 sweep_at = Instant::now() + sweep::INTERVAL;
             } else {
-                let until = state.retry_at.map_or(sweep_at, |at| at.min(sweep_at));
+                let until = retry_at.map_or(sweep_at, |at| at.min(sweep_at));
                 let until = state.until_next_change(time).map_or(until, |wait| until.min(now + wait));
                 self.changed.wait_until(&mut state, until);
                 continue;

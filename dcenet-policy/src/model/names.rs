@@ -167,6 +167,17 @@ impl Names {
         over.into_iter().map(|(_, _, address)| address).collect()
     }
 
+    /// The same but for the names of these addresses.
+    pub(crate) fn without(&self, addresses: &BTreeSet<IpAddr>) -> Self {
+        let mut left = self.clone();
+        for address in addresses {
+            for name in self.names.get(address).into_iter().flatten() {
+                left.forget(name, *address);
+            }
+        }
+        left
+    }
+
     /// When the first address is to be forgotten.
     pub fn next_end(&self) -> Option<Time> {
         self.ends.first().map(|(until, ..)| *until)

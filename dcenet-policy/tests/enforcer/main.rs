@@ -3,6 +3,7 @@
 #![cfg(feature = "yaml")]
 
 mod ahead;
+mod answers;
 mod audit;
 mod changes;
 mod costs;

@@ -1,11 +1,12 @@
 //! Arrays of local ids, and whether there is room.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use dcenet_ebpf::abi::{Sizes, local_ids_element};
 use dcenet_ebpf::maps::{Array, Map};
 
-use crate::classes::{AddressTable, TableChanges};
+use crate::classes::{AddressTable, ClassId, TableChanges};
 use crate::compiler::{CHUNK, CompileError, Locals, PolicySet, Update};
 use crate::enforcer::EnforcerError;
 use crate::enforcer::tables::ClassTables;
@@ -56,13 +57,23 @@ pub(super) fn judges_otherwise(
     changes: &TableChanges,
     before: &AddressTable,
 ) -> bool {
-    let local = |set: &PolicySet, class: Option<crate::classes::ClassId>| class.map_or(0, |class| set.local(class));
+    let local = |set: &PolicySet, class: Option<ClassId>| class.map_or(0, |class| set.local(class));
     let exact = changes.exact.iter().any(|(address, class)| {
         // An exact entry that goes leaves the address to a prefix, whose class is not looked up here.
         class.is_none() || local(old, Some(before.lookup(*address))) != local(new, *class)
     });
     // The addresses of a prefix are too many to ask for each.
     exact || !changes.prefixes.is_empty()
+}
+
+/// The classes that a table names.
+pub(super) fn classes_of(table: &AddressTable) -> BTreeSet<ClassId> {
+    table.exact().values().chain(table.prefixes().values()).copied().chain([ClassId::UNKNOWN]).collect()
+}
+
+/// Whether a set says of these classes what it said before. Of others no packet asks: what was learnt and given up may have left some.
+pub(super) fn says_the_same(old: &PolicySet, new: &PolicySet, classes: &BTreeSet<ClassId>) -> bool {
+    Arc::ptr_eq(&old.program, &new.program) && classes.iter().all(|class| old.local(*class) == new.local(*class))
 }
 
 /// Elements of the array that hold a chunk.

@@ -1,5 +1,6 @@
 //! Noting what is in force, and having flows judged by it.
 
+use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -7,8 +8,9 @@ use dcenet_core::model::AttachmentKey;
 use dcenet_core::provider::Endpoint;
 use parking_lot::Mutex;
 
-use super::arrays::judges_otherwise;
+use super::arrays::{classes_of, judges_otherwise, says_the_same};
 use super::{Applier, InForce, Outcomes, Replaced, Switch, policy_key};
+use crate::classes::ClassId;
 use crate::compiler::{SetId, Update};
 use crate::enforcer::cells::Cells;
 use crate::enforcer::state::{Known, Outcome};
@@ -22,10 +24,14 @@ impl Applier {
         let mut touched: BTreeSet<SetId> = BTreeSet::new();
         let strayed = std::mem::take(&mut self.strayed);
         let retiring = update.retiring.iter().map(|set| (set.id, set));
+        let in_use: OnceCell<BTreeSet<ClassId>> = OnceCell::new();
+        let named = || in_use.get_or_init(|| classes_of(&update.table));
         for (id, set) in update.sets().into_iter().chain(retiring) {
             if let Some(known) = self.sets.get_mut(&id) {
-                let differs =
-                    || !Arc::ptr_eq(&known.set, set) || judges_otherwise(&known.set, set, &changes, &self.table);
+                let differs = || {
+                    judges_otherwise(&known.set, set, &changes, &self.table)
+                        || !(Arc::ptr_eq(&known.set, set) || says_the_same(&known.set, set, named()))
+                };
                 if strayed || (!by_names && differs()) {
                     touched.insert(id);
                 }
@@ -61,7 +67,7 @@ impl Applier {
                 let differs = before.slot != done.slot
                     || before.programs.key.guarded != programs.key.guarded
                     || before.addresses != *addresses;
-                !before.is_behind && !differs
+                !before.is_behind && !before.is_mixed && !differs
             });
             let (wanted, unbumped) = match before {
                 Some(before) => (before.wanted.clone(), before.unbumped.clone()),
@@ -78,6 +84,7 @@ impl Applier {
                 addresses: addresses.clone(),
                 wanted,
                 is_behind: false,
+                is_mixed: false,
                 unbumped,
             };
             self.endpoints.insert(key.clone(), in_force);

@@ -60,7 +60,9 @@ impl Applier {
             };
             let wanted = ProgramKey { policy: policy_key(plan), slot, guarded: slot.is_some() && known.guarded };
             let in_force = self.endpoints.get(key);
-            if in_force.is_some_and(|e| e.programs.key == wanted && e.addresses == known.endpoint.addresses) {
+            if in_force
+                .is_some_and(|e| !e.is_mixed && e.programs.key == wanted && e.addresses == known.endpoint.addresses)
+            {
                 continue;
             }
             let cached = self.programs.get(&wanted).and_then(Weak::upgrade);

@@ -50,6 +50,51 @@ impl Applier {
         }
     }
 
+    /// Whether a policy set's programs tell by this local id whom a class means: somebody whom they know, or nobody.
+    fn tells(&self, set: &PolicySet, class: ClassId, local: u16) -> bool {
+        match local {
+            0 => self.compiler.is_nobody(set.id, class),
+            local => u32::from(local) < set.program.list.locals,
+        }
+    }
+
+    /// Whether an endpoint's programs know the addresses, of which a rule of its policies asks.
+    pub(crate) fn knows(&self, key: &AttachmentKey, mut addresses: impl Iterator<Item = IpAddr>) -> bool {
+        let Some(endpoint) = self.endpoints.get(key).filter(|endpoint| !endpoint.is_mixed) else { return false };
+        let set = endpoint.programs.plan.set(Direction::Egress);
+        let Some(known) = self.sets.get(&set.id) else { return false };
+        addresses.all(|address| {
+            let local = known.written.get(self.table.lookup(address).0 as usize).copied().unwrap_or(0);
+            local != 0 && u32::from(local) < set.program.list.locals
+        })
+    }
+
+    /// Addresses with names whose class is another in an update, and that some programs which are on devices cannot tell then: until
+    /// those of the update are on, rules that deny by something else of the address would not meet it.
+    pub(super) fn misjudged(&self, update: &Update, names: &Names) -> BTreeSet<IpAddr> {
+        let changes = update.changes_from(&self.table);
+        let changed = changes.exact.iter().filter_map(|(address, class)| Some((*address, (*class)?)));
+        let named: Vec<(IpAddr, ClassId)> =
+            changed.filter(|(address, _)| names.of_address(*address).next().is_some()).collect();
+        if named.is_empty() {
+            return BTreeSet::new();
+        }
+        let mut present = update.sets();
+        present.extend(update.retiring.iter().map(|set| (set.id, set)));
+        let plans = self.endpoints.values().flat_map(|endpoint| Direction::ALL.map(|d| endpoint.programs.plan.set(d)));
+        let of_programs: BTreeMap<*const PolicySet, &Arc<PolicySet>> =
+            plans.map(|set| (Arc::as_ptr(set), set)).collect();
+        let tells = |set: &PolicySet, address: IpAddr, class: ClassId| {
+            let now = present.get(&set.id).map_or(0, |present| present.local(class));
+            let written = self.sets.get(&set.id).map(|known| &*known.written).unwrap_or_default();
+            let before = written.get(self.table.lookup(address).0 as usize).copied().unwrap_or(0);
+            now == before || self.tells(set, class, now)
+        };
+        let is_misjudged =
+            |&(address, class): &(IpAddr, ClassId)| !of_programs.values().all(|set| tells(set, address, class));
+        named.into_iter().filter(is_misjudged).map(|(address, _)| address).collect()
+    }
+
     /// Whether the programs that endpoints have kept know what the table is to say of single addresses; else why they were kept.
     pub(super) fn all_know(
         &self,
@@ -66,7 +111,7 @@ impl Applier {
             changes.exact.iter().filter_map(|(address, class)| Some((address, (*class)?))).all(|(address, class)| {
                 let now = local(class);
                 let before = local(self.table.lookup(*address));
-                now == before || (now != 0 && u32::from(now) < set.program.list.locals)
+                now == before || self.tells(set, class, now)
             })
         };
         let replaced: BTreeSet<&AttachmentKey> = replaced.iter().map(|replaced| &replaced.key).collect();
@@ -90,16 +135,16 @@ impl Applier {
     }
 }
 
-/// Compiles everything anew; an error where something were closed for names that is not among the faults.
+/// Compiles everything anew; an error where something were closed that is not among the faults.
 pub(super) fn update_for_names(
     compiler: &mut Compiler,
     cluster: &Cluster,
-    faults: Option<&[Fault]>,
+    faults: &[Fault],
     room: impl FnMut(&Update) -> Result<(), CompileError>,
 ) -> Result<Update, EnforcerError> {
-    let Some(faults) = faults else { return Ok(compiler.update_within(cluster, room)?) };
+    let is_left_out = |fault: &Fault| matches!(fault, Fault::Refused { .. } | Fault::NotAudited { .. });
     // What is in force takes its room until it is released, so that closing need not help.
-    let found = compiler.update_within(cluster, room);
+    let found = compiler.update_closing(cluster, faults.iter().any(is_left_out), room);
     let update = found.map_err(|error| EnforcerError::NoRoomForNames { reason: error.to_string() })?;
     match update.faults.iter().find(|fault| !faults.contains(fault)) {
         None => Ok(update),

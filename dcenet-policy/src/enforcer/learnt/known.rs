@@ -7,36 +7,30 @@ use std::time::Duration;
 use dcenet_core::model::AttachmentId;
 use ipnet::IpNet;
 
+use super::places::Room;
+use super::refused::Refusals;
 use super::{LearnError, MOST_ADDRESSES, until};
+use crate::enforcer::EnforcerError;
 use crate::model::{Cluster, DomainName, NamePattern, Names, Peer, Peers, Time};
 
 /// What has been learnt, and what of it waits to be carried out, or to be written down.
 #[derive(Debug, Default)]
 pub(in crate::enforcer) struct Learnt {
     pub(super) names: Names,
-    /// Of each pair in `names` that this owner has learnt.
-    pub(super) told: BTreeMap<(DomainName, IpAddr), Told>,
-    /// The addresses whose names are not what they were when names were last carried out.
+    /// Who has asked for each pair in `names` that this owner has learnt, and when first.
+    pub(super) told: BTreeMap<(DomainName, IpAddr), BTreeMap<Client, Time>>,
+    /// The addresses that have lost names since what is over was last taken out.
     renamed: BTreeSet<IpAddr>,
-    /// What is new since then.
-    fresh: Vec<(DomainName, IpAddr)>,
-    /// Counts changes of these.
-    revision: u64,
-    /// The revision that is in force.
-    applied: u64,
+    /// What of `names` is not in force, and waits for that.
+    pub(super) fresh: BTreeSet<(DomainName, IpAddr)>,
+    /// What was given up lately.
+    refused: Refusals,
     /// Whether the file is late.
     unwritten: bool,
     /// What policies ask for.
     asked: HashSet<NamePattern>,
     /// Whether policies are known, and these are theirs.
     is_asked_known: bool,
-}
-
-/// Who has asked for it first, and when it was answered last.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Told {
-    pub(super) client: Client,
-    pub(super) at: Time,
 }
 
 /// Whose place an address takes.
@@ -54,11 +48,27 @@ impl Client {
     }
 }
 
-/// What is to be carried out.
-pub(in crate::enforcer) struct Waiting {
-    pub(in crate::enforcer) renamed: BTreeSet<IpAddr>,
-    pub(in crate::enforcer) fresh: Vec<(DomainName, IpAddr)>,
-    pub(in crate::enforcer) revision: u64,
+/// An answer that waits.
+#[derive(Debug)]
+pub(in crate::enforcer) struct Answer {
+    /// Nobody where an owner before has learnt it.
+    pub(super) client: Option<Client>,
+    pub(super) name: DomainName,
+    pub(super) addresses: BTreeSet<IpAddr>,
+}
+
+impl Answer {
+    pub(in crate::enforcer) fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.addresses.iter().copied()
+    }
+}
+
+/// What has become of an answer.
+pub(super) enum Fate {
+    InForce,
+    Waiting,
+    /// It was given up.
+    Refused(LearnError),
 }
 
 impl Learnt {
@@ -107,20 +117,25 @@ impl Learnt {
         NamePattern::all_of(name).any(|pattern| self.asked.contains(&pattern))
     }
 
-    /// Notes addresses of a name; returns the revision in which they are in force.
+    /// Notes addresses of a name.
     pub(super) fn learn(
         &mut self,
         client: Client,
         name: &DomainName,
         learnt: &[(IpAddr, Duration)],
         now: Time,
-    ) -> Result<u64, LearnError> {
+    ) -> Result<(), LearnError> {
         let known = self.names.addresses(name);
         let told: BTreeSet<IpAddr> = learnt.iter().map(|(address, _)| *address).collect();
         let found = told.iter().filter(|address| known.is_none_or(|known| !known.contains_key(*address))).count();
         let too_many = |limit: usize, room: usize| LearnError::TooMany { name: name.clone(), found, room, limit };
         if told.len() > MOST_ADDRESSES {
             return Err(too_many(MOST_ADDRESSES, MOST_ADDRESSES));
+        }
+        if found > 0
+            && let Some(error) = self.refused.of(client, name, now)
+        {
+            return Err(error.into());
         }
         let mut others: Vec<(Time, IpAddr)> = known
             .into_iter()
@@ -134,16 +149,22 @@ impl Learnt {
             others.into_iter().map(|(_, address)| (name.clone(), address)).collect();
         let stays = |other: &DomainName, address: IpAddr| other == name && told.contains(&address);
         let room = self.make_room(client, found, &leaving, stays, now);
-        leaving.extend(room.map_err(|full| too_many(full.limit, full.room))?);
+        let Room { forgotten, left } = room.map_err(|full| too_many(full.limit, full.room))?;
+        leaving.extend(forgotten);
+        for (pair, client) in left {
+            if let Some(told) = self.told.get_mut(&pair) {
+                told.remove(&client);
+            }
+        }
         self.forget(leaving);
         for address in told {
             if !self.names.addresses(name).is_some_and(|known| known.contains_key(&address)) {
-                self.note_renamed([address]);
-                self.fresh.push((name.clone(), address));
+                self.fresh.insert((name.clone(), address));
+                self.unwritten = true;
             }
         }
         self.keep(client, name, learnt, now);
-        Ok(self.revision)
+        Ok(())
     }
 
     /// Has addresses of a name count from now on.
@@ -155,8 +176,10 @@ impl Learnt {
                 self.names.learn(name.clone(), *address, until);
                 self.unwritten = true;
             }
-            let told = self.told.entry((name.clone(), *address)).or_insert(Told { client, at: now });
-            told.at = now;
+            let told = self.told.entry((name.clone(), *address)).or_default();
+            if told.len() < MOST_CLIENTS {
+                told.entry(client).or_insert(now);
+            }
         }
     }
 
@@ -164,6 +187,7 @@ impl Learnt {
         for pair in pairs {
             self.names.forget(&pair.0, pair.1);
             self.told.remove(&pair);
+            self.fresh.remove(&pair);
             self.note_renamed([pair.1]);
         }
     }
@@ -178,6 +202,9 @@ impl Learnt {
             self.names.learn(name, address, last);
             self.unwritten = true;
         }
+        for at in self.told.values_mut().flat_map(BTreeMap::values_mut) {
+            *at = now.min(*at);
+        }
         let over = self.names.by_end().take_while(|(end, ..)| *end <= now);
         let over: Vec<(DomainName, IpAddr)> = over.map(|(_, name, address)| (name.clone(), *address)).collect();
         self.forget(over);
@@ -188,45 +215,129 @@ impl Learnt {
         self.names.next_end()
     }
 
-    fn note_renamed(&mut self, addresses: impl IntoIterator<Item = IpAddr>) {
+    /// Has what is over of these addresses taken out.
+    pub(in crate::enforcer) fn note_renamed(&mut self, addresses: impl IntoIterator<Item = IpAddr>) {
         for address in addresses {
             self.renamed.insert(address);
-            self.revision += 1;
             self.unwritten = true;
         }
     }
 
-    /// Whether something is to be carried out.
-    pub(in crate::enforcer) fn is_waiting(&self) -> bool {
+    /// Whether something that is over is in force, or may be.
+    pub(in crate::enforcer) fn is_over(&self) -> bool {
         !self.renamed.is_empty()
     }
 
-    /// What is to be carried out. Whoever takes it tells whether it was, or gives it up.
-    pub(in crate::enforcer) fn take(&mut self) -> Waiting {
-        let (renamed, fresh) = (std::mem::take(&mut self.renamed), std::mem::take(&mut self.fresh));
-        Waiting { renamed, fresh, revision: self.revision }
+    /// Whether an answer waits.
+    pub(in crate::enforcer) fn is_waiting(&self) -> bool {
+        !self.fresh.is_empty()
     }
 
-    pub(in crate::enforcer) fn note_applied(&mut self, revision: u64) {
-        self.applied = revision;
+    /// The addresses that have lost names. Whoever takes them has that carried out, or notes them again.
+    pub(in crate::enforcer) fn take_renamed(&mut self) -> BTreeSet<IpAddr> {
+        std::mem::take(&mut self.renamed)
     }
 
-    /// Gives up what was new, and has the rest carried out later.
-    pub(in crate::enforcer) fn give_up(&mut self, waiting: Waiting) {
-        self.forget(waiting.fresh);
-        self.note_renamed(waiting.renamed);
+    /// What is known, without what waits.
+    pub(in crate::enforcer) fn settled(&self) -> Names {
+        let mut names = self.names.clone();
+        for (name, address) in &self.fresh {
+            names.forget(name, *address);
+        }
+        names
+    }
+
+    /// Notes what is in force.
+    pub(in crate::enforcer) fn settle(&mut self, in_force: &Names) {
+        let is_in_force = |(name, address): &(DomainName, IpAddr)| {
+            in_force.addresses(name).is_some_and(|known| known.contains_key(address))
+        };
+        self.fresh.retain(|pair| !is_in_force(pair));
+    }
+
+    /// Has the names of these addresses wait: they are not in force any more.
+    pub(in crate::enforcer) fn have_wait(&mut self, addresses: &BTreeSet<IpAddr>) {
+        for address in addresses {
+            self.fresh.extend(self.names.of_address(*address).map(|(name, _)| (name.clone(), *address)));
+        }
+    }
+
+    /// The answers that wait, those of a client side by side.
+    pub(in crate::enforcer) fn answers(&self) -> Vec<Answer> {
+        let mut answers: BTreeMap<(Option<Client>, &DomainName), BTreeSet<IpAddr>> = BTreeMap::new();
+        for pair in &self.fresh {
+            let client = self.told.get(pair).and_then(|told| told.keys().next().copied());
+            answers.entry((client, &pair.0)).or_default().insert(pair.1);
+        }
+        let answer =
+            |((client, name), addresses): ((_, &DomainName), _)| Answer { client, name: name.clone(), addresses };
+        answers.into_iter().map(answer).collect()
+    }
+
+    /// What of answers waits still, but for those of clients of whom too many were given up lately: theirs are, too.
+    pub(in crate::enforcer) fn still_waiting(&mut self, answers: Vec<Answer>, now: Time) -> Vec<Answer> {
+        let mut left = Vec::new();
+        for mut answer in answers {
+            let Answer { client, name, addresses } = &mut answer;
+            addresses.retain(|address| self.fresh.contains(&(name.clone(), *address)));
+            if client.is_some_and(|client| self.refused.is_full(client, now)) {
+                self.forget(addresses.iter().map(|address| (name.clone(), *address)).collect::<Vec<_>>());
+            } else if !addresses.is_empty() {
+                left.push(answer);
+            }
+        }
+        left
+    }
+
+    /// The names that are in force with these answers.
+    pub(in crate::enforcer) fn with(&self, in_force: &Names, answers: &[Answer]) -> Names {
+        let mut names = in_force.clone();
+        for Answer { name, addresses, .. } in answers {
+            for (address, until) in self.names.addresses(name).into_iter().flatten() {
+                if addresses.contains(address) {
+                    names.learn(name.clone(), *address, *until);
+                }
+            }
+        }
+        names
+    }
+
+    /// Gives an answer up, and remembers why where that is the answer's doing: asked for again, it costs no pass.
+    pub(in crate::enforcer) fn give_up(&mut self, answer: &Answer, error: &EnforcerError, now: Time) {
+        let waiting = answer.addresses.iter().map(|address| (answer.name.clone(), *address));
+        let waiting: Vec<_> = waiting.filter(|pair| self.fresh.contains(pair)).collect();
+        self.forget(waiting);
+        if let Some(client) = answer.client {
+            self.refused.note(client, &answer.name, error, now);
+        }
+    }
+
+    /// Something else has changed, so that there may be room for what was given up.
+    pub(in crate::enforcer) fn forget_refused(&mut self) {
+        self.refused = Refusals::default();
+    }
+
+    /// What has become of an answer that this client waits for.
+    pub(super) fn fate(&self, client: Client, name: &DomainName, learnt: &[(IpAddr, Duration)], now: Time) -> Fate {
+        let known = self.names.addresses(name);
+        if !learnt.iter().all(|(address, _)| known.is_some_and(|known| known.contains_key(address))) {
+            let why = self.refused.of(client, name, now).or_else(|| self.refused.of_anybody(name, now));
+            return Fate::Refused(why.map_or_else(
+                || LearnError::NotInForce {
+                    name: name.clone(),
+                    reason: "it was given up meanwhile; ask again".to_owned(),
+                },
+                LearnError::from,
+            ));
+        }
+        let waits = learnt.iter().any(|(address, _)| self.fresh.contains(&(name.clone(), *address)));
+        if waits { Fate::Waiting } else { Fate::InForce }
     }
 
     /// Gives up everything.
     pub(in crate::enforcer) fn give_up_all(&mut self) {
         let all = self.names.by_end().map(|(_, name, address)| (name.clone(), *address)).collect::<Vec<_>>();
         self.forget(all);
-        self.fresh.clear();
-    }
-
-    /// Whether changes up to this revision are in force.
-    pub(super) fn is_applied(&self, revision: u64) -> bool {
-        self.applied >= revision
     }
 
     /// Whether the file is late; it is not any more.
@@ -238,6 +349,9 @@ impl Learnt {
         self.unwritten = true;
     }
 }
+
+/// Who has asked for a pair is noted of so many.
+const MOST_CLIENTS: usize = 8;
 
 /// The names that policies ask for.
 fn patterns(cluster: &Cluster) -> HashSet<NamePattern> {

@@ -1,6 +1,8 @@
 //! Carrying out what was told, in two passes: everything but names, with the names that are in force already, and then names
 //! alone. So whatever comes together with an answer is no matter of the answer's, which opens, closes and ends nothing else.
 
+mod second;
+
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -12,7 +14,6 @@ use parking_lot::MutexGuard;
 use super::{Known, Outcome, Shared, State};
 use crate::compiler::CompileError;
 use crate::enforcer::apply::{Applied, Applier, Changes, Outcomes};
-use crate::enforcer::learnt::Waiting;
 use crate::enforcer::{EnforcerError, Report};
 use crate::model::{Catalog, Cluster, Names};
 
@@ -32,30 +33,26 @@ struct CarriedOut {
 impl Shared {
     /// Carries out what has changed, if it has been started; also what failed before.
     pub(crate) fn apply(&self) -> Result<Report, EnforcerError> {
-        let (others, names) = self.apply_both(Again::AtOnce);
-        if let Err(error) = names {
-            tracing::warn!(%error, "answers are given up; their names are to be asked for again");
-        }
-        others
+        self.apply_when(Again::AtOnce)
     }
 
-    /// As [`Shared::apply`]; what became of names is told beside.
-    pub(in crate::enforcer) fn apply_both(
-        &self,
-        again: Again,
-    ) -> (Result<Report, EnforcerError>, Result<(), EnforcerError>) {
+    /// As [`Shared::apply`]; what failed before where it is due.
+    pub(in crate::enforcer) fn apply_when(&self, again: Again) -> Result<Report, EnforcerError> {
         let mut applier = self.applier.lock();
         let now = self.time();
         {
             let mut state = self.state.lock();
             if !state.started || state.stopping {
-                return (Ok(state.report()), Ok(()));
+                return Ok(state.report());
             }
             state.go_by_policies();
             state.learnt.expire(now);
             if state.is_late(now) {
                 state.cluster_mut().time = Some(now);
                 state.revision += 1;
+            }
+            if again == Again::AtOnce || state.applied != state.revision {
+                state.learnt.forget_refused();
             }
         }
         self.write_names();
@@ -66,28 +63,29 @@ impl Shared {
             tracing::warn!(%error, "all that was learnt of names is given up: it may be what leaves no room for everything else");
             others = self.carry_out_others(&mut applier, Again::AtOnce);
         }
-        let (others, names) = match others {
-            Ok(None) => (Ok(()), Ok(())),
-            Ok(Some(carried_out)) => (Ok(()), self.carry_out_names(&mut applier, carried_out)),
-            Err(error) => (Err(error), Ok(())),
-        };
-        let report = self.state.lock().report();
-        (others.map(|()| report), names)
+        if let Some(carried_out) = others? {
+            self.carry_out_names(&mut applier, carried_out, again);
+        }
+        Ok(self.state.lock().report())
     }
 
     /// The first pass, where something waits for it. Returns what is in force then, if names wait for the second.
     fn carry_out_others(&self, applier: &mut Applier, again: Again) -> Result<Option<CarriedOut>, EnforcerError> {
-        let (revision, touched, bereft, carried_out) = {
+        let (revision, touched, bereft, mut carried_out) = {
             let mut state = self.state.lock();
             let is_due = |at: Instant| again == Again::AtOnce || at <= Instant::now();
             let carried_out =
                 |state: &State| CarriedOut { cluster: Arc::clone(&state.cluster), endpoints: state.endpoints.clone() };
             if state.applied == state.revision && !applier.is_unfinished() && !state.retry_at.is_some_and(is_due) {
-                return Ok(state.learnt.is_waiting().then(|| carried_out(&state)));
+                return Ok(state.are_names_due(again).then(|| carried_out(&state)));
+            }
+            if state.applied == state.revision && again == Again::WhenDue && !state.retry_at.is_none_or(is_due) {
+                // It is not in force, and its next attempt is no matter of those who ask for names.
+                return Ok(None);
             }
             if state.applied == 0 {
                 // What an earlier owner has left is in force until then.
-                let names = state.learnt.names().clone();
+                let names = state.learnt.settled();
                 state.name_as_before(names);
             }
             let bereft = std::mem::take(&mut state.bereft);
@@ -95,16 +93,20 @@ impl Shared {
             (state.revision, touched, bereft, carried_out(&state))
         };
         applier.forget(&bereft);
-        let CarriedOut { cluster, endpoints } = &carried_out;
-        let result = applier.run(self, cluster, &touched.as_ref().map_or(Changes::All, Changes::Pods), endpoints);
+        let changes = touched.as_ref().map_or(Changes::All, Changes::Pods);
+        let result = applier.run(self, &carried_out.cluster, &changes, &carried_out.endpoints);
         let mut state = self.state.lock();
         let done = match result {
-            Ok(Applied { outcomes, faults, mut retry, held }) => {
+            Ok(Applied { outcomes, faults, mut retry, held, unnamed }) => {
                 state.set_faults(faults);
-                retry |= self.settle_all(&mut state, endpoints, outcomes) || held.is_some();
+                retry |= self.settle_all(&mut state, &carried_out.endpoints, outcomes) || held.is_some();
                 state.applied = revision;
                 state.retry_at = retry.then(|| Instant::now() + RETRY);
-                Ok((held.is_none() && state.learnt.is_waiting()).then(|| carried_out.refreshed(&state)))
+                if !unnamed.is_empty() {
+                    carried_out.unname(&mut state, &unnamed);
+                }
+                carried_out.refresh(&state);
+                Ok((held.is_none() && state.are_names_due(again)).then_some(carried_out))
             }
             Err(error) => {
                 state.touched = None;
@@ -140,54 +142,6 @@ impl Shared {
         true
     }
 
-    /// The second pass. What finds no room, or meets programs that would take it for something else, is given up.
-    fn carry_out_names(&self, applier: &mut Applier, carried_out: CarriedOut) -> Result<(), EnforcerError> {
-        let CarriedOut { cluster, endpoints } = carried_out;
-        let (cluster, before, waiting, known_faults) = {
-            let mut state = self.state.lock();
-            let waiting = state.learnt.take();
-            let (cluster, before) = state.name(cluster);
-            (cluster, before, waiting, state.faults.clone())
-        };
-        let Waiting { renamed, fresh, revision } = &waiting;
-        let faults = (!fresh.is_empty()).then_some(&*known_faults);
-        let result = applier.run(self, &cluster, &Changes::Names { renamed, faults }, &endpoints);
-        // Another change in the meantime can then change the cluster in place.
-        drop(cluster);
-        let mut state = self.state.lock();
-        let done = match result {
-            Ok(Applied { mut outcomes, faults, mut retry, held }) => {
-                if held.is_some() {
-                    // Whoever has no other programs needs none for what is given up.
-                    outcomes.retain(|(_, outcome)| matches!(outcome, Outcome::Enforced { .. } | Outcome::Gone));
-                }
-                retry |= self.settle_all(&mut state, &endpoints, outcomes);
-                match held {
-                    None => {
-                        state.set_faults(faults);
-                        state.learnt.note_applied(*revision);
-                        if retry {
-                            state.retry_within(RETRY);
-                        }
-                        Ok(())
-                    }
-                    Some(reason) => Err(EnforcerError::NamesNotInForce { reason }),
-                }
-            }
-            Err(error) => Err(error),
-        };
-        if let Err(error) = &done {
-            // What is over is not why there is no room.
-            let at_once = matches!(error, EnforcerError::NoRoomForNames { .. });
-            state.name_as_before(before);
-            state.learnt.give_up(waiting);
-            state.retry_within(if at_once { Duration::ZERO } else { RETRY });
-        }
-        drop(state);
-        self.changed.notify_all();
-        done
-    }
-
     /// Records what a pass did. Returns whether some endpoint wants another attempt.
     fn settle_all(
         &self,
@@ -209,23 +163,40 @@ impl Shared {
 }
 
 impl CarriedOut {
-    /// Endpoints with what has become of them, but for those that are others by now.
-    fn refreshed(mut self, state: &State) -> Self {
+    /// Brings endpoints up to date with what has become of them, but for those that are others by now.
+    fn refresh(&mut self, state: &State) {
         for (key, then) in &mut self.endpoints {
             let now = state.endpoints.get(key);
             if let Some(now) = now.filter(|now| now.noted == then.noted && now.endpoint == then.endpoint) {
                 *then = now.clone();
             }
         }
-        self
+    }
+
+    /// Goes by other names, as does the present cluster. Returns those before.
+    fn name(&mut self, state: &mut State, names: Names) -> Names {
+        let (cluster, before) = state.name(std::mem::take(&mut self.cluster), names);
+        self.cluster = cluster;
+        before
+    }
+
+    /// Has the names of addresses that were left out wait for the second pass.
+    fn unname(&mut self, state: &mut State, unnamed: &BTreeSet<IpAddr>) {
+        let names = state.cluster.names.without(unnamed);
+        self.name(state, names);
+        state.learnt.have_wait(unnamed);
     }
 }
 
 impl State {
-    /// Has another attempt made after this time at the latest.
-    fn retry_within(&mut self, wait: Duration) {
-        let at = Instant::now() + wait;
-        self.retry_at = Some(self.retry_at.map_or(at, |before| before.min(at)));
+    /// Whether names wait for the second pass.
+    fn are_names_due(&self, again: Again) -> bool {
+        self.learnt.is_waiting() || (self.learnt.is_over() && self.is_due(again))
+    }
+
+    /// Whether it is tried again to take out what is over.
+    fn is_due(&self, again: Again) -> bool {
+        again == Again::AtOnce || self.names_at.is_none_or(|at| at <= Instant::now())
     }
 }
 

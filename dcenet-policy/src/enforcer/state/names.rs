@@ -13,12 +13,22 @@ impl Shared {
         let _applier = self.applier.lock();
         self.write_names();
     }
+
+    /// Whether the endpoint that has this address knows these by the programs that it has, also where others are wanted for it.
+    pub(in crate::enforcer) fn knows(&self, client: IpAddr, addresses: impl Iterator<Item = IpAddr>) -> bool {
+        let applier = self.applier.lock();
+        let key = {
+            let state = self.state.lock();
+            let of = state.endpoints.iter().find(|(_, known)| known.endpoint.addresses.contains(&client));
+            of.map(|(key, _)| key.clone())
+        };
+        key.is_some_and(|key| applier.knows(&key, addresses))
+    }
 }
 
 impl State {
-    /// Names a cluster that was carried out, and the present one, by what is known. Returns the former, and the names before.
-    pub(super) fn name(&mut self, mut carried_out: Arc<Cluster>) -> (Arc<Cluster>, Names) {
-        let names = self.learnt.names().clone();
+    /// Names a cluster that was carried out, and the present one. Returns the former, and the names before.
+    pub(super) fn name(&mut self, mut carried_out: Arc<Cluster>, names: Names) -> (Arc<Cluster>, Names) {
         if Arc::ptr_eq(&carried_out, &self.cluster) {
             // The only one is changed in place.
             drop(carried_out);
@@ -27,6 +37,11 @@ impl State {
         }
         Arc::make_mut(&mut carried_out).names.clone_from(&names);
         (carried_out, self.name_as_before(names))
+    }
+
+    /// Notes that the cluster's names are in force.
+    pub(super) fn settle_names(&mut self) {
+        self.learnt.settle(&self.cluster.names);
     }
 
     /// Returns the names that give way.
