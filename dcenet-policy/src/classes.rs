@@ -107,7 +107,7 @@ fn everything() -> [IpBlock; 2] {
 }
 
 /// Whether a pod that is asked about must be the only one that claims its address, and its service account, a node's
-/// labels, a group or a service be known.
+/// labels, a group, a cluster or a service be known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Claim {
     /// It must.
@@ -330,14 +330,11 @@ pub(crate) fn prefix_sets(catalog: &Catalog, atoms: &HashMap<Atom, AtomId>) -> B
                 (None, Claim::Any) => everybody.iter().collect(),
                 (None, Claim::Sole) => Vec::new(),
             },
-            Atom::Clusters(selector, claim) => match (catalog.clusters.is_empty(), claim) {
-                (true, Claim::Any) => everybody.iter().collect(),
-                (true, Claim::Sole) => Vec::new(),
-                (false, _) => {
-                    let meant = catalog.clusters.values().filter(|known| selector_holds(selector, &known.labels));
-                    meant.flat_map(|known| &known.blocks).collect()
-                }
-            },
+            Atom::Clusters(selector, Claim::Any) if !catalog.knows_clusters(selector) => everybody.iter().collect(),
+            Atom::Clusters(selector, _) => {
+                let meant = catalog.clusters.values().filter(|known| selector_holds(selector, &known.labels));
+                meant.flat_map(|known| &known.blocks).collect()
+            }
             _ => continue,
         };
         for IpBlock { cidr, except } in blocks {

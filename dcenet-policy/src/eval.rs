@@ -10,9 +10,9 @@ use std::net::IpAddr;
 use serde::Serialize;
 
 use crate::model::{
-    Action, Backend, Cluster, Direction, IpBlock, LabelSelector, Labels, Mode, NamespaceMatch, Operator, Peer, Peers,
-    Pod, PodId, PodMatch, PodNetwork, Policy, PolicyId, PortMatch, PortSpec, Ports, Rule, RuleRef,
-    SERVICE_ACCOUNT_LABEL, Tier, TierEnd, Tuple, Verdict,
+    Action, Backend, CLUSTER_NAME_LABEL, Cluster, Direction, IpBlock, LabelSelector, Labels, Mode, NamespaceMatch,
+    Operator, Peer, Peers, Pod, PodId, PodMatch, PodNetwork, Policy, PolicyId, PortMatch, PortSpec, Ports, Requirement,
+    Rule, RuleRef, SERVICE_ACCOUNT_LABEL, Tier, TierEnd, Tuple, Verdict,
 };
 
 /// A verdict and why.
@@ -341,7 +341,7 @@ fn matches_peer(cluster: &Cluster, peer: &Peer, tuple: &Tuple, pods: &[(&PodId, 
             Some(blocks) => blocks.iter().any(in_block),
             None => !sure,
         },
-        Peer::Clusters(_) if cluster.catalog.clusters.is_empty() => !sure,
+        Peer::Clusters(selector) if !sure && asks_for_unknown(cluster, selector) => true,
         Peer::Clusters(selector) => {
             let mut selected =
                 cluster.catalog.clusters.values().filter(|known| has_labels(selector, &known.labels, true));
@@ -376,6 +376,16 @@ fn matches_peer(cluster: &Cluster, peer: &Peer, tuple: &Tuple, pods: &[(&PodId, 
             known.into_iter().any(|listed| listed.map_or(!sure, |listed| listed.iter().any(answers)))
         }
     }
+}
+
+/// Whether a selector asks for a cluster of a name that is not given, or for any where none is.
+fn asks_for_unknown(cluster: &Cluster, selector: &LabelSelector) -> bool {
+    let given = &cluster.catalog.clusters;
+    given.is_empty()
+        || selector.requirements.iter().any(|Requirement { key, operator }| match operator {
+            Operator::In(names) if key == CLUSTER_NAME_LABEL => !names.iter().all(|name| given.contains_key(name)),
+            _ => false,
+        })
 }
 
 fn matches_port(wanted: &PortMatch, tuple: &Tuple, destinations: &[&Pod]) -> bool {

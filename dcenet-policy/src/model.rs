@@ -39,6 +39,7 @@
 //! | the labels of all nodes: nor is it known which there are | everybody |
 //! | a group of prefixes | everybody |
 //! | which clusters there are, where none is known | everybody |
+//! | a cluster that the rule's selector asks for by its name; those that are known are still allowed | everybody |
 //! | the schedule of a rule, or the time | whom it denies, or would pass |
 //! | who answers for a service, or its own addresses; what is known of it is still allowed | everybody, on egress |
 //! | all addresses of a name: those learnt so far may not be all | everybody, on egress |

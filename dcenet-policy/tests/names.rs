@@ -273,3 +273,51 @@ fn renderings_have_what_has_been_learnt_or_say_that_they_have_nothing() {
     let told: Vec<String> = rendered.omitted.iter().map(ToString::to_string).collect();
     assert!(told[0].contains("the name db.example.com, whose addresses change as answers do"), "{told:#?}");
 }
+
+/// Whoever enforces them resolves the names itself.
+#[test]
+fn rendered_cluster_network_policies_keep_the_names_of_rules_that_accept() {
+    const TEXT: &str = r#"
+apiVersion: policy.networking.k8s.io/v1alpha2
+kind: ClusterNetworkPolicy
+metadata: { name: n }
+spec:
+  tier: Admin
+  priority: 1
+  subject: { namespaces: {} }
+  egress:
+  - { action: Accept, to: [ { domainNames: [ kubernetes.io, "*.example.org" ] }, { networks: [ 192.0.2.0/24 ] } ] }
+"#;
+    let cluster = || {
+        let mut cluster = Cluster::default();
+        cluster.insert_namespace("shop", []);
+        cluster.pods.insert(web(), Pod::new([("app", "web")], [WEB]));
+        cluster
+    };
+    let read = |text: &str| {
+        let mut cluster = cluster();
+        for policy in clusternetworkpolicy::from_yaml(text).unwrap().policies {
+            cluster.insert_policy(policy);
+        }
+        cluster
+    };
+    let of_text = read(TEXT);
+    let rendered = networkpolicy::render(&of_text);
+    assert!(rendered.omitted.is_empty(), "{:?}", rendered.omitted);
+    let mut again = read(&rendered.text());
+    learn(&mut again, "kubernetes.io", &["192.0.2.1"]);
+    let names = |cluster: &Cluster| -> BTreeSet<String> {
+        let rules = cluster.policies.values().flat_map(|policy| policy.rules(Direction::Egress).unwrap());
+        let peers = rules.filter_map(|rule| match &rule.peers {
+            Peers::OneOf(peers) => Some(peers),
+            Peers::Any => None,
+        });
+        let names = peers.flatten().filter_map(|peer| match peer {
+            Peer::Name(pattern) => Some(pattern.to_string()),
+            _ => None,
+        });
+        names.collect()
+    };
+    assert_eq!(names(&again), names(&of_text));
+    assert_eq!(names(&again).len(), 2);
+}

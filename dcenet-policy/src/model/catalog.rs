@@ -6,7 +6,9 @@ use std::net::IpAddr;
 
 use serde::{Serialize, Serializer};
 
-use super::{Action, IpBlock, Labels, Protocol, Rule, Schedule, Tier, Time};
+use super::{
+    Action, CLUSTER_NAME_LABEL, IpBlock, LabelSelector, Labels, Operator, Protocol, Rule, Schedule, Tier, Time,
+};
 
 /// Everything that policies may refer to by a name of its own.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -16,7 +18,7 @@ pub struct Catalog {
     /// Groups of prefixes, by name; a group holds an address that one of its blocks holds.
     pub groups: BTreeMap<String, Vec<IpBlock>>,
     /// Clusters whose addresses are known, this one or others, by name. Where none is known, nobody can say who is meant by a
-    /// selector.
+    /// selector, nor where one is not that the selector asks for by its name.
     pub clusters: BTreeMap<String, ClusterSpec>,
     /// When rules hold, by name.
     pub schedules: BTreeMap<String, Schedule>,
@@ -59,6 +61,21 @@ impl Catalog {
     /// When the first of the schedules next begins or ceases to hold; `None` where none ever does.
     pub fn next_change(&self, time: Time) -> Option<Time> {
         self.schedules.values().filter_map(|schedule| schedule.next_change(time)).min()
+    }
+
+    /// The names by which a selector asks for clusters that are not known.
+    pub fn unknown_clusters<'a>(&'a self, selector: &'a LabelSelector) -> impl Iterator<Item = &'a str> {
+        let by_name = selector.requirements.iter().filter(|requirement| requirement.key == CLUSTER_NAME_LABEL);
+        let names = by_name.filter_map(|requirement| match &requirement.operator {
+            Operator::In(names) => Some(names),
+            Operator::NotIn(_) | Operator::Exists | Operator::DoesNotExist => None,
+        });
+        names.flatten().map(String::as_str).filter(|name| !self.clusters.contains_key(*name))
+    }
+
+    /// Whether all clusters that a selector may mean are known, as far as can be said.
+    pub(crate) fn knows_clusters(&self, selector: &LabelSelector) -> bool {
+        !self.clusters.is_empty() && self.unknown_clusters(selector).next().is_none()
     }
 
     /// Whether a rule's schedule holds at a time; `None` where that is not known.

@@ -11,7 +11,8 @@
 //! | a prefix, group, node, or anybody, in `ingress` of admin and baseline | nothing, but pods | as for ICMP |
 //! | exceptions of a prefix in admin and baseline | the prefixes around them | |
 //! | a group of prefixes | its prefixes | one that is not known: as for ICMP |
-//! | clusters by labels | their prefixes | where none is known: as for ICMP |
+//! | clusters by labels | their prefixes | where none is known, or one is not that is asked for by its name: those that are not, as for ICMP |
+//! | a name of the DNS | `domainNames`, where admin and baseline allow | addresses change as answers do: in the tier NetworkPolicy closed, and as for ICMP in rules that deny or pass |
 //! | nodes by labels | their addresses in the tier NetworkPolicy, else `nodes`; their addresses in rules that allow, too, where labels of some are not known | a rule that denies or passes where labels of some are not known: as for ICMP |
 //! | a service | its own and its backends' addresses, a rule for each port | names of ports with it, or one that is not known: as for ICMP |
 //! | pods by service account | nothing | as for ICMP; where it is the subject the policy is left out: open to what is behind |
@@ -148,7 +149,7 @@ impl Renderer<'_> {
                             self.omit(place, reason);
                         }
                         (Action::Allow, None) => {
-                            for rule in self.expanded(&place, rule, direction, CLOSED) {
+                            for rule in self.expanded(&place, rule, direction, CLOSED, false) {
                                 list.extend(self.allow(&place, &rule, direction, namespace));
                             }
                         }
@@ -174,8 +175,8 @@ impl Renderer<'_> {
         }
     }
 
-    /// A rule without groups, services and service accounts, as one or several.
-    fn expanded(&mut self, place: &str, rule: &Rule, direction: Direction, left: &str) -> Vec<Rule> {
+    /// A rule without groups, services and service accounts, and without names where these are not kept, as one or several.
+    fn expanded(&mut self, place: &str, rule: &Rule, direction: Direction, left: &str, names: bool) -> Vec<Rule> {
         let Peers::OneOf(wanted) = &rule.peers else { return vec![rule.clone()] };
         let (mut peers, mut of_services) = (Vec::new(), Vec::new());
         for peer in wanted {
@@ -192,15 +193,16 @@ impl Renderer<'_> {
                     Some(blocks) => peers.extend(blocks.iter().cloned().map(Peer::Block)),
                     None => self.omit(place, format!("the group {name}, which is not known; {left}")),
                 },
-                Peer::Clusters(_) if self.cluster.catalog.clusters.is_empty() => {
-                    self.omit(place, format!("clusters, of which none is known; {left}"));
-                }
                 Peer::Clusters(wanted) => {
+                    if !self.cluster.catalog.knows_clusters(wanted) {
+                        self.omit(place, format!("clusters that are not known; {left}"));
+                    }
                     let known = self.cluster.catalog.clusters.values();
                     let meant = known.filter(|known| selector_holds(wanted, &known.labels));
                     peers.extend(meant.flat_map(|known| &known.blocks).cloned().map(Peer::Block));
                 }
                 Peer::Service(_) | Peer::Name(_) if direction == Direction::Ingress => {}
+                Peer::Name(_) if names && rule.action == Action::Allow => peers.push(peer.clone()),
                 Peer::Name(pattern) => {
                     self.omit(place, format!("the name {pattern}, whose addresses change as answers do; {left}"));
                 }
@@ -372,7 +374,7 @@ impl Renderer<'_> {
             Action::Deny | Action::Reject => ("Deny", OPEN),
             Action::Pass => ("Pass", OPEN),
         };
-        let expanded = self.expanded(place, rule, direction, left);
+        let expanded = self.expanded(place, rule, direction, left, true);
         expanded.iter().flat_map(|rule| self.accept(place, rule, direction, action, left)).collect()
     }
 
@@ -404,6 +406,9 @@ impl Renderer<'_> {
                             networks.extend(self.nodes(wanted).map(|cidr| json!({ "networks": [cidr] })));
                         }
                         (Peer::Nodes(wanted), Direction::Egress) => networks.push(json!({ "nodes": selector(wanted) })),
+                        (Peer::Name(pattern), Direction::Egress) => {
+                            networks.push(json!({ "domainNames": [pattern.to_string()] }));
+                        }
                         (
                             Peer::Block(_)
                             | Peer::Nodes(_)

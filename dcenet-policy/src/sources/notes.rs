@@ -64,6 +64,8 @@ pub enum UnknownPeer {
     Service(ServiceId),
     /// Clusters: there is no Cluster.
     Clusters,
+    /// A cluster by its name: there is no Cluster of it.
+    Cluster(String),
     /// When a rule holds: there is no Schedule of this name.
     Schedule(String),
 }
@@ -73,15 +75,16 @@ impl UnknownPeer {
         match peer {
             Peer::Nodes(_) if catalog.node_labels.is_empty() => vec![Self::Nodes],
             Peer::Clusters(_) if catalog.clusters.is_empty() => vec![Self::Clusters],
+            Peer::Clusters(wanted) => {
+                catalog.unknown_clusters(wanted).map(|name| Self::Cluster(name.to_owned())).collect()
+            }
             Peer::Group(name) if !catalog.groups.contains_key(name) => vec![Self::Group(name.clone())],
             Peer::Service(id) => {
                 let backends = (!catalog.services.contains_key(id)).then(|| Self::Backends(id.clone()));
                 let service = (!catalog.service_addresses.contains_key(id)).then(|| Self::Service(id.clone()));
                 backends.into_iter().chain(service).collect()
             }
-            Peer::Nodes(_) | Peer::Group(_) | Peer::Clusters(_) | Peer::Pods(_) | Peer::Block(_) | Peer::Name(_) => {
-                Vec::new()
-            }
+            Peer::Nodes(_) | Peer::Group(_) | Peer::Pods(_) | Peer::Block(_) | Peer::Name(_) => Vec::new(),
         }
     }
 }
@@ -91,6 +94,7 @@ impl fmt::Display for UnknownPeer {
         match self {
             Self::Nodes => f.write_str("no v1 Node is given"),
             Self::Clusters => f.write_str("no Cluster is given"),
+            Self::Cluster(name) => write!(f, "there is no Cluster {name}"),
             Self::Group(name) => write!(f, "there is no PrefixGroup {name}"),
             Self::Backends(id) => write!(f, "there is no EndpointSlice of service {id}"),
             Self::Service(id) => write!(f, "there is no v1 Service {id}"),

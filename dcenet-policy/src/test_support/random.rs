@@ -9,10 +9,10 @@ use super::Rng;
 use crate::classes::{selector_holds, selector_may_hold};
 use crate::flatten;
 use crate::model::{
-    Action, Backend, CLUSTER_SET_LABEL, Catalog, Cluster, ClusterSpec, Direction, DomainName, IpBlock, LabelSelector,
-    Labels, Mode, NamePattern, NamedPort, Names, NamespaceMatch, Operator, Peer, Peers, Pod, PodId, PodMatch,
-    PodNetwork, Policy, PolicyId, PortMatch, PortSpec, Ports, Protocol, Requirement, Rule, SERVICE_ACCOUNT_LABEL,
-    Schedule, ServiceId, Tier, TierEnd, TierSpec, Time, Tuple, Window,
+    Action, Backend, CLUSTER_NAME_LABEL, CLUSTER_SET_LABEL, Catalog, Cluster, ClusterSpec, Direction, DomainName,
+    IpBlock, LabelSelector, Labels, Mode, NamePattern, NamedPort, Names, NamespaceMatch, Operator, Peer, Peers, Pod,
+    PodId, PodMatch, PodNetwork, Policy, PolicyId, PortMatch, PortSpec, Ports, Protocol, Requirement, Rule,
+    SERVICE_ACCOUNT_LABEL, Schedule, ServiceId, Tier, TierEnd, TierSpec, Time, Tuple, Window,
 };
 
 const NAMESPACES: [&str; 3] = ["x", "y", "z"];
@@ -20,6 +20,8 @@ const KEYS: [&str; 3] = ["app", "tier", "team"];
 const VALUES: [&str; 3] = ["a", "b", "c"];
 /// With their places: before admin, between admin and NetworkPolicy, before and after baseline.
 const TIERS: [(&str, u16); 4] = [("first", 500), ("second", 1500), ("third", 2500), ("last", 3500)];
+/// With their sets.
+const CLUSTERS: [(&str, &str); 3] = [("west", "prod"), ("east", "prod"), ("lab", "test")];
 const GROUPS: [&str; 2] = ["partners", "lists"];
 const SCHEDULES: [&str; 2] = ["odd", "even"];
 const SERVICES: [&str; 2] = ["db", "dns"];
@@ -103,10 +105,11 @@ fn catalog(rng: &mut Rng, cluster: &mut Cluster) {
             cluster.catalog.external_addresses.insert(node.to_owned(), [Ipv4Addr::new(10, 0, 0, number).into()].into());
         }
     }
-    for (name, set) in [("west", "prod"), ("east", "prod"), ("lab", "test")] {
+    for (name, set) in CLUSTERS {
         if rng.chance(70) {
-            let label = [(CLUSTER_SET_LABEL.to_owned(), set.to_owned())];
-            let labels = labels(rng).into_iter().chain(label).collect();
+            let own =
+                [(CLUSTER_NAME_LABEL, name), (CLUSTER_SET_LABEL, set)].map(|(key, of)| (key.to_owned(), of.to_owned()));
+            let labels = labels(rng).into_iter().chain(own).collect();
             let blocks = (0..rng.below(3)).map(|_| block(rng)).collect();
             cluster.catalog.clusters.insert(name.to_owned(), ClusterSpec { labels, blocks });
         }
@@ -419,7 +422,7 @@ fn peer(rng: &mut Rng, namespace: &str) -> Peer {
         0..=6 => return Peer::Block(block(rng)),
         7..=8 => return Peer::Group((*rng.pick(&GROUPS)).to_owned()),
         9 => return Peer::Nodes(selector(rng)),
-        11 => return Peer::Clusters(selector(rng)),
+        11 => return Peer::Clusters(by_name(selector(rng))),
         12 => return Peer::Name(pattern(rng)),
         10 => return Peer::Service(ServiceId::new("x", *rng.pick(&SERVICES))),
         _ => {}
@@ -506,6 +509,20 @@ fn selector(rng: &mut Rng) -> LabelSelector {
     let count = *rng.pick(&[0, 0, 1, 1, 2]);
     let requirement = |_| Requirement { key: (*rng.pick(&KEYS)).to_owned(), operator: operator(rng) };
     LabelSelector { requirements: (0..count).map(requirement).collect() }
+}
+
+/// Some selectors ask for clusters by their names, which may not be given.
+fn by_name(mut selector: LabelSelector) -> LabelSelector {
+    if let [Requirement { key, operator: Operator::In(values) }] = &mut selector.requirements[..] {
+        *key = CLUSTER_NAME_LABEL.to_owned();
+        *values = VALUES
+            .iter()
+            .zip(CLUSTERS)
+            .filter(|(of, _)| values.contains(**of))
+            .map(|(_, (name, _))| name.to_owned())
+            .collect();
+    }
+    selector
 }
 
 fn operator(rng: &mut Rng) -> Operator {
