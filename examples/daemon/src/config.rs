@@ -1,7 +1,9 @@
 //! The daemon's configuration: one JSON object. Its sections `ipam` and `policy` and the keys `stateDir` and `runDir` are
 //! those of the CNI configuration.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod policies;
+
+use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -14,7 +16,6 @@ use dcenet_core::fabric::FabricConfig;
 use dcenet_core::section;
 use dcenet_ipam::Layout;
 use dcenet_ipam::config::IpamConfig;
-use dcenet_policy::bundle::{Trust, VerifyingKey};
 use dcenet_policy::dns::ProxyConfig;
 use dcenet_policy::enforcer::PolicyConfig;
 use dcenet_sriov::allocate::Shape;
@@ -23,6 +24,8 @@ use dcenet_sriov::source::SourceConfig;
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
+
+pub use self::policies::{PoliciesConfig, TrustConfig};
 
 /// What the daemon does. A part whose section is missing is not there.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -74,52 +77,6 @@ pub struct NodeConfig {
     pub name: Option<String>,
     /// Its own addresses, from and to which its pods may talk; those of all its devices unless told.
     pub addresses: Option<BTreeSet<IpAddr>>,
-}
-
-/// Policies in files.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "camelCase")]
-pub struct PoliciesConfig {
-    /// A directory of `.yaml`, `.yml` and `.json` files, and of `.bundle` files where issuers are trusted.
-    pub directory: PathBuf,
-    /// Whose bundles are taken. Policies, tiers, groups, clusters and schedules are then read from bundles alone.
-    pub trust: Option<TrustConfig>,
-    /// Whether it may take all policies away by having none. It may else be one that is not mounted, or not yet.
-    #[serde(default)]
-    pub allow_empty: bool,
-}
-
-/// Who may issue policies.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TrustConfig {
-    /// Files of public keys: Ed25519, in PEM.
-    pub keys: Vec<PathBuf>,
-    /// The names of the sets that must be there, each with the least generation that is taken.
-    pub sets: BTreeMap<String, u64>,
-    /// How many of the keys must have signed a bundle.
-    #[serde(default = "one")]
-    pub threshold: usize,
-}
-
-impl TrustConfig {
-    /// Reads the keys.
-    ///
-    /// # Errors
-    /// Where one cannot be read, or the threshold cannot be met.
-    pub fn read(&self) -> Result<Trust, String> {
-        let key = |path: &PathBuf| {
-            let failed = |error: String| format!("policies.trust.keys: {}: {error}", path.display());
-            let text = std::fs::read_to_string(path).map_err(|error| failed(error.to_string()))?;
-            VerifyingKey::from_pem(&text).map_err(|error| failed(error.to_string()))
-        };
-        let keys = self.keys.iter().map(key).collect::<Result<_, _>>()?;
-        Trust::new(keys, self.threshold).map_err(|error| format!("policies.trust.{error}"))
-    }
-}
-
-fn one() -> usize {
-    1
 }
 
 /// A proxy for the Domain Name System.
@@ -332,15 +289,14 @@ impl Config {
         let paths = [("stateDir", Some(&self.state_dir)), ("runDir", Some(&self.run_dir))];
         let paths = paths.into_iter().chain([
             ("policies.directory", self.policies.as_ref().map(|p| &p.directory)),
+            ("policies.cluster", self.policies.as_ref().and_then(|p| p.cluster.as_ref())),
             ("policy.pins", self.policy.as_ref().map(|p| &p.pins)),
             ("server.socket", self.server.as_ref().and_then(|s| s.socket.as_ref())),
             ("flows.file", self.flows.as_ref().and_then(|f| f.file.as_ref())),
             ("kubelet.directory", self.kubelet.as_ref().map(|k| &k.directory)),
         ]);
-        if self.policies.iter().filter_map(|p| p.trust.as_ref()).any(|trust| trust.sets.is_empty()) {
-            return wrong(
-                "policies.trust.sets: none; name those that this node is to have, as in {\"production\": 1}".to_owned(),
-            );
+        if let Some(trust) = self.policies.as_ref().and_then(|p| p.trust.as_ref()) {
+            trust.check().map_err(ConfigError::Wrong)?;
         }
         let keys = self.policies.iter().filter_map(|p| p.trust.as_ref()).flat_map(|trust| &trust.keys);
         let paths = paths.chain(keys.map(|path| ("policies.trust.keys", Some(path))));
@@ -348,6 +304,14 @@ impl Config {
             if !path.is_absolute() {
                 return wrong(format!("{field}: {path:?} is not absolute; begin it with a slash"));
             }
+        }
+        if let Some(policies) = &self.policies
+            && policies.cluster.as_ref() == Some(&policies.directory)
+        {
+            return wrong(format!(
+                "policies.cluster: {:?} is policies.directory; name another, or none where it is all in one",
+                policies.directory
+            ));
         }
         if let Some(ipam) = &self.ipam {
             ipam.layout().map_err(|e| ConfigError::Wrong(e.to_string()))?;
@@ -588,6 +552,14 @@ mod tests {
             (
                 r#"{ "policy": {}, "policies": { "directory": "here" } }"#,
                 "policies.directory: \"here\" is not absolute",
+            ),
+            (
+                r#"{ "policy": {}, "policies": { "directory": "/etc/a", "cluster": "there" } }"#,
+                "policies.cluster: \"there\" is not absolute",
+            ),
+            (
+                r#"{ "policy": {}, "policies": { "directory": "/etc/a", "cluster": "/etc/a/" } }"#,
+                "policies.cluster: \"/etc/a\" is policies.directory",
             ),
             (r#"{ "runDir": "run" }"#, "runDir: \"run\" is not absolute"),
             (r#"{ "ipam": { "pools": [] } }"#, "ipam.pools"),

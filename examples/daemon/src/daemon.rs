@@ -1,15 +1,16 @@
 //! The daemon at work.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod owner;
+
+use std::collections::BTreeSet;
 use std::error::Error;
 use std::ffi::OsString;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use dcenet_core::engine::Engine;
 use dcenet_core::fabric::Fabric;
@@ -26,11 +27,8 @@ use dcenet_ipam::fabric::FabricFeed;
 use dcenet_ipam::metrics::Cause;
 use dcenet_ipam::select::Node;
 use dcenet_ipam::store::measured::MeasuredStore;
-use dcenet_policy::bundle::{Accepted, Trust};
 use dcenet_policy::enforcer::flows::prometheus::FlowMetrics;
-use dcenet_policy::enforcer::{Enforcer, EnforcerConfig, EnforcerError, PinnedDefault, PolicyConfig, Report, Tools};
-use dcenet_policy::model::Mode;
-use dcenet_policy::sources::kubernetes::Documents;
+use dcenet_policy::enforcer::{Enforcer, EnforcerConfig, PinnedDefault, PolicyConfig, Tools};
 use dcenet_policy::target::Tc;
 use dcenet_sriov::source::VfSource;
 use prometheus_client::registry::Registry;
@@ -38,16 +36,16 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
-use crate::config::{Config, TrustConfig};
+use self::owner::{LOOK, Owner};
+use crate::config::Config;
 use crate::fabric::{FabricMetrics, Following, check_mtu};
 use crate::flows::Flows;
 use crate::functions::Functions;
-use crate::issued::Issued;
 use crate::kubelet::Telling;
 use crate::lock::RunLock;
 use crate::metrics::{DaemonMetrics, Endpoint, Sources};
 use crate::names::Names;
-use crate::policies::{self, PoliciesError, Set, Signature, Watcher};
+use crate::policies::Watcher;
 use crate::reclaim::{Looking, Reclaim};
 use crate::standing::Standing;
 use crate::store::LateStore;
@@ -98,13 +96,14 @@ pub fn run(config: &Config, manager: Option<OsString>) -> Outcome {
         _ => None,
     };
     let functions = Functions::register(&mut registry, &config.state_dir, &config.run_dir);
-    let sources = Sources { registry, daemon, addresses, functions, policy: counted, issued };
+    let learner = owner.as_ref().map(|owner| owner.enforcer.learner());
+    let mut names = config.dns.as_ref().zip(learner).map(|(dns, learner)| Names::new(dns.proxy(), learner));
+    let proxy = names.as_ref().map(Names::proxy);
+    let sources = Sources { registry, daemon, addresses, functions, policy: counted, issued, proxy };
     let metrics = config.metrics.as_ref().map(|m| Endpoint::start(&m.listen, sources, &signals.threads)).transpose()?;
     let server = config.server.as_ref().map(|section| server::start(section, &config.run_dir, stores)).transpose()?;
     let telling =
         config.kubelet.as_ref().map(|section| Telling::start(config, section, &signals.threads)).transpose()?;
-    let learner = owner.as_ref().map(|owner| owner.enforcer.learner());
-    let mut names = config.dns.as_ref().zip(learner).map(|(dns, learner)| Names::new(dns.proxy(), learner));
     if let Some(names) = &mut names {
         names.look()?;
     }
@@ -261,272 +260,6 @@ fn own_addresses(links: &[LinkView], addresses: &[AddressView]) -> BTreeSet<IpAd
     };
     let own = addresses.iter().filter(is_own).map(|a| a.address.addr());
     own.filter(|address| !address.is_loopback()).collect()
-}
-
-/// The owner of the node's policy state, and what it was told last.
-struct Owner {
-    enforcer: Arc<Enforcer>,
-    directory: Option<PathBuf>,
-    watcher: Option<Watcher>,
-    metrics: DaemonMetrics,
-    /// Whose bundles are taken, where they are.
-    issuers: Option<Issuers>,
-    issued: Issued,
-    /// What the directory said when it was read without error; nothing before.
-    told: Option<Documents>,
-    /// Whether policies were in force, also before this process.
-    standing: Standing,
-    /// Whether a directory without policies takes them all away.
-    may_be_empty: bool,
-    /// Whether addresses of names become known.
-    learns: bool,
-    /// What the directory looked like when it was read last.
-    seen: Option<Signature>,
-    /// Why it was refused last, if it was.
-    refused: Option<String>,
-    /// Not where the configuration names the node's addresses.
-    addresses: Option<BTreeSet<IpAddr>>,
-    node: String,
-    /// When a change of the directory is read at the latest, and when at the earliest.
-    pending: Option<(Instant, Instant)>,
-    /// When it looks for what nobody tells it of.
-    look_at: Instant,
-    /// When it has something to do next.
-    due: Instant,
-}
-
-/// Those whose bundles are taken.
-struct Issuers {
-    trust: Trust,
-    /// The sets, each with the least generation.
-    wanted: BTreeMap<String, u64>,
-    /// What was taken.
-    accepted: Accepted,
-}
-
-impl Issuers {
-    fn open(section: &TrustConfig, state_dir: &Path) -> Result<Self, String> {
-        let (trust, wanted) = (section.read()?, section.sets.clone());
-        Ok(Self { trust, wanted, accepted: policies::accepted(state_dir)? })
-    }
-}
-
-/// A directory is read when nothing has changed in it for so long, and after so long in any case.
-const QUIET: Duration = Duration::from_millis(50);
-const PATIENCE: Duration = Duration::from_secs(1);
-/// How often the node's own addresses are read, and it is looked for what inotify does not tell of: another directory at the
-/// path, another file behind a link, a change on another machine. What failed for a reason that may pass is tried again
-/// after as long.
-const LOOK: Duration = Duration::from_secs(5);
-
-impl Owner {
-    fn open(config: &Config, policy: &PolicyConfig, metrics: DaemonMetrics) -> Outcome<Self> {
-        let directory = config.policies.as_ref().map(|p| p.directory.clone());
-        let trust = config.policies.as_ref().and_then(|p| p.trust.as_ref());
-        let issuers = trust.map(|trust| Issuers::open(trust, &config.state_dir)).transpose()?;
-        let node = node_name(config)?;
-        // Watched before it is read: what changes in between is seen.
-        let watcher = directory.as_deref().map(Watcher::new).transpose().map_err(|e| format!("policies: {e}"))?;
-        Ok(Self {
-            enforcer: Arc::new(open_enforcer(config, policy)?),
-            directory,
-            watcher,
-            metrics,
-            issuers,
-            issued: Issued::of(&node),
-            told: None,
-            standing: Standing::read(&config.state_dir),
-            may_be_empty: config.policies.as_ref().is_none_or(|p| p.allow_empty),
-            learns: config.dns.is_some(),
-            seen: None,
-            refused: None,
-            addresses: config.node.addresses.is_none().then(BTreeSet::new),
-            node,
-            pending: None,
-            look_at: Instant::now(),
-            due: Instant::now(),
-        })
-    }
-
-    /// Takes over what was attached while nobody was here.
-    fn adopt(&self, engine: &Engine) {
-        match engine.records() {
-            Ok(records) => {
-                report("attachments were adopted", self.enforcer.adopt(&records));
-            }
-            Err(error) => tracing::error!(%error, "attachments cannot be adopted"),
-        }
-    }
-
-    /// Reads the directory, and puts in force what it says. Where it is refused, what was in force stays; before the first
-    /// reading that is not, nothing is put in the place of the verdicts of whoever was here before.
-    fn read(&mut self) {
-        let (read, seen) = match &self.directory {
-            Some(directory) => policies::read(directory, self.issuers.as_ref().map(|issuers| &issuers.trust)),
-            None => (Ok(Set::default()), None),
-        };
-        self.seen = seen;
-        let is_in_force = match read.and_then(|set| self.admit(set)) {
-            Ok(set) => {
-                self.refused = None;
-                let is_in_force = self.tell(set);
-                if !is_in_force {
-                    self.read_later();
-                }
-                is_in_force
-            }
-            Err(error) => {
-                let reason = error.to_string();
-                // Told once, however often it is tried again.
-                if self.refused.as_ref() != Some(&reason) {
-                    let is_first = self.told.is_none();
-                    let stands = if is_first { "the last verdicts stand" } else { "the last good set stands" };
-                    tracing::error!(%error, "policies are refused; {stands}");
-                    self.issued.refuse(&reason);
-                    self.refused = Some(reason);
-                }
-                if error.may_pass() {
-                    self.read_later();
-                }
-                false
-            }
-        };
-        self.metrics.count_read(is_in_force);
-    }
-
-    fn read_later(&mut self) {
-        let later = Instant::now() + LOOK;
-        self.pending = Some((later, later));
-    }
-
-    /// Refuses bundles that are older than what was taken, not wanted, or missing, and notes that the others were taken; where nobody is
-    /// trusted, a set without policies in force after one with some, unless the configuration lets it.
-    fn admit(&mut self, set: Set) -> Result<Set, PoliciesError> {
-        match (&mut self.issuers, &self.directory) {
-            // All sets are there: whoever issued them without policies wants it so.
-            (Some(Issuers { wanted, accepted, .. }), _) => {
-                accepted.take(&set.bundles, wanted).map_err(PoliciesError::Set)?;
-            }
-            (None, Some(directory))
-                if in_force(&set.documents) == 0 && self.standing.is_set() && !self.may_be_empty =>
-            {
-                return Err(PoliciesError::NoneLeft(directory.clone()));
-            }
-            _ => {}
-        }
-        Ok(set)
-    }
-
-    /// Puts a set in force, and returns whether it is.
-    fn tell(&mut self, set: Set) -> bool {
-        let Set { mut documents, bundles } = set;
-        // What its devices say of it counts.
-        documents.nodes.remove(&self.node);
-        let notes: Vec<String> = policies::notes(&documents, self.learns).map(|note| note.to_string()).collect();
-        for note in &notes {
-            tracing::warn!(%note, "policies");
-        }
-        self.issued.begin();
-        let (policies, in_force) = (documents.policies.len(), in_force(&documents));
-        // Before they are: a daemon that dies in between must not be followed by one that takes none for all.
-        if in_force > 0 {
-            self.note_standing(true);
-        }
-        let before = self.told.take();
-        let none = Documents::default();
-        let told = self.enforcer.replace_documents(before.as_ref().unwrap_or(&none), &documents);
-        self.told = Some(documents);
-        let mut is_in_force = report("policies were read", told);
-        if before.is_none() {
-            is_in_force &= report("policies are in force", self.enforcer.start());
-        }
-        self.issued.tell(&bundles, notes);
-        if in_force == 0 && is_in_force {
-            self.note_standing(false);
-        }
-        tracing::info!(policies, in_force, "policies");
-        is_in_force
-    }
-
-    fn note_standing(&mut self, are_in_force: bool) {
-        if let Err(error) = self.standing.note(are_in_force) {
-            tracing::warn!(%error, "the next daemon may take an empty directory for what is wanted, or refuse one that is");
-        }
-    }
-
-    /// Does what is due.
-    fn look(&mut self) {
-        let now = Instant::now();
-        match self.watcher.as_mut().map(Watcher::changed) {
-            Some(Ok(true)) => {
-                let latest = self.pending.map_or(now + PATIENCE, |(latest, _)| latest.min(now + PATIENCE));
-                self.pending = Some((latest, now + QUIET));
-            }
-            Some(Err(error)) => tracing::warn!(%error, "the directory of policies cannot be watched"),
-            Some(Ok(false)) | None => {}
-        }
-        if now >= self.look_at {
-            self.look_at = now + LOOK;
-            if self.addresses.is_some() {
-                self.read_addresses();
-            }
-            self.look_for_changes(now);
-        }
-        if self.pending.is_some_and(|(latest, earliest)| now >= latest.min(earliest)) {
-            self.pending = None;
-            self.read();
-        }
-        self.due = self.pending.map_or(self.look_at, |(latest, earliest)| latest.min(earliest).min(self.look_at));
-    }
-
-    /// Has the directory read where it does not look as it did, whatever inotify says.
-    fn look_for_changes(&mut self, now: Instant) {
-        let Some(directory) = self.directory.as_deref().filter(|_| self.pending.is_none()) else { return };
-        if Signature::of(directory).ok() == self.seen {
-            return;
-        }
-        if let Some(Err(error)) = self.watcher.as_mut().map(Watcher::renew) {
-            tracing::warn!(%error, "the directory of policies cannot be watched");
-        }
-        self.pending = Some((now, now));
-    }
-
-    /// A bridge has its address from the first pod that comes.
-    fn read_addresses(&mut self) {
-        let found = NetNs::of_this_thread().map_err(Into::into).and_then(|netns| addresses_of(&Host(netns)));
-        match found {
-            Ok(found) if self.addresses.as_ref() != Some(&found) => {
-                report("the node's addresses changed", self.enforcer.set_node(&self.node, found.clone()));
-                self.addresses = Some(found);
-            }
-            Ok(_) => {}
-            Err(error) => tracing::warn!(%error, "the node's addresses cannot be read"),
-        }
-    }
-}
-
-/// How many of the policies change verdicts.
-fn in_force(documents: &Documents) -> usize {
-    documents.policies.values().filter(|policy| policy.mode == Mode::Enforce).count()
-}
-
-/// Tells what came of a change, and returns whether it is in force but for endpoints that are named. Those are tried again by
-/// the owner itself.
-fn report(what: &str, outcome: Result<Report, EnforcerError>) -> bool {
-    let is_in_force = outcome.is_ok();
-    match outcome {
-        Ok(report) => {
-            for (attachment, reason) in &report.failures {
-                tracing::warn!(%attachment, reason, "not in force yet");
-            }
-            for fault in &report.faults {
-                tracing::warn!(%fault, "{}", fault.effect());
-            }
-            tracing::debug!(enforced = report.enforced, "{what}");
-        }
-        Err(error) => tracing::error!(%error, "{what}, and are not in force; the last verdicts stand"),
-    }
-    is_in_force
 }
 
 /// What the process is sent.

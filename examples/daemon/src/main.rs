@@ -8,6 +8,7 @@ mod flows;
 mod functions;
 mod http;
 mod issued;
+mod kept;
 mod kubelet;
 mod lock;
 mod metrics;
@@ -103,7 +104,7 @@ fn check(options: &Options, config: &Config) -> ExitCode {
 fn read(config: &Config) -> Result<Option<policies::Set>, Box<dyn Error>> {
     let Some(policies) = &config.policies else { return Ok(None) };
     let trust = policies.trust.as_ref().map(TrustConfig::read).transpose()?;
-    let set = policies::read(&policies.directory, trust.as_ref()).0?;
+    let set = policies::read(&policies.directories(), trust.as_ref()).0?;
     if let Some(trust) = &policies.trust {
         policies::accepted(&config.state_dir)?.check(&set.bundles, &trust.sets)?;
     }

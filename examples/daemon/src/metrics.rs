@@ -10,6 +10,9 @@
 //! | `dcenet_daemon_policy_set_generation` | set | generation of each bundle that the owner of policy was told last |
 //! | `dcenet_daemon_endpoints` | phase | endpoints of the node: `default`, `compiled`, `enforced` |
 //! | `dcenet_daemon_endpoint_failures` | | endpoints for which the latest change is not in force |
+//! | `dcenet_daemon_names_overdue` | | 1 where addresses of names are allowed by although their time is over, else 0 |
+//! | `dcenet_daemon_dns_queries_total` | | queries that the DNS proxy took |
+//! | `dcenet_daemon_dns_outcomes_total` | outcome | answers that it held until they were in force (`learnt`), or did not release as they are not (`withheld`); queries that nobody behind answered (`unanswered`), that were one too many (`refused`), or of others than endpoints (`strangers`) |
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -19,10 +22,12 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use dcenet_ipam::Ipam;
+use dcenet_policy::dns::{Proxy, ProxyCounts};
 use dcenet_policy::enforcer::flows::prometheus::FlowMetrics;
 use dcenet_policy::enforcer::{Enforcer, Phase};
 use prometheus_client::metrics::counter::Counter;
@@ -36,6 +41,7 @@ use crate::config::Listen;
 use crate::functions::Functions;
 use crate::http::{self, Answer, Limits};
 use crate::issued::Issued;
+use crate::names::Running;
 use crate::threads::Threads;
 
 /// The daemon's own.
@@ -46,6 +52,9 @@ pub struct DaemonMetrics {
     sets: Family<[(&'static str, String); 1], Gauge>,
     endpoints: Family<[(&'static str, &'static str); 1], Gauge>,
     failures: Gauge,
+    overdue: Gauge,
+    queries: Counter,
+    outcomes: Family<[(&'static str, &'static str); 1], Counter>,
 }
 
 impl DaemonMetrics {
@@ -58,6 +67,9 @@ impl DaemonMetrics {
         r.register("policy_set_generation", "Generation of each bundle of policies", metrics.sets.clone());
         r.register("endpoints", "Endpoints of the node, by phase", metrics.endpoints.clone());
         r.register("endpoint_failures", "Endpoints without the latest change", metrics.failures.clone());
+        r.register("names_overdue", "Whether names count beyond their time", metrics.overdue.clone());
+        r.register("dns_queries", "Queries that the DNS proxy took", metrics.queries.clone());
+        r.register("dns_outcomes", "What became of some of them", metrics.outcomes.clone());
         metrics
     }
 
@@ -84,6 +96,18 @@ impl DaemonMetrics {
             self.endpoints.get_or_create(&[("phase", name)]).set(count(number));
         }
         self.failures.set(count(endpoints.iter().filter(|e| e.failure.is_some()).count()));
+        self.overdue.set(enforcer.overdue_names().is_some().into());
+    }
+
+    fn publish_names(&self, counts: &ProxyCounts) {
+        // The proxy's own numbers, which only grow.
+        let set = |counter: &Counter, value: u64| counter.inner().store(value, Ordering::Relaxed);
+        let ProxyCounts { queries, learnt, withheld, unanswered, refused, strangers, .. } = *counts;
+        set(&self.queries, queries);
+        let outcomes = [("learnt", learnt), ("withheld", withheld), ("unanswered", unanswered)];
+        for (outcome, value) in outcomes.into_iter().chain([("refused", refused), ("strangers", strangers)]) {
+            set(&self.outcomes.get_or_create(&[("outcome", outcome)]), value);
+        }
     }
 }
 
@@ -101,6 +125,8 @@ pub struct Sources {
     pub policy: Option<(Arc<Enforcer>, FlowMetrics)>,
     /// What the owner was told.
     pub issued: Option<Issued>,
+    /// The DNS proxy.
+    pub proxy: Option<Running>,
 }
 
 impl Sources {
@@ -125,6 +151,9 @@ impl Sources {
                 Ok((reasons, rules)) => metrics.publish(&reasons, &rules),
                 Err(error) => tracing::warn!(%error, "packets cannot be counted"),
             }
+        }
+        if let Some(counts) = self.proxy.as_ref().and_then(|proxy| proxy.lock().as_ref().map(Proxy::counts)) {
+            self.daemon.publish_names(&counts);
         }
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &self.registry)?;

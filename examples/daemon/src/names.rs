@@ -4,12 +4,16 @@ use std::sync::Arc;
 
 use dcenet_policy::dns::{Proxy, ProxyConfig};
 use dcenet_policy::enforcer::Learner;
+use parking_lot::Mutex;
 
-/// A proxy, or what it takes to start one.
+/// The proxy that runs, if one does.
+pub type Running = Arc<Mutex<Option<Proxy>>>;
+
+/// A proxy, or what it takes to start one. It ends with this.
 pub struct Names {
     config: ProxyConfig,
     learner: Learner,
-    proxy: Option<Proxy>,
+    proxy: Running,
     /// Why it could not be started last.
     told: Option<String>,
 }
@@ -17,7 +21,12 @@ pub struct Names {
 impl Names {
     /// Nothing is started yet.
     pub fn new(config: ProxyConfig, learner: Learner) -> Self {
-        Self { config, learner, proxy: None, told: None }
+        Self { config, learner, proxy: Running::default(), told: None }
+    }
+
+    /// For who counts what it does.
+    pub fn proxy(&self) -> Running {
+        Arc::clone(&self.proxy)
     }
 
     /// Starts what does not run.
@@ -25,13 +34,14 @@ impl Names {
     /// # Errors
     /// Where a proxy has run and does not any more.
     pub fn look(&mut self) -> Result<(), &'static str> {
-        if let Some(proxy) = &self.proxy {
+        let mut running = self.proxy.lock();
+        if let Some(proxy) = &*running {
             return if proxy.has_ended() { Err("a thread of the DNS proxy has ended") } else { Ok(()) };
         }
         match Proxy::start(self.config.clone(), Arc::new(self.learner.clone())) {
             Ok(proxy) => {
                 tracing::info!(addresses = ?proxy.addresses(), "the DNS proxy listens");
-                (self.proxy, self.told) = (Some(proxy), None);
+                (*running, self.told) = (Some(proxy), None);
             }
             Err(error) => {
                 let error = error.to_string();
@@ -42,5 +52,11 @@ impl Names {
             }
         }
         Ok(())
+    }
+}
+
+impl Drop for Names {
+    fn drop(&mut self) {
+        drop(self.proxy.lock().take());
     }
 }

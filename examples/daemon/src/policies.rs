@@ -1,7 +1,7 @@
-//! Policies in a directory, and its changes.
+//! Policies in a directory, and its changes; what is known of the cluster beside them, in another.
 //!
-//! Where issuers are trusted, what policies say is read from the bundles of the directory alone; its other files tell of the
-//! cluster: namespaces, pods, nodes, services.
+//! Where issuers are trusted, the directory of policies has bundles and nothing else. Namespaces, pods, nodes and services, which say
+//! whom signed rules mean, are told by whoever may write the cluster's directory, and that says nothing that policies say.
 //!
 //! A change counts when it is whole: a file that was closed after writing, renamed into the directory, or removed. Files
 //! that are replaced by a rename are never seen half-written; the others may be, while yet another one changes. What
@@ -57,8 +57,10 @@ pub enum PoliciesError {
     Set(AcceptedError),
     /// A bundle, where nobody is trusted.
     NoTrust(PathBuf),
-    /// A file says what bundles say.
+    /// A file beside bundles that nobody has signed.
     Unsigned(PathBuf),
+    /// A file of the cluster's directory says what policies say.
+    NotOfCluster(PathBuf),
 }
 
 impl PoliciesError {
@@ -96,8 +98,14 @@ impl fmt::Display for PoliciesError {
             ),
             Self::Unsigned(path) => write!(
                 f,
-                "{}: policies, tiers, groups, clusters and schedules are read from bundles alone where policies.trust is set; issue \
-                 them in one, or remove the file",
+                "{}: nobody has signed it, and where policies.trust is set this directory is for bundles alone; issue it in one, or put \
+                 what tells of the cluster into policies.cluster",
+                path.display()
+            ),
+            Self::NotOfCluster(path) => write!(
+                f,
+                "{}: policies.cluster is for namespaces, pods, nodes and services; put policies, tiers, groups, clusters, schedules and \
+                 bundles into policies.directory",
                 path.display()
             ),
         }
@@ -106,10 +114,25 @@ impl fmt::Display for PoliciesError {
 
 impl std::error::Error for PoliciesError {}
 
-/// What a directory and its files look like without being read: equal where nothing has changed, however that came about.
+/// What is read.
+#[derive(Debug, Clone)]
+pub struct Directories {
+    /// The directory of policies.
+    pub directory: PathBuf,
+    /// The cluster's.
+    pub cluster: Option<PathBuf>,
+}
+
+impl Directories {
+    fn all(&self) -> impl Iterator<Item = &Path> {
+        [Some(&self.directory), self.cluster.as_ref()].into_iter().flatten().map(PathBuf::as_path)
+    }
+}
+
+/// What directories and their files look like without being read: equal where nothing has changed, however that came about.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Signature {
-    directory: (u64, u64),
+    directories: Vec<(u64, u64)>,
     /// Of each file, or of what a symbolic link leads to; `None` where it leads nowhere.
     files: Vec<(PathBuf, Option<File>)>,
 }
@@ -121,18 +144,21 @@ impl Signature {
     /// Looks.
     ///
     /// # Errors
-    /// Where the directory cannot be listed.
-    pub fn of(directory: &Path) -> Result<Self, PoliciesError> {
-        let found = directory.metadata().map_err(failed(directory))?;
-        let mut files = Vec::new();
-        for path in paths(directory)? {
-            let file = path
-                .metadata()
-                .ok()
-                .map(|m| (m.dev(), m.ino(), m.size(), (m.mtime(), m.mtime_nsec()), (m.ctime(), m.ctime_nsec())));
-            files.push((path, file));
+    /// Where a directory cannot be listed.
+    pub fn of(sources: &Directories) -> Result<Self, PoliciesError> {
+        let (mut directories, mut files) = (Vec::new(), Vec::new());
+        for directory in sources.all() {
+            let found = directory.metadata().map_err(failed(directory))?;
+            for path in paths(directory)? {
+                let file = path
+                    .metadata()
+                    .ok()
+                    .map(|m| (m.dev(), m.ino(), m.size(), (m.mtime(), m.mtime_nsec()), (m.ctime(), m.ctime_nsec())));
+                files.push((path, file));
+            }
+            directories.push((found.dev(), found.ino()));
         }
-        Ok(Self { directory: (found.dev(), found.ino()), files })
+        Ok(Self { directories, files })
     }
 }
 
@@ -141,28 +167,30 @@ pub fn notes(documents: &Documents, learns: bool) -> impl Iterator<Item = Note> 
     documents.notes().into_iter().filter(move |note| !learns || note.kind != NoteKind::UnlearntNames)
 }
 
-/// What a directory says.
+/// What the directories say.
 #[derive(Debug, Default)]
 pub struct Set {
     /// All of it, that of bundles, too.
     pub documents: Documents,
     /// The bundles.
     pub bundles: Vec<Verified>,
+    /// The same as they were read.
+    pub envelopes: Vec<String>,
 }
 
-/// Reads all files of a directory, in the order of their names, and once more where something changes meanwhile. Returns
-/// also what the directory looked like; nothing where that could not be seen.
+/// Reads all files of the directories, in the order of their names, and once more where something changes meanwhile. Returns
+/// also what the directories looked like; nothing where that could not be seen.
 ///
 /// # Errors
 /// The first, which names file, document and field.
-pub fn read(directory: &Path, trust: Option<&Trust>) -> (Result<Set, PoliciesError>, Option<Signature>) {
-    let mut before = match Signature::of(directory) {
+pub fn read(directories: &Directories, trust: Option<&Trust>) -> (Result<Set, PoliciesError>, Option<Signature>) {
+    let mut before = match Signature::of(directories) {
         Ok(signature) => signature,
         Err(error) => return (Err(error), None),
     };
     for _ in 0..ATTEMPTS {
-        let outcome = read_once(directory, trust);
-        let after = match Signature::of(directory) {
+        let outcome = read_once(directories, trust);
+        let after = match Signature::of(directories) {
             Ok(signature) => signature,
             Err(error) => return (Err(error), None),
         };
@@ -172,7 +200,7 @@ pub fn read(directory: &Path, trust: Option<&Trust>) -> (Result<Set, PoliciesErr
         std::thread::sleep(PAUSE);
         before = after;
     }
-    (Err(PoliciesError::Restless(directory.to_owned())), Some(before))
+    (Err(PoliciesError::Restless(directories.directory.clone())), Some(before))
 }
 
 /// How often a directory is read that changes meanwhile, and how long it is left alone in between.
@@ -198,27 +226,46 @@ fn paths(directory: &Path) -> Result<Vec<PathBuf>, PoliciesError> {
     Ok(paths)
 }
 
-fn read_once(directory: &Path, trust: Option<&Trust>) -> Result<Set, PoliciesError> {
-    let Set { mut documents, mut bundles } = Set::default();
-    for path in paths(directory)? {
-        let text = text_of(&path)?;
-        let is = |extension: &str| path.extension().is_some_and(|e| e == extension);
-        if is(BUNDLE) {
-            let trust = trust.ok_or_else(|| PoliciesError::NoTrust(path.clone()))?;
-            let opened = trust.open(text.as_bytes());
-            let verified = opened.map_err(|source| PoliciesError::Bundle { path: path.clone(), source })?;
-            documents = verified.bundle.add_to(documents).map_err(PoliciesError::Document)?;
-            bundles.push(verified);
+fn read_once(directories: &Directories, trust: Option<&Trust>) -> Result<Set, PoliciesError> {
+    let Set { mut documents, mut bundles, mut envelopes } = Set::default();
+    for path in paths(&directories.directory)? {
+        if !has_extension(&path, BUNDLE) {
+            if trust.is_some() {
+                return Err(PoliciesError::Unsigned(path));
+            }
+            documents = add(documents, &path)?;
             continue;
         }
-        let (name, before) = (path.display().to_string(), issued(&documents));
-        let added = if is("json") { documents.with_json(&name, &text) } else { documents.with_yaml(&name, &text) };
-        documents = added.map_err(PoliciesError::Document)?;
-        if trust.is_some() && issued(&documents) != before {
-            return Err(PoliciesError::Unsigned(path));
+        let trust = trust.ok_or_else(|| PoliciesError::NoTrust(path.clone()))?;
+        let envelope = text_of(&path)?;
+        let opened = trust.open(envelope.as_bytes());
+        let verified = opened.map_err(|source| PoliciesError::Bundle { path: path.clone(), source })?;
+        documents = verified.bundle.add_to(documents).map_err(PoliciesError::Document)?;
+        bundles.push(verified);
+        envelopes.push(envelope);
+    }
+    let before = said(&documents);
+    for path in directories.cluster.iter().map(|cluster| paths(cluster)).collect::<Result<Vec<_>, _>>()?.concat() {
+        if has_extension(&path, BUNDLE) {
+            return Err(PoliciesError::NotOfCluster(path));
+        }
+        documents = add(documents, &path)?;
+        if said(&documents) != before {
+            return Err(PoliciesError::NotOfCluster(path));
         }
     }
-    Ok(Set { documents, bundles })
+    Ok(Set { documents, bundles, envelopes })
+}
+
+fn add(documents: Documents, path: &Path) -> Result<Documents, PoliciesError> {
+    let (name, text) = (path.display().to_string(), text_of(path)?);
+    let is_json = has_extension(path, "json");
+    let added = if is_json { documents.with_json(&name, &text) } else { documents.with_yaml(&name, &text) };
+    added.map_err(PoliciesError::Document)
+}
+
+fn has_extension(path: &Path, extension: &str) -> bool {
+    path.extension().is_some_and(|e| e == extension)
 }
 
 /// What was taken before.
@@ -234,11 +281,10 @@ pub fn accepted(state_dir: &Path) -> Result<Accepted, String> {
 }
 
 /// The extension of bundles.
-const BUNDLE: &str = "bundle";
+pub const BUNDLE: &str = "bundle";
 
-/// How much is there of what bundles say: the rest is of the cluster itself. Whoever may change what the rules mean that others
-/// have signed may change the rules.
-fn issued(documents: &Documents) -> usize {
+/// How much is there of what policies say: the rest is of the cluster itself.
+fn said(documents: &Documents) -> usize {
     let Catalog { tiers, groups, clusters, schedules, .. } = &documents.catalog;
     documents.policies.len() + tiers.len() + groups.len() + clusters.len() + schedules.len()
 }
@@ -268,59 +314,46 @@ fn is_read(path: &Path) -> bool {
     !hidden && path.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json" || e == BUNDLE)
 }
 
-/// Notices changes of a directory by inotify(7).
+/// Notices changes of directories by inotify(7).
 #[derive(Debug)]
 pub struct Watcher {
     events: OwnedFd,
-    directory: PathBuf,
-    /// What the kernel calls the watch on the directory itself; none after it was removed or moved, or unmounted.
-    watch: Option<i32>,
+    /// With what the kernel calls the watch on each directory itself; none after it was removed or moved, or unmounted.
+    directories: Vec<(PathBuf, Option<i32>)>,
 }
 
 impl Watcher {
-    /// Watches a directory.
+    /// Watches the directories.
     ///
     /// # Errors
-    /// Where it is not there, or the user has no watch left (`fs.inotify.max_user_watches`).
-    pub fn new(directory: &Path) -> Result<Self, PoliciesError> {
+    /// Where one is not there, or the user has no watch left (`fs.inotify.max_user_watches`).
+    pub fn new(sources: &Directories) -> Result<Self, PoliciesError> {
         let events = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK);
-        let failed = |e: Errno| PoliciesError::Io { path: directory.to_owned(), source: e.into() };
-        let mut this = Self { events: events.map_err(failed)?, directory: directory.to_owned(), watch: None };
-        this.renew().map_err(failed)?;
+        let failed = |path: &Path, e: Errno| PoliciesError::Io { path: path.to_owned(), source: e.into() };
+        let events = events.map_err(|e| failed(&sources.directory, e))?;
+        let directories = sources.all().map(|directory| (directory.to_owned(), None)).collect();
+        let mut this = Self { events, directories };
+        for (directory, watch) in &mut this.directories {
+            renew(&this.events, directory, watch).map_err(|e| failed(directory, e))?;
+        }
         Ok(this)
     }
 
-    /// Watches what the path leads to now, which may be another directory than before.
+    /// Watches what the paths lead to now, which may be other directories than before.
     ///
     /// # Errors
     /// As [`Watcher::new`].
     pub fn renew(&mut self) -> Result<(), Errno> {
-        let flags = WatchFlags::CLOSE_WRITE
-            | WatchFlags::CREATE
-            | WatchFlags::DELETE
-            | WatchFlags::MOVED_FROM
-            | WatchFlags::MOVED_TO
-            | WatchFlags::DELETE_SELF
-            | WatchFlags::MOVE_SELF
-            | WatchFlags::ONLYDIR;
-        let now = inotify::add_watch(&self.events, &self.directory, flags)?;
-        match self.watch.replace(now) {
-            // It may have ended by itself.
-            Some(before) if before != now => match inotify::remove_watch(&self.events, before) {
-                Err(Errno::INVAL) | Ok(()) => Ok(()),
-                Err(error) => Err(error),
-            },
-            _ => Ok(()),
-        }
+        self.directories.iter_mut().try_for_each(|(directory, watch)| renew(&self.events, directory, watch))
     }
 
-    /// Takes what happened, and tells whether the directory is to be read again.
+    /// Takes what happened, and tells whether the directories are to be read again.
     ///
     /// # Errors
     /// What the kernel refuses.
     pub fn changed(&mut self) -> io::Result<bool> {
         let mut changed = false;
-        let mut lost = false;
+        let mut lost = Vec::new();
         let mut buffer = [MaybeUninit::uninit(); 4096];
         let mut reader = inotify::Reader::new(&self.events, &mut buffer);
         loop {
@@ -331,22 +364,44 @@ impl Watcher {
                 Err(error) => return Err(error.into()),
             };
             let flags = event.events();
-            let ends = flags.intersects(ReadFlags::IGNORED | ReadFlags::MOVE_SELF | ReadFlags::DELETE_SELF);
-            lost |= ends && Some(event.wd()) == self.watch;
+            if flags.intersects(ReadFlags::IGNORED | ReadFlags::MOVE_SELF | ReadFlags::DELETE_SELF) {
+                lost.push(event.wd());
+            }
+            let of = self.directories.iter().find(|(_, watch)| *watch == Some(event.wd()));
             // Who creates a file closes it after writing; a symbolic link is whole at once.
             changed |= flags.intersects(!ReadFlags::CREATE)
-                || event.file_name().is_some_and(|name| {
-                    let path = self.directory.join(std::ffi::OsStr::from_bytes(name.to_bytes()));
-                    path.is_symlink()
+                || of.zip(event.file_name()).is_some_and(|((directory, _), name)| {
+                    directory.join(std::ffi::OsStr::from_bytes(name.to_bytes())).is_symlink()
                 });
         }
-        if lost {
-            self.watch = None;
+        for (directory, watch) in &mut self.directories {
+            if watch.is_some_and(|watch| lost.contains(&watch)) {
+                *watch = None;
+                changed = true;
+            }
+            changed |= watch.is_none() && renew(&self.events, directory, watch).is_ok();
         }
-        if self.watch.is_none() && self.renew().is_ok() {
-            changed = true;
-        }
-        Ok(changed || lost)
+        Ok(changed)
+    }
+}
+
+fn renew(events: &OwnedFd, directory: &Path, watch: &mut Option<i32>) -> Result<(), Errno> {
+    let flags = WatchFlags::CLOSE_WRITE
+        | WatchFlags::CREATE
+        | WatchFlags::DELETE
+        | WatchFlags::MOVED_FROM
+        | WatchFlags::MOVED_TO
+        | WatchFlags::DELETE_SELF
+        | WatchFlags::MOVE_SELF
+        | WatchFlags::ONLYDIR;
+    let now = inotify::add_watch(events, directory, flags)?;
+    match watch.replace(now) {
+        // It may have ended by itself.
+        Some(before) if before != now => match inotify::remove_watch(events, before) {
+            Err(Errno::INVAL) | Ok(()) => Ok(()),
+            Err(error) => Err(error),
+        },
+        _ => Ok(()),
     }
 }
 
@@ -365,6 +420,10 @@ mod tests {
 
     use super::*;
 
+    fn of(directory: &Path) -> Directories {
+        Directories { directory: directory.to_owned(), cluster: None }
+    }
+
     fn policy(name: &str) -> String {
         format!(
             "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{ name: {name}, namespace: shop }}\n\
@@ -376,7 +435,7 @@ mod tests {
     fn what_is_no_file_of_policies_is_refused_and_nobody_waits_for_it() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("db.yaml");
-        let refused = || read(directory.path(), None).0.unwrap_err().to_string();
+        let refused = || read(&of(directory.path()), None).0.unwrap_err().to_string();
         rustix::fs::mknodat(
             rustix::fs::CWD,
             &path,
@@ -392,7 +451,40 @@ mod tests {
         fs::File::create(&path).unwrap().set_len(MOST_BYTES + 1).unwrap();
         assert!(refused().contains("db.yaml: longer than"), "{}", refused());
         fs::write(&path, policy("db")).unwrap();
-        assert_eq!(read(directory.path(), None).0.unwrap().documents.policies.len(), 1);
+        assert_eq!(read(&of(directory.path()), None).0.unwrap().documents.policies.len(), 1);
+    }
+
+    #[test]
+    fn what_tells_of_the_cluster_says_nothing_that_policies_say() {
+        let top = tempfile::tempdir().unwrap();
+        let [directory, cluster] = ["policies", "cluster"].map(|name| top.path().join(name));
+        for directory in [&directory, &cluster] {
+            fs::create_dir(directory).unwrap();
+        }
+        let directories = Directories { directory: directory.clone(), cluster: Some(cluster.clone()) };
+        let mut watcher = Watcher::new(&directories).unwrap();
+        let (before, namespace) =
+            (Signature::of(&directories).unwrap(), "apiVersion: v1\nkind: Namespace\nmetadata: { name: shop }\n");
+        fs::write(directory.join("db.yaml"), policy("db")).unwrap();
+        fs::write(cluster.join("shop.yaml"), namespace).unwrap();
+        assert!(watcher.changed().unwrap() && !watcher.changed().unwrap());
+        assert_ne!(Signature::of(&directories).unwrap(), before);
+        let set = read(&directories, None).0.unwrap();
+        assert_eq!((set.documents.policies.len(), set.documents.namespaces.len()), (1, 1));
+        for (name, text) in [("more.yaml", policy("more")), ("more.bundle", "{}".to_owned())] {
+            fs::write(cluster.join(name), text).unwrap();
+            assert!(watcher.changed().unwrap(), "{name}");
+            let told = read(&directories, None).0.unwrap_err().to_string();
+            assert!(told.contains(name) && told.contains("policies.cluster is for namespaces"), "{told}");
+            fs::remove_file(cluster.join(name)).unwrap();
+        }
+        fs::remove_dir_all(&cluster).unwrap();
+        assert!(watcher.changed().unwrap());
+        assert!(matches!(read(&directories, None).0, Err(PoliciesError::Io { path, .. }) if path == cluster));
+        fs::create_dir(&cluster).unwrap();
+        assert!(watcher.changed().unwrap(), "it is watched again");
+        fs::write(cluster.join("shop.yaml"), namespace).unwrap();
+        assert!(watcher.changed().unwrap());
     }
 
     #[test]
@@ -406,7 +498,7 @@ mod tests {
         symlink(at("elsewhere/db.yaml"), at("one/db.yaml")).unwrap();
         symlink(at("elsewhere/db.yaml"), at("two/db.yaml")).unwrap();
         symlink(at("one"), at("current")).unwrap();
-        let now = || Signature::of(&at("current")).unwrap();
+        let now = || Signature::of(&of(&at("current"))).unwrap();
         let mut last = now();
         assert_eq!(last, now());
         let mut differs = |what: &str| {
@@ -464,16 +556,16 @@ mod tests {
                 }
             });
             while (mixed_once == 0 || whole < 20) && Instant::now() < limit {
-                if let Ok(set) = read(top.path(), None).0 {
+                if let Ok(set) = read(&of(top.path()), None).0 {
                     whole += 1;
                     mixed += usize::from(is_mixed(&set));
                 }
-                mixed_once += usize::from(read_once(top.path(), None).is_ok_and(|set| is_mixed(&set)));
+                mixed_once += usize::from(read_once(&of(top.path()), None).is_ok_and(|set| is_mixed(&set)));
             }
             done.store(true, Ordering::Release);
         });
         assert!(whole > 0 && mixed == 0, "{mixed} of {whole}");
         assert!(mixed_once > 0, "the same reading without the second look is not seen to mix");
-        assert!(!is_mixed(&read(top.path(), None).0.unwrap()));
+        assert!(!is_mixed(&read(&of(top.path()), None).0.unwrap()));
     }
 }

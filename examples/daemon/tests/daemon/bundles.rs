@@ -83,7 +83,12 @@ fn a_node_takes_what_is_signed_and_newer_and_tells_what_is_in_force_where() {
         &envelope_of("staging", KEY, 1, &OPEN.replace("name: db", "name: open")),
         "no such set is wanted",
     );
-    refused("open.yaml", &OPEN.replace("name: db", "name: open"), "read from bundles alone");
+    refused("open.yaml", &OPEN.replace("name: db", "name: open"), "nobody has signed it");
+    // What says whom the rules mean is no more for whoever brings bundles.
+    let cluster = |labels: &str| {
+        format!("{{ apiVersion: v1, kind: Pod, metadata: {{ name: db, namespace: shop, labels: {labels} }} }}\n")
+    };
+    refused("pod.yaml", &cluster("{ app: other }"), "nobody has signed it");
     fs::remove_file(node.policies().join("production.bundle")).unwrap();
     eventually("a bundle is missed", || {
         page()["refused"].as_str().is_some_and(|told| told.contains("no bundle of this set"))
@@ -96,9 +101,16 @@ fn a_node_takes_what_is_signed_and_newer_and_tells_what_is_in_force_where() {
     let _daemon = node.start();
     assert!(page()["refused"].as_str().unwrap().contains("generation 1 is older than 2"), "{}", page());
     assert!(!talks(&scan, &db, false));
-    // Verdicts stand that were of a set that this daemon does not know.
-    let of_whom = page()["endpoints"].as_array().unwrap().clone();
-    assert!(of_whom.iter().all(|e| e["isCurrent"] == false && e["isEnforced"] == true), "{of_whom:?}");
+    // It goes on with that, for what comes as well, and tells so.
+    assert_eq!(page()["sets"][0]["generation"], 2, "{}", page());
+    let is_under_it = |page: &Value| {
+        let endpoints = page["endpoints"].as_array().unwrap();
+        endpoints.iter().all(|e| e["isCurrent"] == true && e["isEnforced"] == true)
+    };
+    let late = node.add("shop", "late");
+    assert!(is_under_it(&page()), "{}", page());
+    assert!(talks(&late, &web, true) && !talks(&late, &db, false));
+    assert_eq!(node.samples()["dcenet_daemon_policies_current"], 0.0);
     // What is signed and newer may open.
     node.put_policy("production.bundle", &envelope(KEY, 3, OPEN));
     eventually("generation 3 is in force", || talks(&scan, &db, false));
@@ -130,6 +142,14 @@ fn bundles_and_keys_that_cannot_be_used_are_told_before_the_daemon_begins() {
     node.config["policies"]["trust"] = json!({ "keys": ["issuer.pem"], "sets": { "production": 1 } });
     refused(&node, "policies.trust.keys: \"issuer.pem\" is not absolute");
     node.config["policies"]["trust"] = json!({ "keys": [key], "sets": { "production": 1 } });
+    let cluster = node.host.directory().join("cluster");
+    fs::create_dir(&cluster).unwrap();
+    node.config["policies"]["cluster"] = json!(cluster);
+    fs::write(cluster.join("shop.yaml"), "{ apiVersion: v1, kind: Namespace, metadata: { name: shop } }\n").unwrap();
+    assert!(node.run("--check").status.success());
+    fs::write(cluster.join("open.yaml"), OPEN.replace("name: db", "name: open")).unwrap();
+    refused(&node, "open.yaml: policies.cluster is for namespaces, pods, nodes and services");
+    fs::remove_file(cluster.join("open.yaml")).unwrap();
     node.put_policy("production.bundle", &envelope(STRANGER, 1, DB));
     refused(&node, "signed by 0 of the trusted keys");
     node.put_policy("production.bundle", &envelope(KEY, 1, DB));
@@ -137,6 +157,9 @@ fn bundles_and_keys_that_cannot_be_used_are_told_before_the_daemon_begins() {
     refused(&node, "generation 1 is older than 2");
     node.config["policies"]["trust"]["sets"] = json!({ "production": 1, "base": 1 });
     refused(&node, "base: no bundle of this set is there");
+    let long = "a".repeat(241);
+    node.config["policies"]["trust"]["sets"] = json!({ long: 1 });
+    refused(&node, "longer than the 240 letters that name a file");
     node.config["policies"]["trust"]["sets"] = json!({});
     refused(&node, "policies.trust.sets: none");
 }

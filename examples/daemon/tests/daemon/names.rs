@@ -75,6 +75,10 @@ fn a_pod_reaches_what_a_policy_names_once_it_has_asked_the_daemon_for_it() {
     eventually("the proxy's answer", || asks(&web) == Some(db.address));
     assert!(talks(&web, &db, true));
     assert!(!talks(&web, &other, false));
+    let samples = node.samples();
+    assert!(samples["dcenet_daemon_dns_queries_total"] >= 1.0, "{samples:?}");
+    assert!(samples[r#"dcenet_daemon_dns_outcomes_total{outcome="learnt"}"#] >= 1.0, "{samples:?}");
+    assert_eq!(samples["dcenet_daemon_names_overdue"], 0.0);
 
     daemon.kill();
     assert!(talks(&web, &db, true));
