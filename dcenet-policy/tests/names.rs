@@ -6,10 +6,11 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use dcenet_policy::analysis::{Finding, Thresholds, Way, access, diff, findings};
 use dcenet_policy::compiler::Scope;
 use dcenet_policy::eval::evaluate;
 use dcenet_policy::explain::explain;
-use dcenet_policy::model::{Action, Cluster, Direction, Peer, Peers, Pod, PodId, Protocol, Tuple, Verdict};
+use dcenet_policy::model::{Action, Cluster, Direction, Peer, Peers, Pod, PodId, Ports, Protocol, Tuple, Verdict};
 use dcenet_policy::render::{networkpolicy, nftables};
 use dcenet_policy::sources::kubernetes::{Documents, NoteKind};
 use dcenet_policy::sources::{clusternetworkpolicy, native};
@@ -320,4 +321,42 @@ spec:
     };
     assert_eq!(names(&again), names(&of_text));
     assert_eq!(names(&again).len(), 2);
+}
+
+/// In files nothing has been learnt, and that is said instead of taking the rules for dead.
+#[test]
+fn rules_by_names_are_called_neither_dead_nor_without_effect() {
+    let before = shop();
+    let found = findings(&before, &Thresholds::default()).unwrap();
+    let dead: Vec<&Finding> =
+        found.findings.iter().filter(|finding| matches!(finding, Finding::Unreachable { .. })).collect();
+    assert!(dead.is_empty(), "{dead:?}");
+    assert_eq!(found.named.len(), 2);
+    assert!(
+        found.to_string().contains(
+            "named: shop/policy/out egress[1]: *.example.com, of which 0 addresses have been learnt; whom else it means is not seen\n"
+        ),
+        "{found}"
+    );
+    // The twin: another rule that matches nobody is.
+    let mut other = before.clone();
+    for rule in other.policies.values_mut().flat_map(|policy| policy.egress.iter_mut().flatten()).take(1) {
+        rule.peers = Peers::OneOf(Vec::new());
+    }
+    let found = findings(&other, &Thresholds::default()).unwrap();
+    assert!(found.findings.iter().any(|finding| matches!(finding, Finding::Unreachable { .. })), "{found}");
+
+    // A rule that opens by a name is seen, and only where it is another.
+    let mut after = before.clone();
+    let rules = after.policies.values_mut().flat_map(|policy| policy.egress.iter_mut().flatten());
+    for rule in rules.filter(|rule| matches!(&rule.peers, Peers::OneOf(peers) if peers.iter().any(|peer| matches!(peer, Peer::Name(name) if name.to_string().starts_with('*'))))) {
+        rule.ports = Ports::Any;
+    }
+    let told = diff(&before, &after).unwrap();
+    assert!(told.changes.is_empty());
+    assert_eq!(told.named.iter().map(|named| named.rule.rule).collect::<Vec<_>>(), [1], "{told}");
+    assert!(diff(&after, &after).unwrap().named.is_empty());
+    learn(&mut after, "db.example.com", &["192.0.2.1", "192.0.2.2"]);
+    let reached = access(&after, &web(), Way::From).unwrap();
+    assert_eq!(reached.named.iter().map(|named| named.learnt).collect::<Vec<_>>(), [2, 2]);
 }

@@ -198,7 +198,7 @@ fn carry_out(verb: Verb, out: &mut dyn Write, err: &mut dyn Write) -> Result<u8,
             let (before, after) = (cluster(&before, now, err)?.0, cluster(&after, now, err)?.0);
             let told = diff(&before, &after)?;
             print(&told, &output, out)?;
-            Ok(status(told.changes.is_empty() && told.scheduled.is_empty()))
+            Ok(status(told.changes.is_empty() && told.scheduled.is_empty() && told.named.is_empty()))
         }
         Verb::Who { input, pod, from } => {
             let (cluster, _) = cluster(&input.resources, now, err)?;

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::services::{Services, allowed};
 use super::space::{Peers, Space};
-use super::{AnalysisError, Scheduled, compiled, scheduled};
+use super::{AnalysisError, Named, Scheduled, compiled, named, scheduled};
 use crate::compiler::{SetId, Update};
 use crate::model::{Cluster, Direction, PodId, PodNetwork};
 
@@ -36,6 +36,8 @@ pub struct Access {
     pub allowed: Vec<Reachable>,
     /// The rules that were taken as of the cluster's time.
     pub scheduled: Vec<Scheduled>,
+    /// The rules by names, taken as what has been learnt.
+    pub named: Vec<Named>,
 }
 
 fn one<S: serde::Serializer>(pod: &PodId, serializer: S) -> Result<S::Ok, S::Error> {
@@ -102,7 +104,8 @@ pub fn access(cluster: &Cluster, pod: &PodId, way: Way) -> Result<Access, Analys
     let mut allowed: Vec<Reachable> = found.into_iter().filter_map(reachable).collect();
     allowed.sort_by(|left, right| (&left.own, left.peers.example).cmp(&(&right.own, right.peers.example)));
     let scheduled = scheduled(cluster).into_iter().collect();
-    Ok(Access { version: 1, way, pod: pod.clone(), allowed, scheduled })
+    let named = named(cluster).map(|(named, _)| named).collect();
+    Ok(Access { version: 1, way, pod: pod.clone(), allowed, scheduled, named })
 }
 
 /// What the policies of one end allow.
@@ -123,7 +126,7 @@ impl Sides<'_> {
 
 impl fmt::Display for Access {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { way, pod, allowed, scheduled, .. } = self;
+        let Self { way, pod, allowed, scheduled, named, .. } = self;
         if allowed.is_empty() {
             match way {
                 Way::To => writeln!(f, "nobody reaches {pod}")?,
@@ -137,6 +140,7 @@ impl fmt::Display for Access {
                 Way::From => writeln!(f, "{pod} ({}) to {peers}: {services}", own.join(", "))?,
             }
         }
-        scheduled.iter().try_for_each(|rule| writeln!(f, "{rule}"))
+        scheduled.iter().try_for_each(|rule| writeln!(f, "{rule}"))?;
+        named.iter().try_for_each(|rule| writeln!(f, "{rule}"))
     }
 }

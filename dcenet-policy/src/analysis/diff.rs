@@ -9,10 +9,10 @@ use serde::Serialize;
 
 use super::services::{Services, column};
 use super::space::{Peers, Space, as_texts};
-use super::{AnalysisError, Scheduled, compiled, scheduled};
+use super::{AnalysisError, Named, Scheduled, compiled, named, scheduled};
 use crate::compiler::{PolicySet, Update};
 use crate::ir::{Leaf, RuleId};
-use crate::model::{Cluster, Direction, PodId, Protocol, Tuple, Verdict};
+use crate::model::{Cluster, Direction, PodId, Protocol, Rule, Tuple, Verdict};
 
 /// The difference between two clusters, by the verdicts of pods that both have.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -30,6 +30,9 @@ pub struct Diff {
     /// The rules of either that were taken as of its time: at other times more may change, or less. None where the clusters
     /// are equal.
     pub scheduled: Vec<Scheduled>,
+    /// The rules by names that only one of them has, or has otherwise: what they change for addresses that have not been learnt is
+    /// not among the changes.
+    pub named: Vec<Named>,
 }
 
 /// Tuples whose verdict changes in one way: all services with all peers, at each of the pods.
@@ -124,9 +127,15 @@ pub fn diff(before: &Cluster, after: &Cluster) -> Result<Diff, AnalysisError> {
     let only = |left: &Cluster, right: &Cluster| {
         left.pods.keys().filter(|pod| !right.pods.contains_key(pod)).cloned().collect()
     };
+    let [old, new] = [before, after].map(|cluster| named(cluster).collect::<Vec<_>>());
+    let other = |one: &[(Named, &Rule)], other: &[(Named, &Rule)]| -> Vec<Named> {
+        one.iter().filter(|rule| !other.contains(rule)).map(|(named, _)| named.clone()).collect()
+    };
+    let named: BTreeSet<Named> = other(&old, &new).into_iter().chain(other(&new, &old)).collect();
+    let named = named.into_iter().collect();
     let taken = [before, after].into_iter().filter(|_| before != after).flat_map(scheduled);
     let scheduled = taken.collect::<BTreeSet<_>>().into_iter().collect();
-    Ok(Diff { version: 1, changes, gone: only(before, after), new: only(after, before), scheduled })
+    Ok(Diff { version: 1, changes, gone: only(before, after), new: only(after, before), scheduled, named })
 }
 
 fn compare(
@@ -185,7 +194,8 @@ impl fmt::Display for Diff {
         for (pods, what) in [(&self.gone, "gone"), (&self.new, "new")] {
             pods.iter().try_for_each(|pod| writeln!(f, "{what}: pod {pod}"))?;
         }
-        self.scheduled.iter().try_for_each(|rule| writeln!(f, "{rule}"))
+        self.scheduled.iter().try_for_each(|rule| writeln!(f, "{rule}"))?;
+        self.named.iter().try_for_each(|rule| writeln!(f, "{rule}"))
     }
 }
 

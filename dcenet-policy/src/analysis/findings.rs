@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::services::Services;
 use super::space::{Peers, Space, as_texts};
-use super::{AnalysisError, Scheduled};
+use super::{AnalysisError, Named, Scheduled};
 use crate::classes;
 use crate::compiler::{Compiler, Limits};
 use crate::flatten::{self, Flattener, Place, SetKey};
@@ -42,6 +42,8 @@ pub struct Findings {
     pub findings: Vec<Finding>,
     /// The rules that were taken as of the cluster's time: of those that do not hold nothing is said.
     pub scheduled: Vec<Scheduled>,
+    /// The rules by names: whether they match or decide anything depends on answers, and nothing is said against them.
+    pub named: Vec<Named>,
 }
 
 /// One thing to look at. All of them are of the pods, labels and addresses that there are now. A rule is called shadowed or
@@ -63,7 +65,7 @@ pub enum Finding {
         policy: PolicyId,
     },
     /// A rule matches no packet: its selectors hold for no pod or node, the group or service that it names has no address,
-    /// its port's name is no pod's, or its list is empty.
+    /// its port's name is no pod's, or its list is empty. A rule out by names never is.
     Unreachable {
         /// The rule.
         rule: RuleRef,
@@ -219,6 +221,13 @@ pub fn findings(cluster: &Cluster, thresholds: &Thresholds) -> Result<Findings, 
         walk(cluster, key, pods, rules, *node, &satisfied, &mut seen, &mut conflicts);
     }
 
+    let named: Vec<Named> = super::named(cluster).map(|(named, _)| named).collect();
+    for Named { rule, .. } in &named {
+        if let Some(told) = seen.get_mut(rule) {
+            (told.matches, told.decides) = (true, true);
+        }
+    }
+
     let subjects: BTreeSet<&PolicyId> = sets.keys().flat_map(|key| key.policies.iter()).collect();
     let governs = |id: &PolicyId| Direction::ALL.into_iter().any(|way| cluster.policies[id].rules(way).is_some());
     let idle = cluster.policies.keys().filter(|id| !subjects.contains(id) && governs(id));
@@ -237,7 +246,7 @@ pub fn findings(cluster: &Cluster, thresholds: &Thresholds) -> Result<Findings, 
             pods: pods.iter().cloned().collect(),
         }));
     }
-    Ok(Findings { version: 1, findings, scheduled: super::scheduled(cluster).into_iter().collect() })
+    Ok(Findings { version: 1, findings, scheduled: super::scheduled(cluster).into_iter().collect(), named })
 }
 
 /// The rules of a policy set, in the order in which they are tried.
@@ -500,6 +509,7 @@ impl fmt::Display for Finding {
 impl fmt::Display for Findings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.findings.iter().try_for_each(|finding| writeln!(f, "{finding}"))?;
-        self.scheduled.iter().try_for_each(|rule| writeln!(f, "{rule}"))
+        self.scheduled.iter().try_for_each(|rule| writeln!(f, "{rule}"))?;
+        self.named.iter().try_for_each(|rule| writeln!(f, "{rule}"))
     }
 }

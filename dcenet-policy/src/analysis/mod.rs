@@ -13,7 +13,8 @@
 //! [`explain`](crate::explain) can be asked about.
 //!
 //! Answers are of the cluster's time. Rules with a schedule, which are there or not as of then, are listed beside them
-//! ([`Scheduled`]): at other times the answer may be another.
+//! ([`Scheduled`]): at other times the answer may be another. So are rules by names of the Domain Name System ([`Named`]): they mean
+//! what has been learnt, which in files is nothing.
 //!
 //! What is compared are the model's questions: the first packet of a flow, by the policies of one pod and direction
 //! ([`Tuple`](crate::model::Tuple)). [`access`] takes both ends together.
@@ -61,7 +62,7 @@ use serde::Serialize;
 
 use crate::compiler::{CompileError, Compiler, Update};
 use crate::isolation::Fault;
-use crate::model::{Cluster, PodId, Rule, RuleRef};
+use crate::model::{Cluster, Direction, DomainName, NamePattern, Peer, Peers as RulePeers, PodId, Rule, RuleRef};
 use crate::render::rules_in_force;
 
 pub use self::access::{Access, Reachable, Way, access};
@@ -119,6 +120,46 @@ fn scheduled(cluster: &Cluster) -> BTreeSet<Scheduled> {
         Some(Scheduled { rule: place, schedule, holds: cluster.catalog.holds_at(cluster.time, rule) })
     };
     rules_in_force(cluster).filter_map(taken).collect()
+}
+
+/// A rule by names of the Domain Name System, which was taken to mean the addresses that have been learnt of them.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Named {
+    /// The rule.
+    pub rule: RuleRef,
+    /// The names.
+    pub names: Vec<NamePattern>,
+    /// How many addresses have been learnt of them: none in a cluster that was read from files.
+    pub learnt: usize,
+}
+
+impl fmt::Display for Named {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { rule, names, learnt } = self;
+        let names: Vec<String> = names.iter().map(ToString::to_string).collect();
+        write!(
+            f,
+            "named: {rule}: {}, of which {learnt} addresses have been learnt; whom else it means is not seen",
+            names.join(", ")
+        )
+    }
+}
+
+/// The rules by names of all policies in force. On the way in names mean nobody, whatever is learnt.
+fn named(cluster: &Cluster) -> impl Iterator<Item = (Named, &Rule)> {
+    let outwards = rules_in_force(cluster).filter(|(place, _)| place.direction == Direction::Egress);
+    outwards.filter_map(|(place, rule)| {
+        let RulePeers::OneOf(peers) = &rule.peers else { return None };
+        let names = peers.iter().filter_map(|peer| match peer {
+            Peer::Name(pattern) => Some(pattern.clone()),
+            _ => None,
+        });
+        let names: Vec<NamePattern> = names.collect();
+        let is_meant = |name: &DomainName| NamePattern::all_of(name).any(|pattern| names.contains(&pattern));
+        let meant = cluster.names.iter().filter(|(name, _)| is_meant(name)).flat_map(|(_, known)| known.keys());
+        let learnt = meant.collect::<BTreeSet<_>>().len();
+        (!names.is_empty()).then_some((Named { rule: place, names, learnt }, rule))
+    })
 }
 
 fn compiled(cluster: &Cluster) -> Result<Update, AnalysisError> {

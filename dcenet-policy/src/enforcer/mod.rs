@@ -81,7 +81,9 @@
 //!    anew, once each.
 //!
 //! What has been [learnt] of names is carried out by itself after that: in the same steps, but 4 comes after 5, and 6 is left out.
-//! Where it finds no room, or some endpoint's programs do not know it, it is given up, and the programs before are put back.
+//! Where it finds no room, or some endpoint's programs do not know it, it is given up, and the programs before are put back. Names of
+//! addresses that the rest of a change makes others, as those of a pod that comes, wait for that where programs on devices do not know
+//! both together.
 //!
 //! What cannot be compiled in 1, or finds no room in the node's maps, closes the pods that it concerns and nobody else
 //! ([`isolation`](crate::isolation)); [`Report::faults`] and [`EndpointStatus::faults`] name it until it is over.
