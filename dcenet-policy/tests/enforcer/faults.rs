@@ -152,7 +152,7 @@ fn a_failing_load_or_attachment_leaves_the_old_verdicts() {
     }
     let flaky = Flaky::new();
     for (what, countdown) in [("load", &flaky.loads), ("attachment", &flaky.attachments)] {
-        let mut calls = 0;
+        let (mut calls, mut others) = (0, 0);
         loop {
             countdown.set(calls);
             let result = flaky.owner.set_policies(only(6001)).map_err(|e| e.to_string());
@@ -160,6 +160,12 @@ fn a_failing_load_or_attachment_leaves_the_old_verdicts() {
             countdown.set(-1);
             if complete {
                 break;
+            }
+            // An attempt for who was awaited last may come late, and meet the fault before this one.
+            if others < 5 && result.as_ref().is_ok_and(Report::is_complete) {
+                others += 1;
+                flaky.owner.set_policies(only(6000)).unwrap();
+                continue;
             }
             flaky.check(&result, &format!("{what} {calls}"));
             calls += 1;
