@@ -124,6 +124,11 @@ impl Enforcer {
     pub fn learner(&self) -> Learner {
         Learner { shared: Arc::clone(&self.shared) }
     }
+
+    /// Why addresses of names are allowed by although their time is over, where some are; also in each [`Report`](super::Report).
+    pub fn overdue_names(&self) -> Option<String> {
+        self.shared.names_failure()
+    }
 }
 
 impl Learner {

@@ -451,11 +451,6 @@ impl Enforcer {
         Ok(explanation)
     }
 
-    /// Why addresses of names are allowed by although their time is over, where some are; also in each [`Report`].
-    pub fn overdue_names(&self) -> Option<String> {
-        self.shared.names_failure()
-    }
-
     /// What the latest change has closed, or does not tell of; also in each [`Report`].
     pub fn faults(&self) -> Vec<Fault> {
         self.shared.state.lock().faults.clone()

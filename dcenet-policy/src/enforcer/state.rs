@@ -422,11 +422,6 @@ impl Shared {
         }
     }
 
-    /// Why something that is over is in force of names, if it is.
-    pub(in crate::enforcer) fn names_failure(&self) -> Option<String> {
-        self.state.lock().names_failure.clone()
-    }
-
     pub(crate) fn statuses(&self) -> Vec<EndpointStatus> {
         let state = self.state.lock();
         let status = |known: &Known| EndpointStatus {

@@ -14,6 +14,11 @@ impl Shared {
         self.write_names();
     }
 
+    /// Why something that is over is in force of names, if it is.
+    pub(in crate::enforcer) fn names_failure(&self) -> Option<String> {
+        self.state.lock().names_failure.clone()
+    }
+
     /// Whether the endpoint that has this address knows these by the programs that it has, also where others are wanted for it.
     pub(in crate::enforcer) fn knows(&self, client: IpAddr, addresses: impl Iterator<Item = IpAddr>) -> bool {
         let applier = self.applier.lock();
