@@ -6,10 +6,10 @@ use std::time::Duration;
 use super::error::{StepError, TeardownError};
 use super::{AttachRequest, Engine, NamespaceEntry};
 use crate::link::link_local_of_another;
-use crate::model::{IfIndex, IfName, Mtu, VlanId};
+use crate::model::{IfIndex, IfName, Mtu};
 use crate::netlink::{
     self, Failure, LinkChange, LinkKind, LinkView, Message, NetkitPolicy, NetlinkError, NewLink, NewRoute, NewVeth,
-    RouteView, Socket, gated,
+    Socket, gated,
 };
 use crate::netns::{NetNs, NetNsError, NetNsGuard};
 use crate::plan::{Device, End, Operation, Plan, RouteSpec, Step, Target, Undo};
@@ -535,27 +535,6 @@ pub(super) fn look_up(socket: &mut Socket, link: &IfName) -> Result<Option<LinkV
 pub(super) fn delete(socket: &mut Socket, link: &LinkView) -> Result<(), TeardownError> {
     let deleted = socket.request(&netlink::delete_link(&link.name, link.index)).map(drop);
     gone_is_fine(deleted, &[libc::ENODEV])
-}
-
-/// Whether a bridge has ports.
-pub(super) fn has_ports(socket: &mut Socket, bridge: IfIndex) -> Result<bool, NetlinkError> {
-    let ports = socket.dump(&netlink::link_dump(Some(bridge)))?;
-    Ok(ports.iter().filter_map(|r| LinkView::parse(&r.payload)).any(|l| l.master == Some(bridge)))
-}
-
-/// Whether a bridge has ports in a VLAN.
-pub(super) fn has_ports_in(socket: &mut Socket, bridge: IfIndex, vlan: VlanId) -> Result<bool, NetlinkError> {
-    Ok(socket.port_vlans()?.iter().any(|port| port.is_port_of(bridge) && port.is_in(vlan)))
-}
-
-/// Whether anything goes over a link that attachments share: it has ports, or routes of ours lead over it.
-pub(super) fn is_in_use(socket: &mut Socket, link: IfIndex) -> Result<bool, NetlinkError> {
-    if has_ports(socket, link)? {
-        return Ok(true);
-    }
-    let routes = socket.dump(&netlink::route_dump(Some(link)))?;
-    let ours = |r: RouteView| r.link == Some(link) && r.protocol == netlink::PROTOCOL;
-    Ok(routes.iter().filter_map(|r| RouteView::parse(&r.payload)).any(ours))
 }
 
 pub(super) fn gone_is_fine(result: Result<(), NetlinkError>, errnos: &[i32]) -> Result<(), TeardownError> {

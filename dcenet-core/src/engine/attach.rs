@@ -55,6 +55,8 @@ impl Engine {
             "another network namespace"
         } else if record.fingerprint != request.fingerprint {
             "another configuration"
+        } else if !self.renew_vlans(record, request)? {
+            return Ok(None);
         } else {
             // Whoever loads a rule set of his own often flushes all others first.
             if !self.missing_translation(record).map_err(AttachError::Look)?.is_empty() {
@@ -179,6 +181,7 @@ impl Engine {
             drop(lock.take());
             lock = Some(self.shared.changing(&self.host)?);
             (host, plan) = look()?;
+            super::shared::look_at_own_end(&mut plan, &host, session.host())?;
         }
         self.check_port(request)?;
         let settings = self.lock_settings_of(&plan, request)?;
@@ -346,6 +349,18 @@ pub(super) fn link_request(request: &AttachRequest<'_>) -> LinkRequest {
         routes: request.lease.routes.clone(),
         policy: request.policy,
         device: None,
+    }
+}
+
+/// What was asked for, as the record tells.
+pub(super) fn recorded(record: &Record) -> LinkRequest {
+    LinkRequest {
+        key: record.key.clone(),
+        mac: record.mac,
+        addresses: record.lease.addresses.clone(),
+        routes: record.lease.routes.clone(),
+        policy: record.policy,
+        device: record.lent_device(),
     }
 }
 

@@ -4,11 +4,11 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::apply::{is_in_use, look_up};
-use super::attach::view;
+use super::apply::look_up;
+use super::attach::{recorded, view};
 use super::{AttachError, Engine};
 use crate::journal::Record;
-use crate::link::{LinkRequest, is_link_local};
+use crate::link::is_link_local;
 use crate::model::{AttachmentKey, IfName, Mtu};
 use crate::netlink::{self, AddressView, LinkView, NeighbourView, NetlinkError, PortVlans, RouteView, Socket};
 use crate::netns::NetNs;
@@ -151,14 +151,7 @@ impl Engine {
         if record.netns != netns.id() {
             return Ok(vec![Drift::OtherNamespace]);
         }
-        let request = LinkRequest {
-            key: key.clone(),
-            mac: record.mac,
-            addresses: record.lease.addresses.clone(),
-            routes: record.lease.routes.clone(),
-            policy: record.policy,
-            device: record.lent_device(),
-        };
+        let request = recorded(&record);
         let driver = record.link.driver();
         let needs = driver.needs(&request);
         let mut socket = self.host_socket()?;
@@ -214,20 +207,6 @@ impl Engine {
             }
         });
         Ok(drift)
-    }
-
-    /// Removes a link that attachments of a configuration [shared](crate::link::LinkDriver::shared), if it is ours and
-    /// nobody uses it. Returns whether it did. Called when a network goes away for good.
-    pub fn remove_idle(&self, name: &IfName) -> Result<bool, super::TeardownError> {
-        let _lock = self.shared.changing(&self.host)?;
-        let mut socket = self.host_socket()?;
-        let Some(link) = look_up(&mut socket, name)? else { return Ok(false) };
-        let ours = link.alias.as_deref() == Some(&crate::plan::shared_mark(name));
-        if !ours || is_in_use(&mut socket, link.index)? {
-            return Ok(false);
-        }
-        super::apply::delete(&mut socket, &link)?;
-        Ok(true)
     }
 }
 

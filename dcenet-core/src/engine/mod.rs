@@ -16,6 +16,7 @@ mod lend;
 mod lock;
 mod removal;
 mod setting;
+mod shared;
 mod steer;
 mod translate;
 mod underlay;

@@ -3,8 +3,9 @@
 use std::io;
 
 use super::Engine;
-use super::apply::{delete, gone_is_fine, has_ports, has_ports_in, is_in_use, look_up, new_route};
+use super::apply::{delete, gone_is_fine, look_up, new_route};
 use super::error::TeardownError;
+use super::shared::{has_pods_in, has_ports, is_in_use, remove_router};
 use crate::model::AttachmentKey;
 use crate::netlink::{self, LinkView, Socket};
 use crate::netns::NetNs;
@@ -144,7 +145,7 @@ impl Engine {
                 let in_use = match vlan {
                     None => has_ports(socket, link.index)?,
                     Some(vlan) => match look_up(socket, &vlan.bridge)? {
-                        Some(bridge) => has_ports_in(socket, bridge.index, vlan.id)?,
+                        Some(bridge) => has_pods_in(socket, bridge.index, vlan.id)?,
                         None => false,
                     },
                 };
@@ -154,9 +155,9 @@ impl Engine {
                 let message = netlink::delete_address(name.as_str(), link.index, *address);
                 gone_is_fine(socket.request(&message).map(drop), &[libc::EADDRNOTAVAIL, libc::ENODEV])
             }
-            Undo::DeleteIdleRouter { link: name, vlan } => {
+            Undo::DeleteIdleRouter { link: name, vlan, keeps_own } => {
                 let Some(bridge) = look_up(socket, &vlan.bridge)? else { return Ok(()) };
-                if has_ports_in(socket, bridge.index, vlan.id)? {
+                if has_pods_in(socket, bridge.index, vlan.id)? {
                     return Ok(());
                 }
                 // Nobody sets it up before it is marked.
@@ -164,11 +165,8 @@ impl Engine {
                     Some(alias) => *alias == shared_mark(name),
                     None => !link.is_up(),
                 };
-                if let Some(link) = look_up(socket, name)?.filter(is_ours) {
-                    delete(socket, &link)?;
-                }
-                let message = netlink::delete_vlan(&vlan.bridge, bridge.index, vlan.id, true);
-                gone_is_fine(socket.request(&message).map(drop), netlink::NO_VLAN)
+                let router = look_up(socket, name)?.filter(is_ours);
+                remove_router(socket, router.as_ref(), (&vlan.bridge, bridge.index), vlan.id, *keeps_own)
             }
             Undo::StopFilteringVlans { bridge: name } => {
                 let Some(bridge) = look_up(socket, name)?.map(|bridge| bridge.index) else { return Ok(()) };

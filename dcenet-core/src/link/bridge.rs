@@ -196,6 +196,13 @@ impl LinkDriver for BridgeConfig {
 }
 
 impl BridgeConfig {
+    /// Whether the pod's port is in other VLANs than the bridge's default one.
+    pub(crate) fn has_vlans(&self, request: &LinkRequest) -> Result<bool, PlanError> {
+        Ok(self.keeps_apart(self.vlan_of(request)?))
+    }
+}
+
+impl BridgeConfig {
     fn lay_out(&self, request: &LinkRequest, host: &HostView) -> Result<Plan, PlanError> {
         check_routes(request)?;
         let vlan = self.vlan_of(request)?;
@@ -225,7 +232,8 @@ impl BridgeConfig {
         }
         settle_carrier(&pod, &end, &mut steps);
         let router = vlan.filter(|_| self.is_gateway).map(|vlan| self.router(vlan));
-        if let Some(link) = router.clone().filter(|router| host.link(router).is_none()) {
+        if let Some(link) = router.clone() {
+            // Also one that is there: it had no carrier while the bridge had no port that was up.
             steps.push(Step::new(Target::Host, Operation::SettleCarrier { link }));
         }
         if let Some(underlay) = &self.underlay {

@@ -59,6 +59,7 @@ fn bridge_link(kind: Option<&str>) -> LinkView {
         tx_queue_len: 0,
         port: None,
         vlans: None,
+        vlan: None,
     }
 }
 

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use serde::{Deserialize, Serialize};
 
 use super::link::{CREATE, LinkChange, LinkView, delete_link, header, link_by_name, new_link};
-use super::message::Message;
+use super::message::{Attributes, Message, field, text};
 use super::vxlan::VxlanSpec;
 use super::{Failure, Family, NetlinkError, Socket};
 use crate::model::{IfIndex, IfName, MacAddr, Mtu, VlanId};
@@ -438,6 +438,14 @@ impl fmt::Display for LinkKind<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
+}
+
+/// That of the device of a VLAN, within `IFLA_LINKINFO`.
+pub(super) fn vlan_of(info: &[u8]) -> Option<VlanId> {
+    let info = Attributes::new(info);
+    info.find(libc::IFLA_INFO_KIND).map(text).filter(|kind| kind == "vlan")?;
+    let id = Attributes::new(info.find(libc::IFLA_INFO_DATA)?).find(IFLA_VLAN_ID)?;
+    field(id, 0).map(u16::from_ne_bytes)?.try_into().ok()
 }
 
 const IFLA_MACVLAN_MODE: u16 = 1;

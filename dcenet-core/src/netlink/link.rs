@@ -3,9 +3,10 @@
 use std::fmt;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use super::device;
 use super::message::{Attributes, Message, field, number, text};
 use super::vlans::{self, BridgeVlans};
-use crate::model::{IfIndex, IfName, MacAddr};
+use crate::model::{IfIndex, IfName, MacAddr, VlanId};
 
 /// A link as the kernel describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,6 +38,8 @@ pub struct LinkView {
     pub port: Option<BridgePort>,
     /// What it does with VLANs, where it is a bridge and the kernel can keep them apart.
     pub vlans: Option<BridgeVlans>,
+    /// The VLAN whose frames it has, where it is the device of one.
+    pub vlan: Option<VlanId>,
 }
 
 /// Settings of a port of a bridge (`IFLA_BRPORT_*`, `br_port_fill_attrs` of `net/bridge/br_netlink.c`).
@@ -80,6 +83,7 @@ impl LinkView {
             tx_queue_len: attributes.find(libc::IFLA_TXQLEN).and_then(number).unwrap_or_default(),
             port: attributes.find(libc::IFLA_LINKINFO).and_then(BridgePort::parse),
             vlans: attributes.find(libc::IFLA_LINKINFO).and_then(BridgeVlans::parse),
+            vlan: attributes.find(libc::IFLA_LINKINFO).and_then(device::vlan_of),
         })
     }
 

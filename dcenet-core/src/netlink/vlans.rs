@@ -35,7 +35,6 @@ impl BridgeVlans {
 pub struct PortVlans {
     /// The port, or the bridge.
     pub index: IfIndex,
-    bridge: IfIndex,
     vlans: Vec<Membership>,
 }
 
@@ -48,13 +47,8 @@ struct Membership {
 impl PortVlans {
     /// Reads a `RTM_NEWLINK` payload of the family `AF_BRIDGE`.
     pub(super) fn parse(payload: &[u8]) -> Option<Self> {
-        let index = |bytes| IfIndex::new(u32::from_ne_bytes(bytes));
         let attributes = Attributes::new(payload.get(HEADER..)?);
-        let mut port = Self {
-            index: index(field(payload, 4)?)?,
-            bridge: index(field(attributes.find(libc::IFLA_MASTER)?, 0)?)?,
-            vlans: Vec::new(),
-        };
+        let mut port = Self { index: IfIndex::new(u32::from_ne_bytes(field(payload, 4)?))?, vlans: Vec::new() };
         let mut first = None;
         for (kind, info) in Attributes::new(attributes.find(libc::IFLA_AF_SPEC)?) {
             // `struct bridge_vlan_info`.
@@ -73,11 +67,6 @@ impl PortVlans {
             }
         }
         Some(port)
-    }
-
-    /// Whether it is a port of the bridge, and not its own end.
-    pub fn is_port_of(&self, bridge: IfIndex) -> bool {
-        self.bridge == bridge && self.index != bridge
     }
 
     /// Whether it is in the VLAN.
@@ -254,8 +243,7 @@ mod tests {
         message.encode(1, 0, &mut bytes);
         reply.extend(&bytes[16..]);
         let port = PortVlans::parse(&reply).unwrap();
-        let bridge = IfIndex::new(2).unwrap();
-        assert!(port.is_port_of(bridge) && !port.is_port_of(port.index));
+        assert_eq!(port.index.get(), 4);
         let range = |first, last| VlanRange::new(vlan(first), vlan(last)).unwrap();
         assert!(port.has(range(10, 10), true) && !port.has(range(10, 10), false));
         assert!(

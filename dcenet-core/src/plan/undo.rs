@@ -73,7 +73,7 @@ pub enum Undo {
     DeleteIdleLink(End),
     /// Deletes the bridge of this name, if it has this address and no port. Not part of a normal detach.
     DeleteIdleBridge(End),
-    /// Deletes the address, if the bridge has no port, or none in the VLAN. Not part of a normal detach.
+    /// Deletes the address, if the bridge has no port, or none of ours in the VLAN. Not part of a normal detach.
     DeleteIdleAddress {
         /// The bridge, or its device in the VLAN.
         link: IfName,
@@ -83,13 +83,16 @@ pub enum Undo {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         vlan: Option<BridgeVlan>,
     },
-    /// Deletes the host's own device in a VLAN of a bridge, and takes the bridge's own end out of the VLAN, if no port is in it.
-    /// Not part of a normal detach.
+    /// Deletes the host's own device in a VLAN of a bridge, and takes the bridge's own end out of the VLAN, if no port of ours is
+    /// in it. Not part of a normal detach.
     DeleteIdleRouter {
         /// The device, if it bears our mark.
         link: IfName,
         /// The VLAN.
         vlan: BridgeVlan,
+        /// Whether the bridge's own end was in the VLAN before, and stays.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        keeps_own: bool,
     },
     /// Has a bridge keep VLANs apart no more, if it has no port. Not part of a normal detach.
     StopFilteringVlans {

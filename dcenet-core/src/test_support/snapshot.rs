@@ -42,11 +42,12 @@ impl HostState {
                 tx_queue_len,
                 port,
                 vlans,
+                vlan,
             } = link;
             let configured = flags & (libc::IFF_UP | libc::IFF_NOARP | libc::IFF_PROMISC | libc::IFF_ALLMULTI) as u32;
             lines.insert(format!(
                 "link {own} #{index} kind {kind:?} mac {mac:?} mtu {mtu} flags {configured:#x} alias {alias:?} \
-                 queue {tx_queue_len} master {:?} port {port:?} vlans {vlans:?}",
+                 queue {tx_queue_len} master {:?} port {port:?} vlans {vlans:?} vlan {vlan:?}",
                 master.map(|m| name(m.get()))
             ));
         }

@@ -230,3 +230,145 @@ fn an_attach_that_fails_leaves_a_bridge_with_ports_to_keep_vlans_apart() {
         assert_eq!(apart(), has_ports);
     }
 }
+
+/// The VLANs of the own end of `dc0`, as iproute2 tells them.
+fn own_vlans(host: &TestHost) -> Vec<String> {
+    let told = host.root().sh("bridge vlan show dev dc0");
+    let lines = told.lines().skip(1).map(|line| line.split_whitespace().filter(|word| *word != "dc0"));
+    lines.map(|words| words.collect::<Vec<_>>().join(" ")).filter(|line| !line.is_empty()).collect()
+}
+
+/// A bridge of somebody else's with an uplink that is in VLAN 10.
+fn bridge_of_others(host: &TestHost) {
+    host.root().sh(
+        "ip link add dc0 type bridge vlan_filtering 1; ip link set dc0 addrgenmode none; ip link set dc0 up; \
+        ip link add up0 type veth peer name far0; for end in up0 far0; do ip link set $end addrgenmode none; \
+        ip link set $end up; done; ip link set up0 master dc0; bridge vlan add dev up0 vid 10",
+    );
+}
+
+#[test]
+fn gateways_of_vlans_without_pods_go_where_the_bridge_stays() {
+    if !require(Rung::Vm) {
+        return;
+    }
+    let dc0 = "dc0".parse().unwrap();
+    for ours in [false, true] {
+        let host = TestHost::new();
+        let engine = host.engine(None);
+        let (a, b, plain) = (host.new_pod(), host.new_pod(), host.new_pod());
+        if ours {
+            // What keeps the bridge.
+            attach(&engine, &plain, 5, &json!({ "vlan": 30 })).unwrap();
+        } else {
+            bridge_of_others(&host);
+        }
+        let (before, own) = (host.state(), own_vlans(&host));
+        let in_vlan = |id: u16| json!({ "isGateway": true, "vlan": id });
+        attach(&engine, &a, 2, &in_vlan(10)).unwrap();
+        attach(&engine, &b, 3, &in_vlan(20)).unwrap();
+        // Each has its pod.
+        assert!(!engine.remove_idle(&dc0).unwrap());
+        assert_eq!(engine.check(&key(2), a.netns()).unwrap(), []);
+        engine.detach(&key(2), None).unwrap();
+        assert!(host.root().link("dc0.10").is_some(), "it waits for the next pod until the network goes");
+        assert!(!engine.remove_idle(&dc0).unwrap());
+        assert!(host.root().link("dc0.10").is_none());
+        assert!(!own_vlans(&host).iter().any(|line| line.starts_with("10")), "{:?}", own_vlans(&host));
+        assert_eq!(engine.check(&key(3), b.netns()).unwrap(), []);
+        reaches(&b, 1, true);
+        engine.detach(&key(3), None).unwrap();
+        assert!(!engine.remove_idle(&dc0).unwrap());
+        assert_eq!((before.diff(&host.state()), own_vlans(&host)), (String::new(), own), "ours: {ours}");
+    }
+}
+
+#[test]
+fn an_attach_that_fails_leaves_vlans_of_others_as_they_were() {
+    if !require(Rung::Vm) {
+        return;
+    }
+    let host = TestHost::new();
+    let engine = host.engine(None);
+    let a = host.new_pod();
+    bridge_of_others(&host);
+    let in_vlan = json!({ "isGateway": true, "vlan": 10 });
+    // A device in the way, with and without the bridge's own end in the VLAN.
+    host.root().sh("ip link add link dc0 name other type vlan id 10");
+    for own in ["true", "bridge vlan add dev dc0 vid 10 self"] {
+        host.root().sh(own);
+        let (before, vlans) = (host.state(), own_vlans(&host));
+        let error = attach(&engine, &a, 2, &in_vlan).unwrap_err().to_string();
+        assert!(error.contains("its VLAN 10 has a device already"), "{error}");
+        assert_eq!((before.diff(&host.state()), own_vlans(&host)), (String::new(), vlans), "{own}");
+    }
+    // The host's own frames without a tag are of that VLAN, and stay so.
+    host.root().sh("ip link del other; bridge vlan add dev dc0 vid 10 pvid untagged self");
+    let (before, vlans) = (host.state(), own_vlans(&host));
+    let error = attach(&engine, &a, 2, &in_vlan).unwrap_err().to_string();
+    assert!(error.contains("run `bridge vlan del dev dc0 vid 10 self`"), "{error}");
+    assert_eq!((before.diff(&host.state()), own_vlans(&host)), (String::new(), vlans));
+    // What it says helps.
+    host.root().sh("bridge vlan del dev dc0 vid 10 self");
+    attach(&engine, &a, 2, &in_vlan).unwrap();
+    reaches(&a, 1, true);
+}
+
+#[test]
+fn a_repeated_attach_puts_vlans_right() {
+    if !require(Rung::Vm) {
+        return;
+    }
+    let host = TestHost::new();
+    let engine = host.engine(None);
+    let pod = host.new_pod();
+    let more = json!({ "isGateway": true, "vlan": 10, "vlanTrunk": [{ "minID": 100, "maxID": 102 }] });
+    attach(&engine, &pod, 2, &more).unwrap();
+    let end = key(2).id().host_ifname();
+    let index = || pod.link("eth0").unwrap().index;
+    for (command, stands) in [
+        ("bridge vlan del dev END vid 10", true),
+        ("bridge vlan add dev END vid 11 pvid untagged", true),
+        ("bridge vlan add dev END vid 1 pvid untagged; bridge vlan del dev END vid 101", true),
+        ("bridge vlan del dev dc0 vid 10 self", true),
+        ("ip link set dc0 type bridge vlan_filtering 0", true),
+        ("ip link set dc0.10 down; ip addr flush dev dc0.10", true),
+        // What is gone is made by another attach.
+        ("ip link del dc0.10", false),
+        ("ip link set END nomaster", false),
+    ] {
+        let before = index();
+        host.root().sh(&command.replace("END", end.as_str()));
+        assert!(!engine.check(&key(2), pod.netns()).unwrap().is_empty(), "{command}");
+        attach(&engine, &pod, 2, &more).unwrap();
+        assert_eq!(engine.check(&key(2), pod.netns()).unwrap(), [], "{command}");
+        assert_eq!(index() == before, stands, "{command}");
+        assert!(!vlans(&host, 2).contains("1 PVID"), "{}", vlans(&host, 2));
+        reaches(&pod, 1, true);
+    }
+}
+
+#[test]
+fn the_next_attach_makes_a_gateway_whole_and_awaits_its_carrier() {
+    if !require(Rung::Vm) {
+        return;
+    }
+    let host = TestHost::new();
+    let engine = host.engine(None);
+    let in_vlan = json!({ "isGateway": true, "vlan": 10 });
+    let a = host.new_pod();
+    attach(&engine, &a, 2, &in_vlan).unwrap();
+    engine.detach(&key(2), None).unwrap();
+    host.root().sh("bridge vlan del dev dc0 vid 10 self; sysctl -qw net.ipv4.conf.dc0/10.forwarding=0");
+    // A bridge without a port has no carrier, nor have the devices in its VLANs.
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while host.root().sh("ip -o link show dc0.10").contains("state UP") {
+        assert!(std::time::Instant::now() < deadline, "the bridge keeps its carrier");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    attach(&engine, &a, 3, &in_vlan).unwrap();
+    let shown = host.root().sh("ip -o link show dc0.10");
+    assert!(shown.contains("state UP"), "{shown}");
+    assert_eq!(engine.check(&key(3), a.netns()).unwrap(), []);
+    reaches(&a, 1, true);
+}

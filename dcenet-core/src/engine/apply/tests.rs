@@ -1,5 +1,6 @@
 use super::super::Host;
 use super::*;
+use crate::model::VlanId;
 use crate::plan::Tagging;
 
 #[test]

@@ -139,8 +139,8 @@ impl BridgeConfig {
         }
     }
 
-    /// The host's own device in the VLAN, made where it is missing; `mac` is the bridge's, for the bridge passes frames to
-    /// another up only while it is promiscuous (`br_handle_frame_finish` of `net/bridge/br_input.c`).
+    /// The host's own device in the VLAN, made where it is missing, and otherwise made whole; `mac` is the bridge's, for the bridge
+    /// passes frames to another up only while it is promiscuous (`br_handle_frame_finish` of `net/bridge/br_input.c`).
     pub(super) fn plan_router(
         &self,
         vlan: VlanId,
@@ -152,8 +152,10 @@ impl BridgeConfig {
         let on_host = |operation| Step::new(Target::Host, operation);
         let up = on_host(Operation::Up { link: link.clone(), master: None });
         let bridge = host.link(&self.bridge).map(|bridge| bridge.index);
+        let own = Operation::AddVlans { link: self.bridge.clone(), vlans: vlan.into(), tagging: Tagging::Own };
         match host.link(&link) {
             Some(found) if found.alias.as_deref() == Some(&shared_mark(&link)) && found.peer == bridge => {
+                steps.extend([on_host(own), on_host(Operation::ForwardIpv4 { link: link.clone() })]);
                 if !found.is_up() {
                     steps.push(up);
                 }
@@ -170,8 +172,8 @@ impl BridgeConfig {
                 let undo = Undo::DeleteIdleRouter {
                     link: link.clone(),
                     vlan: BridgeVlan { bridge: self.bridge.clone(), id: vlan },
+                    keeps_own: false,
                 };
-                let own = Operation::AddVlans { link: self.bridge.clone(), vlans: vlan.into(), tagging: Tagging::Own };
                 let create = Operation::CreateLink {
                     link: End { name: link.clone(), mac },
                     transit: None,
