@@ -323,6 +323,7 @@ mod tests {
             tx_queue_len: 0,
             port: None,
             vlans: None,
+            vlan: None,
         };
         let address =
             |n, address: &str| AddressView { index: index(n), address: address.parse().unwrap(), flags: 0, scope: 0 };
