@@ -352,7 +352,8 @@ pub trait PolicySink: Send + Sync {
     fn detach(&self, attachment: &AttachmentKey) -> Result<(), PolicyError>;
 
     /// Takes policy off a device that lives on, for nobody asks for it any more: its packets pass as if there had never been any.
-    /// Called in the host's namespace, for devices of the host. By default an error: [`detach`](Self::detach) may shut a device.
+    /// Called in the host's namespace, for devices of the host; where it fails, the device is under policy as before, or under what
+    /// `attach` makes. By default an error: [`detach`](Self::detach) may shut a device.
     fn lift(&self, endpoint: &Endpoint) -> Result<(), PolicyError> {
         let what = format!("take policy off {}, which lives on: remove the pod instead", endpoint.ifname);
         Err(PolicyError::Unsupported(what))

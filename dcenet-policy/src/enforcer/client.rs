@@ -1,5 +1,7 @@
 //! The side of those who attach endpoints: a CNI binary, which lives for milliseconds and compiles nothing.
 
+mod lift;
+
 use std::io;
 use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
@@ -454,21 +456,7 @@ impl<A: Attacher> PolicySink for PinnedDefault<A> {
     }
 
     fn lift(&self, endpoint: &Endpoint) -> Result<(), PolicyError> {
-        if !endpoint.place.is_host() {
-            let what = format!("lift the policy of {}, a device in its pod: remove the pod instead", endpoint.ifname);
-            return Err(PolicyError::Unsupported(what));
-        }
-        // One that does not hear leaves everything as it is.
-        self.answers(&endpoint.attachment, false)?;
-        let doing = || format!("lift the policy of {}", endpoint.attachment);
-        let hooks = BOTH.map(|direction| Hook { device: endpoint.ifindex, direction });
-        let take_off = || remove(&self.attacher, &hooks, &endpoint.attachment).map_err(failed(doing()));
-        // Before the owner forgets the endpoint: the slot that its programs have is another's then. And after, for an owner that
-        // knows it may have put them back meanwhile.
-        take_off()?;
-        let gone = Request::Gone { attachment: endpoint.attachment.clone() };
-        self.tell(&gone, false).map_err(|e| refused(doing(), e))?;
-        take_off()
+        self.lift_from(endpoint)
     }
 }
 

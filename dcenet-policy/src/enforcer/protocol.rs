@@ -104,7 +104,8 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "is_false")]
         guarded: bool,
     },
-    /// An endpoint is no more, or will not be.
+    /// An endpoint is no more, or will not be. Nothing is done for a client that has closed the connection by the time that this is
+    /// read: it takes it for not done, and may have put the device under policy again.
     Gone {
         /// Its attachment.
         attachment: AttachmentKey,

@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 use rustix::net::sockopt::socket_peercred;
 use rustix::process::geteuid;
 
@@ -195,6 +197,10 @@ fn serve(mut stream: UnixStream, service: &dyn Answer) -> Result<(), ProtocolErr
     loop {
         let reply = match protocol::receive::<Request>(&mut stream) {
             Ok(None) => return Ok(()),
+            Ok(Some(Request::Gone { attachment })) if has_hung_up(&stream)? => {
+                tracing::debug!(%attachment, "whoever said that it is gone has not waited for the answer; left as it is");
+                return Ok(());
+            }
             Ok(Some(request)) => service.answer(request),
             Err(error @ (ProtocolError::Version { .. } | ProtocolError::Malformed(_))) => {
                 Reply::Refused { reason: error.to_string() }
@@ -209,6 +215,14 @@ fn serve(mut stream: UnixStream, service: &dyn Answer) -> Result<(), ProtocolErr
         service.answered();
         sent?;
     }
+}
+
+/// Whether the client has closed the connection.
+fn has_hung_up(stream: &UnixStream) -> io::Result<bool> {
+    let mut polled = [PollFd::new(stream, PollFlags::empty())];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    retry_on_intr(|| poll(&mut polled, Some(&now)))?;
+    Ok(polled[0].revents().contains(PollFlags::HUP))
 }
 
 fn turn_away(mut stream: UnixStream, reply: &Reply) {
@@ -233,30 +247,57 @@ mod tests {
     use dcenet_core::provider::{PolicyError, PolicySink};
 
     use super::*;
+    use crate::enforcer::config::Limit;
     use crate::enforcer::{PinnedDefault, PolicyConfig};
 
-    struct Notes;
+    #[derive(Default)]
+    struct Notes(AtomicUsize);
 
     impl Answer for Notes {
         fn answer(&self, _: Request) -> Reply {
+            self.0.fetch_add(1, Ordering::AcqRel);
             Reply::Noted
         }
 
         fn answered(&self) {}
     }
 
-    #[test]
-    fn one_connection_too_many_is_told_to_try_again() {
-        let key = AttachmentKey {
+    fn key() -> AttachmentKey {
+        AttachmentKey {
             network: "shop".parse().unwrap(),
             container: "c1".parse().unwrap(),
             ifname: "eth0".parse().unwrap(),
-        };
+        }
+    }
+
+    #[test]
+    fn what_a_client_did_not_wait_for_is_not_gone() {
+        let gone = Request::Gone { attachment: key() };
+        let asks = Request::Await { attachment: key(), limit: Limit::saturating(Duration::ZERO) };
+        for (request, waits, answered) in [(&gone, true, 1), (&gone, false, 0), (&asks, false, 1)] {
+            let (mut client, owner) = UnixStream::pair().unwrap();
+            protocol::send(&mut client, request).unwrap();
+            let client = Some(client).filter(|_| waits);
+            let notes = Notes::default();
+            std::thread::scope(|scope| {
+                let told = scope.spawn(|| drop(serve(owner, &notes)));
+                if let Some(mut client) = client {
+                    client.set_read_timeout(Some(SILENCE)).unwrap();
+                    assert!(matches!(protocol::receive(&mut client), Ok(Some(Reply::Noted))));
+                }
+                told.join().unwrap();
+            });
+            assert_eq!(notes.0.load(Ordering::Acquire), answered, "{request:?}");
+        }
+    }
+
+    #[test]
+    fn one_connection_too_many_is_told_to_try_again() {
         let told = |most| {
             let directory = tempfile::tempdir().unwrap();
             let config = PolicyConfig { pins: directory.path().join("bpf"), ..PolicyConfig::default() };
-            let _server = Server::start_for(directory.path(), Arc::new(Notes), most).unwrap();
-            PinnedDefault::new(&config, directory.path()).detach(&key)
+            let _server = Server::start_for(directory.path(), Arc::<Notes>::default(), most).unwrap();
+            PinnedDefault::new(&config, directory.path()).detach(&key())
         };
         told(1).unwrap();
         // Whether the answer comes before the question is sent or after it is a matter of chance.
