@@ -64,7 +64,7 @@ impl Applier {
         let set = endpoint.programs.plan.set(Direction::Egress);
         let Some(known) = self.sets.get(&set.id) else { return false };
         addresses.all(|address| {
-            let local = known.written.get(self.table.lookup(address).0 as usize).copied().unwrap_or(0);
+            let local = known.written.get(self.table.lookup(address).0);
             local != 0 && u32::from(local) < set.program.list.locals
         })
     }
@@ -86,8 +86,8 @@ impl Applier {
             plans.map(|set| (Arc::as_ptr(set), set)).collect();
         let tells = |set: &PolicySet, address: IpAddr, class: ClassId| {
             let now = present.get(&set.id).map_or(0, |present| present.local(class));
-            let written = self.sets.get(&set.id).map(|known| &*known.written).unwrap_or_default();
-            let before = written.get(self.table.lookup(address).0 as usize).copied().unwrap_or(0);
+            let written = self.sets.get(&set.id).map(|known| &*known.written);
+            let before = written.map_or(0, |written| written.get(self.table.lookup(address).0));
             now == before || self.tells(set, class, now)
         };
         let is_misjudged =
