@@ -53,10 +53,23 @@ impl Loader for AyaLoader {
             let mut shared = shared().lock().unwrap_or_else(PoisonError::into_inner);
             shared.open(elf, request)?
         };
-        // Verifying is the slow part, and happens outside the lock.
+        // Verifying is the slow part, and happens outside the lock. The kernel verifies programs of who has CAP_BPF and
+        // CAP_PERFMON side by side (kernel/bpf/verifier.c, `bpf_check`).
         let mut loaded = Loaded::default();
-        for (name, program) in ebpf.programs_mut() {
-            loaded.programs.push((name.to_owned(), verify(name, program)?));
+        let verified: Vec<_> = std::thread::scope(|scope| {
+            let mut programs = ebpf.programs_mut();
+            let first = programs.next();
+            let others: Vec<_> =
+                programs.map(|(name, program)| (name.to_owned(), scope.spawn(move || verify(name, program)))).collect();
+            let first = first.map(|(name, program)| (name.to_owned(), verify(name, program)));
+            let others = others.into_iter().map(|(name, thread)| {
+                let verified = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                (name, verified)
+            });
+            first.into_iter().chain(others).collect()
+        });
+        for (name, verified) in verified {
+            loaded.programs.push((name, verified?));
         }
         for (name, map) in ebpf.maps() {
             let fd = map_fd(map).try_clone_to_owned().map_err(|e| LoadError::refused(name, e, ""))?;
