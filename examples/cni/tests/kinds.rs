@@ -3,10 +3,11 @@
 mod common;
 
 use common::{Node, Pod};
-use dcenet_core::test_support::{Rung, kernel_is_before, ping, require, require_with};
+use dcenet_core::test_support::{Rung, kernel_is_before, ping, require, require_with, tcp_echo};
 use dcenet_ebpf::probe::Features;
 use serde_json::{Value, json};
-use std::time::Duration;
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
 
 /// Two pods come, reach each other and, where the kind promises it, the host; a check and a repeated ADD find all well;
 /// they go without a trace, one of them after its namespace.
@@ -46,8 +47,8 @@ fn pods_of(node: &mut Node, link: Value, host: bool) {
     b.remove_namespace();
     drop(b.netns);
     node.gc(Some(&[])).unwrap();
-    let deadline = std::time::Instant::now() + Duration::from_secs(20);
-    while before != node.host.state() && std::time::Instant::now() < deadline {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while before != node.host.state() && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(20));
     }
     assert_eq!(before.diff(&node.host.state()), "");
@@ -115,6 +116,55 @@ fn ipvlan_pods_under_policy_reach_each_other() {
             pods_of(&mut node, json!({ "kind": "ipvlan", "parent": "up0", "mode": mode }), false);
         }
     }
+}
+
+/// In the same VLAN policy decides; into another one nothing passes, whatever it allows.
+#[test]
+fn bridge_pods_of_a_vlan_are_under_their_policy() {
+    if !require(Rung::Kernel) || !require(Rung::Vm) {
+        return;
+    }
+    let mut node = Node::under_policy();
+    let [db, replica, far, web] = ["db", "replica", "far", "web"].map(|workload| node.pod(workload));
+    let mut ends = Vec::new();
+    let mut add = |pod: &Pod, app: &str, vlan: u16| {
+        node.config["link"] = json!({ "kind": "bridge", "bridge": "dc0", "vlan": vlan });
+        node.config["args"] = json!({ "cni": { "labels": [{ "key": "app", "value": app }] } });
+        let result = node.add(pod).unwrap();
+        node.check(pod, &result).unwrap();
+        ends.push(result["interfaces"][1]["name"].as_str().unwrap().to_owned());
+    };
+    add(&db, "db", 10);
+    add(&replica, "db", 10);
+    add(&far, "db", 20);
+    add(&web, "web", 10);
+    let connects = |from: &Pod, to: &Pod, limit| {
+        let shown = to.netns.sh("ip -o addr show dev eth0 scope global");
+        let addresses = shown.lines().map(|line| line.split_whitespace().nth(3).unwrap().split('/').next().unwrap());
+        let addresses: Vec<IpAddr> = addresses.map(|address| address.parse().unwrap()).collect();
+        assert_eq!(addresses.iter().map(IpAddr::is_ipv4).collect::<Vec<_>>(), [true, false]);
+        // More than once: who was out of reach just now is a neighbour that did not answer.
+        let connects = |address: &IpAddr| {
+            let deadline = Instant::now() + limit;
+            std::iter::repeat_with(|| tcp_echo(&from.netns, &to.netns, *address, limit).is_ok())
+                .find(|connected| *connected || Instant::now() > deadline)
+        };
+        addresses.iter().map(|address| connects(address).unwrap_or_default()).collect::<Vec<_>>()
+    };
+    let (long, short) = (Duration::from_secs(20), Duration::from_millis(400));
+    assert_eq!(connects(&db, &replica, long), [true, true]);
+    assert_eq!(connects(&replica, &db, long), [true, true]);
+    assert_eq!(connects(&web, &db, short), [false, false]);
+    assert_eq!(connects(&db, &web, short), [false, false]);
+    assert_eq!(connects(&db, &far, short), [false, false]);
+    // The twins: without its VLAN it is policy that decides, and without policy all is let in.
+    let (of_db, of_far) = (&ends[0], &ends[2]);
+    node.host
+        .root()
+        .sh(&format!("bridge vlan del dev {of_far} vid 20; bridge vlan add dev {of_far} vid 10 pvid untagged"));
+    assert_eq!(connects(&db, &far, long), [true, true]);
+    node.host.root().sh(&format!("tc qdisc del dev {of_db} clsact"));
+    assert_eq!(connects(&web, &db, long), [true, true]);
 }
 
 /// Before Linux 6.6 nothing holds programs on a device in a pod out of the pod's reach.
