@@ -20,6 +20,10 @@
 //! `ipBlock` matches any address, those of pods too: the API leaves it open, the project's end-to-end tests expect
 //! it. A CIDR with host bits set stands for its network, as the API server reads it.
 //!
+//! The address of a Service is no pod's. Where kube-proxy or nftables translates it behind the programs that judge, what a pod sends
+//! there is judged by that address: a rule for the pods that answer does not let it pass, and an `ipBlock` with the Services'
+//! range does, as does a native rule that names the service.
+//!
 //! ```
 //! # #[cfg(feature = "yaml")] {
 //! use dcenet_policy::sources::networkpolicy;

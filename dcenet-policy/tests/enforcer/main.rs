@@ -18,6 +18,7 @@ mod rejected;
 mod resolved;
 mod restart;
 mod schedules;
+mod services;
 mod shared;
 mod streams;
 mod sys;
