@@ -35,7 +35,7 @@ impl Process {
     }
 }
 
-/// The processes below one.
+/// The processes below one, each behind those below it.
 pub fn descendants(id: u32) -> Vec<Process> {
     let threads = std::fs::read_dir(format!("/proc/{id}/task")).into_iter().flatten().flatten();
     let lists = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("children")).ok());
