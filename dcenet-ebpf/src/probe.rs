@@ -3,7 +3,7 @@
 //! Asked by trying, never by its version: distributions take features back to old kernels, and switch others off.
 
 use std::fmt;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Mutex;
 
 use crate::insn::IsaLevel;
@@ -13,6 +13,7 @@ use crate::sys::{self, LoadFailure, Map, RawProgram, SysError};
 
 /// Helpers whose presence decides how programs are written (`enum bpf_func_id`).
 mod helper {
+    pub(super) const TAIL_CALL: i32 = 12;
     pub(super) const GET_NETNS_COOKIE: i32 = 122;
     pub(super) const KTIME_GET_BOOT_NS: i32 = 125;
     pub(super) const KTIME_GET_COARSE_NS: i32 = 160;
@@ -45,6 +46,9 @@ pub struct Features {
     pub ktime_coarse_ns: bool,
     /// `bpf_get_netns_cookie` in classifiers (Linux 6.13).
     pub netns_cookie: bool,
+    /// Tail calls in programs with functions of their own, for which the JIT of the processor must be made (Linux 5.10 on x86-64,
+    /// 6.0 on arm64). Without them what a rule rejects is not answered ([`crate::datapath::answer`]).
+    pub tail_calls_beside_functions: bool,
 }
 
 impl Features {
@@ -123,6 +127,7 @@ impl Features {
             ktime_boot_ns: knows_helper(helper::KTIME_GET_BOOT_NS)?,
             ktime_coarse_ns: knows_helper(helper::KTIME_GET_COARSE_NS)?,
             netns_cookie: knows_helper(helper::GET_NETNS_COOKIE)?,
+            tail_calls_beside_functions: tail_calls_beside_functions()?,
         })
     }
 }
@@ -141,6 +146,7 @@ impl fmt::Display for Features {
             (self.ktime_boot_ns, "boot clock"),
             (self.ktime_coarse_ns, "coarse clock"),
             (self.netns_cookie, "namespace cookies"),
+            (self.tail_calls_beside_functions, "tail calls beside functions"),
         ];
         write!(f, "instruction set {:?}", self.isa())?;
         named.iter().filter(|(has, _)| *has).try_for_each(|(_, name)| write!(f, ", {name}"))?;
@@ -205,6 +211,28 @@ fn knows_helper(number: i32) -> Result<bool, ProbeError> {
     }
 }
 
+fn tail_calls_beside_functions() -> Result<bool, ProbeError> {
+    let map = Map::create(&MapSpec::prog_array("probe", 1))?;
+    let fd = map.as_fd().as_raw_fd();
+    // r6 = r1; call the function at the end; bpf_tail_call(r6, map, 0); return 0
+    loads(
+        &[
+            insn(0xbf, 6, 1, 0, 0),
+            insn(0x85, 0, 1, 0, 7),
+            insn(0xbf, 1, 6, 0, 0),
+            insn(0x18, 2, 1, 0, fd),
+            insn(0, 0, 0, 0, 0),
+            insn(0xb7, 3, 0, 0, 0),
+            insn(0x85, 0, 0, 0, helper::TAIL_CALL),
+            insn(0xb7, 0, 0, 0, 0),
+            EXIT,
+            insn(0xb7, 0, 0, 0, 0),
+            EXIT,
+        ]
+        .concat(),
+    )
+}
+
 fn ring_buffer() -> Result<bool, ProbeError> {
     let page = u32::try_from(sys::page_size()).unwrap_or(4096);
     match Map::create(&MapSpec::ringbuf("probe", page)) {
@@ -257,6 +285,9 @@ mod tests {
         if version >= (6, 6) {
             assert!(features.tcx && features.isa_v4 && features.bpf_loop && features.ktime_coarse_ns, "{features:?}");
         }
+        if version >= (6, 0) && cfg!(any(target_arch = "x86_64", target_arch = "aarch64")) {
+            assert!(features.tail_calls_beside_functions, "{features:?}");
+        }
         assert_eq!(
             features.isa(),
             if version >= (6, 6) { IsaLevel::V4 } else { IsaLevel::V3 },
@@ -279,6 +310,7 @@ mod tests {
             ktime_boot_ns: true,
             ktime_coarse_ns: true,
             netns_cookie: true,
+            tail_calls_beside_functions: true,
         };
         assert_eq!((all.isa(), all.missing_for_datapath(IsaLevel::V4)), (IsaLevel::V4, vec![]));
         let older = Features { isa_v4: false, tcx: false, netkit: false, ..all };

@@ -22,7 +22,8 @@
 //! All of this is dropped as if the rule said deny.
 //!
 //! # Minimum kernel version
-//! 4.9 (`bpf_skb_change_tail`).
+//! 4.9 (`bpf_skb_change_tail`); for the programs that call these, which have functions of their own, 5.10 on x86-64 and 6.0 on
+//! arm64 ([`Features::tail_calls_beside_functions`](crate::probe::Features::tail_calls_beside_functions)).
 
 use super::emitter::{
     Emitter, ICMP, ICMPV6, SCTP, SKB_IFINDEX, SKB_LEN, SKB_VLAN_PRESENT, TC_ACT_SHOT, TCP, UDP, be16,
@@ -61,7 +62,7 @@ impl Emitter<'_> {
     /// are set.
     pub(super) fn answer(&mut self) {
         let Judgement::Classifiers { answers, .. } = self.judgement else { return };
-        if self.slot == Slot::Guarded {
+        if self.slot == Slot::Guarded || answers == 0 {
             return;
         }
         let [silent, within, keyed, icmp, on_host] = self.labels();

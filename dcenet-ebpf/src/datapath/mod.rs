@@ -149,7 +149,7 @@ pub struct Spec<'a> {
     /// that opens flows as fast as it can would fill for all.
     pub flow_events: u32,
     /// Packets that rules reject and that are answered, for each endpoint in 2^30 ns (RFC 1812, section 4.3.2.8, and RFC 4443,
-    /// section 2.4 (f), want a limit); the others are dropped alone.
+    /// section 2.4 (f), want a limit); the others are dropped alone. With 0 the programs have no code for it, and no tail call.
     pub answers: u32,
     /// Tells of one in so many packets of known flows, each packet picked by chance (RFC 5475, section 5.2.2.2: uniform
     /// probabilistic sampling) and independently of others: [`EventKind::Sampled`](abi::EventKind::Sampled). Packets that

@@ -5,7 +5,8 @@ use std::os::fd::AsFd;
 
 use dcenet_core::test_support::{Rung, require};
 use dcenet_ebpf::abi::{self, Direction, Reason};
-use dcenet_ebpf::datapath::{AllowAll, DenyAll, Spec, answer};
+use dcenet_ebpf::datapath::{self, AllowAll, DenyAll, Spec, answer};
+use dcenet_ebpf::insn::{Helper, Insn};
 use dcenet_ebpf::loader::{AyaLoader, LoadRequest, Loaded, Loader};
 use dcenet_ebpf::maps::ProgramArray;
 use dcenet_ebpf::program::TestRun;
@@ -275,4 +276,14 @@ fn the_vm_answers_as_the_kernel_does() {
             }
         }
     }
+}
+
+#[test]
+fn programs_that_answer_nothing_call_nobody() {
+    let calls = |answers| {
+        let object = datapath::program(&Spec { answers, ..Spec::new(&small(), &REJECT, &REJECT) }).unwrap();
+        let all = object.functions().iter().flat_map(|function| function.insns().to_vec());
+        all.filter(|insn| *insn == Insn::Call { helper: Helper::TailCall }).count()
+    };
+    assert_eq!((calls(0), calls(1)), (0, 2));
 }

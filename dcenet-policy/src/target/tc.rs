@@ -31,6 +31,8 @@ pub struct Tc {
     pub denied_events: u32,
     /// Events about flows for each endpoint; see [`Spec::flow_events`].
     pub flow_events: u32,
+    /// Packets that rules reject and that are answered; see [`Spec::answers`].
+    pub answers: u32,
     /// Tells of one in so many packets of known flows; see [`Spec::sample`]. None unless told.
     pub sample: Option<NonZeroU32>,
     /// The level of the instruction set; at v4 far jumps are cheaper. [`Tc::for_kernel`] takes what the kernel has.
@@ -49,6 +51,7 @@ impl Tc {
             timeouts: Timeouts::default(),
             denied_events: 100,
             flow_events: 1000,
+            answers: 100,
             sample: None,
             isa: IsaLevel::V3,
             slot: Slot::Class,
@@ -57,9 +60,12 @@ impl Tc {
     }
 
     /// As [`Tc::new`], at the highest level of the instruction set that a kernel takes ([`Features::isa`]), and v3 where it
-    /// takes less, so that what it lacks is named when programs are to be loaded.
+    /// takes less, so that what it lacks is named when programs are to be loaded. Where it takes no tail calls of such programs
+    /// nothing is answered.
     pub fn for_kernel(sizes: Sizes, features: &Features) -> Self {
-        Self::new(sizes).isa(features.isa().max(IsaLevel::V3))
+        let new = Self::new(sizes).isa(features.isa().max(IsaLevel::V3));
+        let answers = if features.tail_calls_beside_functions { new.answers } else { 0 };
+        Self { answers, ..new }
     }
 
     /// With the slot from elsewhere.
@@ -99,6 +105,7 @@ impl Tc {
             timeouts: self.timeouts,
             denied_events: self.denied_events,
             flow_events: self.flow_events,
+            answers: self.answers,
             sample: self.sample,
             isa: self.isa,
             slot: self.slot,
